@@ -1,0 +1,1 @@
+"""Where the rooms' logs are kept; each module is one way."""

@@ -1,0 +1,93 @@
+"""What the stores have in common.
+
+A store keeps the logs of all rooms.  What a room needs of one is `chatd.rooms.Log`; here is
+the rest: how it is opened and closed, the epoch, the time, and how much is retained.
+"""
+
+import datetime as dt
+import re
+import secrets
+import string
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Protocol
+
+from twisted.internet.defer import Deferred
+
+from chatd.frames import Entry
+from chatd.rooms import MAIN, Log
+
+DAY: Final = 86_400
+"""Seconds."""
+MILLISECOND: Final = 0.001
+"""The grain of timestamps."""
+SEED_ROOM: Final = MAIN
+"""The room that a new log's seed is written to."""
+
+
+class StoreError(Exception):
+    """A store cannot be opened; the text is one line that names the remedy."""
+
+
+class Retention(NamedTuple):
+    """How much of a room is kept; both None: everything."""
+
+    messages: int | None = None
+    seconds: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Retention":
+        """Read `all`, a number of messages (`5000`) or of days (`30d`); ValueError for anything else."""
+        match = re.fullmatch(r"([1-9]\d{0,11})(d?)", text)
+        if match:
+            amount = int(match[1])
+            return cls(seconds=amount * DAY) if match[2] else cls(messages=amount)
+        if text == "all":
+            return cls()
+        raise ValueError(f"{text!r} is neither a number of messages (5000) nor of days (30d) nor all")
+
+
+class Store(Log, Protocol):
+    """A log with a life: opened before the first client, closed after the last."""
+
+    def open(self, seed: Sequence[Entry]) -> None:
+        """Open it, and write the seed into a log that did not exist; StoreError if it cannot."""
+
+    def trim(self) -> "Deferred[None]":
+        """Remove what is retained no longer, in rooms where nothing is posted too."""
+
+    def settled(self) -> "Deferred[None]":
+        """Fires when all that was appended is kept or refused, and told."""
+
+    def close(self) -> "Deferred[None]":
+        """Settle, and let go of the log."""
+
+
+def new_epoch() -> str:
+    """A word that no log had before: 6 of 62 characters, drawn at random."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(6))
+
+
+def timestamp(seconds: float) -> str:
+    """A time in seconds since 1970 as RFC 3339 has it, in UTC and milliseconds."""
+    moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Stamp:
+    """The time of messages: that of the clock, except that it never goes back.
+
+    `now` gives seconds since 1970; `last` is the newest timestamp there is.
+    """
+
+    def __init__(self, now: Callable[[], float], last: str | None) -> None:
+        self._now = now
+        self._last = dt.datetime.fromisoformat(last).timestamp() if last else 0.0
+        self._text = timestamp(self._last)
+
+    def __call__(self) -> str:
+        """The timestamp of a message that is appended now."""
+        now = self._now()
+        if now - self._last >= MILLISECOND:
+            self._last = now
+            self._text = timestamp(now)
+        return self._text

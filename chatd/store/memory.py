@@ -1,0 +1,103 @@
+"""A log in memory: gone with the process.  For tests, for benchmarks, and for rooms that may forget."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from twisted.internet.defer import Deferred, succeed
+
+from chatd.frames import Entry, Post
+from chatd.rooms import Follower, Page, Poster
+from chatd.store.base import SEED_ROOM, Retention, Stamp, new_epoch, timestamp
+
+KEEP: Final = 10_000
+"""How many messages of a room are kept when nothing else is asked for."""
+
+
+class _Room:
+    """One room's entries, the last of which has the number `head`."""
+
+    def __init__(self, keep: int) -> None:
+        self.entries: deque[Entry] = deque(maxlen=keep)
+        self.head = 0
+
+    @property
+    def first(self) -> int:
+        return self.head - len(self.entries) + 1
+
+    def append(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.head = entry.number
+
+
+class MemoryStore:
+    """Implements chatd.store.base.Store.
+
+    `now` gives the time in seconds since 1970.
+    """
+
+    def __init__(self, retain: Retention, now: Callable[[], float]) -> None:
+        self.epoch = ""
+        self._retain = retain
+        self._now = now
+        self._stamp = Stamp(now, None)
+        self._followers: list[Follower] = []
+        self._rooms: dict[str, _Room] = {}
+
+    def open(self, seed: Sequence[Entry]) -> None:
+        """Begin a new log with the seed."""
+        self.epoch = new_epoch()
+        for entry in seed:
+            self._room(SEED_ROOM).append(entry)
+            self._stamp = Stamp(self._now, entry.timestamp)
+
+    def tail(self, follower: Follower) -> None:
+        """Log.tail."""
+        self._followers.append(follower)
+
+    def append(self, room: str, post: Post, poster: Poster) -> None:
+        """Log.append; it cannot fail, and is done on return."""
+        log = self._room(room)
+        entry = Entry(log.head + 1, post.username, post.message, self._stamp())
+        first = log.first
+        log.append(entry)
+        for follower in self._followers:
+            follower.appended(room, (entry,))
+        self._trim(room, log, first)
+        poster.posted(post, entry.number)
+
+    def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
+        """Log.read; it cannot fail."""
+        log = self._rooms.get(room) or _Room(0)
+        skip = max(0, len(log.entries) - limit if after is None else after + 1 - log.first)
+        entries = [log.entries[index] for index in range(skip, min(skip + limit, len(log.entries)))]
+        return succeed(Page(entries, log.first, log.head))
+
+    def trim(self) -> "Deferred[None]":
+        """Store.trim."""
+        for name, log in self._rooms.items():
+            self._trim(name, log, log.first)
+        return succeed(None)
+
+    def settled(self) -> "Deferred[None]":
+        """Store.settled; it always is."""
+        return succeed(None)
+
+    def close(self) -> "Deferred[None]":
+        """Store.close."""
+        return succeed(None)
+
+    def _room(self, name: str) -> _Room:
+        if name not in self._rooms:
+            self._rooms[name] = _Room(self._retain.messages or KEEP)
+        return self._rooms[name]
+
+    def _trim(self, name: str, log: _Room, first: int) -> None:
+        """Remove what is too old, and tell when the room no longer goes back to `first`."""
+        if self._retain.seconds:
+            oldest = timestamp(self._now() - self._retain.seconds)
+            while log.entries and log.entries[0].timestamp < oldest:
+                log.entries.popleft()
+        if log.first != first:
+            for follower in self._followers:
+                follower.trimmed(name, log.first)

@@ -1,0 +1,213 @@
+"""`twistd chatd`: the options, and the composition of the server from its parts.
+
+This is the one place that knows every part by name and the only one that uses the global reactor.
+"""
+
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final, TypeVar
+
+from twisted.application.service import IService
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.python import usage
+
+import chatd
+from chatd import frames, logs, web
+from chatd.frames import Entry, FrameError
+from chatd.protocol import ChatFactory
+from chatd.rooms import MAX_LAG, Rooms
+from chatd.service import ChatService, Readiness
+from chatd.store.base import Retention, Store
+from chatd.store.memory import MemoryStore
+from chatd.store.sqlite import SqliteStore, ThreadWorker
+
+_T = TypeVar("_T")
+_SEED: Final = pathlib.Path(frames.__file__).parent / "seed" / "messages.json"
+
+
+def _reactor() -> Any:
+    """The reactor that twistd installed by now."""
+    from twisted.internet import reactor
+
+    return reactor
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers between two bounds."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+            raise ValueError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def _rate(text: str) -> tuple[int, int]:
+    """Read N[:BURST]; without a burst it is twice the rate."""
+    rate, colon, burst = text.partition(":")
+    number = _whole(0, 1_000_000)
+    return number(rate), number(burst) if colon else 2 * number(rate)
+
+
+def _log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError(f"{text!r} is neither text nor json")
+    return text
+
+
+def _store(url: str) -> Callable[[Retention], Store]:
+    """Read a store's URL; what it answers makes the store."""
+    reactor = _reactor()
+    kind, colon, rest = url.partition(":")
+    if kind == "memory" and colon and not rest:
+        return lambda retain: MemoryStore(retain, time.time)
+    if kind == "sqlite" and rest:
+        path = pathlib.Path(rest).absolute()
+        return lambda retain: SqliteStore(
+            path, retain, time.time, ThreadWorker(reactor, "chatd-write"), ThreadWorker(reactor, "chatd-read")
+        )
+    raise ValueError(f"{url!r} is neither memory: nor sqlite:PATH")
+
+
+def _seed(path: str) -> tuple[Entry, ...]:
+    """Read the messages that a new log begins with."""
+    try:
+        return frames.parse_seed(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except FrameError as error:
+        raise ValueError(f"{path} {error}") from None
+
+
+def _endpoint(text: str) -> IStreamServerEndpoint:
+    """Read a Twisted server endpoint."""
+    reactor = _reactor()
+    try:
+        endpoint: IStreamServerEndpoint = serverFromString(reactor, text)
+    except Exception as error:  # noqa: BLE001 -- each kind of endpoint is a plug-in with errors of its own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{text!r} is no server endpoint such as tcp:8085 ({reason})") from None
+    return endpoint
+
+
+class Options(usage.Options):
+    """The command line; what it does not say is read from CHATD_NAME in the environment."""
+
+    environ: ClassVar[dict[str, str]] = dict(os.environ)
+    synopsis = "[options]"
+    longdesc = (
+        "A chat-room server over WebSocket that keeps every message. Each option can also be given in "
+        "the environment, as CHATD_STORE for --store; the command line wins. "
+        "Connect with: npx wscat -c ws://localhost:8085/"
+    )
+    optParameters: list[list[Any]] = [  # noqa: RUF012 -- usage.Options asks for it so
+        [
+            "store",
+            None,
+            "sqlite:chatd.sqlite",
+            "where messages are kept: sqlite:PATH, or memory: to forget them on exit",
+        ],
+        ["seed", None, str(_SEED), "a JSON list of messages that a new log begins with"],
+        ["history", None, "100", f"how many messages a client gets when it connects, 1 to {MAX_LAG}"],
+        ["retain", None, "all", "how much of a room is kept: a number of messages (5000), of days (30d), or all"],
+        [
+            "rate",
+            None,
+            "20:40",
+            "frames a second per connection, and the burst; 0: no limit (accepted, not yet in force)",
+        ],
+        ["max-per-address", None, "0", "connections per address; 0: no limit (accepted, not yet in force)"],
+        ["drain", None, "30", "how many seconds stopping may take"],
+        ["log-format", None, "text", "text, or json for one object a line"],
+    ]
+    parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
+        "store": _store,
+        "seed": _seed,
+        "history": _whole(1, MAX_LAG),
+        "retain": Retention.parse,
+        "rate": _rate,
+        "max-per-address": _whole(0, 1_000_000),
+        "drain": _whole(0, 3600),
+        "log-format": _log_format,
+    }
+    endpoints: ClassVar[dict[str, str]] = {
+        "listen": "tcp:8085:backlog=4096",
+        "admin": "tcp:8086:interface=127.0.0.1",
+    }
+
+    def __init__(self) -> None:
+        # usage.Options copies these into itself as it begins.
+        self.optParameters = [
+            [name, short, self._environment(name) or default, text]
+            for name, short, default, text in type(self).optParameters
+        ]
+        super().__init__()
+        for name in self.endpoints:
+            self[name] = []
+
+    def _environment(self, name: str) -> str | None:
+        return self.environ.get(f"CHATD_{name.upper().replace('-', '_')}")
+
+    def opt_listen(self, text: str) -> None:
+        """A Twisted server endpoint for clients; may be repeated [default: tcp:8085:backlog=4096]."""
+        self["listen"].append(text)
+
+    def opt_admin(self, text: str) -> None:
+        """A Twisted server endpoint for health checks; empty: none [default: tcp:8086:interface=127.0.0.1]."""
+        self["admin"].append(text)
+
+    def opt_version(self) -> None:
+        """Print the version and exit."""
+        print(f"chatd {chatd.__version__}")  # noqa: T201 -- what was asked for
+        raise SystemExit(0)
+
+    def parseOptions(self, options: list[str] | None = None) -> None:
+        """Read the command line; SystemExit with one line for what is wrong with it."""
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as error:
+            raise SystemExit(f"chatd: {error}: `twistd chatd --help` explains every option") from None
+
+    def postOptions(self) -> None:
+        """Turn every text into its value."""
+        for name, default in self.endpoints.items():
+            texts = self[name] or (self._environment(name) or default).split()
+            self[name] = {text: self._value(name, _endpoint, text) for text in texts if text}
+        for name, parse in self.parsers.items():
+            self[name] = self._value(name, parse, self[name])
+
+    @staticmethod
+    def _value(name: str, parse: Callable[[str], _T], text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise SystemExit(f"chatd: --{name}: {error}") from None
+
+
+def makeService(options: Options) -> IService:
+    """Compose the server."""
+    reactor = _reactor()
+    store: Store = options["store"](options["retain"])
+    rooms = Rooms(store, reactor, options["history"])
+    readiness = Readiness()
+    twistd: Mapping[str, Any] = options.parent or {}
+    observer = None
+    if options["log-format"] == "json":
+        observer = logs.json_observer(twistd.get("logfile"), daemon=not twistd.get("nodaemon"))
+    return ChatService(
+        store=store,
+        seed=options["seed"],
+        rooms=rooms,
+        factory=ChatFactory(rooms, web.site(readiness, reactor, page=True), reactor),
+        admin_factory=web.site(readiness, reactor, page=False),
+        listen=options["listen"],
+        admin=options["admin"],
+        readiness=readiness,
+        drain=options["drain"],
+        clock=reactor,
+        observer=observer,
+    )

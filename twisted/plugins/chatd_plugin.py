@@ -1,0 +1,5 @@
+"""Tell twistd of the chatd command."""
+
+from twisted.application.service import ServiceMaker
+
+chatd = ServiceMaker("chatd", "chatd.tap", "A chat-room server over WebSocket that keeps every message.", "chatd")
