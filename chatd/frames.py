@@ -80,8 +80,11 @@ def explain(document: object) -> str | None:
     """Say what the schema has against a document: the first fault in its property order, then unknown keys."""
     if not isinstance(document, dict):
         return '"value" must be of type object'
+    # The schema asks of a value no more than its type: what is inside is left out, since the explainer
+    # would quote it, however deep it is.
+    shallow = {name: type(value)() if isinstance(value, (dict, list)) else value for name, value in document.items()}
     faults: dict[str, str] = {}
-    for error in _explainer.iter_errors(document):
+    for error in _explainer.iter_errors(shallow):
         if error.validator == "required":
             name = next(name for name in error.validator_value if name not in error.instance and name not in faults)
         elif error.validator == "additionalProperties":
@@ -90,8 +93,7 @@ def explain(document: object) -> str | None:
             name = str(error.absolute_path[0])
         faults.setdefault(name, _WORDS[str(error.validator)].format(name=name, limit=error.validator_value))
     faults |= {name: f'"{name}" is not allowed' for name in document if name not in SCHEMA["properties"]}
-    order = [*SCHEMA["properties"], *document]
-    return faults[min(faults, key=order.index)] if faults else None
+    return next((faults[name] for name in [*SCHEMA["properties"], *document] if name in faults), None)
 
 
 def parse_seed(text: bytes) -> tuple[Entry, ...]:

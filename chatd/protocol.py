@@ -5,24 +5,33 @@ and what the room hands over goes to the transport.  Every connection to the por
 request that asks for no upgrade is handed, with all its bytes, to the web site, so that the
 WebSocket connections, which are the many, have no HTTP machinery behind them.
 
+Receiving.  A plain handshake and whole, masked text frames, which are nearly all that clients send,
+are read by `chatd.fastpath`; everything else is Autobahn's, to answer and to refuse.  Autobahn
+gives each connection some forty attributes, three Deferreds and a validator before anything has come:
+here they are the class's, and a connection that needs one of its own makes it when it does.
+
 Sending.  An idle TCP socket is written to at once, which costs one system call where Twisted's
 buffered write costs three.  What the socket does not take goes into Twisted's buffer, and from
 then on everything does, until that is empty and the transport, which knows us as its pull
 producer, asks for more.  Other transports (TLS, a proxy protocol) buffer for themselves and are
 told apart by type; they pause and resume us as a streaming producer.
 
-Time.  Nothing here has a timer of its own: the factory looks once a second for handshakes that were
+Time.  No connection has a timer: the factory looks once a second for handshakes that were
 not finished, for connections that are due a ping or did not answer the last one, and for transports that
 have taken nothing for too long.
 """
 
 import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
 from http import HTTPStatus
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from autobahn.websocket.types import ConnectionDeny, ConnectionRequest
+from autobahn.websocket.utf8validator import Utf8Validator
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPullProducer, IPushProducer, IReactorTime
 from twisted.internet.tcp import Connection
@@ -32,9 +41,9 @@ from twisted.python.failure import Failure
 from twisted.web.server import Site
 from zope.interface import implementer
 
-from chatd import frames
 from chatd.deadlines import Deadlines
-from chatd.frames import FrameError, Post
+from chatd.fastpath import Upgrade, parse_upgrade, switch, take_texts
+from chatd.frames import FrameError, Post, error_frame, parse_post
 from chatd.rooms import MAIN, LogUnavailable, Room, Rooms
 from chatd.web import SERVER
 
@@ -61,6 +70,14 @@ UNSUPPORTED, NOT_UTF8, POLICY, RESTART, OVERLOADED = 1003, 1007, 1008, 1012, 101
 
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[^\r\n]*websocket", re.IGNORECASE)
 _log = Logger()
+_T = TypeVar("_T")
+
+
+class _Never:
+    """Stands for Autobahn's Deferreds of a connection's opening and end, which nobody here waits for."""
+
+    def callback(self, result: object) -> None:
+        """Nothing."""
 
 
 @implementer(IPullProducer, IPushProducer)
@@ -75,23 +92,53 @@ class ChatProtocol(WebSocketServerProtocol):
     fragments = 0
     answered = True
     """Whether the last ping was."""
-    _direct = False
+
+    is_closed = is_open = _Never()
+    # What Autobahn's handshake sets, as our short one leaves it.
+    current_frame: Any = None
+    inside_message = False
+    websocket_version = 13
+    _socket_send: Callable[[bytes], int] | None = None
+    """The socket's, where it may be written to at once."""
+
+    def __init__(self) -> None:
+        """Have nothing of one's own yet: see ChatFactory._lean."""
+
+    @cached_property
+    def utf8validator(self) -> Any:  # type: ignore[override]
+        """Autobahn's, for messages that come in pieces."""
+        return Utf8Validator()
+
+    @property
+    def peer(self) -> str:  # type: ignore[override]
+        """Where the client is, as `HOST:PORT`."""
+        peer = self.transport.getPeer()
+        return f"{peer.host}:{peer.port}" if hasattr(peer, "port") else str(peer)
 
     # Coming
 
     def connectionMade(self) -> None:
-        """The first of a connection: the time for its request begins."""
-        super().connectionMade()
-        self._direct = isinstance(self.transport, Connection)
+        """A client is there: the time for its request begins."""
+        transport = self.transport
+        if isinstance(transport, Connection):
+            self._socket_send = transport.socket.send
+            with suppress(OSError):  # a Unix socket has no such option
+                transport.setTcpNoDelay(True)
+        self.factory.countConnections += 1
         self.factory.handshakes.add(self)
 
     def processHandshake(self) -> None:
         """Wait for the whole head of a request, and choose who answers it."""
-        end = self.data.find(b"\r\n\r\n")
+        data = self.data
+        end = data.find(b"\r\n\r\n")
         if end < 0 or end > MAX_HEAD:
-            if len(self.data) > MAX_HEAD:
+            if len(data) > MAX_HEAD:
                 self.failHandshake("the request's head is too long", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        elif _WEBSOCKET.search(self.data, 0, end):
+            return
+        upgrade = parse_upgrade(data[:end])
+        if upgrade is not None:
+            self._upgrade(upgrade, data[end + 4 :])
+        elif _WEBSOCKET.search(data, 0, end):
             super().processHandshake()
         else:
             self._hand_over()
@@ -109,22 +156,53 @@ class ChatProtocol(WebSocketServerProtocol):
         channel.makeConnection(self.transport)
         channel.dataReceived(self.data)
 
+    def _upgrade(self, upgrade: Upgrade, rest: bytes) -> None:
+        """Answer a plain handshake; what came behind it is kept for when it is answered."""
+        try:
+            admitted = self._admit(upgrade.path, upgrade.protocols)
+        except ConnectionDeny:
+            self._deny(Failure())
+            return
+        self.data = rest
+        admitted.addCallbacks(self._switch, self._deny, callbackArgs=(upgrade.key,))
+
+    def _switch(self, protocol: str | None, key: str) -> None:
+        self.state = self.STATE_OPEN
+        self._join(switch(key, protocol, SERVER))
+        if self.data:
+            self.consumeData()
+
+    def _deny(self, failure: Failure) -> None:
+        failure.trap(ConnectionDeny)
+        denied = cast(ConnectionDeny, failure.value)
+        self.failHandshake(str(denied.reason), denied.code)
+
     def onConnect(  # type: ignore[override]  # Autobahn takes Deferreds too
         self, request: ConnectionRequest
     ) -> "Deferred[str | None]":
-        """Autobahn found the handshake good: wait for the room, which is there at once unless nobody is in it."""
-        if request.path != "/":
+        """Autobahn found a handshake good."""
+        return self._admit(request.path, request.protocols)
+
+    def _admit(self, path: str, protocols: Sequence[str]) -> "Deferred[str | None]":
+        """Find the room, at once if someone is in it; answers the subprotocol chosen, or ConnectionDeny."""
+        if path != "/":
             raise ConnectionDeny(HTTPStatus.NOT_FOUND, "there is no room here; connect to /")
-        chosen = SUBPROTOCOL if SUBPROTOCOL in request.protocols else None
-        # What a client sends before it has its answer stays in the socket.
-        self.transport.pauseProducing()
-        return self.factory.rooms.open(MAIN).addCallbacks(self._opened, self._not_opened, callbackArgs=(chosen,))
+        opening = self.factory.rooms.open(MAIN)
+        if not opening.called:
+            # What a client sends before it has its answer stays in its socket.
+            self.transport.pauseProducing()
+            opening.addBoth(self._resume_reading)
+        chosen = SUBPROTOCOL if SUBPROTOCOL in protocols else None
+        return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(chosen,))
+
+    def _resume_reading(self, opened: _T) -> _T:
+        self.transport.resumeProducing()
+        return opened
 
     def _opened(self, room: Room, chosen: str | None) -> str | None:
         if self.state != self.STATE_CONNECTING:
             raise ConnectionDeny(HTTPStatus.REQUEST_TIMEOUT, "the handshake took too long")
         self.room = room
-        self.transport.resumeProducing()
         return chosen
 
     def _not_opened(self, failure: Failure) -> None:
@@ -150,16 +228,34 @@ class ChatProtocol(WebSocketServerProtocol):
         self.dropConnection()
 
     def onOpen(self) -> None:
-        """The handshake is answered: in the same turn send the history and join."""
+        """Autobahn has answered a handshake."""
+        self._join(b"")
+
+    def _join(self, answer: bytes) -> None:
+        """Send the answer to the handshake and the history, and join, all in one turn."""
         factory, room = self.factory, cast(Room, self.room)
         factory.handshakes.discard(self)
         factory.connections.add(self)
         factory.pings.add(self)
-        self.transport.registerProducer(self, not self._direct)
-        self.sendData(room.join(self))
+        self.transport.registerProducer(self, self._socket_send is None)
+        self.sendData(answer + room.join(self))
         _log.info("{peer} joined {room}", peer=self.peer, room=room.name)
 
     # Receiving
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes have come: take the short way with those that it is for."""
+        if self.state == self.STATE_OPEN and not self.inside_message and self.current_frame is None:
+            if self.data:
+                data = self.data + data
+            texts, rest, more = take_texts(data, MAX_MESSAGE)
+            for text in texts:
+                self._post(text)
+            self.data = data[rest:]
+            if self.data and not more:
+                self.consumeData()
+        else:
+            self._dataReceived(data)
 
     def onMessageFrameBegin(self, length: int) -> None:
         """A fragment begins: they are counted, since empty ones would pass every limit in bytes."""
@@ -169,20 +265,33 @@ class ChatProtocol(WebSocketServerProtocol):
             self._fail_connection(POLICY, f"a message came in more than {MAX_FRAGMENTS} frames")
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        """A whole message: post it, or say to this client alone why not."""
+        """A message has come the long way."""
         self.fragments = 0
-        if self.room is None:
-            return
         if isBinary:
             self._fail_connection(UNSUPPORTED, "only text frames are understood")
             return
-        try:
-            post = frames.parse_post(payload)
-        except FrameError as error:
-            _log.info("{peer} posted what is refused", peer=self.peer)
-            self.sendData(frames.error_frame(str(error)))
+        self._post(payload)
+
+    def _post(self, text: bytes) -> None:
+        """Post a text, or say to this client alone why not."""
+        room = self.room
+        if room is None:  # the connection is closing
             return
-        self.factory.rooms.post(self.room.name, post, self)
+        try:
+            post = parse_post(text)
+        except FrameError as error:
+            self._refuse(text, error)
+        else:
+            self.factory.rooms.post(room.name, post, self)
+
+    def _refuse(self, text: bytes, error: FrameError) -> None:
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            self._fail_connection(NOT_UTF8, "a text frame is not UTF-8")
+            return
+        _log.info("{peer} posted what is refused", peer=self.peer)
+        self.sendData(error_frame(str(error)))
 
     def posted(self, post: Post, number: int) -> None:
         """Poster.posted: the message that comes back to its sender tells it."""
@@ -191,7 +300,7 @@ class ChatProtocol(WebSocketServerProtocol):
         """Poster.refused."""
         if self.room is not None:
             text = "The message was not stored; try again."
-            self.sendData(frames.error_frame(text, "UNAVAILABLE"))
+            self.sendData(error_frame(text, "UNAVAILABLE"))
 
     def onPong(self, payload: bytes) -> None:
         """The client lives."""
@@ -201,12 +310,13 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def write(self, data: bytes) -> int:
         """Member.write."""
-        if self._direct:
-            taken = self.transport.writeSomeData(data)
-            # A lost connection takes nothing; the reactor will notice when it tries to write the rest.
-            return taken if isinstance(taken, int) else 0
-        self.transport.write(data)
-        return len(data)
+        if self._socket_send is None:
+            self.transport.write(data)
+            return len(data)
+        try:
+            return self._socket_send(data)
+        except OSError:  # it is full; or gone, as the reactor will find when it tries to write the rest
+            return 0
 
     def hold(self, rest: bytes) -> None:
         """Member.hold."""
@@ -273,8 +383,6 @@ class ChatProtocol(WebSocketServerProtocol):
 class ChatFactory(WebSocketServerFactory):
     """Makes the connections, and holds what they share."""
 
-    protocol = ChatProtocol  # type: ignore[assignment]
-
     def __init__(self, rooms: Rooms, site: Site, reactor: IReactorTime) -> None:
         # Autobahn's own few timers follow the same clock.
         txaio.config.loop = reactor  # type: ignore[attr-defined]
@@ -295,6 +403,20 @@ class ChatFactory(WebSocketServerFactory):
         self.stalls: Deadlines[ChatProtocol] = Deadlines(STALL_SECONDS, reactor)
         self.pings: Deadlines[ChatProtocol] = Deadlines(PING_SECONDS, reactor)
         self._empty: list[Deferred[None]] = []
+        self.protocol = self._lean()
+
+    def _lean(self) -> type[ChatProtocol]:
+        """Make the class of this factory's connections: it has what Autobahn would give to each of them.
+
+        That is some sixty attributes, 6 KB and most of the time that a connection takes to make.  All are
+        the same until a connection gets a value of its own, so they are taken from one made Autobahn's way.
+        """
+        blank = WebSocketServerProtocol()
+        blank.factory = self
+        blank._connectionMade()  # noqa: SLF001 -- what Autobahn's adapter calls
+        self.countConnections = 0
+        shared = {name: value for name, value in vars(blank).items() if name not in vars(ChatProtocol)}
+        return type(ChatProtocol.__name__, (ChatProtocol,), shared)
 
     def look(self) -> None:
         """Do what is due; to be called once a second."""

@@ -372,7 +372,8 @@ class Rooms:
         room.appended(self._missed.pop(name))
         for waiting in self._loading.pop(name):
             waiting.callback(room)
-        self._forget(room)
+        # Those who waited join in their callbacks, which the first may add only after this.
+        self._clock.callLater(0, self._forget, room)
 
     def _not_loaded(self, failure: Failure, name: str) -> None:
         del self._missed[name]

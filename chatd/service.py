@@ -144,6 +144,7 @@ class ChatService(Service):
         if over.active():
             over.cancel()
         for loop, _ in self._loops:
-            loop.stop()
+            if loop.running:  # not when it failed
+                loop.stop()
         yield self._store.close()
         _log.info("stopped")

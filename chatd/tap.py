@@ -140,12 +140,9 @@ class Options(usage.Options):
     }
 
     def __init__(self) -> None:
-        # usage.Options copies these into itself as it begins.
-        self.optParameters = [
-            [name, short, self._environment(name) or default, text]
-            for name, short, default, text in type(self).optParameters
-        ]
         super().__init__()
+        for name in self.parsers:
+            self[name] = self._environment(name) or self[name]
         for name in self.endpoints:
             self[name] = []
 
@@ -175,8 +172,11 @@ class Options(usage.Options):
     def postOptions(self) -> None:
         """Turn every text into its value."""
         for name, default in self.endpoints.items():
-            texts = self[name] or (self._environment(name) or default).split()
+            said = self._environment(name)
+            texts = self[name] or (default if said is None else said).split()
             self[name] = {text: self._value(name, _endpoint, text) for text in texts if text}
+        if not self["listen"]:
+            raise SystemExit("chatd: --listen: give at least one server endpoint such as tcp:8085")
         for name, parse in self.parsers.items():
             self[name] = self._value(name, parse, self[name])
 

@@ -30,9 +30,7 @@ Why = Callable[[], str | None]
 
 
 class _Text(Resource):
-    """A leaf that answers GET and HEAD with a line of text."""
-
-    isLeaf = True
+    """Answers GET and HEAD with a line of text."""
 
     def __init__(self, text: Callable[[], tuple[int, str]]) -> None:
         super().__init__()
@@ -50,12 +48,10 @@ class _Text(Resource):
 class _Page(Resource):
     """The page at `/`."""
 
-    isLeaf = True
-
     def render_GET(self, request: SiteRequest) -> bytes:
         """The page, naming the address that it was asked for at."""
         scheme = "wss" if request.isSecure() else "ws"
-        host = request.getHeader("host") or "localhost"
+        host = (request.getHeader(b"host") or b"localhost").decode(errors="replace")
         url = html.escape(f"{scheme}://{host}/")
         request.setHeader("content-type", "text/html; charset=utf-8")
         request.setHeader("content-security-policy", "default-src 'none'; style-src 'unsafe-inline'")

@@ -37,10 +37,10 @@ class Retention(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Retention":
         """Read `all`, a number of messages (`5000`) or of days (`30d`); ValueError for anything else."""
-        match = re.fullmatch(r"([1-9]\d{0,11})(d?)", text)
-        if match:
-            amount = int(match[1])
-            return cls(seconds=amount * DAY) if match[2] else cls(messages=amount)
+        if re.fullmatch(r"[1-9][0-9]{0,11}", text):
+            return cls(messages=int(text))
+        if re.fullmatch(r"[1-9][0-9]{0,4}d", text):  # more days would go back to before the calendar
+            return cls(seconds=int(text[:-1]) * DAY)
         if text == "all":
             return cls()
         raise ValueError(f"{text!r} is neither a number of messages (5000) nor of days (30d) nor all")

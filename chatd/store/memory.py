@@ -50,6 +50,7 @@ class MemoryStore:
         for entry in seed:
             self._room(SEED_ROOM).append(entry)
             self._stamp = Stamp(self._now, entry.timestamp)
+        self.trim()
 
     def tail(self, follower: Follower) -> None:
         """Log.tail."""

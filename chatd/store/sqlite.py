@@ -17,6 +17,7 @@ import os
 import pathlib
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from itertools import chain
 from typing import Final, NamedTuple, Protocol, TypeVar
 
@@ -138,7 +139,6 @@ class SqliteStore:
         self._waiting: list[_Waiting] = []
         self._committing = False
         self._settling: list[Deferred[None]] = []
-        self._lock = -1
 
     # Opening and closing
 
@@ -148,16 +148,17 @@ class SqliteStore:
         Raises StoreError when the folder cannot be written, another chatd has it, it is something
         else, or a newer chatd wrote it in a way that this one cannot read.
         """
-        self._lock = self._take_lock()
         try:
-            self._write_to = self._connect()
-            self.epoch = self._check(seed)
-            (last,) = self._write_to.execute("SELECT max(stamped) FROM rooms").fetchone()
-            self._stamp = Stamp(self._now, last)
-            self._trim_all()
-            self._read_from = self._connect()
+            with ExitStack() as opened:
+                opened.callback(os.close, self._take_lock())
+                self._write_to = self._connect(opened)
+                self.epoch = self._check(seed)
+                (last,) = self._write_to.execute("SELECT max(stamped) FROM rooms").fetchone()
+                self._stamp = Stamp(self._now, last)
+                self._trim_all()
+                self._read_from = self._connect(opened)
+                self._opened = opened.pop_all()
         except sqlite3.Error as error:
-            os.close(self._lock)
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                 raise StoreError(
                     f"{self._path} is no chatd store ({error}): name another file with --store sqlite:PATH"
@@ -165,9 +166,6 @@ class SqliteStore:
             raise StoreError(
                 f"{self._path} cannot be opened ({error}): name another with --store sqlite:PATH"
             ) from None
-        except StoreError:
-            os.close(self._lock)
-            raise
         self._writer.start()
         self._reader.start()
 
@@ -190,10 +188,10 @@ class SqliteStore:
             ) from None
         return lock
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, opened: ExitStack) -> sqlite3.Connection:
         # The workers use their connections one at a time, in threads of their own.
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
+        opened.enter_context(closing(connection))
         connection.execute("PRAGMA synchronous=FULL")
         return connection
 
@@ -202,10 +200,12 @@ class SqliteStore:
         db = self._write_to
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if not application and not tables:
-            self._create(seed)
-        elif application != APPLICATION_ID:
+        new = not application and not tables
+        if not new and application != APPLICATION_ID:
             raise StoreError(f"{self._path} is no chatd store: name another file with --store sqlite:PATH")
+        db.execute("PRAGMA journal_mode=WAL")  # the file keeps it, so only our own is changed
+        if new:
+            self._create(seed)
         epoch, written, readable_since = db.execute("SELECT epoch, written, readable_since FROM log").fetchone()
         if readable_since > FORMAT:
             raise StoreError(
@@ -232,9 +232,7 @@ class SqliteStore:
     def _close(self, _: None) -> None:
         self._writer.stop()
         self._reader.stop()
-        self._read_from.close()
-        self._write_to.close()
-        os.close(self._lock)
+        self._opened.close()
 
     # Writing
 
@@ -360,8 +358,10 @@ class SqliteStore:
         """Trim every room; answers the first message kept where some were removed (in the writer's thread)."""
         if self._retain == Retention():
             return {}
-        rooms = self._write_to.execute("SELECT name FROM rooms").fetchall()
-        return {room: first for (room,) in rooms if (first := self._trim(room))}
+        with self._write_to as db:
+            db.execute("BEGIN IMMEDIATE")
+            rooms = db.execute("SELECT name FROM rooms").fetchall()
+            return {room: first for (room,) in rooms if (first := self._trim(room))}
 
     def _trim(self, room: str) -> int:
         """Remove what is retained no longer; answers the first message kept, or 0 when nothing was removed."""
