@@ -123,33 +123,33 @@ class Member(Protocol):
 
 
 class Run(NamedTuple):
-    """Consecutive frames, and their bytes joined."""
+    """Consecutive frames, joined."""
 
-    after: int
-    """The number before that of the first."""
-    pieces: Sequence[bytes]
     data: bytes
+    size: int
+    """Of the data, in bytes."""
+    end: int
+    """The number of the last frame."""
+    pieces: Sequence[bytes]
 
-    def serve(self, member: Member) -> None:
-        """Hand it all to a member, or as many whole frames as its transport takes."""
-        taken = member.write(self.data)
-        if taken == len(self.data):
-            member.cursor = self.after + len(self.pieces)
-            return
-        # The frame that was cut must be completed before anything else may be sent.  If the cut fell
-        # between two frames it is the next one, since only a transport with something to send
-        # tells when it can.
-        ends = enumerate(accumulate(map(len, self.pieces)), self.after + 1)
-        member.cursor, end = next((number, end) for number, end in ends if end > taken)
-        member.hold(self.data[taken:end])
+    @classmethod
+    def of(cls, after: int, pieces: Sequence[bytes]) -> "Run":
+        """Join frames, the first of which is numbered after + 1, up to RUN_BYTES, and at least one."""
+        if sum(map(len, pieces)) > RUN_BYTES:
+            fit = sum(end <= RUN_BYTES for end in accumulate(map(len, pieces)))
+            pieces = pieces[: max(fit, 1)]
+        data = b"".join(pieces)
+        return cls(data, len(data), after + len(pieces), pieces)
 
+    def cut(self, taken: int) -> tuple[int, bytes]:
+        """Where a transport stands that took so many bytes: the number of the frame that was cut, and its rest.
 
-def run_of(after: int, pieces: Sequence[bytes]) -> Run:
-    """Join frames up to RUN_BYTES, and at least one."""
-    if sum(map(len, pieces)) > RUN_BYTES:
-        fit = sum(end <= RUN_BYTES for end in accumulate(map(len, pieces)))
-        pieces = pieces[: max(fit, 1)]
-    return Run(after, pieces, b"".join(pieces))
+        That rest must be sent before anything else may be.  If the cut fell between two frames it is the next
+        one, since only a transport with something to send tells when it can.
+        """
+        ends = enumerate(accumulate(map(len, self.pieces)), self.end - len(self.pieces) + 1)
+        number, end = next((number, end) for number, end in ends if end > taken)
+        return number, self.data[taken:end]
 
 
 class Tail:
@@ -262,10 +262,12 @@ class Room:
         self._turn = None
         if self._pass is None:
             self._pass = self._begin()
-        deadline = self._clock.seconds() + SLICE_SECONDS
+        runs, target, deadline = self._runs, self._target, self._clock.seconds() + SLICE_SECONDS
         for count, member in enumerate(self._pass, 1):
-            if member.ready and member.cursor < self._target:
-                self._serve(member)
+            if member.ready and member.cursor < target:
+                run = runs.get(member.cursor) or self._run(member)
+                if run is not None:
+                    self._serve(member, run)
             if count % SLICE_MEMBERS == 0 and self._clock.seconds() > deadline:
                 self._schedule()
                 return
@@ -281,20 +283,27 @@ class Room:
         self._target = self.head
         return iter(members)
 
-    def _serve(self, member: Member) -> None:
-        """Give a member that is ready and behind the run at its cursor."""
+    def _serve(self, member: Member, run: Run) -> None:
+        """Hand a run to a member at its beginning, or as many whole frames as its transport takes."""
+        taken = member.write(run.data)
+        if taken == run.size:
+            member.cursor = run.end
+            if run.end < self._target:
+                self._again.append(member)
+        else:
+            member.cursor, rest = run.cut(taken)
+            member.hold(rest)
+
+    def _run(self, member: Member) -> Run | None:
+        """Join the run at a member's cursor, or see to it that the log is read when the tail has moved on."""
         cursor = member.cursor
-        run = self._runs.get(cursor)
-        if run is None:
-            if cursor + 1 < self._tail.first:
-                self._refill(member)
-                return
-            if len(self._runs) == RUNS:
-                self._runs.clear()
-            run = self._runs[cursor] = run_of(cursor, self._tail.between(cursor, self._target))
-        run.serve(member)
-        if member.ready and member.cursor < self._target:
-            self._again.append(member)
+        if cursor + 1 < self._tail.first:
+            self._refill(member)
+            return None
+        if len(self._runs) == RUNS:
+            self._runs.clear()
+        run = self._runs[cursor] = Run.of(cursor, self._tail.between(cursor, self._target))
+        return run
 
     def _refill(self, member: Member) -> None:
         """Serve a member that the tail overran from the log, or close it when that is too far."""
@@ -314,7 +323,8 @@ class Room:
         if member.cursor + 1 < page.first:
             self._overrun(member)
             return
-        run_of(member.cursor, [frames.message_frame(self._log.epoch, entry) for entry in page.entries]).serve(member)
+        pieces = [frames.message_frame(self._log.epoch, entry) for entry in page.entries]
+        self._serve(member, Run.of(member.cursor, pieces))
         if member.ready:
             self.resume(member)
 
@@ -386,8 +396,8 @@ class Rooms:
         self._forget(room)
 
     def _forget(self, room: Room) -> None:
-        if not room.members:
-            self._rooms.pop(room.name, None)
+        if not room.members and self._rooms.get(room.name) is room:
+            del self._rooms[room.name]
 
     def post(self, room: str, post: Post, poster: Poster) -> None:
         """Append a post to the room's log, from which its members will have it."""
