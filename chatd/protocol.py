@@ -186,7 +186,7 @@ class ChatProtocol(WebSocketServerProtocol):
     def _admit(self, path: str, protocols: Sequence[str]) -> "Deferred[str | None]":
         """Find the room, at once if someone is in it; answers the subprotocol chosen, or ConnectionDeny."""
         if path != "/":
-            raise ConnectionDeny(HTTPStatus.NOT_FOUND, "there is no room here; connect to /")
+            raise ConnectionDeny(HTTPStatus.NOT_FOUND.value, "there is no room here; connect to /")
         opening = self.factory.rooms.open(MAIN)
         if not opening.called:
             # What a client sends before it has its answer stays in its socket.
@@ -201,17 +201,19 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def _opened(self, room: Room, chosen: str | None) -> str | None:
         if self.state != self.STATE_CONNECTING:
-            raise ConnectionDeny(HTTPStatus.REQUEST_TIMEOUT, "the handshake took too long")
+            raise ConnectionDeny(HTTPStatus.REQUEST_TIMEOUT.value, "the handshake took too long")
         self.room = room
         return chosen
 
     def _not_opened(self, failure: Failure) -> None:
         failure.trap(LogUnavailable)
         _log.error("the log cannot be read: {error}", error=failure.value)
-        raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE, "the room cannot be read now")
+        raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE.value, "the room cannot be read now")
 
     def failHandshake(self, reason: str, code: int = 400, responseHeaders: Any = None) -> None:
         """Refuse a handshake with a status, and the reason as text."""
+        if self.state == self.STATE_CLOSED:
+            return
         _log.info("{peer} refused: {code} {reason}", peer=self.peer, code=int(code), reason=reason)
         body = f"{reason}\n".encode()
         headers = [
@@ -415,7 +417,12 @@ class ChatFactory(WebSocketServerFactory):
         blank.factory = self
         blank._connectionMade()  # noqa: SLF001 -- what Autobahn's adapter calls
         self.countConnections = 0
-        shared = {name: value for name, value in vars(blank).items() if name not in vars(ChatProtocol)}
+        shared = {
+            # A function must not become a method.
+            name: staticmethod(value) if callable(value) else value
+            for name, value in vars(blank).items()
+            if name not in vars(ChatProtocol)
+        }
         return type(ChatProtocol.__name__, (ChatProtocol,), shared)
 
     def look(self) -> None:
