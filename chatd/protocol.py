@@ -34,6 +34,7 @@ from autobahn.websocket.types import ConnectionDeny, ConnectionRequest
 from autobahn.websocket.utf8validator import Utf8Validator
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPullProducer, IPushProducer, IReactorTime
+from twisted.internet.protocol import connectionDone
 from twisted.internet.tcp import Connection
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
@@ -364,6 +365,10 @@ class ChatProtocol(WebSocketServerProtocol):
         if self.state == self.STATE_CLOSING and not isReply:
             self.factory.closings.add(self)
 
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The transport is gone: Autobahn's adapter, without the lines for debugging that it composes."""
+        self._connectionLost(reason)  # type: ignore[arg-type]  # so annotated there by mistake
+
     def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
         """The transport is gone."""
         factory = self.factory
@@ -384,6 +389,8 @@ class ChatProtocol(WebSocketServerProtocol):
 
 class ChatFactory(WebSocketServerFactory):
     """Makes the connections, and holds what they share."""
+
+    noisy = False
 
     def __init__(self, rooms: Rooms, site: Site, reactor: IReactorTime) -> None:
         # Autobahn's own few timers follow the same clock.

@@ -70,7 +70,7 @@ class ChatService(Service):
         readiness: Readiness,
         drain: float,
         clock: IReactorTime,
-        observer: ILogObserver | None,
+        observer: ILogObserver,
     ) -> None:
         self._store = store
         self._seed = seed
@@ -90,7 +90,7 @@ class ChatService(Service):
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, which twistd asks for its log observer."""
         super().setServiceParent(parent)
-        if self._observer is not None and isinstance(parent, Componentized):
+        if isinstance(parent, Componentized):
             parent.setComponent(ILogObserver, self._observer)
 
     def startService(self) -> None:

@@ -68,6 +68,7 @@ class _Channel(HTTPChannel):
 class ChatSite(Site):
     """The resources, served without a line of log for each health check."""
 
+    noisy = False
     protocol = _Channel  # type: ignore[assignment]  # HTTP/2 is not offered
 
     def __init__(self, resource: IResource, reactor: IReactorTime) -> None:
