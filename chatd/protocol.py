@@ -186,6 +186,8 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def _admit(self, path: str, protocols: Sequence[str]) -> "Deferred[str | None]":
         """Find the room, at once if someone is in it; answers the subprotocol chosen, or ConnectionDeny."""
+        if self.factory.stopping:
+            raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE.value, "the server is about to stop")
         if path != "/":
             raise ConnectionDeny(HTTPStatus.NOT_FOUND.value, "there is no room here; connect to /")
         opening = self.factory.rooms.open(MAIN)
@@ -411,6 +413,7 @@ class ChatFactory(WebSocketServerFactory):
         self.closings: Deadlines[ChatProtocol] = Deadlines(CLOSE_SECONDS, reactor)
         self.stalls: Deadlines[ChatProtocol] = Deadlines(STALL_SECONDS, reactor)
         self.pings: Deadlines[ChatProtocol] = Deadlines(PING_SECONDS, reactor)
+        self.stopping = False
         self._empty: list[Deferred[None]] = []
         self.protocol = self._lean()
 
@@ -455,7 +458,8 @@ class ChatFactory(WebSocketServerFactory):
         connection.dropConnection(abort=True)
 
     def close(self, code: int, reason: str) -> None:
-        """Begin to close all connections."""
+        """Begin to close all connections; no more join."""
+        self.stopping = True
         for connection in [*self.connections]:
             connection.close(code, reason)
 

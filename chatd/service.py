@@ -107,10 +107,19 @@ class ChatService(Service):
         if faults:
             self._store.close()
             raise SystemExit(f"chatd: {faults[0]}")
+        super().startService()
         for loop, interval in self._loops:
             loop.clock = self._clock
-            loop.start(interval, now=False)
-        super().startService()
+            self._repeat(loop, interval)
+
+    def _repeat(self, loop: LoopingCall, interval: float) -> None:
+        """Go on with a loop that failed, since connections rely on it."""
+
+        def failed(failure: Failure) -> None:
+            _log.failure("what is done every {interval} s failed", failure, interval=interval)
+            self._repeat(loop, interval)
+
+        loop.start(interval, now=False).addErrback(failed)
 
     def _listening(self, port: IListeningPort, text: str) -> None:
         self._ports.append(port)
@@ -144,7 +153,6 @@ class ChatService(Service):
         if over.active():
             over.cancel()
         for loop, _ in self._loops:
-            if loop.running:  # not when it failed
-                loop.stop()
+            loop.stop()
         yield self._store.close()
         _log.info("stopped")

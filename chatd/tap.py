@@ -70,7 +70,7 @@ def _store(url: str) -> Callable[[Retention], Store]:
     if kind == "memory" and colon and not rest:
         return lambda retain: MemoryStore(retain, time.time)
     if kind == "sqlite" and rest:
-        path = pathlib.Path(rest).absolute()
+        path = pathlib.Path(rest)
         return lambda retain: SqliteStore(
             path, retain, time.time, ThreadWorker(reactor, "chatd-write"), ThreadWorker(reactor, "chatd-read")
         )

@@ -8,7 +8,7 @@ GET /readyz   200: send clients here; 503 and why not, otherwise
 import html
 import importlib.resources
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http import HTTPChannel, Request
@@ -61,8 +61,18 @@ class _Page(Resource):
 class _Channel(HTTPChannel):
     """An HTTP connection on which each request has one absolute deadline, not one that every byte puts off."""
 
+    transport: Any
+
     def resetTimeout(self) -> None:
         """Called for each byte that comes in; the time-out set at the request's beginning stands."""
+
+    def allHeadersReceived(self) -> None:
+        """A request's head is there: no body is wanted, and none is spooled to the disk."""
+        if self.length == 0:
+            super().allHeadersReceived()
+        else:
+            self.transport.write(b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            self.loseConnection()
 
 
 class ChatSite(Site):
@@ -74,8 +84,14 @@ class ChatSite(Site):
     def __init__(self, resource: IResource, reactor: IReactorTime) -> None:
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor)
 
+    def startFactory(self) -> None:
+        """Start no clock for lines of an access log."""
+
+    def stopFactory(self) -> None:
+        """Likewise."""
+
     def log(self, request: Request) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def site(why_not: Why, reactor: IReactorTime, *, page: bool) -> ChatSite:

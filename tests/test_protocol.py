@@ -702,6 +702,7 @@ def test_abort_drops_what_is_left_and_unfinished_handshakes(factory):
 def test_ours_shadows_nothing_of_autobahns_by_accident():
     meant = {
         *(
+            "connectionLost",
             "connectionMade",
             "dataReceived",
             "failHandshake",
@@ -716,3 +717,11 @@ def test_ours_shadows_nothing_of_autobahns_by_accident():
     }
     names = set(vars(ChatProtocol)) - meant
     assert {name for name in names if hasattr(WebSocketServerProtocol, name)} == set()
+
+
+def test_who_comes_while_the_server_stops_is_told_when_to_come_again(factory, client):
+    factory.close(1012, "restarting")
+    client.sends(HANDSHAKE)
+    answer = client.transport.read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"Retry-After" in answer
