@@ -22,6 +22,7 @@ to come back.
 Nothing here knows a reactor, a socket or a disk: time, members and the log are handed in.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Final, NamedTuple, Protocol
@@ -44,6 +45,8 @@ RUNS: Final = 16
 """How many joined runs a pass remembers: the cursors that many members share are few."""
 MAX_LAG: Final = 10_000
 """How many messages a member may be behind and still be caught up from the log."""
+GONE: Final = sys.maxsize
+"""The cursor of who has left."""
 SLICE_SECONDS: Final = 0.008
 """How long a flush may keep the reactor from reading."""
 SLICE_MEMBERS: Final = 64
@@ -119,7 +122,7 @@ class Member(Protocol):
         """Keep the rest of a frame that write() cut, and be ready again when it is gone."""
 
     def overrun(self) -> None:
-        """Close it: it is too slow, and what it misses is better had by coming back."""
+        """Close it, and let it leave: it is too slow, and what it misses is better had by coming back."""
 
 
 class Run(NamedTuple):
@@ -222,8 +225,8 @@ class Room:
         return self._history_frame()
 
     def leave(self, member: Member) -> None:
-        """Let a member go; it is served no more."""
-        member.ready = False
+        """Let a member go; it is behind nothing any more, and so served nothing."""
+        member.cursor = GONE
         del self.members[member]
 
     def appended(self, entries: Sequence[Entry]) -> None:
@@ -318,7 +321,7 @@ class Room:
 
     def _refilled(self, page: Page, member: Member) -> None:
         self._refilling.discard(member)
-        if not member.ready:
+        if not member.ready or member not in self.members:
             return
         if member.cursor + 1 < page.first:
             self._overrun(member)
@@ -331,12 +334,11 @@ class Room:
     def _not_refilled(self, failure: Failure, member: Member) -> None:
         self._refilling.discard(member)
         _logger.error("{room}: the log cannot be read: {error}", room=self.name, error=failure.value)
-        if member.ready:
+        if member in self.members:
             self._overrun(member)
 
     def _overrun(self, member: Member) -> None:
         _logger.info("{room}: a member {lag} messages behind is closed", room=self.name, lag=self.head - member.cursor)
-        member.ready = False
         member.overrun()
 
 
