@@ -87,6 +87,7 @@ def take_texts(data: bytes, most: int) -> tuple[list[bytes], int, bool]:
     such a frame when more comes.
     """
     payloads: list[bytes] = []
+    integer = int.from_bytes
     start, end = 0, len(data)
     while start + SHORT <= end:
         length = data[start + 1] - MASKED
@@ -105,7 +106,7 @@ def take_texts(data: bytes, most: int) -> tuple[list[bytes], int, bool]:
             break
         # All bytes at once: as one integer each, payload and repeated mask (section 5.3).
         mask = data[begin - 4 : begin] * (length // 4 + 1)
-        unmasked = int.from_bytes(data[begin:after]) ^ int.from_bytes(mask[:length])
-        payloads.append(unmasked.to_bytes(length))
+        unmasked = integer(data[begin:after], "little") ^ integer(mask[:length], "little")
+        payloads.append(unmasked.to_bytes(length, "little"))
         start = after
     return payloads, start, True

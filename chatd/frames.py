@@ -36,7 +36,7 @@ _WORDS: Final = {
     "minLength": '"{name}" is not allowed to be empty',
     "maxLength": '"{name}" length must be less than or equal to {limit} characters long',
 }
-_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,3})?Z")
 
 
 class Post(NamedTuple):
@@ -135,15 +135,15 @@ def text_frame(payload: bytes) -> bytes:
     if size < 126:
         return b"\x81%c%b" % (size, payload)
     if size < 65536:
-        return b"\x81\x7e%b%b" % (size.to_bytes(2), payload)
-    return b"\x81\x7f%b%b" % (size.to_bytes(8), payload)
+        return b"\x81\x7e" + size.to_bytes(2) + payload
+    return b"\x81\x7f" + size.to_bytes(8) + payload
 
 
 def message_frame(epoch: str, entry: Entry) -> bytes:
     """The WebSocket frame that carries one message to every member."""
     number, username, message, timestamp = entry
-    data = {"username": username, "message": message, "timestamp": timestamp}
-    return text_frame(orjson.dumps({"type": "message", "id": f"{epoch}-{number}", "data": data}))
+    data = orjson.dumps({"username": username, "message": message, "timestamp": timestamp})
+    return text_frame(b'{"type":"message","id":"%b-%d","data":%b}' % (epoch.encode(), number, data))
 
 
 def history_frame(epoch: str, number: int, messages: Iterable[bytes], *, more: bool) -> bytes:

@@ -23,9 +23,13 @@ _NOT_FIELDS: Final = frozenset({"isError", "message", "time", "format", "system"
 def _sentence(event: LogEvent) -> str:
     """What an event says; Twisted's own formatting, which knows calls too, is tried when the plain one fails."""
     try:
-        return str(event["log_format"].format_map(event))
+        sentence = str(event["log_format"].format_map(event))
     except (KeyError, AttributeError, IndexError, TypeError, ValueError):
-        return formatEvent(event)
+        sentence = formatEvent(event)
+    if sentence.isprintable():
+        return sentence
+    # What a client sent may be in it: no line breaks, and nothing that a terminal obeys.
+    return "".join(character if character.isprintable() else " " for character in sentence)
 
 
 def _level(event: LogEvent) -> str:
@@ -38,7 +42,7 @@ def text_line(event: LogEvent) -> str:
     if "log_failure" in event:
         sentence = eventAsText(event, includeTimestamp=False, includeSystem=False)
     else:
-        sentence = _sentence(event).replace("\n", " ")
+        sentence = _sentence(event)
     return f"{timestamp(event['log_time'])} {_level(event)} {event.get('log_namespace', '-')}: {sentence}\n"
 
 

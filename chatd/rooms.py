@@ -32,8 +32,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from chatd import frames
-from chatd.frames import Entry, Post
+from chatd.frames import Entry, Post, history_frame, message_frame
 
 MAIN: Final = "main"
 """The room of a client that names none."""
@@ -170,10 +169,10 @@ class Tail:
         """The number of the newest message."""
         return self.first + len(self._frames) - 1
 
-    def append(self, frame: bytes) -> None:
-        """Add the next message's frame, and let go of the oldest quarter when that makes it too much."""
-        self._frames.append(frame)
-        self._bytes += len(frame)
+    def extend(self, new: Sequence[bytes]) -> None:
+        """Add the next messages' frames, and let go of the oldest quarter when that makes it too much."""
+        self._frames += new
+        self._bytes += sum(map(len, new))
         if self._bytes > TAIL_BYTES and len(self._frames) > 2 * self._keep:
             old = min(len(self._frames) // 4 + 1, len(self._frames) - self._keep)
             self._bytes -= sum(map(len, self._frames[:old]))
@@ -196,8 +195,7 @@ class Room:
         self._history = history
         self._first = page.first
         self._tail = Tail(page.head - len(page.entries), history)
-        for entry in page.entries:
-            self._tail.append(frames.message_frame(log.epoch, entry))
+        self._tail.extend([message_frame(log.epoch, entry) for entry in page.entries])
         self._greeting: tuple[tuple[int, int], bytes] | None = None
         self._turn: IDelayedCall | None = None
         # The pass: whom it has yet to serve, up to which message, with which joined runs by cursor;
@@ -231,9 +229,8 @@ class Room:
 
     def appended(self, entries: Sequence[Entry]) -> None:
         """Take what the log appended; what is known already, because the room was loaded since, is passed over."""
-        for entry in entries:
-            if entry.number > self.head:
-                self._tail.append(frames.message_frame(self._log.epoch, entry))
+        head, epoch = self._tail.head, self._log.epoch
+        self._tail.extend([message_frame(epoch, entry) for entry in entries if entry.number > head])
         self._schedule()
 
     def trimmed(self, first: int) -> None:
@@ -253,7 +250,7 @@ class Room:
             after = max(self.head - self._history, self._first - 1, self._tail.first - 1)
             newest = self._tail.between(after, self.head)
             more = after + 1 > self._first
-            self._greeting = key, frames.history_frame(self._log.epoch, self.head, newest, more=more)
+            self._greeting = key, history_frame(self._log.epoch, self.head, newest, more=more)
         return self._greeting[1]
 
     def _schedule(self) -> None:
@@ -326,7 +323,7 @@ class Room:
         if member.cursor + 1 < page.first:
             self._overrun(member)
             return
-        pieces = [frames.message_frame(self._log.epoch, entry) for entry in page.entries]
+        pieces = [message_frame(self._log.epoch, entry) for entry in page.entries]
         self._serve(member, Run.of(member.cursor, pieces))
         if member.ready:
             self.resume(member)

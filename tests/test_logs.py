@@ -48,7 +48,7 @@ def test_a_field_that_json_has_no_word_for_is_given_as_text(logged):
 
 
 def test_a_text_of_several_lines_stays_on_one():
-    assert line_of(log_format="{text}", text="a\nb")["event"] == "a\nb"
+    assert line_of(log_format="{text}", text="a\nb")["event"] == "a b"
 
 
 def test_text_that_is_not_ascii_is_kept(logged):

@@ -586,7 +586,7 @@ def test_the_tail_lets_go_of_the_oldest_but_never_of_the_history(monkeypatch):
     monkeypatch.setattr(rooms, "TAIL_BYTES", 100)
     tail = Tail(0, 4)
     for number in range(1, 101):
-        tail.append(b"x" * 30)
+        tail.extend([b"x" * 30])
         assert tail.head == number
         assert len(tail.between(tail.first - 1, tail.head)) >= min(number, 4)
         assert len(tail.between(tail.first - 1, tail.head)) <= 9

@@ -1,0 +1,63 @@
+import pytest
+from helpers import ManualTime, RecordingPoster, result_of
+from store_contract import SEED, StoreContract
+
+from chatd.frames import Post
+from chatd.store import memory
+from chatd.store.base import DAY, Retention
+from chatd.store.memory import MemoryStore
+
+
+class TestMemoryStore(StoreContract):
+    @pytest.fixture
+    def make(self):
+        return MemoryStore
+
+    def test_nothing_outlives_it(self, bench):
+        first = bench(seed=SEED)
+        first.post("main", "hi")
+        second = bench(seed=SEED)
+        assert second.read("main").head == 2
+        assert second.store.epoch != first.store.epoch
+
+    def test_a_post_is_done_on_return(self, bench):
+        log = bench()
+        poster = RecordingPoster()
+        log.store.append("main", Post("ann", "hi"), poster)
+        assert poster.numbers == [1]
+        assert log.told()
+
+    def test_reading_a_room_takes_no_memory(self, bench):
+        log = bench()
+        log.read("other")
+        assert not log.store._rooms  # else whoever asks for many rooms could fill it
+
+    def test_it_is_always_settled(self, bench):
+        assert result_of(bench().store.settled()) is None
+
+    def test_it_keeps_ten_thousand_messages_a_room_if_nothing_else_is_asked_for(self):
+        assert memory.KEEP == 10_000
+
+    @pytest.mark.parametrize("retain", ["all", "30d"])
+    def test_the_memory_that_a_room_takes_is_bounded(self, bench, monkeypatch, retain):
+        monkeypatch.setattr(memory, "KEEP", 3)
+        log = bench(retain=retain)
+        log.post("main", *"abcde")
+        assert log.texts("main") == [*"cde"]
+        assert log.told()[-1] == ("trimmed", "main", 3)
+
+    def test_more_than_ten_thousand_are_kept_if_that_is_asked_for(self, monkeypatch):
+        monkeypatch.setattr(memory, "KEEP", 3)
+        store = MemoryStore(Retention(messages=5), ManualTime())
+        store.open(())
+        for text in "abcdef":
+            store.append("main", Post("ann", text), RecordingPoster())
+        assert result_of(store.read("main", None, 100))[1:] == (2, 6)
+
+    def test_a_room_of_which_all_is_too_old_is_emptied_message_by_message(self, bench):
+        log = bench(retain="1d")
+        log.post("main", *"abc")
+        log.now.advance(DAY + 1)
+        log.post("main", "d")
+        assert log.texts("main") == ["d"]
+        assert log.told()[-1] == ("trimmed", "main", 4)
