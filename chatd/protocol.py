@@ -22,10 +22,11 @@ have taken nothing for too long.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from http import HTTPStatus
+from socket import socket
 from typing import Any, Final, TypeVar, cast
 
 import txaio
@@ -99,8 +100,8 @@ class ChatProtocol(WebSocketServerProtocol):
     current_frame: Any = None
     inside_message = False
     websocket_version = 13
-    _socket_send: Callable[[bytes], int] | None = None
-    """The socket's, where it may be written to at once."""
+    _socket: socket | None = None
+    """Where it may be written to at once."""
 
     def __init__(self) -> None:
         """Have nothing of one's own yet: see ChatFactory._lean."""
@@ -122,7 +123,7 @@ class ChatProtocol(WebSocketServerProtocol):
         """A client is there: the time for its request begins."""
         transport = self.transport
         if isinstance(transport, Connection):
-            self._socket_send = transport.socket.send
+            self._socket = transport.socket
             with suppress(OSError):  # a Unix socket has no such option
                 transport.setTcpNoDelay(True)
         self.factory.countConnections += 1
@@ -239,10 +240,11 @@ class ChatProtocol(WebSocketServerProtocol):
     def _join(self, answer: bytes) -> None:
         """Send the answer to the handshake and the history, and join, all in one turn."""
         factory, room = self.factory, cast(Room, self.room)
+        self.ready = True  # its own, as is its cursor: what each pass looks at lies together
         factory.handshakes.discard(self)
         factory.connections.add(self)
         factory.pings.add(self)
-        self.transport.registerProducer(self, self._socket_send is None)
+        self.transport.registerProducer(self, self._socket is None)
         self.sendData(answer + room.join(self))
         _log.info("{peer} joined {room}", peer=self.peer, room=room.name)
 
@@ -315,11 +317,11 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def write(self, data: bytes) -> int:
         """Member.write."""
-        if self._socket_send is None:
+        if self._socket is None:
             self.transport.write(data)
             return len(data)
         try:
-            return self._socket_send(data)
+            return self._socket.send(data)
         except OSError:  # it is full; or gone, as the reactor will find when it tries to write the rest
             return 0
 

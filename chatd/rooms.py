@@ -262,12 +262,21 @@ class Room:
         self._turn = None
         if self._pass is None:
             self._pass = self._begin()
-        runs, target, deadline = self._runs, self._target, self._clock.seconds() + SLICE_SECONDS
+        target, again, deadline = self._target, self._again, self._clock.seconds() + SLICE_SECONDS
+        at, run = GONE, None  # where the member before stood, as nearly all do: its run is at hand
         for count, member in enumerate(self._pass, 1):
-            if member.ready and member.cursor < target:
-                run = runs.get(member.cursor) or self._run(member)
-                if run is not None:
-                    self._serve(member, run)
+            cursor = member.cursor
+            if cursor < target and member.ready:
+                if cursor != at:
+                    at, run = cursor, self._run(cursor)
+                if run is None:
+                    self._refill(member)
+                elif (taken := member.write(run.data)) == run.size:
+                    member.cursor = run.end
+                    if run.end < target:
+                        again.append(member)
+                else:
+                    self._cut(member, run, taken)
             if count % SLICE_MEMBERS == 0 and self._clock.seconds() > deadline:
                 self._schedule()
                 return
@@ -283,26 +292,21 @@ class Room:
         self._target = self.head
         return iter(members)
 
-    def _serve(self, member: Member, run: Run) -> None:
-        """Hand a run to a member at its beginning, or as many whole frames as its transport takes."""
-        taken = member.write(run.data)
-        if taken == run.size:
-            member.cursor = run.end
-            if run.end < self._target:
-                self._again.append(member)
-        else:
-            member.cursor, rest = run.cut(taken)
-            member.hold(rest)
+    @staticmethod
+    def _cut(member: Member, run: Run, taken: int) -> None:
+        """A member's transport took a part of a run: whole frames, and what it must keep the rest of."""
+        member.cursor, rest = run.cut(taken)
+        member.hold(rest)
 
-    def _run(self, member: Member) -> Run | None:
-        """Join the run at a member's cursor, or see to it that the log is read when the tail has moved on."""
-        cursor = member.cursor
+    def _run(self, cursor: int) -> Run | None:
+        """Join the run at a cursor, unless it was; None when the tail has moved on, and the log must be read."""
         if cursor + 1 < self._tail.first:
-            self._refill(member)
             return None
-        if len(self._runs) == RUNS:
-            self._runs.clear()
-        run = self._runs[cursor] = Run.of(cursor, self._tail.between(cursor, self._target))
+        run = self._runs.get(cursor)
+        if run is None:
+            if len(self._runs) == RUNS:
+                self._runs.clear()
+            run = self._runs[cursor] = Run.of(cursor, self._tail.between(cursor, self._target))
         return run
 
     def _refill(self, member: Member) -> None:
@@ -324,9 +328,13 @@ class Room:
             self._overrun(member)
             return
         pieces = [message_frame(self._log.epoch, entry) for entry in page.entries]
-        self._serve(member, Run.of(member.cursor, pieces))
-        if member.ready:
+        run = Run.of(member.cursor, pieces)
+        taken = member.write(run.data)
+        if taken == run.size:
+            member.cursor = run.end
             self.resume(member)
+        else:
+            self._cut(member, run, taken)
 
     def _not_refilled(self, failure: Failure, member: Member) -> None:
         self._refilling.discard(member)

@@ -188,7 +188,7 @@ def test_a_connection_has_all_that_autobahn_would_have_given_it(factory):
 def test_a_connection_that_waits_has_little_of_its_own(client):
     client.joins()
     assert set(vars(client.protocol)) <= {
-        *("factory", "transport", "connected", "state", "data", "room", "cursor", "ready", "_socket_send"),
+        *("factory", "transport", "connected", "state", "data", "room", "cursor", "ready", "_socket"),
     }
 
 
