@@ -94,6 +94,8 @@ class ChatProtocol(WebSocketServerProtocol):
     fragments = 0
     answered = True
     """Whether the last ping was."""
+    unread = False
+    """Whether nothing is read from the client, because its answers wait."""
 
     is_closed = is_open = _Never()
     # What Autobahn's handshake sets, as our short one leaves it.
@@ -331,9 +333,12 @@ class ChatProtocol(WebSocketServerProtocol):
         self.transport.write(rest)
 
     def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
-        """All that Autobahn sends passes here, and keeps its place among what the room sends."""
+        """All that is an answer passes here, and keeps its place among what the room sends."""
         if not self.ready:
+            # Who does not read what he is answered is not read either, else his answers would pile up.
             self.transport.write(data)
+            self.transport.pauseProducing()
+            self.unread = True
         elif (taken := self.write(data)) < len(data):
             self.hold(data[taken:])
 
@@ -346,6 +351,9 @@ class ChatProtocol(WebSocketServerProtocol):
         """IPullProducer: the transport is empty."""
         self.ready = True
         self.factory.stalls.discard(self)
+        if self.unread:
+            self.unread = False
+            self.transport.resumeProducing()
         if self.room is not None and self in self.room.members:
             self.room.resume(self)
 

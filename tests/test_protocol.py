@@ -521,6 +521,19 @@ def test_what_autobahn_sends_is_buffered_when_the_socket_does_not_take_it(client
     assert client.protocol.ready
 
 
+@pytest.mark.parametrize("nonsense", [masked(b"nonsense"), masked(b"ping", first=0x89)], ids=["errors", "pongs"])
+def test_who_does_not_read_his_answers_is_not_read(client, nonsense):
+    client.joins()
+    client.transport.socket.space = 0
+    client.sends(nonsense)
+    assert client.transport.producerState == "producing"  # one answer may be under way
+    client.sends(nonsense)
+    assert client.transport.producerState == "paused"
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    assert client.transport.read()
+
+
 def test_a_transport_that_buffers_for_itself_pauses_its_member(factory, clock):
     client = Client(factory, Wire())
     client.joins()
