@@ -24,7 +24,7 @@ Nothing here knows a reactor, a socket or a disk: time, members and the log are 
 
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Final, NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred, succeed
@@ -154,6 +154,9 @@ class Run(NamedTuple):
         return number, self.data[taken:end]
 
 
+NO_RUN: Final = Run(b"", 0, 0, ())
+
+
 class Tail:
     """The newest frames of a room by number, bounded in bytes but never below `keep` messages."""
 
@@ -262,22 +265,10 @@ class Room:
         self._turn = None
         if self._pass is None:
             self._pass = self._begin()
-        target, again, deadline = self._target, self._again, self._clock.seconds() + SLICE_SECONDS
-        at, run = GONE, None  # where the member before stood, as nearly all do: its run is at hand
-        for count, member in enumerate(self._pass, 1):
-            cursor = member.cursor
-            if cursor < target and member.ready:
-                if cursor != at:
-                    at, run = cursor, self._run(cursor)
-                if run is None:
-                    self._refill(member)
-                elif (taken := member.write(run.data)) == run.size:
-                    member.cursor = run.end
-                    if run.end < target:
-                        again.append(member)
-                else:
-                    self._cut(member, run, taken)
-            if count % SLICE_MEMBERS == 0 and self._clock.seconds() > deadline:
+        deadline = self._clock.seconds() + SLICE_SECONDS
+        while members := [*islice(self._pass, SLICE_MEMBERS)]:
+            self._serve(members)
+            if self._clock.seconds() > deadline:
                 self._schedule()
                 return
         self._pass = None
@@ -292,16 +283,37 @@ class Room:
         self._target = self.head
         return iter(members)
 
+    def _serve(self, members: Sequence[Member]) -> None:
+        """Hand each member that is ready and behind the run at its cursor."""
+        target = self._target
+        # Where the member before stood, as nearly all do, so that its run is at hand.
+        at, run, data, size, end = GONE, NO_RUN, b"", 0, 0
+        for member in members:
+            cursor = member.cursor
+            if cursor >= target or not member.ready:
+                continue
+            if cursor != at:
+                at, run = cursor, self._run(cursor)
+                data, size, end, _ = run
+            if run is NO_RUN:
+                self._refill(member)
+            elif (taken := member.write(data)) == size:
+                member.cursor = end
+                if end < target:
+                    self._again.append(member)
+            else:
+                self._cut(member, run, taken)
+
     @staticmethod
     def _cut(member: Member, run: Run, taken: int) -> None:
         """A member's transport took a part of a run: whole frames, and what it must keep the rest of."""
         member.cursor, rest = run.cut(taken)
         member.hold(rest)
 
-    def _run(self, cursor: int) -> Run | None:
-        """Join the run at a cursor, unless it was; None when the tail has moved on, and the log must be read."""
+    def _run(self, cursor: int) -> Run:
+        """Join the run at a cursor, unless it was; NO_RUN when the tail has moved on, and the log must be read."""
         if cursor + 1 < self._tail.first:
-            return None
+            return NO_RUN
         run = self._runs.get(cursor)
         if run is None:
             if len(self._runs) == RUNS:
