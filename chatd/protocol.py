@@ -62,7 +62,7 @@ HANDSHAKE_SECONDS: Final = 10
 PING_SECONDS: Final = 25
 """How often a client is pinged, below every load balancer's idle limit; the next ping is its deadline."""
 STALL_SECONDS: Final = 40
-"""How long a transport may take nothing at all."""
+"""How long a transport may take nothing at all before its client is told to come back, and again before it is dropped."""
 CLOSE_SECONDS: Final = 5
 """How long a client may take to answer a close."""
 RETRY_SECONDS: Final = 2
@@ -354,6 +354,8 @@ class ChatProtocol(WebSocketServerProtocol):
         if self.unread:
             self.unread = False
             self.transport.resumeProducing()
+        if self.state == self.STATE_CLOSING:  # the close frame is out by now
+            self.factory.closings.add(self)
         if self.room is not None and self in self.room.members:
             self.room.resume(self)
 
@@ -374,7 +376,7 @@ class ChatProtocol(WebSocketServerProtocol):
         """Whoever began it: after the close frame nothing may be sent (RFC 6455, section 5.5.1)."""
         self._leave()
         super().sendCloseFrame(code, reasonUtf8, isReply)
-        if self.state == self.STATE_CLOSING and not isReply:
+        if self.state == self.STATE_CLOSING and not isReply and self.ready:
             self.factory.closings.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -447,13 +449,16 @@ class ChatFactory(WebSocketServerFactory):
 
     def look(self) -> None:
         """Do what is due; to be called once a second."""
-        for late, why in (
-            (self.handshakes, "sent no whole request"),
-            (self.closings, "did not answer the close"),
-            (self.stalls, "took nothing"),
-        ):
-            for connection in late.expired():
-                self._drop(connection, why)
+        for connection in self.handshakes.expired():
+            self._drop(connection, "sent no whole request")
+        for connection in self.closings.expired():
+            self._drop(connection, "did not answer the close")
+        for connection in [*self.stalls.expired()]:
+            if connection.room is None:
+                self._drop(connection, "took nothing")
+            else:
+                connection.overrun()
+                self.stalls.add(connection)
         for connection in [*self.pings.expired()]:
             if connection.answered:
                 connection.answered = False
@@ -472,6 +477,7 @@ class ChatFactory(WebSocketServerFactory):
         self.stopping = True
         for connection in [*self.connections]:
             connection.close(code, reason)
+            self.closings.add(connection)
 
     def abort(self) -> None:
         """Drop those that are left, and the unfinished handshakes."""

@@ -598,7 +598,8 @@ def test_who_does_not_answer_a_ping_is_dropped_at_the_next(client, factory, cloc
     assert client.transport.aborted
 
 
-def test_a_transport_that_takes_nothing_for_too_long_is_dropped(client, factory, clock, events):
+def stall(client, factory, clock):
+    """Take nothing for so long that the server has had enough."""
     client.joins()
     client.transport.socket.space = 0
     client.posts()
@@ -606,6 +607,25 @@ def test_a_transport_that_takes_nothing_for_too_long_is_dropped(client, factory,
     look(factory, clock, protocol.PING_SECONDS)
     client.sends(masked(b"", first=0x8A))
     look(factory, clock, protocol.STALL_SECONDS - protocol.PING_SECONDS)
+
+
+def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, factory, clock):
+    stall(client, factory, clock)
+    assert factory.rooms._rooms == {}
+    look(factory, clock, protocol.STALL_SECONDS - 1)
+    assert not client.transport.aborted
+    client.transport.drain()
+    data = client.transport.read().replace(b"\x89\x00", b"")  # without the ping
+    close = data.index(b"\x88")
+    assert read_frames(data[:close])[0]["data"]["message"] == "hi"
+    assert int.from_bytes(data[close + 2 : close + 4]) == 1013
+    look(factory, clock, protocol.CLOSE_SECONDS)
+    assert client.transport.aborted
+
+
+def test_who_takes_nothing_even_then_is_dropped(client, factory, clock, events):
+    stall(client, factory, clock)
+    look(factory, clock, protocol.STALL_SECONDS)
     assert client.transport.aborted
     assert "took nothing" in [event.get("why") for event in events]
 
