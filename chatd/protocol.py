@@ -62,7 +62,7 @@ HANDSHAKE_SECONDS: Final = 10
 PING_SECONDS: Final = 25
 """How often a client is pinged, below every load balancer's idle limit; the next ping is its deadline."""
 STALL_SECONDS: Final = 40
-"""How long a transport may take nothing at all before its client is told to come back, and again before it is dropped."""
+"""How long a transport may take nothing before its client is told to come back, and again before it is dropped."""
 CLOSE_SECONDS: Final = 5
 """How long a client may take to answer a close."""
 RETRY_SECONDS: Final = 2
