@@ -13,7 +13,6 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
 from twisted.internet.tcp import Connection
 from twisted.internet.testing import StringTransport
-from twisted.logger import globalLogPublisher
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 
@@ -48,15 +47,6 @@ def store():
 @pytest.fixture
 def factory(store, clock):
     return ChatFactory(Rooms(store, clock, 100), web.site(lambda: None, clock, page=True), clock)
-
-
-@pytest.fixture
-def events():
-    """What was logged."""
-    seen = []
-    globalLogPublisher.addObserver(seen.append)
-    yield seen
-    globalLogPublisher.removeObserver(seen.append)
 
 
 class Wire(StringTransport):

@@ -409,22 +409,14 @@ def test_a_frame_that_is_cut_is_completed_first_and_nothing_else_is_kept(log, lo
     assert member.numbers == [1, 2, 3, 4, 5]
 
 
-def test_a_cut_between_two_frames_holds_the_next_one(log, lobby, clock):
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_cut_between_two_frames_holds_the_next_one_and_no_more(log, lobby, clock, taken):
     frame = len(message_frame("abcd", Entry(1, "ann", "x", "t")))
-    room, member, _ = enter(lobby, Reader(frame))
+    room, member, _ = enter(lobby, Reader(taken * frame))
     log.say(3)
     turns(clock)
-    assert member.cursor == 2
-    member.drain(room)
-    turns(clock)
-    assert member.numbers == [1, 2, 3]
-
-
-def test_a_transport_that_takes_nothing_holds_one_frame(log, lobby, clock):
-    room, member, _ = enter(lobby, Reader(0))
-    log.say(3)
-    turns(clock)
-    assert member.cursor == 1
+    assert member.cursor == taken + 1
+    assert len(member.held) == frame
     member.drain(room)
     turns(clock)
     assert member.numbers == [1, 2, 3]

@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, LogLevel, globalLogPublisher
+from twisted.logger import ILogObserver, LogLevel
 from zope.interface import implementer
 
 from chatd.frames import Entry
@@ -154,15 +154,6 @@ class Server:
 @pytest.fixture
 def server():
     return Server()
-
-
-@pytest.fixture
-def events():
-    """What is logged."""
-    seen = []
-    globalLogPublisher.addObserver(seen.append)
-    yield seen
-    globalLogPublisher.removeObserver(seen.append)
 
 
 def in_use():
