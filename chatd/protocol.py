@@ -33,7 +33,7 @@ import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from autobahn.websocket.types import ConnectionDeny, ConnectionRequest
 from autobahn.websocket.utf8validator import Utf8Validator
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.interfaces import IPullProducer, IPushProducer, IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.internet.tcp import Connection
@@ -162,12 +162,8 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def _upgrade(self, upgrade: Upgrade, rest: bytes) -> None:
         """Answer a plain handshake; what came behind it is kept for when it is answered."""
-        try:
-            admitted = self._admit(upgrade.path, upgrade.protocols)
-        except ConnectionDeny:
-            self._deny(Failure())
-            return
         self.data = rest
+        admitted = maybeDeferred(self._admit, upgrade.path, upgrade.protocols)
         admitted.addCallbacks(self._switch, self._deny, callbackArgs=(upgrade.key,))
 
     def _switch(self, protocol: str | None, key: str) -> None:
@@ -189,8 +185,6 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def _admit(self, path: str, protocols: Sequence[str]) -> "Deferred[str | None]":
         """Find the room, at once if someone is in it; answers the subprotocol chosen, or ConnectionDeny."""
-        if self.factory.stopping:
-            raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE.value, "the server is about to stop")
         if path != "/":
             raise ConnectionDeny(HTTPStatus.NOT_FOUND.value, "there is no room here; connect to /")
         opening = self.factory.rooms.open(MAIN)
@@ -208,6 +202,8 @@ class ChatProtocol(WebSocketServerProtocol):
     def _opened(self, room: Room, chosen: str | None) -> str | None:
         if self.state != self.STATE_CONNECTING:
             raise ConnectionDeny(HTTPStatus.REQUEST_TIMEOUT.value, "the handshake took too long")
+        if self.factory.stopping:
+            raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE.value, "the server is about to stop")
         self.room = room
         return chosen
 
@@ -372,6 +368,11 @@ class ChatProtocol(WebSocketServerProtocol):
         """Begin the closing handshake."""
         self.sendCloseFrame(code, reason.encode())
 
+    def abort(self) -> None:
+        """End it without any handshake."""
+        self.wasClean = True  # it was meant, and is nothing that Autobahn should warn of
+        self.dropConnection(abort=True)
+
     def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
         """Whoever began it: after the close frame nothing may be sent (RFC 6455, section 5.5.1)."""
         self._leave()
@@ -469,8 +470,7 @@ class ChatFactory(WebSocketServerFactory):
 
     def _drop(self, connection: ChatProtocol, why: str) -> None:
         _log.info("{peer} is dropped: it {why} in time", peer=connection.peer, why=why)
-        connection.wasClean = True
-        connection.dropConnection(abort=True)
+        connection.abort()
 
     def close(self, code: int, reason: str) -> None:
         """Begin to close all connections; no more join."""
@@ -482,8 +482,7 @@ class ChatFactory(WebSocketServerFactory):
     def abort(self) -> None:
         """Drop those that are left, and the unfinished handshakes."""
         for connection in [*self.connections, *self.handshakes]:
-            connection.wasClean = True
-            connection.dropConnection(abort=True)
+            connection.abort()
 
     def empty(self) -> "Deferred[None]":
         """Fires when there is no connection."""

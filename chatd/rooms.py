@@ -40,6 +40,8 @@ TAIL_BYTES: Final = 4 << 20
 """How much of a room's newest frames is kept in memory (the history is kept in any case)."""
 RUN_BYTES: Final = 64 << 10
 """How much one member is handed in one turn, so that those who lag do not each join a whole tail."""
+RUN_FRAMES: Final = RUN_BYTES // 64
+"""More frames than fit into RUN_BYTES, since none is that short: what is beyond need not be measured."""
 RUNS: Final = 16
 """How many joined runs a pass remembers: the cursors that many members share are few."""
 MAX_LAG: Final = 10_000
@@ -318,7 +320,8 @@ class Room:
         if run is None:
             if len(self._runs) == RUNS:
                 self._runs.clear()
-            run = self._runs[cursor] = Run.of(cursor, self._tail.between(cursor, self._target))
+            until = min(self._target, cursor + RUN_FRAMES)
+            run = self._runs[cursor] = Run.of(cursor, self._tail.between(cursor, until))
         return run
 
     def _refill(self, member: Member) -> None:

@@ -2,28 +2,11 @@
 
 import pytest
 from autobahn.websocket.protocol import WebSocketServerProtocol
+from helpers import HEAD, MASK, masked
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chatd.fastpath import MAGIC, Upgrade, parse_upgrade, switch, take_texts
-
-HEAD = (
-    b"GET / HTTP/1.1\r\nHost: localhost:8085\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13"
-)
-MASK = b"\x12\x34\x56\x78"
-
-
-def masked(payload, mask=MASK, first=0x81):
-    size = len(payload)
-    length = (
-        bytes([0x80 | size])
-        if size < 126
-        else b"\xfe" + size.to_bytes(2)
-        if size < 65536
-        else b"\xff" + size.to_bytes(8)
-    )
-    return bytes([first]) + length + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
 
 
 def test_a_plain_handshake_is_read():

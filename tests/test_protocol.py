@@ -5,8 +5,7 @@ import json
 import pytest
 import txaio
 from autobahn.twisted.websocket import WebSocketServerProtocol
-from test_fastpath import HEAD, masked
-from test_rooms import read_frames
+from helpers import HEAD, masked, read_frames
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
@@ -748,3 +747,10 @@ def test_who_comes_while_the_server_stops_is_told_when_to_come_again(factory, cl
     answer = client.transport.read()
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After" in answer
+
+
+def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting):
+    waiting.protocol.factory.close(1012, "restarting")
+    held.reading.callback(held.page)
+    assert waiting.transport.read().startswith(b"HTTP/1.1 503 ")
+    assert not waiting.protocol.factory.connections

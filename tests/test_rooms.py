@@ -1,8 +1,7 @@
 """A room is a log; a client is a cursor."""
 
-import json
-
 import pytest
+from helpers import read_frames
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -12,22 +11,6 @@ from twisted.internet.task import Clock
 from chatd import rooms
 from chatd.frames import Entry, Post, message_frame
 from chatd.rooms import LogUnavailable, Page, Rooms, Run, Tail
-
-
-def read_frames(data):
-    """The texts in a stream of a server's frames (RFC 6455, section 5.2)."""
-    texts = []
-    while data:
-        size, begin = data[1], 2
-        if size == 126:
-            size, begin = int.from_bytes(data[2:4]), 4
-        elif size == 127:
-            size, begin = int.from_bytes(data[2:10]), 10
-        assert data[0] == 0x81
-        assert len(data) >= begin + size, "a frame was cut"
-        texts.append(json.loads(data[begin : begin + size]))
-        data = data[begin + size :]
-    return texts
 
 
 class ScriptedLog:
@@ -455,6 +438,16 @@ def overrun(log, lobby, clock, count=40):
     return room, member
 
 
+def reading(log, clock):
+    """A member that was overrun and for which the log is being read."""
+    lobby = Rooms(log, clock, 5)
+    room, member = overrun(log, lobby, clock)
+    log.held = True
+    member.drain(room)
+    turns(clock)
+    return lobby, room, member
+
+
 def test_who_was_overrun_by_the_tail_is_caught_up_from_the_log(log, clock, short_tail):
     room, member = overrun(log, Rooms(log, clock, 5), clock)
     reads = len(log.reads)
@@ -483,10 +476,7 @@ def test_while_the_log_is_read_for_a_member_it_is_read_once(log, clock, short_ta
 
 
 def test_a_member_that_stalls_again_while_the_log_is_read_loses_nothing(log, clock, short_tail):
-    room, member = overrun(log, Rooms(log, clock, 5), clock)
-    log.held = True
-    member.drain(room)
-    turns(clock)
+    _, room, member = reading(log, clock)
     member.ready = False
     log.held = False
     log.answer()
@@ -499,11 +489,7 @@ def test_a_member_that_stalls_again_while_the_log_is_read_loses_nothing(log, clo
 
 
 def test_who_left_while_the_log_was_read_is_sent_nothing(log, clock, short_tail):
-    lobby = Rooms(log, clock, 5)
-    room, member = overrun(log, lobby, clock)
-    log.held = True
-    member.drain(room)
-    turns(clock)
+    lobby, room, member = reading(log, clock)
     lobby.leave(room, member)
     writes = len(member.writes)
     log.answer()
@@ -530,20 +516,13 @@ def test_who_misses_what_retention_removed_is_told_to_come_back_rather_than_give
 
 
 def test_a_log_that_cannot_be_read_closes_who_needs_it(log, clock, short_tail):
-    room, member = overrun(log, Rooms(log, clock, 5), clock)
-    log.held = True
-    member.drain(room)
-    turns(clock)
+    _, _, member = reading(log, clock)
     log.reads[-1][3].errback(LogUnavailable("down"))
     assert member.overran
 
 
 def test_a_log_that_cannot_be_read_closes_nobody_who_has_left(log, clock, short_tail):
-    lobby = Rooms(log, clock, 5)
-    room, member = overrun(log, lobby, clock)
-    log.held = True
-    member.drain(room)
-    turns(clock)
+    lobby, room, member = reading(log, clock)
     lobby.leave(room, member)
     log.reads[-1][3].errback(LogUnavailable("down"))
     assert not member.overran
