@@ -11,9 +11,8 @@ This module is pure: bytes in, values out.
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
-from urllib.parse import parse_qs
 
 MAGIC: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """What a server appends to a client's key (RFC 6455, section 1.3)."""
@@ -33,7 +32,9 @@ class Upgrade(NamedTuple):
     """A good opening handshake."""
 
     path: str
-    query: Mapping[str, Sequence[str]]
+    query: str
+    origin: str | None
+    """Of the page that a browser is on."""
     key: str
     protocols: Sequence[str]
     """The subprotocols that the client offers."""
@@ -67,7 +68,7 @@ def parse_upgrade(head: bytes) -> Upgrade | None:
     path, _, query = request[1].partition("?")
     offered = headers.get("sec-websocket-protocol")
     protocols = [name.strip() for name in offered.split(",")] if offered else []
-    return Upgrade(path, parse_qs(query) if query else {}, headers["sec-websocket-key"], protocols)
+    return Upgrade(path, query, headers.get("origin"), headers["sec-websocket-key"], protocols)
 
 
 def switch(key: str, protocol: str | None, server: str) -> bytes:

@@ -1,7 +1,7 @@
 """One WebSocket connection as a member of a room: Autobahn's protocol, and the factory that makes it.
 
-Autobahn speaks WebSocket (RFC 6455) and this module adapts it to a room: what comes in is posted,
-and what the room hands over goes to the transport.  Every connection to the port begins here; a
+Autobahn speaks WebSocket (RFC 6455) and this module adapts it to a session in a room: what comes in is
+the session's, and what the room hands over goes to the transport.  Every connection to the port begins here; a
 request that asks for no upgrade is handed, with all its bytes, to the web site, so that the
 WebSocket connections, which are the many, have no HTTP machinery behind them.
 
@@ -15,14 +15,10 @@ buffered write costs three.  What the socket does not take goes into Twisted's b
 then on everything does, until that is empty and the transport, which knows us as its pull
 producer, asks for more.  Other transports (TLS, a proxy protocol) buffer for themselves and are
 told apart by type; they pause and resume us as a streaming producer.
-
-Time.  No connection has a timer: the factory looks once a second for handshakes that were
-not finished, for connections that are due a ping or did not answer the last one, and for transports that
-have taken nothing for too long.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from http import HTTPStatus
@@ -33,7 +29,7 @@ import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from autobahn.websocket.types import ConnectionDeny, ConnectionRequest
 from autobahn.websocket.utf8validator import Utf8Validator
-from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IPullProducer, IPushProducer, IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.internet.tcp import Connection
@@ -43,11 +39,13 @@ from twisted.python.failure import Failure
 from twisted.web.server import Site
 from zope.interface import implementer
 
-from chatd.deadlines import Deadlines
+from chatd.admission import Admission, Rate, Refused, Visit, read_query
+from chatd.clients import Clients
 from chatd.fastpath import Upgrade, parse_upgrade, switch, take_texts
-from chatd.frames import FrameError, Post, error_frame, parse_post
-from chatd.rooms import MAIN, LogUnavailable, Room, Rooms
-from chatd.web import SERVER
+from chatd.log import LogUnavailable
+from chatd.rooms import Opening, Rooms
+from chatd.session import Session
+from chatd.web import PROBLEM, RETRY_SECONDS, SERVER, problem
 
 SUBPROTOCOL: Final = "chat.v1"
 """Accepted when a client offers it, and not required."""
@@ -57,16 +55,6 @@ MAX_MESSAGE: Final = 16 << 10
 """Bytes of a posted frame: 530 code points, each escaped in twelve bytes, fit twice."""
 MAX_FRAGMENTS: Final = 128
 """WebSocket frames that one message may come in."""
-HANDSHAKE_SECONDS: Final = 10
-"""How long a client may take to send its request, however it trickles in."""
-PING_SECONDS: Final = 25
-"""How often a client is pinged, below every load balancer's idle limit; the next ping is its deadline."""
-STALL_SECONDS: Final = 40
-"""How long a transport may take nothing before its client is told to come back, and again before it is dropped."""
-CLOSE_SECONDS: Final = 5
-"""How long a client may take to answer a close."""
-RETRY_SECONDS: Final = 2
-"""When to try again a server whose log is down."""
 
 UNSUPPORTED, NOT_UTF8, POLICY, RESTART, OVERLOADED = 1003, 1007, 1008, 1012, 1013
 
@@ -83,19 +71,17 @@ class _Never:
 
 
 @implementer(IPullProducer, IPushProducer)
-class ChatProtocol(WebSocketServerProtocol):
-    """A connection: implements chatd.rooms.Member and chatd.rooms.Poster."""
+class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn's bases disagree
+    """A connection: a session, a member of its room, and one of the clients."""
 
     factory: "ChatFactory"
     transport: Any  # Twisted's have much that ITransport does not name
-    cursor = 0
-    ready = True
-    room: Room | None = None
     fragments = 0
     answered = True
     """Whether the last ping was."""
-    unread = False
-    """Whether nothing is read from the client, because its answers wait."""
+    visit: Visit
+    opening: Opening
+    """What was asked for and what was found, from the admission until it is joined."""
 
     is_closed = is_open = _Never()
     # What Autobahn's handshake sets, as our short one leaves it.
@@ -129,7 +115,7 @@ class ChatProtocol(WebSocketServerProtocol):
             with suppress(OSError):  # a Unix socket has no such option
                 transport.setTcpNoDelay(True)
         self.factory.countConnections += 1
-        self.factory.handshakes.add(self)
+        self.factory.clients.handshakes.add(self)
 
     def processHandshake(self) -> None:
         """Wait for the whole head of a request, and choose who answers it."""
@@ -149,7 +135,7 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def _hand_over(self) -> None:
         """Let the web site have this connection, as if it had been there from the start."""
-        self.factory.handshakes.discard(self)
+        self.factory.clients.handshakes.discard(self)
         self.factory.countConnections -= 1
         self.state = self.STATE_CLOSED
         channel = self.factory.site.buildProtocol(self.transport.getPeer())
@@ -163,7 +149,7 @@ class ChatProtocol(WebSocketServerProtocol):
     def _upgrade(self, upgrade: Upgrade, rest: bytes) -> None:
         """Answer a plain handshake; what came behind it is kept for when it is answered."""
         self.data = rest
-        admitted = maybeDeferred(self._admit, upgrade.path, upgrade.protocols)
+        admitted = maybeDeferred(self._admit, upgrade.path, upgrade.query, upgrade.origin, upgrade.protocols)
         admitted.addCallbacks(self._switch, self._deny, callbackArgs=(upgrade.key,))
 
     def _switch(self, protocol: str | None, key: str) -> None:
@@ -181,13 +167,16 @@ class ChatProtocol(WebSocketServerProtocol):
         self, request: ConnectionRequest
     ) -> "Deferred[str | None]":
         """Autobahn found a handshake good."""
-        return self._admit(request.path, request.protocols)
+        path, _, query = self.http_request_uri.partition("?")
+        return self._admit(path, query, request.headers.get("origin"), request.protocols)
 
-    def _admit(self, path: str, protocols: Sequence[str]) -> "Deferred[str | None]":
+    def _admit(self, path: str, query: str, origin: str | None, protocols: Sequence[str]) -> "Deferred[str | None]":
         """Find the room, at once if someone is in it; answers the subprotocol chosen, or ConnectionDeny."""
-        if path != "/":
-            raise ConnectionDeny(HTTPStatus.NOT_FOUND.value, "there is no room here; connect to /")
-        opening = self.factory.rooms.open(MAIN)
+        try:
+            visit = self.visit = self.factory.admission.visit(path, read_query(query), origin)
+        except Refused as refused:
+            raise ConnectionDeny(refused.status.value, str(refused)) from None
+        opening = self.rooms.open(visit.room, visit.last)
         if not opening.called:
             # What a client sends before it has its answer stays in its socket.
             self.transport.pauseProducing()
@@ -199,12 +188,12 @@ class ChatProtocol(WebSocketServerProtocol):
         self.transport.resumeProducing()
         return opened
 
-    def _opened(self, room: Room, chosen: str | None) -> str | None:
+    def _opened(self, opening: Opening, chosen: str | None) -> str | None:
         if self.state != self.STATE_CONNECTING:
             raise ConnectionDeny(HTTPStatus.REQUEST_TIMEOUT.value, "the handshake took too long")
-        if self.factory.stopping:
+        if self.factory.clients.stopping:
             raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE.value, "the server is about to stop")
-        self.room = room
+        self.opening = opening
         return chosen
 
     def _not_opened(self, failure: Failure) -> None:
@@ -213,18 +202,20 @@ class ChatProtocol(WebSocketServerProtocol):
         raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE.value, "the room cannot be read now")
 
     def failHandshake(self, reason: str, code: int = 400, responseHeaders: Any = None) -> None:
-        """Refuse a handshake with a status, and the reason as text."""
+        """Refuse a handshake with a status, and a problem that says why."""
         if self.state == self.STATE_CLOSED:
             return
         _log.info("{peer} refused: {code} {reason}", peer=self.peer, code=int(code), reason=reason)
-        body = f"{reason}\n".encode()
+        body = problem(HTTPStatus(code), reason)
         headers = [
-            ("Content-Type", "text/plain; charset=utf-8"),
+            ("Content-Type", PROBLEM),
             ("Content-Length", len(body)),
             *(responseHeaders or []),
         ]
         if code == HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append(("Retry-After", RETRY_SECONDS))
+        if code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers.append(("Allow", "GET"))
         lines = [f"HTTP/1.1 {int(code)} {HTTPStatus(code).phrase}", f"Server: {SERVER}", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in headers]
         self.sendData("\r\n".join([*lines, "", ""]).encode() + body)
@@ -237,14 +228,18 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def _join(self, answer: bytes) -> None:
         """Send the answer to the handshake and the history, and join, all in one turn."""
-        factory, room = self.factory, cast(Room, self.room)
+        visit, opening = self.visit, self.opening
+        del self.visit, self.opening
+        self.room = opening.room
         self.ready = True  # its own, as is its cursor: what each pass looks at lies together
-        factory.handshakes.discard(self)
-        factory.connections.add(self)
-        factory.pings.add(self)
+        if visit.events:
+            self.events = visit.events
+        if visit.username is not None:
+            self.name = visit.username
+        self.factory.clients.add(self)
         self.transport.registerProducer(self, self._socket is None)
-        self.sendData(answer + room.join(self))
-        _log.info("{peer} joined {room}", peer=self.peer, room=room.name)
+        self.sendData(answer + opening.join(self))
+        _log.info("{peer} joined {room}", peer=self.peer, room=visit.room)
 
     # Receiving
 
@@ -255,7 +250,7 @@ class ChatProtocol(WebSocketServerProtocol):
                 data = self.data + data
             texts, rest, more = take_texts(data, MAX_MESSAGE)
             for text in texts:
-                self._post(text)
+                self.received(text)
             self.data = data[rest:]
             if self.data and not more:
                 self.consumeData()
@@ -275,37 +270,19 @@ class ChatProtocol(WebSocketServerProtocol):
         if isBinary:
             self._fail_connection(UNSUPPORTED, "only text frames are understood")
             return
-        self._post(payload)
+        self.received(payload)
 
-    def _post(self, text: bytes) -> None:
-        """Post a text, or say to this client alone why not."""
-        room = self.room
-        if room is None:  # the connection is closing
-            return
-        try:
-            post = parse_post(text)
-        except FrameError as error:
-            self._refuse(text, error)
-        else:
-            self.factory.rooms.post(room.name, post, self)
+    def not_text(self) -> None:
+        """Session.not_text."""
+        self._fail_connection(NOT_UTF8, "a text frame is not UTF-8")
 
-    def _refuse(self, text: bytes, error: FrameError) -> None:
-        try:
-            text.decode()
-        except UnicodeDecodeError:
-            self._fail_connection(NOT_UTF8, "a text frame is not UTF-8")
-            return
-        _log.info("{peer} posted what is refused", peer=self.peer)
-        self.sendData(error_frame(str(error)))
+    def stop_reading(self) -> None:
+        """Session.stop_reading."""
+        self.transport.pauseProducing()
 
-    def posted(self, post: Post, number: int) -> None:
-        """Poster.posted: the message that comes back to its sender tells it."""
-
-    def refused(self, post: Post, error: LogUnavailable) -> None:
-        """Poster.refused."""
-        if self.room is not None:
-            text = "The message was not stored; try again."
-            self.sendData(error_frame(text, "UNAVAILABLE"))
+    def read_on(self) -> None:
+        """Session.read_on."""
+        self.transport.resumeProducing()
 
     def onPong(self, payload: bytes) -> None:
         """The client lives."""
@@ -333,25 +310,37 @@ class ChatProtocol(WebSocketServerProtocol):
         if not self.ready:
             # Who does not read what he is answered is not read either, else his answers would pile up.
             self.transport.write(data)
-            self.transport.pauseProducing()
             self.unread = True
+            self.stop_reading()
         elif (taken := self.write(data)) < len(data):
             self.hold(data[taken:])
+
+    def tell(self, frame: bytes) -> None:
+        """Member.tell."""
+        self.sendData(frame)
+
+    def ping(self) -> bool:
+        """Client.ping."""
+        if not self.answered:
+            return False
+        self.answered = False
+        self.sendPing()
+        return True
 
     def pauseProducing(self) -> None:
         """IPushProducer: the transport is full."""
         self.ready = False
-        self.factory.stalls.add(self)
+        self.factory.clients.stalls.add(self)
 
     def resumeProducing(self) -> None:
         """IPullProducer: the transport is empty."""
         self.ready = True
-        self.factory.stalls.discard(self)
+        self.factory.clients.stalls.discard(self)
         if self.unread:
             self.unread = False
-            self.transport.resumeProducing()
+            self.go_on()
         if self.state == self.STATE_CLOSING:  # the close frame is out by now
-            self.factory.closings.add(self)
+            self.factory.clients.closings.add(self)
         if self.room is not None and self in self.room.members:
             self.room.resume(self)
 
@@ -375,10 +364,11 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
         """Whoever began it: after the close frame nothing may be sent (RFC 6455, section 5.5.1)."""
-        self._leave()
+        self.leave()
+        self.factory.clients.pings.discard(self)
         super().sendCloseFrame(code, reasonUtf8, isReply)
         if self.state == self.STATE_CLOSING and not isReply and self.ready:
-            self.factory.closings.add(self)
+            self.factory.clients.closings.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The transport is gone: Autobahn's adapter, without the lines for debugging that it composes."""
@@ -386,20 +376,9 @@ class ChatProtocol(WebSocketServerProtocol):
 
     def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
         """The transport is gone."""
-        factory = self.factory
-        self._leave()
-        for deadlines in (factory.handshakes, factory.closings, factory.stalls):
-            deadlines.discard(self)
-        if self in factory.connections:
-            factory.connections.discard(self)
+        self.leave()
+        if self.factory.clients.remove(self):
             _log.info("{peer} left: {code}", peer=self.peer, code=self.localCloseCode or code)
-            factory.gone()
-
-    def _leave(self) -> None:
-        room, self.room = self.room, None
-        if room is not None and self in room.members:
-            self.factory.pings.discard(self)
-            self.factory.rooms.leave(room, self)
 
 
 class ChatFactory(WebSocketServerFactory):
@@ -407,7 +386,16 @@ class ChatFactory(WebSocketServerFactory):
 
     noisy = False
 
-    def __init__(self, rooms: Rooms, site: Site, reactor: IReactorTime) -> None:
+    def __init__(
+        self,
+        *,
+        rooms: Rooms,
+        clients: Clients,
+        admission: Admission,
+        site: Site,
+        reactor: IReactorTime,
+        rate: Rate | None = None,
+    ) -> None:
         # Autobahn's own few timers follow the same clock.
         txaio.config.loop = reactor  # type: ignore[attr-defined]
         super().__init__(server=SERVER, reactor=reactor)
@@ -415,22 +403,16 @@ class ChatFactory(WebSocketServerFactory):
             failByDrop=False,  # a client that errs is told why
             maxFramePayloadSize=MAX_MESSAGE,
             maxMessagePayloadSize=MAX_MESSAGE,
-            openHandshakeTimeout=0,  # see Deadlines
+            openHandshakeTimeout=0,  # see Clients
             closeHandshakeTimeout=0,
             allowNullOrigin=True,
         )
-        self.rooms = rooms
+        self.clients = clients
+        self.admission = admission
         self.site = site
-        self.connections: set[ChatProtocol] = set()
-        self.handshakes: Deadlines[ChatProtocol] = Deadlines(HANDSHAKE_SECONDS, reactor)
-        self.closings: Deadlines[ChatProtocol] = Deadlines(CLOSE_SECONDS, reactor)
-        self.stalls: Deadlines[ChatProtocol] = Deadlines(STALL_SECONDS, reactor)
-        self.pings: Deadlines[ChatProtocol] = Deadlines(PING_SECONDS, reactor)
-        self.stopping = False
-        self._empty: list[Deferred[None]] = []
-        self.protocol = self._lean()
+        self.protocol = self._lean({"rooms": rooms, "rate": rate})
 
-    def _lean(self) -> type[ChatProtocol]:
+    def _lean(self, own: Mapping[str, Any]) -> type[ChatProtocol]:
         """Make the class of this factory's connections: it has what Autobahn would give to each of them.
 
         That is some sixty attributes, 6 KB and most of the time that a connection takes to make.  All are
@@ -446,55 +428,4 @@ class ChatFactory(WebSocketServerFactory):
             for name, value in vars(blank).items()
             if name not in vars(ChatProtocol)
         }
-        return type(ChatProtocol.__name__, (ChatProtocol,), shared)
-
-    def look(self) -> None:
-        """Do what is due; to be called once a second."""
-        for connection in self.handshakes.expired():
-            self._drop(connection, "sent no whole request")
-        for connection in self.closings.expired():
-            self._drop(connection, "did not answer the close")
-        for connection in [*self.stalls.expired()]:
-            if connection.room is None:
-                self._drop(connection, "took nothing")
-            else:
-                connection.overrun()
-                self.stalls.add(connection)
-        for connection in [*self.pings.expired()]:
-            if connection.answered:
-                connection.answered = False
-                connection.sendPing()
-                self.pings.add(connection)
-            else:
-                self._drop(connection, "did not answer a ping")
-
-    def _drop(self, connection: ChatProtocol, why: str) -> None:
-        _log.info("{peer} is dropped: it {why} in time", peer=connection.peer, why=why)
-        connection.abort()
-
-    def close(self, code: int, reason: str) -> None:
-        """Begin to close all connections; no more join."""
-        self.stopping = True
-        for connection in [*self.connections]:
-            connection.close(code, reason)
-            self.closings.add(connection)
-
-    def abort(self) -> None:
-        """Drop those that are left, and the unfinished handshakes."""
-        for connection in [*self.connections, *self.handshakes]:
-            connection.abort()
-
-    def empty(self) -> "Deferred[None]":
-        """Fires when there is no connection."""
-        if not self.connections:
-            return succeed(None)
-        empty: Deferred[None] = Deferred()
-        self._empty.append(empty)
-        return empty
-
-    def gone(self) -> None:
-        """A connection is."""
-        if not self.connections:
-            waiting, self._empty = self._empty, []
-            for empty in waiting:
-                empty.callback(None)
+        return type(ChatProtocol.__name__, (ChatProtocol,), {**shared, **own})

@@ -23,8 +23,9 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
+from chatd.clients import Clients
 from chatd.frames import Entry
-from chatd.protocol import RESTART, ChatFactory
+from chatd.protocol import RESTART
 from chatd.rooms import Rooms
 from chatd.store.base import Store, StoreError
 
@@ -63,7 +64,8 @@ class ChatService(Service):
         store: Store,
         seed: Sequence[Entry],
         rooms: Rooms,
-        factory: ChatFactory,
+        clients: Clients,
+        factory: IProtocolFactory,
         admin_factory: IProtocolFactory,
         listen: Mapping[str, IStreamServerEndpoint],
         admin: Mapping[str, IStreamServerEndpoint],
@@ -75,7 +77,7 @@ class ChatService(Service):
         self._store = store
         self._seed = seed
         self._rooms = rooms
-        self._factory = factory
+        self._clients = clients
         self._ports_to_open = [
             *((text, endpoint, factory) for text, endpoint in listen.items()),
             *((text, endpoint, admin_factory) for text, endpoint in admin.items()),
@@ -85,7 +87,7 @@ class ChatService(Service):
         self._drain = drain
         self._clock = clock
         self._observer = observer
-        self._loops = [(LoopingCall(factory.look), LOOK_SECONDS), (LoopingCall(store.trim), TRIM_SECONDS)]
+        self._loops = [(LoopingCall(clients.look), LOOK_SECONDS), (LoopingCall(store.trim), TRIM_SECONDS)]
 
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, which twistd asks for its log observer."""
@@ -144,12 +146,12 @@ class ChatService(Service):
         _log.info("stopping")
         for port in self._ports:
             yield maybeDeferred(port.stopListening)
-        over = self._clock.callLater(self._drain, self._factory.abort)
+        over = self._clock.callLater(self._drain, self._clients.abort)
         yield self._store.settled()
         while self._rooms.busy and over.active():
             yield deferLater(self._clock, 0)
-        self._factory.close(RESTART, "restarting")
-        yield self._factory.empty()
+        self._clients.close(RESTART, "restarting")
+        yield self._clients.empty()
         if over.active():
             over.cancel()
         for loop, _ in self._loops:

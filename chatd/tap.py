@@ -18,9 +18,13 @@ from twisted.python import usage
 
 import chatd
 from chatd import frames, logs, web
+from chatd.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
+from chatd.api import Api
+from chatd.clients import Clients
 from chatd.frames import Entry, FrameError
 from chatd.protocol import ChatFactory
-from chatd.rooms import MAX_LAG, Rooms
+from chatd.room import MAX_LAG
+from chatd.rooms import Rooms
 from chatd.service import ChatService, Readiness
 from chatd.store.base import Retention, Store
 from chatd.store.memory import MemoryStore
@@ -122,9 +126,10 @@ class Options(usage.Options):
             "rate",
             None,
             "20:40",
-            "frames a second per connection, and the burst; 0: no limit (accepted, not yet in force)",
+            "frames a second per connection, and HTTP posts per address, and the burst; 0: no limit",
         ],
         ["max-per-address", None, "0", "connections per address; 0: no limit (accepted, not yet in force)"],
+        ["proxy-hops", None, "0", "how many proxies before this server are trusted to add to X-Forwarded-For"],
         ["drain", None, "30", "how many seconds stopping may take"],
         ["log-format", None, "text", "text, or json for one object a line"],
     ]
@@ -135,19 +140,23 @@ class Options(usage.Options):
         "retain": Retention.parse,
         "rate": _rate,
         "max-per-address": _whole(0, 1_000_000),
+        "proxy-hops": _whole(0, 100),
         "drain": _whole(0, 3600),
         "log-format": _log_format,
     }
-    endpoints: ClassVar[dict[str, str]] = {
-        "listen": "tcp:8085:backlog=4096",
-        "admin": "tcp:8086:interface=127.0.0.1",
+    repeated: ClassVar[dict[str, tuple[Callable[[str], Any], str]]] = {
+        "listen": (_endpoint, "tcp:8085:backlog=4096"),
+        "admin": (_endpoint, "tcp:8086:interface=127.0.0.1"),
+        "rooms": (room_pattern, ""),
+        "origin": (origin_pattern, ""),
     }
+    """Options that may be given more than once: how each is read, and the default."""
 
     def __init__(self) -> None:
         super().__init__()
         for name in self.parsers:
             self[name] = self._environment(name) or self[name]
-        for name in self.endpoints:
+        for name in self.repeated:
             self[name] = []
 
     def _environment(self, name: str) -> str | None:
@@ -160,6 +169,14 @@ class Options(usage.Options):
     def opt_admin(self, text: str) -> None:
         """A Twisted server endpoint for health checks; empty: none [default: tcp:8086:interface=127.0.0.1]."""
         self["admin"].append(text)
+
+    def opt_rooms(self, pattern: str) -> None:
+        """Which names of rooms there may be, such as team-*; may be repeated [default: any]."""
+        self["rooms"].append(pattern)
+
+    def opt_origin(self, pattern: str) -> None:
+        """Whose pages may connect: https://chat.example, or *.example; may be repeated [default: any]."""
+        self["origin"].append(pattern)
 
     def opt_version(self) -> None:
         """Print the version and exit."""
@@ -175,10 +192,10 @@ class Options(usage.Options):
 
     def postOptions(self) -> None:
         """Turn every text into its value."""
-        for name, default in self.endpoints.items():
+        for name, (parse, default) in self.repeated.items():
             said = self._environment(name)
             texts = self[name] or (default if said is None else said).split()
-            self[name] = {text: self._value(name, _endpoint, text) for text in texts if text}
+            self[name] = {text: self._value(name, parse, text) for text in texts if text}
         if not self["listen"]:
             raise SystemExit("chatd: --listen: give at least one server endpoint such as tcp:8085")
         for name, parse in self.parsers.items():
@@ -200,14 +217,27 @@ def makeService(options: Options) -> IService:
     gc.set_threshold(GARBAGE)
     store: Store = options["store"](options["retain"])
     rooms = Rooms(store, reactor, options["history"])
+    clients = Clients(reactor)
+    admission = Admission(options["rooms"].values(), options["origin"].values())
+    a_second, burst = options["rate"]
+    rate = Rate(a_second, burst, reactor.seconds) if a_second else None
+    addresses = Addresses(rate, options["proxy-hops"], reactor.seconds)
     readiness = Readiness()
     twistd: Mapping[str, Any] = options.parent or {}
     return ChatService(
         store=store,
         seed=options["seed"],
         rooms=rooms,
-        factory=ChatFactory(rooms, web.site(readiness, reactor, page=True), reactor),
-        admin_factory=web.site(readiness, reactor, page=False),
+        clients=clients,
+        factory=ChatFactory(
+            rooms=rooms,
+            clients=clients,
+            admission=admission,
+            site=web.site(readiness, reactor, rooms=Api(rooms, clients, admission, addresses)),
+            reactor=reactor,
+            rate=rate,
+        ),
+        admin_factory=web.site(readiness, reactor, rooms=None),
         listen=options["listen"],
         admin=options["admin"],
         readiness=readiness,

@@ -3,25 +3,40 @@
 GET /         what this is and how to connect, for a person
 GET /healthz  200: the process answers
 GET /readyz   200: send clients here; 503 and why not, otherwise
+/rooms/...    the rooms, for those who have no WebSocket: see chatd.api
+
+What is refused is refused with a problem (RFC 9457), here and at the WebSocket handshake.
 """
 
 import html
 import importlib.resources
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, Final
 
+import orjson
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel, Request
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request as SiteRequest
 from twisted.web.server import Site
 
 import chatd
+from chatd.frames import Code
 
-HTTP_SECONDS: Final = 30
-"""How long a request may take to come in, and a connection to be idle."""
+HTTP_SECONDS: Final = 75
+"""How long a request may take to come in, and a connection to be idle: longer than a load balancer keeps it."""
+MAX_BODY: Final = 16 << 10
+"""Bytes of a request's body: what a WebSocket message may have."""
+
+RETRY_SECONDS: Final = 2
+"""When to try again a server whose log is down, and how long a reader of events waits before it comes back."""
 
 SERVER: Final = f"chatd/{chatd.__version__}"
+PROBLEM: Final = "application/problem+json"
+"""The media type of what problem() answers."""
 
 _PAGE: Final = importlib.resources.files("chatd").joinpath("static/index.html").read_text("utf-8")
 
@@ -29,60 +44,141 @@ Why = Callable[[], str | None]
 """Answers why this server should get no clients now, or None when it should."""
 
 
-class _Text(Resource):
+def problem(status: HTTPStatus, detail: str, code: Code | None = None) -> bytes:
+    """A problem's details (RFC 9457): the status, one line that says why, and the code that a frame would have."""
+    document = {"title": status.phrase, "status": status.value, "detail": detail}
+    return orjson.dumps(document | ({"code": code} if code else {})) + b"\n"
+
+
+def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "application/json", **headers: str) -> bytes:
+    """Prepare an answer, and give its body; of a header's name, `_` stands for `-`."""
+    request.setResponseCode(status.value, status.phrase.encode())
+    request.setHeader("server", SERVER)
+    if kind:
+        request.setHeader("content-type", kind)
+    request.setHeader("x-content-type-options", "nosniff")
+    request.setHeader("cache-control", "no-store")
+    for name, value in headers.items():
+        request.setHeader(name.replace("_", "-"), value)
+    if status != HTTPStatus.NO_CONTENT:
+        request.setHeader("content-length", str(len(body)))
+    return b"" if request.method == b"HEAD" else body
+
+
+class ChatResource(Resource):
+    """A resource whose refusals are problems."""
+
+    def getChild(self, path: bytes, request: Request) -> Resource:
+        """Nothing is below it that was not put there."""
+        return _Missing()
+
+    def render(self, request: Request) -> Any:
+        """Call render_METHOD, if there is one; HEAD is as GET, without the body."""
+        method = request.method.decode("latin-1")
+        render = getattr(self, f"render_{'GET' if method == 'HEAD' else method}", None)
+        if render is None:
+            allowed = sorted(name.removeprefix("render_") for name in dir(self) if name.startswith("render_"))
+            status = HTTPStatus.METHOD_NOT_ALLOWED
+            return answer(
+                request, status, problem(status, f"{method} is not for this"), PROBLEM, allow=", ".join(allowed)
+            )
+        return render(request)
+
+
+class _Missing(ChatResource):
+    """What is not there."""
+
+    def render(self, request: Request) -> bytes:
+        """404."""
+        return answer(request, HTTPStatus.NOT_FOUND, problem(HTTPStatus.NOT_FOUND, "there is nothing here"), PROBLEM)
+
+
+class _Text(ChatResource):
     """Answers GET and HEAD with a line of text."""
 
-    def __init__(self, text: Callable[[], tuple[int, str]]) -> None:
+    def __init__(self, text: Callable[[], tuple[HTTPStatus, str]]) -> None:
         super().__init__()
         self._text = text
 
     def render_GET(self, request: Request) -> bytes:
         """The text, with its status."""
-        code, text = self._text()
-        request.setResponseCode(code)
-        request.setHeader("content-type", "text/plain; charset=utf-8")
-        request.setHeader("cache-control", "no-store")
-        return text.encode() + b"\n"
+        status, text = self._text()
+        return answer(request, status, text.encode() + b"\n", "text/plain; charset=utf-8")
 
 
-class _Page(Resource):
-    """The page at `/`."""
+def page(request: Request, path: str) -> bytes:
+    """The page for people, naming the address of a room on the host that it was asked for at."""
+    scheme = "wss" if request.isSecure() else "ws"
+    host = (request.getHeader(b"host") or b"localhost").decode(errors="replace")
+    url = html.escape(f"{scheme}://{host}{path}")
+    body = _PAGE.replace("{url}", url).replace("{version}", chatd.__version__).encode()
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return answer(request, HTTPStatus.OK, body, "text/html; charset=utf-8", content_security_policy=policy)
 
-    def render_GET(self, request: SiteRequest) -> bytes:
-        """The page, naming the address that it was asked for at."""
-        scheme = "wss" if request.isSecure() else "ws"
-        host = (request.getHeader(b"host") or b"localhost").decode(errors="replace")
-        url = html.escape(f"{scheme}://{host}/")
-        request.setHeader("content-type", "text/html; charset=utf-8")
-        request.setHeader("content-security-policy", "default-src 'none'; style-src 'unsafe-inline'")
-        return _PAGE.replace("{url}", url).replace("{version}", chatd.__version__).encode()
+
+class _Request(SiteRequest):
+    """A request whose answer has just the headers that it is given."""
+
+    defaultContentType = None  # what Twisted takes for none
 
 
 class _Channel(HTTPChannel):
     """An HTTP connection on which each request has one absolute deadline, not one that every byte puts off."""
 
     transport: Any
+    _refused = False
+    when_lost: Callable[[], None] | None = None
+    """To be called when the connection is gone."""
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The connection is gone."""
+        super().connectionLost(reason)
+        if self.when_lost is not None:
+            self.when_lost()
 
     def resetTimeout(self) -> None:
         """Called for each byte that comes in; the time-out set at the request's beginning stands."""
 
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes have come; those that come after a refusal, as they may under TLS, are passed over."""
+        if not self._refused:
+            super().dataReceived(data)
+
+    def _respondToBadRequestAndDisconnect(self) -> None:
+        """Twisted found a request not to be HTTP."""
+        self._refuse(HTTPStatus.BAD_REQUEST, "this is no HTTP request")
+
     def allHeadersReceived(self) -> None:
-        """A request's head is there: no body is wanted, and none is spooled to the disk."""
-        if self.length == 0:
-            super().allHeadersReceived()
+        """A request's head is there: a body must be announced, and be small, for none is spooled to the disk."""
+        if self.length is None:
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "say the body's length in Content-Length")
+        elif self.length > MAX_BODY:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {MAX_BODY} bytes")
         else:
-            self.transport.write(b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-            self.loseConnection()
+            super().allHeadersReceived()
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        """Refuse a request whose body is not read, and so end the connection."""
+        body = problem(status, detail)
+        self._refused = True
+        self.transport.write(
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nServer: {SERVER}\r\nConnection: close\r\n"
+            "Access-Control-Allow-Origin: *\r\n"
+            f"Content-Type: {PROBLEM}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        self.loseConnection()
 
 
 class ChatSite(Site):
     """The resources, served without a line of log for each health check."""
 
     noisy = False
+    requestFactory = _Request
     protocol = _Channel  # type: ignore[assignment]  # HTTP/2 is not offered
 
     def __init__(self, resource: IResource, reactor: IReactorTime) -> None:
-        super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor)
+        super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
 
     def startFactory(self) -> None:
         """Start no clock for lines of an access log."""
@@ -94,15 +190,19 @@ class ChatSite(Site):
         """Log nothing."""
 
 
-def site(why_not: Why, reactor: IReactorTime, *, page: bool) -> ChatSite:
-    """The HTTP side of a port, with the page for people or, on the admin port, without it."""
+def site(why_not: Why, reactor: IReactorTime, *, rooms: IResource | None) -> ChatSite:
+    """The HTTP side of a port: with the rooms' resource, which is the page too, or, on the admin port, without."""
 
-    def ready() -> tuple[int, str]:
+    def ready() -> tuple[HTTPStatus, str]:
         why = why_not()
-        return (503, why) if why else (200, "ready")
+        return (HTTPStatus.SERVICE_UNAVAILABLE, why) if why else (HTTPStatus.OK, "ready")
 
-    root = Resource()
-    root.putChild(b"healthz", _Text(lambda: (200, "ok")))
+    root = ChatResource()
+    root.putChild(b"healthz", _Text(lambda: (HTTPStatus.OK, "ok")))
     root.putChild(b"readyz", _Text(ready))
-    root.putChild(b"", _Page() if page else _Text(lambda: (200, "chatd admin: /healthz /readyz")))
+    if rooms is None:
+        root.putChild(b"", _Text(lambda: (HTTPStatus.OK, "chatd admin: /healthz /readyz")))
+    else:
+        root.putChild(b"", rooms)
+        root.putChild(b"rooms", rooms)
     return ChatSite(root, reactor)

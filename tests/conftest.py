@@ -1,5 +1,9 @@
+import documented
 import pytest
 from twisted.logger import globalLogPublisher
+
+undocumented = []
+documented.install(undocumented.append)
 
 
 @pytest.fixture
@@ -9,3 +13,11 @@ def events():
     globalLogPublisher.addObserver(seen.append)
     yield seen
     globalLogPublisher.removeObserver(seen.append)
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_documented():
+    """Fail a test in which something was sent that the documents in `schemas/` do not describe."""
+    yield
+    found, undocumented[:] = [*undocumented], []
+    assert found == []

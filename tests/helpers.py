@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from twisted.internet.defer import Deferred, execute
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from chatd.frames import Entry, Post
-from chatd.rooms import LogUnavailable
+from chatd.frames import Entry, Id, Post
+from chatd.log import LabelReused, LogUnavailable, Page
+from chatd.store.base import timestamp
 
 # Its assertions are explained as those of a test file are; this module is imported before it.
 pytest.register_assert_rewrite("store_contract")
@@ -37,7 +39,7 @@ class ManualTime:
 
 
 class RecordingPoster:
-    """A Poster that writes down what it is told: ("posted", post, number) or ("refused", post, error)."""
+    """A Poster that writes down ("posted" or "duplicate", post, number) or ("refused", post, error)."""
 
     def __init__(self, events: list[tuple[Any, ...]] | None = None) -> None:
         self.events = [] if events is None else events
@@ -50,11 +52,11 @@ class RecordingPoster:
     def refusals(self) -> list[str]:
         return [str(event[2]) for event in self.events if event[0] == "refused"]
 
-    def posted(self, post: Post, number: int) -> None:
-        self.events.append(("posted", post, number))
+    def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
+        self.events.append(("duplicate" if duplicate else "posted", post, number))
 
-    def refused(self, post: Post, error: LogUnavailable) -> None:
-        assert isinstance(error, LogUnavailable)
+    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+        assert isinstance(error, (LogUnavailable, LabelReused))
         self.events.append(("refused", post, error))
 
 
@@ -160,3 +162,192 @@ def read_frames(data):
         texts.append(json.loads(data[begin : begin + size]))
         data = data[begin + size :]
     return texts
+
+
+def read_events(data):
+    """The JSON of each event in a stream of Server-Sent Events (HTML Living Standard, section 9.2)."""
+    texts = []
+    *events, rest = data.decode().split("\n\n")
+    assert rest == "", "an event was cut"
+    for event in events:
+        fields = dict(line.split(": ", 1) for line in event.split("\n"))
+        text = json.loads(fields["data"])
+        # What is no message has no id there, since the browser would take it for a cursor.
+        cursor = text["id"] if text["type"] in ("history", "message") else None
+        assert (fields["event"], fields.get("id")) == (text["type"], cursor)
+        texts.append(text)
+    return texts
+
+
+class Turns(Clock):
+    """A clock whose `turn` is the reactor's: what is put off to the next turn waits for it."""
+
+    def turn(self):
+        due = [call for call in self.calls if call.getTime() <= self.seconds()]
+        for call in due:
+            if call.active():
+                self.calls.remove(call)
+                call.called = 1
+                call.func(*call.args, **call.kw)
+
+    def turns(self, count=20):
+        for _ in range(count):
+            self.turn()
+
+
+def stamped(number):
+    """When a ScriptedLog's message of this number was posted, by which it can be known again."""
+    return timestamp(NEW_YEAR + number)
+
+
+def holds(history):
+    """The numbers of the messages in a history frame, which are those that its id says."""
+    end, count = Id.parse(history["id"]).number, len(history["data"])
+    numbers = [*range(end - count + 1, end + 1)]
+    assert [entry["timestamp"] for entry in history["data"]] == [stamped(number) for number in numbers]
+    return numbers
+
+
+class ScriptedLog:
+    """A log of one room that says only what the test makes it say; reads wait until answered when `held`."""
+
+    epoch = "abcd"
+
+    def __init__(self, count=0):
+        self.first = 1
+        self.entries = []
+        self.posts = []
+        self.reads = []
+        self.held = False
+        self.waiting = deque()
+        self.keep(count)
+
+    def tail(self, follower):
+        self.follower = follower
+
+    def append(self, room, post, poster):
+        self.posts.append((room, post, poster))
+
+    def read(self, room, after, limit):
+        reading = Deferred()
+        self.reads.append((room, after, limit))
+        self.waiting.append((after, limit, reading))
+        if not self.held:
+            self.answer()
+        return reading
+
+    def page(self, after, limit):
+        kept = self.entries[self.first - 1 :]
+        some = kept[-limit:] if after is None else [entry for entry in kept if entry.number > after][:limit]
+        return Page(some, self.first, len(self.entries))
+
+    def answer(self, page=None):
+        """Answer the read that waits longest, with the page as it is now."""
+        after, limit, reading = self.waiting.popleft()
+        reading.callback(page or self.page(after, limit))
+
+    def release(self):
+        """Answer all, and hold nothing any more."""
+        self.held = False
+        while self.waiting:
+            self.answer()
+
+    def fail(self):
+        """Fail the read that waits longest."""
+        self.waiting.popleft()[2].errback(LogUnavailable("down"))
+
+    def keep(self, count=1, text="x"):
+        """Append, and tell nobody yet."""
+        head = len(self.entries)
+        new = [Entry(number, "ann", text, stamped(number)) for number in range(head + 1, head + count + 1)]
+        self.entries += new
+        return new
+
+    def say(self, count=1, text="x", room="main"):
+        """Append as the log of all nodes would: keep, then tell."""
+        self.follower.appended(room, self.keep(count, text))
+
+    def trim(self, first, room="main"):
+        self.first = first
+        self.follower.trimmed(room, first)
+
+
+class Reader:
+    """A member whose transport takes `space` bytes of messages, or everything."""
+
+    def __init__(self, space=None, *, events=(), name=None, form=None):
+        self.cursor = 0
+        self.ready = True
+        self.space = space
+        self.events = frozenset(events)
+        self.name = name
+        self.form = form
+        self.writes = []
+        self.held = b""
+        self.overran = False
+
+    def write(self, data):
+        assert self.ready
+        taken = len(data) if self.space is None else min(self.space, len(data))
+        if self.space is not None:
+            self.space -= taken
+        if taken:
+            self.writes.append(data[:taken])
+        return taken
+
+    def hold(self, rest):
+        self.ready = False
+        self.held = rest
+
+    def tell(self, frame):
+        told = frame if self.form is None else self.form(frame)
+        if self.ready:
+            self.writes.append(told)
+        else:
+            self.held += told
+
+    def drain(self, room, space=None):
+        """The transport is empty again: first the rest that it held goes out."""
+        self.writes.append(self.held)
+        self.held = b""
+        self.ready = True
+        self.space = space
+        room.resume(self)
+
+    def overrun(self):
+        self.overran = True
+        self.leave()
+
+    @property
+    def texts(self):
+        """All that it has received."""
+        return (read_frames if self.form is None else read_events)(b"".join(self.writes))
+
+    @property
+    def numbers(self):
+        """Of the messages that it has received."""
+        messages = [text for text in self.texts if text["type"] == "message"]
+        numbers = [Id.parse(text["id"]).number for text in messages]
+        assert [text["data"]["timestamp"] for text in messages] == [stamped(number) for number in numbers]
+        return numbers
+
+
+def arrive(rooms, member=None, name="main", last=None):
+    """Open a room and join it, as a connection does; answers what gets (room, member, history), or the failure."""
+    member = member or Reader()
+    arrived = []
+
+    def join(opening):
+        (history,) = read_frames(opening.join(member))
+        holds(history)
+        member.leave = lambda: rooms.leave(opening.room, member)
+        arrived.append((opening.room, member, history))
+
+    rooms.open(name, last and Id.parse(last)).addCallback(join).addErrback(arrived.append)
+    return arrived
+
+
+def enter(rooms, member=None, name="main", last=None):
+    """Join a room, the log being at hand: (room, member, history)."""
+    ((room, member, history),) = arrive(rooms, member, name, last)
+    return room, member, history

@@ -7,6 +7,8 @@ has a time-out that only a broken server reaches.
 
 import base64
 import contextlib
+import datetime as dt
+import ipaddress
 import json
 import os
 import pathlib
@@ -15,15 +17,23 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
 
+import documented
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NODE = ROOT / "tests" / "node"
 TWISTD = pathlib.Path(sys.executable).with_name("twistd")
+WATCHED = ROOT / "tests" / "documented.py"
+"""twistd that dies, with the status documented.STATUS, of sending what the documents do not describe."""
 LONG = 60
 """Seconds after which what was waited for will not come any more."""
 LOOPBACK = "tcp:0:interface=127.0.0.1"
@@ -124,8 +134,10 @@ class Lines:
 class Server:
     """A `twistd chatd` in the folder given; a context manager that leaves no process behind."""
 
-    def __init__(self, folder, *options, env=None, listen=LOOPBACK, admin="", command=(sys.executable, TWISTD)):
+    def __init__(self, folder, *options, env=None, listen=LOOPBACK, admin="", command=(sys.executable, WATCHED)):
         endpoints = [f"--{name}={text}" for name, text in (("listen", listen), ("admin", admin)) if text is not None]
+        if "CHATD_RATE" not in (env or ()) and not any(option.startswith("--rate") for option in options):
+            endpoints.append("--rate=0")  # what most tests send comes faster than any person types
         self._process = subprocess.Popen(
             [*command, "-n", "--pidfile=", "chatd", *endpoints, *options],
             cwd=folder,
@@ -203,7 +215,33 @@ class Server:
     def kill(self):
         """`kill -9`, with nothing asked."""
         self._process.kill()
-        return self.wait()
+        code = self.wait()
+        assert code != documented.STATUS, self.errors.text
+        return code
+
+
+def certificate_for(folder):
+    """A certificate that signs itself, for 127.0.0.1, and its key: the endpoint's arguments, and who trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "chatd's tests")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return "privateKey=key.pem:certKey=cert.pem", ssl.create_default_context(cafile=folder / "cert.pem")
 
 
 def stored(path, room="main"):

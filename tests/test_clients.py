@@ -1,194 +1,264 @@
-"""Clients that nobody here wrote: those of other languages and libraries, and the examples in the README."""
+"""Everyone who is connected: what becomes of them as time passes, and when all must go."""
 
-import asyncio
-import contextlib
-import json
-import pathlib
-import re
-import subprocess
-import sys
-
-import aiohttp
 import pytest
-import websockets
-from servers import LONG, NODE, ROOT, Lines, Server, environment, need, numbered
-from websockets.sync.client import connect
+from twisted.internet.task import Clock
 
-WS = """
-const WebSocket = require('ws');
-const room = new WebSocket(process.argv[1], 'chat.v1');
-room.on('message', data => console.log(data.toString()));
-require('readline').createInterface({input: process.stdin}).on('line', line => room.send(line));
-"""
-POSTS = 25
+from chatd.clients import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Clients
 
 
-class Program:
-    """A client in a process of its own: lines in are posted, and what it gets comes as lines out."""
+class Client:
+    """A connection that notes what is asked of it."""
 
-    def __init__(self, stack, *command):
-        self._process = subprocess.Popen(
-            command, cwd=NODE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        self._lines = Lines(self._process.stdout)
-        stack.callback(self._end)
+    peer = "192.0.2.7:4321"
+    joined = True
+    answers = True
+    goes_at_once = False
 
-    def _end(self):
-        self._process.kill()
-        self._process.wait(LONG)
-        self._process.stdin.close()
-        self._lines.close()
+    def __init__(self, clients):
+        self.clients = clients
+        self.journal = []
 
-    async def send(self, text):
-        self._process.stdin.write(f"{text}\n")
-        self._process.stdin.flush()
+    def ping(self):
+        self.journal.append("ping")
+        return self.answers
 
-    async def receive(self, count):
-        """The first `count` frames, the history among them; wscat's prompts may stand before them."""
-        found = await asyncio.to_thread(self._lines.wait, r"^(?:> )*(\{.*)", count)
-        return [match[1] for match in found]
+    def overrun(self):
+        self.journal.append("overrun")
+        self.joined = False
 
+    def close(self, code, reason):
+        self.journal.append((code, reason))
+        self.joined = False
+        if self.goes_at_once:
+            self.clients.remove(self)
 
-class Library:
-    """A client in this process: how to send, and how to receive one text."""
-
-    def __init__(self, send, receive):
-        self.send = send
-        self._receive = receive
-        self._frames = []
-
-    async def receive(self, count):
-        while len(self._frames) < count:
-            self._frames.append(await self._receive())
-        return self._frames[:count]
+    def abort(self):
+        self.journal.append("abort")
 
 
-async def room_full(url, stack, programs):
-    """Everyone at once: each has its history, then all post, and each gets all; answers what each got."""
-    async with contextlib.AsyncExitStack() as libraries:
-        session = await libraries.enter_async_context(aiohttp.ClientSession())
-        of_aiohttp = await libraries.enter_async_context(session.ws_connect(url))
-        of_websockets = await libraries.enter_async_context(websockets.connect(url, subprotocols=["chat.v1"]))
-        clients = {name: Program(stack, *command) for name, command in programs.items()} | {
-            "aiohttp": Library(of_aiohttp.send_str, of_aiohttp.receive_str),
-            "websockets": Library(of_websockets.send, of_websockets.recv),
-        }
-        for client in clients.values():
-            await client.receive(1)
-
-        async def chat(name, client):
-            for number in range(POSTS):
-                await client.send(json.dumps({"username": name, "message": f"Привет 👋 {number}"}))
-            return await client.receive(1 + POSTS * len(clients))
-
-        got = await asyncio.gather(*(chat(*client) for client in clients.items()))
-        assert of_websockets.subprotocol == "chat.v1"
-        assert of_aiohttp.protocol is None
-    return dict(zip(clients, got, strict=True))
+@pytest.fixture
+def clock():
+    return Clock()
 
 
-def test_wscat_ws_websockets_and_aiohttp_see_one_order(tmp_path):
-    node = need("node")
-    need("ws")
-    with Server(tmp_path) as server, contextlib.ExitStack() as stack:
-        programs = {
-            "wscat": (node, need("wscat"), "--connect", server.url, "--subprotocol", "chat.v1"),
-            "ws": (node, "-e", WS, server.url),
-        }
-
-        async def everyone():
-            async with asyncio.timeout(LONG):
-                return await room_full(server.url, stack, programs)
-
-        got = asyncio.run(everyone())
-    assert got.keys() == {"wscat", "ws", "websockets", "aiohttp"}
-    one = got["websockets"][1:]
-    for name, texts in got.items():
-        frames = [json.loads(text) for text in texts]
-        assert numbered(frames[0]) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
-        assert texts[1:] == one, f"{name} saw what websockets saw, to the byte"
-    seen = [numbered(json.loads(text))[0] for text in one]
-    assert [number for number, _, _ in seen] == list(range(3, 3 + POSTS * len(got)))
-    assert all(json.loads(text)["id"] == f"{server.epoch}-{number}" for number, text in enumerate(one, 3))
-    for name in got:
-        assert [text for _, username, text in seen if username == name] == [f"Привет 👋 {n}" for n in range(POSTS)]
+@pytest.fixture
+def clients(clock):
+    return Clients(clock)
 
 
-def test_wscat_posts_what_is_given_on_its_command_line(tmp_path):
-    node, wscat = need("node"), need("wscat")
-    with Server(tmp_path) as server, connect(server.url) as other, contextlib.ExitStack() as stack:
-        other.recv(LONG)
-        message = '{"username":"ann","message":"hi"}'
-        Program(stack, node, wscat, "-c", server.url.removeprefix("ws://"), "-x", message, "-w", "-1")
-        assert numbered(json.loads(other.recv(LONG))) == [(3, "ann", "hi")]
+@pytest.fixture
+def client(clients):
+    return Client(clients)
 
 
-def test_a_client_of_another_subprotocol_is_served_all_the_same(tmp_path):
-    with Server(tmp_path) as server, connect(server.url, subprotocols=["graphql-ws", "chat.v1"]) as client:
-        assert client.subprotocol == "chat.v1"
-        with connect(server.url, subprotocols=["graphql-ws"]) as other:
-            assert other.subprotocol is None
-            other.recv(LONG)
+@pytest.fixture
+def look(clients, clock):
+    """Lets time pass, and looks each second as the service does."""
+
+    def look(seconds):
+        for _ in range(seconds):
+            clock.advance(1)
+            clients.look()
+
+    return look
 
 
-# The README
-
-KINDS = ["python", "node", "wscat", "browser"]
-BROWSER = "import WebSocket from 'ws';\nglobalThis.WebSocket = WebSocket;\n"
-"""What makes Node 20 a browser, as far as a chat needs one."""
+def reasons(events):
+    return [event["why"] for event in events if "why" in event]
 
 
-def snippets():
-    """The README's examples that say that they are tested: what they are, and their text."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    return re.findall(r"^<!-- test: (\S+) -->\s*\n```[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+# Coming and going
 
 
-def command_of(kind, code, folder):
-    """Write an example down as a reader would, and answer how it is run."""
-    if kind == "python":
-        (folder / "example.py").write_text(code, "utf-8")
-        return sys.executable, "-u", "example.py"
-    node = need("node")
-    if kind == "wscat":
-        assert "npx wscat" in code
-        return "sh", "-euc", code.replace("npx wscat", f"'{node}' '{need('wscat')}'")
-    (folder / "node_modules").symlink_to(pathlib.Path(need("ws")).parent)
-    (folder / "example.mjs").write_text((BROWSER if kind == "browser" else "") + code, "utf-8")
-    return node, "example.mjs"
+def test_there_is_nobody_at_first(clients):
+    assert clients.connected == set()
+    assert not clients.stopping
 
 
-def test_the_readme_has_one_example_of_each_kind():
-    assert sorted(kind for kind, _ in snippets()) == sorted(KINDS)
+def test_who_joins_is_connected_and_its_handshake_is_waited_for_no_longer(clients, client):
+    clients.handshakes.add(client)
+    clients.add(client)
+    assert clients.connected == {client}
+    assert [*clients.handshakes] == []
+    assert [*clients.pings] == [client]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_readmes_example_prints_the_history_posts_a_message_and_prints_it(kind, tmp_path):
-    (code,) = [code for found, code in snippets() if found == kind]
-    assert "localhost:8085" in code
-    with Server(tmp_path) as server, connect(server.url) as other:
-        other.recv(LONG)
-        command = command_of(kind, code.replace("localhost:8085", f"127.0.0.1:{server.port}"), tmp_path)
-        with subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment() | {"PYTHONPATH": ""},
-            stdin=subprocess.PIPE,  # as a terminal's, it has no end: at that wscat goes
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            lines = Lines(process.stdout)
-            try:
-                ((number, _, message),) = numbered(json.loads(other.recv(LONG)))
-                assert number == 3
-                lines.wait(re.escape("Hi Alice!"))
-                lines.wait(re.escape(message))
-                if kind != "browser":
-                    assert process.wait(LONG) == 0
-            finally:
-                process.kill()
-                process.wait(LONG)
-                lines.close()
-        with pytest.raises(TimeoutError):
-            other.recv(0)
+def test_of_who_goes_nothing_is_left(clients, client, look):
+    clients.add(client)
+    for deadlines in (clients.handshakes, clients.closings, clients.stalls):
+        deadlines.add(client)
+    assert clients.remove(client)
+    assert clients.connected == set()
+    look(STALL_SECONDS + 1)
+    assert client.journal == []
+
+
+def test_who_goes_before_its_handshake_was_answered_was_never_there(clients, client):
+    clients.handshakes.add(client)
+    assert not clients.remove(client)
+    assert [*clients.handshakes] == []
+
+
+def test_who_has_gone_is_not_there_a_second_time(clients, client):
+    clients.add(client)
+    assert clients.remove(client)
+    assert not clients.remove(client)
+
+
+# Looking
+
+
+def test_a_handshake_that_takes_too_long_is_dropped_and_that_is_said_once(clients, client, look, events):
+    clients.handshakes.add(client)
+    look(HANDSHAKE_SECONDS - 1)
+    assert client.journal == []
+    look(HANDSHAKE_SECONDS)
+    assert client.journal == ["abort"]
+    assert [event["log_format"].format(**event) for event in events] == [
+        "192.0.2.7:4321 is dropped: it sent no whole request in time"
+    ]
+
+
+def test_who_answers_is_pinged_again_and_again(clients, client, look):
+    clients.add(client)
+    look(PING_SECONDS - 1)
+    assert client.journal == []
+    look(1)
+    assert client.journal == ["ping"]
+    look(2 * PING_SECONDS)
+    assert client.journal == ["ping"] * 3
+
+
+def test_who_did_not_answer_is_dropped_when_the_next_ping_is_due_and_pinged_no_more(clients, client, look, events):
+    clients.add(client)
+    look(PING_SECONDS)
+    client.answers = False
+    look(PING_SECONDS - 1)
+    assert client.journal == ["ping"]
+    look(2 * PING_SECONDS)
+    assert client.journal == ["ping", "ping", "abort"]
+    assert reasons(events) == ["did not answer a ping"]
+
+
+def test_who_takes_nothing_is_told_to_come_back_and_then_dropped(clients, client, look, events):
+    clients.stalls.add(client)
+    look(STALL_SECONDS - 1)
+    assert client.journal == []
+    look(1)
+    assert client.journal == ["overrun"]
+    look(STALL_SECONDS - 1)
+    assert client.journal == ["overrun"]
+    look(STALL_SECONDS)
+    assert client.journal == ["overrun", "abort"]
+    assert reasons(events) == ["took nothing"]
+
+
+def test_who_takes_nothing_and_is_closing_already_is_dropped_at_once(clients, client, look):
+    client.joined = False
+    clients.stalls.add(client)
+    look(STALL_SECONDS)
+    assert client.journal == ["abort"]
+
+
+def test_who_takes_something_again_stays(clients, client, look):
+    clients.stalls.add(client)
+    look(STALL_SECONDS - 1)
+    clients.stalls.discard(client)
+    look(STALL_SECONDS)
+    assert client.journal == []
+
+
+def test_who_does_not_answer_a_close_is_dropped(clients, client, look, events):
+    clients.closings.add(client)
+    look(CLOSE_SECONDS - 1)
+    assert client.journal == []
+    look(CLOSE_SECONDS)
+    assert client.journal == ["abort"]
+    assert reasons(events) == ["did not answer the close"]
+
+
+def test_each_has_deadlines_of_its_own(clients, look):
+    early, late = Client(clients), Client(clients)
+    clients.add(early)
+    look(1)
+    clients.add(late)
+    look(PING_SECONDS - 1)
+    assert (early.journal, late.journal) == (["ping"], [])
+    look(1)
+    assert (early.journal, late.journal) == (["ping"], ["ping"])
+
+
+# The end
+
+
+def test_closing_all_tells_each_once_and_lets_no_more_join(clients):
+    everyone = [Client(clients) for _ in range(3)]
+    for client in everyone:
+        clients.add(client)
+    clients.close(1012, "restarting")
+    assert [client.journal for client in everyone] == [[(1012, "restarting")]] * 3
+    assert clients.stopping
+
+
+def test_with_nobody_there_no_more_join_either(clients):
+    clients.close(1012, "restarting")
+    assert clients.stopping
+
+
+def test_unfinished_handshakes_are_not_closed_since_no_frame_can_be_sent_to_them(clients, client):
+    clients.handshakes.add(client)
+    clients.close(1012, "restarting")
+    assert client.journal == []
+
+
+def test_who_does_not_answer_when_all_are_closed_is_dropped_however_full_its_transport_is(clients, client, look):
+    clients.add(client)
+    clients.stalls.add(client)
+    clients.close(1012, "restarting")
+    look(CLOSE_SECONDS)
+    assert client.journal == [(1012, "restarting"), "abort"]
+
+
+def test_who_goes_at_once_when_it_is_closed_is_not_waited_for(clients, client, look):
+    other = Client(clients)
+    client.goes_at_once = True
+    clients.add(client)
+    clients.add(other)
+    clients.close(1012, "restarting")
+    assert clients.connected == {other}
+    assert [*clients.closings] == [other]
+    look(CLOSE_SECONDS)
+    assert client.journal == [(1012, "restarting")]
+
+
+def test_abort_drops_what_is_left_and_unfinished_handshakes(clients):
+    joined, unfinished = Client(clients), Client(clients)
+    clients.add(joined)
+    clients.handshakes.add(unfinished)
+    clients.abort()
+    assert (joined.journal, unfinished.journal) == (["abort"], ["abort"])
+
+
+def test_nobody_is_there_at_once_when_there_is_none(clients):
+    assert clients.empty().called
+
+
+def test_empty_fires_for_all_who_asked_when_the_last_is_gone_and_only_once(clients):
+    first, last = Client(clients), Client(clients)
+    clients.add(first)
+    clients.add(last)
+    fired = []
+    clients.empty().addCallback(lambda _: fired.append("one"))
+    clients.empty().addCallback(lambda _: fired.append("other"))
+    clients.remove(first)
+    assert fired == []
+    clients.remove(last)
+    assert fired == ["one", "other"]
+    clients.add(first)
+    clients.remove(first)
+    assert fired == ["one", "other"]
+
+
+def test_unfinished_handshakes_are_not_waited_for(clients, client):
+    clients.handshakes.add(client)
+    assert clients.empty().called

@@ -8,16 +8,29 @@ from hypothesis import strategies as st
 
 from chatd.fastpath import MAGIC, Upgrade, parse_upgrade, switch, take_texts
 
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+
 
 def test_a_plain_handshake_is_read():
-    assert parse_upgrade(HEAD) == Upgrade("/", {}, "dGhlIHNhbXBsZSBub25jZQ==", [])
+    assert parse_upgrade(HEAD) == Upgrade("/", "", None, KEY, [])
 
 
-def test_path_query_and_offered_subprotocols_are_read():
-    head = HEAD.replace(b"GET / ", b"GET /rooms/a?x=1&x=2 ") + b"\r\nSec-WebSocket-Protocol: chat.v1, other"
-    assert parse_upgrade(head) == Upgrade(
-        "/rooms/a", {"x": ["1", "2"]}, "dGhlIHNhbXBsZSBub25jZQ==", ["chat.v1", "other"]
-    )
+def test_path_query_origin_and_offered_subprotocols_are_read():
+    head = HEAD.replace(b"GET / ", b"GET /rooms/a?x=1&x=2 ")
+    head += b"\r\nOrigin: https://chat.example\r\nSec-WebSocket-Protocol: chat.v1, other"
+    assert parse_upgrade(head) == Upgrade("/rooms/a", "x=1&x=2", "https://chat.example", KEY, ["chat.v1", "other"])
+
+
+@pytest.mark.parametrize("target", ["/rooms/%6dain?username=%d0%90&a=b+c?d", "/rooms/..?", "//x?x"])
+def test_path_and_query_are_left_as_they_are_written(target):
+    upgrade = parse_upgrade(HEAD.replace(b"GET / ", b"GET %b " % target.encode()))
+    path, _, query = target.partition("?")
+    assert (upgrade.path, upgrade.query) == (path, query)
+
+
+def test_an_origin_is_left_as_it_is_written():
+    assert parse_upgrade(HEAD + b"\r\nORIGIN:  HTTPS://Chat.Example  ").origin == "HTTPS://Chat.Example"
+    assert parse_upgrade(HEAD + b"\r\nOrigin:").origin == ""
 
 
 def test_names_and_values_are_read_whatever_their_case():
@@ -32,6 +45,8 @@ def test_names_and_values_are_read_whatever_their_case():
         (b"GET / ", b"GET * "),
         (b"GET / ", b"GET /#top "),
         (b"GET / ", b"GET  / "),
+        (b"GET / ", b"GET http://localhost/ "),
+        (b"GET / ", b"GET /?username=\xd0\x90 "),
         (b"Host: localhost:8085\r\n", b""),
         (b"Upgrade: websocket", b"Upgrade: h2c"),
         (b"Upgrade: websocket\r\n", b""),
@@ -40,6 +55,7 @@ def test_names_and_values_are_read_whatever_their_case():
         (b"b25jZQ==", b"b25jZQ="),
         (b"dGhlIHNhb", b"dGhl*HNhb"),
         (b"Host: localhost", b"Host: a\r\nHost: localhost"),
+        (b"Host: localhost", b"Origin: null\r\nOrigin: null\r\nHost: localhost"),
         (b"Host: localhost", b"no colon\r\nHost: localhost"),
         (b"Host: localhost:8085", b"Host: localhost\r\n folded: more"),
     ],

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import txaio
-from autobahn.twisted.websocket import WebSocketServerProtocol
-from helpers import HEAD, masked, read_frames
+from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from helpers import HEAD, masked, read_frames, result_of
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
@@ -16,12 +16,40 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 
 from chatd import protocol, web
-from chatd.protocol import ChatFactory, ChatProtocol
-from chatd.rooms import LogUnavailable, Rooms
+from chatd.admission import Admission, Rate, origin_pattern, room_pattern
+from chatd.clients import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Clients
+from chatd.fastpath import parse_upgrade
+from chatd.log import LogUnavailable
+from chatd.presence import ROUND_SECONDS
+from chatd.protocol import MAX_MESSAGE, ChatFactory, ChatProtocol
+from chatd.rooms import Rooms
+from chatd.session import Session
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 
 HANDSHAKE = HEAD + b"\r\n\r\n"
+PAGE = {"type": "history"}
+
+
+def short(target="/", *headers):
+    """A handshake of the plain form."""
+    return b"\r\n".join([HEAD.replace(b"GET / ", b"GET %b " % target.encode()), *headers, b"", b""])
+
+
+def long(target="/", *headers):
+    """The same of another form, which is Autobahn's to answer."""
+    return short(target, *headers).replace(
+        b"Connection: keep-alive, Upgrade", b"Connection: keep-alive\r\nConnection: Upgrade"
+    )
+
+
+WAYS = [short, long]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """The ways through a handshake, between which a client sees no difference."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +64,47 @@ def clock():
     return Clock()
 
 
-@pytest.fixture
-def store():
-    store = MemoryStore(Retention(), lambda: 1_800_000_000.0)
+def opened(store):
     store.open(())
+    store.epoch = "k7Q2"
     return store
 
 
 @pytest.fixture
-def factory(store, clock):
-    return ChatFactory(Rooms(store, clock, 100), web.site(lambda: None, clock, page=True), clock)
+def store():
+    return opened(MemoryStore(Retention(), lambda: 1_800_000_000.0))
+
+
+@pytest.fixture
+def rooms(store, clock):
+    return Rooms(store, clock, 100)
+
+
+@pytest.fixture
+def clients(clock):
+    return Clients(clock)
+
+
+@pytest.fixture
+def server(clock, rooms, clients):
+    """Makes a factory of connections, by the operator's rules."""
+
+    def server(rooms=rooms, *, allowed=(), origins=(), rate=None):
+        return ChatFactory(
+            rooms=rooms,
+            clients=clients,
+            admission=Admission([room_pattern(text) for text in allowed], [origin_pattern(text) for text in origins]),
+            site=web.site(lambda: None, clock, rooms=None),
+            reactor=clock,
+            rate=rate,
+        )
+
+    return server
+
+
+@pytest.fixture
+def factory(server):
+    return server()
 
 
 class Wire(StringTransport):
@@ -130,14 +189,18 @@ class Client:
     def sends(self, data):
         self.now.dataReceived(data)
 
-    def joins(self):
-        self.sends(HANDSHAKE)
+    def joins(self, handshake=HANDSHAKE):
+        self.sends(handshake)
         answer, _, rest = self.transport.read().partition(b"\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 101 ")
         return read_frames(rest)
 
-    def posts(self, message="hi", username="ann"):
-        self.sends(masked(json.dumps({"username": username, "message": message}).encode()))
+    def says(self, *documents):
+        """All in one piece, as TCP brings them."""
+        self.sends(b"".join(masked(json.dumps(document).encode()) for document in documents))
+
+    def posts(self, message="hi", username="ann", **more):
+        self.says({"username": username, "message": message} | more)
 
     def reads(self):
         return read_frames(self.transport.read())
@@ -185,6 +248,50 @@ def test_no_connection_is_counted_before_the_first(factory):
     assert factory.getConnectionCount() == 0
 
 
+def names_of(*classes):
+    return {name for each in classes for name in {*vars(each), *each.__annotations__}} - {
+        *("__module__", "__doc__", "__annotations__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"),
+        *("__implemented__", "__provides__", "__providedBy__"),
+    }
+
+
+def used():
+    """A connection of Autobahn's own that has been through a handshake, a message and a close."""
+    theirs = WebSocketServerProtocol()
+    theirs.factory = WebSocketServerFactory()
+    theirs.makeConnection(StringTransport())
+    theirs.dataReceived(HANDSHAKE + masked(b"hi") + masked(b"", first=0x01) + masked(b"\x03\xe8", first=0x88))
+    theirs.connectionLost(Failure(ConnectionDone()))
+    return theirs
+
+
+def test_ours_shadows_nothing_of_autobahns_by_accident():
+    theirs = used()
+    assert {name for name in names_of(ChatProtocol, Session) if hasattr(theirs, name)} == {
+        *("connectionLost", "connectionMade", "dataReceived", "failHandshake", "onClose", "onConnect", "onMessage"),
+        *("onMessageFrameBegin", "onOpen", "onPong", "processHandshake", "sendCloseFrame", "sendData", "__init__"),
+        *("factory", "transport", "peer", "is_closed", "is_open", "utf8validator"),
+        *("current_frame", "inside_message", "websocket_version"),
+    }
+
+
+def test_a_connection_is_of_a_session_what_its_transport_does_and_nothing_else():
+    assert names_of(ChatProtocol) & names_of(Session) == {
+        *("peer", "tell", "write", "hold", "overrun", "stop_reading", "read_on", "not_text"),
+    }
+
+
+def test_nothing_of_a_session_is_hidden_by_what_autobahn_sets_on_its_connections(factory):
+    assert names_of(Session) & {*vars(used())} == {"peer"}
+    assert names_of(Session) & {*vars(factory.protocol)} == {"rooms", "rate"}
+
+
+def test_ours_shadows_nothing_of_autobahns_factory_by_accident(factory):
+    ours = {*names_of(ChatFactory), *("clients", "admission", "site", "protocol")}
+    assert {name for name in ours if hasattr(WebSocketServerFactory(), name)} == {"__init__", "noisy", "protocol"}
+    assert {"clients", "admission", "site"} <= {*vars(factory)}
+
+
 # Joining
 
 
@@ -205,8 +312,8 @@ def test_it_does_not_matter_how_a_handshake_is_cut(client):
     assert client.transport.read().startswith(b"HTTP/1.1 101 ")
 
 
-def test_frames_right_behind_the_handshake_are_read(client, clock):
-    client.sends(HANDSHAKE + masked(b'{"username":"ann","message":"hi"}'))
+def test_frames_right_behind_the_handshake_are_read(client, clock, way):
+    client.sends(way() + masked(b'{"username":"ann","message":"hi"}'))
     clock.advance(0)
     frames = read_frames(client.transport.read().partition(b"\r\n\r\n")[2])
     assert [frame["type"] for frame in frames] == ["history", "message"]
@@ -222,9 +329,13 @@ def test_other_subprotocols_are_not(client):
     assert b"Sec-WebSocket-Protocol" not in client.transport.read()
 
 
+def test_there_are_two_ways_through_a_handshake():
+    assert parse_upgrade(short().removesuffix(b"\r\n\r\n"))
+    assert parse_upgrade(long().removesuffix(b"\r\n\r\n")) is None
+
+
 def test_a_good_handshake_of_another_form_is_autobahns_and_joins_too(client, clock):
-    head = HEAD.replace(b"Connection: keep-alive, Upgrade", b"Connection: keep-alive\r\nConnection: Upgrade")
-    client.sends(head + b"\r\nSec-WebSocket-Protocol: chat.v1\r\n\r\n")
+    client.sends(long("/", b"Sec-WebSocket-Protocol: chat.v1"))
     answer, _, rest = client.transport.read().partition(b"\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 101 ")
     assert b"chat.v1" in answer
@@ -249,17 +360,32 @@ def test_a_handshake_that_is_refused_is_told_why(client, events, old, new, code)
     client.sends(HANDSHAKE.replace(old, new))
     head, _, body = client.transport.read().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % code)
-    assert b"Content-Length: %d" % len(body) in head
-    assert body.endswith(b"\n")
+    assert b"\r\nContent-Length: %d" % len(body) in head
+    assert b"\r\nContent-Type: application/problem+json\r\n" in head
+    problem = json.loads(body)
+    assert problem["status"] == code
+    assert problem["title"]
+    assert problem["detail"]
     assert client.transport.disconnecting
     assert [event["code"] for event in events if "code" in event] == [code]
     client.goes()
 
 
-def test_autobahn_refuses_an_unknown_path_too(client):
-    head = HEAD.replace(b"GET / ", b"GET /nowhere ").replace(b"keep-alive, Upgrade", b"a\r\nConnection: Upgrade")
-    client.sends(head + b"\r\n\r\n")
-    assert client.transport.read().startswith(b"HTTP/1.1 404 ")
+def refusal(client, handshake):
+    """The status and the reason with which a handshake is refused."""
+    client.sends(handshake)
+    head, _, body = client.transport.read().partition(b"\r\n\r\n")
+    assert b" 101 " not in head
+    problem = json.loads(body)
+    assert head.startswith(b"HTTP/1.1 %d " % problem["status"])
+    assert client.transport.disconnecting
+    assert client.protocol.room is None
+    return problem["status"], problem["detail"]
+
+
+def test_a_version_of_websocket_that_is_not_spoken_is_refused_with_those_that_are(client):
+    client.sends(HANDSHAKE.replace(b"Version: 13", b"Version: 99"))
+    assert b"\r\nSec-WebSocket-Version: " in client.transport.read().partition(b"\r\n\r\n")[0]
 
 
 def test_a_head_without_end_is_refused(client):
@@ -282,7 +408,7 @@ def test_a_request_without_an_upgrade_is_the_web_sites(factory, transport):
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"ok\n")
     assert factory.getConnectionCount() == 0
-    assert [*factory.handshakes] == []
+    assert [*factory.clients.handshakes] == []
     client.goes()
 
 
@@ -296,55 +422,251 @@ def test_behind_a_wrapper_the_web_site_is_put_in_the_wrapper(factory):
     wrapper.connectionLost(Failure(ConnectionDone()))
 
 
+# What is asked for
+
+
+@pytest.mark.parametrize("room", ["main", "a", "0", "team-1_b", 64 * "a"])
+def test_a_client_comes_into_the_room_that_the_path_names(factory, clock, way, room):
+    here, elsewhere = Client(factory), Client(factory)
+    here.joins(way(f"/rooms/{room}"))
+    elsewhere.joins(way("/rooms/elsewhere"))
+    here.posts("hi")
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in here.reads()] == ["hi"]
+    assert elsewhere.reads() == []
+    assert here.protocol.room.name == room
+
+
+def test_the_root_is_the_room_main(factory, clock, way):
+    one, other = Client(factory), Client(factory)
+    one.joins(way("/"))
+    other.joins(way("/rooms/main?"))
+    one.posts("hi")
+    clock.advance(0)
+    assert len(other.reads()) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/rooms", "/rooms/", "/rooms/main/", "/rooms//", "/main", "/rooms/..", "/rooms/../main", "/rooms/a.b"),
+        *("/rooms/%2f", "/rooms/%6dain", "/rooms/%2e%2e", "/rooms/main%0a", "/rooms/MAIN", "/rooms/m%d0%b0in"),
+        *("/rooms/" + 65 * "a", "/rooms/-a", "/rooms/_a", "/rooms/main/messages", "/rooms/main/events"),
+        *("/rooms/main;x", "/rooms/main;", "/;x", "//rooms/main", "//localhost/rooms/main", "/rooms/main/?"),
+    ],
+)
+def test_any_other_path_is_404(client, way, path):
+    assert refusal(client, way(path)) == (404, "there is no room here; connect to / or to /rooms/NAME")
+
+
+def test_a_path_of_other_than_ascii_is_404(client):
+    assert refusal(client, HANDSHAKE.replace(b"GET / ", b"GET /rooms/m\xd0\xb0in "))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("target", "status"), [("/rooms/team-1", 101), ("/rooms/lobby", 101), ("/", 404), ("/rooms/main", 404)]
+)
+def test_the_operator_says_which_rooms_there_may_be(server, way, target, status):
+    client = Client(server(allowed=["team-*", "lobby"]))
+    client.sends(way(target))
+    assert client.transport.read().startswith(b"HTTP/1.1 %d " % status)
+
+
+@pytest.mark.parametrize(
+    ("last", "resumed", "messages"),
+    [
+        ("k7Q2-1", True, ["2", "3"]),
+        ("k7Q2-3", True, []),
+        ("k7Q2-4", False, ["1", "2", "3"]),
+        ("p9Zx-1", False, ["1", "2", "3"]),
+        ("", None, ["1", "2", "3"]),
+        ("nonsense&last_event_id=k7Q2-2", True, ["3"]),
+    ],
+)
+def test_who_names_its_last_message_gets_what_it_missed_if_that_is_there(factory, way, last, resumed, messages):
+    writer = Client(factory)
+    writer.joins()
+    for message in "123":
+        writer.posts(message)
+    (history,) = Client(factory).joins(way(f"/?last_event_id={last}"))
+    assert history.get("resumed") == resumed
+    assert [entry["message"] for entry in history["data"]] == messages
+
+
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        ("last_event_id=1042", "last_event_id: an id is an epoch and a number, such as k7Q2xe-1042"),
+        ("last_event_id=k7Q2-1&last_event_id=x", "last_event_id: an id is an epoch and a number, such as k7Q2xe-1042"),
+        ("events=x", "events: choose of presence, typing"),
+        ("events=presence,", "events: choose of presence, typing"),
+        ("username=" + 31 * "a", "username: 1 to 30 characters"),
+        ("username=" + 31 * "%f0%9f%91%8b", "username: 1 to 30 characters"),
+        ("username=%ff", "the query is not UTF-8"),
+        ("colour=%ff", "the query is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_400_and_why(client, way, query, detail):
+    assert refusal(client, way(f"/?{query}")) == (400, detail)
+
+
+@pytest.mark.parametrize("query", ["", "events=&username=&last_event_id=", "colour=red", "token=%00&x=y;z", "&&=&"])
+def test_what_is_empty_or_unknown_is_not_asked_for(client, clock, way, query):
+    (history,) = client.joins(way(f"/?{query}"))
+    assert "resumed" not in history
+    clock.pump([0, ROUND_SECONDS])
+    assert client.reads() == []
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("username=ann", "ann"),
+        ("username=" + 30 * "%f0%9f%91%8b", 30 * "\N{WAVING HAND SIGN}"),
+        ("username=%D0%90%D0%BD%D1%8F+1", "Аня 1"),
+        ("username=ann&username=bob", "bob"),
+    ],
+)
+def test_a_client_is_known_by_the_name_that_it_came_with(client, clock, way, query, name):
+    client.joins(way(f"/?events=presence,typing&{query}"))
+    clock.advance(0)
+    assert client.reads() == [{"type": "presence", "data": {"count": 1, "users": [name]}}]
+
+
+def test_what_others_do_reaches_only_those_who_asked(factory, clock, way):
+    asked, asked_half, not_asked = (Client(factory) for _ in range(3))
+    asked.joins(way("/?events=presence,typing&username=ann"))
+    asked_half.joins(way("/?events=typing"))
+    not_asked.joins(way())
+    Client(factory).joins()
+    not_asked.says({"type": "typing", "username": "bob"})
+    not_asked.posts()
+    clock.pump([0, ROUND_SECONDS, ROUND_SECONDS])
+    assert [{frame["type"] for frame in client.reads()} for client in (asked, asked_half, not_asked)] == [
+        {"presence", "typing", "message"},
+        {"typing", "message"},
+        {"message"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("https://chat.example", "https://a.example.org", "http://a.b.example.org", "http://localhost:3000"),
+        *("https://team.example.net", "null"),
+    ],
+)
+def test_a_page_of_the_operators_may_connect(server, way, origin):
+    client = Client(server(origins=ORIGINS))
+    assert client.joins(way("/", b"Origin: " + origin.encode()))
+
+
+ORIGINS = ["https://chat.example", "*.example.org", "http://localhost:3000", "HTTPS://*.Example.NET", "null"]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("http://chat.example", "https://chat.example:8443", "https://chat.example.attacker.net", "http://localhost"),
+        *(
+            "https://evil.example.org.attacker.net",
+            "https://xexample.org",
+            "https://example.org",
+            "http://a.example.net",
+        ),
+        *("https://a.example.org:8443", "https://attacker.net/.example.org", "https://attacker.net", "http://null"),
+    ],
+)
+def test_a_page_elsewhere_may_not(server, way, origin):
+    client = Client(server(origins=ORIGINS))
+    assert refusal(client, way("/", b"Origin: " + origin.encode())) == (403, "this page may not connect here")
+
+
+def test_where_null_is_not_named_a_page_of_no_origin_may_not(server, way):
+    assert refusal(Client(server(origins=["https://chat.example"])), way("/", b"Origin: null"))[0] == 403
+
+
+def test_who_says_no_origin_is_no_browser_and_let_in(server, way):
+    assert Client(server(origins=["https://chat.example"])).joins(way())
+
+
+def test_two_origins_are_none(server):
+    client = Client(server(origins=["https://chat.example"]))
+    origins = (b"Origin: https://chat.example", b"Origin: https://attacker.net")
+    assert refusal(client, short("/", *origins))[0] in (400, 403)
+
+
+@pytest.mark.parametrize("origin", ["https://anything.example", "null", "http://localhost:3000"])
+def test_where_no_origin_is_named_every_page_may_connect(client, way, origin):
+    assert client.joins(way("/", b"Origin: " + origin.encode()))
+
+
 class HeldStore(MemoryStore):
     """A store whose reads wait for the test."""
 
+    slow = True
+
     def read(self, room, after, limit):
+        page = super().read(room, after, limit)
+        if not self.slow:
+            return page
         self.reading = Deferred()
-        self.page = super().read(room, after, limit).result
+        self.page = result_of(page)
         return self.reading
 
+    def answer(self):
+        self.reading.callback(self.page)
+
+    def fail(self):
+        self.reading.errback(LogUnavailable("down"))
+
 
 @pytest.fixture
-def held(clock):
-    store = HeldStore(Retention(), lambda: 1_800_000_000.0)
-    store.open(())
-    return store
+def held():
+    return opened(HeldStore(Retention(), lambda: 1_800_000_000.0))
 
 
-@pytest.fixture
-def waiting(held, clock):
+@pytest.fixture(params=WAYS)
+def waiting(request, held, clock, server):
     """A client that waits for the log."""
-    factory = ChatFactory(Rooms(held, clock, 100), web.site(lambda: None, clock, page=True), clock)
-    client = Client(factory)
-    client.sends(HANDSHAKE)
+    client = Client(server(Rooms(held, clock, 100)))
+    client.sends(request.param())
     return client
 
 
 def test_while_the_room_is_loaded_nothing_more_is_read_from_the_client(held, waiting):
     assert waiting.transport.producerState == "paused"
     assert waiting.transport.read() == b""
-    held.reading.callback(held.page)
+    held.answer()
     assert waiting.transport.producerState == "producing"
     assert waiting.transport.read().startswith(b"HTTP/1.1 101 ")
 
 
+def test_frames_right_behind_the_handshake_are_read_when_the_room_is_loaded(held, clock, server, way):
+    client = Client(server(Rooms(held, clock, 100)))
+    client.sends(way() + masked(b'{"username":"ann","message":"hi"}'))
+    held.answer()
+    clock.advance(0)
+    frames = read_frames(client.transport.read().partition(b"\r\n\r\n")[2])
+    assert [frame["type"] for frame in frames] == ["history", "message"]
+
+
 def test_a_log_that_is_down_is_503_and_when_to_try_again(held, waiting, events):
-    held.reading.errback(LogUnavailable("down"))
+    held.fail()
     answer = waiting.transport.read()
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nRetry-After: 2\r\n" in answer
     assert "the log cannot be read: {error}" in [event["log_format"] for event in events]
 
 
-def test_who_gave_up_while_the_room_was_loaded_does_not_join(held, waiting, clock):
-    clock.advance(protocol.HANDSHAKE_SECONDS)
-    waiting.protocol.factory.look()
+def test_who_gave_up_while_the_room_was_loaded_does_not_join(held, waiting, clock, clients):
+    clock.advance(HANDSHAKE_SECONDS)
+    clients.look()
     assert waiting.transport.aborted
-    held.reading.callback(held.page)
+    held.answer()
     assert waiting.transport.read() == b""
     assert waiting.protocol.room is None
-    assert not waiting.protocol.factory.connections
+    assert not clients.connected
 
 
 # Posting
@@ -416,7 +738,7 @@ def test_two_messages_in_fragments_do_not_mix(factory, clock):
         (masked(b"\x00", first=0x82), 1003),
         (masked(b'{"username":"\xff"}'), 1007),
         (masked(b"\xff", first=0x01), 1007),
-        (masked(b"x" * (protocol.MAX_MESSAGE + 1)), 1009),
+        (masked(b"x" * (MAX_MESSAGE + 1)), 1009),
         (masked(b"", first=0x01) + masked(b"", first=0x00) * protocol.MAX_FRAGMENTS, 1008),
         (b"\x81\x05hello", 1002),
         (masked(b"x", first=0x83), 1002),
@@ -437,7 +759,7 @@ def test_what_no_client_may_send_closes_with_a_code_and_is_not_posted(client, cl
     client.posts()
     clock.advance(0)
     assert client.transport.read() == b""
-    assert [*client.protocol.factory.closings] == [client.protocol]
+    assert [*client.protocol.factory.clients.closings] == [client.protocol]
 
 
 def test_many_messages_of_many_fragments_are_fine(client, clock):
@@ -456,10 +778,9 @@ class FullStore(MemoryStore):
         self.refuse = lambda: poster.refused(post, LogUnavailable("disk full"))
 
 
-def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock):
-    store = FullStore(Retention(), lambda: 0.0)
-    store.open(())
-    client = Client(ChatFactory(Rooms(store, clock, 100), web.site(lambda: None, clock, page=True), clock))
+def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
+    store = opened(FullStore(Retention(), lambda: 0.0))
+    client = Client(server(Rooms(store, clock, 100)))
     client.joins()
     client.posts()
     store.refuse()
@@ -471,7 +792,260 @@ def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock):
     assert client.transport.read() == b""
 
 
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_a_post_with_a_label_is_acknowledged_after_its_message_and_to_its_poster_alone(factory, clock, way, transport):
+    ann, bob = Client(factory, transport()), Client(factory, transport())
+    ann.joins(way())
+    bob.joins(way())
+    ann.posts("hi", label="c81f")
+    clock.advance(0)
+    message, ack = ann.reads()
+    assert (message["id"], ack) == ("k7Q2-1", {"type": "ack", "label": "c81f", "id": "k7Q2-1"})
+    assert bob.reads() == [message]
+    ann.posts("hi", label="c81f")
+    assert ann.reads() == [ack | {"duplicate": True}]
+    ann.posts("ho", label="c81f")
+    assert [frame["code"] for frame in ann.reads()] == ["LABEL_REUSED"]
+
+
+def test_messages_sent_again_after_a_connection_broke_are_there_once(factory, clock, store):
+    ann = Client(factory)
+    ann.joins()
+    ann.posts("1", label="a")
+    ann.posts("2", label="b")
+    ann.goes(ConnectionLost)
+    again = Client(factory)
+    again.joins()
+    again.posts("1", label="a")
+    again.posts("2", label="b")
+    again.posts("3", label="c")
+    clock.advance(0)
+    assert [frame.get("duplicate", frame["type"]) for frame in again.reads()] == [True, True, "message", "ack"]
+    assert [entry.message for entry in store._room("main").entries] == ["1", "2", "3"]
+
+
+def in_pieces(payload):
+    size = 1000
+    pieces = [payload[begin : begin + size] for begin in range(0, len(payload), size)]
+    firsts = [0x01, *[0x00] * (len(pieces) - 2), 0x80]
+    return b"".join(masked(piece, first=first) for piece, first in zip(pieces, firsts, strict=True))
+
+
+@pytest.mark.parametrize("frame", [masked, in_pieces])
+@pytest.mark.parametrize(
+    "big",
+    [
+        ("label", (1 << 20) * "a"),
+        *((name, MAX_MESSAGE * "a") for name in ("label", "username", "message", "before", "limit", "type", "extra")),
+    ],
+    ids=lambda big: f"{big[0]}-{len(big[1])}",
+)
+def test_what_is_too_big_is_1009_whatever_it_is_in_and_what_came_before_is_not_lost(client, clock, store, big, frame):
+    client.joins()
+    client.posts("before")
+    text = json.dumps({"username": "ann", "message": "hi"} | dict([big])).encode()
+    client.sends(frame(text) + masked(b'{"username":"ann","message":"too late"}'))
+    clock.advance(0)
+    assert client.reads_close() == 1009
+    assert [entry.message for entry in store._room("main").entries] == ["before"]
+
+
+@pytest.mark.parametrize("frame", [masked, in_pieces])
+def test_what_is_as_large_as_may_be_is_only_refused(client, clock, frame):
+    client.joins()
+    head = b'{"username":"ann","message":"hi","label":"'
+    client.sends(frame(head + b"a" * (MAX_MESSAGE - len(head) - 2) + b'"}'))
+    (error,) = client.reads()
+    assert error["message"] == 'Validation error: "label" length must be less than or equal to 64 characters long'
+    assert "label" not in error
+    client.posts("hi")
+    clock.advance(0)
+    assert len(client.reads()) == 1
+
+
+def test_each_connection_has_a_limit_of_its_own(server, clock):
+    factory = server(rate=Rate(2, 3, clock.seconds))
+    ann, bob = Client(factory), Client(factory)
+    for client in (ann, bob):
+        client.joins()
+        client.says(*[{"username": "ann", "message": "hi"}] * 4)
+    assert ann.reads() == [
+        {"type": "error", "message": "Rate limit exceeded", "code": "RATE_LIMITED", "retry_after": 0.5}
+    ]
+    assert [frame["code"] for frame in bob.reads()] == ["RATE_LIMITED"]
+    clock.advance(0.5)
+    assert len(ann.reads()) == 6
+    ann.posts("again", label="a")
+    clock.advance(0)
+    assert [frame["type"] for frame in ann.reads()] == ["message", "ack"]
+
+
+def test_fragments_pings_and_closes_cost_nothing(server, clock):
+    client = Client(server(rate=Rate(1, 1, clock.seconds)))
+    client.joins()
+    text = b'{"username":"ann","message":"hi"}'
+    client.sends(masked(b"x", first=0x89) * 5 + masked(text[:5], first=0x01))
+    client.sends(masked(b"x", first=0x8A) * 5 + masked(text[5:], first=0x80))
+    client.transport.read()
+    clock.advance(0)
+    assert [frame["type"] for frame in client.reads()] == ["message"]
+    client.sends(masked(b"\x03\xe8", first=0x88))
+    assert client.reads_close() == 1000
+
+
+# Reading back
+
+
+@pytest.fixture
+def archive(store, held, server, clock):
+    """A factory of connections to a log that is slow to read back beyond its newest message."""
+    held.slow = False
+    writer = Client(server(Rooms(held, clock, 100)))
+    writer.joins()
+    for message in "123":
+        writer.posts(message)
+    writer.goes()
+    return server(Rooms(held, clock, 1))
+
+
+@pytest.fixture(params=[Tcp, Wire])
+def pager(request, archive, held, way):
+    """A client that may ask for pages, which then wait."""
+    client = Client(archive, request.param())
+    client.joins(way())
+    held.slow = True
+    return client
+
+
+def said(held):
+    return [entry.message for entry in held._room("main").entries]
+
+
+H1 = PAGE | {"label": "h1"}
+POST = {"username": "ann", "message": "4", "label": "a"}
+
+
+def test_while_a_page_is_fetched_nothing_more_is_read_and_what_came_with_it_waits_for_its_turn(held, clock, pager):
+    text = json.dumps(POST | {"message": "5", "label": "b"}).encode()
+    pager.sends(
+        masked(json.dumps(H1).encode())
+        + masked(json.dumps(POST).encode())
+        + masked(b"still here?", first=0x89)
+        + masked(text[:7], first=0x01)
+        + masked(text[7:], first=0x80)
+        + masked(b"nonsense")
+        + masked(json.dumps(PAGE | {"limit": 1, "label": "h2"}).encode())
+    )
+    assert pager.transport.read() == b"\x8a\x0bstill here?"
+    assert pager.transport.producerState == "paused"
+    assert said(held) == ["1", "2", "3"]
+    held.answer()
+    assert pager.transport.producerState == "producing"
+    clock.advance(0)
+    frames = pager.reads()
+    assert [frame.get("label", frame["type"]) for frame in frames] == [
+        "h1",
+        "error",
+        "h2",
+        "message",
+        "message",
+        "a",
+        "b",
+    ]
+    assert [[entry["message"] for entry in frame["data"]] for frame in (frames[0], frames[2])] == [
+        ["1", "2", "3"],
+        ["5"],
+    ]
+
+
+def test_who_closes_while_a_page_is_fetched_has_posted_what_came_before_once(held, clock, pager):
+    pager.sends(masked(json.dumps(H1).encode()) + masked(json.dumps(POST).encode()) + masked(b"\x03\xe8", first=0x88))
+    assert pager.reads_close() == 1000
+    assert said(held) == ["1", "2", "3", "4"]
+    held.answer()
+    pager.goes()
+    clock.advance(0)
+    assert pager.transport.read() == b""
+    assert said(held) == ["1", "2", "3", "4"]
+
+
+def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_before_once(held, clock, pager, clients):
+    pager.says(H1, POST)
+    pager.goes(ConnectionLost)
+    assert said(held) == ["1", "2", "3", "4"]
+    held.answer()
+    clock.advance(0)
+    assert pager.transport.read() == b""
+    assert said(held) == ["1", "2", "3", "4"]
+    assert not clients.connected
+
+
+def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, pager, clients, look):
+    pager.says(H1, POST)
+    clients.close(1012, "restarting")
+    assert pager.reads_close() == 1012
+    assert said(held) == ["1", "2", "3", "4"]
+    held.answer()
+    assert pager.transport.producerState == "producing"
+    pager.sends(masked(b"\x03\xf4", first=0x88))
+    pager.goes()
+    assert clients.empty().called
+
+
+def test_a_log_that_is_down_is_an_error_and_the_connection_goes_on(held, clock, pager):
+    pager.says(H1, POST)
+    held.fail()
+    assert [(frame["code"], frame["label"]) for frame in pager.reads()] == [("UNAVAILABLE", "h1")]
+    clock.advance(0)
+    assert [frame["type"] for frame in pager.reads()] == ["message", "ack"]
+
+
+def test_who_does_not_take_its_pages_is_not_read(archive, held):
+    client = Client(archive)
+    client.joins()
+    client.transport.socket.space = 10
+    client.says(H1, H1, POST)
+    assert client.transport.producerState == "paused"
+    assert said(held) == ["1", "2", "3"]
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    assert said(held) == ["1", "2", "3", "4"]
+    assert [frame["label"] for frame in client.reads()] == ["h1", "h1"]
+
+
+def test_pages_that_wait_for_the_log_and_for_their_reader_wait_for_both(archive, held):
+    client = Client(archive)
+    client.joins()
+    held.slow = True
+    client.transport.socket.space = 0
+    client.says(H1, POST)
+    client.sends(masked(b"ping", first=0x89) * 2)
+    client.transport.drain()
+    assert client.transport.producerState == "paused"
+    client.transport.socket.space = 0
+    client.sends(masked(b"ping", first=0x89))
+    held.answer()
+    assert client.transport.producerState == "paused"
+    assert said(held) == ["1", "2", "3"]
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    assert said(held) == ["1", "2", "3", "4"]
+
+
 # Sending
+
+
+def test_who_does_not_read_its_acknowledgements_is_not_read(client, clock):
+    client.joins()
+    client.transport.socket.space = 0
+    client.posts("1", label="a")
+    clock.advance(0)
+    client.posts("2", label="b")
+    assert client.transport.producerState == "paused"
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    clock.advance(0)
+    assert [frame.get("label", frame["type"]) for frame in client.reads()] == ["message", "a", "message", "b"]
 
 
 def test_a_full_socket_is_left_alone_until_it_is_empty(client, clock):
@@ -553,120 +1127,130 @@ def test_a_member_that_the_tail_overran_is_closed_with_1013(client):
 # Deadlines
 
 
-def look(factory, clock, seconds):
-    """Let time pass, and look each second as the service does."""
-    for _ in range(seconds):
-        clock.advance(1)
-        factory.look()
+@pytest.fixture
+def look(clients, clock):
+    """Lets time pass, and looks each second as the service does."""
+
+    def look(seconds):
+        for _ in range(seconds):
+            clock.advance(1)
+            clients.look()
+
+    return look
 
 
-def test_half_a_handshake_and_silence_is_dropped(client, factory, clock, events):
+def test_half_a_handshake_and_silence_is_dropped(client, look, events):
     client.sends(HANDSHAKE[:20])
-    look(factory, clock, protocol.HANDSHAKE_SECONDS - 1)
+    look(HANDSHAKE_SECONDS - 1)
     client.sends(HANDSHAKE[20:30])  # each byte does not buy new time
     assert not client.transport.aborted
-    look(factory, clock, 1)
+    look(1)
     assert client.transport.aborted
     assert "sent no whole request" in [event.get("why") for event in events]
 
 
-def test_who_answers_pings_stays(client, factory, clock):
+def test_who_answers_pings_stays(client, look):
     client.joins()
     for _ in range(4):
-        look(factory, clock, protocol.PING_SECONDS)
+        look(PING_SECONDS)
         assert client.transport.read() == b"\x89\x00"
         client.sends(masked(b"", first=0x8A))
     assert not client.transport.aborted
 
 
-def test_who_does_not_answer_a_ping_is_dropped_at_the_next(client, factory, clock):
+def test_who_does_not_answer_a_ping_is_dropped_at_the_next(client, look):
     client.joins()
-    look(factory, clock, protocol.PING_SECONDS)
+    look(PING_SECONDS)
     assert not client.transport.aborted
-    look(factory, clock, protocol.PING_SECONDS)
+    look(PING_SECONDS)
     assert client.transport.aborted
 
 
-def stall(client, factory, clock):
-    """Take nothing for so long that the server has had enough."""
-    client.joins()
-    client.transport.socket.space = 0
-    client.posts()
-    clock.advance(0)
-    look(factory, clock, protocol.PING_SECONDS)
-    client.sends(masked(b"", first=0x8A))
-    look(factory, clock, protocol.STALL_SECONDS - protocol.PING_SECONDS)
+@pytest.fixture
+def stall(client, clock, look):
+    """Takes nothing for so long that the server has had enough."""
+
+    def stall():
+        client.joins()
+        client.transport.socket.space = 0
+        client.posts()
+        clock.advance(0)
+        look(PING_SECONDS)
+        client.sends(masked(b"", first=0x8A))
+        look(STALL_SECONDS - PING_SECONDS)
+
+    return stall
 
 
-def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, factory, clock):
-    stall(client, factory, clock)
-    assert factory.rooms._rooms == {}
-    look(factory, clock, protocol.STALL_SECONDS - 1)
+def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, rooms, look, stall):
+    stall()
+    assert rooms._rooms == {}
+    look(STALL_SECONDS - 1)
     assert not client.transport.aborted
     client.transport.drain()
     data = client.transport.read().replace(b"\x89\x00", b"")  # without the ping
     close = data.index(b"\x88")
     assert read_frames(data[:close])[0]["data"]["message"] == "hi"
     assert int.from_bytes(data[close + 2 : close + 4]) == 1013
-    look(factory, clock, protocol.CLOSE_SECONDS)
+    look(CLOSE_SECONDS)
     assert client.transport.aborted
 
 
-def test_who_takes_nothing_even_then_is_dropped(client, factory, clock, events):
-    stall(client, factory, clock)
-    look(factory, clock, protocol.STALL_SECONDS)
+def test_who_takes_nothing_even_then_is_dropped(client, look, stall, events):
+    stall()
+    look(STALL_SECONDS)
     assert client.transport.aborted
     assert "took nothing" in [event.get("why") for event in events]
 
 
-def test_a_transport_that_takes_something_has_all_its_time_again(client, factory, clock):
+def test_a_transport_that_takes_something_has_all_its_time_again(client, clock, look):
     client.joins()
     for _ in range(3):
         client.transport.socket.space = 0
         client.posts()
         clock.advance(0)
-        look(factory, clock, protocol.STALL_SECONDS - 20)
+        look(STALL_SECONDS - 20)
         client.sends(masked(b"", first=0x8A))
         client.transport.drain()
         clock.advance(0)
     assert not client.transport.aborted
 
 
-def test_who_does_not_answer_a_close_is_dropped(client, factory, clock):
+def test_who_does_not_answer_a_close_is_dropped(client, look):
     client.joins()
     client.protocol.close(1012, "restarting")
-    look(factory, clock, protocol.CLOSE_SECONDS)
+    look(CLOSE_SECONDS)
     assert client.transport.aborted
 
 
 # Going
 
 
-def test_a_close_is_answered_and_the_member_leaves(client, factory, clock):
+def test_a_close_is_answered_and_the_member_leaves(client, factory, rooms, clients):
     client.joins()
     client.sends(masked(b"\x03\xe8", first=0x88))
     assert client.transport.disconnecting
-    assert factory.rooms._rooms == {}
+    assert rooms._rooms == {}
     client.goes()
     assert factory.getConnectionCount() == 0
-    assert not factory.connections
+    assert not clients.connected
 
 
-def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, clock):
+def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, clients, clock):
     client.joins()
     client.transport.socket.space = 0
     client.posts()
     clock.advance(0)
     client.goes(ConnectionLost)
-    left = (factory.handshakes, factory.closings, factory.stalls, factory.pings)
+    left = (clients.handshakes, clients.closings, clients.stalls, clients.pings)
     assert [[*deadlines] for deadlines in left] == [[], [], [], []]
-    assert factory.rooms._rooms == {}
+    assert rooms._rooms == {}
     assert factory.getConnectionCount() == 0
 
 
-def test_a_connection_that_never_asked_for_anything_leaves_nothing_behind(client, factory, events):
+def test_a_connection_that_never_asked_for_anything_leaves_nothing_behind(client, clients, events):
     client.goes(ConnectionLost)
-    assert [*factory.handshakes] == []
+    assert [*clients.handshakes] == []
     assert [event for event in events if event["log_namespace"] == "chatd.protocol"] == []
 
 
@@ -674,7 +1258,7 @@ def test_joining_refusals_and_leaving_are_logged_without_what_was_said(client, e
     client.joins()
     client.sends(masked(b'{"username":"ann","secret":"tell nobody"}'))
     client.goes()
-    ours = [event for event in events if event["log_namespace"] == "chatd.protocol"]
+    ours = [event for event in events if event["log_namespace"] in ("chatd.protocol", "chatd.session")]
     assert [event["log_format"] for event in ours] == [
         "{peer} joined {room}",
         "{peer} posted what is refused",
@@ -697,60 +1281,40 @@ def test_a_socket_without_the_option_of_no_delay_is_served(factory):
     assert Client(factory, Unix()).joins()
 
 
-def test_closing_all_tells_every_client_and_fires_when_the_last_is_gone(factory, clock):
-    clients = [Client(factory) for _ in range(3)]
-    for client in clients:
+def test_closing_all_tells_every_client_and_fires_when_the_last_is_gone(factory, clients):
+    everyone = [Client(factory) for _ in range(3)]
+    for client in everyone:
         client.joins()
     done = []
-    factory.empty().addCallback(done.append)
-    factory.close(1012, "restarting")
-    assert [client.reads_close() for client in clients] == [1012] * 3
-    for client in clients:
+    clients.empty().addCallback(done.append)
+    clients.close(1012, "restarting")
+    assert [client.reads_close() for client in everyone] == [1012] * 3
+    for client in everyone:
         assert not done
         client.sends(masked(b"\x03\xf4", first=0x88))
         client.goes()
     assert done == [None]
-    assert factory.empty().called
+    assert clients.empty().called
 
 
-def test_abort_drops_what_is_left_and_unfinished_handshakes(factory):
+def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, clients):
     joined, unfinished = Client(factory), Client(factory)
     joined.joins()
-    factory.abort()
+    clients.abort()
     assert joined.transport.aborted
     assert unfinished.transport.aborted
 
 
-def test_ours_shadows_nothing_of_autobahns_by_accident():
-    meant = {
-        *(
-            "connectionLost",
-            "connectionMade",
-            "dataReceived",
-            "failHandshake",
-            "onClose",
-            "onConnect",
-            "onMessage",
-            "onMessageFrameBegin",
-        ),
-        *("onOpen", "onPong", "peer", "processHandshake", "sendCloseFrame", "sendData", "__init__"),
-        *("is_closed", "is_open", "log"),
-        *("__module__", "__doc__", "__annotations__", "__implemented__", "__provides__", "__providedBy__"),
-    }
-    names = set(vars(ChatProtocol)) - meant
-    assert {name for name in names if hasattr(WebSocketServerProtocol, name)} == set()
-
-
-def test_who_comes_while_the_server_stops_is_told_when_to_come_again(factory, client):
-    factory.close(1012, "restarting")
-    client.sends(HANDSHAKE)
+def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, clients, way):
+    clients.close(1012, "restarting")
+    client.sends(way())
     answer = client.transport.read()
     assert answer.startswith(b"HTTP/1.1 503 ")
-    assert b"Retry-After" in answer
+    assert b"\r\nRetry-After: 2\r\n" in answer
 
 
-def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting):
-    waiting.protocol.factory.close(1012, "restarting")
-    held.reading.callback(held.page)
+def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting, clients):
+    clients.close(1012, "restarting")
+    held.answer()
     assert waiting.transport.read().startswith(b"HTTP/1.1 503 ")
-    assert not waiting.protocol.factory.connections
+    assert not clients.connected

@@ -61,12 +61,12 @@ class Rooms:
         return self.turns >= 0
 
 
-class Factory:
-    """A factory of clients, who are there until `clients` fires."""
+class Clients:
+    """Clients who are there until `gone` fires."""
 
     def __init__(self, journal):
         self.journal = journal
-        self.clients = succeed(None)
+        self.gone = succeed(None)
         self.fault = None
 
     def look(self):
@@ -78,12 +78,12 @@ class Factory:
         self.journal.append(("close", code, reason))
 
     def empty(self):
-        return self.clients
+        return self.gone
 
     def abort(self):
         self.journal.append("abort")
-        if not self.clients.called:
-            self.clients.callback(None)
+        if not self.gone.called:
+            self.gone.callback(None)
 
 
 class Port:
@@ -122,7 +122,8 @@ class Server:
         self.clock = Clock()
         self.store = Store(self.journal)
         self.rooms = Rooms()
-        self.factory = Factory(self.journal)
+        self.clients = Clients(self.journal)
+        self.factory = object()
         self.admin_factory = object()
         self.listen = {text: Endpoint(self.journal, text) for text in ("tcp:8085", "tcp:9085")}
         self.admin = {"tcp:8086": Endpoint(self.journal, "tcp:8086")}
@@ -132,6 +133,7 @@ class Server:
             store=self.store,
             seed=SEED,
             rooms=self.rooms,
+            clients=self.clients,
             factory=self.factory,
             admin_factory=self.admin_factory,
             listen=self.listen,
@@ -286,7 +288,7 @@ def test_it_stops_the_ports_then_settles_delivers_closes_the_clients_and_last_th
     server.start()
     port = server.admin["tcp:8086"].port
     port.stopped, server.store.settling, server.store.closing = Deferred(), Deferred(), Deferred()
-    server.factory.clients = Deferred()
+    server.clients.gone = Deferred()
     server.rooms.turns = 1
     stopped = server.stop()
     ports = ["stop tcp:8085", "stop tcp:9085", "stop tcp:8086"]
@@ -302,7 +304,7 @@ def test_it_stops_the_ports_then_settles_delivers_closes_the_clients_and_last_th
     restart = ("close", 1012, "restarting")
     assert server.journal == [*ports, "settled", restart]
 
-    server.factory.clients.callback(None)
+    server.clients.gone.callback(None)
     assert server.journal == [*ports, "settled", restart, "store.close"]
     assert not stopped.called
 
@@ -328,7 +330,7 @@ def test_it_is_unready_from_the_first_moment_of_stopping(server):
 
 def test_when_the_drain_is_over_the_clients_that_are_left_are_aborted_and_the_store_is_closed(server):
     server.start()
-    server.factory.clients = Deferred()
+    server.clients.gone = Deferred()
     stopped = server.stop()
     server.clock.advance(DRAIN - 0.1)
     assert "abort" not in server.journal
@@ -350,7 +352,7 @@ def test_clients_that_cannot_be_served_are_not_waited_for_longer_than_the_drain(
 def test_a_store_that_never_settles_does_not_keep_the_clients_longer_than_the_drain(server):
     server.start()
     server.store.settling = Deferred()
-    server.factory.clients = Deferred()
+    server.clients.gone = Deferred()
     stopped = server.stop()
     server.clock.advance(DRAIN)
     assert server.journal[-1] == "abort"
@@ -360,7 +362,7 @@ def test_a_store_that_never_settles_does_not_keep_the_clients_longer_than_the_dr
 
 def test_deadlines_are_looked_at_while_it_drains(server):
     server.start()
-    server.factory.clients = Deferred()
+    server.clients.gone = Deferred()
     server.stop()
     server.clock.pump([LOOK_SECONDS] * 3)
     assert server.journal.count("look") == 3
@@ -369,11 +371,11 @@ def test_deadlines_are_looked_at_while_it_drains(server):
 def test_a_look_that_failed_is_logged_and_the_next_one_follows(server, events):
     server.start()
     events.clear()
-    server.factory.fault = ZeroDivisionError()
+    server.clients.fault = ZeroDivisionError()
     server.clock.advance(LOOK_SECONDS)
     gc.collect()
     assert {event["log_level"] for event in events} == {LogLevel.critical}
-    server.factory.fault = None
+    server.clients.fault = None
     looks = server.journal.count("look")
     server.clock.advance(LOOK_SECONDS)
     assert server.journal.count("look") == looks + 1

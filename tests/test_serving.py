@@ -1,8 +1,6 @@
 """The server as its operators and its worst clients meet it: killed, stopped, out of disk, and lied to."""
 
 import contextlib
-import datetime as dt
-import ipaddress
 import itertools
 import json
 import os
@@ -13,17 +11,12 @@ import selectors
 import signal
 import socket
 import sqlite3
-import ssl
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from servers import (
     BINARY,
     CLOSE,
@@ -35,6 +28,7 @@ from servers import (
     Lines,
     Raw,
     Server,
+    certificate_for,
     environment,
     frame,
     missing,
@@ -48,7 +42,21 @@ from servers import (
 from websockets.sync.client import connect
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
-NAMES = ["admin", "drain", "history", "listen", "log-format", "max-per-address", "rate", "retain", "seed", "store"]
+NAMES = [
+    "admin",
+    "drain",
+    "history",
+    "listen",
+    "log-format",
+    "max-per-address",
+    "origin",
+    "proxy-hops",
+    "rate",
+    "retain",
+    "rooms",
+    "seed",
+    "store",
+]
 
 
 def lines_of(result):
@@ -563,27 +571,7 @@ def test_a_server_killed_with_a_full_disk_has_lost_nothing_and_starts_again_on_i
 
 @pytest.fixture
 def certificate(tmp_path):
-    """A certificate that signs itself, for 127.0.0.1, and its key: the endpoint's arguments, and who trusts it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "chatd's tests")])
-    now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (tmp_path / "cert.pem").write_bytes(certificate.public_bytes(pem))
-    (tmp_path / "key.pem").write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return "privateKey=key.pem:certKey=cert.pem", ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    return certificate_for(tmp_path)
 
 
 def test_over_tls_a_foreign_client_joins_posts_and_gets_back_a_big_burst(tmp_path, certificate):

@@ -5,7 +5,8 @@ import socket
 import pytest
 from servers import CLOSE, TEXT, Raw, Server, post, upgrade
 
-from chatd.rooms import MAX_LAG, TAIL_BYTES
+from chatd.room import MAX_LAG
+from chatd.tail import TAIL_BYTES
 
 MESSAGE = "x" * 480
 CHUNK = 250
@@ -66,8 +67,10 @@ def test_a_client_that_is_too_far_behind_gets_what_it_can_without_a_gap_and_is_t
         numbers, code = stalled.wakes()
         assert code == 1013
         assert numbers == [*range(3, 3 + len(numbers))]
-        with Raw(server.port) as again:  # until cursors can be named, it begins with the newest history
-            assert again.join()["id"].endswith(f"-{count + 2}")
+        with Raw(server.port) as again:  # who missed that much begins anew, and is told so
+            history = again.join(f"/?last_event_id={server.epoch}-{numbers[-1]}")
+            assert history["resumed"] is False
+            assert history["id"] == f"{server.epoch}-{count + 2}"
 
 
 def test_stalled_clients_keep_nobody_waiting_and_hold_no_memory(tmp_path):

@@ -1,9 +1,11 @@
 import re
 
 import pytest
-from helpers import NEW_YEAR, ManualTime
+from helpers import NEW_YEAR, ManualTime, RecordingPoster
 
-from chatd.store.base import DAY, Retention, Stamp, new_epoch, timestamp
+from chatd.frames import Post
+from chatd.log import LabelReused
+from chatd.store.base import DAY, Retention, Stamp, new_epoch, tell_again, timestamp
 
 
 def test_all_retains_everything():
@@ -101,3 +103,17 @@ def test_stamps_never_go_back_in_steps_below_a_millisecond():
         stamps.append(stamp())
     assert stamps == sorted(stamps)
     assert stamps[-1] > stamps[0]
+
+
+def test_a_label_that_was_used_for_the_same_message_is_told_as_a_duplicate_of_it():
+    poster, post = RecordingPoster(), Post("ann", "hi", "l")
+    tell_again(post, 7, "hi", poster)
+    assert poster.events == [("duplicate", post, 7)]
+
+
+@pytest.mark.parametrize("message", ["Hi", "hi ", "hi\0", "", "e\u0301"])
+def test_a_label_that_was_used_for_another_message_is_told_as_reused(message):
+    poster, post = RecordingPoster(), Post("ann", "é", "l")
+    tell_again(post, 7, message, poster)
+    ((what, about, error),) = poster.events
+    assert (what, about, type(error)) == ("refused", post, LabelReused)

@@ -46,6 +46,22 @@ class TestMemoryStore(StoreContract):
         assert log.texts("main") == [*"cde"]
         assert log.told()[-1] == ("trimmed", "main", 3)
 
+    @pytest.mark.parametrize("retain", ["3", "1d"])
+    def test_the_memory_that_labels_take_is_that_of_the_messages_kept(self, bench, retain):
+        log = bench(retain=retain)
+        for number in range(9):
+            log.say("main", *[Post("ann", f"{number}", f"l{number}")] * 2)
+            log.now.advance(DAY / 3)
+        log.post("main", "without")
+        room = log.store._rooms["main"]
+        assert (
+            sorted(room._labelled.values())
+            == sorted(room._labels)
+            == [entry.number for entry in log.read("main").entries[:-1]]
+        )
+        log.say("main", Post("ann", "else", "l8"))
+        assert len(room._labelled) == len(room._labels) <= 3
+
     def test_more_than_ten_thousand_are_kept_if_that_is_asked_for(self, monkeypatch):
         monkeypatch.setattr(memory, "KEEP", 3)
         store = MemoryStore(Retention(messages=5), ManualTime())

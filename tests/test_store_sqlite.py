@@ -9,11 +9,11 @@ from contextlib import closing
 
 import pytest
 from helpers import HeldWorker, ImmediateWorker, ManualTime, RecordingFollower, RecordingPoster, result_of
-from store_contract import SEED, StoreContract
+from store_contract import SEED, DurableStoreContract
 from twisted.logger import capturedLogs, formatEvent
 
 from chatd.frames import Post
-from chatd.rooms import LogUnavailable, Page
+from chatd.log import LabelReused, LogUnavailable, Page
 from chatd.store import sqlite
 from chatd.store.base import DAY, Retention, StoreError
 from chatd.store.sqlite import APPLICATION_ID, FORMAT, ROWS, SqliteStore, ThreadWorker
@@ -21,11 +21,34 @@ from chatd.store.sqlite import APPLICATION_ID, FORMAT, ROWS, SqliteStore, Thread
 ALL = Retention()
 
 
-class TestSqliteStore(StoreContract):
+class TestSqliteStore(DurableStoreContract):
+    worker = ImmediateWorker
+
     @pytest.fixture
     def make(self, tmp_path):
         paths = (tmp_path / f"{number}.sqlite" for number in itertools.count())
-        return lambda retain, now: SqliteStore(next(paths), retain, now, ImmediateWorker(), ImmediateWorker())
+        return lambda retain, now: SqliteStore(next(paths), retain, now, self.worker(), self.worker())
+
+    @pytest.fixture
+    def again(self):
+        return lambda store, retain, now: SqliteStore(store._path, retain, now, self.worker(), self.worker())
+
+
+class TestSqliteStoreThatGathers(TestSqliteStore):
+    gathers = True
+
+    @pytest.fixture(autouse=True)
+    def workers(self):
+        self.asked = []
+
+    def worker(self):
+        self.asked.append(HeldWorker())
+        return self.asked[-1]
+
+    def wait(self, deferred):
+        for worker in self.asked:
+            worker.run_all()
+        return super().wait(deferred)
 
 
 @pytest.fixture
@@ -70,11 +93,11 @@ def opened(path, monkeypatch):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def post(store, *texts, room="main", poster=None):
+def post(store, *texts, room="main", label=None, poster=None):
     """Post texts; answers the poster that hears of them all."""
     poster = poster or RecordingPoster()
     for text in texts:
-        store.append(room, Post("ann", text), poster)
+        store.append(room, Post("ann", text, label), poster)
     return poster
 
 
@@ -157,8 +180,8 @@ def test_what_anyone_is_told_is_in_the_file_already(opened, path, tmp_path):
             super().appended(room, entries)
             copy_of(path, tmp_path / "followed")
 
-        def posted(self, post, number):
-            super().posted(post, number)
+        def posted(self, post, number, *, duplicate=False):
+            super().posted(post, number, duplicate=duplicate)
             copy_of(path, tmp_path / "posted")
 
     store, witness = opened(), Killing()
@@ -583,10 +606,10 @@ def test_older_code_goes_on_with_what_newer_code_of_the_same_major_version_wrote
         f"UPDATE log SET written = {FORMAT + 5}",
         "ALTER TABLE log ADD COLUMN region TEXT NOT NULL DEFAULT 'here'",
         "ALTER TABLE rooms ADD COLUMN topic TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE messages ADD COLUMN label TEXT",
+        "ALTER TABLE messages ADD COLUMN reply_to INTEGER",
         "ALTER TABLE messages ADD COLUMN removed INTEGER NOT NULL DEFAULT 0",
         "CREATE TABLE bans (room TEXT, username TEXT)",
-        "UPDATE messages SET label = 'l1' WHERE number = 1",
+        "UPDATE messages SET reply_to = 1 WHERE number = 2",
         "INSERT INTO bans VALUES ('main', 'mallory')",
     )
     store = opened(retain=Retention(messages=4), seed=SEED)
@@ -602,19 +625,263 @@ def test_older_code_goes_on_with_what_newer_code_of_the_same_major_version_wrote
     # The newer code finds its own things again.
     assert run_sql(path, "SELECT written, readable_since, region FROM log") == [(FORMAT + 5, 1, "here")]
     assert run_sql(path, "SELECT * FROM bans") == [("main", "mallory")]
-    assert run_sql(path, "SELECT label, removed FROM messages WHERE number = 5") == [(None, 0)]
+    assert run_sql(path, "SELECT reply_to, removed FROM messages WHERE number IN (2, 5) ORDER BY number") == [
+        (1, 0),
+        (None, 0),
+    ]
 
 
-def test_newer_code_says_that_it_wrote_here(opened, path, monkeypatch):
-    result_of(opened(seed=SEED).close())
-    monkeypatch.setattr(sqlite, "FORMAT", 2)
-    store = opened(seed=SEED)
-    assert run_sql(path, "SELECT written, readable_since FROM log") == [(2, 1)]
+FORMAT_1 = f"""
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA journal_mode = WAL;
+CREATE TABLE log (epoch TEXT NOT NULL, written INTEGER NOT NULL, readable_since INTEGER NOT NULL);
+CREATE TABLE rooms (name TEXT PRIMARY KEY, head INTEGER NOT NULL, stamped TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE messages (
+    room TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    username TEXT NOT NULL,
+    message TEXT NOT NULL,
+    timestamp TEXT NOT NULL,
+    PRIMARY KEY (room, number)
+) WITHOUT ROWID;
+INSERT INTO log VALUES ('k7Q2xe', 1, 1);
+INSERT INTO rooms VALUES ('main', 2, '2024-10-20T12:31:00Z'), ('trimmed', 7, '2024-10-20T12:30:00Z');
+INSERT INTO messages VALUES
+    ('main', 1, 'Alice', 'Hello!', '2024-10-20T12:30:00Z'),
+    ('main', 2, 'Bob', 'Hi Alice!', '2024-10-20T12:31:00Z');
+"""
+"""A log as chatd wrote it before labels, with the messages of SEED."""
+
+
+@pytest.fixture
+def old(path):
+    """The path of a log of format 1."""
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(FORMAT_1)
+    return path
+
+
+def columns(path):
+    """The columns of the table of messages: their name, type, whether they may be null, their default, their key."""
+    return [column[1:] for column in run_sql(path, "PRAGMA table_info(messages)")]
+
+
+def test_a_log_of_format_1_is_upgraded_when_it_is_opened(opened, old):
+    store = opened(seed=[SEED[0]] * 5)
+    assert store.epoch == "k7Q2xe"
     assert page(store) == Page([*SEED], first=1, head=2)
+    assert page(store, "trimmed") == Page([], first=8, head=7)
+    assert run_sql(old, "SELECT * FROM log") == [("k7Q2xe", 2, 1)]
+    assert run_sql(old, "SELECT label FROM messages") == [(None,), (None,)]
+
+
+def test_an_upgraded_log_is_as_a_new_one(opened, old, tmp_path):
+    opened()
+    opened(tmp_path / "new.sqlite")
+    assert columns(old) == columns(tmp_path / "new.sqlite")
+    indexes = "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql NOT NULL"
+    assert run_sql(old, indexes) == run_sql(tmp_path / "new.sqlite", indexes)
+    assert [name for name, _ in run_sql(old, indexes)] == ["labels"]
+    assert run_sql(old, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_labels_work_in_an_upgraded_log_and_it_is_upgraded_once(opened, old):
+    for number in (3, 4, 5):
+        store = opened()
+        assert post(store, f"new {number}", label=f"l{number}").events[0][::2] == ("posted", number)
+        assert post(store, "new 3", label="l3").events[0][::2] == ("duplicate", 3)
+        result_of(store.close())
+    assert run_sql(old, "SELECT number, label FROM messages") == [(1, None), (2, None), (3, "l3"), (4, "l4"), (5, "l5")]
+
+
+def test_what_is_retained_no_longer_is_removed_from_an_upgraded_log(opened, old):
+    assert page(opened(retain=Retention(messages=1))) == Page([SEED[1]], first=2, head=2)
+
+
+def test_an_upgrade_that_fails_leaves_the_log_as_it_was(opened, old):
+    # The index is what is made last of what can be in the way: the column is there by then.
+    run_sql(old, "CREATE INDEX labels ON rooms (head)")
+    before = columns(old)
+    assert refused(opened, old).startswith(" cannot be opened (index labels already exists)")
+    assert columns(old) == before
+    assert run_sql(old, "SELECT * FROM log") == [("k7Q2xe", 1, 1)]
+    run_sql(old, "DROP INDEX labels")
+    assert page(opened()) == Page([*SEED], first=1, head=2)
+
+
+def test_whoever_dies_while_the_log_is_upgraded_leaves_an_old_one_or_a_new_one(opened, old, tmp_path, monkeypatch):
+    deaths, connect = [], sqlite3.connect
+
+    def watched_connect(*args, **options):
+        connection = connect(*args, **options)
+        connection.set_trace_callback(lambda _: deaths.append(copy_of(old, tmp_path / f"{len(deaths)}")))
+        return connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", watched_connect)
+        result_of(opened().close())
+    assert len(deaths) > 5  # before each statement
+    written = []
+    for where in deaths:
+        written += run_sql(where, "SELECT written FROM log")
+        assert ("label" in [column[0] for column in columns(where)]) == (written[-1] == (2,))
+        survivor = opened(where)
+        assert survivor.epoch == "k7Q2xe"
+        assert page(survivor) == Page([*SEED], first=1, head=2)
+        assert post(survivor, "hi", "hi", label="l").numbers == [3]
+    assert written == sorted(written)
+    assert {*written} == {(1,), (2,)}
+
+
+def test_code_of_format_1_goes_on_with_an_upgraded_log(opened, old):
+    store = opened()
+    post(store, "three", label="l3")
     result_of(store.close())
+    assert run_sql(old, "SELECT readable_since FROM log") == [(1,)]  # which is what such code looks at
+    run_sql(
+        old,
+        "INSERT INTO messages (room, number, username, message, timestamp) VALUES"
+        " ('main', 4, 'ann', 'same', '2026-01-01T00:00:00.000Z'),"
+        " ('main', 5, 'ann', 'same', '2026-01-01T00:00:00.000Z')",
+        "INSERT INTO rooms (name, head, stamped) VALUES ('main', 5, '2026-01-01T00:00:00.000Z')"
+        " ON CONFLICT DO UPDATE SET head = excluded.head, stamped = excluded.stamped",
+        "DELETE FROM messages WHERE room = 'main' AND number <= 2",
+    )
+    store = opened()
+    assert texts(store) == ["three", "same", "same"]
+    assert post(store, "three", label="l3").events[0][::2] == ("duplicate", 3)
+    assert post(store, "same", label="l6").numbers == [6]
+
+
+def test_newer_code_says_that_it_wrote_here_and_code_of_format_1_leaves_that(opened, old, monkeypatch):
+    result_of(opened().close())
+    assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
     monkeypatch.setattr(sqlite, "FORMAT", 1)
     assert page(opened()) == Page([*SEED], first=1, head=2)  # after a rollback
-    assert run_sql(path, "SELECT written, readable_since FROM log") == [(2, 1)]
+    assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
+
+
+def test_this_is_format_2_which_code_of_format_1_can_read():
+    assert (FORMAT, sqlite.READABLE_SINCE) == (2, 1)
+
+
+# Labels
+
+
+def test_a_label_is_looked_up_by_the_index(opened, path):
+    store = opened()
+    ran = []
+    store._write_to.set_trace_callback(ran.append)
+    post(store, "hi", label="l")
+    (lookup,) = [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
+    for _, _, _, step in run_sql(path, f"EXPLAIN QUERY PLAN {lookup}"):
+        assert "INDEX labels (room=? AND username=? AND label=?)" in step
+
+
+def test_only_posts_with_a_label_are_in_the_index(opened, path):
+    opened()
+    ((sql,),) = run_sql(path, "SELECT sql FROM sqlite_schema WHERE name = 'labels'")
+    assert sql.startswith("CREATE UNIQUE INDEX labels ON messages ")
+    assert sql.endswith(" WHERE label IS NOT NULL")
+
+
+def test_the_file_itself_keeps_a_label_from_being_used_twice(opened, path):
+    store = opened()
+    post(store, "hi", label="l")
+    twice = "INSERT INTO messages SELECT room, number + 1, username, message, timestamp, label FROM messages"
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE constraint failed"):
+        run_sql(path, twice)
+    run_sql(path, "UPDATE messages SET label = NULL", twice)
+
+
+def test_a_label_is_not_looked_for_when_there_is_none(opened):
+    store = opened()
+    ran = []
+    store._write_to.set_trace_callback(ran.append)
+    post(store, "hi")
+    assert not [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
+
+
+def test_a_duplicate_writes_nothing(opened):
+    store = opened(retain=Retention(messages=5))
+    post(store, "hi", label="l")
+    before = store._write_to.total_changes
+    assert post(store, "hi", label="l").events[0][::2] == ("duplicate", 1)
+    assert isinstance(post(store, "else", label="l").events[0][2], LabelReused)
+    assert store._write_to.total_changes == before
+
+
+def test_a_duplicate_of_what_is_not_yet_on_the_disk_is_told_after_the_commit(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    before = post(store, "before")
+    poster = post(store, "hi", "hi", "else", label="l")
+    writer.run()
+    assert before.numbers == [1]
+    assert poster.events == []
+    writer.run()
+    assert [event[0] for event in poster.events] == ["posted", "duplicate", "refused"]
+
+
+def test_what_a_poster_was_told_is_a_duplicate_in_the_file_already(opened, path, tmp_path):
+    class Killing(RecordingPoster):
+        def posted(self, post, number, *, duplicate=False):
+            super().posted(post, number, duplicate=duplicate)
+            copy_of(path, tmp_path / f"killed-{len(self.events)}")
+
+    store = opened()
+    poster = post(store, "hi", "hi", label="l", poster=Killing())
+    assert [event[0] for event in poster.events] == ["posted", "duplicate"]
+    for number in (1, 2):
+        survivor = opened(tmp_path / f"killed-{number}" / path.name)
+        assert post(survivor, "hi", label="l").events[0][::2] == ("duplicate", 1)
+        assert texts(survivor) == ["hi"]
+
+
+def test_a_post_that_could_not_be_kept_leaves_no_label(opened):
+    writer = HeldWorker()
+    store, follower = opened(writer=writer), RecordingFollower()
+    store.tail(follower)
+    post(store, "before")
+    poster = post(store, *["x" * 500] * 99)
+    post(store, "hi", "hi", "else", label="l", poster=poster)
+    writer.run()
+    fill(store)
+    with capturedLogs():
+        writer.run()
+    assert poster.refusals == ["database or disk is full"] * 102
+    assert {type(event[2]) for event in poster.events} == {LogUnavailable}  # not the reuse: the first was not kept
+    make_room(store)
+    # The label is free: for the same post again, and for any other.
+    retried = post(store, "else", "else", "hi", label="l")
+    writer.run_all()
+    assert [event[0] for event in retried.events] == ["posted", "duplicate", "refused"]
+    assert retried.numbers == [2]
+    assert isinstance(retried.events[2][2], LabelReused)
+    assert texts(store) == ["before", "else"]
+    assert [event[2].number for event in follower.events] == [1, 2]
+
+
+def test_a_post_that_too_many_waited_before_leaves_no_label(opened, monkeypatch):
+    monkeypatch.setattr(sqlite, "MAX_PENDING", 1)
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    post(store, "one", "two")
+    assert post(store, "hi", label="l").refusals == ["too many posts wait for the disk"]
+    writer.run_all()
+    poster = post(store, "hi", label="l")
+    writer.run_all()
+    assert poster.numbers == [3]
+
+
+def test_a_duplicate_is_answered_when_the_disk_is_full(opened):
+    store = opened()
+    post(store, "hi", label="l")
+    fill(store)
+    poster = RecordingPoster()
+    while not poster.refusals:
+        post(store, "x" * 500, poster=poster)
+    assert post(store, "hi", label="l").events[0][::2] == ("duplicate", 1)
 
 
 # Settling and closing

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import txaio
+from helpers import masked, read_frames
 from twisted.application.service import Application, IServiceMaker
 from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
 from twisted.logger import ILogObserver, LogLevel
@@ -29,7 +30,10 @@ HANDSHAKE = (
 )
 LISTEN = "tcp:8085:backlog=4096"
 ADMIN = "tcp:8086:interface=127.0.0.1"
-NAMES = ["admin", "drain", "history", "listen", "log-format", "max-per-address", "rate", "retain", "seed", "store"]
+NAMES = [
+    *("admin", "drain", "history", "listen", "log-format", "max-per-address", "origin", "proxy-hops", "rate", "retain"),
+    *("rooms", "seed", "store"),
+]
 # What the fixtures below replace.
 REACTOR, ENVIRON = tap._reactor, tap.Options.environ
 
@@ -88,6 +92,9 @@ def test_the_defaults():
         "retain": Retention(),
         "rate": (20, 40),
         "max-per-address": 0,
+        "proxy-hops": 0,
+        "rooms": {},
+        "origin": {},
         "drain": 30,
         "log-format": logs.text_line,
     }
@@ -119,6 +126,9 @@ def test_by_default_a_log_begins_with_two_messages():
         ("rate", "0", (0, 0)),
         ("rate", "1000000:1000000", (1_000_000, 1_000_000)),
         ("max-per-address", "3", 3),
+        ("proxy-hops", "0", 0),
+        ("proxy-hops", "2", 2),
+        ("proxy-hops", "100", 100),
         ("drain", "0", 0),
         ("drain", "3600", 3600),
         ("log-format", "text", logs.text_line),
@@ -143,6 +153,7 @@ def test_an_option_is_read_from_the_command_line_and_from_the_environment(enviro
         ),
         *(("rate", text, "is not a whole number from 0 to 1000000") for text in ("x", "1000001", "")),
         ("max-per-address", "-1", "is not a whole number from 0 to 1000000"),
+        *(("proxy-hops", text, "is not a whole number from 0 to 100") for text in ("-1", "101", "1.5", "x", "")),
         ("drain", "3601", "is not a whole number from 0 to 3600"),
         *(("log-format", text, "is neither text nor json") for text in ("xml", "JSON", "")),
         *(
@@ -230,6 +241,49 @@ def test_the_reason_of_an_endpoint_is_put_on_one_line(monkeypatch):
     assert refusal("--listen=tcp:1").endswith(" (in two lines)")
 
 
+# Rooms and origins
+
+
+GOOD = {"rooms": ("main", "team-*", "team-?"), "origin": ("https://chat.example", "*.Example.ORG", "null")}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_rooms_and_origins_may_be_repeated(environ, name):
+    assert [*parse(*(f"--{name}={text}" for text in GOOD[name]))[name]] == [*GOOD[name]]
+    environ[f"CHATD_{name.upper()}"] = "  ".join(GOOD[name]) + "\n"
+    assert [*parse()[name]] == [*GOOD[name]]
+    assert [*parse(f"--{name}={GOOD[name][0]}")[name]] == [GOOD[name][0]]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_empty_rooms_and_origins_are_any(environ, name):
+    assert parse(f"--{name}=")[name] == {}
+    environ[f"CHATD_{name.upper()}"] = ""
+    assert parse()[name] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        *(
+            ("rooms", text, "is no pattern of room names such as team-*")
+            for text in ("Main", "/rooms/main", "[ab]", "a,b", "\N{CYRILLIC SMALL LETTER A}")
+        ),
+        *(
+            ("origin", text, "is no origin such as https://chat.example or *.example")
+            for text in ("chat.example", "*", "https://chat.example/", "wss://chat.example", "https://a.*.example")
+        ),
+    ],
+)
+def test_what_is_no_room_or_origin_is_refused_from_the_command_line_and_from_the_environment(
+    environ, name, text, fault
+):
+    line = f"chatd: --{name}: {text!r} {fault}"
+    assert refusal(f"--{name}={GOOD[name][0]}", f"--{name}={text}") == line
+    environ[f"CHATD_{name.upper()}"] = f"{GOOD[name][0]} {text}"
+    assert refusal() == line
+
+
 # The store and the seed
 
 
@@ -313,7 +367,7 @@ def test_help_names_each_option_with_its_default():
     text = " ".join(str(tap.Options()).split())
     for name in NAMES:
         assert f"--{name}= " in text
-    for default in (LISTEN, ADMIN, "sqlite:chatd.sqlite", "100", "all", "20:40", "0", "30", "text"):
+    for default in (LISTEN, ADMIN, "sqlite:chatd.sqlite", "100", "all", "20:40", "0", "30", "text", "any"):
         assert f"[default: {default}]" in text
     assert "CHATD_STORE for --store" in text
 
@@ -331,11 +385,16 @@ def test_the_reactor_is_the_one_that_twistd_installed():
 # The composition
 
 
+class Wire(StringTransportWithDisconnection):
+    def unregisterProducer(self):
+        self.producer = None  # as Twisted's own do, also when there is none
+
+
 class Client:
     """A connection to a port that the server has opened in memory."""
 
     def __init__(self, factory, data):
-        self.transport = StringTransportWithDisconnection()
+        self.transport = Wire()
         self.transport.protocol = factory.buildProtocol(self.transport.getPeer())
         self.transport.protocol.makeConnection(self.transport)
         self.transport.protocol.dataReceived(data)
@@ -378,6 +437,100 @@ def test_the_options_reach_the_rooms_and_the_store(reactor, tmp_path, monkeypatc
     start(argument)
     frame = Client(reactor.tcpServers[0][1], HANDSHAKE).history()
     assert (len(frame["data"]), frame.get("more")) == history
+
+
+def handshake(target="/", *headers):
+    return HANDSHAKE.replace(b"GET / ", b"GET %b " % target.encode()).replace(
+        b"\r\n\r\n", b"".join(b"\r\n" + header for header in headers) + b"\r\n\r\n"
+    )
+
+
+def status(reactor, data):
+    """The status with which the first port answers a request."""
+    return int(Client(reactor.tcpServers[0][1], data).received.split(b" ", 2)[1])
+
+
+def test_only_rooms_that_the_operator_named_are_there(reactor):
+    start("--rooms=team-*", "--rooms=lobby")
+    assert status(reactor, handshake("/rooms/team-1")) == 101
+    assert status(reactor, handshake("/rooms/lobby")) == 101
+    assert status(reactor, handshake("/")) == 404
+    assert status(reactor, b"GET /rooms/team-1/messages HTTP/1.1\r\nHost: x\r\n\r\n") == 200
+    assert status(reactor, b"GET /rooms/main/messages HTTP/1.1\r\nHost: x\r\n\r\n") == 404
+
+
+def test_only_pages_that_the_operator_named_may_connect(reactor):
+    start("--origin=https://chat.example", "--origin=*.Example.ORG")
+    for origin, code in (
+        (b"https://chat.example", 101),
+        (b"https://a.example.org", 101),
+        (b"https://xexample.org", 403),
+        (b"null", 403),
+    ):
+        assert status(reactor, handshake("/", b"Origin: " + origin)) == code
+    assert status(reactor, handshake()) == 101
+    request = b"GET /rooms/main/messages HTTP/1.1\r\nHost: x\r\nOrigin: %b\r\n\r\n"
+    assert status(reactor, request % b"https://chat.example") == 200
+    assert status(reactor, request % b"https://evil.example") == 403
+
+
+def errors(reactor, posts):
+    """The codes of the errors that a client gets for so many posts at once."""
+    client = Client(reactor.tcpServers[0][1], HANDSHAKE)
+    client.transport.clear()
+    client.transport.protocol.dataReceived(masked(b'{"username":"ann","message":"hi"}') * posts)
+    return [frame["code"] for frame in read_frames(client.received)]
+
+
+@pytest.mark.parametrize(("arguments", "most"), [([], 40), (["--rate=1"], 2), (["--rate=5:7"], 7), (["--rate=3:0"], 1)])
+def test_each_client_may_send_its_burst_at_once(reactor, arguments, most):
+    start(*arguments)
+    for _ in range(2):
+        assert errors(reactor, most + 3) == ["RATE_LIMITED"] * 3
+
+
+def test_and_then_as_many_a_second_as_the_rate_is(reactor):
+    start("--rate=4:1")
+    client = Client(reactor.tcpServers[0][1], HANDSHAKE)
+    post = masked(b'{"username":"ann","message":"hi"}')
+    client.transport.protocol.dataReceived(post)
+    reactor.advance(0)
+    for _ in range(8):
+        client.transport.clear()
+        reactor.advance(0.25)
+        client.transport.protocol.dataReceived(post * 2)
+        reactor.advance(0)
+        limited, posted = read_frames(client.received)
+        assert limited["retry_after"] == pytest.approx(0.25, abs=0.0011)
+        assert posted["type"] == "message"
+
+
+def test_a_rate_of_zero_is_no_limit(reactor):
+    start("--rate=0")
+    assert errors(reactor, 500) == []
+
+
+def post(forwarded):
+    body = b'{"username":"ann","message":"hi"}'
+    return (
+        b"POST /rooms/main/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"X-Forwarded-For: %b\r\nContent-Length: %d\r\n\r\n%b" % (forwarded, len(body), body)
+    )
+
+
+@pytest.mark.parametrize(
+    ("hops", "same", "other"),
+    [
+        (0, (b"203.0.113.1", b"203.0.113.2"), None),
+        (1, (b"spoofed, 203.0.113.1", b"203.0.113.1"), b"203.0.113.2"),
+        (2, (b"203.0.113.1, 198.51.100.1", b"spoofed, 203.0.113.1, 198.51.100.2"), b"203.0.113.2, 198.51.100.1"),
+    ],
+)
+def test_who_posts_over_http_is_limited_by_the_address_that_trusted_proxies_name(reactor, hops, same, other):
+    start("--rate=1:1", f"--proxy-hops={hops}")
+    assert [status(reactor, post(forwarded)) for forwarded in same] == [201, 429]
+    if other is not None:
+        assert status(reactor, post(other)) == 201
 
 
 def test_garbage_is_looked_for_seldom_and_not_among_what_was_there_before():

@@ -1,55 +1,28 @@
 """HTTP: what a person, a load balancer or a script is told, and how long a request may take."""
 
-import io
-from http.client import HTTPResponse
+import json
+from http import HTTPStatus
 
 import pytest
-from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
-from twisted.logger import globalLogPublisher
-from zope.interface import implementer
+from web_doubles import Connection, SecureTransport
 
 import chatd
 from chatd import web
-
-# Twisted makes its own pages for 404 and 405 of classes that it deprecates.
-twisted_pages = pytest.mark.filterwarnings("ignore:twisted.web.resource._Unsafe:DeprecationWarning")
+from chatd.frames import Code
 
 
-@implementer(ISSLTransport)
-class SecureTransport(StringTransport):
-    """A connection under TLS."""
+class Rooms(web.ChatResource):
+    """Stands for chatd.api: the page, and an answer that names what was posted."""
 
-    def setTcpNoDelay(self, enabled):
-        pass
+    isLeaf = True
 
+    def render_GET(self, request):
+        return web.page(request, request.path.decode())
 
-class Connection:
-    """A connection to a site, in memory."""
-
-    def __init__(self, site, transport=None):
-        self.transport = transport or StringTransport()
-        self.channel = site.buildProtocol(None)
-        self.channel.makeConnection(self.transport)
-
-    def makefile(self, mode):
-        return io.BytesIO(self.transport.value())
-
-    def send(self, data):
-        self.channel.dataReceived(data)
-
-    def ask(self, method, path, *headers):
-        """Send a request, and read the response as the standard library understands it."""
-        self.transport.clear()
-        self.send(b"\r\n".join([b"%b %b HTTP/1.1" % (method, path), *headers, b"", b""]))
-        response = HTTPResponse(self, method=method.decode())
-        response.begin()
-        return response, response.read().decode()
-
-    @property
-    def closing(self):
-        return self.transport.disconnecting
+    def render_POST(self, request):
+        request.of_a_double = True  # see documented.py
+        return web.answer(request, HTTPStatus.OK, b"%d bytes" % len(request.content.read()), "text/plain")
 
 
 @pytest.fixture
@@ -60,13 +33,28 @@ def clock():
 @pytest.fixture
 def connection(clock):
     """A connection to the site for clients."""
-    return Connection(web.site(lambda: None, clock, page=True))
+    return Connection(web.site(lambda: None, clock, rooms=Rooms()))
 
 
 @pytest.fixture
 def admin(clock):
     """A connection to the site on the admin port."""
-    return Connection(web.site(lambda: None, clock, page=False))
+    return Connection(web.site(lambda: None, clock, rooms=None))
+
+
+def problem(response, body):
+    """The status and the words of a refusal, which is a problem as RFC 9457 has it."""
+    assert response.headers["content-type"] == "application/problem+json"
+    document = json.loads(body)
+    assert document["status"] == response.status
+    assert document["title"] == HTTPStatus(response.status).phrase == response.reason
+    assert document.keys() == {"title", "status", "detail"}
+    return response.status, document["detail"]
+
+
+def test_a_problem_has_the_code_of_the_frame_that_says_the_same():
+    said = json.loads(web.problem(HTTPStatus.NOT_FOUND, "no", Code.UNKNOWN_ID))
+    assert said == {"title": "Not Found", "status": 404, "detail": "no", "code": "UNKNOWN_ID"}
 
 
 # What is answered
@@ -84,7 +72,7 @@ def test_the_page_says_how_to_connect_to_the_address_it_was_asked_for_at(connect
 
 
 def test_the_page_names_wss_to_those_who_came_by_tls(clock):
-    connection = Connection(web.site(lambda: None, clock, page=True), SecureTransport())
+    connection = Connection(web.site(lambda: None, clock, rooms=Rooms()), SecureTransport())
     _, page = connection.ask(b"GET", b"/", b"Host: chat.example")
     assert "wss://chat.example/" in page
     assert "ws://chat.example/" not in page
@@ -123,25 +111,25 @@ def test_the_admin_port_has_no_page_but_a_line(admin):
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-@pytest.mark.parametrize("page", [True, False])
-def test_health_is_that_the_process_answers_ready_or_not(clock, page):
-    response, text = Connection(web.site(lambda: "stopping", clock, page=page)).ask(b"GET", b"/healthz")
+@pytest.mark.parametrize("rooms", [Rooms(), None], ids=["clients", "admin"])
+def test_health_is_that_the_process_answers_ready_or_not(clock, rooms):
+    response, text = Connection(web.site(lambda: "stopping", clock, rooms=rooms)).ask(b"GET", b"/healthz")
     assert (response.status, text) == (200, "ok\n")
 
 
-@pytest.mark.parametrize("page", [True, False])
+@pytest.mark.parametrize("rooms", [Rooms(), None], ids=["clients", "admin"])
 @pytest.mark.parametrize(
     ("why_not", "answer"),
     [(None, (200, "ready\n")), ("starting", (503, "starting\n")), ("stopping", (503, "stopping\n"))],
 )
-def test_readiness_is_200_or_503_with_the_reason(clock, page, why_not, answer):
-    response, text = Connection(web.site(lambda: why_not, clock, page=page)).ask(b"GET", b"/readyz")
+def test_readiness_is_200_or_503_with_the_reason(clock, rooms, why_not, answer):
+    response, text = Connection(web.site(lambda: why_not, clock, rooms=rooms)).ask(b"GET", b"/readyz")
     assert (response.status, text) == answer
 
 
 def test_readiness_is_asked_for_at_each_request(clock):
     words = [None, "stopping"]
-    connection = Connection(web.site(lambda: words.pop(0), clock, page=False))
+    connection = Connection(web.site(lambda: words.pop(0), clock, rooms=None))
     assert [connection.ask(b"GET", b"/readyz")[0].status for _ in range(2)] == [200, 503]
 
 
@@ -161,36 +149,164 @@ def test_HEAD_answers_what_GET_does_without_the_body(connection, path):
     assert head.headers["content-length"] == str(len(body.encode()))
 
 
-@twisted_pages
 @pytest.mark.parametrize(
-    "path", [b"/nothing", b"/healthz/", b"/healthz/more", b"/index.html", b"//", b"/../etc/passwd"]
+    "path",
+    [
+        b"/nothing",
+        b"/healthz/",
+        b"/healthz/more",
+        b"/index.html",
+        b"/../etc/passwd",
+        b"/%2e%2e/etc/passwd",
+        b"http://x/healthz",
+    ],
 )
-def test_an_unknown_path_is_404(connection, admin, path):
-    assert connection.ask(b"GET", path)[0].status == 404
-    assert admin.ask(b"GET", path)[0].status == 404
-
-
-@twisted_pages
-@pytest.mark.parametrize("path", [b"/", b"/healthz", b"/readyz"])
-def test_other_methods_are_405_which_names_those_that_are_allowed(connection, admin, path):
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"OPTIONS"])
+def test_an_unknown_path_is_404(connection, admin, method, path):
     for port in (connection, admin):
-        response, _ = port.ask(b"POST", path, b"Content-Length: 0")
-        assert response.status == 405
-        assert sorted(response.headers["allow"].split(", ")) == ["GET", "HEAD"]
+        assert problem(*port.ask(method, path)) == (404, "there is nothing here")
 
 
-def test_a_request_leaves_no_line_in_the_log(clock):
-    site = web.site(lambda: None, clock, page=True)
+@pytest.mark.parametrize("path", [b"//", b"//healthz", b"/rooms", b"/rooms/main"])
+def test_the_admin_port_has_no_rooms(admin, path):
+    assert problem(*admin.ask(b"GET", path))[0] == 404
+
+
+@pytest.mark.parametrize("path", [b"/healthz", b"/readyz"])
+@pytest.mark.parametrize("method", [b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE", b"get", b"_"])
+def test_other_methods_are_405_which_names_those_that_are_allowed(connection, admin, method, path):
+    for port in (connection, admin):
+        response, body = port.ask(method, path, b"Content-Length: 0")
+        assert problem(response, body) == (405, f"{method.decode()} is not for this")
+        assert response.headers["allow"] == "GET, HEAD"
+
+
+def test_an_answer_names_its_server_and_is_not_kept(connection):
+    for path in (b"/", b"/healthz", b"/nothing"):
+        response, _ = connection.ask(b"GET", path)
+        assert response.headers["server"] == f"chatd/{chatd.__version__}"
+        assert response.headers["cache-control"] == "no-store"
+
+
+def test_a_request_leaves_no_line_in_the_log(clock, events):
+    site = web.site(lambda: None, clock, rooms=Rooms())
     site.doStart()
-    events = []
-    globalLogPublisher.addObserver(events.append)
     try:
-        for path in (b"/", b"/healthz", b"/readyz"):
-            assert Connection(site).ask(b"GET", path)[0].status == 200
+        for path in (b"/", b"/healthz", b"/readyz", b"/nothing"):
+            connection = Connection(site)
+            connection.ask(b"GET", path)
+            connection.lose()
     finally:
-        globalLogPublisher.removeObserver(events.append)
         site.doStop()
     assert events == []
+    assert clock.getDelayedCalls() == []
+
+
+# Bodies
+
+
+@pytest.mark.parametrize("size", [0, 1, web.MAX_BODY])
+def test_a_body_that_is_announced_is_read(connection, size):
+    assert connection.ask(b"POST", b"/rooms", body=bytes(size))[1] == f"{size} bytes"
+    assert not connection.closing
+
+
+def test_a_body_may_come_byte_by_byte_and_the_next_request_behind_it(connection):
+    connection.begin(b"POST", b"/rooms", b"Content-Length: 5")
+    for byte in b"hello":
+        assert connection.transport.value() == b""
+        connection.send(bytes([byte]))
+    assert connection.response()[1] == "5 bytes"
+    connection.transport.clear()
+    connection.send(b"POST /rooms HTTP/1.1\r\nContent-Length: 3\r\n\r\noneGET /healthz HTTP/1.1\r\n\r\n")
+    assert connection.response()[1] == "3 bytes"
+    assert connection.transport.value().endswith(b"\r\n\r\nok\n")
+
+
+REFUSED = {
+    b"Content-Length: %d" % (web.MAX_BODY + 1): (413, "the body is larger than 16384 bytes"),
+    b"Content-Length: 1000000000000": (413, "the body is larger than 16384 bytes"),
+    b"Transfer-Encoding: chunked": (411, "say the body's length in Content-Length"),
+}
+
+
+@pytest.mark.parametrize("length", REFUSED)
+@pytest.mark.parametrize("expect", [[], [b"Expect: 100-continue"]], ids=["", "expected"])
+def test_a_body_that_is_too_large_or_of_unsaid_length_is_refused_before_it_comes(connection, length, expect):
+    connection.begin(b"POST", b"/rooms", b"Host: x", length, *expect)
+    response, body = connection.response()
+    assert problem(response, body) == REFUSED[length]
+    assert response.headers["connection"] == "close"
+    assert response.headers["server"] == f"chatd/{chatd.__version__}"
+    assert connection.closing
+
+
+@pytest.mark.parametrize("length", REFUSED)
+def test_what_still_comes_of_a_refused_body_is_passed_over(connection, length):
+    # As under TLS, where a connection that is being closed still hands over what comes.
+    connection.begin(b"POST", b"/rooms", b"Host: x", length)
+    answered = connection.transport.value()
+    for _ in range(3):
+        connection.send(b"5\r\nhello\r\n" * 1000)
+    connection.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+    assert connection.transport.value() == answered
+
+
+def test_who_asks_whether_to_send_a_body_that_will_be_read_is_told_to_go_on(connection):
+    connection.begin(b"POST", b"/rooms", b"Content-Length: 5", b"Expect: 100-continue")
+    assert connection.transport.value() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    connection.transport.clear()
+    connection.send(b"hello")
+    assert connection.response()[1] == "5 bytes"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz\r\n",
+        b"GET /healthz HTTP/9\r\n",
+        b"GET /healthz HTTP/1.1\r\nno colon\r\n",
+        b"GET /healthz HTTP/1.1\r\nA: \x00\r\n",
+        b"GET /healthz HTTP/1.1\r\nA B: c\r\n",
+        b"GET /healthz HTTP/1.1\r\nContent-Length: -1\r\n",
+        b"POST /rooms HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n",
+        b"POST /rooms HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n",
+        b"POST /rooms HTTP/1.1\r\nTransfer-Encoding: gzip\r\n",
+        b"GET /healthz HTTP/1.1\r\n" + (b"A: " + b"a" * (9 << 10) + b"\r\n") * 2,
+        b"GET /healthz HTTP/1.1\r\n" + b"A: b\r\n" * 501,
+    ],
+)
+def test_a_request_that_is_no_http_is_a_problem_too_and_ends_the_connection(connection, events, head):
+    connection.send(head + b"\r\n")
+    response, body = connection.response()
+    assert problem(response, body)[0] == 400
+    assert connection.closing
+    answered = connection.transport.value()
+    for data in (b"\r\n", b"A: b\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n"):
+        connection.send(data)  # as under TLS, where what still comes is handed over
+    assert connection.transport.value() == answered
+    assert events == []
+
+
+def test_a_form_is_no_business_of_the_site(connection):
+    # Twisted reads forms, and ends the connection of those that it cannot read.
+    for kind in (b"multipart/form-data", b"multipart/form-data; boundary=x", b"application/x-www-form-urlencoded"):
+        assert connection.ask(b"POST", b"/rooms", b"Content-Type: " + kind, body=b"--no form")[1] == "9 bytes"
+
+
+# The end
+
+
+def test_who_wants_to_know_is_told_that_the_connection_is_gone(clock):
+    connection = Connection(web.site(lambda: None, clock, rooms=None))
+    connection.lose()
+    connection = Connection(web.site(lambda: None, clock, rooms=None))
+    told = []
+    connection.channel.when_lost = lambda: told.append(True)
+    connection.ask(b"GET", b"/healthz")
+    assert told == []
+    connection.lose()
+    assert told == [True]
 
 
 # How long it may take
@@ -207,27 +323,31 @@ def test_a_request_that_trickles_in_is_dropped_at_its_deadline(clock, connection
     for byte in b"GET /h":
         assert not connection.closing
         connection.send(bytes([byte]))
-        clock.advance(5)
+        clock.advance(web.HTTP_SECONDS / 6)
     assert clock.seconds() == web.HTTP_SECONDS
     assert connection.closing
     assert connection.transport.value() == b""
 
 
-@pytest.mark.parametrize("length", [b"Content-Length: 100", b"Transfer-Encoding: chunked"])
-def test_a_body_is_refused_before_it_comes(connection, length):
-    connection.send(b"POST / HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n")
-    assert connection.transport.value().startswith(b"HTTP/1.1 413 ")
+def test_a_body_that_trickles_in_is_dropped_at_the_same_deadline(clock, connection):
+    clock.advance(web.HTTP_SECONDS - 10)
+    connection.begin(b"POST", b"/rooms", b"Content-Length: 100")
+    for _ in range(10):
+        assert not connection.closing
+        connection.send(b"x")
+        clock.advance(1)
     assert connection.closing
+    assert connection.transport.value() == b""
 
 
 def test_each_request_of_a_connection_has_a_deadline_of_its_own(clock, connection):
     for _ in range(3):
-        clock.advance(20)
+        clock.advance(web.HTTP_SECONDS - 1)
         assert connection.ask(b"GET", b"/healthz")[1] == "ok\n"
     for byte in b"GET /h":
         assert not connection.closing
         connection.send(bytes([byte]))
-        clock.advance(5)
+        clock.advance(web.HTTP_SECONDS / 6)
     assert connection.closing
 
 

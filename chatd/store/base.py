@@ -1,6 +1,6 @@
 """What the stores have in common.
 
-A store keeps the logs of all rooms.  What a room needs of one is `chatd.rooms.Log`; here is
+A store keeps the logs of all rooms.  What a room needs of one is `chatd.log.Log`; here is
 the rest: how it is opened and closed, the epoch, the time, and how much is retained.
 """
 
@@ -13,8 +13,8 @@ from typing import Final, NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 
-from chatd.frames import Entry
-from chatd.rooms import MAIN, Log
+from chatd.frames import Entry, Post
+from chatd.log import MAIN, LabelReused, Log, Poster
 
 DAY: Final = 86_400
 """Seconds."""
@@ -71,6 +71,14 @@ def timestamp(seconds: float) -> str:
     """A time in seconds since 1970 as RFC 3339 has it, in UTC and milliseconds."""
     moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def tell_again(post: Post, number: int, message: str, poster: Poster) -> None:
+    """Tell the poster of a label that was used before what it was used for: for the same message, or another."""
+    if message == post.message:
+        poster.posted(post, number, duplicate=True)
+    else:
+        poster.refused(post, LabelReused())
 
 
 class Stamp:

@@ -7,27 +7,47 @@ from typing import Final
 from twisted.internet.defer import Deferred, succeed
 
 from chatd.frames import Entry, Post
-from chatd.rooms import Follower, Page, Poster
-from chatd.store.base import SEED_ROOM, Retention, Stamp, new_epoch, timestamp
+from chatd.log import Follower, Page, Poster
+from chatd.store.base import SEED_ROOM, Retention, Stamp, new_epoch, tell_again, timestamp
 
 KEEP: Final = 10_000
 """How many messages of a room are kept when nothing else is asked for."""
 
 
 class _Room:
-    """One room's entries, the last of which has the number `head`."""
+    """One room's entries, at most `keep` of them; the last has the number `head`."""
 
     def __init__(self, keep: int) -> None:
-        self.entries: deque[Entry] = deque(maxlen=keep)
+        self.entries: deque[Entry] = deque()
         self.head = 0
+        self._keep = keep
+        # The log is this process's, and so is the index of its labels.
+        self._labelled: dict[tuple[str, str], int] = {}
+        self._labels: dict[int, tuple[str, str]] = {}
 
     @property
     def first(self) -> int:
         return self.head - len(self.entries) + 1
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: Entry, label: str | None) -> None:
+        if len(self.entries) == self._keep:
+            self.drop()
         self.entries.append(entry)
         self.head = entry.number
+        if label is not None:
+            key = self._labels[entry.number] = entry.username, label
+            self._labelled[key] = entry.number
+
+    def drop(self) -> None:
+        """Let go of the oldest entry, and of its label."""
+        key = self._labels.pop(self.entries.popleft().number, None)
+        if key is not None:
+            del self._labelled[key]
+
+    def find(self, post: Post) -> Entry | None:
+        """The entry that was kept of a post with this label."""
+        number = None if post.label is None else self._labelled.get((post.username, post.label))
+        return None if number is None else self.entries[number - self.first]
 
 
 class MemoryStore:
@@ -48,7 +68,7 @@ class MemoryStore:
         """Begin a new log with the seed."""
         self.epoch = new_epoch()
         for entry in seed:
-            self._room(SEED_ROOM).append(entry)
+            self._room(SEED_ROOM).append(entry, None)
             self._stamp = Stamp(self._now, entry.timestamp)
         self.trim()
 
@@ -59,9 +79,13 @@ class MemoryStore:
     def append(self, room: str, post: Post, poster: Poster) -> None:
         """Log.append; it cannot fail, and is done on return."""
         log = self._room(room)
+        kept = log.find(post)
+        if kept is not None:
+            tell_again(post, kept.number, kept.message, poster)
+            return
         entry = Entry(log.head + 1, post.username, post.message, self._stamp())
         first = log.first
-        log.append(entry)
+        log.append(entry, post.label)
         for follower in self._followers:
             follower.appended(room, (entry,))
         self._trim(room, log, first)
@@ -98,7 +122,7 @@ class MemoryStore:
         if self._retain.seconds:
             oldest = timestamp(self._now() - self._retain.seconds)
             while log.entries and log.entries[0].timestamp < oldest:
-                log.entries.popleft()
+                log.drop()
         if log.first != first:
             for follower in self._followers:
                 follower.trimmed(name, log.first)

@@ -29,10 +29,10 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 from chatd.frames import Entry, Post
-from chatd.rooms import Follower, LogUnavailable, Page, Poster
-from chatd.store.base import SEED_ROOM, Retention, Stamp, StoreError, new_epoch, timestamp
+from chatd.log import Follower, LogUnavailable, Page, Poster
+from chatd.store.base import SEED_ROOM, Retention, Stamp, StoreError, new_epoch, tell_again, timestamp
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """What this code writes; it reads every file whose `readable_since` is not above it."""
 READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code wrote."""
@@ -60,9 +60,11 @@ CREATE TABLE messages (
     username TEXT NOT NULL,
     message TEXT NOT NULL,
     timestamp TEXT NOT NULL,
+    label TEXT,                     -- the poster's key for it (since format 2)
     PRIMARY KEY (room, number)
 ) WITHOUT ROWID;
 """
+_INDEX: Final = "CREATE UNIQUE INDEX labels ON messages (room, username, label) WHERE label IS NOT NULL"
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -112,8 +114,8 @@ class _Waiting(NamedTuple):
 class _Committed(NamedTuple):
     """What a commit changed."""
 
-    numbers: Sequence[int]
-    """Of the posts, in their order."""
+    outcomes: "Sequence[tuple[int, str | None]]"
+    """Of the posts, in their order: the number, and what is kept under it if that was there before."""
     entries: dict[str, list[Entry]]
     """By room."""
     firsts: dict[str, int]
@@ -213,14 +215,23 @@ class SqliteStore:
                 "cannot read: run that version again"
             )
         if written < FORMAT:
-            db.execute("UPDATE log SET written = ?, readable_since = ?", (FORMAT, READABLE_SINCE))
+            self._upgrade()
         return str(epoch)
+
+    def _upgrade(self) -> None:
+        """Add what format 1 lacks."""
+        with self._write_to as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("ALTER TABLE messages ADD COLUMN label TEXT")
+            db.execute(_INDEX)
+            db.execute("UPDATE log SET written = ?, readable_since = ?", (FORMAT, READABLE_SINCE))
 
     def _create(self, seed: Sequence[Entry]) -> None:
         db = self._write_to
         db.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; {_SCHEMA}")
         db.execute("INSERT INTO log VALUES (?, ?, ?)", (new_epoch(), FORMAT, READABLE_SINCE))
-        self._insert([(SEED_ROOM, *entry) for entry in seed])
+        db.execute(_INDEX)
+        self._insert([(SEED_ROOM, *entry, None) for entry in seed])
         if seed:
             self._set_head(SEED_ROOM, seed[-1].number, seed[-1].timestamp)
         db.execute("COMMIT")
@@ -274,27 +285,44 @@ class SqliteStore:
         stamp = self._stamp()
         entries: dict[str, list[Entry]] = {}
         heads: dict[str, int] = {}
-        numbers, rows = [], []
+        outcomes: list[tuple[int, str | None]] = []
+        rows: list[tuple[str, int, str, str, str, str | None]] = []
+        labelled: dict[tuple[str, str, str], tuple[int, str]] = {}
+        """Those of this batch, which are not in the table yet."""
         try:
             db.execute("BEGIN IMMEDIATE")
             for room, post, _ in batch:
                 if room not in heads:
                     heads[room] = self._head(room)
                     entries[room] = []
+                if post.label is not None:
+                    key = room, post.username, post.label
+                    kept = labelled.get(key) or self._labelled(*key)
+                    if kept is not None:
+                        outcomes.append(kept)
+                        continue
+                    labelled[key] = heads[room] + 1, post.message
                 number = heads[room] = heads[room] + 1
                 entry = Entry(number, post.username, post.message, stamp)
-                numbers.append(number)
-                rows.append((room, *entry))
+                outcomes.append((number, None))
+                rows.append((room, *entry, post.label))
                 entries[room].append(entry)
             self._insert(rows)
-            for room, head in heads.items():
-                self._set_head(room, head, stamp)
-            firsts = {room: first for room in heads if (first := self._trim(room))}
+            for room, new in entries.items():
+                if new:
+                    self._set_head(room, new[-1].number, stamp)
+            firsts = {room: first for room, new in entries.items() if new and (first := self._trim(room))}
             db.execute("COMMIT")
         finally:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-        return _Committed(numbers, entries, firsts)
+        return _Committed(outcomes, entries, firsts)
+
+    def _labelled(self, room: str, username: str, label: str) -> tuple[int, str] | None:
+        """The number and the text of the message that has a label."""
+        query = "SELECT number, message FROM messages WHERE room = ? AND username = ? AND label = ?"
+        row: tuple[int, str] | None = self._write_to.execute(query, (room, username, label)).fetchone()
+        return row
 
     def _head(self, room: str) -> int:
         row = self._write_to.execute("SELECT head FROM rooms WHERE name = ?", (room,)).fetchone()
@@ -307,28 +335,32 @@ class SqliteStore:
             (room, head, stamped),
         )
 
-    def _insert(self, rows: Sequence[tuple[str, int, str, str, str]]) -> None:
+    def _insert(self, rows: Sequence[tuple[str, int, str, str, str, str | None]]) -> None:
         """Insert rows by few statements, of sizes that are powers of two so that few are prepared."""
         done, size = 0, ROWS
         while done < len(rows):
             while size > len(rows) - done:
                 size //= 2
-            values = ",".join(["(?,?,?,?,?)"] * size)
+            values = ",".join(["(?,?,?,?,?,?)"] * size)
             self._write_to.execute(
-                f"INSERT INTO messages (room, number, username, message, timestamp) VALUES {values}",
+                f"INSERT INTO messages (room, number, username, message, timestamp, label) VALUES {values}",
                 list(chain.from_iterable(rows[done : done + size])),
             )
             done += size
 
     def _committed(self, committed: _Committed, batch: Sequence[_Waiting]) -> None:
         self._tell(committed)
-        for waiting, number in zip(batch, committed.numbers, strict=True):
-            waiting.poster.posted(waiting.post, number)
+        for (_, post, poster), (number, kept) in zip(batch, committed.outcomes, strict=True):
+            if kept is None:
+                poster.posted(post, number)
+            else:
+                tell_again(post, number, kept, poster)
 
     def _tell(self, committed: _Committed) -> None:
         for follower in self._followers:
             for room, entries in committed.entries.items():
-                follower.appended(room, entries)
+                if entries:
+                    follower.appended(room, entries)
             for room, first in committed.firsts.items():
                 follower.trimmed(room, first)
 
