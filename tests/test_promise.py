@@ -429,7 +429,8 @@ class Client:
             self._post(text, label)
 
     def ask(self, back, limit, *, before):
-        label = f"p{len(self.pages)}"
+        self.labels += 1
+        label = f"p{self.labels}"
         number = max(self.cursor.number - back, 0)
         known = self.cursor.number
         limits = (number, None) if before else (None, number)
