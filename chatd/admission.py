@@ -19,6 +19,8 @@ from chatd.frames import Code, Id, is_username
 from chatd.log import MAIN
 from chatd.presence import EVENTS
 
+NOTHING: Final[frozenset[str]] = frozenset()
+"""Of the events."""
 MAX_ADDRESSES: Final = 10_000
 """How many addresses are remembered, at least, before those that are owed nothing are forgotten."""
 
@@ -95,6 +97,8 @@ class Admission:
         """Judge what a client that comes in asks for; raises Refused.  Unknown keys of the query are ignored."""
         self.check_origin(origin)
         room = self.room(path)
+        if not query:
+            return Visit(room, None, NOTHING, None)
         last, events, username = (query.get(name, [None])[-1] for name in ("last_event_id", "events", "username"))
         return Visit(room, last_id(last), _events(events), _username(username))
 
@@ -108,7 +112,7 @@ def last_id(text: str | None) -> Id | None:
 
 
 def _events(text: str | None) -> frozenset[str]:
-    events = frozenset(text.split(",")) if text else frozenset()
+    events = frozenset(text.split(",")) if text else NOTHING
     if not events <= EVENTS:
         raise Refused(HTTPStatus.BAD_REQUEST, f"events: choose of {', '.join(sorted(EVENTS))}")
     return events

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from http import HTTPStatus
 from io import BytesIO
 from math import ceil
-from random import random
 from typing import Any, Final, cast
 
 from twisted.internet.interfaces import IPushProducer
@@ -26,7 +25,7 @@ from twisted.web.server import NOT_DONE_YET
 from zope.interface import implementer
 
 from chatd.admission import Addresses, Admission, Refused, last_id, read_query
-from chatd.clients import Clients
+from chatd.clients import ABNORMAL, EVENT_STREAM, OVERLOADED, RESTART, Clients
 from chatd.frames import (
     Code,
     FrameError,
@@ -129,7 +128,9 @@ class Posting:
 class EventStream:
     """A reader of Server-Sent Events: implements chatd.room.Member and chatd.clients.Client."""
 
+    carrier = EVENT_STREAM
     form = staticmethod(event)
+    connection = 0
     cursor = 0
     ready = True
 
@@ -142,6 +143,7 @@ class EventStream:
         self._clients = clients
         self._room: Room | None = None
         self._open = True
+        self._code = ABNORMAL
         self.events = events
         self.name = name
         address = request.getClientAddress()
@@ -160,6 +162,7 @@ class EventStream:
         if self._clients.stopping:
             raise _stopping()
         room = self._room = opening.room
+        self._left = room.name
         request = self._request
         request.setHeader("server", SERVER)
         request.setHeader("content-type", "text/event-stream")
@@ -169,7 +172,12 @@ class EventStream:
         self._clients.add(self)
         history = opening.join(self)
         request.write(b"retry: %d\n\n%b" % (RETRY_SECONDS * 1000, event(history)))
-        _log.info("{peer} joined {room} for events", peer=self.peer, room=room.name)
+        _log.info(
+            "#{connection} {peer} joined {room} for events",
+            connection=self.connection,
+            peer=self.peer,
+            room=room.name,
+        )
 
     def write(self, data: bytes) -> int:
         """Member.write: what the transport does not take, it buffers."""
@@ -207,16 +215,29 @@ class EventStream:
 
     def overrun(self) -> None:
         """Member.overrun: it comes back by itself, with its last id."""
-        self._end(b"retry: 0\n\n")
+        self._end(OVERLOADED, b"retry: 0\n\n")
 
-    def close(self, code: int, reason: str) -> None:
-        """Client.close: each comes back at a moment of its own."""
-        self._end(b"retry: %d\n\n" % (random() * RETRY_SECONDS * 1000))  # noqa: S311 -- no secret
+    @property
+    def head(self) -> int:
+        """Client.head."""
+        return 0 if self._room is None else self._room.head
 
-    def _end(self, farewell: bytes) -> None:
+    def owed(self, head: int) -> bool:
+        """Client.owed."""
+        return self._room is not None and self.ready and self.cursor < head
+
+    def finish(self) -> None:
+        """Client.finish: nothing is read from it anyway."""
+
+    def restart(self, retry_after: float) -> None:
+        """Client.restart."""
+        self._end(RESTART, b"retry: %d\n\n" % (retry_after * 1000))
+
+    def _end(self, code: int, farewell: bytes) -> None:
         self._leave()
         if self._open:
             self._open = False
+            self._code = code
             self._clients.pings.discard(self)
             if self.ready:
                 self._clients.closings.add(self)
@@ -237,8 +258,8 @@ class EventStream:
     def _gone(self) -> None:
         self._open = False
         self._leave()
-        if self._clients.remove(self):
-            _log.info("{peer} left", peer=self.peer)
+        if self._clients.remove(self, self._code):
+            _log.info("#{connection} {peer} left {room}", connection=self.connection, peer=self.peer, room=self._left)
 
 
 class Api(ChatResource):

@@ -18,6 +18,7 @@ told apart by type; they pause and resume us as a streaming producer.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -40,11 +41,12 @@ from twisted.web.server import Site
 from zope.interface import implementer
 
 from chatd.admission import Admission, Rate, Refused, Visit, read_query
-from chatd.clients import Clients
+from chatd.clients import ABNORMAL, NOT_UTF8, OVERLOADED, POLICY, RESTART, UNSUPPORTED, WEBSOCKET, Clients
 from chatd.fastpath import Upgrade, parse_upgrade, switch, take_texts
+from chatd.frames import Code
 from chatd.log import LogUnavailable
 from chatd.rooms import Opening, Rooms
-from chatd.session import Session
+from chatd.session import SCHEMA, Session
 from chatd.web import PROBLEM, RETRY_SECONDS, SERVER, problem
 
 SUBPROTOCOL: Final = "chat.v1"
@@ -55,8 +57,6 @@ MAX_MESSAGE: Final = 16 << 10
 """Bytes of a posted frame: 530 code points, each escaped in twelve bytes, fit twice."""
 MAX_FRAGMENTS: Final = 128
 """WebSocket frames that one message may come in."""
-
-UNSUPPORTED, NOT_UTF8, POLICY, RESTART, OVERLOADED = 1003, 1007, 1008, 1012, 1013
 
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[^\r\n]*websocket", re.IGNORECASE)
 _log = Logger()
@@ -75,6 +75,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
     """A connection: a session, a member of its room, and one of the clients."""
 
     factory: "ChatFactory"
+    carrier = WEBSOCKET
     transport: Any  # Twisted's have much that ITransport does not name
     fragments = 0
     answered = True
@@ -206,6 +207,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
         if self.state == self.STATE_CLOSED:
             return
         _log.info("{peer} refused: {code} {reason}", peer=self.peer, code=int(code), reason=reason)
+        self.factory.refused_handshakes[str(int(code))] += 1
         body = problem(HTTPStatus(code), reason)
         headers = [
             ("Content-Type", PROBLEM),
@@ -239,7 +241,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
         self.factory.clients.add(self)
         self.transport.registerProducer(self, self._socket is None)
         self.sendData(answer + opening.join(self))
-        _log.info("{peer} joined {room}", peer=self.peer, room=visit.room)
+        _log.info("#{connection} {peer} joined {room}", connection=self.connection, peer=self.peer, room=visit.room)
 
     # Receiving
 
@@ -354,8 +356,14 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
     # Going
 
     def close(self, code: int, reason: str) -> None:
-        """Begin the closing handshake."""
+        """Begin the closing handshake, and read on, for the other half of it."""
         self.sendCloseFrame(code, reason.encode())
+        if self._finished:
+            self.read_on()
+
+    def restart(self, retry_after: float) -> None:
+        """Client.restart."""
+        self.close(RESTART, f"retry_after={retry_after:.1f}")
 
     def abort(self) -> None:
         """End it without any handshake."""
@@ -377,8 +385,15 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
     def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
         """The transport is gone."""
         self.leave()
-        if self.factory.clients.remove(self):
-            _log.info("{peer} left: {code}", peer=self.peer, code=self.localCloseCode or code)
+        code = (self.localCloseCode if self.closedByMe else code) or ABNORMAL
+        if self.factory.clients.remove(self, code):
+            _log.info(
+                "#{connection} {peer} left {room}: {code}",
+                connection=self.connection,
+                peer=self.peer,
+                room=self.left,
+                code=code,
+            )
 
 
 class ChatFactory(WebSocketServerFactory):
@@ -410,7 +425,11 @@ class ChatFactory(WebSocketServerFactory):
         self.clients = clients
         self.admission = admission
         self.site = site
-        self.protocol = self._lean({"rooms": rooms, "rate": rate})
+        self.refused_handshakes: Counter[str] = Counter()
+        """How many, by status."""
+        self.refused_frames = Counter(dict.fromkeys([SCHEMA, *Code], 0))
+        """How many, by the code of the error."""
+        self.protocol = self._lean({"rooms": rooms, "rate": rate, "refusals": self.refused_frames})
 
     def _lean(self, own: Mapping[str, Any]) -> type[ChatProtocol]:
         """Make the class of this factory's connections: it has what Autobahn would give to each of them.

@@ -24,7 +24,9 @@ Nothing here knows a reactor, a socket or a disk: time, members and the log are 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Final, Protocol
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -78,6 +80,9 @@ class Member(Protocol):
         """Close it, and let it leave: it is too slow, and what it misses is better had by coming back."""
 
 
+_cursor: Callable[[Member], int] = attrgetter("cursor")
+
+
 class Room:
     """One room with someone in it."""
 
@@ -105,6 +110,8 @@ class Room:
         self._refills_to_come: dict[int, Sequence[bytes]] = {}
         # Who is owed acknowledgements, of which messages.
         self._acks: dict[Member, list[tuple[int, bytes]]] = {}
+        # The sum of the cursors at which members have left, less that of those at which members have joined.
+        self._delivered = 0
 
     @property
     def head(self) -> int:
@@ -124,6 +131,7 @@ class Room:
         of it, and the rest follows; else the newest messages, as for someone new.
         """
         frame, member.cursor = self._greet(last, missed)
+        self._delivered -= member.cursor
         self.members[member] = None
         self.presence.joined(member)
         self.resume(member)
@@ -131,10 +139,25 @@ class Room:
 
     def leave(self, member: Member) -> None:
         """Let a member go; it is behind nothing any more, and so served nothing."""
-        member.cursor = GONE
         del self.members[member]
+        self._delivered += member.cursor
+        member.cursor = GONE
         self._acks.pop(member, None)
         self.presence.left(member)
+
+    def cursors(self) -> Counter[int]:
+        """How many members are at which cursor."""
+        return Counter(map(_cursor, self.members))
+
+    @property
+    def delivered(self) -> int:
+        """How many messages were handed to members after the history, to all of them together."""
+        return self._delivered + sum(map(_cursor, self.members))
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many messages the tail holds, and of how many bytes."""
+        return self.head + 1 - self._tail.first, self._tail.bytes
 
     def remembers(self, number: int) -> bool:
         """Whether the tail holds all that came after a message."""
@@ -147,6 +170,10 @@ class Room:
         except UnknownId:  # unless the log has gone on meanwhile
             return None
         return span.excerpt(self._first, self.head, self._tail.between) if after + 1 >= self._tail.first else None
+
+    def owes(self, member: Member) -> bool:
+        """Whether a member waits for an acknowledgement."""
+        return member in self._acks
 
     def acknowledge(self, member: Member, number: int, frame: bytes) -> None:
         """Send a member a frame once it has been given the message of this number."""

@@ -1,16 +1,17 @@
 """The server's life: what is started before what, and what must have ended before what ends.
 
 Start: the store is opened, then the ports; a step that fails ends the process with one line that
-says why, before any client has come.  Stop: the ports close, what was read is committed and
-delivered, the clients are told to come back (1012), and when the last is gone, or the time is
-over, the store is closed.
+says why, before any client has come.  Stop: the clients are sent elsewhere (see chatd.drain), and when the last is
+gone, or the time is over, the store is closed.  A drain can also be asked for without an end: then the process stays,
+unready, until it is told to stop.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, inlineCallbacks, maybeDeferred
+from twisted.internet.defer import Deferred, DeferredList, inlineCallbacks, maybeDeferred, succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import (
     IListeningPort,
@@ -18,16 +19,16 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamServerEndpoint,
 )
-from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, Logger
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
 from chatd.clients import Clients
+from chatd.drain import Drain
 from chatd.frames import Entry
-from chatd.protocol import RESTART
-from chatd.rooms import Rooms
 from chatd.store.base import Store, StoreError
+from chatd.systemd import Notifier
 
 LOOK_SECONDS: Final = 1
 """How often deadlines are looked at."""
@@ -38,22 +39,30 @@ _log = Logger()
 
 
 class Readiness:
-    """Whether clients should be sent here."""
+    """Whether clients should be sent here, in words.
 
-    def __init__(self) -> None:
+    `fault` tells what is wrong with the log now: that is said, and no reason to send nobody, since all nodes of
+    one room share the log, and a load balancer that takes them all out helps nobody.
+    """
+
+    def __init__(self, fault: Callable[[], str | None]) -> None:
         self.why_not: str | None = "starting"
         """None when they should."""
+        self._fault = fault
 
-    def __call__(self) -> str | None:
-        """Why not, or None."""
-        return self.why_not
+    def __call__(self) -> tuple[bool, str]:
+        """Whether, and `ready`, `degraded: ...`, or why not."""
+        if self.why_not:
+            return False, self.why_not
+        fault = self._fault()
+        return True, f"degraded: {fault}" if fault else "ready"
 
 
 class ChatService(Service):
     """Starts and stops the store, the ports and the clients, in order.
 
-    `listen` and `admin` are endpoints by the text that names them, for the messages; `drain` is the
-    number of seconds that stopping may take; `observer` gets the log instead of twistd's own.
+    `listen` and `admin` are endpoints by the text that names them, for the messages; `observer` gets the
+    log instead of twistd's own.
     """
 
     name = "chatd"
@@ -63,31 +72,39 @@ class ChatService(Service):
         *,
         store: Store,
         seed: Sequence[Entry],
-        rooms: Rooms,
         clients: Clients,
         factory: IProtocolFactory,
         admin_factory: IProtocolFactory,
         listen: Mapping[str, IStreamServerEndpoint],
         admin: Mapping[str, IStreamServerEndpoint],
         readiness: Readiness,
-        drain: float,
+        drain: Drain,
         clock: IReactorTime,
         observer: ILogObserver,
+        notify: Notifier,
     ) -> None:
         self._store = store
         self._seed = seed
-        self._rooms = rooms
-        self._clients = clients
-        self._ports_to_open = [
-            *((text, endpoint, factory) for text, endpoint in listen.items()),
-            *((text, endpoint, admin_factory) for text, endpoint in admin.items()),
-        ]
         self._ports: list[IListeningPort] = []
+        self._admin_ports: list[IListeningPort] = []
+        self._ports_to_open = [
+            *((text, endpoint, factory, self._ports) for text, endpoint in listen.items()),
+            *((text, endpoint, admin_factory, self._admin_ports) for text, endpoint in admin.items()),
+        ]
         self._readiness = readiness
         self._drain = drain
+        self._drained = False
+        self._draining: list[Deferred[None]] = []
+        self._told_to_stop = False
         self._clock = clock
         self._observer = observer
-        self._loops = [(LoopingCall(clients.look), LOOK_SECONDS), (LoopingCall(store.trim), TRIM_SECONDS)]
+        self._notify = notify
+        self._loops: list[tuple[LoopingCall, float]] = [
+            (LoopingCall(clients.look), LOOK_SECONDS),
+            (LoopingCall(store.trim), TRIM_SECONDS),
+        ]
+        if notify.watchdog:
+            self._loops.append((LoopingCall(notify.alive), notify.watchdog))
 
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, which twistd asks for its log observer."""
@@ -102,9 +119,9 @@ class ChatService(Service):
         except StoreError as error:
             raise SystemExit(f"chatd: {error}") from None
         faults: list[str] = []
-        for text, endpoint, factory in self._ports_to_open:
+        for text, endpoint, factory, ports in self._ports_to_open:
             endpoint.listen(factory).addCallbacks(
-                self._listening, self._not_listening, callbackArgs=(text,), errbackArgs=(text, faults)
+                self._listening, self._not_listening, callbackArgs=(text, ports), errbackArgs=(text, faults)
             )
         if faults:
             self._store.close()
@@ -123,12 +140,17 @@ class ChatService(Service):
 
         loop.start(interval, now=False).addErrback(failed)
 
-    def _listening(self, port: IListeningPort, text: str) -> None:
-        self._ports.append(port)
+    def _listening(self, port: IListeningPort, text: str, ports: list[IListeningPort]) -> None:
+        if ports is self._ports and self._readiness.why_not == "draining":  # too late
+            maybeDeferred(port.stopListening)
+            return
+        ports.append(port)
         _log.info("listening on {endpoint}", endpoint=text)
-        if len(self._ports) == len(self._ports_to_open):
+        opened = len(self._ports) + len(self._admin_ports) == len(self._ports_to_open)
+        if opened and self._readiness.why_not == "starting":
             self._readiness.why_not = None
             _log.info("ready, with the log {epoch}", epoch=self._store.epoch)
+            self._notify(READY="1", STATUS="ready")
 
     def _not_listening(self, failure: Failure, text: str, faults: list[str]) -> None:
         """Most endpoints fail at once, and that ends the process; for those that fail later it stays unready."""
@@ -138,23 +160,48 @@ class ChatService(Service):
         if self.running:
             _log.error("{fault}", fault=faults[-1])
 
+    def signalled(self, number: int) -> None:
+        """A signal has come that ends the process: the second, or one from a keyboard, says to hurry."""
+        if self._told_to_stop or number == signal.SIGINT:
+            _log.info("in a hurry")
+            self._drain.hurry()
+        self._told_to_stop = True
+
+    def drain(self) -> "Deferred[None]":
+        """Send all clients elsewhere, once; fires when they are gone."""
+        if self._drained:
+            return succeed(None)
+        done: Deferred[None] = Deferred()
+        self._draining.append(done)
+        if len(self._draining) == 1:
+            self._readiness.why_not = "draining"
+            _log.info("draining")
+            self._drain.run(self._close_ports).addBoth(self._gone)
+        return done
+
+    def _close_ports(self) -> "Deferred[Any]":
+        """Close those that clients come by; the admin port stays."""
+        return DeferredList([maybeDeferred(port.stopListening) for port in self._ports])
+
+    def _gone(self, result: object) -> None:
+        self._drained = True
+        if isinstance(result, Failure):
+            _log.failure("the drain failed", result)
+        _log.info("drained")
+        draining, self._draining = self._draining, []
+        for done in draining:
+            done.callback(None)
+
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
-        """Stop in order; fires when all is closed."""
+        """Drain, and close all; fires when that is done."""
         super().stopService()
-        self._readiness.why_not = "stopping"
         _log.info("stopping")
-        for port in self._ports:
-            yield maybeDeferred(port.stopListening)
-        over = self._clock.callLater(self._drain, self._clients.abort)
-        yield self._store.settled()
-        while self._rooms.busy and over.active():
-            yield deferLater(self._clock, 0)
-        self._clients.close(RESTART, "restarting")
-        yield self._clients.empty()
-        if over.active():
-            over.cancel()
+        self._notify(STOPPING="1", STATUS="stopping")
+        yield self.drain()
         for loop, _ in self._loops:
             loop.stop()
         yield self._store.close()
+        for port in self._admin_ports:
+            yield maybeDeferred(port.stopListening)
         _log.info("stopped")

@@ -7,10 +7,10 @@ One that does not read its answers is not read either: while a page is fetched, 
 more is read, and what has come already is held until then.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from math import ceil
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -32,6 +32,9 @@ from chatd.log import Excerpt, LabelReused, LogUnavailable, UnknownId
 from chatd.room import Room
 from chatd.rooms import Rooms
 
+SCHEMA: Final = "schema"
+"""Stands for the code of an error that has none, which is what breaks its schema."""
+
 _log = Logger()
 _T = TypeVar("_T")
 
@@ -49,12 +52,17 @@ class Session:
     """Implements chatd.log.Poster, and the half of chatd.room.Member that is no transport."""
 
     rooms: Rooms
+    refusals: Counter[str]
+    """How many frames were refused, by the code of the error."""
     rate: Rate | None = None
     """How fast it may send; None: as it likes."""
     due = 0.0
+    connection = 0
     cursor = 0
     ready = True
     room: Room | None = None
+    left = ""
+    """The name of the room that it was in."""
     events: frozenset[str] = frozenset()
     name: str | None = None
     form: Callable[[bytes], bytes] | None = None
@@ -64,6 +72,8 @@ class Session:
     """Whether nothing is, because a page is fetched for it."""
     _held: deque[bytes] | None = None
     """What came with that and waits."""
+    _finished = False
+    """Whether nothing more is to be read from the client."""
 
     # What its transport does
 
@@ -107,6 +117,22 @@ class Session:
         """Whether it is a member of a room."""
         return self.room is not None and self in self.room.members
 
+    @property
+    def head(self) -> int:
+        """Client.head."""
+        return 0 if self.room is None else self.room.head
+
+    def owed(self, head: int) -> bool:
+        """Client.owed."""
+        if self.room is None or not self.ready:
+            return False
+        return self.cursor < head or self._paging or bool(self._held) or self.room.owes(self)
+
+    def finish(self) -> None:
+        """Client.finish."""
+        self._finished = True
+        self.stop_reading()
+
     def leave(self) -> None:
         """Leave the room; what had come by then is still posted."""
         room = self.room
@@ -124,7 +150,7 @@ class Session:
                 break
             if isinstance(frame, Post):
                 self.rooms.post(room.name, frame, self)
-        self.room = None
+        self.room, self.left = None, room.name
         if self in room.members:
             self.rooms.leave(room, self)
 
@@ -143,7 +169,7 @@ class Session:
         """What was waited for is there: take what was held, and read on unless something must be waited for again."""
         while self._held and not (self.unread or self._paging):
             self._take(self._held.popleft())
-        if not (self.unread or self._paging):
+        if not (self.unread or self._paging or self._finished):
             self.read_on()
 
     def _take(self, text: bytes) -> None:
@@ -178,14 +204,18 @@ class Session:
             self._held = None
             self.not_text()
             return
-        _log.info("{peer} posted what is refused", peer=self.peer)
+        _log.info("#{connection} {peer} sent what is refused", connection=self.connection, peer=self.peer)
         if wait:
             self._hurry(wait, error.label)
         else:
-            self.tell(error_frame(str(error), label=error.label))
+            self._err(str(error), None, error.label)
 
     def _hurry(self, wait: float, label: str | None) -> None:
-        self.tell(error_frame("Rate limit exceeded", Code.RATE_LIMITED, label, ceil(wait * 1000) / 1000))
+        self._err("Rate limit exceeded", Code.RATE_LIMITED, label, ceil(wait * 1000) / 1000)
+
+    def _err(self, message: str, code: Code | None, label: str | None, retry_after: float | None = None) -> None:
+        self.refusals[code or SCHEMA] += 1
+        self.tell(error_frame(message, code, label, retry_after))
 
     def _page(self, room: Room, request: PageRequest) -> None:
         reading = self.rooms.page(room.name, request)
@@ -205,10 +235,10 @@ class Session:
         if self.room is None:
             return
         if failure.check(UnknownId):
-            self.tell(error_frame("There is no message of this id.", Code.UNKNOWN_ID, request.label))
+            self._err("There is no message of this id.", Code.UNKNOWN_ID, request.label)
             return
         _log.error("the log cannot be read: {error}", error=failure.value)
-        self.tell(error_frame("The log cannot be read now; try again.", Code.UNAVAILABLE, request.label))
+        self._err("The log cannot be read now; try again.", Code.UNAVAILABLE, request.label)
 
     def _page_done(self, result: _T) -> _T:
         if self._paging:
@@ -237,6 +267,6 @@ class Session:
         if self.room is None:
             return
         if isinstance(error, LabelReused):
-            self.tell(error_frame("The label was given to another message.", Code.LABEL_REUSED, post.label))
+            self._err("The label was given to another message.", Code.LABEL_REUSED, post.label)
         else:
-            self.tell(error_frame("The message was not stored; try again.", Code.UNAVAILABLE, post.label))
+            self._err("The message was not stored; try again.", Code.UNAVAILABLE, post.label)

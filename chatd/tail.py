@@ -59,7 +59,8 @@ class Tail:
         """The number of the oldest frame held; the rest must be read from the log."""
         self._keep = keep
         self._frames: list[bytes] = []
-        self._bytes = 0
+        self.bytes = 0
+        """How much is held."""
 
     @property
     def head(self) -> int:
@@ -69,10 +70,10 @@ class Tail:
     def extend(self, new: Sequence[bytes]) -> None:
         """Add the next messages' frames, and let go of the oldest quarter when that makes it too much."""
         self._frames += new
-        self._bytes += sum(map(len, new))
-        while self._bytes > TAIL_BYTES and len(self._frames) > 2 * self._keep:
+        self.bytes += sum(map(len, new))
+        while self.bytes > TAIL_BYTES and len(self._frames) > 2 * self._keep:
             old = min(len(self._frames) // 4 + 1, len(self._frames) - self._keep)
-            self._bytes -= sum(map(len, self._frames[:old]))
+            self.bytes -= sum(map(len, self._frames[:old]))
             del self._frames[:old]
             self.first += old
 

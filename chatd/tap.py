@@ -6,9 +6,10 @@ This is the one place that knows every part by name and the only one that uses t
 import gc
 import os
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, NoReturn, TypeVar
 
 from twisted.application.service import IService
 from twisted.internet.endpoints import serverFromString
@@ -17,11 +18,14 @@ from twisted.logger import LogEvent
 from twisted.python import usage
 
 import chatd
-from chatd import frames, logs, web
+from chatd import check, frames, logs, web
 from chatd.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.api import Api
 from chatd.clients import Clients
+from chatd.drain import Drain
 from chatd.frames import Entry, FrameError
+from chatd.machine import ThisMachine
+from chatd.metrics import Metrics
 from chatd.protocol import ChatFactory
 from chatd.room import MAX_LAG
 from chatd.rooms import Rooms
@@ -29,6 +33,7 @@ from chatd.service import ChatService, Readiness
 from chatd.store.base import Retention, Store
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore, ThreadWorker
+from chatd.systemd import Notifier
 
 _T = TypeVar("_T")
 GARBAGE: Final = 50_000
@@ -106,6 +111,9 @@ class Options(usage.Options):
     """The command line; what it does not say is read from CHATD_NAME in the environment."""
 
     environ: ClassVar[dict[str, str]] = dict(os.environ)
+    machine: ClassVar[check.Machine] = ThisMachine()
+    checking = False
+    """Whether nothing more is asked than what would bite."""
     synopsis = "[options]"
     longdesc = (
         "A chat-room server over WebSocket that keeps every message. Each option can also be given in "
@@ -130,7 +138,8 @@ class Options(usage.Options):
         ],
         ["max-per-address", None, "0", "connections per address; 0: no limit (accepted, not yet in force)"],
         ["proxy-hops", None, "0", "how many proxies before this server are trusted to add to X-Forwarded-For"],
-        ["drain", None, "30", "how many seconds stopping may take"],
+        ["ping", None, "25", "how often a client is pinged, in seconds, and how long it may take to answer"],
+        ["drain", None, "30", "how many seconds it may take to send the clients elsewhere when stopping"],
         ["log-format", None, "text", "text, or json for one object a line"],
     ]
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
@@ -141,6 +150,7 @@ class Options(usage.Options):
         "rate": _rate,
         "max-per-address": _whole(0, 1_000_000),
         "proxy-hops": _whole(0, 100),
+        "ping": _whole(1, 3600),
         "drain": _whole(0, 3600),
         "log-format": _log_format,
     }
@@ -178,6 +188,10 @@ class Options(usage.Options):
         """Whose pages may connect: https://chat.example, or *.example; may be repeated [default: any]."""
         self["origin"].append(pattern)
 
+    def opt_check(self) -> None:
+        """Say what would bite, of the options and of this machine, and exit; nothing is started."""
+        self.checking = True
+
     def opt_version(self) -> None:
         """Print the version and exit."""
         print(f"chatd {chatd.__version__}")  # noqa: T201 -- what was asked for
@@ -198,8 +212,32 @@ class Options(usage.Options):
             self[name] = {text: self._value(name, parse, text) for text in texts if text}
         if not self["listen"]:
             raise SystemExit("chatd: --listen: give at least one server endpoint such as tcp:8085")
+        store = self["store"]
         for name, parse in self.parsers.items():
             self[name] = self._value(name, parse, self[name])
+        if self.checking:
+            self._check(store)
+
+    def _check(self, store: str) -> NoReturn:
+        """Print what would bite, and exit with 1 if anything would."""
+        twistd: Mapping[str, Any] = self.parent or {}
+        settings = check.Settings(
+            listen=tuple(self["listen"]),
+            admin=tuple(self["admin"]),
+            store=store,
+            history=self["history"],
+            retain=self["retain"],
+            rooms=tuple(self["rooms"]),
+            origin=tuple(self["origin"]),
+            rate=self["rate"],
+            ping=self["ping"],
+            drain=self["drain"],
+            proxy_hops=self["proxy-hops"],
+            folder=pathlib.Path(twistd.get("rundir") or "."),
+        )
+        found = check.findings(settings, self.machine)
+        print(*(found or [check.NOTHING]), sep="\n")  # noqa: T201 -- what was asked for
+        raise SystemExit(1 if found else 0)
 
     @staticmethod
     def _value(name: str, parse: Callable[[str], _T], text: str) -> _T:
@@ -217,31 +255,56 @@ def makeService(options: Options) -> IService:
     gc.set_threshold(GARBAGE)
     store: Store = options["store"](options["retain"])
     rooms = Rooms(store, reactor, options["history"])
-    clients = Clients(reactor)
+    clients = Clients(reactor, options["ping"])
     admission = Admission(options["rooms"].values(), options["origin"].values())
     a_second, burst = options["rate"]
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, options["proxy-hops"], reactor.seconds)
-    readiness = Readiness()
-    twistd: Mapping[str, Any] = options.parent or {}
-    return ChatService(
+    readiness = Readiness(lambda: store.fault)
+    api = Api(rooms, clients, admission, addresses)
+    site = web.site(readiness, reactor, {"": api, "rooms": api})
+    factory = ChatFactory(rooms=rooms, clients=clients, admission=admission, site=site, reactor=reactor, rate=rate)
+    metrics = Metrics(
         store=store,
-        seed=options["seed"],
         rooms=rooms,
         clients=clients,
-        factory=ChatFactory(
-            rooms=rooms,
-            clients=clients,
-            admission=admission,
-            site=web.site(readiness, reactor, rooms=Api(rooms, clients, admission, addresses)),
-            reactor=reactor,
-            rate=rate,
+        refusals={"frame": factory.refused_frames, "handshake": factory.refused_handshakes, "request": site.refused},
+        clock=reactor,
+    )
+    twistd: Mapping[str, Any] = options.parent or {}
+    service = ChatService(
+        store=store,
+        seed=options["seed"],
+        clients=clients,
+        factory=factory,
+        admin_factory=web.admin(
+            readiness,
+            reactor,
+            drain=lambda: service.drain(),  # noqa: PLW0108 -- there is no service yet
+            metrics=metrics,
         ),
-        admin_factory=web.site(readiness, reactor, rooms=None),
         listen=options["listen"],
         admin=options["admin"],
         readiness=readiness,
-        drain=options["drain"],
+        drain=Drain(clients, store.settled, options["drain"], reactor),
         clock=reactor,
         observer=logs.observer(options["log-format"], twistd.get("logfile"), daemon=not twistd.get("nodaemon")),
+        notify=Notifier(options.environ),
     )
+    reactor.callWhenRunning(_heed_signals, reactor, service)
+    return service
+
+
+def _heed_signals(reactor: Any, service: ChatService) -> None:
+    """Let the service know of the signals that end the process; at the second, twistd would only log."""
+    theirs = {signal.SIGTERM: reactor.sigTerm, signal.SIGINT: reactor.sigInt}
+    stopping: list[int] = []
+
+    def heed(number: int, frame: Any) -> None:
+        reactor.callFromThread(service.signalled, number)
+        if not stopping:
+            stopping.append(number)
+            theirs[signal.Signals(number)](number, frame)
+
+    for number in theirs:
+        signal.signal(number, heed)

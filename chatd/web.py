@@ -3,6 +3,8 @@
 GET /         what this is and how to connect, for a person
 GET /healthz  200: the process answers
 GET /readyz   200: send clients here; 503 and why not, otherwise
+GET /metrics  what chatd.metrics tells Prometheus (on the admin port)
+POST /drain   send all clients elsewhere, and stay (on the admin port)
 /rooms/...    the rooms, for those who have no WebSocket: see chatd.api
 
 What is refused is refused with a problem (RFC 9457), here and at the WebSocket handshake.
@@ -10,7 +12,8 @@ What is refused is refused with a problem (RFC 9457), here and at the WebSocket 
 
 import html
 import importlib.resources
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -38,10 +41,14 @@ SERVER: Final = f"chatd/{chatd.__version__}"
 PROBLEM: Final = "application/problem+json"
 """The media type of what problem() answers."""
 
+TEXT: Final = "text/plain; charset=utf-8"
+METRICS: Final = "text/plain; version=0.0.4; charset=utf-8"
+"""The media type of Prometheus's text."""
+
 _PAGE: Final = importlib.resources.files("chatd").joinpath("static/index.html").read_text("utf-8")
 
-Why = Callable[[], str | None]
-"""Answers why this server should get no clients now, or None when it should."""
+Ready = Callable[[], tuple[bool, str]]
+"""Answers whether clients should be sent here, and how it is, in words."""
 
 
 def problem(status: HTTPStatus, detail: str, code: Code | None = None) -> bytes:
@@ -77,7 +84,8 @@ class ChatResource(Resource):
         method = request.method.decode("latin-1")
         render = getattr(self, f"render_{'GET' if method == 'HEAD' else method}", None)
         if render is None:
-            allowed = sorted(name.removeprefix("render_") for name in dir(self) if name.startswith("render_"))
+            there = {"GET": "GET", "HEAD": "GET", "POST": "POST"}
+            allowed = [name for name, method in there.items() if hasattr(self, f"render_{method}")]
             status = HTTPStatus.METHOD_NOT_ALLOWED
             return answer(
                 request, status, problem(status, f"{method} is not for this"), PROBLEM, allow=", ".join(allowed)
@@ -93,17 +101,32 @@ class _Missing(ChatResource):
         return answer(request, HTTPStatus.NOT_FOUND, problem(HTTPStatus.NOT_FOUND, "there is nothing here"), PROBLEM)
 
 
-class _Text(ChatResource):
+class Text(ChatResource):
     """Answers GET and HEAD with a line of text."""
 
-    def __init__(self, text: Callable[[], tuple[HTTPStatus, str]]) -> None:
+    def __init__(self, text: Callable[[], tuple[HTTPStatus, str]], kind: str = TEXT) -> None:
         super().__init__()
         self._text = text
+        self._kind = kind
 
     def render_GET(self, request: Request) -> bytes:
         """The text, with its status."""
         status, text = self._text()
-        return answer(request, status, text.encode() + b"\n", "text/plain; charset=utf-8")
+        return answer(request, status, text.encode() + b"\n", self._kind)
+
+
+class Command(ChatResource):
+    """Does something for who posts to it, and says so at once."""
+
+    def __init__(self, act: Callable[[], object], words: str) -> None:
+        super().__init__()
+        self._act = act
+        self._words = words
+
+    def render_POST(self, request: Request) -> bytes:
+        """Do it; 202."""
+        self._act()
+        return answer(request, HTTPStatus.ACCEPTED, self._words.encode() + b"\n", TEXT)
 
 
 def page(request: Request, path: str) -> bytes:
@@ -126,6 +149,7 @@ class _Channel(HTTPChannel):
     """An HTTP connection on which each request has one absolute deadline, not one that every byte puts off."""
 
     transport: Any
+    site: "ChatSite"
     _refused = False
     when_lost: Callable[[], None] | None = None
     """To be called when the connection is gone."""
@@ -161,6 +185,7 @@ class _Channel(HTTPChannel):
         """Refuse a request whose body is not read, and so end the connection."""
         body = problem(status, detail)
         self._refused = True
+        self.site.refused[str(status.value)] += 1
         self.transport.write(
             f"HTTP/1.1 {status.value} {status.phrase}\r\nServer: {SERVER}\r\nConnection: close\r\n"
             "Access-Control-Allow-Origin: *\r\n"
@@ -179,6 +204,8 @@ class ChatSite(Site):
 
     def __init__(self, resource: IResource, reactor: IReactorTime) -> None:
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
+        self.refused: Counter[str] = Counter()
+        """How many requests were answered with a problem, by status."""
 
     def startFactory(self) -> None:
         """Start no clock for lines of an access log."""
@@ -187,22 +214,31 @@ class ChatSite(Site):
         """Likewise."""
 
     def log(self, request: Request) -> None:
-        """Log nothing."""
+        """Log nothing, and count what was refused."""
+        if request.responseHeaders.getRawHeaders("content-type") == [PROBLEM]:
+            self.refused[str(request.code)] += 1
 
 
-def site(why_not: Why, reactor: IReactorTime, *, rooms: IResource | None) -> ChatSite:
-    """The HTTP side of a port: with the rooms' resource, which is the page too, or, on the admin port, without."""
+def site(ready: Ready, reactor: IReactorTime, resources: Mapping[str, IResource]) -> ChatSite:
+    """The HTTP side of a port: health, and these resources by the first part of their path."""
 
-    def ready() -> tuple[HTTPStatus, str]:
-        why = why_not()
-        return (HTTPStatus.SERVICE_UNAVAILABLE, why) if why else (HTTPStatus.OK, "ready")
+    def readiness() -> tuple[HTTPStatus, str]:
+        well, words = ready()
+        return HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE, words
 
     root = ChatResource()
-    root.putChild(b"healthz", _Text(lambda: (HTTPStatus.OK, "ok")))
-    root.putChild(b"readyz", _Text(ready))
-    if rooms is None:
-        root.putChild(b"", _Text(lambda: (HTTPStatus.OK, "chatd admin: /healthz /readyz")))
-    else:
-        root.putChild(b"", rooms)
-        root.putChild(b"rooms", rooms)
+    root.putChild(b"healthz", Text(lambda: (HTTPStatus.OK, "ok")))
+    root.putChild(b"readyz", Text(readiness))
+    for name, resource in resources.items():
+        root.putChild(name.encode(), resource)
     return ChatSite(root, reactor)
+
+
+def admin(ready: Ready, reactor: IReactorTime, *, drain: Callable[[], object], metrics: Callable[[], str]) -> ChatSite:
+    """The HTTP side of the admin port."""
+    resources = {
+        "": Text(lambda: (HTTPStatus.OK, "chatd admin: GET /healthz /readyz /metrics, POST /drain")),
+        "metrics": Text(lambda: (HTTPStatus.OK, metrics()), METRICS),
+        "drain": Command(drain, "draining"),
+    }
+    return site(ready, reactor, resources)

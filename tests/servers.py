@@ -38,9 +38,6 @@ LONG = 60
 """Seconds after which what was waited for will not come any more."""
 LOOPBACK = "tcp:0:interface=127.0.0.1"
 
-STOPPED = -signal.SIGTERM
-"""The exit code of a server that was asked to stop: twistd, when all is closed, ends by the signal that it was sent."""
-
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
@@ -138,6 +135,8 @@ class Server:
         endpoints = [f"--{name}={text}" for name, text in (("listen", listen), ("admin", admin)) if text is not None]
         if "CHATD_RATE" not in (env or ()) and not any(option.startswith("--rate") for option in options):
             endpoints.append("--rate=0")  # what most tests send comes faster than any person types
+        if "CHATD_DRAIN" not in (env or ()) and not any(option.startswith("--drain") for option in options):
+            endpoints.append("--drain=1")  # few tests want to see how gently clients are sent away
         self._process = subprocess.Popen(
             [*command, "-n", "--pidfile=", "chatd", *endpoints, *options],
             cwd=folder,
@@ -188,9 +187,9 @@ class Server:
         status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) << 10
 
-    def terminate(self):
+    def terminate(self, number=signal.SIGTERM):
         """Ask it to stop."""
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(number)
 
     def wait(self):
         """Wait for its end, and answer its exit code."""
@@ -199,13 +198,13 @@ class Server:
         self.errors.close()
         return code
 
-    def stopped(self):
-        """Wait for its end, which must be the orderly one."""
+    def stopped(self, number=signal.SIGTERM):
+        """Wait for its end, which must be the orderly one, by the signal that it was sent first."""
         code = self.wait()
         assert re.search(r"\bstopped\b", self.log.text), self.log.text
         assert "Server Shut Down" in self.log.text
         assert "Traceback" not in self.log.text
-        assert code == STOPPED
+        assert code == -number
 
     def stop(self):
         """Ask it to stop, and wait until it has; it must have served something, to know signals by then."""

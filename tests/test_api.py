@@ -20,7 +20,7 @@ from chatd.api import PREFLIGHT_SECONDS, Api
 from chatd.clients import PING_SECONDS, STALL_SECONDS, Clients
 from chatd.frames import Entry, Post
 from chatd.log import LogUnavailable
-from chatd.protocol import RESTART, ChatFactory
+from chatd.protocol import ChatFactory
 from chatd.room import MAX_LAG
 from chatd.rooms import Rooms
 from chatd.store.base import Retention
@@ -78,7 +78,8 @@ class House:
         admission = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
-        self.site = web.site(lambda: None, self.clock, rooms=Api(self.rooms, self.clients, admission, addresses))
+        api = Api(self.rooms, self.clients, admission, addresses)
+        self.site = web.site(lambda: (True, "ready"), self.clock, {"": api, "rooms": api})
         self.factory = ChatFactory(
             rooms=self.rooms, clients=self.clients, admission=admission, site=self.site, reactor=self.clock
         )
@@ -114,6 +115,14 @@ class House:
         for message in messages:
             self.log.append(room, Post("ann", message), poster)
         assert len(poster.numbers) == len(messages)
+
+    def drain(self, retry_after=0.5):
+        """Send all clients elsewhere, at once."""
+        self.clients.stopping = True
+        for client in [*self.clients.connected]:
+            client.restart(retry_after)
+            if client in self.clients.connected:
+                self.clients.closings.add(client)
 
     def stream(self, path=b"/rooms/main/events", *headers, **options):
         return Stream(self.connect(), path, *headers, **options)
@@ -1046,7 +1055,7 @@ def test_a_stream_ends_once(house):
     full(stream)
     house.pass_time(STALL_SECONDS)
     stream.read()
-    house.clients.close(RESTART, "restarting")
+    house.drain()
     assert stream.transport.value() == b""
     stream.connection.lose()
     assert house.forgotten
@@ -1103,29 +1112,59 @@ def test_an_ended_stream_that_its_reader_does_not_let_go_is_written_nothing_more
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-def test_a_drain_ends_the_streams_each_with_its_time_to_come_back(house, version):
-    streams = [house.stream(version=version) for _ in range(20)]
-    for stream in streams:
+def test_a_drain_ends_a_stream_with_its_time_to_come_back(house, version):
+    moments = [(0, 0), (0.0004, 0), (0.25, 250), (0.9999, 999), (9.75, 9750)]
+    for seconds, retry in moments:
+        stream = house.stream(version=version)
         stream.read()
-    gone = house.clients.empty()
-    house.clients.close(RESTART, "restarting")
-    for stream in streams:
+        (client,) = house.clients.connected
+        gone = house.clients.empty()
+        client.restart(seconds)
         assert stream.read() == []
         assert stream.ended or version == b"1.0"
         assert stream.connection.closing
-        assert len(stream.retries) == 2
-        assert 0 <= stream.retries[-1] < web.RETRY_SECONDS * 1000
+        assert stream.retries == [web.RETRY_SECONDS * 1000, retry]
         assert not gone.called
         stream.connection.lose()
-    assert len({stream.retries[-1] for stream in streams}) > 10, "not all at once"
-    assert gone.called
+        assert gone.called
+    assert house.clients.closes == {("events", 1012): len(moments)}
     assert house.forgotten
+
+
+def test_a_stream_is_owed_the_messages_that_it_was_not_sent(house):
+    stream = house.stream()
+    (client,) = house.clients.connected
+    assert (client.head, client.owed(2)) == (2, False)
+    house.say("hi")
+    assert (client.head, client.owed(3)) == (3, True)
+    house.turn()
+    assert not client.owed(3)
+    full(stream)
+    house.say("ho")
+    house.turn()
+    assert client.owed(client.head), "it takes nothing"
+    empty(stream)
+    assert client.owed(client.head)
+    house.turn()
+    assert not client.owed(client.head)
+    stream.connection.lose()
+    assert (client.head, client.owed(4)) == (0, False)
+
+
+def test_a_stream_that_is_read_no_more_goes_on(house):
+    stream = house.stream()
+    stream.read()
+    (client,) = house.clients.connected
+    client.finish()
+    house.say("hi")
+    house.turn()
+    assert [event.json["data"]["message"] for event in stream.read()] == ["hi"]
 
 
 def test_a_drain_leaves_none_behind_that_does_not_go(house, events):
     stream, slow = house.stream(), house.stream()
     full(slow)
-    house.clients.close(RESTART, "restarting")
+    house.drain()
     house.pass_time(6)
     assert stream.transport.disconnected
     assert slow.transport.disconnected
@@ -1138,7 +1177,7 @@ def test_who_comes_back_after_a_drain_resumes(house):
     house.say("hi")
     house.turn()
     stream.read()
-    house.clients.close(RESTART, "restarting")
+    house.drain()
     stream.connection.lose()
     house.clients.stopping = False  # the next server on the same log
     house.say("ho")
@@ -1163,7 +1202,7 @@ def test_ended_at_once_by_the_operators_last_word(house):
     ],
 )
 def test_while_the_server_stops_all_is_503(house, method, path):
-    house.clients.close(RESTART, "restarting")
+    house.drain()
     response, body = house.ask(method, path)
     assert problem((response, body), "UNAVAILABLE") == (503, "the server is about to stop")
     assert response.headers["retry-after"] == RETRY
@@ -1173,7 +1212,7 @@ def test_a_stream_whose_room_is_loaded_when_the_server_stops_is_503(house):
     house.log.held = []
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/main/events")
-    house.clients.close(RESTART, "restarting")
+    house.drain()
     house.log.let_go()
     response, body = connection.response()
     assert problem((response, body), "UNAVAILABLE")[0] == 503
@@ -1229,7 +1268,8 @@ def test_when_all_have_left_nothing_is_left_of_them(house, events):
     assert house.forgotten
     assert house.clock.getDelayedCalls() == []
     texts = [event["log_format"] for event in events]
-    assert (texts.count("{peer} joined {room} for events"), texts.count("{peer} left")) == (6, 6)
+    assert texts.count("#{connection} {peer} joined {room} for events") == 6
+    assert texts.count("#{connection} {peer} left {room}") == 6
     assert {event["peer"] for event in events} == {"192.168.1.1:54321"}
 
 
@@ -1245,7 +1285,7 @@ def test_an_old_client_reads_a_stream_until_the_connection_ends(house):
     house.turn()
     assert [event.kind for event in stream.read()] == ["history", "message"]
     assert "transfer-encoding" not in stream.headers
-    house.clients.close(RESTART, "restarting")
+    house.drain()
     assert stream.read() == []
     assert len(stream.retries) == 2
     assert stream.connection.closing
@@ -1258,7 +1298,7 @@ def test_a_request_behind_a_stream_waits_and_hurts_nobody(house):
     house.turn()
     assert [event.kind for event in stream.read()] == ["history", "message"]
     assert stream.events[-1].json["data"]["message"] == "hi"
-    house.clients.close(RESTART, "restarting")
+    house.drain()
     stream.read()
     assert stream.ended
     assert stream.rest == b"" or stream.rest.startswith(b"HTTP/1.1 503 ")

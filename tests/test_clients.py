@@ -10,12 +10,13 @@ class Client:
     """A connection that notes what is asked of it."""
 
     peer = "192.0.2.7:4321"
+    carrier = "websocket"
     joined = True
     answers = True
-    goes_at_once = False
 
-    def __init__(self, clients):
-        self.clients = clients
+    connection = 0
+
+    def __init__(self):
         self.journal = []
 
     def ping(self):
@@ -25,12 +26,6 @@ class Client:
     def overrun(self):
         self.journal.append("overrun")
         self.joined = False
-
-    def close(self, code, reason):
-        self.journal.append((code, reason))
-        self.joined = False
-        if self.goes_at_once:
-            self.clients.remove(self)
 
     def abort(self):
         self.journal.append("abort")
@@ -47,8 +42,8 @@ def clients(clock):
 
 
 @pytest.fixture
-def client(clients):
-    return Client(clients)
+def client():
+    return Client()
 
 
 @pytest.fixture
@@ -73,6 +68,7 @@ def reasons(events):
 def test_there_is_nobody_at_first(clients):
     assert clients.connected == set()
     assert not clients.stopping
+    assert clients.closes == {}
 
 
 def test_who_joins_is_connected_and_its_handshake_is_waited_for_no_longer(clients, client):
@@ -87,7 +83,7 @@ def test_of_who_goes_nothing_is_left(clients, client, look):
     clients.add(client)
     for deadlines in (clients.handshakes, clients.closings, clients.stalls):
         deadlines.add(client)
-    assert clients.remove(client)
+    assert clients.remove(client, 1000)
     assert clients.connected == set()
     look(STALL_SECONDS + 1)
     assert client.journal == []
@@ -95,14 +91,34 @@ def test_of_who_goes_nothing_is_left(clients, client, look):
 
 def test_who_goes_before_its_handshake_was_answered_was_never_there(clients, client):
     clients.handshakes.add(client)
-    assert not clients.remove(client)
+    assert not clients.remove(client, 1000)
     assert [*clients.handshakes] == []
 
 
 def test_who_has_gone_is_not_there_a_second_time(clients, client):
     clients.add(client)
-    assert clients.remove(client)
-    assert not clients.remove(client)
+    assert clients.remove(client, 1000)
+    assert not clients.remove(client, 1000)
+
+
+def test_who_is_gone_is_counted_by_what_carried_it_and_by_its_close_code(clients):
+    for carrier, code in [("websocket", 1000), ("websocket", 1012), ("events", 1012), ("websocket", 1000)]:
+        client = Client()
+        client.carrier = carrier
+        clients.add(client)
+        clients.remove(client, code)
+    clients.remove(Client(), 1006)  # its handshake was never answered
+    assert clients.closes == {("websocket", 1000): 2, ("websocket", 1012): 1, ("events", 1012): 1}
+
+
+def test_who_is_pinged_how_often_is_for_the_operator_to_say(clock):
+    clients = Clients(clock, 3)
+    client = Client()
+    clients.add(client)
+    for journal in ([], [], ["ping"], ["ping"], ["ping"], ["ping", "ping"]):
+        clock.advance(1)
+        clients.look()
+        assert client.journal == journal
 
 
 # Looking
@@ -115,7 +131,7 @@ def test_a_handshake_that_takes_too_long_is_dropped_and_that_is_said_once(client
     look(HANDSHAKE_SECONDS)
     assert client.journal == ["abort"]
     assert [event["log_format"].format(**event) for event in events] == [
-        "192.0.2.7:4321 is dropped: it sent no whole request in time"
+        "#0 192.0.2.7:4321 is dropped: it sent no whole request in time"
     ]
 
 
@@ -178,7 +194,7 @@ def test_who_does_not_answer_a_close_is_dropped(clients, client, look, events):
 
 
 def test_each_has_deadlines_of_its_own(clients, look):
-    early, late = Client(clients), Client(clients)
+    early, late = Client(), Client()
     clients.add(early)
     look(1)
     clients.add(late)
@@ -191,48 +207,16 @@ def test_each_has_deadlines_of_its_own(clients, look):
 # The end
 
 
-def test_closing_all_tells_each_once_and_lets_no_more_join(clients):
-    everyone = [Client(clients) for _ in range(3)]
-    for client in everyone:
-        clients.add(client)
-    clients.close(1012, "restarting")
-    assert [client.journal for client in everyone] == [[(1012, "restarting")]] * 3
-    assert clients.stopping
-
-
-def test_with_nobody_there_no_more_join_either(clients):
-    clients.close(1012, "restarting")
-    assert clients.stopping
-
-
-def test_unfinished_handshakes_are_not_closed_since_no_frame_can_be_sent_to_them(clients, client):
-    clients.handshakes.add(client)
-    clients.close(1012, "restarting")
-    assert client.journal == []
-
-
-def test_who_does_not_answer_when_all_are_closed_is_dropped_however_full_its_transport_is(clients, client, look):
+def test_who_does_not_answer_a_close_is_dropped_however_full_its_transport_is(clients, client, look):
     clients.add(client)
     clients.stalls.add(client)
-    clients.close(1012, "restarting")
+    clients.closings.add(client)
     look(CLOSE_SECONDS)
-    assert client.journal == [(1012, "restarting"), "abort"]
-
-
-def test_who_goes_at_once_when_it_is_closed_is_not_waited_for(clients, client, look):
-    other = Client(clients)
-    client.goes_at_once = True
-    clients.add(client)
-    clients.add(other)
-    clients.close(1012, "restarting")
-    assert clients.connected == {other}
-    assert [*clients.closings] == [other]
-    look(CLOSE_SECONDS)
-    assert client.journal == [(1012, "restarting")]
+    assert client.journal == ["abort"]
 
 
 def test_abort_drops_what_is_left_and_unfinished_handshakes(clients):
-    joined, unfinished = Client(clients), Client(clients)
+    joined, unfinished = Client(), Client()
     clients.add(joined)
     clients.handshakes.add(unfinished)
     clients.abort()
@@ -244,18 +228,18 @@ def test_nobody_is_there_at_once_when_there_is_none(clients):
 
 
 def test_empty_fires_for_all_who_asked_when_the_last_is_gone_and_only_once(clients):
-    first, last = Client(clients), Client(clients)
+    first, last = Client(), Client()
     clients.add(first)
     clients.add(last)
     fired = []
     clients.empty().addCallback(lambda _: fired.append("one"))
     clients.empty().addCallback(lambda _: fired.append("other"))
-    clients.remove(first)
+    clients.remove(first, 1000)
     assert fired == []
-    clients.remove(last)
+    clients.remove(last, 1000)
     assert fired == ["one", "other"]
     clients.add(first)
-    clients.remove(first)
+    clients.remove(first, 1000)
     assert fired == ["one", "other"]
 
 

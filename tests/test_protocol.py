@@ -7,7 +7,7 @@ import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from helpers import HEAD, masked, read_frames, result_of
 from twisted.internet.address import IPv4Address, UNIXAddress
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
 from twisted.internet.tcp import Connection
@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from chatd import protocol, web
 from chatd.admission import Admission, Rate, origin_pattern, room_pattern
 from chatd.clients import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Clients
+from chatd.drain import TICK_SECONDS, Drain
 from chatd.fastpath import parse_upgrade
 from chatd.log import LogUnavailable
 from chatd.presence import ROUND_SECONDS
@@ -94,7 +95,7 @@ def server(clock, rooms, clients):
             rooms=rooms,
             clients=clients,
             admission=Admission([room_pattern(text) for text in allowed], [origin_pattern(text) for text in origins]),
-            site=web.site(lambda: None, clock, rooms=None),
+            site=web.site(lambda: (True, "ready"), clock, {}),
             reactor=clock,
             rate=rate,
         )
@@ -240,7 +241,7 @@ def test_a_connection_has_all_that_autobahn_would_have_given_it(factory):
 def test_a_connection_that_waits_has_little_of_its_own(client):
     client.joins()
     assert set(vars(client.protocol)) <= {
-        *("factory", "transport", "connected", "state", "data", "room", "cursor", "ready", "_socket"),
+        *("factory", "transport", "connected", "state", "data", "room", "cursor", "ready", "_socket", "connection"),
     }
 
 
@@ -283,7 +284,7 @@ def test_a_connection_is_of_a_session_what_its_transport_does_and_nothing_else()
 
 def test_nothing_of_a_session_is_hidden_by_what_autobahn_sets_on_its_connections(factory):
     assert names_of(Session) & {*vars(used())} == {"peer"}
-    assert names_of(Session) & {*vars(factory.protocol)} == {"rooms", "rate"}
+    assert names_of(Session) & {*vars(factory.protocol)} == {"rooms", "rate", "refusals"}
 
 
 def test_ours_shadows_nothing_of_autobahns_factory_by_accident(factory):
@@ -980,9 +981,12 @@ def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_b
     assert not clients.connected
 
 
-def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, pager, clients, look):
+@pytest.mark.parametrize("finished", [False, True])
+def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, pager, clients, look, finished):
     pager.says(H1, POST)
-    clients.close(1012, "restarting")
+    if finished:
+        pager.protocol.finish()
+    pager.protocol.restart(0.5)
     assert pager.reads_close() == 1012
     assert said(held) == ["1", "2", "3", "4"]
     held.answer()
@@ -1218,7 +1222,7 @@ def test_a_transport_that_takes_something_has_all_its_time_again(client, clock, 
 
 def test_who_does_not_answer_a_close_is_dropped(client, look):
     client.joins()
-    client.protocol.close(1012, "restarting")
+    client.protocol.restart(0.5)
     look(CLOSE_SECONDS)
     assert client.transport.aborted
 
@@ -1260,9 +1264,9 @@ def test_joining_refusals_and_leaving_are_logged_without_what_was_said(client, e
     client.goes()
     ours = [event for event in events if event["log_namespace"] in ("chatd.protocol", "chatd.session")]
     assert [event["log_format"] for event in ours] == [
-        "{peer} joined {room}",
-        "{peer} posted what is refused",
-        "{peer} left: {code}",
+        "#{connection} {peer} joined {room}",
+        "#{connection} {peer} sent what is refused",
+        "#{connection} {peer} left {room}: {code}",
     ]
     assert {event["peer"] for event in ours} == {"192.0.2.7:4321"}
     assert not [event for event in events if "tell nobody" in str(event) or "secret" in str(event)]
@@ -1281,20 +1285,80 @@ def test_a_socket_without_the_option_of_no_delay_is_served(factory):
     assert Client(factory, Unix()).joins()
 
 
-def test_closing_all_tells_every_client_and_fires_when_the_last_is_gone(factory, clients):
-    everyone = [Client(factory) for _ in range(3)]
-    for client in everyone:
-        client.joins()
-    done = []
-    clients.empty().addCallback(done.append)
-    clients.close(1012, "restarting")
-    assert [client.reads_close() for client in everyone] == [1012] * 3
-    for client in everyone:
-        assert not done
-        client.sends(masked(b"\x03\xf4", first=0x88))
-        client.goes()
-    assert done == [None]
-    assert clients.empty().called
+@pytest.mark.parametrize(
+    ("seconds", "reason"), [(0, b"0.0"), (0.04, b"0.0"), (0.7, b"0.7"), (0.96, b"1.0"), (9.98, b"10.0")]
+)
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_who_is_sent_elsewhere_is_told_when_to_come_back(factory, clients, transport, seconds, reason):
+    client = Client(factory, transport())
+    client.joins()
+    gone = clients.empty()
+    client.protocol.restart(seconds)
+    text = b"\x03\xf4retry_after=" + reason
+    assert client.transport.read() == bytes([0x88, len(text)]) + text
+    client.sends(masked(text, first=0x88))
+    assert client.transport.disconnecting
+    assert not gone.called
+    client.goes()
+    assert gone.called
+    assert clients.closes == {("websocket", 1012): 1}
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_who_is_finished_is_read_no_more_until_it_is_to_answer_the_close(factory, transport):
+    client = Client(factory, transport())
+    client.joins()
+    client.protocol.finish()
+    assert client.transport.producerState == "paused"
+    client.protocol.restart(0.5)
+    assert client.reads_close() == 1012
+    assert client.transport.producerState == "producing"
+
+
+def test_what_a_client_said_that_was_not_read_before_its_close_is_not_posted_after_it(client, rooms, store):
+    client.joins()
+    client.protocol.finish()
+    client.protocol.restart(0.5)
+    client.posts("too late", label="a")
+    client.says(PAGE)
+    assert client.reads_close() == 1012
+    assert store._room("main").head == 0
+
+
+def test_who_does_not_take_its_answers_when_it_is_finished_is_not_read_when_it_takes_them(factory, clock):
+    client = Client(factory)
+    client.joins()
+    client.transport.socket.space = 0
+    client.says({}, {})
+    client.protocol.finish()
+    client.transport.drain()
+    assert client.transport.producerState == "paused"
+    assert [frame["type"] for frame in client.reads()] == ["error", "error"]
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_a_drain_sends_what_a_client_is_owed_before_its_close(factory, clients, store, clock, transport):
+    client = Client(factory, transport())
+    client.joins()
+    client.posts("hi", label="a")
+    client.says(PAGE | {"label": "h1"})
+    drain = Drain(clients, store.settled, 8, clock)
+    drain.hurry()
+    drain.run(lambda: succeed(None))
+    clock.pump([0, 0, TICK_SECONDS])
+    data = client.transport.read()
+    frames, close = data[: data.rindex(b"\x88")], data[data.rindex(b"\x88") :]
+    assert [frame.get("label", frame["type"]) for frame in read_frames(frames)] == ["h1", "message", "a"]
+    assert close[2:4] == b"\x03\xf4"
+
+
+def test_who_is_told_twice_to_come_back_is_told_once(client):
+    client.joins()
+    client.protocol.overrun()
+    client.protocol.finish()
+    client.protocol.restart(0.5)
+    assert client.reads_close() == 1013
+    assert client.transport.producerState == "producing", "its answer is waited for"
 
 
 def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, clients):
@@ -1306,7 +1370,7 @@ def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, clients):
 
 
 def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, clients, way):
-    clients.close(1012, "restarting")
+    clients.stopping = True
     client.sends(way())
     answer = client.transport.read()
     assert answer.startswith(b"HTTP/1.1 503 ")
@@ -1314,7 +1378,7 @@ def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, cli
 
 
 def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting, clients):
-    clients.close(1012, "restarting")
+    clients.stopping = True
     held.answer()
     assert waiting.transport.read().startswith(b"HTTP/1.1 503 ")
     assert not clients.connected

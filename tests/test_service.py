@@ -1,7 +1,7 @@
 """What is started before what, and what must have ended before what ends."""
 
 import gc
-import math
+import signal
 
 import pytest
 from twisted.application.service import Application, IServiceCollection, MultiService
@@ -15,9 +15,9 @@ from zope.interface import implementer
 from chatd.frames import Entry
 from chatd.service import LOOK_SECONDS, TRIM_SECONDS, ChatService, Readiness
 from chatd.store.base import StoreError
+from chatd.systemd import Notifier
 
 SEED = (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),)
-DRAIN = 30
 
 
 class Store:
@@ -29,7 +29,6 @@ class Store:
         self.journal = journal
         self.fault = None
         self.trimmed = succeed(None)
-        self.settling = succeed(None)
         self.closing = succeed(None)
 
     def open(self, seed):
@@ -41,32 +40,16 @@ class Store:
         self.journal.append("trim")
         return self.trimmed
 
-    def settled(self):
-        self.journal.append("settled")
-        return self.settling
-
     def close(self):
         self.journal.append("store.close")
         return self.closing
 
 
-class Rooms:
-    """Rooms that need so many turns of the reactor to serve everyone."""
-
-    turns = 0
-
-    @property
-    def busy(self):
-        self.turns -= 1
-        return self.turns >= 0
-
-
 class Clients:
-    """Clients who are there until `gone` fires."""
+    """Clients who are looked at."""
 
     def __init__(self, journal):
         self.journal = journal
-        self.gone = succeed(None)
         self.fault = None
 
     def look(self):
@@ -74,16 +57,33 @@ class Clients:
         if self.fault:
             raise self.fault
 
-    def close(self, code, reason):
-        self.journal.append(("close", code, reason))
 
-    def empty(self):
+class Drain:
+    """A drain that closes the ports at once and then is over, unless something else is put into `gone`."""
+
+    def __init__(self, journal):
+        self.journal = journal
+        self.gone = succeed(None)
+        self.ports = None
+
+    def hurry(self):
+        self.journal.append("hurry")
+
+    def run(self, close_ports):
+        self.journal.append("drain")
+        self.ports = close_ports()
         return self.gone
 
-    def abort(self):
-        self.journal.append("abort")
-        if not self.gone.called:
-            self.gone.callback(None)
+
+class Notify(Notifier):
+    """What systemd is told."""
+
+    def __init__(self, journal, watchdog):
+        self.journal = journal
+        self.watchdog = watchdog
+
+    def __call__(self, **values):
+        self.journal.append(values)
 
 
 class Port:
@@ -117,31 +117,32 @@ class Endpoint:
 class Server:
     """A ChatService of doubles, which write what is asked of them into one journal."""
 
-    def __init__(self):
+    def __init__(self, *, listen=("tcp:8085", "tcp:9085"), admin=("tcp:8086",), watchdog=None):
         self.journal = []
         self.clock = Clock()
         self.store = Store(self.journal)
-        self.rooms = Rooms()
         self.clients = Clients(self.journal)
+        self.drain = Drain(self.journal)
         self.factory = object()
         self.admin_factory = object()
-        self.listen = {text: Endpoint(self.journal, text) for text in ("tcp:8085", "tcp:9085")}
-        self.admin = {"tcp:8086": Endpoint(self.journal, "tcp:8086")}
-        self.readiness = Readiness()
+        self.listen = {text: Endpoint(self.journal, text) for text in listen}
+        self.admin = {text: Endpoint(self.journal, text) for text in admin}
+        self.fault = None
+        self.readiness = Readiness(lambda: self.fault)
         self.observer = object()
         self.service = ChatService(
             store=self.store,
             seed=SEED,
-            rooms=self.rooms,
             clients=self.clients,
             factory=self.factory,
             admin_factory=self.admin_factory,
             listen=self.listen,
             admin=self.admin,
             readiness=self.readiness,
-            drain=DRAIN,
+            drain=self.drain,
             clock=self.clock,
             observer=self.observer,
+            notify=Notify(self.journal, watchdog),
         )
 
     def start(self):
@@ -172,17 +173,50 @@ def test_the_store_is_opened_with_the_seed_before_any_port(server):
         ("listen", "tcp:8085", server.factory),
         ("listen", "tcp:9085", server.factory),
         ("listen", "tcp:8086", server.admin_factory),
+        {"READY": "1", "STATUS": "ready"},
     ]
     assert server.service.running
 
 
 def test_it_is_ready_when_all_ports_are_open(server):
     server.listen["tcp:9085"].result = Deferred()
-    assert server.readiness() == "starting"
+    assert server.readiness() == (False, "starting")
     server.service.startService()
-    assert server.readiness() == "starting"
+    assert server.readiness() == (False, "starting")
+    assert {"READY": "1", "STATUS": "ready"} not in server.journal
     server.listen["tcp:9085"].result.callback(server.listen["tcp:9085"].port)
-    assert server.readiness() is None
+    assert server.readiness() == (True, "ready")
+    assert server.journal[-1] == {"READY": "1", "STATUS": "ready"}
+
+
+def test_with_a_log_that_fails_it_is_degraded_but_ready_until_the_log_is_well_again(server):
+    # All nodes share the log: if none were ready, there would be nowhere to go.
+    server.start()
+    server.fault = "the log cannot be read: disk I/O error"
+    assert server.readiness() == (True, "degraded: the log cannot be read: disk I/O error")
+    server.fault = None
+    assert server.readiness() == (True, "ready")
+
+
+@pytest.mark.parametrize("fault", [None, "the log cannot be read: disk I/O error"])
+def test_whoever_starts_or_drains_is_not_ready_however_the_log_is(server, fault):
+    server.fault = fault
+    assert server.readiness() == (False, "starting")
+    server.start()
+    server.service.drain()
+    assert server.readiness() == (False, "draining")
+
+
+def test_ports_for_clients_and_for_operators_may_be_named_by_one_text(server):
+    # As tcp:0, which is another port each time.
+    server = Server(listen=["tcp:0"], admin=["tcp:0"])
+    server.admin["tcp:0"].port.text = "admin"
+    server.start()
+    assert server.readiness() == (True, "ready")
+    server.service.drain()
+    assert server.journal == ["drain", "stop tcp:0"]
+    server.stop()
+    assert server.journal[-1] == "stop admin"
 
 
 def test_it_says_where_it_listens_and_on_which_log(server, events):
@@ -203,7 +237,7 @@ def test_a_store_that_cannot_be_opened_ends_the_process_with_its_line_and_opens_
     assert refusal.value.code == "chatd: chatd.sqlite is in use by another chatd: stop that one"
     assert server.journal == [("open", SEED)]
     assert not server.service.running
-    assert server.readiness() == "starting"
+    assert server.readiness() == (False, "starting")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +256,7 @@ def test_a_port_that_cannot_be_opened_ends_the_process_with_a_line_and_the_store
     )
     assert server.journal[-1] == "store.close"
     assert not server.service.running
-    assert server.readiness() == "starting"
+    assert server.readiness() == (False, "starting")
     assert server.clock.getDelayedCalls() == []
     assert [event for event in events if event["log_level"] > LogLevel.info] == []
 
@@ -240,7 +274,7 @@ def test_a_port_that_fails_later_leaves_it_unready_and_is_logged_as_an_error(ser
     server.service.startService()
     events.clear()
     server.admin["tcp:8086"].result.errback(in_use())
-    assert server.readiness() == "starting"
+    assert server.readiness() == (False, "starting")
     assert [(event["log_level"], event["fault"]) for event in events] == [
         (
             LogLevel.error,
@@ -281,88 +315,245 @@ def test_a_trim_is_not_begun_before_the_last_has_ended(server):
     assert server.journal.count("trim") == 2
 
 
+def test_the_watchdog_is_fed_as_often_as_it_must_be_until_all_is_closed():
+    server = Server(watchdog=7.5)
+    alive = {"WATCHDOG": "1"}
+    server.start()
+    server.clock.advance(7.4)
+    assert alive not in server.journal
+    server.clock.pump([0.1, 7.5])
+    assert server.journal.count(alive) == 2
+    server.drain.gone = Deferred()
+    server.stop()
+    server.clock.advance(7.5)
+    assert server.journal.count(alive) == 3
+    server.drain.gone.callback(None)
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_without_a_watchdog_none_is_fed(server):
+    server.start()
+    server.clock.advance(3600)
+    assert {"WATCHDOG": "1"} not in server.journal
+
+
+# Draining
+
+STOPPING = {"STOPPING": "1", "STATUS": "stopping"}
+PORTS = ["stop tcp:8085", "stop tcp:9085"]
+
+
+def test_a_drain_sends_the_clients_away_closes_their_ports_and_leaves_all_else_as_it_is(server):
+    server.start()
+    server.drain.gone = Deferred()
+    drained = server.service.drain()
+    assert server.journal == ["drain", *PORTS]
+    assert not drained.called
+    server.drain.gone.callback(None)
+    assert drained.called
+    server.clock.advance(LOOK_SECONDS)
+    assert server.journal == ["drain", *PORTS, "look"], "the store and the admin port stay"
+    assert server.service.running
+    assert server.readiness() == (False, "draining"), "until it is told to stop"
+
+
+def test_it_is_unready_from_the_first_moment_of_a_drain(server):
+    server.start()
+    seen = []
+    server.drain.run = lambda close_ports: seen.append(server.readiness()) or succeed(None)
+    server.service.drain()
+    assert seen == [(False, "draining")]
+
+
+def test_the_ports_are_closed_when_each_of_them_says_so(server):
+    server.start()
+    for endpoint in server.listen.values():
+        endpoint.port.stopped = Deferred()
+    server.service.drain()
+    server.listen["tcp:8085"].port.stopped.callback(None)
+    assert not server.drain.ports.called
+    server.listen["tcp:9085"].port.stopped.callback(None)
+    assert server.drain.ports.called
+
+
+def test_a_port_that_is_not_open_yet_need_not_be_closed(server):
+    server.listen["tcp:8085"].result = Deferred()
+    server.start()
+    server.service.drain()
+    assert server.journal == ["drain", "stop tcp:9085"]
+    assert server.drain.ports.called
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError("sync"), fail(ZeroDivisionError("async"))])
+def test_a_port_that_cannot_be_closed_keeps_no_other_from_it(server, events, fault):
+    server.start()
+
+    class Stuck:
+        def stopListening(self):
+            if isinstance(fault, Deferred):
+                return fault
+            raise fault
+
+    server.service._ports[0] = Stuck()
+    assert server.stop().called
+    assert server.journal == [STOPPING, "drain", "stop tcp:9085", "store.close", "stop tcp:8086"]
+    server.drain.ports = None
+    gc.collect()
+
+
+def test_who_asks_for_a_drain_that_is_going_on_waits_for_the_same(server, events):
+    server.start()
+    server.drain.gone = Deferred()
+    drains = [server.service.drain() for _ in range(3)]
+    assert server.journal == ["drain", *PORTS]
+    assert not any(drained.called for drained in drains)
+    server.drain.gone.callback(None)
+    assert all(drained.called for drained in drains)
+    assert server.service.drain().called
+    assert server.journal == ["drain", *PORTS]
+    texts = [event["log_format"] for event in events]
+    assert (texts.count("draining"), texts.count("drained")) == (1, 1)
+
+
+def test_who_is_told_to_stop_while_it_drains_waits_for_that_drain_and_then_stops(server):
+    server.start()
+    server.drain.gone = Deferred()
+    drained = server.service.drain()
+    stopped = server.stop()
+    assert server.journal == ["drain", *PORTS, STOPPING]
+    server.drain.gone.callback(None)
+    assert drained.called
+    assert stopped.called
+    assert server.journal[-2:] == ["store.close", "stop tcp:8086"]
+
+
+def test_who_is_told_to_stop_when_it_has_drained_stops_at_once(server):
+    server.start()
+    server.service.drain()
+    server.journal.clear()
+    assert server.stop().called
+    assert server.journal == [STOPPING, "store.close", "stop tcp:8086"]
+
+
+def test_a_drain_asked_for_while_it_stops_is_that_of_the_stop(server):
+    server.start()
+    server.drain.gone = Deferred()
+    server.stop()
+    drained = server.service.drain()
+    assert server.journal.count("drain") == 1
+    server.drain.gone.callback(None)
+    assert drained.called
+
+
+def test_a_drain_that_fails_is_logged_and_the_stop_goes_on(server, events):
+    server.start()
+    server.drain.gone = fail(ZeroDivisionError())
+    drained, stopped = server.service.drain(), server.stop()
+    gc.collect()
+    assert drained.called
+    assert stopped.called
+    assert server.journal[-2:] == ["store.close", "stop tcp:8086"]
+    (failed,) = [event for event in events if event["log_level"] > LogLevel.info]
+    assert failed["log_format"] == "the drain failed"
+    assert failed["log_failure"].type is ZeroDivisionError
+
+
+@pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
+def test_a_port_that_opens_when_it_drains_makes_it_ready_no_more(server, text):
+    late = (server.listen | server.admin)[text]
+    late.result = Deferred()
+    server.start()
+    server.drain.run = lambda close_ports: Deferred()  # which closes no port for a while
+    server.service.drain()
+    late.result.callback(late.port)
+    assert server.readiness() == (False, "draining")
+    assert {"READY": "1", "STATUS": "ready"} not in server.journal
+
+
+@pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
+def test_a_port_that_opens_when_the_others_were_closed_is_closed_in_the_end(server, text):
+    late = (server.listen | server.admin)[text]
+    late.result = Deferred()
+    server.start()
+    server.service.drain()
+    late.result.callback(late.port)
+    server.stop()
+    assert f"stop {text}" in server.journal
+
+
+# Signals
+
+
+def test_the_first_sigterm_is_in_no_hurry(server):
+    server.start()
+    server.service.signalled(signal.SIGTERM)
+    assert server.journal == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_is(server, second):
+    server.start()
+    server.drain.gone = Deferred()
+    server.service.signalled(signal.SIGTERM)
+    server.stop()
+    server.journal.clear()
+    server.service.signalled(second)
+    assert server.journal == ["hurry"]
+
+
+def test_one_from_the_keyboard_is_in_a_hurry_at_once(server):
+    server.start()
+    server.service.signalled(signal.SIGINT)
+    server.stop()
+    assert server.journal[0] == "hurry"
+
+
+def test_a_sigterm_while_it_drains_on_demand_is_the_first_signal(server):
+    server.start()
+    server.drain.gone = Deferred()
+    server.service.drain()
+    server.service.signalled(signal.SIGTERM)
+    server.stop()
+    assert "hurry" not in server.journal
+    server.service.signalled(signal.SIGTERM)
+    assert server.journal[-1] == "hurry"
+
+
 # Stopping
 
 
-def test_it_stops_the_ports_then_settles_delivers_closes_the_clients_and_last_the_store(server):
+def test_it_drains_then_closes_the_store_and_the_admin_port_last(server):
     server.start()
-    port = server.admin["tcp:8086"].port
-    port.stopped, server.store.settling, server.store.closing = Deferred(), Deferred(), Deferred()
-    server.clients.gone = Deferred()
-    server.rooms.turns = 1
+    server.drain.gone, server.store.closing, server.admin["tcp:8086"].port.stopped = Deferred(), Deferred(), Deferred()
     stopped = server.stop()
-    ports = ["stop tcp:8085", "stop tcp:9085", "stop tcp:8086"]
-    assert server.journal == ports
-
-    port.stopped.callback(None)
-    assert server.journal == [*ports, "settled"]
-
-    server.store.settling.callback(None)
-    assert server.journal == [*ports, "settled"]
-
-    server.clock.advance(0)
-    restart = ("close", 1012, "restarting")
-    assert server.journal == [*ports, "settled", restart]
-
-    server.clients.gone.callback(None)
-    assert server.journal == [*ports, "settled", restart, "store.close"]
-    assert not stopped.called
-
+    assert server.journal == [STOPPING, "drain", *PORTS]
+    server.drain.gone.callback(None)
+    assert server.journal == [STOPPING, "drain", *PORTS, "store.close"]
     server.store.closing.callback(None)
+    assert server.journal == [STOPPING, "drain", *PORTS, "store.close", "stop tcp:8086"]
+    assert not stopped.called
+    server.admin["tcp:8086"].port.stopped.callback(None)
     assert stopped.called
     assert not server.service.running
 
 
-def test_without_clients_it_stops_at_once_and_leaves_nothing_on_the_clock(server):
+def test_when_it_has_stopped_nothing_is_left_on_the_clock(server):
     server.start()
-    stopped = server.stop()
-    assert stopped.called
-    assert server.journal[-1] == "store.close"
+    assert server.stop().called
     assert server.clock.getDelayedCalls() == []
 
 
-def test_it_is_unready_from_the_first_moment_of_stopping(server):
+def test_it_says_what_it_does(server, events):
     server.start()
-    server.listen["tcp:8085"].port.stopped = Deferred()
+    events.clear()
+    server.service.signalled(signal.SIGINT)
     server.stop()
-    assert server.readiness() == "stopping"
-
-
-def test_when_the_drain_is_over_the_clients_that_are_left_are_aborted_and_the_store_is_closed(server):
-    server.start()
-    server.clients.gone = Deferred()
-    stopped = server.stop()
-    server.clock.advance(DRAIN - 0.1)
-    assert "abort" not in server.journal
-    server.clock.advance(0.1)
-    assert server.journal[-2:] == ["abort", "store.close"]
-    assert stopped.called
-    assert server.clock.getDelayedCalls() == []
-
-
-def test_clients_that_cannot_be_served_are_not_waited_for_longer_than_the_drain(server):
-    server.start()
-    server.rooms.turns = math.inf
-    stopped = server.stop()
-    server.clock.advance(DRAIN)
-    assert server.journal[-3:] == ["abort", ("close", 1012, "restarting"), "store.close"]
-    assert stopped.called
-
-
-def test_a_store_that_never_settles_does_not_keep_the_clients_longer_than_the_drain(server):
-    server.start()
-    server.store.settling = Deferred()
-    server.clients.gone = Deferred()
-    stopped = server.stop()
-    server.clock.advance(DRAIN)
-    assert server.journal[-1] == "abort"
-    server.store.settling.callback(None)
-    assert stopped.called
+    assert [event["log_format"] for event in events] == ["in a hurry", "stopping", "draining", "drained", "stopped"]
 
 
 def test_deadlines_are_looked_at_while_it_drains(server):
     server.start()
-    server.clients.gone = Deferred()
+    server.drain.gone = Deferred()
     server.stop()
     server.clock.pump([LOOK_SECONDS] * 3)
     assert server.journal.count("look") == 3
@@ -380,7 +571,7 @@ def test_a_look_that_failed_is_logged_and_the_next_one_follows(server, events):
     server.clock.advance(LOOK_SECONDS)
     assert server.journal.count("look") == looks + 1
     assert server.stop().called
-    assert server.journal[-1] == "store.close"
+    assert "store.close" in server.journal
 
 
 # In an application

@@ -50,6 +50,7 @@ NAMES = [
     "log-format",
     "max-per-address",
     "origin",
+    "ping",
     "proxy-hops",
     "rate",
     "retain",
@@ -249,7 +250,7 @@ def test_with_nobody_there_it_stops_at_once(tmp_path):
     with Server(tmp_path, "--drain=3600") as server:
         assert get(server.port, "/healthz")[0] == 200
         server.stop()
-    with Server(tmp_path, "--drain=3600") as server, Raw(server.port) as half:
+    with Server(tmp_path) as server, Raw(server.port) as half:
         half.send(upgrade()[:-2])
         with Raw(server.port) as member:
             member.join()
@@ -271,7 +272,7 @@ def test_a_client_that_does_not_answer_the_close_is_not_waited_for_longer_than_t
 def test_it_runs_as_a_daemon_with_a_pid_file_and_a_log_file(tmp_path):
     pid_file, log_file = tmp_path / "chatd.pid", tmp_path / "chatd.log"
     flags = (f"--pidfile={pid_file}", f"--logfile={log_file}")
-    result = run("--listen", LOOPBACK, "--admin=", cwd=tmp_path, flags=flags)
+    result = run("--listen", LOOPBACK, "--admin=", "--drain=1", cwd=tmp_path, flags=flags)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     # twistd's first process ends when the one that stays has started.
     daemon = os.pidfd_open(int(pid_file.read_text()))
@@ -398,7 +399,9 @@ def test_a_bad_value_in_the_environment_is_refused_by_the_name_of_its_option(tmp
 def test_help_names_each_option(tmp_path):
     result = run("--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert re.findall(r"^ +--([a-z-]+)=?  ", result.stdout, re.MULTILINE) == sorted([*NAMES, "help", "version"])
+    assert re.findall(r"^ +--([a-z-]+)=?  ", result.stdout, re.MULTILINE) == sorted(
+        [*NAMES, "check", "help", "version"]
+    )
 
 
 def test_options_are_read_from_the_environment_and_the_command_line_wins(tmp_path):
@@ -467,8 +470,8 @@ def test_the_log_tells_who_came_and_what_was_refused_but_never_what_was_said(tmp
     for pattern in (
         r"listening on tcp:0",
         r"127\.0\.0\.1.*joined main",
-        r"127\.0\.0\.1.*posted what is refused",
-        r"127\.0\.0\.1.*left: 1009",
+        r"127\.0\.0\.1.*sent what is refused",
+        r"127\.0\.0\.1.*left main: 1009",
         r"127\.0\.0\.1.*refused: 404",
         r"stopping",
         r"stopped",
@@ -761,7 +764,7 @@ def test_a_close_frame_that_is_none_ends_the_connection_and_the_log_says_why(ser
         port = client.socket.getsockname()[1]
         client.send(frame(CLOSE, payload))
         client.rest()
-    server.log.wait(rf"127\.0\.0\.1:{port} left: {code}")
+    server.log.wait(rf"127\.0\.0\.1:{port} left main: {code}")
 
 
 def test_a_close_is_answered_with_a_close(server):

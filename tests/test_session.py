@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections import deque
+from collections import Counter, deque
 from math import ceil
 
 import pytest
@@ -71,6 +71,7 @@ class Person(Session):
 
     def __init__(self, rooms, room="main", *, rate=None, events=frozenset(), name=None):
         self.rooms, self.rate, self.events, self.name = rooms, rate, events, name
+        self.refusals = Counter()
         self.sent = b""
         self.reading = True
         self.ended = False
@@ -612,6 +613,99 @@ def test_nothing_that_follows_what_is_not_utf_8_is_posted_when_the_client_leaves
     assert log.messages == [*"123456"]
 
 
+# Being sent elsewhere
+
+
+def test_the_head_is_that_of_the_room(ann, bob, clock):
+    assert (Session().head, ann.head) == (0, 0)
+    bob.posts("1", "2")
+    assert (ann.head, ann.cursor) == (2, 0)
+    ann.leave()
+    assert ann.head == 0
+
+
+def test_who_is_in_no_room_is_owed_nothing(ann):
+    ann.posts("1", label="a")
+    assert ann.owed(1)
+    ann.leave()
+    assert not ann.owed(1)
+    assert not Session().owed(1)
+
+
+def test_messages_are_owed_until_they_were_handed_over(clock, ann, bob):
+    assert not bob.owed(0)
+    ann.posts("1", "2")
+    assert bob.owed(1)
+    assert bob.owed(2)
+    clock.advance(0)
+    assert not bob.owed(2)
+    assert bob.owed(3), "as if one more had come"
+
+
+def test_an_acknowledgement_is_owed_until_it_was_sent(clock, ann):
+    ann.posts("1", label="a")
+    assert ann.owed(0), "whatever the number"
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["1", "ack a"]
+    assert not ann.owed(1)
+
+
+@pytest.mark.parametrize("outcome", ["answer", "fail"])
+def test_a_page_is_owed_until_it_was_answered(log, paging, outcome):
+    paging.hears()
+    assert paging.owed(paging.cursor)
+    getattr(log, outcome)()
+    assert len(paging.hears()) == 1
+    assert not paging.owed(paging.cursor)
+
+
+def test_what_came_with_a_page_and_waits_is_owed_its_answers_too(clock, log, paging):
+    paging.stalls()
+    paging.tell(b"")  # so that its answers are not read
+    paging.posts("6", label="a")
+    log.answer()
+    paging.ready = True
+    assert not paging._paging
+    assert paging.owed(paging.cursor)
+    paging.takes_again()
+    assert log.messages == [*"123456"]
+    clock.advance(0)
+    assert kinds(paging.hears()) == [[*"12345"], "6", "ack a"]
+    assert not paging.owed(6)
+
+
+def test_who_takes_nothing_is_owed_it_still(clock, ann, bob):
+    ann.stalls()
+    ann.posts("1", label="a")
+    clock.advance(0)
+    assert ann.owed(1)
+    ann.takes_again()
+    assert ann.owed(1)
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["1", "ack a"]
+    assert not ann.owed(1)
+
+
+def test_who_is_finished_is_read_no_more(clock, ann):
+    ann.finish()
+    assert not ann.reading
+    ann.stalls()
+    ann.tell(b"")
+    ann.takes_again()
+    assert not ann.reading
+
+
+@pytest.mark.parametrize("outcome", ["answer", "fail"])
+def test_who_is_finished_while_a_page_is_fetched_gets_it_and_has_posted_what_came_with_it(clock, log, paging, outcome):
+    paging.posts("6", label="a")
+    paging.finish()
+    getattr(log, outcome)()
+    clock.advance(0)
+    assert not paging.reading
+    assert kinds(paging.hears())[1:] == ["6", "ack a"]
+    assert log.messages == [*"123456"]
+
+
 # What is refused
 
 
@@ -738,7 +832,7 @@ def test_what_is_not_utf_8_ends_the_connection_and_is_not_answered(log, ann):
 
 def test_a_refusal_is_logged_without_what_was_said(ann, events):
     ann.says(username="ann", secret="tell nobody")
-    assert [event["log_format"].format(**event) for event in events] == ["192.0.2.7:4321 posted what is refused"]
+    assert [event["log_format"].format(**event) for event in events] == ["#0 192.0.2.7:4321 sent what is refused"]
     assert "tell nobody" not in str(events)
 
 

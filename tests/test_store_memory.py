@@ -35,6 +35,11 @@ class TestMemoryStore(StoreContract):
     def test_it_is_always_settled(self, bench):
         assert result_of(bench().store.settled()) is None
 
+    def test_nothing_is_ever_wrong_with_it(self, bench):
+        log = bench()
+        log.post("main", "hi")
+        assert log.store.fault is None
+
     def test_it_keeps_ten_thousand_messages_a_room_if_nothing_else_is_asked_for(self):
         assert memory.KEEP == 10_000
 

@@ -336,8 +336,8 @@ def test_more_posts_than_may_wait_are_refused(opened, monkeypatch):
     assert texts(store) == ["one", "two", "three", "five"]
 
 
-def test_twenty_thousand_posts_may_wait():
-    assert sqlite.MAX_PENDING == 20_000
+def test_ten_thousand_posts_may_wait():
+    assert sqlite.MAX_PENDING == 10_000
 
 
 def test_both_connections_write_ahead_and_sync_before_a_commit_returns(opened):
@@ -464,6 +464,75 @@ def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(op
     result_of(store.trim())
     assert sorted(follower.events) == [("trimmed", "a", 2), ("trimmed", "b", 2)]
     assert post(store, "two", room="a").numbers == [2]
+
+
+# Whether it is well
+
+
+def test_a_log_that_keeps_and_gives_what_it_is_asked_is_well(opened):
+    store = opened(seed=SEED)
+    assert store.fault is None
+    post(store, "one")
+    page(store)
+    result_of(store.trim())
+    assert store.fault is None
+
+
+def test_a_commit_that_failed_is_the_logs_fault_until_one_succeeds(opened):
+    store = opened()
+    fill(store)
+    assert store.fault is None, "which is not known before it is tried"
+    while not post(store, "x" * 500).refusals:
+        assert store.fault is None
+    assert store.fault == "the log cannot be written: database or disk is full"
+    page(store)
+    assert store.fault == "the log cannot be written: database or disk is full"
+    make_room(store)
+    post(store, "one")
+    assert store.fault is None
+
+
+def test_the_fault_is_known_when_the_posters_are_told_and_over_when_they_are(opened):
+    heard = []
+
+    class Asking(RecordingPoster):
+        def posted(self, said, number, *, duplicate=False):
+            heard.append(store.fault)
+
+        def refused(self, said, error):
+            heard.append(store.fault)
+
+    store = opened()
+    store._write_to.execute("PRAGMA query_only = 1")
+    post(store, "one", poster=Asking())
+    store._write_to.execute("PRAGMA query_only = 0")
+    post(store, "two", poster=Asking())
+    assert heard == ["the log cannot be written: attempt to write a readonly database", None]
+
+
+def test_a_read_that_failed_is_the_logs_fault_until_one_succeeds(opened, path):
+    store = opened()
+    run_sql(path, "ALTER TABLE messages RENAME TO elsewhere")
+    with pytest.raises(LogUnavailable):
+        page(store)
+    assert store.fault == "the log cannot be read: no such table: messages"
+    assert post(store, "one").refusals
+    assert store.fault == (
+        "the log cannot be read: no such table: messages; the log cannot be written: no such table: messages"
+    )
+    run_sql(path, "ALTER TABLE elsewhere RENAME TO messages")
+    page(store)
+    assert store.fault == "the log cannot be written: no such table: messages"
+    post(store, "one")
+    assert store.fault is None
+
+
+def test_too_many_that_wait_are_no_fault_of_the_log(opened, monkeypatch):
+    monkeypatch.setattr(sqlite, "MAX_PENDING", 1)
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    assert post(store, "one", "two", "three").refusals
+    assert store.fault is None
 
 
 # Opening what is none of ours, or not for us
@@ -891,7 +960,7 @@ def test_a_log_to_which_nothing_is_posted_is_settled(opened):
     assert result_of(opened(writer=HeldWorker()).settled()) is None
 
 
-def test_settled_waits_for_what_is_under_way_and_for_what_comes_meanwhile(opened):
+def test_settled_waits_for_what_is_under_way_and_not_for_what_comes_after(opened):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one")
@@ -899,11 +968,69 @@ def test_settled_waits_for_what_is_under_way_and_for_what_comes_meanwhile(opened
     post(store, "two", poster=poster)
     writer.run()
     assert poster.numbers == [1]
-    assert not any(one.called for one in settled)
+    assert [result_of(one) for one in settled] == [None, None]
+    assert not store.settled().called
     writer.run()
     assert poster.numbers == [1, 2]
-    assert [result_of(one) for one in settled] == [None, None]
     assert result_of(store.settled()) is None
+
+
+def test_settled_waits_for_what_has_gathered_since_the_commit_began(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    post(store, "two", poster=poster)
+    settled = store.settled()
+    post(store, "three", poster=poster)  # in the same batch
+    writer.run()
+    assert poster.numbers == [1]
+    post(store, "four", poster=poster)
+    assert not settled.called
+    writer.run()
+    assert poster.numbers == [1, 2, 3]
+    assert result_of(settled) is None
+
+
+def test_settled_comes_although_there_is_always_more(opened):
+    # Each message that is kept is the occasion of the next.
+    class Eager(RecordingPoster):
+        def posted(self, said, number, *, duplicate=False):
+            super().posted(said, number, duplicate=duplicate)
+            if number < 20:
+                post(store, f"{number + 1}", poster=self)
+
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "1", poster=Eager())
+    for number in range(1, 20):
+        settled = store.settled()
+        assert not settled.called
+        writer.run()
+        assert settled.called
+        assert poster.numbers == [*range(1, number + 1)]
+
+
+def test_what_settled_waited_for_was_told_before_to_followers_and_posters(opened):
+    writer, told = HeldWorker(), []
+    store = opened(writer=writer)
+    store.tail(RecordingFollower(told))
+    post(store, "one", poster=RecordingPoster(told))
+    store.settled().addCallback(lambda _: told.append(("settled",)))
+    writer.run()
+    assert [event[0] for event in told] == ["appended", "posted", "settled"]
+
+
+def test_who_posts_when_it_has_settled_begins_the_next_commit(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    store.settled().addCallback(lambda _: post(store, "two", poster=poster))
+    writer.run()
+    settled = store.settled()
+    assert not settled.called
+    writer.run()
+    assert settled.called
+    assert poster.numbers == [1, 2]
 
 
 def test_refused_is_settled_too(opened, path):
@@ -931,6 +1058,25 @@ def test_close_waits_for_what_is_under_way_and_ends_the_workers(opened):
     assert not writer.running
     assert not reader.running
     assert texts(opened()) == ["one", "two"]
+
+
+def test_close_waits_for_what_came_since_it_was_asked_to(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    closed = []
+    store.close().addCallback(closed.append)
+    post(store, "two", poster=poster)
+    writer.run()
+    post(store, "three", poster=poster)
+    writer.run()
+    assert closed == []
+    assert writer.running
+    writer.run()
+    assert closed == [None]
+    assert poster.numbers == [1, 2, 3]
+    assert not writer.running
+    assert texts(opened()) == ["one", "two", "three"]
 
 
 def test_what_was_asked_before_the_close_is_answered(opened):

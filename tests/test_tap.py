@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import sys
 import threading
 
@@ -17,7 +18,8 @@ from twisted.plugin import IPlugin
 from twisted.scripts.twistd import ServerOptions
 
 import chatd
-from chatd import logs, tap
+from chatd import check, logs, tap
+from chatd.machine import ThisMachine
 from chatd.service import TRIM_SECONDS
 from chatd.store.base import DAY, Retention
 from chatd.store.memory import MemoryStore
@@ -31,8 +33,8 @@ HANDSHAKE = (
 LISTEN = "tcp:8085:backlog=4096"
 ADMIN = "tcp:8086:interface=127.0.0.1"
 NAMES = [
-    *("admin", "drain", "history", "listen", "log-format", "max-per-address", "origin", "proxy-hops", "rate", "retain"),
-    *("rooms", "seed", "store"),
+    *("admin", "drain", "history", "listen", "log-format", "max-per-address", "origin", "ping", "proxy-hops", "rate"),
+    *("retain", "rooms", "seed", "store"),
 ]
 # What the fixtures below replace.
 REACTOR, ENVIRON = tap._reactor, tap.Options.environ
@@ -95,6 +97,7 @@ def test_the_defaults():
         "proxy-hops": 0,
         "rooms": {},
         "origin": {},
+        "ping": 25,
         "drain": 30,
         "log-format": logs.text_line,
     }
@@ -129,6 +132,8 @@ def test_by_default_a_log_begins_with_two_messages():
         ("proxy-hops", "0", 0),
         ("proxy-hops", "2", 2),
         ("proxy-hops", "100", 100),
+        ("ping", "1", 1),
+        ("ping", "3600", 3600),
         ("drain", "0", 0),
         ("drain", "3600", 3600),
         ("log-format", "text", logs.text_line),
@@ -154,6 +159,7 @@ def test_an_option_is_read_from_the_command_line_and_from_the_environment(enviro
         *(("rate", text, "is not a whole number from 0 to 1000000") for text in ("x", "1000001", "")),
         ("max-per-address", "-1", "is not a whole number from 0 to 1000000"),
         *(("proxy-hops", text, "is not a whole number from 0 to 100") for text in ("-1", "101", "1.5", "x", "")),
+        *(("ping", text, "is not a whole number from 1 to 3600") for text in ("0", "3601", "2.5", "x")),
         ("drain", "3601", "is not a whole number from 0 to 3600"),
         *(("log-format", text, "is neither text nor json") for text in ("xml", "JSON", "")),
         *(
@@ -362,12 +368,69 @@ def test_version_is_printed_and_nothing_is_started(capsys):
     assert capsys.readouterr().out == f"chatd {chatd.__version__}\n"
 
 
+@pytest.fixture
+def checked(monkeypatch):
+    """What is to be found by a check, and then what was checked: the settings, and the machine."""
+    found, asked = [], []
+    monkeypatch.setattr(check, "findings", lambda *asking: asked.append(asking) or found)
+    return found, asked
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "out"), [(["one", "two"], 1, "one\ntwo\n"), ([], 0, "nothing to worry about\n")]
+)
+def test_a_check_says_what_would_bite_and_ends(capsys, checked, found, status, out):
+    checked[0][:] = found
+    with pytest.raises(SystemExit) as end:
+        parse("--check")
+    assert (end.value.code, capsys.readouterr().out) == (status, out)
+
+
+def test_of_what_is_checked_nothing_is_left_out(environ, checked):
+    environ["CHATD_LISTEN"] = "tcp:1 tcp:2"
+    options = tap.Options()
+    options.parent = {"nodaemon": 1, "rundir": "/srv"}
+    with pytest.raises(SystemExit):
+        options.parseOptions([
+            *("--store=sqlite:a", "--admin=", "--history=7", "--retain=1d", "--rooms=a", "--rooms=b*", "--check"),
+            *("--origin=*.example", "--rate=3", "--ping=5", "--drain=9", "--proxy-hops=2"),
+        ])  # fmt: skip
+    ((settings, machine),) = checked[1]
+    assert settings._asdict() == {
+        "listen": ("tcp:1", "tcp:2"),
+        "admin": (),
+        "store": "sqlite:a",
+        "history": 7,
+        "retain": Retention(seconds=DAY),
+        "rooms": ("a", "b*"),
+        "origin": ("*.example",),
+        "rate": (3, 6),
+        "ping": 5,
+        "drain": 9,
+        "proxy_hops": 2,
+        "folder": pathlib.Path("/srv"),
+    }
+    assert isinstance(machine, ThisMachine)
+
+
+def test_without_twistd_it_is_the_working_directory_that_is_checked(checked):
+    options = tap.Options()
+    with pytest.raises(SystemExit):
+        options.parseOptions(["--check"])
+    assert checked[1][0][0].folder == pathlib.Path()
+
+
+def test_options_that_are_not_understood_are_refused_before_the_check(checked):
+    assert refusal("--check", "--ping=0").startswith("chatd: --ping: ")
+    assert checked[1] == []
+
+
 def test_help_names_each_option_with_its_default():
     # The text is broken into lines, so white space says nothing.
     text = " ".join(str(tap.Options()).split())
     for name in NAMES:
         assert f"--{name}= " in text
-    for default in (LISTEN, ADMIN, "sqlite:chatd.sqlite", "100", "all", "20:40", "0", "30", "text", "any"):
+    for default in (LISTEN, ADMIN, "sqlite:chatd.sqlite", "100", "all", "20:40", "0", "25", "30", "text", "any"):
         assert f"[default: {default}]" in text
     assert "CHATD_STORE for --store" in text
 
@@ -421,7 +484,7 @@ def test_the_parts_are_composed_into_a_server_that_answers(reactor):
     (port, clients, backlog, _), (admin_port, admin, _, interface) = reactor.tcpServers
     assert (port, backlog, admin_port, interface) == (8085, 4096, 8086, "127.0.0.1")
     assert b"<h1>A chat room</h1>" in Client(clients, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
-    assert Client(admin, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received.endswith(b"chatd admin: /healthz /readyz\n")
+    assert b"\r\n\r\nchatd admin: " in Client(admin, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
     for factory in (clients, admin):
         assert Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received.endswith(b"\r\n\r\nready\n")
     assert Client(clients, HANDSHAKE).history()["type"] == "history"
@@ -550,6 +613,20 @@ def test_all_endpoints_are_listened_on(reactor):
     assert [port for port, *_ in reactor.tcpServers] == [1, 2, 3]
 
 
+def test_a_client_is_pinged_as_often_as_the_option_says_and_has_until_the_next_to_answer(reactor):
+    start("--ping=3")
+    client = Client(reactor.tcpServers[0][1], HANDSHAKE)
+    client.transport.clear()
+    reactor.pump([1, 1])
+    assert client.received == b""
+    reactor.advance(1)
+    assert client.received[0] == 0x89  # a ping
+    reactor.pump([1, 1])
+    assert not client.transport.disconnected
+    reactor.advance(1)
+    assert client.transport.disconnected
+
+
 def test_the_drain_takes_as_long_as_its_option_says(reactor):
     service = start("--drain=3")
     client = Client(reactor.tcpServers[0][1], HANDSHAKE)
@@ -559,6 +636,93 @@ def test_the_drain_takes_as_long_as_its_option_says(reactor):
     reactor.advance(0.1)
     assert client.transport.disconnected
     assert stopped.called
+
+
+def test_a_drain_is_asked_for_on_the_admin_port_and_is_that_of_the_stop_too(reactor):
+    service = start("--drain=3")
+    clients, admin = (factory for _, factory, *_ in reactor.tcpServers)
+    client = Client(clients, HANDSHAKE)
+    for _ in range(2):
+        assert b" 202 Accepted\r\n" in Client(admin, b"POST /drain HTTP/1.1\r\nContent-Length: 0\r\n\r\n").received
+    for factory in (clients, admin):
+        assert Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received.endswith(b"\r\n\r\ndraining\n")
+    reactor.advance(1)
+    stopped = service.stopService()
+    reactor.advance(2)
+    assert client.transport.disconnected
+    assert stopped.called
+
+
+def test_a_log_that_fails_is_told_on_both_ports_which_stay_ready(reactor):
+    start()._store.fault = "the log is tired"
+    for _, factory, *_ in reactor.tcpServers:
+        answer = Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.endswith(b"\r\n\r\ndegraded: the log is tired\n")
+
+
+# Signals
+
+
+class Signals:
+    """The signals of a process, of a reactor that handles them, and of a service that is told."""
+
+    def __init__(self, monkeypatch):
+        self.handlers = {}
+        self.heard = []
+        self.later = []
+        monkeypatch.setattr(signal, "signal", self.handlers.__setitem__)
+
+    def sigTerm(self, number, frame):
+        self.heard.append(("reactor", "TERM", number, frame))
+
+    def sigInt(self, number, frame):
+        self.heard.append(("reactor", "INT", number, frame))
+
+    def signalled(self, number):
+        self.heard.append(("service", number))
+
+    def callFromThread(self, function, *args):
+        self.later.append((function, args))
+
+    def send(self, number):
+        """Send a signal to the process; answers who heard of it, in a reactor that turns then."""
+        begin = len(self.heard)
+        self.handlers[number](number, "frame")
+        for function, args in self.later:
+            function(*args)
+        self.later.clear()
+        return self.heard[begin:]
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    signals = Signals(monkeypatch)
+    tap._heed_signals(signals, signals)
+    return signals
+
+
+def test_signals_are_heeded_when_the_reactor_runs_which_has_handlers_of_its_own_by_then(reactor, monkeypatch):
+    signals = Signals(monkeypatch)
+    service = start()
+    assert signals.handlers == {}
+    assert [hook for hook, _, _ in reactor.whenRunningHooks] == [tap._heed_signals]
+    ((_, arguments, _),) = reactor.whenRunningHooks
+    assert arguments == (reactor, service)
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INT")])
+def test_the_first_signal_is_the_reactors_and_the_service_hears_of_it(signals, number, name):
+    assert sorted(signals.handlers) == [signal.SIGINT, signal.SIGTERM]
+    assert signals.send(number) == [("reactor", name, number, "frame"), ("service", number)]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_what_comes_after_it_only_the_service_hears_of(signals, first, second):
+    signals.send(first)
+    assert signals.send(second) == [("service", second)]
+    assert signals.send(first) == [("service", first)]
 
 
 # The log

@@ -4,6 +4,7 @@ import json
 from http import HTTPStatus
 
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from web_doubles import Connection, SecureTransport
 
@@ -25,6 +26,24 @@ class Rooms(web.ChatResource):
         return web.answer(request, HTTPStatus.OK, b"%d bytes" % len(request.content.read()), "text/plain")
 
 
+def ready():
+    return True, "ready"
+
+
+def clients_site(clock, ready=ready):
+    """The site for clients."""
+    rooms = Rooms()
+    return web.site(ready, clock, {"": rooms, "rooms": rooms})
+
+
+def admin_site(clock, ready=ready, drain=lambda: None):
+    """The site on the admin port."""
+    return web.admin(ready, clock, drain=drain, metrics=lambda: "chatd_members 3.0")
+
+
+SITES = pytest.mark.parametrize("site", [clients_site, admin_site])
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -33,13 +52,13 @@ def clock():
 @pytest.fixture
 def connection(clock):
     """A connection to the site for clients."""
-    return Connection(web.site(lambda: None, clock, rooms=Rooms()))
+    return Connection(clients_site(clock))
 
 
 @pytest.fixture
 def admin(clock):
     """A connection to the site on the admin port."""
-    return Connection(web.site(lambda: None, clock, rooms=None))
+    return Connection(admin_site(clock))
 
 
 def problem(response, body):
@@ -72,7 +91,7 @@ def test_the_page_says_how_to_connect_to_the_address_it_was_asked_for_at(connect
 
 
 def test_the_page_names_wss_to_those_who_came_by_tls(clock):
-    connection = Connection(web.site(lambda: None, clock, rooms=Rooms()), SecureTransport())
+    connection = Connection(clients_site(clock), SecureTransport())
     _, page = connection.ask(b"GET", b"/", b"Host: chat.example")
     assert "wss://chat.example/" in page
     assert "ws://chat.example/" not in page
@@ -107,30 +126,92 @@ def test_the_page_may_load_and_run_nothing(connection):
 
 def test_the_admin_port_has_no_page_but_a_line(admin):
     response, text = admin.ask(b"GET", b"/", b"Host: x")
-    assert (response.status, text) == (200, "chatd admin: /healthz /readyz\n")
+    assert (response.status, text) == (200, "chatd admin: GET /healthz /readyz /metrics, POST /drain\n")
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-@pytest.mark.parametrize("rooms", [Rooms(), None], ids=["clients", "admin"])
-def test_health_is_that_the_process_answers_ready_or_not(clock, rooms):
-    response, text = Connection(web.site(lambda: "stopping", clock, rooms=rooms)).ask(b"GET", b"/healthz")
+@SITES
+def test_health_is_that_the_process_answers_ready_or_not(clock, site):
+    response, text = Connection(site(clock, lambda: (False, "draining"))).ask(b"GET", b"/healthz")
     assert (response.status, text) == (200, "ok\n")
 
 
-@pytest.mark.parametrize("rooms", [Rooms(), None], ids=["clients", "admin"])
+@SITES
 @pytest.mark.parametrize(
-    ("why_not", "answer"),
-    [(None, (200, "ready\n")), ("starting", (503, "starting\n")), ("stopping", (503, "stopping\n"))],
+    ("ready", "answer"),
+    [
+        ((True, "ready"), (200, "ready\n")),
+        ((True, "degraded: the log cannot be read"), (200, "degraded: the log cannot be read\n")),
+        ((False, "starting"), (503, "starting\n")),
+        ((False, "draining"), (503, "draining\n")),
+    ],
 )
-def test_readiness_is_200_or_503_with_the_reason(clock, rooms, why_not, answer):
-    response, text = Connection(web.site(lambda: why_not, clock, rooms=rooms)).ask(b"GET", b"/readyz")
+def test_readiness_is_200_or_503_with_how_it_is_in_words(clock, site, ready, answer):
+    response, text = Connection(site(clock, lambda: ready)).ask(b"GET", b"/readyz")
     assert (response.status, text) == answer
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-def test_readiness_is_asked_for_at_each_request(clock):
-    words = [None, "stopping"]
-    connection = Connection(web.site(lambda: words.pop(0), clock, rooms=None))
+def test_words_that_are_not_ascii_are_read_as_they_are(clock):
+    words = "degraded: /srv/дом/chat.sqlite"
+    response, text = Connection(admin_site(clock, lambda: (True, words))).ask(b"GET", b"/readyz")
+    assert text == f"{words}\n"
+    assert response.headers["content-length"] == str(len(text.encode()))
+
+
+@SITES
+def test_readiness_is_asked_for_at_each_request(clock, site):
+    words = [(True, "ready"), (False, "draining")]
+    connection = Connection(site(clock, lambda: words.pop(0)))
     assert [connection.ask(b"GET", b"/readyz")[0].status for _ in range(2)] == [200, 503]
+
+
+# Commands
+
+
+@pytest.fixture
+def drains(clock):
+    """A connection to the admin port, and the drains that were asked for."""
+    asked = []
+    return Connection(admin_site(clock, drain=lambda: asked.append("drain") or Deferred())), asked
+
+
+@pytest.mark.parametrize("body", [None, b"", b"now, please"])
+def test_a_drain_is_asked_for_and_answered_at_once(drains, body):
+    connection, asked = drains
+    response, text = connection.ask(b"POST", b"/drain", b"Host: x", body=body)
+    assert (response.status, text) == (202, "draining\n")
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert response.headers["cache-control"] == "no-store"
+    assert asked == ["drain"]
+
+
+def test_who_asks_for_a_drain_twice_gets_the_same_answer(drains):
+    connection, asked = drains
+    assert [connection.ask(b"POST", b"/drain")[1] for _ in range(2)] == ["draining\n"] * 2
+    assert asked == ["drain"] * 2
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS"])
+def test_nobody_drains_by_looking(drains, method):
+    connection, asked = drains
+    response, _ = connection.ask(method, b"/drain", b"Content-Length: 0")
+    assert response.status == 405
+    assert response.headers["allow"] == "POST"
+    assert asked == []
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+@pytest.mark.parametrize("path", [b"/drain", b"/metrics"])
+def test_what_is_for_operators_is_on_the_admin_port_alone(connection, method, path):
+    assert problem(*connection.ask(method, path)) == (404, "there is nothing here")
+
+
+@pytest.mark.parametrize("path", [b"/drain/", b"/drain/now", b"//drain"])
+def test_a_drain_has_one_name(drains, path):
+    connection, asked = drains
+    assert problem(*connection.ask(b"POST", path))[0] == 404
+    assert asked == []
 
 
 @pytest.mark.parametrize("path", [b"/healthz", b"/readyz"])
@@ -189,7 +270,7 @@ def test_an_answer_names_its_server_and_is_not_kept(connection):
 
 
 def test_a_request_leaves_no_line_in_the_log(clock, events):
-    site = web.site(lambda: None, clock, rooms=Rooms())
+    site = clients_site(clock)
     site.doStart()
     try:
         for path in (b"/", b"/healthz", b"/readyz", b"/nothing"):
@@ -298,9 +379,9 @@ def test_a_form_is_no_business_of_the_site(connection):
 
 
 def test_who_wants_to_know_is_told_that_the_connection_is_gone(clock):
-    connection = Connection(web.site(lambda: None, clock, rooms=None))
+    connection = Connection(admin_site(clock))
     connection.lose()
-    connection = Connection(web.site(lambda: None, clock, rooms=None))
+    connection = Connection(admin_site(clock))
     told = []
     connection.channel.when_lost = lambda: told.append(True)
     connection.ask(b"GET", b"/healthz")

@@ -8,12 +8,13 @@ import datetime as dt
 import re
 import secrets
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 
 from chatd.frames import Entry, Post
+from chatd.histogram import Histogram
 from chatd.log import MAIN, LabelReused, Log, Poster
 
 DAY: Final = 86_400
@@ -49,6 +50,17 @@ class Retention(NamedTuple):
 class Store(Log, Protocol):
     """A log with a life: opened before the first client, closed after the last."""
 
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it now, in words; None while it keeps and gives what it is asked."""
+
+    @property
+    def commits(self) -> Histogram:
+        """How long commits took, in seconds, failed ones too; where there are none, none."""
+
+    def usage(self) -> Mapping[str, int]:
+        """How large it is, in `messages` or `bytes`, and how many `free_bytes` there are besides, if that is known."""
+
     def open(self, seed: Sequence[Entry]) -> None:
         """Open it, and write the seed into a log that did not exist; StoreError if it cannot."""
 
@@ -56,7 +68,7 @@ class Store(Log, Protocol):
         """Remove what is retained no longer, in rooms where nothing is posted too."""
 
     def settled(self) -> "Deferred[None]":
-        """Fires when all that was appended is kept or refused, and told."""
+        """Fires when all that was appended until now is kept or refused, and told."""
 
     def close(self) -> "Deferred[None]":
         """Settle, and let go of the log."""

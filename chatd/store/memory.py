@@ -1,12 +1,13 @@
 """A log in memory: gone with the process.  For tests, for benchmarks, and for rooms that may forget."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from twisted.internet.defer import Deferred, succeed
 
 from chatd.frames import Entry, Post
+from chatd.histogram import Histogram
 from chatd.log import Follower, Page, Poster
 from chatd.store.base import SEED_ROOM, Retention, Stamp, new_epoch, tell_again, timestamp
 
@@ -58,6 +59,8 @@ class MemoryStore:
 
     def __init__(self, retain: Retention, now: Callable[[], float]) -> None:
         self.epoch = ""
+        self.fault: str | None = None
+        self.commits = Histogram(())
         self._retain = retain
         self._now = now
         self._stamp = Stamp(now, None)
@@ -97,6 +100,10 @@ class MemoryStore:
         skip = max(0, len(log.entries) - limit if after is None else after + 1 - log.first)
         entries = [log.entries[index] for index in range(skip, min(skip + limit, len(log.entries)))]
         return succeed(Page(entries, log.first, log.head))
+
+    def usage(self) -> Mapping[str, int]:
+        """Store.usage."""
+        return {"messages": sum(len(log.entries) for log in self._rooms.values())}
 
     def trim(self) -> "Deferred[None]":
         """Store.trim."""

@@ -5,7 +5,7 @@ however many post, there is one sync for all that came meanwhile (*group commit*
 waits for a batch to fill.  A message is numbered and stamped in the transaction that keeps it,
 and told to anyone only after the commit.  A second thread reads, from the snapshot that
 write-ahead logging gives it.  The reactor's thread touches the file when it opens it, and
-never again.
+then only asks for its size.
 
 The file says by which format it was last `written`, and since which format it can be read:
 formats only add (tables, and columns with a default), so that older code goes on reading and
@@ -16,7 +16,7 @@ import fcntl
 import os
 import pathlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 from typing import Final, NamedTuple, Protocol, TypeVar
@@ -29,6 +29,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 from chatd.frames import Entry, Post
+from chatd.histogram import SECONDS, Histogram
 from chatd.log import Follower, LogUnavailable, Page, Poster
 from chatd.store.base import SEED_ROOM, Retention, Stamp, StoreError, new_epoch, tell_again, timestamp
 
@@ -38,7 +39,7 @@ READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code wrote."""
 APPLICATION_ID: Final = 0x63686174
 """Marks the file as ours (`chat`), for SQLite and for file(1)."""
-MAX_PENDING: Final = 20_000
+MAX_PENDING: Final = 10_000
 """How many posts may wait for the disk; more are refused, so that a slow disk does not fill the memory."""
 ROWS: Final = 256
 """How many messages one statement inserts at most.  Each statement lets go of the interpreter once."""
@@ -132,6 +133,9 @@ class SqliteStore:
         self, path: pathlib.Path, retain: Retention, now: Callable[[], float], writer: Worker, reader: Worker
     ) -> None:
         self.epoch = ""
+        self.commits = Histogram(SECONDS)
+        self._faults: dict[str, str] = {}
+        """What failed when it was last tried: writing, or reading."""
         self._path = path
         self._retain = retain
         self._now = now
@@ -141,6 +145,8 @@ class SqliteStore:
         self._waiting: list[_Waiting] = []
         self._committing = False
         self._settling: list[Deferred[None]] = []
+        self._to_settle: list[Deferred[None]] = []
+        """Who waits for the batch that is on its way, and who for the one that gathers."""
 
     # Opening and closing
 
@@ -240,10 +246,28 @@ class SqliteStore:
         """Store.close."""
         return self.settled().addCallback(self._close)
 
-    def _close(self, _: None) -> None:
+    def _close(self, _: None) -> "Deferred[None] | None":
+        if self._committing:  # what came since
+            return self.close()
         self._writer.stop()
         self._reader.stop()
         self._opened.close()
+        return None
+
+    @property
+    def fault(self) -> str | None:
+        """Store.fault."""
+        return "; ".join(self._faults.values()) or None
+
+    def usage(self) -> Mapping[str, int]:
+        """Store.usage: of the file and its write-ahead log; nothing is known when the disk does not answer."""
+        files = self._path, self._path.with_name(f"{self._path.name}-wal")
+        try:
+            disk = os.statvfs(self._path.parent)
+            size = sum(file.stat().st_size for file in files if file.exists())
+        except OSError:
+            return {}
+        return {"bytes": size, "free_bytes": disk.f_bavail * disk.f_frsize}
 
     # Writing
 
@@ -263,19 +287,22 @@ class SqliteStore:
     def _start(self) -> None:
         """Hand all that waits to the writer."""
         batch, self._waiting = self._waiting, []
+        self._settling, self._to_settle = self._to_settle, []
         self._committing = True
-        told = self._writer.do(lambda: self._commit(batch)).addCallbacks(
-            self._committed, self._refused, callbackArgs=(batch,), errbackArgs=(batch,)
-        )
+        committed = self._writer.do(lambda: self._commit(batch)).addBoth(self._timed, self._now())
+        told = committed.addCallbacks(self._committed, self._refused, callbackArgs=(batch,), errbackArgs=(batch,))
         told.addErrback(lambda failure: _logger.failure("what was committed could not be told", failure))
         told.addCallback(self._next)
 
+    def _timed(self, result: _T, begun: float) -> _T:
+        self.commits.add(max(0.0, self._now() - begun))  # the clock may be set back
+        return result
+
     def _next(self, _: None) -> None:
         self._committing = False
+        settling, self._settling = self._settling, []
         if self._waiting:
             self._start()
-            return
-        settling, self._settling = self._settling, []
         for settled in settling:
             settled.callback(None)
 
@@ -349,6 +376,7 @@ class SqliteStore:
             done += size
 
     def _committed(self, committed: _Committed, batch: Sequence[_Waiting]) -> None:
+        self._faults.pop("write", None)
         self._tell(committed)
         for (_, post, poster), (number, kept) in zip(batch, committed.outcomes, strict=True):
             if kept is None:
@@ -365,6 +393,7 @@ class SqliteStore:
                 follower.trimmed(room, first)
 
     def _refused(self, failure: Failure, batch: Sequence[_Waiting]) -> None:
+        self._faults["write"] = f"the log cannot be written: {failure.value}"
         _logger.error("{posts} posts are not kept: {error}", posts=len(batch), error=failure.value)
         for waiting in batch:
             waiting.poster.refused(waiting.post, LogUnavailable(str(failure.value)))
@@ -374,7 +403,7 @@ class SqliteStore:
         if not self._committing:
             return succeed(None)
         settled: Deferred[None] = Deferred()
-        self._settling.append(settled)
+        (self._to_settle if self._waiting else self._settling).append(settled)
         return settled
 
     # Trimming
@@ -415,7 +444,17 @@ class SqliteStore:
 
     def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
         """Log.read."""
-        return self._reader.do(lambda: self._page(room, after, limit)).addErrback(_unreadable)
+        return self._reader.do(lambda: self._page(room, after, limit)).addCallbacks(self._readable, self._unreadable)
+
+    def _readable(self, page: Page) -> Page:
+        self._faults.pop("read", None)
+        return page
+
+    def _unreadable(self, failure: Failure) -> Failure:
+        """A failure of the file is one of the log."""
+        failure.trap(sqlite3.Error)
+        self._faults["read"] = f"the log cannot be read: {failure.value}"
+        return Failure(LogUnavailable(str(failure.value)))
 
     def _page(self, room: str, after: int | None, limit: int) -> Page:
         """Read a page from one snapshot (in the reader's thread)."""
@@ -439,9 +478,3 @@ class SqliteStore:
         )
         first, head = db.execute(query, (room,)).fetchone() or (1, 0)
         return first, head
-
-
-def _unreadable(failure: Failure) -> Failure:
-    """A failure of the file is one of the log."""
-    failure.trap(sqlite3.Error)
-    return Failure(LogUnavailable(str(failure.value)))

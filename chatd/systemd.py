@@ -1,0 +1,49 @@
+"""What systemd is told of the server: that it is ready, that it stops, and again and again that it lives.
+
+This is sd_notify(3): lines of NAME=VALUE, in one datagram, to the socket that NOTIFY_SOCKET names.  With WatchdogSec
+in the unit, systemd waits for WATCHDOG=1 too, and kills and restarts a server that has not sent it in time.  It is the
+reactor that sends it, so a reactor that hangs is one that is restarted.  Outside systemd there is no
+such socket, and nothing is sent.
+"""
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Final
+
+from twisted.logger import Logger
+
+SEND_SECONDS: Final = 1
+"""How long the reactor waits for systemd to take a datagram, which is not at all unless its queue is full."""
+
+_log = Logger()
+
+
+class Notifier:
+    """Tells systemd, if the environment names it."""
+
+    watchdog: float | None = None
+    """How often to send WATCHDOG=1, in seconds: at half of the time that systemd gives; None if it does not ask."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        path = environ.get("NOTIFY_SOCKET", "")
+        # An @ stands for the zero byte that an address in Linux's abstract namespace begins with.
+        self._address = "\0" + path[1:] if path.startswith("@") else path
+        if path and environ.get("WATCHDOG_USEC") and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            self.watchdog = int(environ["WATCHDOG_USEC"]) / 1_000_000 / 2
+
+    def __call__(self, **values: str) -> None:
+        """Send values; that systemd does not take them is logged, and the server goes on."""
+        if not self._address:
+            return
+        datagram = "\n".join(f"{name}={value}" for name, value in values.items())
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.settimeout(SEND_SECONDS)
+                sender.sendto(datagram.encode(), self._address)
+        except OSError as error:
+            _log.warn("systemd was not told {datagram!r}: {error}", datagram=datagram, error=error)
+
+    def alive(self) -> None:
+        """Feed the watchdog."""
+        self(WATCHDOG="1")
