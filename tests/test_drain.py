@@ -155,12 +155,7 @@ BUDGETS = pytest.mark.parametrize("budget", [1, 8, 30, 120])
 
 
 def test_the_figures():
-    assert (drain.GRACE_SECONDS, drain.SPREAD_SECONDS, drain.HURRIED_SPREAD_SECONDS, drain.HURRIED_SECONDS) == (
-        20,
-        1,
-        10,
-        1,
-    )
+    assert (drain.GRACE_SECONDS, drain.SPREAD_SECONDS, drain.HURRIED_SPREAD_SECONDS) == (20, 1, 10)
     assert [grace(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.25, 2, 7.5, 20]
     assert [end(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.75, 6, 23, 113]
 
@@ -344,16 +339,16 @@ def test_a_client_is_told_when_it_has_what_was_in_the_log_when_that_settled(scen
     scene.log = []
     scene.begin(30)
     scene.drain.hurry()
-    scene.until(0.2)
+    scene.until(1)
     person.head = 7
     scene.settle()
-    scene.until(0.4)
+    scene.until(2)
     person.cursor = 6
-    scene.until(0.6)
+    scene.until(3)
     assert person.did == ["finish"]
     person.cursor = 7
     person.head = 1000  # others go on posting
-    scene.until(0.6 + SLACK)
+    scene.until(3 + SLACK)
     assert person.did == ["finish", "restart"]
 
 
@@ -362,13 +357,13 @@ def test_a_client_is_told_when_it_has_its_answers(scene):
     person.waits = True
     scene.begin(30)
     scene.drain.hurry()
-    scene.until(0.5)
+    scene.until(3)
     assert (person.did, other.did) == (["finish"], ["finish", "restart"])
     person.waits = False
-    scene.until(0.5 + SLACK)
+    scene.until(3 + SLACK)
     assert person.did == ["finish", "restart"]
-    scene.until(1)
-    assert 0.5 < scene.over < 0.6
+    scene.until(4)
+    assert 3 < scene.over < 3.1
 
 
 @pytest.mark.parametrize("budget", [1, 8, 30, 120])
@@ -557,39 +552,14 @@ def test_in_a_hurry_what_was_said_is_settled_and_answered_all_the_same(scene):
     scene.begin(30)
     scene.until(10)
     scene.drain.hurry()
-    scene.until(10.4)
+    scene.until(12)
     assert (person.did, other.did) == (["finish"], ["finish"])
     scene.settle()
-    scene.until(10.4 + SLACK)
+    scene.until(12 + SLACK)
     assert (person.did, other.did) == (["finish", "restart"], ["finish"])
     other.waits = False
-    scene.until(10.4 + 2 * SLACK)
+    scene.until(12 + 2 * SLACK)
     hurried(scene, [person, other])
-
-
-@pytest.mark.parametrize("moment", [0, 7, 20])
-def test_but_not_for_more_than_a_second(scene, moment):
-    people = scene.people(10)
-    people[0].waits = True
-    scene.log = []
-    scene.begin(30)
-    scene.until(moment)
-    scene.drain.hurry()
-    scene.until(moment + drain.HURRIED_SECONDS - SLACK)
-    assert scene.told() == 0
-    scene.until(moment + drain.HURRIED_SECONDS + 2 * SLACK)
-    hurried(scene, people)
-
-
-def test_a_hurry_near_the_end_gives_nobody_more_time(scene):
-    person = Person(scene)
-    person.waits = True
-    scene.begin(8)
-    for moment in (5.5, 5.8):
-        scene.until(moment)
-        scene.drain.hurry()
-    scene.until(6 + SLACK)
-    assert person.told <= 6 + SLACK
 
 
 def test_a_hurry_when_all_were_told_changes_nothing(scene):
