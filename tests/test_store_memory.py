@@ -35,6 +35,13 @@ class TestMemoryStore(StoreContract):
     def test_it_is_always_settled(self, bench):
         assert result_of(bench().store.settled()) is None
 
+    def test_its_size_is_how_many_messages_it_has(self, bench):
+        log = bench()
+        before = log.store.usage()["messages"]
+        log.post("main", "hi", "ho")
+        log.post("other", "hi")
+        assert log.store.usage() == {"messages": before + 3}
+
     def test_nothing_is_ever_wrong_with_it(self, bench):
         log = bench()
         log.post("main", "hi")

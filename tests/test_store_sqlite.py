@@ -535,6 +535,25 @@ def test_too_many_that_wait_are_no_fault_of_the_log(opened, monkeypatch):
     assert store.fault is None
 
 
+def test_its_size_is_that_of_its_files_beside_what_is_free(opened, path):
+    store = opened()
+    before = store.usage()
+    assert before.keys() == {"bytes", "free_bytes"}
+    assert before["bytes"] >= path.stat().st_size > 0
+    assert before["free_bytes"] > 0
+    post(store, *["x" * 500] * 50)
+    assert store.usage()["bytes"] >= before["bytes"] + 50 * 500, "the write-ahead log is counted"
+
+
+def test_nothing_is_known_of_the_size_when_the_disk_does_not_answer(opened, monkeypatch):
+    def broken(path):
+        raise OSError
+
+    store = opened()
+    monkeypatch.setattr(os, "statvfs", broken)
+    assert store.usage() == {}
+
+
 # Opening what is none of ours, or not for us
 
 
