@@ -1,0 +1,1 @@
+"""`python -m chatd.load URL`: prove, under load, that a server loses nothing."""

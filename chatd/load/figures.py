@@ -1,0 +1,87 @@
+"""How a trial is told: how far it is, how long things took, and what came of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Final, TextIO
+
+PERCENTS: Final = (50, 95, 99)
+STEP: Final = 1.02
+BUSY: Final = 0.8
+"""The share of a core from which a program keeps others waiting."""
+
+
+class Latencies:
+    """How long something took, so many times, kept as counts of steps of two percent."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._most = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Once more."""
+        step = math.ceil(math.log(max(seconds, 1e-6), STEP))
+        self._counts[step] = self._counts.get(step, 0) + 1
+        self._most = max(self._most, seconds)
+
+    def figures(self) -> dict[str, float] | None:
+        """The percentiles in milliseconds, by the nearest rank and up to two percent too high; None without any."""
+        if not self._counts:
+            return None
+        figures = {f"p{percent}": self._percentile(percent) for percent in PERCENTS} | {"max": self._most}
+        return {name: round(min(seconds, self._most) * 1000, 3) for name, seconds in figures.items()}
+
+    def _percentile(self, percent: int) -> float:
+        left = sum(self._counts.values()) * percent / 100
+        steps = iter(sorted(self._counts))
+        step = next(steps)
+        while (left := left - self._counts[step]) > 0:
+            step = next(steps)
+        return float(STEP**step)
+
+
+class Progress:
+    """A bar on a terminal that is drawn again and again; elsewhere a line now and then."""
+
+    SECONDS: Final = 5.0
+    WIDTH: Final = 30
+
+    def __init__(self, stream: TextIO, now: Callable[[], float]) -> None:
+        self._stream = stream
+        self._now = now
+        self._bar = stream.isatty()
+        self._due = now() + self.SECONDS
+
+    def show(self, part: float, words: str) -> None:
+        """So much is done, from 0 to 1."""
+        if self._bar:
+            done = "#" * int(self.WIDTH * part)
+            self._stream.write(f"\r\033[K[{done:{self.WIDTH}}] {part:4.0%}  {words}")
+        elif self._now() >= self._due:
+            self._due = self._now() + self.SECONDS
+            self._stream.write(f"{part:4.0%}  {words}\n")
+        self._stream.flush()
+
+    def clear(self) -> None:
+        """Leave the line to others."""
+        if self._bar:
+            self._stream.write("\r\033[K")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A report for people."""
+    known = report | {name: report[name] or 0 for name in ("deliveries_per_second", "cpu")}
+    lines = [
+        "{url}: {clients:,} clients, {posters:,} of them posters; {seconds:g} s",
+        "posted     {posted:,}; acknowledged {acknowledged:,}, {acknowledged_again:,} of them when posted again",
+        "delivered  {delivered:,}, {deliveries_per_second:,} a second; {of_others:,} of others' messages",
+        "cut        {cut:,} times; clients came back {came_back:,} times",
+    ]
+    for name, figures in report["latency_ms"].items():
+        if figures:
+            told = "  ".join(f"{key} {figure:g}" for key, figure in figures.items())
+            lines.append(f"{name:<9}  {told} ms after the post was due")
+    if known["cpu"] >= BUSY:
+        lines.append("busy       this program was at {cpu:.0%} of a core, and its own delays are in these times")
+    if report["proved"]:
+        lines.append("proved     each message came to each client exactly once, in one order, as it was posted")
+    return "".join(f"{line.format_map(known)}\n" for line in lines)
