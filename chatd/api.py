@@ -40,7 +40,7 @@ from chatd.frames import (
     parse_post,
     payload,
 )
-from chatd.log import Excerpt, LabelReused, LogUnavailable, UnknownId
+from chatd.log import Excerpt, InDoubt, LabelReused, LogUnavailable, UnknownId
 from chatd.room import Room
 from chatd.rooms import Opening, Rooms
 from chatd.web import PROBLEM, RETRY_SECONDS, SERVER, ChatResource, answer, page, problem
@@ -121,7 +121,9 @@ class Posting:
             self._reply.refuse(Refused(status, f"Idempotency-Key: {why}", code))
         else:
             status = HTTPStatus.SERVICE_UNAVAILABLE
-            self._reply.refuse(Refused(status, "the message was not stored; try again", Code.UNAVAILABLE))
+            in_doubt = isinstance(error, InDoubt)
+            why = "may not have been stored; try again with the same key" if in_doubt else "was not stored; try again"
+            self._reply.refuse(Refused(status, f"the message {why}", Code.UNAVAILABLE))
 
 
 @implementer(IPushProducer)
@@ -224,7 +226,7 @@ class EventStream:
 
     def owed(self, head: int) -> bool:
         """Client.owed."""
-        return self._room is not None and self.ready and self.cursor < head
+        return self._room is not None and self.cursor < head
 
     def finish(self) -> None:
         """Client.finish: nothing is read from it anyway."""

@@ -7,10 +7,11 @@ or created.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
 
 from chatd.admission import room_pattern
 from chatd.frames import Entry, history_frame, message_frame
@@ -39,6 +40,11 @@ FLEETING: Final = {"tmpfs": "the machine", "ramfs": "the machine", "overlay": "t
 """File systems that are gone with something."""
 OWN_DOMAINS: Final = frozenset({"example", "internal", "invalid", "lan", "local", "localhost", "test"})
 """Top-level domains that are nobody's (RFC 2606, RFC 6762), below which there can be one's own hosts only."""
+REDIS_PORT: Final = 6379
+REDIS: Final = 6, 2
+"""The oldest version of Redis whose commands the store can do with."""
+DURABLE: Final = ".memorydb."
+"""In the name of a Redis that has every message on several disks before it answers, though it says nothing of that."""
 DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 """Ports that are left out of an origin as browsers send it (RFC 6454, section 6.2)."""
 
@@ -64,6 +70,27 @@ class Settings(NamedTuple):
     proxy_hops: int
     folder: Path
     """The working directory that the server will have."""
+    password_file: Path | None = None
+    """Where the store's password is, if it is in a file."""
+
+
+class Server(NamedTuple):
+    """A Redis, and how to be let in."""
+
+    host: str
+    port: int
+    tls: bool
+    auth: tuple[str, ...]
+    """The user, if one is named, and the password, if there is one."""
+    database: int
+
+
+class Unreached(Exception):
+    """A Redis does not answer; the words say why."""
+
+
+class Refused(Exception):
+    """A Redis does not let us in; the words are its own."""
 
 
 class Machine(Protocol):
@@ -98,6 +125,18 @@ class Machine(Protocol):
 
     def may_listen(self, port: int) -> bool:
         """Whether this process is privileged enough for a port."""
+
+    def command_line(self) -> str:
+        """The command line of this process, which every user may see."""
+
+    def secret(self, path: Path) -> str | None:
+        """What a file with a password says; None if it cannot be read."""
+
+    def ask(self, server: Server) -> Mapping[str, str]:
+        """What a Redis says of itself, as far as it tells: the fields of INFO, and `appendfsync`.
+
+        Unreached or Refused, if it tells nothing since it cannot be asked.
+        """
 
 
 class Endpoint:
@@ -138,6 +177,11 @@ def _address(host: str) -> Address | None:
         return ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
         return None
+
+
+def veiled(url: str) -> str:
+    """A store's URL without its password."""
+    return re.sub(r"(?s)^([^:]*:/*(?:[^:@/]*:)?).*@", r"\1***@", url)
 
 
 def _collide(one: Address, other: Address) -> bool:
@@ -196,7 +240,7 @@ def _store(settings: Settings, machine: Machine) -> Iterator[str]:
         yield f"{said}: {lacking} is missing, or this user cannot write it: make it, or make it writable"
         return
     if machine.locked(path):
-        yield f"{said}: another chatd has it, and a file is for one: stop that one, or name another file"
+        yield f"{said}: another chatd has it, and a file is for one: stop that one, name another file, or share a redis://"
     elif (since := machine.readable_since(path)) == 0:
         yield f"{said}: it is no chatd store: name another file"
     elif since is not None and since > FORMAT:
@@ -215,6 +259,74 @@ def _store(settings: Settings, machine: Machine) -> Iterator[str]:
     free = machine.free(path.parent)
     if free < FREE:
         yield f"{said}: {free >> 20} MiB are free there: make room, or keep less with --retain"
+
+
+def _redis(settings: Settings, machine: Machine) -> Iterator[str]:
+    url = urlsplit(settings.store)
+    if url.scheme not in ("redis", "rediss"):
+        return
+    said = f"--store {veiled(settings.store)}"
+    if url.password and settings.store in machine.command_line():
+        yield (
+            f"{said}: every user of this machine can see the password in the command line (ps): "
+            "put it into a file that CHATD_STORE_PASSWORD_FILE names"
+        )
+    host = url.hostname or ""
+    address = _address(host)
+    if url.scheme == "redis" and not (address and address.is_loopback):
+        yield (
+            f"{said}: messages, and the password, can be read on their way to another machine: "
+            "have Redis speak TLS, and give rediss://"
+        )
+    password = unquote(url.password) if url.password else None
+    if settings.password_file:
+        file = settings.folder / settings.password_file
+        password = machine.secret(file)
+        if password is None:
+            yield f"CHATD_STORE_PASSWORD_FILE {file}: this user cannot read it: make it, or chown it"
+            return
+        if machine.world_readable(file):
+            yield (
+                f"CHATD_STORE_PASSWORD_FILE {file}: every user of this machine can read the password: "
+                f"chmod o= {file}, and think of a new password"
+            )
+    auth = () if password is None else (password,) if not url.username else (unquote(url.username), password)
+    server = Server(host, url.port or REDIS_PORT, url.scheme == "rediss", auth, int(url.path.lstrip("/") or 0))
+    try:
+        facts = machine.ask(server)
+    except Unreached as error:
+        yield f"{said}: Redis cannot be reached ({error}): start it, or name where it is"
+    except Refused as error:
+        yield f"{said}: Redis refuses ({error}): correct the user, the password or the database"
+    else:
+        yield from (f"{said}: {line}" for line in _of_redis(facts, durable=DURABLE in host))
+
+
+def _of_redis(facts: Mapping[str, str], *, durable: bool) -> Iterator[str]:
+    """What would bite of what a Redis says of itself; `durable` is one that keeps all without saying how."""
+    version = facts.get("redis_version", "")
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number and (int(number[1]), int(number[2])) < REDIS:
+        yield f"it is Redis {version}: have 6.2 or later, or Valkey"
+    if facts.get("role") == "slave":
+        primary = f"{facts.get('master_host')}:{facts.get('master_port')}"
+        yield f"it is a replica, by which {primary} is found only while it lives: name that, or what leads to it"
+    policy = facts.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        what = "labels, so that what is retried is kept twice" if policy.startswith("volatile") else "messages"
+        yield f"maxmemory-policy {policy} removes {what}, when memory is short: set maxmemory-policy noeviction"
+    if durable:
+        return
+    if facts.get("aof_enabled") == "0":
+        yield (
+            "what came after the last snapshot is lost when Redis is killed: "
+            "set appendonly yes and appendfsync always in its configuration"
+        )
+    elif facts.get("appendfsync", "always") != "always":
+        yield (
+            f"with appendfsync {facts['appendfsync']} the last acknowledged messages can go with the machine's power: "
+            "set appendfsync always, or accept that"
+        )
 
 
 def _history(settings: Settings, _: Machine) -> Iterator[str]:
@@ -291,7 +403,7 @@ def _endpoints(settings: Settings) -> list[tuple[str, str, Endpoint]]:
 
 
 RULES: Final[tuple[Callable[[Settings, Machine], Iterator[str]], ...]] = (
-    *(_ports, _keys, _admin, _proxy, _store, _history, _rooms, _origins, _rate, _ping, _stop, _files),
+    *(_ports, _keys, _admin, _proxy, _store, _redis, _history, _rooms, _origins, _rate, _ping, _stop, _files),
 )
 
 

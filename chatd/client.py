@@ -1,7 +1,8 @@
 """The client for Python people: a reader of a room that loses nothing, whose posts are kept once.
 
 A *client* is chatd.exchange over one connection after another, which Autobahn speaks: when one ends it waits a
-moment, connects again with its last id, and says again what has no answer.
+moment, connects again with its last id, and says again what has no answer.  So it does in the midst of a connection
+when the server says that the log is another: what was kept is void, and what was said may be.
 
 A connection that does not keep the server's promise is given up, and the next one mends what it broke: what is
 missing comes, and what came twice does not count.
@@ -275,10 +276,15 @@ class Client:
             raise Fault(f"an error came for what was not said: {frame.message}")
 
     def _begin(self, frame: History) -> None:
+        anew = self._assembler.greeted
         if self._assembler.history(frame):
             self._listener.begun(frame)
         elif frame.entries:
             self._listener.appended(frame.end.epoch, frame.entries)
+        if anew:
+            self._outbox.repeat()
+            self._send()
+            return
         self._backoff.reset()
         self._outbox.connect()
         self._send()

@@ -62,7 +62,7 @@ class Client(Protocol):
         """The number of the newest message in its room; 0 if it is in none."""
 
     def owed(self, head: int) -> bool:
-        """Whether it can be sent, and waits for, the message of this number or an answer to what it said."""
+        """Whether it waits for the message of this number, or for an answer to what it said."""
 
     def finish(self) -> None:
         """Read no more from it."""

@@ -183,8 +183,11 @@ class Assembler:
         self.greeted = False
 
     def history(self, frame: History) -> bool:
-        """A connection begins; answers whether what was kept is to be replaced.  Raises Fault."""
-        if self.greeted:
+        """A connection begins, or everything, in its midst; answers whether what was kept is to be replaced.
+
+        Raises Fault.
+        """
+        if self.greeted and frame.resumed is not False:
             raise Fault(f"a connection began a second time, with history up to {frame.end}")
         resumed = frame.resumed is True and self.last is not None
         if resumed:
@@ -241,6 +244,7 @@ class Outbox:
         self._requests: dict[int, _Request] = {}
         self._unsent: list[int] = []  # a heap: the oldest first
         self._sent: set[int] = set()
+        self._repeated: set[int] = set()
         self._until = 0.0
 
     def __len__(self) -> int:
@@ -259,15 +263,23 @@ class Outbox:
         """Another connection begins: what was not answered is to be sent again."""
         self._unsent = [*self._requests]  # in order, which is a heap
         self._sent.clear()
+        self._repeated.clear()
         self._until = 0.0  # a rate is a connection's
+
+    def repeat(self) -> None:
+        """The log is another: what was not answered is to be sent again, and may yet be answered twice."""
+        self._repeated |= self._sent
+        self._unsent = [*self._requests]
+        self._sent.clear()
 
     def send(self, now: float) -> list[bytes]:
         """What is to be sent now, oldest first."""
         texts: list[bytes] = []
         while self._unsent and len(self._sent) < self._window and now >= self._until:
             number = heappop(self._unsent)
-            self._sent.add(number)
-            texts.append(self._requests[number].text)
+            if number in self._requests:  # else it was answered when it was to be sent once more
+                self._sent.add(number)
+                texts.append(self._requests[number].text)
         return texts
 
     def wait(self, now: float) -> float | None:
@@ -285,7 +297,7 @@ class Outbox:
         """It was refused: for now, or for good; answers whether it is known what was."""
         number = self._number(frame.label)
         if number not in self._requests:
-            return False
+            return number in self._repeated
         if frame.code not in (Code.RATE_LIMITED, Code.UNAVAILABLE):
             self._take(frame.label).answer.errback(Refused(frame.message, frame.code))  # type: ignore[union-attr]
         elif number in self._sent:

@@ -20,6 +20,10 @@ class LogUnavailable(Exception):
     """The log cannot take or give messages now; nothing was kept, and the same may be tried again."""
 
 
+class InDoubt(LogUnavailable):
+    """It cannot be told whether the message was kept: with its label, it may be posted again."""
+
+
 class LabelReused(Exception):
     """The label is that of another message of this user in this room; nothing was kept."""
 
@@ -49,7 +53,7 @@ class Poster(Protocol):
         """
 
     def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
-        """The post is not in the log."""
+        """The post is not in the log; or, with InDoubt, it may be."""
 
 
 class Follower(Protocol):
@@ -61,13 +65,16 @@ class Follower(Protocol):
     def trimmed(self, room: str, first: int) -> None:
         """The messages before this number are kept no more."""
 
+    def interrupted(self) -> None:
+        """Messages may have come that were not told, or the epoch is another, and all that was known is void."""
+
 
 class Log(Protocol):
     """The durable order of all rooms' messages."""
 
     @property
     def epoch(self) -> str:
-        """The word that stands for this history, 4 to 16 characters of [0-9A-Za-z]."""
+        """The word that stands for this history, 4 to 16 characters of [0-9A-Za-z]; another if that is lost."""
 
     def append(self, room: str, post: Post, poster: Poster) -> None:
         """Number, stamp and keep a post, then tell the followers, then the poster; never blocks.
@@ -77,7 +84,10 @@ class Log(Protocol):
         """
 
     def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
-        """At most `limit` messages after the number given, or the newest; LogUnavailable if it cannot."""
+        """At most `limit` messages after the number given, or the newest; LogUnavailable if it cannot.
+
+        They are of the epoch that stands when they are answered.
+        """
 
     def tail(self, follower: Follower) -> None:
         """Tell this follower of all that is appended and trimmed from now on."""

@@ -10,23 +10,30 @@ import os
 import re
 import resource
 import shutil
+import socket
 import sqlite3
+import ssl
 import stat
 import struct
 import subprocess
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from io import BufferedRWPair
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from chatd.check import Address
+from chatd.check import Address, Refused, Server, Unreached
 from chatd.store.sqlite import APPLICATION_ID
 
 LISTENING: Final = "0A"
 """The state of a socket in /proc/net/tcp."""
 CAP_NET_BIND_SERVICE: Final = 1 << 10
 """The capability that takes any port."""
+REDIS_SECONDS: Final = 5
+"""How long a Redis may take to be connected to, and to answer."""
+FORBIDDEN: Final = "NOPERM", "ERR unknown command"
+"""How a Redis begins when it does not tell something to this user, or to anybody."""
 SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 """What systemd writes a time span in (systemd.time(7)), up to weeks."""
 
@@ -157,8 +164,91 @@ class ThisMachine:
         privileged = capabilities is None or int(capabilities[1], 16) & CAP_NET_BIND_SERVICE
         return port >= int(first or 0) or bool(privileged)
 
+    def command_line(self) -> str:
+        """Machine.command_line."""
+        return self._read("self/cmdline")
+
+    def secret(self, path: Path) -> str | None:
+        """Machine.secret."""
+        try:
+            return path.read_text("utf-8").rstrip("\r\n")
+        except (OSError, UnicodeError):
+            return None
+
+    def ask(self, server: Server) -> Mapping[str, str]:
+        """Machine.ask."""
+        try:
+            with (
+                socket.create_connection((server.host, server.port), REDIS_SECONDS) as plain,
+                _tls(plain, server.host) if server.tls else plain as there,
+                there.makefile("rwb") as stream,
+            ):
+                return _facts(stream, server)
+        except TimeoutError:
+            raise Unreached("it does not answer") from None
+        except ssl.SSLCertVerificationError as error:
+            raise Unreached(f"no TLS: {error.verify_message.rstrip('.')}") from None
+        except ssl.SSLError as error:
+            raise Unreached(f"no TLS: {error.reason.replace('_', ' ').lower()}") from None
+        except UnicodeError:
+            raise Unreached("it is no name of a machine") from None
+        except OSError as error:
+            raise Unreached(error.strerror or "it hung up") from None
+
     def _read(self, name: str) -> str:
         try:
-            return (self._proc / name).read_text()
+            return (self._proc / name).read_text(errors="surrogateescape")
         except OSError:
             return ""
+
+
+def _tls(plain: socket.socket, host: str) -> ssl.SSLSocket:
+    return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+
+
+def _facts(stream: BufferedRWPair, server: Server) -> dict[str, str]:
+    """Say who we are, and ask a Redis what it is."""
+    if server.auth:
+        _ask(stream, "AUTH", *server.auth)
+    if server.database:
+        _ask(stream, "SELECT", str(server.database))
+    facts: dict[str, str] = {}
+    with _allowed():
+        (info,) = _ask(stream, "INFO")
+        facts |= dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    with _allowed():
+        config = _ask(stream, "CONFIG", "GET", "appendfsync")
+        facts |= zip(config[::2], config[1::2], strict=True)
+    return facts
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
+    """Do without what this user may not ask."""
+    try:
+        yield
+    except Refused as refused:
+        if not str(refused).startswith(FORBIDDEN):
+            raise
+
+
+def _ask(stream: BufferedRWPair, *words: str) -> list[str]:
+    """Send a command, and read the texts of its reply (RESP)."""
+    parts = [word.encode() for word in words]
+    stream.write(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts))
+    stream.flush()
+    return _reply(stream)
+
+
+def _reply(stream: BufferedRWPair) -> list[str]:
+    line = stream.readline()
+    kind, rest = line[:1], line[1:].decode(errors="replace").strip()
+    if kind == b"-":
+        raise Refused(re.split(r"[.,](?: |$)", rest)[0])  # what follows can be long, or the words that were sent
+    if kind == b"$":
+        return [stream.read(int(rest) + 2)[:-2].decode(errors="replace")]
+    if kind == b"*":
+        return [text for _ in range(int(rest)) for text in _reply(stream)]
+    if kind == b"+":
+        return [rest]
+    raise Unreached("what is there is no Redis, or speaks TLS" if line else "it hung up")

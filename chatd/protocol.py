@@ -28,16 +28,16 @@ from typing import Any, Final, TypeVar, cast
 
 import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from autobahn.util import encode_truncate
 from autobahn.websocket.types import ConnectionDeny, ConnectionRequest
 from autobahn.websocket.utf8validator import Utf8Validator
 from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.interfaces import IPullProducer, IPushProducer, IReactorTime
+from twisted.internet.interfaces import IProtocolNegotiationFactory, IPullProducer, IPushProducer, IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.internet.tcp import Connection
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
-from twisted.web.server import Site
 from zope.interface import implementer
 
 from chatd.admission import Admission, Rate, Refused, Visit, read_query
@@ -47,7 +47,7 @@ from chatd.frames import Code
 from chatd.log import LogUnavailable
 from chatd.rooms import Opening, Rooms
 from chatd.session import SCHEMA, Session
-from chatd.web import PROBLEM, RETRY_SECONDS, SERVER, problem
+from chatd.web import HTTP_1_1, PROBLEM, RETRY_SECONDS, SERVER, ChatSite, problem
 
 SUBPROTOCOL: Final = "chat.v1"
 """Accepted when a client offers it, and not required."""
@@ -55,6 +55,8 @@ MAX_HEAD: Final = 16 << 10
 """Bytes of a request's head."""
 MAX_MESSAGE: Final = 16 << 10
 """Bytes of a posted frame: 530 code points, each escaped in twelve bytes, fit twice."""
+MAX_REASON: Final = 123
+"""Bytes of the reason in a close frame (RFC 6455, section 5.5.1)."""
 MAX_FRAGMENTS: Final = 128
 """WebSocket frames that one message may come in."""
 
@@ -117,6 +119,10 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
                 transport.setTcpNoDelay(True)
         self.factory.countConnections += 1
         self.factory.clients.handshakes.add(self)
+
+    def buffered(self) -> None:
+        """Write nothing at once: it would overtake what the transport holds."""
+        self._socket = None
 
     def processHandshake(self) -> None:
         """Wait for the whole head of a request, and choose who answers it."""
@@ -206,7 +212,8 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
         """Refuse a handshake with a status, and a problem that says why."""
         if self.state == self.STATE_CLOSED:
             return
-        _log.info("{peer} refused: {code} {reason}", peer=self.peer, code=int(code), reason=reason)
+        # Not the reason, in which Autobahn quotes the request, with all the secrets that are in it.
+        _log.info("{peer} refused: {code} {phrase}", peer=self.peer, code=int(code), phrase=HTTPStatus(code).phrase)
         self.factory.refused_handshakes[str(int(code))] += 1
         body = problem(HTTPStatus(code), reason)
         headers = [
@@ -273,6 +280,24 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
             self._fail_connection(UNSUPPORTED, "only text frames are understood")
             return
         self.received(payload)
+
+    def _fail_connection(self, code: int = POLICY, reason: str = "") -> None:
+        """The client has broken the protocol: as Autobahn does, but for its line in the log, which names nobody."""
+        if self.state == self.STATE_CLOSED:
+            return
+        _log.info(
+            "#{connection} {peer} is failed: {code} {reason}",
+            connection=self.connection,
+            peer=self.peer,
+            room=self.room and self.room.name,
+            code=code,
+            reason=reason,
+        )
+        self.failedByMe = True
+        if self.state == self.STATE_CLOSING:
+            self.dropConnection()
+        else:
+            self.sendCloseFrame(code, encode_truncate(reason, MAX_REASON))
 
     def not_text(self) -> None:
         """Session.not_text."""
@@ -396,6 +421,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
             )
 
 
+@implementer(IProtocolNegotiationFactory)
 class ChatFactory(WebSocketServerFactory):
     """Makes the connections, and holds what they share."""
 
@@ -407,7 +433,7 @@ class ChatFactory(WebSocketServerFactory):
         rooms: Rooms,
         clients: Clients,
         admission: Admission,
-        site: Site,
+        site: ChatSite,
         reactor: IReactorTime,
         rate: Rate | None = None,
     ) -> None:
@@ -425,11 +451,27 @@ class ChatFactory(WebSocketServerFactory):
         self.clients = clients
         self.admission = admission
         self.site = site
+        site.upgrade = self.take_back
         self.refused_handshakes: Counter[str] = Counter()
         """How many, by status."""
         self.refused_frames = Counter(dict.fromkeys([SCHEMA, *Code], 0))
         """How many, by the code of the error."""
         self.protocol = self._lean({"rooms": rooms, "rate": rate, "refusals": self.refused_frames})
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """IProtocolNegotiationFactory: what is spoken under TLS (RFC 7301)."""
+        return [HTTP_1_1]
+
+    def take_back(self, transport: Any, data: bytes) -> None:
+        """Have a connection that has served plain requests, and now begins with a handshake."""
+        protocol = cast(ChatProtocol, self.buildProtocol(transport.getPeer()))
+        if isinstance(transport, ProtocolWrapper):
+            transport.wrappedProtocol = protocol
+        else:
+            transport.protocol = protocol
+        protocol.makeConnection(transport)
+        protocol.buffered()  # the last answer may not be out yet
+        protocol.dataReceived(data)
 
     def _lean(self, own: Mapping[str, Any]) -> type[ChatProtocol]:
         """Make the class of this factory's connections: it has what Autobahn would give to each of them.

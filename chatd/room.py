@@ -35,7 +35,7 @@ from twisted.python.failure import Failure
 
 from chatd.frames import Entry, Id, history_frame, message_frame
 from chatd.log import Excerpt, Log, Page, Span, UnknownId
-from chatd.presence import Presence
+from chatd.presence import Presence, Report
 from chatd.sweep import sweep
 from chatd.tail import NO_RUN, RUN_FRAMES, Run, Tail
 
@@ -86,32 +86,40 @@ _cursor: Callable[[Member], int] = attrgetter("cursor")
 class Room:
     """One room with someone in it."""
 
-    def __init__(self, name: str, log: Log, page: Page, clock: IReactorTime, history: int) -> None:
+    def __init__(
+        self, name: str, log: Log, page: Page, clock: IReactorTime, history: int, *, report: Report | None = None
+    ) -> None:
         self.name = name
         self.members: dict[Member, None] = {}
         self._log = log
         self._clock = clock
         self._history = history
-        self._first = page.first
-        self._tail = Tail(page.head - len(page.entries), history)
-        self._tail.extend([message_frame(log.epoch, entry) for entry in page.entries])
-        self.presence = Presence(self.members, clock)
+        self.presence = Presence(self.members, clock, report)
         self._greetings: dict[tuple[bool | None, int], tuple[bytes, int]] = {}
         self._turn: IDelayedCall | None = None
         # The pass: whom it has yet to serve, up to which message, with which joined runs by cursor;
         # and who is to be served again in the next, new messages or not.
         self._pass: Iterator[Member] | None = None
-        self._target = page.head
         self._runs: dict[tuple[int, Callable[[bytes], bytes] | None], Run] = {}
         self._again: dict[Member, None] = {}
         # Who waits for the log, by cursor; and what it gave, for this pass and for the next.
         self._refilling: dict[int, dict[Member, None]] = {}
         self._refills: dict[int, Sequence[bytes]] = {}
         self._refills_to_come: dict[int, Sequence[bytes]] = {}
-        # Who is owed acknowledgements, of which messages.
-        self._acks: dict[Member, list[tuple[int, bytes]]] = {}
+        # Who is owed acknowledgements, of which messages of which epoch.
+        self._acks: dict[Member, list[tuple[str, int, bytes]]] = {}
         # The sum of the cursors at which members have left, less that of those at which members have joined.
         self._delivered = 0
+        self._load(page)
+
+    def _load(self, page: Page) -> None:
+        """Take these as the newest messages."""
+        self.epoch = self._log.epoch
+        """That of all messages here."""
+        self._first = page.first
+        self._tail = Tail(page.head - len(page.entries), self._history)
+        self._tail.extend([message_frame(self.epoch, entry) for entry in page.entries])
+        self._target = page.head
 
     @property
     def head(self) -> int:
@@ -176,15 +184,35 @@ class Room:
         return member in self._acks
 
     def acknowledge(self, member: Member, number: int, frame: bytes) -> None:
-        """Send a member a frame once it has been given the message of this number."""
-        self._acks.setdefault(member, []).append((number, frame))
+        """Send a member a frame once it has been given the message of this number in the log as it is now."""
+        self._acks.setdefault(member, []).append((self._log.epoch, number, frame))
         self.resume(member)
 
     def appended(self, entries: Sequence[Entry]) -> None:
         """Take what the log appended; what is known already, because the room was loaded since, is passed over."""
-        head, epoch = self._tail.head, self._log.epoch
+        head, epoch = self._tail.head, self.epoch
         self._tail.extend([message_frame(epoch, entry) for entry in entries if entry.number > head])
         self._greetings.clear()
+        self._schedule()
+
+    def continues(self, page: Page) -> bool:
+        """Whether a page that was read after the head of this room holds all that came since."""
+        return self.epoch == self._log.epoch and self.head + len(page.entries) == page.head
+
+    def restart(self, page: Page) -> None:
+        """Begin anew with the newest messages, of another history, or too far on: every member is told."""
+        self._pass = None
+        for kept in (self._runs, self._again, self._refilling, self._refills, self._refills_to_come, self._greetings):
+            kept.clear()
+        self._load(page)
+        for member, acks in [*self._acks.items()]:
+            self._acks[member] = [ack for ack in acks if ack[0] == self.epoch]
+        frame, head = self._history_frame(resumed=False, number=self.head, missed=None)
+        self._delivered += sum(member.cursor - head for member in self.members)
+        for member in self.members:
+            member.cursor = head
+        for member in [*self.members]:
+            member.tell(frame)
         self._schedule()
 
     def trimmed(self, first: int) -> None:
@@ -200,7 +228,7 @@ class Room:
 
     def _greet(self, last: Id | None, missed: Page | None) -> tuple[bytes, int]:
         """The history frame for who has the message `last`, and the number of the last message in it."""
-        epoch = self._log.epoch
+        epoch = self.epoch
         resumed = None if last is None else last.epoch == epoch and self.can_resume(last.number, missed)
         key = resumed, (last.number if last is not None and resumed else self.head)
         if key not in self._greetings:
@@ -217,7 +245,7 @@ class Room:
         return max(first - 1, head - MAX_LAG) <= number <= head
 
     def _history_frame(self, resumed: bool | None, number: int, missed: Page | None) -> tuple[bytes, int]:
-        epoch = self._log.epoch
+        epoch = self.epoch
         if not resumed:
             excerpt = Span(None, None, self._history).excerpt(
                 max(self._first, self._tail.first), number, self._tail.between
@@ -300,7 +328,7 @@ class Room:
     def _acknowledge(self) -> None:
         """Send what is due by now."""
         for member, acks in [*self._acks.items()]:
-            due = [frame for number, frame in acks if number <= member.cursor]
+            due = [frame for epoch, number, frame in acks if epoch == self.epoch and number <= member.cursor]
             if len(due) == len(acks):
                 del self._acks[member]
             else:
@@ -327,9 +355,11 @@ class Room:
 
     def _refilled(self, page: Page, cursor: int) -> None:
         """Serve those who wait at a cursor with the next pass."""
-        waiting = [member for member in self._refilling.pop(cursor) if member in self.members]
+        waiting = [member for member in self._refilling.pop(cursor, ()) if member in self.members]
+        if not waiting or self.epoch != self._log.epoch:  # this room begins anew
+            return
         if page.entries and page.entries[0].number == cursor + 1:
-            self._refills_to_come[cursor] = [message_frame(self._log.epoch, entry) for entry in page.entries]
+            self._refills_to_come[cursor] = [message_frame(self.epoch, entry) for entry in page.entries]
             self._again |= dict.fromkeys(waiting)
             self._schedule()
             return
@@ -338,7 +368,7 @@ class Room:
 
     def _not_refilled(self, failure: Failure, cursor: int) -> None:
         _logger.error("{room}: the log cannot be read: {error}", room=self.name, error=failure.value)
-        for member in self._refilling.pop(cursor):
+        for member in self._refilling.pop(cursor, ()):
             if member in self.members:
                 self._overrun(member)
 

@@ -7,15 +7,21 @@ Nothing here knows a reactor, a socket or a disk: time, members and the log are 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from functools import partial
+from itertools import chain
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 
 from chatd.frames import Entry, Id, PageRequest, Post, message_frame
-from chatd.log import Excerpt, Log, Page, Poster, Span, UnknownId
-from chatd.room import Member, Room
+from chatd.log import Excerpt, Log, LogUnavailable, Page, Poster, Span, UnknownId
+from chatd.presence import Here, Lobby
+from chatd.room import MAX_LAG, Member, Room
+
+RELOAD_SECONDS: Final = 1.0
+"""How soon a room is loaded again after that has failed."""
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
@@ -56,7 +62,7 @@ class _Shared(Generic[_K, _T]):
 class Rooms:
     """The rooms that someone is in, by name; it follows the log for them all."""
 
-    def __init__(self, log: Log, clock: IReactorTime, history: int) -> None:
+    def __init__(self, log: Log, clock: IReactorTime, history: int, lobby: Lobby | None = None) -> None:
         self._log = log
         self._clock = clock
         self._history = history
@@ -70,15 +76,23 @@ class Rooms:
         """What is appended to a room while it is loaded,"""
         self._trims: dict[str, int] = {}
         """... and the first message that is kept, if some are removed."""
+        self._stale: dict[str, Room] = {}
+        """Rooms to which the log may have gone on untold; they are loaded again before anyone joins them."""
+        self._interruptions = 0
+        """How often that came about: what was read before the last one may lack something."""
+        self._retry: IDelayedCall | None = None
         self._recalls: _Shared[tuple[str, int], Page] = _Shared()
         log.tail(self)
+        self._lobby = lobby
+        if lobby is not None:
+            lobby.follow(self)
 
     def __iter__(self) -> Iterator[Room]:
         """Those that someone is in, or is about to be."""
-        return iter(self._rooms.values())
+        return chain(self._rooms.values(), self._stale.values())
 
     def __len__(self) -> int:
-        return len(self._rooms)
+        return len(self._rooms) + len(self._stale)
 
     @property
     def delivered(self) -> int:
@@ -88,7 +102,7 @@ class Rooms:
     @property
     def busy(self) -> bool:
         """Whether some member that can be served has not been."""
-        return any(room.busy for room in self._rooms.values())
+        return any(room.busy for room in self)
 
     @property
     def epoch(self) -> str:
@@ -112,12 +126,32 @@ class Rooms:
 
     def _load(self, name: str) -> "Deferred[Room]":
         self._missed[name] = []
-        return self._log.read(name, None, self._history).addCallbacks(
-            self._loaded, self._not_loaded, callbackArgs=(name,), errbackArgs=(name,)
+        self._trims.pop(name, None)
+        stale = self._stale.get(name)
+        if stale is None or stale.epoch != self._log.epoch:
+            reading = self._log.read(name, None, self._history)
+        else:
+            reading = self._log.read(name, stale.head, MAX_LAG).addCallback(self._or_newest, stale)
+        return reading.addCallbacks(
+            self._loaded, self._not_loaded, callbackArgs=(name, self._interruptions), errbackArgs=(name,)
         )
 
-    def _loaded(self, page: Page, name: str) -> Room:
-        room = self._rooms[name] = Room(name, self._log, page, self._clock, self._history)
+    def _or_newest(self, page: Page, stale: Room) -> "Page | Deferred[Page]":
+        """What a stale room lacks; or, if that is not to be had any more, the newest messages."""
+        return page if stale.continues(page) else self._log.read(stale.name, None, self._history)
+
+    def _loaded(self, page: Page, name: str, interruptions: int) -> "Room | Deferred[Room]":
+        if interruptions < self._interruptions:
+            return self._load(name)
+        room = self._stale.pop(name, None)
+        if room is None:
+            report = None if self._lobby is None else partial(self._lobby.report, name)
+            room = Room(name, self._log, page, self._clock, self._history, report=report)
+        elif room.continues(page):
+            room.appended(page.entries)
+        else:
+            room.restart(page)
+        self._rooms[name] = room
         room.appended(self._missed.pop(name))
         room.trimmed(max(page.first, self._trims.pop(name, 0)))
         # Those who waited join in their callbacks, which come only after this.
@@ -128,6 +162,26 @@ class Rooms:
         del self._missed[name]
         self._trims.pop(name, None)
         return failure
+
+    def interrupted(self) -> None:
+        """Follower.interrupted: load again the rooms that someone is in."""
+        self._interruptions += 1
+        self._stale |= self._rooms
+        self._rooms = {}
+        self._reload()
+
+    def _reload(self) -> None:
+        for name, room in [*self._stale.items()]:
+            if room.members or name in self._missed:
+                self._open(name).addErrback(self._not_reloaded)
+            else:  # all have left meanwhile
+                del self._stale[name]
+                self._delivered += room.delivered
+
+    def _not_reloaded(self, failure: Failure) -> None:
+        failure.trap(LogUnavailable)
+        if self._retry is None or not self._retry.active():
+            self._retry = self._clock.callLater(RELOAD_SECONDS, self._reload)
 
     def _recall(self, room: Room, last: Id | None) -> "Opening | Deferred[Opening]":
         """Have the log read if a member comes back that has missed more than the tail holds."""
@@ -154,7 +208,7 @@ class Rooms:
 
     def page(self, name: str, request: PageRequest) -> "Deferred[Excerpt]":
         """Read on in a room's log, whoever is in that room; fails with UnknownId, or LogUnavailable."""
-        if any(named is not None and named.epoch != self._log.epoch for named in (request.before, request.after)):
+        if self._unknown(request):
             return fail(UnknownId())
         before, after = (named and named.number for named in (request.before, request.after))
         span = Span(before, after, request.limit)
@@ -162,9 +216,16 @@ class Rooms:
         excerpt = room.excerpt(span) if room is not None else None
         if excerpt is not None:
             return succeed(excerpt)
-        return self._log.read(name, span.start, span.limit).addCallback(self._excerpt, span)
+        return self._log.read(name, span.start, span.limit).addCallback(self._excerpt, request, span)
 
-    def _excerpt(self, page: Page, span: Span) -> Excerpt:
+    def _unknown(self, request: PageRequest) -> bool:
+        """Whether a request names a message of another history."""
+        return any(named is not None and named.epoch != self._log.epoch for named in (request.before, request.after))
+
+    def _excerpt(self, page: Page, request: PageRequest, span: Span) -> Excerpt:
+        if self._unknown(request):  # by now
+            raise UnknownId
+
         def between(after: int, until: int) -> Sequence[bytes]:
             return [message_frame(self._log.epoch, entry) for entry in page.entries if after < entry.number <= until]
 
@@ -184,3 +245,25 @@ class Rooms:
             self._rooms[room].trimmed(first)
         elif room in self._missed:
             self._trims[room] = first
+
+    # chatd.presence.Guest
+
+    def elsewhere(self, room: str, node: str, here: Here) -> None:
+        """Guest.elsewhere."""
+        found = self._find(room)
+        if found is not None:
+            found.presence.elsewhere(node, here)
+
+    def typing(self, room: str, usernames: Sequence[str]) -> None:
+        """Guest.typing."""
+        found = self._find(room)
+        if found is not None:
+            found.presence.typing_elsewhere(usernames)
+
+    def gone(self, node: str) -> None:
+        """Guest.gone."""
+        for room in self:
+            room.presence.elsewhere(node, None)
+
+    def _find(self, name: str) -> Room | None:
+        return self._rooms.get(name) or self._stale.get(name)

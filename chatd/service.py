@@ -52,9 +52,11 @@ class Readiness:
 
     def __call__(self) -> tuple[bool, str]:
         """Whether, and `ready`, `degraded: ...`, or why not."""
+        fault = self._fault()
+        if self.why_not == "starting" and fault:
+            return False, f"starting: {fault}"
         if self.why_not:
             return False, self.why_not
-        fault = self._fault()
         return True, f"degraded: {fault}" if fault else "ready"
 
 
@@ -87,9 +89,9 @@ class ChatService(Service):
         self._seed = seed
         self._ports: list[IListeningPort] = []
         self._admin_ports: list[IListeningPort] = []
-        self._ports_to_open = [
-            *((text, endpoint, factory, self._ports) for text, endpoint in listen.items()),
-            *((text, endpoint, admin_factory, self._admin_ports) for text, endpoint in admin.items()),
+        self._ports_to_open = [(text, endpoint, factory, self._ports) for text, endpoint in listen.items()]
+        self._admin_ports_to_open = [
+            (text, endpoint, admin_factory, self._admin_ports) for text, endpoint in admin.items()
         ]
         self._readiness = readiness
         self._drain = drain
@@ -113,23 +115,39 @@ class ChatService(Service):
             parent.setComponent(ILogObserver, self._observer)
 
     def startService(self) -> None:
-        """Open the store and the ports; SystemExit with one line when one cannot be opened."""
+        """Open the store, and then the ports; SystemExit with one line when one cannot be opened.
+
+        A store that is elsewhere may take its time: meanwhile the admin port says that nobody is to come yet.
+        """
         try:
-            self._store.open(self._seed)
+            opened = self._store.open(self._seed)
         except StoreError as error:
             raise SystemExit(f"chatd: {error}") from None
-        faults: list[str] = []
-        for text, endpoint, factory, ports in self._ports_to_open:
-            endpoint.listen(factory).addCallbacks(
-                self._listening, self._not_listening, callbackArgs=(text, ports), errbackArgs=(text, faults)
-            )
-        if faults:
-            self._store.close()
-            raise SystemExit(f"chatd: {faults[0]}")
+        if opened.called:
+            self._listen([*self._ports_to_open, *self._admin_ports_to_open])
+        else:
+            self._listen(self._admin_ports_to_open)
+            opened.addCallback(self._opened)
         super().startService()
         for loop, interval in self._loops:
             loop.clock = self._clock
             self._repeat(loop, interval)
+
+    def _opened(self, _: None) -> None:
+        if self._readiness.why_not == "starting":
+            self._listen(self._ports_to_open)
+
+    def _listen(
+        self, to_open: Sequence[tuple[str, IStreamServerEndpoint, IProtocolFactory, list[IListeningPort]]]
+    ) -> None:
+        faults: list[str] = []
+        for text, endpoint, factory, ports in to_open:
+            endpoint.listen(factory).addCallbacks(
+                self._listening, self._not_listening, callbackArgs=(text, ports), errbackArgs=(text, faults)
+            )
+        if faults and not self.running:
+            self._store.close()
+            raise SystemExit(f"chatd: {faults[0]}")
 
     def _repeat(self, loop: LoopingCall, interval: float) -> None:
         """Go on with a loop that failed, since connections rely on it."""
@@ -146,8 +164,12 @@ class ChatService(Service):
             return
         ports.append(port)
         _log.info("listening on {endpoint}", endpoint=text)
-        opened = len(self._ports) + len(self._admin_ports) == len(self._ports_to_open)
-        if opened and self._readiness.why_not == "starting":
+        opened = len(self._ports) == len(self._ports_to_open)
+        if (
+            opened
+            and len(self._admin_ports) == len(self._admin_ports_to_open)
+            and self._readiness.why_not == "starting"
+        ):
             self._readiness.why_not = None
             _log.info("ready, with the log {epoch}", epoch=self._store.epoch)
             self._notify(READY="1", STATUS="ready")
@@ -176,6 +198,7 @@ class ChatService(Service):
         if len(self._draining) == 1:
             self._readiness.why_not = "draining"
             _log.info("draining")
+            self._notify(STATUS="draining")
             self._drain.run(self._close_ports).addBoth(self._gone)
         return done
 

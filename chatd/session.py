@@ -28,12 +28,15 @@ from chatd.frames import (
     history_frame,
     parse,
 )
-from chatd.log import Excerpt, LabelReused, LogUnavailable, UnknownId
+from chatd.log import Excerpt, InDoubt, LabelReused, LogUnavailable, UnknownId
 from chatd.room import Room
 from chatd.rooms import Rooms
 
 SCHEMA: Final = "schema"
 """Stands for the code of an error that has none, which is what breaks its schema."""
+NOT_STORED: Final = "The message was not stored; try again."
+IN_DOUBT: Final = "The message may not have been stored; try again with the same label."
+"""What is said to who posted, when the log fails; Code.UNAVAILABLE."""
 
 _log = Logger()
 _T = TypeVar("_T")
@@ -124,7 +127,7 @@ class Session:
 
     def owed(self, head: int) -> bool:
         """Client.owed."""
-        if self.room is None or not self.ready:
+        if self.room is None:
             return False
         return self.cursor < head or self._paging or bool(self._held) or self.room.owes(self)
 
@@ -204,7 +207,12 @@ class Session:
             self._held = None
             self.not_text()
             return
-        _log.info("#{connection} {peer} sent what is refused", connection=self.connection, peer=self.peer)
+        _log.info(
+            "#{connection} {peer} in {room} sent what is refused",
+            connection=self.connection,
+            peer=self.peer,
+            room=self.room and self.room.name,
+        )
         if wait:
             self._hurry(wait, error.label)
         else:
@@ -269,4 +277,4 @@ class Session:
         if isinstance(error, LabelReused):
             self._err("The label was given to another message.", Code.LABEL_REUSED, post.label)
         else:
-            self._err("The message was not stored; try again.", Code.UNAVAILABLE, post.label)
+            self._err(IN_DOUBT if isinstance(error, InDoubt) else NOT_STORED, Code.UNAVAILABLE, post.label)

@@ -6,10 +6,12 @@ This is the one place that knows every part by name and the only one that uses t
 import gc
 import os
 import pathlib
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, NoReturn, TypeVar
+from urllib.parse import unquote
 
 from twisted.application.service import IService
 from twisted.internet.endpoints import serverFromString
@@ -83,7 +85,28 @@ def _store(url: str) -> Callable[[Retention], Store]:
         return lambda retain: SqliteStore(
             path, retain, time.time, ThreadWorker(reactor, "chatd-write"), ThreadWorker(reactor, "chatd-read")
         )
-    raise ValueError(f"{url!r} is neither memory: nor sqlite:PATH")
+    if kind in ("redis", "rediss"):
+        # With the reactor that twistd installed, which txredisapi takes when it is imported.
+        from chatd.store.redis import RedisStore
+        from chatd.store.redis_link import Address, Link
+
+        file = _password_file()
+        user = re.match(r"\w+://([^:@/]+)@", url) if file else None  # whose password is in the file
+        try:
+            address = Address.parse(url.replace(f"{user[1]}@", "", 1) if user else url)
+        except ValueError as error:
+            raise ValueError(f"{check.veiled(url)!r} {error}") from None
+        if user:
+            address = address._replace(username=unquote(user[1]))
+        link = Link(address, reactor, file)
+        return lambda retain: RedisStore(link, retain)
+    raise ValueError(f"{check.veiled(url)!r} is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")
+
+
+def _password_file() -> pathlib.Path | None:
+    """Where the password of a store is, which is no option, since all can see a command line."""
+    path = Options.environ.get("CHATD_STORE_PASSWORD_FILE")
+    return pathlib.Path(path) if path else None
 
 
 def _seed(path: str) -> tuple[Entry, ...]:
@@ -118,6 +141,7 @@ class Options(usage.Options):
     longdesc = (
         "A chat-room server over WebSocket that keeps every message. Each option can also be given in "
         "the environment, as CHATD_STORE for --store; the command line wins. "
+        "CHATD_STORE_PASSWORD_FILE names a file with the password of a Redis. "
         "Connect with: npx wscat -c ws://localhost:8085/"
     )
     optParameters: list[list[Any]] = [  # noqa: RUF012 -- usage.Options asks for it so
@@ -125,7 +149,7 @@ class Options(usage.Options):
             "store",
             None,
             "sqlite:chatd.sqlite",
-            "where messages are kept: sqlite:PATH, or memory: to forget them on exit",
+            "where messages are kept: sqlite:PATH, redis[s]://HOST:PORT/DATABASE for many nodes, or memory: to forget",
         ],
         ["seed", None, str(_SEED), "a JSON list of messages that a new log begins with"],
         ["history", None, "100", f"how many messages a client gets when it connects, 1 to {MAX_LAG}"],
@@ -234,6 +258,7 @@ class Options(usage.Options):
             drain=self["drain"],
             proxy_hops=self["proxy-hops"],
             folder=pathlib.Path(twistd.get("rundir") or "."),
+            password_file=_password_file(),
         )
         found = check.findings(settings, self.machine)
         print(*(found or [check.NOTHING]), sep="\n")  # noqa: T201 -- what was asked for
@@ -254,7 +279,7 @@ def makeService(options: Options) -> IService:
     gc.freeze()
     gc.set_threshold(GARBAGE)
     store: Store = options["store"](options["retain"])
-    rooms = Rooms(store, reactor, options["history"])
+    rooms = Rooms(store, reactor, options["history"], store.lobby)
     clients = Clients(reactor, options["ping"])
     admission = Admission(options["rooms"].values(), options["origin"].values())
     a_second, burst = options["rate"]
@@ -286,7 +311,7 @@ def makeService(options: Options) -> IService:
         listen=options["listen"],
         admin=options["admin"],
         readiness=readiness,
-        drain=Drain(clients, store.settled, options["drain"], reactor),
+        drain=Drain(clients, store, site, options["drain"], reactor),
         clock=reactor,
         observer=logs.observer(options["log-format"], twistd.get("logfile"), daemon=not twistd.get("nodaemon")),
         notify=Notifier(options.environ),
@@ -297,7 +322,7 @@ def makeService(options: Options) -> IService:
 
 def _heed_signals(reactor: Any, service: ChatService) -> None:
     """Let the service know of the signals that end the process; at the second, twistd would only log."""
-    theirs = {signal.SIGTERM: reactor.sigTerm, signal.SIGINT: reactor.sigInt}
+    theirs = {signal.SIGTERM: reactor.sigTerm, signal.SIGHUP: reactor.sigTerm, signal.SIGINT: reactor.sigInt}
     stopping: list[int] = []
 
     def heed(number: int, frame: Any) -> None:
@@ -307,4 +332,5 @@ def _heed_signals(reactor: Any, service: ChatService) -> None:
             theirs[signal.Signals(number)](number, frame)
 
     for number in theirs:
-        signal.signal(number, heed)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it for SIGHUP
+            signal.signal(number, heed)

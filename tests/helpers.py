@@ -61,7 +61,7 @@ class RecordingPoster:
 
 
 class RecordingFollower:
-    """A Follower that writes down ("appended", room, entry) for each entry, and ("trimmed", room, first)."""
+    """A Follower that writes down ("appended", room, entry) for each, ("trimmed", room, first) and ("interrupted",)."""
 
     def __init__(self, events: list[tuple[Any, ...]] | None = None) -> None:
         self.events = [] if events is None else events
@@ -71,6 +71,9 @@ class RecordingFollower:
 
     def trimmed(self, room: str, first: int) -> None:
         self.events.append(("trimmed", room, first))
+
+    def interrupted(self) -> None:
+        self.events.append(("interrupted",))
 
 
 class ImmediateWorker:
@@ -209,7 +212,10 @@ def holds(history):
 
 
 class ScriptedLog:
-    """A log of one room that says only what the test makes it say; reads wait until answered when `held`."""
+    """A log of one room that says only what the test makes it say; reads wait until answered when `held`.
+
+    A page is of the epoch that the log has when it is answered, as everywhere.
+    """
 
     epoch = "abcd"
 
@@ -271,6 +277,17 @@ class ScriptedLog:
         self.first = first
         self.follower.trimmed(room, first)
 
+    def miss(self, count=0, text="x"):
+        """Append so many that the followers are never told of, but for that."""
+        self.keep(count, text)
+        self.follower.interrupted()
+
+    def lose(self, kept=0, epoch="efgh"):
+        """Lose all but the first messages, and so be another history."""
+        self.epoch, self.entries = epoch, self.entries[:kept]
+        self.first = min(self.first, kept + 1)
+        self.follower.interrupted()
+
 
 class Reader:
     """A member whose transport takes `space` bytes of messages, or everything."""
@@ -330,6 +347,18 @@ class Reader:
         numbers = [Id.parse(text["id"]).number for text in messages]
         assert [text["data"]["timestamp"] for text in messages] == [stamped(number) for number in numbers]
         return numbers
+
+
+class Slow(Reader):
+    """A member whose every write takes a millisecond."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def write(self, data):
+        self.clock.rightNow += 0.001
+        return super().write(data)
 
 
 def arrive(rooms, member=None, name="main", last=None):

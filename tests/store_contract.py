@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatd.frames import Entry, Post
-from chatd.log import LabelReused, Page
+from chatd.log import InDoubt, LabelReused, Page
 from chatd.store.base import DAY, Retention, timestamp
 
 SEED = (
@@ -41,7 +41,7 @@ class Bench:
         self.wait = wait
         self.now = ManualTime()
         self.store = make(retain, self.now)
-        self.store.open(seed)
+        self.wait(self.store.open(seed))
         self.events = []
         self.store.tail(StrictFollower(self.events))
 
@@ -49,7 +49,7 @@ class Bench:
         """Close the store, and open another over the same log."""
         self.wait(self.store.close())
         self.store = again(self.store, Retention.parse(retain), self.now)
-        self.store.open(())
+        self.wait(self.store.open(()))
         self.store.tail(StrictFollower(self.events))
 
     def post(self, room, *texts):
@@ -211,7 +211,7 @@ class StoreContract:
 
     def test_a_log_that_nobody_follows_keeps_what_is_posted(self, make):
         store = make(Retention(), ManualTime())
-        store.open(())
+        self.wait(store.open(()))
         poster = RecordingPoster()
         store.append("main", Post("ann", "hi"), poster)
         self.wait(store.settled())
@@ -230,7 +230,8 @@ class StoreContract:
 
         poster = Insistent()
         log.store.append("main", Post("ann", "again"), poster)
-        self.wait(log.store.settled())
+        for _ in range(5):
+            self.wait(log.store.settled())
         assert poster.numbers == [1, 2, 3, 4, 5]
 
     # Time
@@ -599,7 +600,8 @@ class StoreContract:
 
         poster, post = Doubtful(), Post("ann", "hi", "l")
         log.store.append("main", post, poster)
-        self.wait(log.store.settled())
+        for _ in range(2):
+            self.wait(log.store.settled())
         assert poster.events == [("posted", post, 1), ("duplicate", post, 1)]
 
     def test_a_poster_is_told_of_a_duplicate_after_the_followers_of_the_first(self, bench):
@@ -686,6 +688,49 @@ class StoreContract:
         log.now.advance(2 * DAY)
         log.trim()
         assert log.say("main", *posts) == [("posted", 4), ("posted", 5), ("posted", 6)]
+
+    # Giving up
+
+    def test_what_is_given_up_is_told_once_and_said_again_is_in_the_log_once(self, bench):
+        log = bench()
+        log.post("main", "before")
+        posts = [(room, Post("ann", f"{number}", f"l{number}")) for room in ("main", "other") for number in range(3)]
+        posters = [RecordingPoster() for _ in posts]
+        for (room, post), poster in zip(posts, posters, strict=True):
+            log.store.append(room, post, poster)
+        log.store.abandon()
+        log.store.abandon()
+        assert all(len(poster.events) == 1 for poster in posters), "at once"
+        self.wait(log.store.settled())
+        for (_, post), poster in zip(posts, posters, strict=True):
+            ((what, about, outcome),) = poster.events
+            assert about is post
+            assert what == "posted" or (what == "refused" and isinstance(outcome, InDoubt))
+        for posted, poster in zip(log.say_at_once(*posts), posters, strict=True):
+            if poster.numbers:
+                assert posted == ("duplicate", *poster.numbers)
+            assert posted[0] in ("duplicate", "posted")
+        assert log.texts("main")[1:] == log.texts("other") == ["0", "1", "2"]
+        told = [(room, entry.number) for what, room, entry in log.told() if what == "appended"]
+        assert sorted(told) == [("main", 1), *(("main", n) for n in (2, 3, 4)), *(("other", n) for n in (1, 2, 3))]
+
+    def test_nothing_that_is_in_the_log_is_given_up_and_what_comes_after_is_kept(self, bench):
+        log = bench()
+        poster = RecordingPoster()
+        log.store.append("main", Post("ann", "one"), poster)
+        self.wait(log.store.settled())
+        log.store.abandon()
+        assert poster.numbers == [1]
+        assert poster.refusals == []
+        assert log.post("main", "two", "three") == [2, 3]
+
+    def test_a_log_that_was_given_up_can_be_closed(self, bench):
+        log = bench()
+        poster = RecordingPoster()
+        log.store.append("main", Post("ann", "one"), poster)
+        log.store.abandon()
+        self.wait(log.store.close())
+        assert len(poster.events) == 1
 
     # All of it at once, against a list
 

@@ -19,7 +19,7 @@ from chatd.admission import Addresses, Admission, Rate, origin_pattern, room_pat
 from chatd.api import PREFLIGHT_SECONDS, Api
 from chatd.clients import PING_SECONDS, STALL_SECONDS, Clients
 from chatd.frames import Entry, Post
-from chatd.log import LogUnavailable
+from chatd.log import InDoubt, LogUnavailable
 from chatd.protocol import ChatFactory
 from chatd.room import MAX_LAG
 from chatd.rooms import Rooms
@@ -705,6 +705,32 @@ def test_while_the_log_is_down_a_post_is_refused_and_the_same_key_may_be_used_ag
     assert content(house.post(key, username="ann", message="hi"))["duplicate"] is True
 
 
+def test_a_post_that_is_given_up_may_have_been_stored_and_its_key_tells(house):
+    kept = []
+    house.log.append, append = lambda *said: kept.append(said), house.log.append
+    key = b'Idempotency-Key: "a"'
+    connection = house.connect()
+    body = json.dumps({"username": "ann", "message": "hi"}).encode()
+    connection.begin(b"POST", b"/rooms/main/messages", b"Host: x", JSON, key, body=body)
+    ((room, said, poster),) = kept
+    append(room, said, RecordingPoster())
+    assert connection.transport.value() == b""
+    poster.refused(said, InDoubt("the disk has not answered"))
+    response, body = connection.response()
+    assert problem((response, body), "UNAVAILABLE") == (
+        503,
+        "the message may not have been stored; try again with the same key",
+    )
+    assert response.headers["retry-after"] == RETRY
+    house.log.append = append
+    assert content(house.post(key, username="ann", message="hi")) == {
+        "type": "ack",
+        "label": "a",
+        "id": house.id(3),
+        "duplicate": True,
+    }
+
+
 def from_address(host, *forwarded):
     """A transport from an address, and the headers that proxies added."""
     headers = [b"X-Forwarded-For: " + addresses for addresses in forwarded]
@@ -1131,7 +1157,7 @@ def test_a_drain_ends_a_stream_with_its_time_to_come_back(house, version):
     assert house.forgotten
 
 
-def test_a_stream_is_owed_the_messages_that_it_can_be_sent(house):
+def test_a_stream_is_owed_the_messages_until_it_was_sent_them_although_it_takes_nothing_for_a_while(house):
     stream = house.stream()
     (client,) = house.clients.connected
     assert (client.head, client.owed(2)) == (2, False)
@@ -1142,7 +1168,7 @@ def test_a_stream_is_owed_the_messages_that_it_can_be_sent(house):
     full(stream)
     house.say("ho")
     house.turn()
-    assert not client.owed(client.head), "it takes nothing"
+    assert client.owed(client.head)
     empty(stream)
     assert client.owed(client.head)
     house.turn()

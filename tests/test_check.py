@@ -1,8 +1,10 @@
 """What `--check` says: each rule with what it finds and what it does not, and the whole over a real process."""
 
 import dataclasses
+import json
 import re
 import resource
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,10 +13,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from servers import LONG, TWISTD, certificate_for, environment
+from redises import Redis, each_binary
+from servers import LONG, ROOT, TEXT, TWISTD, Raw, Server, certificate_for, environment, frame, numbered
 
 from chatd import check
-from chatd.check import Endpoint, Settings, findings
+from chatd.check import Endpoint, Refused, Settings, Unreached, findings, veiled
 from chatd.frames import Entry, history_frame, message_frame
 from chatd.machine import ThisMachine
 from chatd.store.base import DAY, Retention
@@ -34,6 +37,16 @@ SETTINGS = Settings(
     folder=Path("/srv"),
 )
 """The defaults."""
+FILE = Path("/srv/password")
+REDIS = "redis://localhost/0"
+WELL = {
+    "redis_version": "7.0.15",
+    "role": "master",
+    "maxmemory_policy": "noeviction",
+    "aof_enabled": "1",
+    "appendfsync": "always",
+}
+"""What a Redis says that keeps what it is given."""
 KEY = "ssl:443:privateKey=a\\:b.pem:certKey=c.pem"
 
 
@@ -51,6 +64,10 @@ class FakeMachine:
     space: int = 1 << 40
     taken: tuple[tuple[int, str], ...] = ()
     first_port: int = 0
+    command: str = ""
+    password: str | None = "from a file"
+    redis: dict | Exception = dataclasses.field(default_factory=dict)
+    servers: list = dataclasses.field(default_factory=list)
     asked: set = dataclasses.field(default_factory=set)
 
     def open_files(self):
@@ -86,6 +103,19 @@ class FakeMachine:
 
     def may_listen(self, port):
         return port >= self.first_port
+
+    def command_line(self):
+        return self.command
+
+    def secret(self, path):
+        assert path == FILE
+        return self.password
+
+    def ask(self, server):
+        self.servers.append(server)
+        if isinstance(self.redis, Exception):
+            raise self.redis
+        return WELL | self.redis
 
 
 def said(settings=(), machine=()):
@@ -200,6 +230,76 @@ BITES = [
         )
         for text in ((LOCAL,), ("tcp6:1:interface=\\:\\:1", "unix:chatd.socket"), ("tcp:1:interface=localhost",))
     ),
+    *(
+        (
+            "--store redis://:***@localhost: every user of this machine can see the password in the command line ",
+            {"store": "redis://:a%40b@localhost"},
+            {"command": command},
+        )
+        for command in ("twistd\0--store=redis://:a%40b@localhost\0", "twistd\0--store\0redis://:a%40b@localhost\0")
+    ),
+    *(
+        (
+            f"--store redis://{host}: messages, and the password, can be read on their way to another machine: ",
+            {"store": f"redis://{host}"},
+            {},
+        )
+        for host in ("redis.example:6379/1", "192.0.2.7", "[2001:db8::7]:7000")
+    ),
+    (
+        "CHATD_STORE_PASSWORD_FILE /srv/password: this user cannot read it: ",
+        {"store": REDIS, "password_file": Path("password")},
+        {"password": None, "redis": Unreached("nobody asks")},
+    ),
+    (
+        "CHATD_STORE_PASSWORD_FILE /srv/password: every user of this machine can read the password: chmod o= /srv/pass",
+        {"store": REDIS, "password_file": FILE},
+        {"readable": "/srv/password"},
+    ),
+    (
+        f"--store {REDIS}: Redis cannot be reached (Connection refused): start it, ",
+        {"store": REDIS},
+        {"redis": Unreached("Connection refused")},
+    ),
+    (
+        f"--store {REDIS}: Redis refuses (NOAUTH Authentication required): correct the user, ",
+        {"store": REDIS},
+        {"redis": Refused("NOAUTH Authentication required")},
+    ),
+    *(
+        (f"--store {REDIS}: it is Redis {version}: have 6.2 or later", {"store": REDIS}, {"redis": facts})
+        for version in ("6.0.16", "5.0.3")
+        for facts in [{"redis_version": version}]
+    ),
+    (
+        f"--store {REDIS}: it is a replica, by which db-1:6380 is found only while it lives: name that",
+        {"store": REDIS},
+        {"redis": {"role": "slave", "master_host": "db-1", "master_port": "6380"}},
+    ),
+    *(
+        (
+            f"--store {REDIS}: maxmemory-policy {policy} removes {what}, when memory is short: ",
+            {"store": REDIS},
+            {"redis": {"maxmemory_policy": policy}},
+        )
+        for policy, what in (
+            ("allkeys-lru", "messages"),
+            ("volatile-ttl", "labels, so that what is retried is kept twice"),
+        )
+    ),
+    (
+        f"--store {REDIS}: what came after the last snapshot is lost when Redis is killed: set appendonly yes and ",
+        {"store": REDIS},
+        {"redis": {"aof_enabled": "0", "appendfsync": "everysec"}},
+    ),
+    *(
+        (
+            f"--store {REDIS}: with appendfsync {text} the last acknowledged messages can go with the machine's ",
+            {"store": REDIS},
+            {"redis": {"appendfsync": text}},
+        )
+        for text in ("everysec", "no")
+    ),
 ]
 # Of which options, on what machine, nothing is said: each stops just short of what bites.
 GOOD = [
@@ -208,7 +308,20 @@ GOOD = [
     ({}, {"stop": 31.0}),
     ({}, {"stop": float("inf")}),
     ({"listen": (KEY,)}, {"readable": "/srv/a"}),
-    ({"store": "redis://localhost/0"}, {}),
+    ({"store": "memory.db", "password_file": Path("/nobody/reads/it")}, {}),
+    ({"store": REDIS}, {}),
+    ({"store": REDIS}, {"redis": {"redis_version": "6.2.0"}}),
+    (
+        {"store": REDIS},
+        {"redis": dict.fromkeys(WELL, "") | {"maxmemory_policy": "noeviction", "appendfsync": "always"}},
+    ),
+    ({"store": "redis://127.0.0.9:7000"}, {}),
+    ({"store": "redis://[::1]"}, {}),
+    ({"store": "rediss://redis.example"}, {}),
+    ({"store": REDIS, "password_file": FILE}, {"readable": "/srv/other"}),
+    ({"store": "redis://:secret@localhost"}, {"command": "twistd\0chatd\0"}),
+    ({"store": REDIS}, {"command": f"--store={REDIS}"}),
+    ({"store": "rediss://clustercfg.chat.a1b2c3.memorydb.eu-west-1.amazonaws.com"}, {"redis": {"aof_enabled": "0"}}),
     ({"store": "sqlite:/srv/chatd.sqlite", "folder": Path("/elsewhere")}, {}),
     ({}, {"locks": "/srv/other.sqlite"}),
     ({}, {"since": None}),
@@ -243,7 +356,7 @@ def test_what_would_bite_is_said_in_one_line_with_the_option_and_the_remedy(line
     (found,) = said(settings, machine)
     assert found.startswith(line)
     assert "\n" not in found
-    assert re.fullmatch(r"(--[a-z-]+ .+?|open files): .+: .+|--store memory: .+: .+", found)
+    assert re.fullmatch(r"(--[a-z-]+ .+?|open files|CHATD_\w+ .+?): .+: .+|--store memory: .+: .+", found)
 
 
 @pytest.mark.parametrize(("settings", "machine"), GOOD)
@@ -287,15 +400,55 @@ def test_an_endpoint_is_read_as_twisted_reads_it(text, kind, port, address, key,
     assert endpoint.address == (address and ip_address(address))
 
 
+@pytest.mark.parametrize(
+    ("url", "file", "server"),
+    [
+        ("redis://localhost", None, ("localhost", 6379, False, (), 0)),
+        ("redis://:a%2Fb@localhost:7000/2", None, ("localhost", 7000, False, ("a/b",), 2)),
+        ("rediss://an%40n:b@[::1]/", None, ("::1", 6379, True, ("an@n", "b"), 0)),
+        ("redis://localhost", FILE, ("localhost", 6379, False, ("from a file",), 0)),
+        ("redis://:b@localhost", FILE, ("localhost", 6379, False, ("from a file",), 0)),
+        ("redis://ann@localhost", FILE, ("localhost", 6379, False, ("ann", "from a file"), 0)),
+    ],
+)
+def test_a_redis_is_asked_as_the_server_would_ask_it(url, file, server):
+    machine = FakeMachine()
+    findings(SETTINGS._replace(store=url, password_file=file), machine)
+    assert machine.servers == [server]
+
+
+def test_of_a_redis_that_tells_nothing_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "WELL", {})
+    assert said({"store": REDIS}) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
+        ("rediss://ann:secret@h", "rediss://ann:***@h"),
+        ("redis://secret@h", "redis://***@h"),
+        ("redis://:se/cret@h/0", "redis://:***@h/0"),
+        ("redis://:se@cr:e#t?@h", "redis://:***@h"),
+        ("redis://:se\ncret@h", "redis://:***@h"),
+        ("redis:/ann:secret@h", "redis:/ann:***@h"),
+        ("redis:secret@h", "redis:***@h"),
+        ("redis://h:1/0", "redis://h:1/0"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url, shown):
+    assert veiled(url) == shown
+
+
 # A real process
 
 
-def run_check(folder, *options, files=None):
+def run_check(folder, *options, files=None, **environ):
     """Run `twistd chatd --check`; answers the exit code and the lines."""
     result = subprocess.run(
         [sys.executable, TWISTD, "-n", "--pidfile=", "chatd", "--check", *options],
         cwd=folder,
-        env=environment(),
+        env=environment(**environ),
         capture_output=True,
         text=True,
         timeout=LONG,
@@ -340,3 +493,81 @@ def test_a_process_that_finds_nothing_says_so_and_leaves_no_trace(tmp_path):
     expected = findings(settings, ThisMachine())  # which where tests are run may have something to say of
     assert run_check(tmp_path, *options) == (1 if expected else 0, expected or ["nothing to worry about"])
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_process_asks_a_real_redis_and_leaves_no_trace_there(tmp_path):
+    with Redis(tmp_path / "redis", user=("chatd", "se/cret"), maxmemory_policy="allkeys-lfu") as redis:
+        (tmp_path / "password").write_text("se/cret\n")
+        (tmp_path / "password").chmod(0o600)
+        url = f"redis://chatd@localhost:{redis.port}"
+        options = "--listen=tcp:0", "--admin="
+        code, lines = run_check(tmp_path, *options, f"--store={url}", CHATD_STORE_PASSWORD_FILE="password")
+        assert code == 1
+        shown = f"--store redis://***@localhost:{redis.port}"
+        for line, begin in zip(
+            [line for line in lines if line.startswith("--store")],
+            ["maxmemory-policy allkeys-lfu removes messages", "what came after the last snapshot is lost "],
+            strict=True,
+        ):
+            assert line.startswith(f"{shown}: {begin}")
+        code, lines = run_check(tmp_path, *options, f"--store={redis.url}")
+        assert "every user of this machine can see the password" in lines[0]
+        assert "cret" not in "\n".join(lines)
+        assert redis.call("KEYS", "*") == []
+
+
+# The user that operations.md has for a Redis
+
+
+def documented_user():
+    """The words of `ACL SETUSER` as the page has them, and those that are for --check."""
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    command, more = re.search(
+        r"(?s)<!-- test: acl -->\n```sh\nredis-cli (.+?)\n```\n+and `(.+?)` for `--check`", page
+    ).groups()
+    return shlex.split(command.replace("\\\n", "")), shlex.split(more)
+
+
+def test_it_may_do_just_what_the_code_asks_for():
+    scripts = "".join(path.read_text() for path in (ROOT / "chatd" / "store" / "lua").iterdir())
+    asked = {*re.findall(r"redis\.call\('(\w+)'", scripts)}
+    for path in (ROOT / "chatd" / "store").glob("redis*.py"):
+        asked |= {*re.findall(r"\bask\(\s*\"(\w+)\"", path.read_text())}
+    asked = {word.lower() for word in asked - {"AUTH", "SCRIPT"}} | {"script|load"}  # anybody may say who he is
+    assert {word[1:] for word in documented_user()[0] if word.startswith("+")} == asked
+
+
+@each_binary
+def binary(request):
+    return request.param
+
+
+def test_it_may_do_all_that_is_needed_and_is_asked_by_the_check(tmp_path, binary):
+    words, more = documented_user()
+    assert words[2:5] == ["chatd", "on", ">PASSWORD"]
+    with Redis(tmp_path / "redis", binary=binary, appendonly=True, fsync="always") as redis:
+        redis.call(*words)
+        store = f"--store=redis://chatd:PASSWORD@localhost:{redis.port}/3"
+        with Server(tmp_path, store, "--retain=5") as server, Raw(server.port) as ann, Raw(server.port) as bob:
+            ann.join("/?events=presence,typing&username=ann")
+            bob.join("/?events=presence,typing&username=bob")
+            said = [json.dumps({"username": "bob", "message": "hi", "label": f"{number}"}) for number in range(9)]
+            bob.send(b"".join(frame(TEXT, text.encode()) for text in said))
+            acks = []
+            while len(acks) < len(said):
+                text = bob.json()
+                assert text["type"] in ("presence", "message", "ack"), text
+                acks += [text["id"]] if text["type"] == "ack" else []
+            bob.send(frame(TEXT, json.dumps({"type": "history", "after": acks[-4], "label": "h"}).encode()))
+            while (text := bob.json())["type"] == "presence":
+                pass
+            assert [number for number, *_ in numbered(text)] == [9, 10, 11]
+            server.stop()
+            assert "NOPERM" not in server.log.text
+        with Server(tmp_path, store, "--retain=1d") as server:  # which trims by age when it comes
+            server.stop()
+        assert redis.call("ACL", "LOG") == []
+        redis.call("ACL", "SETUSER", "chatd", *more)
+        asked = ThisMachine().ask(check.Server("localhost", redis.port, False, ("chatd", "PASSWORD"), 3))  # noqa: FBT003
+        assert (asked["role"], asked["appendfsync"]) == ("master", "always")
+        assert redis.call("ACL", "LOG") == []

@@ -347,6 +347,49 @@ def test_another_log_replaces_all():
     assert table.client.last == Id("abcd", 2)
 
 
+def test_another_log_in_the_midst_of_a_connection_replaces_all():
+    table = Table()
+    wire = table.join(5)
+    wire.say(frame(6))
+    wire.say(history_frame("efgh", 2, [frame(1), frame(2)], resumed=False))
+    wire.say(message_frame("efgh", Entry(3, "ann", "m3", "2026-01-01T00:00:00.000Z")))
+    assert table.watch.kinds() == ["begun", "joined", "appended", "begun", "appended"]
+    assert table.watch.numbers == [1, 2, 3]
+    assert table.client.last == Id("efgh", 3)
+    wire.end()
+    table.clock.advance(1)
+    assert table.endpoint.accept().request().startswith("GET /rooms/a?last_event_id=efgh-3 ")
+
+
+def test_what_has_no_answer_is_said_again_to_another_log_and_the_answers_are_taken_as_they_come():
+    table = Table()
+    wire = table.join(5)
+    posts = [table.client.post("ann", text) for text in ("one", "two", "three")]
+    said = wire.said()
+    labels = [text["label"] for text in said]
+    wire.say(ack_frame(Id("abcd", 6), labels[0], duplicate=False))
+    wire.say(history_frame("efgh", 2, [], resumed=False))
+    assert wire.said() == said[1:]
+    wire.say(ack_frame(Id("efgh", 3), labels[1], duplicate=False))
+    wire.say(ack_frame(Id("efgh", 3), labels[1], duplicate=True))
+    wire.say(error_frame("slow", Code.RATE_LIMITED, labels[1], 0.5))
+    wire.say(error_frame("no", Code.UNAVAILABLE, labels[2]))
+    wire.say(ack_frame(Id("efgh", 4), labels[2], duplicate=False))
+    assert [result_of(post).id for post in posts] == [("abcd", 6), ("efgh", 3), ("efgh", 4)]
+    table.clock.advance(5)
+    assert wire.said() == []
+    assert not wire.aborted
+
+
+@pytest.mark.parametrize("resumed", [True, None])
+def test_a_second_history_that_is_no_fresh_start_is_a_broken_promise(resumed):
+    table = Table()
+    wire = table.join(5)
+    wire.say(history_frame("abcd", 5, [], resumed=resumed))
+    assert wire.aborted
+    assert table.watch.kinds() == ["begun", "joined", "faulted"]
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

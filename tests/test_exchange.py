@@ -178,8 +178,23 @@ def test_a_connection_begins_with_history_and_once():
     with pytest.raises(Fault, match="abcd-1 came before the history"):
         had.message(message(1))
     had.history(history(0))
-    with pytest.raises(Fault, match="began a second time, with history up to abcd-1"):
-        had.history(history(1, 1))
+    for resumed in (None, True):
+        with pytest.raises(Fault, match="began a second time, with history up to abcd-1"):
+            had.history(history(1, 1, resumed=resumed))
+
+
+@pytest.mark.parametrize(("end", "epoch"), [(2, "efgh"), (0, "efgh"), (9, "efgh"), (900, "abcd")])
+def test_a_fresh_start_may_come_at_any_time_and_replaces_all(end, epoch):
+    had = Assembler()
+    had.history(history(7, 3))
+    had.message(message(8))
+    assert had.history(history(end, min(end, 2), resumed=False, epoch=epoch))
+    assert (had.last, had.greeted) == (Id(epoch, end), True)
+    with pytest.raises(Fault, match=f"came after {epoch}-{end}"):
+        had.message(message(9))
+    had.message(message(end + 1, epoch))
+    had.connect()
+    assert not had.history(history(end + 1, resumed=True, epoch=epoch))
 
 
 # What is said
@@ -255,6 +270,50 @@ def test_after_another_connection_what_has_no_answer_is_said_again_in_order_unde
     assert said.labels == first[:1]
     assert said.sent() == [1, 2]
     assert said.labels[0] == first[1]
+
+
+def test_after_a_fresh_start_what_has_no_answer_is_said_again_in_order_under_the_same_label():
+    said = Said(2).say(4)
+    said.sent()
+    first = said.labels
+    said.ack(first[0])
+    said.box.repeat()
+    assert said.sent() == [1, 2]
+    assert said.labels[0] == first[1]
+    said.ack(first[1])
+    assert said.sent() == [3]
+
+
+def test_no_sooner_than_the_rate_allows():
+    said = Said().say(2)
+    said.sent()
+    said.refuse(said.labels[0], "RATE_LIMITED", 5)
+    said.box.repeat()
+    assert (said.sent(), said.box.wait(said.now)) == ([], 5)
+    said.now += 5
+    assert said.sent() == [0]
+
+
+def test_what_was_said_again_may_be_answered_twice():
+    said = Said().say(4)
+    said.sent()
+    labels = said.labels
+    said.box.repeat()
+    assert said.sent() == [0, 1, 2, 3]
+    said.ack(labels[0], 8)
+    said.ack(labels[0], 8, duplicate=True)
+    assert result_of(said.answers[0]) == Posted(Id("abcd", 8))
+    said.ack(labels[1], 9)
+    assert said.refuse(labels[1], "RATE_LIMITED", 5)
+    assert said.box.wait(said.now) is None, "it was not needed"
+    assert said.refuse(labels[2], "UNAVAILABLE")
+    said.ack(labels[2], 10)
+    said.now += 1
+    assert said.sent() == []
+    assert said.box.wait(said.now) is None
+    said.box.connect()
+    assert not said.refuse(labels[1], "RATE_LIMITED", 5), "on another connection nothing is said twice"
+    assert said.sent() == [3]
 
 
 def test_no_more_than_a_window_is_under_way():

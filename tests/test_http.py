@@ -10,7 +10,7 @@ import ssl
 
 import aiohttp
 import pytest
-from servers import LONG, Raw, Server, certificate_for, numbered, post, stored
+from servers import LONG, Raw, Server, certificate_for, numbered, post, stored, upgrade
 from web_doubles import EventParser
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
@@ -451,3 +451,95 @@ def test_over_tls_posts_and_events_are_as_elsewhere_and_a_body_too_large_hurts_n
             assert numbered(parser.events[1].json) == [(4, "ann", "still there")]
             assert len(parser.retries) == 2
         server.stopped()
+
+
+# By the same port
+
+
+@pytest.mark.parametrize("offered", [["http/1.1"], ["h2", "http/1.1"]])
+def test_over_tls_a_browser_joins_which_offers_its_protocols(tmp_path, offered):
+    arguments, trust = certificate_for(tmp_path)
+    trust.set_alpn_protocols(offered)
+    with Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}") as server, Raw(server.port) as client:
+        client.socket = trust.wrap_socket(client.socket, server_hostname="127.0.0.1")
+        assert client.socket.selected_alpn_protocol() == "http/1.1"
+        client.join()
+
+
+def secured(client, trust):
+    """A client by hand that speaks TLS."""
+    client.socket = trust.wrap_socket(client.socket, server_hostname="127.0.0.1")
+    return client
+
+
+@contextlib.contextmanager
+def kept(tmp_path, transport):
+    """A server, and a client of it on whose connection a request was answered."""
+    with contextlib.ExitStack() as stack:
+        if transport == "tcp":
+            server = stack.enter_context(Server(tmp_path))
+            client, other = (stack.enter_context(Raw(server.port)) for _ in range(2))
+        else:
+            arguments, trust = certificate_for(tmp_path)
+            server = stack.enter_context(Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}"))
+            client, other = (secured(stack.enter_context(Raw(server.port)), trust) for _ in range(2))
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.head()[0] == 200
+        assert client._take(3) == b"ok\n"
+        yield server, client, other
+
+
+TRANSPORTS = pytest.mark.parametrize("transport", ["tcp", "ssl"])
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
+def test_a_connection_that_has_served_a_request_can_become_a_websocket(tmp_path, pieces, transport):
+    # As those of proxies that keep them do.
+    with kept(tmp_path, transport) as (server, client, other):
+        request = upgrade("/rooms/team?username=ann")
+        for begin in range(0, len(request), pieces):
+            client.send(request[begin : begin + pieces])
+        assert client.head()[0] == 101
+        assert client.json()["type"] == "history"
+        other.join("/rooms/team")
+        other.send(post("bob", "hi"))
+        assert client.json() == other.json()
+        client.send(post("ann", "hello"))
+        assert client.json() == other.json()
+        server.terminate()
+        assert client.closed() == other.closed() == 1012
+        server.stopped()
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("more", [0, 100], ids=["", "and more requests than are read at once"])
+def test_it_becomes_one_behind_answers_that_its_client_has_not_read_yet(tmp_path, more, transport):
+    with Server(tmp_path) as server, Raw(server.port) as writer:
+        writer.join()
+        for number in range(200):
+            writer.send(post("bob", f"{number} " + "x" * 480))
+        for _ in range(200):
+            writer.json()
+        server.stop()
+    with kept(tmp_path, transport) as (server, client, other):
+        other.join()
+        count = 150  # of pages that are on the disk
+        page = b"GET /rooms/main/messages?limit=100&after=%b-0 HTTP/1.1\r\nHost: localhost\r\nX: %b\r\n\r\n" % (
+            server.epoch.encode(),
+            b"x" * more,
+        )
+        client.send(page * count + upgrade("/rooms/main") + post("ann", "behind"))
+        if not more:
+            assert numbered(other.json())[0][1:] == ("ann", "behind"), "it was read"
+        for _ in range(count):
+            status, head = client.head()
+            assert status == 200
+            size = int(head.lower().partition("content-length: ")[2].split("\r\n")[0])
+            assert len(json.loads(client._take(size))["data"]) == 100
+        assert client.head()[0] == 101
+        assert len(client.json()["data"]) == 100
+        assert numbered(client.json())[0][1:] == ("ann", "behind")
+        for number in range(3):
+            client.send(post("ann", f"{number}"))
+            assert numbered(client.json())[0][1:] == ("ann", f"{number}")

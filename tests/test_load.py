@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 from loops import reactor
 from servers import TWISTD, Server
+from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 
 from chatd.exchange import History
@@ -227,7 +228,9 @@ def test_the_figures_as_json(server):
         "of_others": 0,
         "cut": 0,
         "came_back": 0,
+        "fresh_starts": 0,
         "logs_lost": 0,
+        "lost": 0,
     }
 
 
@@ -317,8 +320,14 @@ def test_a_server_that_forgets_is_refuted(tmp_path):
         words = ("--clients=5", "--messages=100", "--rate=50", "--cut=0")
         status, out, err = run(killer.server.url, *words, err=killer)
     assert (status, killer.kills) == (REFUTED, 1)
-    assert re.search(r"chatd.load: the log \w+ is gone, with all that was posted: now there is \w+\n$", err)
+    assert re.search(
+        r"chatd.load: the log (\w+) is gone, with [1-9]\d* acknowledged messages: now there is (?!\1)\w+\n$", err
+    )
+    assert re.search(r"^lost       [1-9]\d* acknowledged messages; 5 fresh starts, 1 new logs$", out, re.MULTILINE)
+    assert out.startswith(killer.server.url[:15])
+    assert "posted     100; acknowledged 100, " in out
     assert "proved" not in out
+    assert ", 5 began anew" in err
 
 
 def test_unless_that_is_allowed(tmp_path):
@@ -327,7 +336,8 @@ def test_unless_that_is_allowed(tmp_path):
         status, out, err = run(killer.server.url, *words, err=killer)
     assert (status, killer.kills) == (PROVED, 1), err
     report = json.loads(out)
-    assert (report["acknowledged"], report["logs_lost"]) == (100, 1)
+    assert (report["acknowledged"], report["fresh_starts"], report["logs_lost"]) == (100, 5, 1)
+    assert 20 <= report["lost"] < 100
 
 
 def test_a_server_that_takes_few_rooms(tmp_path):
@@ -363,6 +373,31 @@ def test_a_post_that_comes_back_in_a_second_log_is_no_second_echo():
             member.appended(epoch, [entry])
     assert trial.fault is None
     assert sum(trial.echoes._counts.values()) == 1
+
+
+def test_what_nobody_was_given_of_a_new_log_is_read_back_piece_by_piece_when_all_have_begun_in_it():
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/", "--clients=2"])
+        trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
+        asked = []
+        trial._members[0].read_back = lambda before: asked.append((before, Deferred())) or asked[-1][1]
+        for member in trial._members:
+            member.begun(History(Id("abcd", 0), []))
+        trial._members[0].begun(History(Id("efgh", 7), []))
+        trial._settle()
+        assert trial._behind == trial._members[1:]
+        trial._members[1].begun(History(Id("efgh", 7), []))
+        trial._members[1].paged = True
+        for number, more in ((7, True), (6, False)):
+            trial._settle()
+            trial._settle()
+            before, answer = asked.pop()
+            assert (before, asked) == (Id("efgh", number + 1), [])
+            entry = Entry(number, "ann", "hi", "2026-01-01T00:00:00.000Z")
+            trial._members[0]._read(History(Id("efgh", number), [entry], more=more))
+            answer.callback(None)
+        trial._settle()
+    assert re.fullmatch("the log abcd is gone, with 0 acknowledged messages: now there is efgh", trial.fault)
 
 
 def test_its_own_faults_are_not_hidden(server, monkeypatch):
@@ -416,6 +451,7 @@ class Back(Protocol):
             head, end, data = data.partition(b"\r\n\r\n")
             self.front.transport.write(head + end)
             self.head = False
+        relay.tamper.front = self.front
         for frame in self.frames(data):
             self.front.transport.write(relay.tamper(frame))
 
@@ -633,6 +669,61 @@ def test_a_post_that_is_refused_for_good(server):
     assert re.match(r"chatd.load: client \d+ was refused what it said: Nonsense\n", err)
 
 
+class Failover(Mutant):
+    """The log is another from a message on: all that follows, and what is asked about it, is told in other words."""
+
+    def __init__(self, at):
+        super().__init__(drop, at)
+        self._anew = set()
+
+    def __call__(self, frame):
+        text = frame[2 if frame[1] < 126 else 4 :]
+        if text.startswith(b'{"type":"message"'):
+            self.epoch, number = re.match(rb'\{"type":"message","id":"(\w+)-(\d+)"', text).groups()
+            if int(number) == self.at:
+                self._anew.add(self.front)
+                self.done += 1
+                begin = b'{"type":"history","id":"efghij-%d","resumed":false,"data":[]}' % (self.at - 1)
+                return framed(begin) + self.other(text)
+        return self.other(text) if self.front in self._anew else frame
+
+    def other(self, text):
+        return framed(text.replace(self.epoch, b"efghij", 1))
+
+    def heard(self, front, data):
+        """Frames of a client: those that name the new log are told in the words of the old."""
+        size = data[1] & 0x7F
+        if data[0] == 0x81 and size < 126 and len(data) == 6 + size:
+            mask = data[2:6]
+            text = bytes(byte ^ mask[place % 4] for place, byte in enumerate(data[6:]))
+            text = text.replace(b"efghij", getattr(self, "epoch", b""))
+            data = data[:6] + bytes(byte ^ mask[place % 4] for place, byte in enumerate(text))
+        return data
+
+
+class Everyone:
+    """All connections are tampered with."""
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize("lenient", [True, False])
+def test_a_log_that_is_lost_in_the_midst_of_the_connections(server, lenient):
+    mutant = Failover(300)
+    words = [*MANY, "--room=failover-lenient" if lenient else "--room=failover", *["--lenient"] * lenient]
+    status, out, err = run(*words, port=server.port, tamper=mutant, tampered=Everyone())
+    report = json.loads(out)
+    assert mutant.done == 100
+    assert (report["fresh_starts"], report["logs_lost"], report["came_back"]) == (100, 1, 0)
+    assert (report["acknowledged"], report["lost"]) == (1000, 0), err
+    assert status == (PROVED if lenient else REFUTED)
+    if not lenient:
+        assert re.match(r"chatd.load: the log \w+ is gone, with 0 acknowledged messages: now there is efghij\n", err)
+
+
 def test_clients_that_cannot_join(server):
     class Few(Mutant):
         def __call__(self, frame):
@@ -677,6 +768,9 @@ def test_a_busy_program_says_so():
             "of_others": 0,
             "cut": 0,
             "came_back": 0,
+            "fresh_starts": 0,
+            "logs_lost": 0,
+            "lost": 0,
             "cpu": 0.93,
             "latency_ms": {"ack": None},
             "proved": False,
@@ -684,3 +778,12 @@ def test_a_busy_program_says_so():
         lines = summary(report).splitlines()
     assert lines[-1] == "busy       this program was at 93% of a core, and its own delays are in these times"
     assert len(summary(report | {"cpu": None}).splitlines()) == len(lines) - 1
+
+
+@pytest.mark.parametrize(("lost", "words"), [(0, "0"), (1234, "1,234"), (None, "nobody knows how many")])
+def test_what_is_lost_is_told(lost, words):
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/"])
+        report = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds)).report()
+    report |= {"fresh_starts": 9, "logs_lost": 2, "lost": lost}
+    assert summary(report).splitlines()[-1] == f"lost       {words} acknowledged messages; 9 fresh starts, 2 new logs"

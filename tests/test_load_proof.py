@@ -23,6 +23,15 @@ def test_once_is_a_set(numbers):
         seen.add(number)
 
 
+@given(st.lists(st.integers(0, 30)))
+@REPEATABLE
+def test_once_says_what_it_holds(numbers):
+    once = Once()
+    for number in numbers:
+        once.add(number)
+    assert sorted(once) == sorted({*numbers}) == [number for number in range(40) if number in once]
+
+
 def test_once_forgets_what_is_below_all_else():
     once = Once()
     for number in [*range(1, 1000), 0, 1001]:
@@ -207,11 +216,118 @@ def test_a_client_that_is_told_to_begin_again():
         given.begin(0, 2, given.log[1])
 
 
-def test_a_new_log_is_a_loss():
-    given = Given().post(0)
+def test_a_new_log_is_a_loss_of_what_was_acknowledged_in_the_old_and_is_not_in_the_new():
+    given = Given().post(0, 1, 0, 1)
+    for reader in range(3):
+        given.give(reader, 1, 2, 3, 4)
+    for poster, place, number in ((0, 0, 1), (1, 0, 2), (0, 1, 3)):
+        given.ack(poster, place, number)
+    assert given.proof.lost == 0
+    del given.log[1:]  # what is left; and one is posted again
+    given.log.append(Entry(2, given.proof.username(1), given.proof.text(1, 1), TIME))
+    for reader in range(3):
+        given.begin(reader, 2, *given.log, epoch="efgh")
+    given.ack(1, 1, 2, epoch="efgh")
+    assert (given.proof.fresh_starts, given.proof.logs_lost, given.proof.lost) == (3, 1, None)
+    assert given.proof.unread() is None
+    with pytest.raises(Fault, match="the log abcd is gone, with 2 acknowledged messages: now there is efgh"):
+        given.proof.conclude()
+    assert given.proof.lost == 2
+
+
+def test_a_second_new_log_is_a_loss_of_what_was_in_both():
+    given = Given().post(0, 0)
     given.give(0, 1)
-    with pytest.raises(Fault, match="the log abcd is gone, with all that was posted: now there is efgh"):
-        given.begin(1, 0, epoch="efgh")
+    given.ack(0, 0, 1)
+    for reader in range(3):
+        given.begin(reader, 0, epoch="efgh")
+    second = given.log[1]._replace(number=1)
+    given.proof.appended(given.readers[0], [second])
+    given.ack(0, 1, 1, epoch="efgh")
+    for reader in range(3):
+        given.begin(reader, 1, second, epoch="ijkl")
+    with pytest.raises(Fault, match="the log abcd and efgh is gone, with 1 acknowledged messages: now there is ijkl"):
+        given.proof.conclude()
+
+
+def test_what_nobody_was_given_of_a_new_log_is_read_back():
+    given = Given().post(*[0] * 9)
+    given.give(0, *range(1, 10))
+    for place in range(8):
+        given.ack(0, place, place + 1)
+    for reader in range(3):
+        given.begin(reader, 7, given.log[6], epoch="efgh")
+    assert given.proof.unread() == Id("efgh", 7)
+    with pytest.raises(Fault, match="client 1 was given efgh-5 as the one before efgh-7"):
+        given.proof.recalled(given.readers[1], History(Id("efgh", 5), given.log[3:5]))
+    given.proof.recalled(given.readers[0], History(Id("efgh", 6), given.log[3:6], more=True))
+    assert given.proof.unread() == Id("efgh", 4)
+    given.proof.recalled(given.readers[0], History(Id("efgh", 3), given.log[:3]))
+    assert given.proof.unread() is None
+    with pytest.raises(Fault, match="with 1 acknowledged messages"):
+        given.proof.conclude()
+
+
+def test_what_is_read_back_is_held_to_what_was_posted():
+    given = Given(lenient=True).post(0, 0)
+    given.begin(0, 2, given.log[1], epoch="efgh")
+    with pytest.raises(Fault, match="efgh-1, as client 0 was given it, is post 1 of client 0 a second time"):
+        given.proof.recalled(given.readers[0], History(Id("efgh", 1), [given.log[1]._replace(number=1)]))
+
+
+def test_where_no_log_was_lost_nothing_is_read_back():
+    proof = Proof("run", 1, 1)
+    proof.begun(proof.readers[0], History(Id("abcd", 9), []))
+    assert proof.unread() is None
+    assert (proof.logs_lost, proof.fresh_starts) == (0, 0)
+
+
+def test_a_post_of_the_lost_log_may_be_acknowledged_in_the_new_before_that_is_given_to_who_posted_it():
+    given = Given(lenient=True).post(0, 0)
+    given.ack(0, 0, 1, epoch="efgh", duplicate=True)
+    given.ack(0, 1, 7, epoch="efgh", duplicate=True)
+    assert not given.proof.is_level(given.readers[0])
+    for reader in range(3):
+        given.begin(reader, 7, given.log[1]._replace(number=7), epoch="efgh")
+    with pytest.raises(Fault, match="post 0 of client 0 was acknowledged as efgh-1, and is not there"):
+        given.proof.conclude()
+    given.proof.recalled(given.readers[0], History(Id("efgh", 6), [given.log[0]._replace(number=1)]))
+    given.proof.conclude()
+    assert given.proof.lost == 0
+
+
+def test_and_after_that_though_it_is_older_than_what_is_given():
+    given = Given(lenient=True).post(0)
+    given.begin(0, 7, epoch="efgh")
+    given.ack(0, 0, 3, epoch="efgh", duplicate=True)
+    with pytest.raises(Fault, match=r"efgh-2, .* is post 0 of client 0, acknowledged as efgh-3"):
+        given.proof.recalled(given.readers[0], History(Id("efgh", 7), [given.log[0]._replace(number=2)]))
+
+
+def test_but_not_in_the_log_that_is_gone():
+    given = Given(lenient=True).post(0)
+    given.give(0, 1)
+    given.begin(0, 0, epoch="efgh")
+    for duplicate in (False, True):
+        with pytest.raises(Fault, match="was acknowledged as abcd-1, of another log than efgh"):
+            given.ack(0, 0, 1, duplicate=duplicate)
+
+
+def test_the_newest_page_may_be_of_a_new_log_in_which_all_are_then_to_begin():
+    given = Given(lenient=True)
+    assert given.proof.is_level(given.readers[1])
+    given.proof.paged(given.readers[0], Id("efgh", 1))
+    assert not any(map(given.proof.is_level, given.readers))
+    assert given.proof.logs_lost == 1
+
+
+def test_a_log_that_was_gone_and_is_there_again():
+    given = Given(lenient=True)
+    for reader in range(3):
+        given.begin(reader, 0, epoch="efgh")
+    given.proof.forget()
+    with pytest.raises(Fault, match="the log abcd, which was gone, is there again in place of efgh"):
+        given.begin(0, 0)
 
 
 def test_a_new_log_may_be_allowed():

@@ -8,14 +8,18 @@ import shutil
 import socket
 import sqlite3
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from helpers import ImmediateWorker, ManualTime, result_of
+from redises import Proxy, Redis, each_binary
+from servers import certificate_for
 
 from chatd import machine
+from chatd.check import Refused, Server, Unreached
 from chatd.frames import Post
 from chatd.machine import ThisMachine
 from chatd.store.base import Retention
@@ -328,3 +332,131 @@ def test_a_relative_store_is_looked_for_where_the_process_is(tmp_path, monkeypat
     with opened(tmp_path / "chatd.sqlite"):
         assert HERE.locked(Path("chatd.sqlite"))
     assert HERE.readable_since(Path("chatd.sqlite")) == READABLE_SINCE
+
+
+# A Redis
+
+
+def server(port, *auth, tls=False, database=0, host="127.0.0.1"):
+    return Server(host, port, tls, auth, database)
+
+
+@each_binary
+def redis(request, tmp_path):
+    with Redis(tmp_path / "redis", binary=request.param, appendonly=True, fsync="always") as redis:
+        yield redis
+
+
+def test_what_a_redis_says_of_itself(redis, tmp_path):
+    said = HERE.ask(server(redis.port, database=3))
+    assert (said["role"], said["aof_enabled"], said["appendfsync"]) == ("master", "1", "always")
+    assert said["maxmemory_policy"] == "noeviction"
+    assert tuple(map(int, said["redis_version"].split(".")[:2])) >= (6, 2)
+    with Redis(tmp_path / "replica", binary=redis.binary, replica_of=redis, maxmemory_policy="volatile-lru") as replica:
+        said = HERE.ask(server(replica.port, host="localhost"))
+    assert (said["role"], said["master_host"], said["master_port"]) == ("slave", "127.0.0.1", str(redis.port))
+    assert (said["aof_enabled"], said["maxmemory_policy"]) == ("0", "volatile-lru")
+
+
+def test_a_user_is_told_what_he_may_ask(redis):
+    redis.call("ACL", "SETUSER", "none", "on", ">a b", "~*")
+    redis.call("ACL", "SETUSER", "some", "on", ">a b", "~*", "+info")
+    assert HERE.ask(server(redis.port, "none", "a b")) == {}
+    said = HERE.ask(server(redis.port, "some", "a b"))
+    assert said["role"] == "master"
+    assert "appendfsync" not in said
+
+
+@pytest.mark.parametrize(
+    ("auth", "database", "words"),
+    [
+        ((), 0, "NOAUTH Authentication required"),
+        (("wrong",), 0, "WRONGPASS invalid username-password pair or user is disabled"),
+        (("nobody", "right"), 0, "WRONGPASS invalid username-password pair or user is disabled"),
+        (("right",), 99, "ERR DB index is out of range"),
+    ],
+)
+def test_a_redis_that_does_not_let_us_in_says_why(tmp_path, auth, database, words):
+    with Redis(tmp_path / "redis", password="right") as redis:
+        assert HERE.ask(server(redis.port, "right"))["role"] == "master"
+        with pytest.raises(Refused) as refused:
+            HERE.ask(server(redis.port, *auth, database=database))
+    assert str(refused.value) == words
+
+
+@contextmanager
+def says(reply):
+    """A server that answers so, to whatever it is asked, and hangs up."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(reply)
+
+        with ThreadPoolExecutor(1) as thread:
+            served = thread.submit(serve)
+            yield listening.getsockname()[1]
+            served.result()
+
+
+def test_what_a_refusal_says_more_is_not_repeated():
+    line = b"-ERR unknown command `AUTH`, with args beginning with: `secret`\r\n"
+    with says(line) as port, pytest.raises(Refused) as refused:
+        HERE.ask(server(port, "secret"))
+    assert str(refused.value) == "ERR unknown command `AUTH`"
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [(b"", "it hung up"), (b"HTTP/1.1 400 Bad Request\r\n", "what is there is no Redis, or speaks TLS")],
+)
+def test_what_is_no_redis_is_not_reached(reply, words):
+    with says(reply) as port, pytest.raises(Unreached) as unreached:
+        HERE.ask(server(port))
+    assert str(unreached.value) == words
+
+
+def unreached(port, **named):
+    with pytest.raises(Unreached) as unreached:
+        HERE.ask(server(port, **named))
+    return str(unreached.value)
+
+
+def test_where_none_can_be_reached_it_is_said_why(monkeypatch):
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        port = listening.getsockname()[1]
+        monkeypatch.setattr(machine, "REDIS_SECONDS", 0.01)
+        assert unreached(port) == "it does not answer"
+    assert unreached(port) == "Connection refused"
+    assert unreached(port, host="a" * 64) == "it is no name of a machine"
+    assert unreached(port, host="chatd.invalid")  # in the words of the resolver
+
+
+def test_by_tls_the_certificate_must_be_trusted_and_of_that_name(tmp_path, monkeypatch):
+    certificate_for(tmp_path)
+    with Redis(tmp_path / "redis") as redis, Proxy(redis.port, tls=tmp_path) as proxy:
+        assert unreached(proxy.port, tls=True) == "no TLS: self-signed certificate"
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert HERE.ask(server(proxy.port, tls=True))["role"] == "master"
+        other = "no TLS: Hostname mismatch, certificate is not valid for 'localhost'"
+        assert unreached(proxy.port, tls=True, host="localhost") == other
+    with says(b"-ERR no TLS here\r\n") as port:
+        assert unreached(port, tls=True).startswith("no TLS: ")
+
+
+def test_a_password_is_the_line_of_its_file(tmp_path):
+    path = tmp_path / "password"
+    assert HERE.secret(path) is None
+    path.write_bytes("p\u00e4ss\r\n".encode())
+    assert HERE.secret(path) == "p\u00e4ss"
+    path.write_bytes(b"\xff")
+    assert HERE.secret(path) is None
+
+
+def test_the_command_line_is_that_of_the_process(proc, tmp_path):
+    assert "pytest" in HERE.command_line()
+    assert proc(self__cmdline="a\0--store=b\0").command_line() == "a\0--store=b\0"
+    (tmp_path / "proc/self/cmdline").write_bytes(b"\xff")
+    assert proc().command_line() == "\udcff"

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from chatd.presence import MAX_TYPING, MAX_USERS, PRESENCE, ROUND_SECONDS, TYPING, Presence
+from chatd.presence import MAX_TYPING, MAX_USERS, PRESENCE, ROUND_SECONDS, TYPING, Here, Presence
 from chatd.sweep import SLICE_MEMBERS
 
 BOTH = (PRESENCE, TYPING)
@@ -58,10 +58,10 @@ class Watcher:
 class Place:
     """What of a room presence is about: who is there."""
 
-    def __init__(self, clock):
+    def __init__(self, clock, report=None):
         self.clock = clock
         self.members = {}
-        self.presence = Presence(self.members, clock)
+        self.presence = Presence(self.members, clock, report)
 
     def join(self, *members):
         for member in members:
@@ -231,6 +231,124 @@ def test_nobody_is_told_who_did_not_ask(place, clock):
         place.join(Watcher("dee"))
         clock.advance(ROUND_SECONDS)
     assert [member.frames, typist.frames] == [[], []]
+
+
+# At other nodes
+
+
+class Node(Place):
+    """A room at one node, and what it says of it to the others."""
+
+    def __init__(self, clock):
+        self.reports = []
+        super().__init__(clock, lambda here, typing: self.reports.append((*here, typing)))
+
+
+@pytest.fixture
+def node(clock):
+    return Node(clock)
+
+
+def test_the_other_nodes_are_told_who_is_here_at_most_once_a_second_whether_anyone_watches_or_not(node, clock):
+    node.join(Watcher("ann"))
+    clock.turns()
+    node.join(Watcher("bob"), Watcher())
+    clock.turns()
+    assert node.reports == [(1, {"ann"}, [])]
+    clock.advance(ROUND_SECONDS)
+    assert node.reports[1:] == [(3, {"ann", "bob"}, [])]
+    clock.advance(10)
+    assert len(node.reports) == 2
+    assert clock.getDelayedCalls() == []
+
+
+def test_they_are_told_at_once_that_nobody_is_here(node, clock):
+    ann, bob = Watcher("ann"), watcher("bob", BOTH)
+    node.join(ann, bob)
+    clock.turns()
+    node.leave(bob)
+    node.presence.typing("ann")
+    node.leave(ann)
+    assert node.reports[1:] == [(0, frozenset(), ())]
+    assert clock.getDelayedCalls() == []
+
+
+def test_they_are_told_of_more_names_than_are_shown_by_their_number(node, clock):
+    node.join(*[Watcher(f"n{number}") for number in range(MAX_USERS + 1)])
+    clock.turns()
+    assert node.reports == [(MAX_USERS + 1, None, [])]
+
+
+def test_a_change_of_what_is_shown_here_alone_is_not_told_to_them(node, clock):
+    ann = node.join(watcher("ann"))
+    clock.turns()
+    node.presence.elsewhere("B", Here(1, frozenset({"bob"})))
+    clock.advance(ROUND_SECONDS)
+    assert len(node.reports) == 1
+    assert ann.here == (2, {"ann", "bob"})
+
+
+def test_watchers_are_told_the_sum_of_all_nodes(node, clock):
+    ann = node.join(watcher("ann"))
+    node.presence.elsewhere("B", Here(2, frozenset({"bob", "ann"})))
+    node.presence.elsewhere("C", Here(1, frozenset({"cy"})))
+    clock.turns()
+    assert ann.told == [{"count": 4, "users": ["ann", "bob", "cy"]}]
+    for here in (Here(1, frozenset({"bob"})), Here(0, frozenset()), None):
+        node.presence.elsewhere("B", here)
+        clock.advance(ROUND_SECONDS)
+    assert ann.told[1:] == [
+        {"count": 3, "join": [], "leave": []},
+        {"count": 2, "join": [], "leave": ["bob"]},
+    ], "a name is here until it is at no node"
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [Here(300, None)],
+        [Here(150, frozenset(map(str, range(150)))), Here(50, frozenset(map(str, range(150, 200))))],
+    ],
+)
+def test_too_many_names_at_all_nodes_together_are_only_counted(node, clock, others):
+    ann = node.join(watcher("ann"))
+    for name, here in enumerate(others):
+        node.presence.elsewhere(str(name), here)
+    clock.turns()
+    assert ann.told == [{"count": 1 + sum(here.members for here in others)}]
+    node.presence.elsewhere("0", None)
+    clock.advance(ROUND_SECONDS)
+    assert ann.here == (
+        1 + sum(here.members for here in others[1:]),
+        {"ann"} | {*map(str, range(150, 200))} if others[1:] else {"ann"},
+    )
+
+
+def test_who_types_is_told_here_and_to_the_others_once(node, clock):
+    ann = node.join(watcher("ann", [TYPING]))
+    node.presence.typing("bob")
+    node.presence.typing_elsewhere(["cy", "bob"])
+    clock.turns()
+    assert node.reports == [(1, {"ann"}, ["bob"])]
+    assert ann.typing == [["bob", "cy"]]
+    clock.advance(ROUND_SECONDS)
+    assert len(node.reports) == len(ann.typing) == 1
+    node.presence.typing_elsewhere([str(number) for number in range(MAX_TYPING + 1)])
+    clock.advance(ROUND_SECONDS)
+    assert ann.typing[1:] == [[str(number) for number in range(MAX_TYPING)]]
+    assert len(node.reports) == 1
+
+
+def test_who_types_elsewhere_is_nothing_to_a_room_where_nobody_watches(node, clock):
+    node.join(Watcher("ann"))
+    clock.turns()
+    node.presence.typing_elsewhere(["cy"])
+    assert clock.getDelayedCalls() == []
+    clock.advance(ROUND_SECONDS)
+    ann = node.join(watcher("bob", [TYPING]))
+    clock.advance(ROUND_SECONDS)
+    assert ann.typing == []
 
 
 # When it is told

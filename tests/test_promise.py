@@ -678,7 +678,7 @@ class Machine(RuleBasedStateMachine):
     )
     def post_and_be_cut_while_it_is_delivered(self, who, count, size, space, goes_on):
         client = self.clients[who]
-        if client.wire is not None and client.greeted:
+        if self.is_there(client):
             client.wire.socket.space = space
             for _ in range(count):
                 client.post(size, labelled=len(client.pending) < WINDOW)
@@ -695,11 +695,23 @@ class Machine(RuleBasedStateMachine):
                 self.log.writer.run()
                 self.turn(3)
 
+    @rule(who=who)
+    def fall_too_far_behind(self, who):
+        client = self.clients[who]
+        other = next(other for other in self.clients if other.room == client.room and other is not client)
+        if self.is_there(other) and self.is_there(client) and other.wire is not None:
+            client.wire.socket.space = 0
+            for _ in range(2 * MAX_LAG):
+                other.post(0, labelled=False)
+            other.deliver()
+            self.log.writer.run()
+            self.turn(3)
+
     @rule(who=who, order=st.permutations(["read", "read", "write", "write"]))
     def come_back_to_an_empty_room_while_a_post_is_committed(self, who, order):
         client = self.clients[who]
-        if client.wire is None:
-            client.connect(Tcp, None)
+        if not self.is_there(client):
+            return
         self.all_is_quiet()
         if client.wire is None:
             return
@@ -740,6 +752,14 @@ class Machine(RuleBasedStateMachine):
                 client.deliver()
             self.turn(1)
 
+    def is_there(self, client):
+        """Have it come, if it is not there; answers whether it could."""
+        if client.wire is None:
+            client.connect(Tcp, None)
+        if not client.greeted:
+            self.all_is_quiet()
+        return client.wire is not None and client.greeted
+
     @rule(seconds=st.sampled_from([1, 26, 41, DAY // 2, DAY + 1]))
     def time_passes(self, seconds):
         self.now.advance(seconds)
@@ -756,8 +776,14 @@ class Machine(RuleBasedStateMachine):
     def read(self, what):
         getattr(self.log.reader, what)()
 
-    @rule(steps=st.integers(1, 300))
-    def writing_fails(self, steps):
+    @rule(who=who, steps=st.integers(1, 300), posts=st.booleans())
+    def writing_fails(self, who, steps, posts):
+        """Mostly there is nothing to be written, unless someone posts."""
+        client = self.clients[who]
+        if posts and self.is_there(client):
+            self.log.writer.run()
+            client.post(0, labelled=False)
+            client.deliver()
         self.failures += 1
         self.log.failing(self.log.writer, steps)
 

@@ -1,6 +1,7 @@
 """A connection is a member of a room: over in-memory transports, with an injected clock."""
 
 import json
+from http import HTTPStatus
 
 import pytest
 import txaio
@@ -9,9 +10,11 @@ from helpers import HEAD, masked, read_frames, result_of
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.task import Clock
 from twisted.internet.tcp import Connection
 from twisted.internet.testing import StringTransport
+from twisted.logger import formatEvent
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 
@@ -269,7 +272,8 @@ def used():
 def test_ours_shadows_nothing_of_autobahns_by_accident():
     theirs = used()
     assert {name for name in names_of(ChatProtocol, Session) if hasattr(theirs, name)} == {
-        *("connectionLost", "connectionMade", "dataReceived", "failHandshake", "onClose", "onConnect", "onMessage"),
+        *("_fail_connection", "connectionLost", "connectionMade", "dataReceived", "failHandshake", "onClose"),
+        *("onConnect", "onMessage"),
         *("onMessageFrameBegin", "onOpen", "onPong", "processHandshake", "sendCloseFrame", "sendData", "__init__"),
         *("factory", "transport", "peer", "is_closed", "is_open", "utf8validator"),
         *("current_frame", "inside_message", "websocket_version"),
@@ -368,8 +372,37 @@ def test_a_handshake_that_is_refused_is_told_why(client, events, old, new, code)
     assert problem["title"]
     assert problem["detail"]
     assert client.transport.disconnecting
-    assert [event["code"] for event in events if "code" in event] == [code]
+    assert [(event["code"], event["phrase"]) for event in events if "code" in event] == [(code, problem["title"])]
     client.goes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"GET / HTTP/1.1", b"GET /?token=secret HTTP/1.0"),
+        (b"GET / HTTP/1.1", b"GET /?token=secret&username=%ff HTTP/1.1"),
+        (b"GET / HTTP/1.1", b"GET /?token=secret#secret HTTP/1.1"),
+        (b"GET / HTTP/1.1", b"GET secret HTTP/1.1"),
+        (b"GET / HTTP/1.1", b"GET /?token=secret"),
+        (b"GET / HTTP/1.1", b"secret / HTTP/1.1"),
+        (b"localhost:8085", b"localhost:secret"),
+        (b"Connection: keep-alive, Upgrade", b"Connection: secret"),
+        (b"Version: 13", b"Version: secret"),
+        (b"dGhlIHNhbXBsZSBub25jZQ==", b"secret"),
+        (b"Upgrade: websocket", b"Upgrade: websocket, secret\r\nAuthorization: secret"),
+    ],
+)
+def test_a_refused_handshake_is_logged_with_nothing_that_is_in_it(client, events, old, new):
+    handshake = HANDSHAKE.replace(old, new)
+    assert handshake != HANDSHAKE
+    client.sends(handshake)
+    status = int(client.transport.read().split()[1])
+    if status == 101:
+        client.goes()
+    else:
+        (text,) = [formatEvent(event) for event in events if "code" in event]
+        assert text == f"192.0.2.7:4321 refused: {status} {HTTPStatus(status).phrase}"
+    assert not [event for event in events if "secret" in f"{event} {formatEvent(event)}"]
 
 
 def refusal(client, handshake):
@@ -421,6 +454,134 @@ def test_behind_a_wrapper_the_web_site_is_put_in_the_wrapper(factory):
     assert wire.value().endswith(b"ok\n")
     assert isinstance(wrapper.wrappedProtocol, web.HTTPChannel)
     wrapper.connectionLost(Failure(ConnectionDone()))
+
+
+# A connection that proxies keep
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+UPGRADED = b"HTTP/1.1 101 "
+
+
+def written(client):
+    """All that was written, in its order, if it was all left to the transport."""
+    if isinstance(client.transport, Tcp):
+        assert client.transport.socket.sent == b"", "it would overtake what the transport holds"
+    return Wire.read(client.transport)
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+@pytest.mark.parametrize("cut", [(requests, pieces) for requests in (1, 3) for pieces in (1, 7, 1000)])
+def test_a_connection_that_served_requests_becomes_a_websocket_behind_their_answers(
+    factory, clock, way, transport, cut
+):
+    requests, pieces = cut
+    clients = factory.clients
+    client, other = Client(factory, transport()), Client(factory)
+    data = HEALTH * requests + way("/rooms/team?username=ann", b"Sec-WebSocket-Protocol: chat.v1")
+    data += masked(b'{"username":"ann","message":"hi"}')
+    for begin in range(0, len(data), pieces):
+        client.sends(data[begin : begin + pieces])
+    other.joins(way("/rooms/team"))
+    clock.advance(0)
+    *answers, last = written(client).split(b"ok\n")
+    assert len(answers) == requests
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
+    head, _, frames = last.partition(b"\r\n\r\n")
+    assert head.startswith(UPGRADED)
+    assert b"chat.v1" in head
+    assert [frame["type"] for frame in read_frames(frames)] == ["history", "message"]
+    assert client.now.name == "ann"
+    assert factory.getConnectionCount() == 2
+    assert clients.connected == {client.now, other.now}
+    assert [*clients.handshakes] == []
+    assert clock.getDelayedCalls() == []
+    other.posts("ho")
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in read_frames(written(client))] == ["ho"]
+    client.goes()
+    assert clients.connected == {other.now}
+    assert factory.site.channels == set()
+
+
+def test_it_is_told_when_its_transport_is_full_as_those_are_that_buffer(factory, clock):
+    client = Client(factory)
+    client.sends(HEALTH + HANDSHAKE)
+    written(client)
+    assert client.transport.streaming
+    client.transport.producer.pauseProducing()
+    client.posts("1")
+    clock.advance(0)
+    assert written(client) == b""
+    client.transport.producer.resumeProducing()
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in read_frames(written(client))] == ["1"]
+
+
+def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, clients):
+    wrapper = ProtocolWrapper(WrappingFactory(factory), factory.buildProtocol(None))
+    wire = Wire()
+    wrapper.makeConnection(wire)
+    wrapper.dataReceived(HEALTH)
+    wrapper.dataReceived(HANDSHAKE[:50])
+    assert isinstance(wrapper.wrappedProtocol, web.HTTPChannel)
+    wrapper.dataReceived(HANDSHAKE[50:])
+    assert clients.connected == {wrapper.wrappedProtocol}
+    assert UPGRADED in wire.value()
+    wrapper.connectionLost(Failure(ConnectionDone()))
+    assert clients.connected == set()
+    assert factory.getConnectionCount() == 0
+
+
+@pytest.mark.parametrize(
+    ("handshake", "status"),
+    [(short("/nowhere"), 404), (long("/?username=%ff"), 400), (short().replace(b"13", b"7"), 400)],
+)
+def test_a_handshake_that_is_refused_there_is_told_why_and_ends_it(factory, clients, handshake, status):
+    client = Client(factory)
+    client.sends(HEALTH + handshake)
+    _, _, answer = written(client).partition(b"ok\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert client.transport.disconnecting
+    assert factory.refused_handshakes == {f"{status}": 1}
+    client.goes()
+    assert [*clients.handshakes] == []
+    assert factory.getConnectionCount() == 0
+
+
+def test_who_comes_so_while_the_server_stops_is_told_when_to_come_again(factory, clients, way):
+    client = Client(factory)
+    client.sends(HEALTH)
+    clients.stopping = True
+    client.sends(way())
+    assert b"ok\nHTTP/1.1 503 " in written(client)
+    assert client.transport.disconnecting
+
+
+def test_a_handshake_whose_header_is_folded_goes_the_same_way(client):
+    # It is no upgrade to the WebSocket side until the web site has put it into one line.
+    client.sends(HANDSHAKE.replace(b"Upgrade: websocket", b"Upgrade:\r\n websocket"))
+    assert written(client).startswith(UPGRADED)
+    assert client.now.room is not None
+
+
+def test_it_has_as_long_as_any_other_when_the_log_is_slow(held, clock, server, clients, look):
+    client = Client(server(Rooms(held, clock, 100)))
+    client.sends(HEALTH + HANDSHAKE)
+    assert client.transport.producerState == "paused"
+    look(HANDSHAKE_SECONDS)
+    assert client.transport.aborted
+    assert UPGRADED not in written(client)
+    client.goes()
+    held.answer()
+    assert not clients.connected
+
+
+@pytest.mark.parametrize("named", ["factory", "site"])
+def test_under_tls_http_1_1_is_spoken_and_nothing_else(factory, named):
+    either = factory if named == "factory" else factory.site
+    assert IProtocolNegotiationFactory.providedBy(either)
+    assert either.acceptableProtocols() == [b"http/1.1"]
 
 
 # What is asked for
@@ -761,6 +922,58 @@ def test_what_no_client_may_send_closes_with_a_code_and_is_not_posted(client, cl
     clock.advance(0)
     assert client.transport.read() == b""
     assert [*client.protocol.factory.clients.closings] == [client.protocol]
+
+
+def failures(events):
+    return [
+        (event["connection"], event["peer"], event["room"], event["code"], event["reason"])
+        for event in events
+        if "is failed" in event["log_format"]
+    ]
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_who_breaks_the_protocol_is_told_why_and_may_answer(factory, events, look, transport):
+    client = Client(factory, transport())
+    client.joins()
+    why = "why " + "\N{WAVING HAND SIGN}" * 50
+    client.protocol._fail_connection(1008, why)
+    data = client.transport.read()
+    assert data[:4] == bytes([0x88, len(data) - 2]) + b"\x03\xf0"
+    assert len(data) <= 2 + 125
+    assert data[4:].decode() == "why " + "\N{WAVING HAND SIGN}" * 29
+    assert client.protocol.failedByMe
+    assert not client.transport.disconnecting
+    assert failures(events) == [(1, "192.0.2.7:4321" if transport is Tcp else events[0]["peer"], "main", 1008, why)]
+    client.sends(masked(b"\x03\xf0", first=0x88))
+    assert client.transport.disconnecting
+
+
+def test_who_breaks_the_protocol_when_it_is_to_close_is_dropped(client, events):
+    client.joins()
+    client.protocol.restart(0.5)
+    assert client.reads_close() == 1012
+    client.sends(b"\x81\x05hello")
+    assert client.transport.read() == b""
+    assert client.transport.disconnecting
+    assert [(room, code) for _, _, room, code, _ in failures(events)] == [(None, 1002)]
+
+
+def test_who_is_gone_is_failed_no_more(client, events):
+    client.joins()
+    client.goes()
+    client.protocol._fail_connection()
+    assert client.transport.read() == b""
+    assert failures(events) == []
+
+
+@pytest.mark.parametrize("payload", [b"\x03\xe8secret\xff", b"\x00\x01secret"])
+def test_of_a_close_that_breaks_the_protocol_nothing_is_logged_but_that(client, events, payload):
+    client.joins()
+    client.sends(masked(payload, first=0x88))
+    assert client.transport.read()[0] == 0x88
+    assert len(failures(events)) == 1
+    assert not [event for event in events if "secret" in f"{event} {formatEvent(event)}"]
 
 
 def test_many_messages_of_many_fragments_are_fine(client, clock):
@@ -1265,7 +1478,7 @@ def test_joining_refusals_and_leaving_are_logged_without_what_was_said(client, e
     ours = [event for event in events if event["log_namespace"] in ("chatd.protocol", "chatd.session")]
     assert [event["log_format"] for event in ours] == [
         "#{connection} {peer} joined {room}",
-        "#{connection} {peer} sent what is refused",
+        "#{connection} {peer} in {room} sent what is refused",
         "#{connection} {peer} left {room}: {code}",
     ]
     assert {event["peer"] for event in ours} == {"192.0.2.7:4321"}
@@ -1336,20 +1549,74 @@ def test_who_does_not_take_its_answers_when_it_is_finished_is_not_read_when_it_t
     assert [frame["type"] for frame in client.reads()] == ["error", "error"]
 
 
+@pytest.fixture
+def drain(factory, clients, store, clock):
+    """Begin to send all clients elsewhere, within so many seconds or in a hurry."""
+
+    def begin(budget, *, hurried=False):
+        drain = Drain(clients, store, factory.site, budget, clock)
+        if hurried:
+            drain.hurry()
+        drain.run(lambda: succeed(None))
+
+    return begin
+
+
+def last_words(data):
+    """The labels, or else the types, of the frames before the close, which is the last and tells to come back."""
+    frames, close = data[: data.rindex(b"\x88")], data[data.rindex(b"\x88") :]
+    assert close[2:4] == b"\x03\xf4"
+    return [frame.get("label", frame["type"]) for frame in read_frames(frames)]
+
+
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_a_drain_sends_what_a_client_is_owed_before_its_close(factory, clients, store, clock, transport):
+def test_a_drain_sends_what_a_client_is_owed_before_its_close(factory, clock, drain, transport):
     client = Client(factory, transport())
     client.joins()
     client.posts("hi", label="a")
     client.says(PAGE | {"label": "h1"})
-    drain = Drain(clients, store.settled, 8, clock)
-    drain.hurry()
-    drain.run(lambda: succeed(None))
+    drain(8, hurried=True)
     clock.pump([0, 0, TICK_SECONDS])
-    data = client.transport.read()
-    frames, close = data[: data.rindex(b"\x88")], data[data.rindex(b"\x88") :]
-    assert [frame.get("label", frame["type"]) for frame in read_frames(frames)] == ["h1", "message", "a"]
-    assert close[2:4] == b"\x03\xf4"
+    assert last_words(client.transport.read()) == ["h1", "message", "a"]
+
+
+@pytest.fixture
+def full(factory, clock):
+    """A client that has posted while its transport was full, and another."""
+    client, other = Client(factory), Client(factory)
+    client.joins()
+    other.joins()
+    client.transport.socket.space = 10
+    other.posts("1")
+    clock.advance(0)
+    client.posts("2", label="a")
+    clock.advance(0)
+    assert not client.protocol.ready
+    return client, other
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_whose_transport_is_full_for_a_moment_at_its_release_has_its_acknowledgement_before_its_close(
+    full, clock, drain, hurried
+):
+    client, other = full
+    drain(8, hurried=hurried)
+    clock.pump([TICK_SECONDS] * (10 if hurried else 130))  # both were released
+    assert last_words(other.transport.read()) == ["message", "message"]
+    begun = client.transport.read()
+    assert len(begun) == 10
+    client.transport.drain()
+    clock.pump([0, TICK_SECONDS])
+    assert last_words(begun + client.transport.read()) == ["message", "message", "a"]
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_whose_transport_stays_full_is_told_all_the_same_behind_what_it_has_not_taken(full, clock, drain, hurried):
+    client, _ = full
+    drain(8, hurried=hurried)
+    clock.pump([TICK_SECONDS] * (25 if hurried else 145))
+    client.transport.drain()
+    assert last_words(client.transport.read()) == ["message"], "what it posted, it can post again with its label"
 
 
 def test_who_is_told_twice_to_come_back_is_told_once(client):

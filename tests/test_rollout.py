@@ -8,13 +8,17 @@ import json
 import re
 import resource
 import signal
+import socket
 import sqlite3
 import sys
 import time
+from itertools import pairwise
 
 import pytest
-from servers import CLOSE, LONG, LOOPBACK, PING, PONG, TEXT, Raw, Server, frame, numbered, stored, upgrade
+from servers import CLOSE, LONG, LOOPBACK, PING, PONG, TEXT, TWISTD, Raw, Server, frame, numbered, stored, upgrade
 from web_doubles import EventParser
+
+from chatd.drain import TICK_SECONDS
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 DRAINED = r"\bdrained\b"
@@ -114,20 +118,25 @@ def locked(path):
 class Visitor(asyncio.Protocol):
     """A WebSocket client that posts, reads to its close, and knows what it was promised."""
 
-    def __init__(self, path="/", window=0, name=""):
+    def __init__(self, path="/", window=0, name="", sent=0):
         loop = asyncio.get_running_loop()
         self.path = path
         self.window = window
         self.name = name
-        self.sent = 0
+        self.sent = sent
         self.acked = {}
         """The number that each label was given."""
+        self.doubted = set()
+        """The labels of what may not have been stored."""
         self.told = asyncio.Event()
-        """Set at each."""
+        """Set at each, and at each message."""
         self.cursor = None
         self.gaps = 0
         self.history = loop.create_future()
         self.joined = None
+        self.close = None
+        self.closed = None
+        """When the close came."""
         self.gone = loop.create_future()
         self._data = bytearray()
         self._upgraded = False
@@ -150,11 +159,20 @@ class Visitor(asyncio.Protocol):
             self.told.clear()
             await self.told.wait()
 
+    async def reads(self, number):
+        """Wait for the message of this number."""
+        while self.cursor < number:
+            self.told.clear()
+            await self.told.wait()
+
     def posts(self, count=1):
         """Post messages that are their own labels."""
-        names = [f"{self.name}-{number}" for number in range(self.sent, self.sent + count)]
+        self.says([f"{self.name}-{number}" for number in range(self.sent, self.sent + count)])
         self.sent += count
-        self.transport.write(b"".join(said(name, name, self.name) for name in names))
+
+    def says(self, labels):
+        """Post these."""
+        self.transport.write(b"".join(said(label, label, self.name) for label in labels))
 
     def data_received(self, data):
         self._data += data
@@ -181,12 +199,18 @@ class Visitor(asyncio.Protocol):
         if opcode == CLOSE:
             self.transport.write(frame(CLOSE, payload[:2]))
             self.close = int.from_bytes(payload[:2]), payload[2:].decode()
+            self.closed = time.monotonic()
         elif payload.startswith(b'{"type":"message","id":"'):
             number = int(payload[24 : payload.index(b'"', 24)].rpartition(b"-")[2])
             self.gaps += number != self.cursor + 1
             self.cursor = number
+            self.told.set()
         elif opcode == TEXT:
             document = json.loads(payload)
+            if document["type"] == "error":
+                self.doubted.add(in_doubt(document))
+                self.told.set()
+                return
             number = int(document["id"].rpartition("-")[2])
             if document["type"] == "history":
                 self.cursor = number
@@ -222,6 +246,7 @@ async def test_what_was_read_before_a_sigterm_is_in_the_log_and_acknowledged_and
         assert person.close[0] == 1012
         assert 0 <= moment(person.close[1]) <= 1
         assert person.gaps == 0
+        assert not person.doubted
         mine = {message: number for message, number in kept.items() if message.startswith(f"{person.name}-")}
         assert person.acked == mine, "no more and no less"
         assert {*mine} == {f"{person.name}-{number}" for number in range(len(mine))}
@@ -283,6 +308,142 @@ def test_what_cannot_be_kept_any_more_is_refused_before_the_close(tmp_path):
         assert db.execute("SELECT count(*) FROM elsewhere").fetchone() == (2,)
 
 
+def in_doubt(text):
+    """The label of a refusal that does not say whether the post was stored."""
+    assert (text["type"], text["code"]) == ("error", "UNAVAILABLE")
+    assert text["message"] == "The message may not have been stored; try again with the same label."
+    return text["label"]
+
+
+def test_what_the_disk_has_not_answered_in_time_is_refused_in_doubt_before_the_close(tmp_path):
+    labels = [f"{number}" for number in range(COUNT)]
+    with Server(tmp_path) as server, Member(server.port) as ann, Member(server.port) as bob:
+        with locked(tmp_path / "chatd.sqlite"):
+            in_flight(ann)
+            server.terminate()
+            texts, _ = ann.goes()
+            assert [in_doubt(text) for text in texts] == labels
+            assert bob.goes()[0] == []
+        server.stopped()
+    kept = [row[2] for row in stored(tmp_path / "chatd.sqlite")[1][2:]]
+    assert kept == labels[: len(kept)], "those of the commit that was under way, as it turns out"
+    with Server(tmp_path) as server, Member(server.port) as ann:
+        ann.send(b"".join(said(label, label) for label in labels))
+        acks = []
+        while len(acks) < COUNT:
+            text = ann.json()
+            acks += [text] if text["type"] == "ack" else []
+        assert sorted(ack["label"] for ack in acks if "duplicate" in ack) == sorted(kept)
+    assert sorted(row[2] for row in stored(tmp_path / "chatd.sqlite")[1][2:]) == sorted(labels), "each once"
+
+
+# Over HTTP
+
+POST = "POST", "/rooms/main/messages", '{"username":"ann","message":"hi"}'
+KEYED = {"Content-Type": "application/json", "Idempotency-Key": '"a"'}
+
+
+@contextlib.contextmanager
+def keeping(port):
+    """An HTTP connection that was used, and is kept."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)) as connection:
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b"ok\n"
+        yield connection
+
+
+def begin_post(server, connection):
+    """Have a post read by a server that cannot commit it yet."""
+    connection.request(*POST, KEYED)
+    assert ask(server.port, "GET", "/healthz") == (200, "ok\n"), "which came after it"
+
+
+def by_signal(server):
+    server.terminate()
+
+
+def by_command(server):
+    assert ask(server.admin_port, "POST", "/drain") == (202, "draining\n")
+
+
+@pytest.mark.parametrize("drain", [by_signal, by_command])
+@pytest.mark.parametrize("members", [0, 1])
+def test_a_post_over_http_that_is_on_its_way_is_answered(tmp_path, members, drain):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(tmp_path, "--drain=4", admin=LOOPBACK))
+        people = [stack.enter_context(Member(server.port)) for _ in range(members)]
+        posting, idle = (stack.enter_context(keeping(server.port)) for _ in range(2))
+        with locked(tmp_path / "chatd.sqlite"):
+            begin_post(server, posting)
+            drain(server)
+            server.log.wait(r"\(TCP Port \d+ Closed\)")
+            if not people:
+                assert idle.sock.recv(1) == b"", "it has asked for nothing"
+        answer = posting.getresponse()
+        assert (answer.status, json.loads(answer.read())) == (
+            201,
+            {"type": "ack", "label": "a", "id": f"{server.epoch}-3"},
+        )
+        for member in people:
+            assert [numbered(text) for text in member.goes()[0]] == [[(3, "ann", "hi")]]
+        for connection in (posting, idle):
+            assert connection.sock.recv(1) == b""
+        server.log.wait(DRAINED)
+        if drain is by_command:
+            assert ask(server.admin_port, "GET", "/readyz") == (503, "draining\n")
+            server.terminate()
+        server.stopped()
+    assert [row[:3] for row in stored(tmp_path / "chatd.sqlite")[1]] == [*SEED, (3, "ann", "hi")]
+
+
+@pytest.mark.parametrize(
+    ("budget", "stop"), [(2, signal.SIGTERM), (3600, signal.SIGINT)], ids=["by the limit", "in a hurry"]
+)
+@pytest.mark.parametrize("members", [0, 1])
+def test_a_post_over_http_that_the_disk_has_not_answered_in_time_is_refused_in_doubt(tmp_path, members, budget, stop):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(tmp_path, f"--drain={budget}"))
+        people = [stack.enter_context(Member(server.port)) for _ in range(members)]
+        posting, idle = (stack.enter_context(keeping(server.port)) for _ in range(2))
+        with locked(tmp_path / "chatd.sqlite"):
+            begin_post(server, posting)
+            server.terminate(stop)
+            for member in people:
+                assert member.goes()[0] == []
+            assert idle.sock.recv(1) == b"", "it has asked for nothing"
+            answer = posting.getresponse()
+            document = json.loads(answer.read())
+            assert (answer.status, document["code"], document["detail"]) == (
+                503,
+                "UNAVAILABLE",
+                "the message may not have been stored; try again with the same key",
+            )
+        server.stopped(stop)
+
+
+def ask_on(deaf):
+    """Ask and ask, until the server has no room for another answer, and so reads no more either."""
+    while True:
+        deaf.sendall(b"GET /rooms/main/messages HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+
+
+def test_who_does_not_read_its_answers_is_dropped_at_the_end_of_the_budget(tmp_path):
+    with Server(tmp_path, "--drain=2") as server, contextlib.closing(socket.socket()) as deaf:
+        with Member(server.port) as ann:
+            ann.send(b"".join(said("x" * 500, f"{number}") for number in range(100)))
+            while ann.json().get("label") != "99":
+                pass
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", server.port))
+        deaf.settimeout(1)
+        with pytest.raises(TimeoutError):
+            ask_on(deaf)
+        begun = time.monotonic()
+        server.terminate()
+        server.stopped()
+        assert time.monotonic() - begun > 1.5, "it was waited for"
+
+
 # Signals and commands
 
 
@@ -310,12 +471,8 @@ def test_a_server_that_was_drained_stays_unready_until_it_is_told_to_stop(tmp_pa
             server.log.wait(DRAINED)
             with pytest.raises(ConnectionRefusedError):
                 Raw(server.port)
-            kept.request("GET", "/readyz")
-            assert kept.getresponse().read() == b"draining\n"
-            kept.request("GET", "/rooms/main/messages")
-            answer = kept.getresponse()
-            assert (answer.status, answer.headers["Retry-After"]) == (503, "2")
-            answer.read()
+            assert kept.sock.recv(1) == b"", "who is not connected comes back to another"
+        assert ask(server.admin_port, "GET", "/healthz") == (200, "ok\n")
         assert ask(server.admin_port, "POST", "/drain") == (202, "draining\n")
         assert ask(server.admin_port, "GET", "/readyz") == (503, "draining\n")
         server.stop()
@@ -394,9 +551,11 @@ def test_a_log_that_fails_while_it_serves_is_told_and_takes_nobody_away(tmp_path
 
 MANY = 2000
 BUDGET = 12
-GRACE, PACED = 3, 6
-"""Seconds of the budget before the first is told, and until the last is."""
+PACED = 6
+"""Seconds of the budget in which they are told, after the grace."""
 WRITERS = 20
+PAUSE = 1.5
+"""Seconds between two posts of a writer."""
 
 
 @pytest.fixture
@@ -410,27 +569,135 @@ def _many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def crowd(port, count):
-    """So many clients, of whom some post."""
-    people = []
-    while len(people) < count:
-        names = [f"w{index}" if index < WRITERS else "" for index in range(len(people), len(people) + 100)]
-        people += await asyncio.gather(*(Visitor.comes(port, name=name) for name in names))
-    return people
+class Mover:
+    """A client that goes from one server to the next when it is told to, and posts there what it could not here."""
+
+    def __init__(self, name):
+        self.name = name
+        self.unkept = []
+        """What it had to say again, in its order."""
+
+    async def comes(self, port):
+        self.first = await Visitor.comes(port, name=self.name)
+
+    async def moves(self, port):
+        writing = asyncio.ensure_future(self.writes(self.first)) if self.name else None
+        await self.first.gone
+        if writing:
+            writing.cancel()
+            self.first.sent += 1  # what it was about to say
+        self.retry_after = moment(self.first.close[1])
+        await asyncio.sleep(self.retry_after)
+        self.second = await Visitor.comes(port, name=self.name, sent=self.first.sent)
+        if self.name:
+            labels = (f"{self.name}-{number}" for number in range(self.first.sent))
+            self.unkept = [label for label in labels if label not in self.first.acked]
+            self.second.says(self.unkept)
+
+    @staticmethod
+    async def writes(visitor):
+        """Post now and then."""
+        while visitor.close is None:
+            visitor.posts()
+            await asyncio.sleep(PAUSE)
 
 
-async def move(person, port):
-    """Wait for the close, and come back elsewhere when it says so."""
-    told = await person.gone
-    await asyncio.sleep(moment(person.close[1]))
-    return told, await Visitor.comes(port)
+class Heart:
+    """Beats every 20 ms, if it can."""
+
+    worst = 0.0
+    """The longest time between two beats."""
+
+    async def beat(self):
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.02)
+            now = time.monotonic()
+            self.worst = max(self.worst, now - last)
+            last = now
+
+
+def posted(path):
+    """The number of each message of a writer in a log without gaps, in which each is once."""
+    _, rows = stored(path)
+    assert [row[0] for row in rows] == [*range(1, len(rows) + 1)]
+    numbers = {message: number for number, _, message, _ in rows}
+    assert len(numbers) == len(rows)
+    return {message: number for message, number in numbers.items() if message.startswith("w")}
 
 
 def most_in_a_second(moments):
-    """How many of these moments, in order, are in the fullest second."""
+    """How many of these moments are in the fullest second."""
+    moments = sorted(moments)
     most = begin = 0
     for end, last in enumerate(moments):
         while moments[begin] <= last - 1:
             begin += 1
         most = max(most, end - begin + 1)
     return most
+
+
+@pytest.mark.usefixtures("_many_files")
+@asynchronous
+async def test_two_thousand_clients_move_to_a_second_node_as_a_stream_and_nothing_is_lost(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    options = {"listen": f"{LOOPBACK}:backlog=4096", "command": (sys.executable, TWISTD)}
+    with (
+        Server(folders[0], f"--drain={BUDGET}", **options) as first,
+        Server(folders[1], "--drain=0", **options) as second,
+    ):
+        movers = [Mover(f"w{index}" if index < WRITERS else "") for index in range(MANY)]
+        for begin in range(0, MANY, 100):
+            await asyncio.gather(*(mover.comes(first.port) for mover in movers[begin : begin + 100]))
+        heart = Heart()
+        beating = asyncio.ensure_future(heart.beat())
+        begun = time.monotonic()
+        port = second.port
+        first.terminate()
+        await asyncio.gather(*(mover.moves(port) for mover in movers))
+        took = time.monotonic() - begun
+        beating.cancel()
+        await asyncio.to_thread(first.stopped)
+        writers = movers[:WRITERS]
+        for mover in writers:
+            mover.second.posts(2)
+        await asyncio.gather(*(mover.second.until(len(mover.unkept) + 2) for mover in writers))
+        head = max(mover.second.cursor for mover in movers)
+        await asyncio.gather(*(mover.second.reads(head) for mover in movers))
+        assert not any(mover.second.gone.done() for mover in movers)
+        for mover in movers:
+            mover.second.transport.close()
+        await asyncio.gather(*(mover.second.gone for mover in movers))
+        await asyncio.to_thread(second.stop)
+
+    # Nobody is left behind, and nobody missed anything.
+    assert all(mover.first.close[0] == 1012 for mover in movers)
+    assert all(0 <= mover.retry_after <= 1 for mover in movers)
+    assert sum(mover.first.gaps + mover.second.gaps for mover in movers) == 0
+    # Nothing is lost, and what was acknowledged is in one of the logs, once.
+    here, there = (posted(folder / "chatd.sqlite") for folder in folders)
+    every = {f"{mover.name}-{number}" for mover in writers for number in range(mover.second.sent)}
+    doubted = {label for mover in writers for label in mover.first.doubted}
+    assert every == {*here, *there}
+    assert {*here} & {*there} <= doubted
+    assert {label for mover in writers for label in mover.first.acked} == {*here} - doubted
+    for mover in writers:
+        assert mover.first.acked.items() <= here.items()
+        assert mover.second.acked.items() <= there.items()
+        assert {*mover.unkept} <= {*mover.second.acked}
+    # They come as a stream, as far as this machine let anybody run.
+    told = sorted(mover.first.closed for mover in movers)
+    even = MANY / PACED
+    asked = most_in_a_second([mover.first.closed + mover.retry_after for mover in movers])
+    came = most_in_a_second([mover.second.joined for mover in movers])
+    waits = [after - before for before, after in pairwise(told)]
+    ticks = sum(wait > TICK_SECONDS / 2 for wait in waits) * TICK_SECONDS / (told[-1] - told[0])
+    starved = max(heart.worst, *waits) > 0.25 or ticks < 0.9
+    show(
+        f"clients={MANY} seconds={took:.1f} peak={came} asked={asked} even={even:.0f} ratio={came / even:.2f} "
+        f"again={len([label for mover in writers for label in mover.unkept])} doubted={len(doubted)} lost=0 "
+        f"late={heart.worst:.3f}/{max(waits):.3f} ticks={ticks:.2f}{' starved' if starved else ''}"
+    )
+    assert starved or asked <= 1.5 * even

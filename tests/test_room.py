@@ -1,7 +1,9 @@
 """A room is a log; a client is a cursor."""
 
+import gc
+
 import pytest
-from helpers import Reader, ScriptedLog, Turns, enter, holds, read_frames, stamped
+from helpers import Reader, ScriptedLog, Slow, Turns, enter, holds, read_frames, stamped
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -35,18 +37,6 @@ def rooms(log, clock):
 def short_tail(monkeypatch):
     """A tail of a few frames, so that the log is needed soon."""
     monkeypatch.setattr("chatd.tail.TAIL_BYTES", 400)
-
-
-class Slow(Reader):
-    """A member whose every write takes a millisecond."""
-
-    def __init__(self, clock):
-        super().__init__()
-        self.clock = clock
-
-    def write(self, data):
-        self.clock.rightNow += 0.001
-        return super().write(data)
 
 
 def number_of(text):
@@ -639,6 +629,30 @@ def test_who_has_left_is_told_nothing(log, rooms, clock):
     assert room._acks == {}
 
 
+# As it is measured
+
+
+def test_what_is_kept_and_who_stands_where(log, rooms, clock, short_tail):
+    room, member, _ = enter(rooms)
+    log.say(3)
+    enter(rooms)
+    assert room.held == (3, 3 * FRAME)
+    assert room.cursors() == {0: 1, 3: 1}
+    assert room.delivered == 0
+    clock.turns()
+    assert room.cursors() == {3: 2}
+    assert room.delivered == 3
+    rooms.leave(room, member)
+    assert (room.cursors(), room.delivered) == ({3: 1}, 3)
+    log.say(300)
+    count, size = room.held
+    assert (room.head, count < 303, size) == (
+        303,
+        True,
+        sum(len(frame) for frame in room._tail.between(303 - count, 303)),
+    )
+
+
 # Slow members
 
 
@@ -917,6 +931,260 @@ def test_a_log_that_cannot_be_read_closes_nobody_who_has_left(log, clock, short_
     rooms.leave(room, member)
     log.fail()
     assert not member.overran
+
+
+# Begun anew
+
+
+def told(member):
+    """What a member has received, such as ["message abcd-1", "ack abcd-1", "history efgh-0"]."""
+    return [f"{text['type']} {text['id']}" for text in member.texts]
+
+
+def acked(log, room, member, number):
+    """Acknowledge the message of this number in the log as it is now."""
+    place = Id(log.epoch, number)
+    room.acknowledge(member, number, ack_frame(place, f"c{place}", duplicate=False))
+
+
+def test_a_page_continues_a_room_if_it_ends_it_without_a_gap_in_the_same_history(log, rooms):
+    log.keep(5)
+    room, _, _ = enter(rooms)
+    assert room.continues(Page([], 1, 5))
+    log.keep(3)
+    assert room.continues(log.page(5, 3))
+    assert not room.continues(log.page(5, 2))
+    assert room.continues(log.page(None, 3))
+    assert not room.continues(log.page(None, 2))
+    assert not room.continues(log.page(None, 4))
+    assert not room.continues(Page([], 1, 4)), "a log that is behind"
+    log.first = 7
+    assert not room.continues(log.page(5, 100))
+    log.first = 9
+    assert not room.continues(log.page(5, 100))
+    log.epoch = "efgh"
+    assert not room.continues(Page([], 1, 5))
+
+
+def test_until_then_what_a_room_has_is_of_the_history_that_it_was_loaded_from(log, rooms, clock):
+    room, member, _ = enter(rooms)
+    log.epoch = "efgh"
+    room.appended(log.keep(2))
+    clock.turns()
+    assert told(member) == ["message abcd-1", "message abcd-2"]
+    assert come_back(room, 1)[1]["id"] == "abcd-2"
+
+
+def test_all_members_are_told_the_newest_messages_and_stand_at_the_newest(log, clock):
+    log.keep(9)
+    rooms = Rooms(log, clock, 3)
+    room, member, _ = enter(rooms)
+    _, reader, _ = enter(rooms, Reader(form=event))
+    log.epoch, log.first = "efgh", 3
+    room.restart(log.page(None, 3))
+    (history,) = member.texts
+    assert [history["id"], history["resumed"], history["more"], holds(history)] == ["efgh-9", False, True, [7, 8, 9]]
+    assert reader.texts == [history]
+    assert (member.cursor, reader.cursor, room.head, room.epoch) == (9, 9, 9, "efgh")
+    assert room.delivered == 0
+
+
+def test_the_others_are_not_told_of_what_one_is_told_as_it_leaves(log, rooms):
+    log.keep(4)
+    room, first, _ = enter(rooms)
+    _, last, _ = enter(rooms)
+    first.tell = lambda _: room.leave(first)
+    log.epoch = "efgh"
+    room.restart(log.page(None, 1))
+    assert [*room.members] == [last]
+    assert room.delivered == 0
+
+
+def test_acknowledgements_of_the_lost_history_are_dropped(log, rooms, clock):
+    room, member, _ = enter(rooms)
+    log.say(2)
+    acked(log, room, member, 1)
+    acked(log, room, member, 2)
+    log.lose(2)
+    clock.turns()
+    assert told(member) == ["history efgh-2"]
+    assert not room.owes(member)
+    assert clock.getDelayedCalls() == []
+
+
+def test_an_acknowledgement_of_the_new_history_comes_after_it_though_the_room_is_still_in_the_old(log, rooms, clock):
+    log.keep(9)
+    room, member, _ = enter(rooms)
+    log.held = True
+    log.lose(1)
+    log.say()
+    acked(log, room, member, 2)
+    clock.turns()
+    assert member.writes == []
+    assert room.owes(member)
+    log.answer()
+    clock.turns()
+    assert told(member) == ["history efgh-2", "ack efgh-2"]
+    assert not room.owes(member)
+
+
+def test_and_after_its_message_if_that_is_not_in_the_history(log, rooms, clock):
+    log.keep(9)
+    room, member, _ = enter(rooms)
+    log.held = True
+    log.lose(1)
+    page = log.page(None, 100)
+    log.say()
+    acked(log, room, member, 2)
+    log.answer(page)
+    clock.turns()
+    assert told(member) == ["history efgh-1", "message efgh-2", "ack efgh-2"]
+
+
+def test_of_several_only_those_of_the_history_that_is_are_told(log, rooms, clock):
+    room, member, _ = enter(rooms, Reader(0))
+    log.say(2)
+    acked(log, room, member, 1)
+    clock.turns()
+    acked(log, room, member, 2)
+    log.held = True
+    log.lose(1, "efgh")
+    log.say()
+    acked(log, room, member, 2)
+    log.lose(1, "ijkl")
+    log.say()
+    acked(log, room, member, 2)
+    log.release()
+    clock.turns()
+    member.drain(room)
+    clock.turns()
+    assert told(member) == ["message abcd-1", "ack abcd-1", "history ijkl-2", "ack ijkl-2"]
+
+
+def test_an_acknowledgement_that_is_due_is_told_while_one_of_the_new_history_waits(log, rooms, clock):
+    room, member, _ = enter(rooms, Reader(0))
+    log.say(2)
+    acked(log, room, member, 2)
+    clock.turns()
+    log.held = True
+    log.lose(1)
+    log.say()
+    acked(log, room, member, 2)
+    member.drain(room)
+    clock.turns()
+    assert told(member) == ["message abcd-1", "message abcd-2", "ack abcd-2"]
+    log.release()
+    clock.turns()
+    assert told(member)[3:] == ["history efgh-2", "ack efgh-2"]
+
+
+def test_an_acknowledgement_is_not_dropped_where_the_history_goes_on(log, clock, monkeypatch):
+    monkeypatch.setattr("chatd.rooms.MAX_LAG", 2)
+    rooms = Rooms(log, clock, 1)
+    room, member, _ = enter(rooms, Reader(0))
+    log.say(2)
+    clock.turns()
+    acked(log, room, member, 2)
+    log.miss(3)
+    clock.turns()
+    member.drain(room)
+    clock.turns()
+    assert told(member) == ["message abcd-1", "history abcd-5", "ack abcd-2"]
+
+
+def test_an_acknowledgement_that_is_kept_is_told_without_another_message(log, rooms, clock):
+    room, member, _ = enter(rooms)
+    log.epoch = "efgh"
+    acked(log, room, member, 1)
+    clock.turns()
+    room.restart(Page([], 2, 1))
+    clock.turns()
+    assert told(member) == ["history efgh-1", "ack efgh-1"]
+
+
+def test_who_is_refilled_goes_on_in_the_history_that_is(log, clock, short_tail):
+    _, room, member = reading(log, clock)
+    log.lose(3)
+    log.say(2)
+    assert room.busy
+    log.release()
+    clock.turns(60)
+    assert told(member) == ["message abcd-1", "history efgh-5"]
+    assert not room.busy
+    assert not member.overran
+
+
+def test_what_is_read_of_the_new_history_is_not_given_to_who_has_the_old(log, clock, short_tail):
+    _, room, member = reading(log, clock)
+    log.lose(30)
+    log.answer()  # for the refill: messages 2 to 6, of another history
+    clock.turns()
+    assert told(member) == ["message abcd-1"]
+    assert not room.busy
+    log.release()
+    clock.turns()
+    assert told(member) == ["message abcd-1", "history efgh-30"]
+
+
+def test_a_read_that_fails_when_all_began_anew_closes_nobody(log, clock, short_tail, events):
+    _, _, member = reading(log, clock)
+    log.lose(3)
+    log.waiting.rotate(-1)
+    log.answer()
+    clock.turns()
+    log.fail()
+    assert not member.overran
+    log.say()
+    clock.turns()
+    assert told(member) == ["message abcd-1", "history efgh-3", "message efgh-4"]
+    gc.collect()
+    assert [event["log_format"] for event in events] == ["{room}: the log cannot be read: {error}"]
+
+
+def test_one_that_comes_when_all_began_anew_gives_nobody_anything(log, clock, short_tail, events):
+    _, room, member = reading(log, clock)
+    log.lose(30)
+    log.waiting.rotate(-1)
+    log.answer()
+    clock.turns()
+    log.answer()
+    clock.turns()
+    assert told(member) == ["message abcd-1", "history efgh-30"]
+    assert (room._refills, room._refills_to_come, room._refilling) == ({}, {}, {})
+    assert not room.busy
+    gc.collect()
+    assert events == []
+
+
+def test_what_was_read_for_the_next_pass_is_not_given_in_another_history(log, clock, short_tail):
+    _, room, member = reading(log, clock)
+    log.answer()
+    log.held = False
+    log.lose(30)
+    clock.turns()
+    assert told(member) == ["message abcd-1", "history efgh-30"]
+    assert (room._refills, room._refills_to_come) == ({}, {})
+
+
+def test_who_is_refilled_where_the_history_goes_on_gets_it_all(log, clock, short_tail):
+    _, room, member = reading(log, clock)
+    log.miss(5)
+    log.release()
+    clock.turns(80)
+    assert member.numbers == [*range(1, 46)]
+    assert not room.busy
+
+
+def test_an_encoded_history_is_forgotten_with_the_history(log, rooms):
+    log.keep(3)
+    room, _, _ = enter(rooms)
+    before = room.join(Reader()), room.join(Reader(), Id("abcd", 2))
+    log.epoch = "efgh"
+    room.restart(log.page(None, 100))
+    assert len(room._greetings) == 0
+    after = room.join(Reader()), room.join(Reader(), Id("abcd", 2))
+    assert [read_frames(frame)[0]["id"] for frame in (*before, *after)] == ["abcd-3", "abcd-3", "efgh-3", "efgh-3"]
+    assert read_frames(after[1])[0]["resumed"] is False
 
 
 # Whatever happens

@@ -28,6 +28,7 @@ class Store:
     def __init__(self, journal):
         self.journal = journal
         self.fault = None
+        self.opened = succeed(None)
         self.trimmed = succeed(None)
         self.closing = succeed(None)
 
@@ -35,6 +36,7 @@ class Store:
         self.journal.append(("open", seed))
         if self.fault:
             raise self.fault
+        return self.opened
 
     def trim(self):
         self.journal.append("trim")
@@ -201,7 +203,7 @@ def test_with_a_log_that_fails_it_is_degraded_but_ready_until_the_log_is_well_ag
 @pytest.mark.parametrize("fault", [None, "the log cannot be read: disk I/O error"])
 def test_whoever_starts_or_drains_is_not_ready_however_the_log_is(server, fault):
     server.fault = fault
-    assert server.readiness() == (False, "starting")
+    assert server.readiness() == (False, f"starting: {fault}" if fault else "starting")
     server.start()
     server.service.drain()
     assert server.readiness() == (False, "draining")
@@ -214,9 +216,93 @@ def test_ports_for_clients_and_for_operators_may_be_named_by_one_text(server):
     server.start()
     assert server.readiness() == (True, "ready")
     server.service.drain()
-    assert server.journal == ["drain", "stop tcp:0"]
+    assert server.journal == [DRAINING, "drain", "stop tcp:0"]
     server.stop()
     assert server.journal[-1] == "stop admin"
+
+
+def test_while_the_store_is_being_opened_only_the_admin_port_is_there(server):
+    server.store.opened = Deferred()
+    server.service.startService()
+    assert server.journal == [("open", SEED), ("listen", "tcp:8086", server.admin_factory)]
+    assert server.readiness() == (False, "starting")
+    assert server.service.running
+    server.journal.clear()
+    server.store.opened.callback(None)
+    assert server.journal == [
+        ("listen", "tcp:8085", server.factory),
+        ("listen", "tcp:9085", server.factory),
+        {"READY": "1", "STATUS": "ready"},
+    ]
+    assert server.readiness() == (True, "ready")
+
+
+def test_meanwhile_it_says_why_it_is_not_ready_and_looks_at_what_is_due(server):
+    server.store.opened = Deferred()
+    server.fault = "the log at localhost:6379 cannot be reached (connection refused)"
+    server.start()
+    assert server.readiness() == (False, f"starting: {server.fault}")
+    server.clock.advance(LOOK_SECONDS)
+    assert server.journal == ["look"]
+    server.store.opened.callback(None)
+    assert server.readiness() == (True, f"degraded: {server.fault}")
+    server.fault = None
+    assert server.readiness() == (True, "ready")
+
+
+def test_an_admin_port_that_cannot_be_opened_meanwhile_ends_the_process_too(server):
+    server.store.opened = Deferred()
+    server.admin["tcp:8086"].result = fail(in_use())
+    with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:8086 "):
+        server.service.startService()
+    assert server.journal[-1] == "store.close"
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_a_store_that_is_open_before_the_admin_port_is_makes_it_ready_with_that(server):
+    server.store.opened = Deferred()
+    server.admin["tcp:8086"].result = Deferred()
+    server.start()
+    server.store.opened.callback(None)
+    assert server.readiness() == (False, "starting")
+    server.admin["tcp:8086"].result.callback(server.admin["tcp:8086"].port)
+    assert server.readiness() == (True, "ready")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_is_told_to_stop_while_the_store_is_being_opened_stops_and_opens_no_port(server, late):
+    server.store.opened = Deferred()
+    server.start()
+    server.drain.gone = Deferred()
+    stopped = server.stop()
+    if late:
+        server.store.opened.callback(None)
+    server.drain.gone.callback(None)
+    assert stopped.called
+    assert server.journal == [STOPPING, DRAINING, "drain", "store.close", "stop tcp:8086"]
+    assert server.clock.getDelayedCalls() == []
+    assert not server.service.running
+
+
+def test_a_store_that_is_open_when_it_drains_already_opens_no_port(server):
+    server.store.opened = Deferred()
+    server.start()
+    server.service.drain()
+    server.store.opened.callback(None)
+    assert server.journal == [DRAINING, "drain"]
+    assert server.readiness() == (False, "draining")
+
+
+def test_a_port_that_cannot_be_opened_when_the_store_is_leaves_it_unready(server, events):
+    server.store.opened = Deferred()
+    server.listen["tcp:8085"].result = fail(in_use())
+    server.start()
+    server.store.opened.callback(None)
+    assert server.readiness() == (False, "starting")
+    assert "store.close" not in server.journal
+    assert [event["fault"] for event in events if event["log_level"] == LogLevel.error] == [
+        "cannot listen on tcp:8085 ([Errno 98] Address already in use): choose another with --listen or --admin"
+    ]
 
 
 def test_it_says_where_it_listens_and_on_which_log(server, events):
@@ -340,6 +426,7 @@ def test_without_a_watchdog_none_is_fed(server):
 # Draining
 
 STOPPING = {"STOPPING": "1", "STATUS": "stopping"}
+DRAINING = {"STATUS": "draining"}
 PORTS = ["stop tcp:8085", "stop tcp:9085"]
 
 
@@ -347,12 +434,12 @@ def test_a_drain_sends_the_clients_away_closes_their_ports_and_leaves_all_else_a
     server.start()
     server.drain.gone = Deferred()
     drained = server.service.drain()
-    assert server.journal == ["drain", *PORTS]
+    assert server.journal == [DRAINING, "drain", *PORTS]
     assert not drained.called
     server.drain.gone.callback(None)
     assert drained.called
     server.clock.advance(LOOK_SECONDS)
-    assert server.journal == ["drain", *PORTS, "look"], "the store and the admin port stay"
+    assert server.journal == [DRAINING, "drain", *PORTS, "look"], "the store and the admin port stay"
     assert server.service.running
     assert server.readiness() == (False, "draining"), "until it is told to stop"
 
@@ -380,7 +467,7 @@ def test_a_port_that_is_not_open_yet_need_not_be_closed(server):
     server.listen["tcp:8085"].result = Deferred()
     server.start()
     server.service.drain()
-    assert server.journal == ["drain", "stop tcp:9085"]
+    assert server.journal == [DRAINING, "drain", "stop tcp:9085"]
     assert server.drain.ports.called
 
 
@@ -396,7 +483,7 @@ def test_a_port_that_cannot_be_closed_keeps_no_other_from_it(server, events, fau
 
     server.service._ports[0] = Stuck()
     assert server.stop().called
-    assert server.journal == [STOPPING, "drain", "stop tcp:9085", "store.close", "stop tcp:8086"]
+    assert server.journal == [STOPPING, DRAINING, "drain", "stop tcp:9085", "store.close", "stop tcp:8086"]
     server.drain.ports = None
     gc.collect()
 
@@ -405,12 +492,12 @@ def test_who_asks_for_a_drain_that_is_going_on_waits_for_the_same(server, events
     server.start()
     server.drain.gone = Deferred()
     drains = [server.service.drain() for _ in range(3)]
-    assert server.journal == ["drain", *PORTS]
+    assert server.journal == [DRAINING, "drain", *PORTS]
     assert not any(drained.called for drained in drains)
     server.drain.gone.callback(None)
     assert all(drained.called for drained in drains)
     assert server.service.drain().called
-    assert server.journal == ["drain", *PORTS]
+    assert server.journal == [DRAINING, "drain", *PORTS]
     texts = [event["log_format"] for event in events]
     assert (texts.count("draining"), texts.count("drained")) == (1, 1)
 
@@ -420,7 +507,7 @@ def test_who_is_told_to_stop_while_it_drains_waits_for_that_drain_and_then_stops
     server.drain.gone = Deferred()
     drained = server.service.drain()
     stopped = server.stop()
-    assert server.journal == ["drain", *PORTS, STOPPING]
+    assert server.journal == [DRAINING, "drain", *PORTS, STOPPING]
     server.drain.gone.callback(None)
     assert drained.called
     assert stopped.called
@@ -526,11 +613,11 @@ def test_it_drains_then_closes_the_store_and_the_admin_port_last(server):
     server.start()
     server.drain.gone, server.store.closing, server.admin["tcp:8086"].port.stopped = Deferred(), Deferred(), Deferred()
     stopped = server.stop()
-    assert server.journal == [STOPPING, "drain", *PORTS]
+    assert server.journal == [STOPPING, DRAINING, "drain", *PORTS]
     server.drain.gone.callback(None)
-    assert server.journal == [STOPPING, "drain", *PORTS, "store.close"]
+    assert server.journal == [STOPPING, DRAINING, "drain", *PORTS, "store.close"]
     server.store.closing.callback(None)
-    assert server.journal == [STOPPING, "drain", *PORTS, "store.close", "stop tcp:8086"]
+    assert server.journal == [STOPPING, DRAINING, "drain", *PORTS, "store.close", "stop tcp:8086"]
     assert not stopped.called
     server.admin["tcp:8086"].port.stopped.callback(None)
     assert stopped.called

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 
 from chatd.admission import Rate
 from chatd.frames import Id, Post
-from chatd.log import LogUnavailable
+from chatd.log import InDoubt, LogUnavailable
 from chatd.presence import EVENTS, ROUND_SECONDS
 from chatd.rooms import Rooms
 from chatd.session import Session
@@ -315,8 +315,22 @@ def test_a_post_that_was_not_stored_says_so_with_its_label_and_may_be_sent_again
     assert kinds(bob.hears()) == ["hi"]
 
 
+def test_a_post_that_may_have_been_stored_says_so_with_its_label(ann, bob):
+    ann.refused(Post("ann", "hi", "a"), InDoubt("the disk has not answered"))
+    ann.refused(Post("ann", "hi"), InDoubt("the disk has not answered"))
+    error = {
+        "type": "error",
+        "message": "The message may not have been stored; try again with the same label.",
+        "code": "UNAVAILABLE",
+    }
+    assert ann.hears() == [error | {"label": "a"}, error]
+    assert ann.refusals == {"UNAVAILABLE": 2}
+    assert bob.hears() == []
+
+
 def test_who_has_left_is_told_nothing_of_what_became_of_its_posts(ann):
     ann.leave()
+    ann.refused(Post("ann", "hi", "a"), InDoubt("late"))
     ann.posted(Post("ann", "hi", "a"), 1)
     ann.posted(Post("ann", "hi", "a"), 1, duplicate=True)
     ann.refused(Post("ann", "hi", "a"), LogUnavailable("late"))
@@ -674,15 +688,30 @@ def test_what_came_with_a_page_and_waits_is_owed_its_answers_too(clock, log, pag
     assert not paging.owed(6)
 
 
-def test_who_takes_nothing_is_owed_nothing_that_it_could_be_sent(clock, ann, bob):
+def test_who_takes_nothing_for_a_while_is_owed_it_all_the_same(clock, ann, bob):
+    assert not bob.owed(0)
     ann.stalls()
     ann.posts("1", label="a")
+    bob.stalls()
     clock.advance(0)
-    assert not ann.owed(1)
+    assert ann.hears() == []
+    assert ann.owed(1)
+    assert bob.owed(1)
     ann.takes_again()
     assert ann.owed(1)
     clock.advance(0)
     assert kinds(ann.hears()) == ["1", "ack a"]
+    assert not ann.owed(1)
+    assert bob.owed(1)
+    bob.leave()
+    assert not bob.owed(1)
+
+
+def test_who_was_given_all_is_owed_nothing_however_full_its_transport_is(clock, ann):
+    ann.posts("1", label="a")
+    clock.advance(0)
+    ann.stalls()
+    assert not ann.owed(1)
 
 
 def test_who_is_finished_is_read_no_more(clock, ann):
@@ -831,7 +860,9 @@ def test_what_is_not_utf_8_ends_the_connection_and_is_not_answered(log, ann):
 
 def test_a_refusal_is_logged_without_what_was_said(ann, events):
     ann.says(username="ann", secret="tell nobody")
-    assert [event["log_format"].format(**event) for event in events] == ["#0 192.0.2.7:4321 sent what is refused"]
+    assert [event["log_format"].format(**event) for event in events] == [
+        "#0 192.0.2.7:4321 in main sent what is refused"
+    ]
     assert "tell nobody" not in str(events)
 
 

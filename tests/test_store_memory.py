@@ -35,6 +35,13 @@ class TestMemoryStore(StoreContract):
     def test_it_is_always_settled(self, bench):
         assert result_of(bench().store.settled()) is None
 
+    def test_nothing_is_ever_given_up(self, bench):
+        log = bench()
+        poster = RecordingPoster()
+        log.store.append("main", Post("ann", "hi"), poster)
+        log.store.abandon()
+        assert [event[0] for event in poster.events] == ["posted"]
+
     def test_its_size_is_how_many_messages_it_has(self, bench):
         log = bench()
         before = log.store.usage()["messages"]

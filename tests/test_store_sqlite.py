@@ -13,7 +13,7 @@ from store_contract import SEED, DurableStoreContract
 from twisted.logger import capturedLogs, formatEvent
 
 from chatd.frames import Post
-from chatd.log import LabelReused, LogUnavailable, Page
+from chatd.log import InDoubt, LabelReused, LogUnavailable, Page
 from chatd.store import sqlite
 from chatd.store.base import DAY, Retention, StoreError
 from chatd.store.sqlite import APPLICATION_ID, FORMAT, ROWS, SqliteStore, ThreadWorker
@@ -1114,6 +1114,163 @@ def test_the_workers_are_started_only_by_an_opening_that_succeeds(opened, path):
         opened(writer=writer, reader=reader)
     assert not writer.running
     assert not reader.running
+
+
+# Giving up
+
+
+IN_DOUBT = "the disk has not answered"
+
+
+@pytest.fixture
+def stuck(opened):
+    """A store whose disk does not answer, with a post under way and two that wait, and who said them."""
+    writer = HeldWorker()
+    store, follower, poster = opened(writer=writer), RecordingFollower(), RecordingPoster()
+    store.tail(follower)
+    for text in ("one", "two", "three"):
+        post(store, text, label=text, poster=poster)
+    assert len(writer.held) == 1
+    return store, writer, follower, poster
+
+
+def test_what_is_given_up_is_refused_at_once_in_the_order_in_which_it_came(stuck):
+    store, _, follower, poster = stuck
+    with capturedLogs() as events:
+        store.abandon()
+        store.abandon()
+    assert [(what, said.message, type(error)) for what, said, error in poster.events] == [
+        ("refused", text, InDoubt) for text in ("one", "two", "three")
+    ]
+    assert poster.refusals == [IN_DOUBT] * 3
+    assert follower.events == []
+    assert [formatEvent(event) for event in events] == ["3 posts are not waited for any more"]
+
+
+def test_a_commit_that_is_on_its_way_goes_on_and_is_told_to_those_who_follow_and_not_to_who_posted(stuck):
+    store, writer, follower, poster = stuck
+    store.abandon()
+    writer.run_all()
+    assert [event[2].message for event in follower.events] == ["one"]
+    assert texts(store) == ["one"], "what waited for the next commit is dropped"
+    assert poster.refusals == [IN_DOUBT] * 3
+    assert poster.numbers == []
+    assert store.fault is None
+
+
+def test_what_was_given_up_and_is_said_again_is_there_once(stuck):
+    store, writer, follower, _ = stuck
+    store.abandon()
+    again = RecordingPoster()
+    for text in ("one", "two"):
+        post(store, text, label=text, poster=again)  # while the commit is still on its way
+    writer.run()
+    assert again.events == []
+    writer.run_all()
+    post(store, "three", label="three", poster=again)
+    writer.run_all()
+    assert [(what, number) for what, _, number in again.events] == [("duplicate", 1), ("posted", 2), ("posted", 3)]
+    assert texts(store) == ["one", "two", "three"]
+    assert [event[2].number for event in follower.events] == [1, 2, 3]
+
+
+def test_who_waits_for_what_was_given_up_waits_for_the_commit_that_is_on_its_way_and_no_longer(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    post(store, "one")
+    settled = [store.settled()]
+    post(store, "two")
+    settled += [store.settled(), store.settled()]
+    store.abandon()
+    settled.append(store.settled())
+    assert not any(one.called for one in settled)
+    writer.run()
+    assert [result_of(one) for one in settled] == [None] * 4
+    assert not writer.held
+    assert result_of(store.settled()) is None
+
+
+def test_who_waits_for_what_came_after_it_was_given_up_waits_for_that(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one", "two")
+    early = store.settled()
+    store.abandon()
+    post(store, "three", poster=poster)
+    late = store.settled()
+    writer.run()
+    assert not late.called
+    assert poster.numbers == []
+    writer.run()
+    assert [result_of(one) for one in (early, late)] == [None, None]
+    assert poster.numbers == [2]
+    assert texts(store) == ["one", "three"]
+
+
+def test_a_commit_that_fails_when_it_was_given_up_is_refused_no_second_time(stuck, path):
+    store, writer, follower, poster = stuck
+    settled = store.settled()
+    store.abandon()
+    run_sql(path, "ALTER TABLE messages RENAME TO elsewhere")
+    writer.run()
+    assert poster.refusals == [IN_DOUBT] * 3
+    assert follower.events == []
+    assert store.fault == "the log cannot be written: no such table: messages"
+    assert result_of(settled) is None
+    run_sql(path, "ALTER TABLE elsewhere RENAME TO messages")
+    assert post(store, "more", poster=poster) is poster
+    writer.run()
+    assert poster.numbers == [1]
+    assert store.fault is None
+
+
+def test_who_posts_when_it_is_told_that_its_post_was_given_up_is_kept(opened):
+    class Stubborn(RecordingPoster):
+        def refused(self, said, error):
+            super().refused(said, error)
+            store.append("main", said, self)
+
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one", label="a", poster=Stubborn())
+    store.abandon()
+    writer.run_all()
+    assert [event[0] for event in poster.events] == ["refused", "duplicate"]
+    assert texts(store) == ["one"]
+
+
+def test_what_was_given_up_takes_no_place_among_those_that_may_wait(opened, monkeypatch):
+    monkeypatch.setattr(sqlite, "MAX_PENDING", 2)
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    post(store, "one", "two", "three")
+    store.abandon()
+    poster = post(store, "four", "five")
+    writer.run_all()
+    assert poster.numbers == [2, 3]
+
+
+def test_when_nothing_is_on_its_way_nothing_is_given_up_or_said(opened):
+    store = opened()
+    poster = post(store, "one")
+    with capturedLogs() as events:
+        store.abandon()
+    assert events == []
+    assert poster.refusals == []
+    assert post(store, "two").numbers == [2]
+
+
+def test_close_waits_for_the_commit_that_was_given_up(stuck, opened):
+    store, writer, _, poster = stuck
+    store.abandon()
+    closed = store.close()
+    assert not closed.called
+    assert writer.running
+    writer.run()
+    assert result_of(closed) is None
+    assert not writer.running
+    assert poster.numbers == []
+    assert texts(opened()) == ["one"]
 
 
 # Threads

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -96,41 +97,58 @@ def unit(name):
     return settings
 
 
-SERVICE, SOCKET = unit("chatd.service"), unit("chatd.socket")
-(COMMAND,) = SERVICE["ExecStart"]
+(COMMAND,) = unit("chatd.service")["ExecStart"]
+(COMMAND_OF_ONE,) = unit("chatd@.service")["ExecStart"]
 DRAIN = int(re.search(r"--drain (\d+)", COMMAND)[1])
 
 
-def test_the_settings_of_the_units_fit_each_other():
-    one = {key: values[0] for key, values in SERVICE.items()}
+@pytest.mark.parametrize(("name", "instance"), [("chatd", "chatd"), ("chatd@", "chatd@%i")])
+def test_the_settings_of_the_units_fit_each_other(name, instance):
+    one = {key: values[0] for key, values in unit(f"{name}.service").items()}
+    socket = unit(f"{name}.socket")
     assert one["Type"] == "notify"
     assert one["Restart"] == "always"
     assert int(one["WatchdogSec"]) > 1
     assert int(one["TimeoutStopSec"]) >= DRAIN + 10
     assert int(one["LimitNOFILE"]) >= 65536
-    assert SOCKET["ListenStream"] == [f"0.0.0.0:{PORT}"]
-    assert "--listen systemd:domain=INET:index=0" in COMMAND
-    assert SOCKET["Backlog"] == ["4096"]
-    assert one["Requires"] == one["Also"] == "chatd.socket"
+    assert socket["ListenStream"] == [f"0.0.0.0:{PORT}"]
+    assert f"--drain {DRAIN}" in one["ExecStart"]
+    assert "--listen systemd:domain=INET:index=0" in one["ExecStart"]
+    assert socket["Backlog"] == ["4096"]
+    assert one["Also"] == f"{instance}.socket"
+    assert f"{instance}.socket" in (one["Requires"] if name == "chatd" else one["Wants"])
+    assert ("ReusePort" in socket) == (name == "chatd@")
 
 
-def test_what_the_command_line_says_is_not_said_in_the_environment_too():
-    said = dict(word.split("=", 1) for value in SERVICE["Environment"] for word in shlex.split(value))
+def test_what_one_unit_says_the_other_says_too_but_for_what_they_are():
+    settings, others = unit("chatd.service"), unit("chatd@.service")
+    of_their_own = {"Description", "Requires", "Wants", "After", "Also", "Environment", "ExecStart"}
+    of_the_first = {"StateDirectory", "StateDirectoryMode", "WorkingDirectory"}
+    assert settings.keys() - others.keys() == of_the_first | {"Requires"}
+    assert {key for key in others if settings.get(key) != others[key]} == of_their_own - {"Requires"}
+
+
+@pytest.mark.parametrize("name", ["chatd.service", "chatd@.service"])
+def test_what_the_command_line_says_is_not_said_in_the_environment_too(name):
+    service = unit(name)
+    said = dict(word.split("=", 1) for value in service["Environment"] for word in shlex.split(value))
     options = {f"CHATD_{name.upper().replace('-', '_')}" for name in (*Options.parsers, *Options.repeated)}
-    given = {f"CHATD_{name.upper().replace('-', '_')}" for name in re.findall(r"--([a-z-]+) ", COMMAND)}
+    given = {f"CHATD_{name.upper().replace('-', '_')}" for name in re.findall(r"--([a-z-]+) ", *service["ExecStart"])}
     assert {name for name in said if name.startswith("CHATD_")} <= options - given
     assert given <= options
 
 
-@pytest.fixture
-def unit_file(tmp_path):
+@pytest.fixture(params=["chatd", "chatd@"], ids=["one", "many"])
+def unit_file(request, tmp_path):
     """Writes the service with the settings of one name replaced, and answers where it is; its command is there."""
-    shutil.copy(UNITS / "chatd.socket", tmp_path)
+    instance = request.param + ("1" if "@" in request.param else "")
+    shutil.copy(UNITS / f"{request.param}.socket", tmp_path / f"{instance}.socket")
 
     def write(name="", setting=""):
-        text, count = re.subn(rf"^{name}=.*\n", setting, (UNITS / "chatd.service").read_text(), flags=re.MULTILINE)
+        service = (UNITS / f"{request.param}.service").read_text()
+        text, count = re.subn(rf"^{name}=.*\n", setting, service, flags=re.MULTILINE)
         assert bool(count) == bool(name)
-        path = tmp_path / "chatd.service"
+        path = tmp_path / f"{instance}.service"
         path.write_text(text.replace("/opt/chatd/bin/twistd", str(TWISTD)))
         return path
 
@@ -152,7 +170,7 @@ def analyze(*arguments):
 
 def exposure(path):
     said, code = analyze("security", "--offline=true", f"--threshold={EXPOSURE * 10:.0f}", path)
-    overall = float(re.search(r"Overall exposure level for chatd.service: (\d+\.\d)", said)[1])
+    overall = float(re.search(rf"Overall exposure level for {path.name}: (\d+\.\d)", said)[1])
     assert (code == 0) == (overall <= EXPOSURE)
     return overall
 
@@ -168,7 +186,7 @@ def test_without_a_part_of_the_sandbox_more_is_exposed(unit_file, name):
 
 def test_systemd_finds_nothing_to_say_about_the_units(unit_file):
     verify = ("verify", "--man=no", "--recursive-errors=no")
-    assert analyze(*verify, unit_file(), unit_file().with_name("chatd.socket")) == ("", 0)
+    assert analyze(*verify, unit_file(), unit_file().with_suffix(".socket")) == ("", 0)
     said, _ = analyze(*verify, unit_file("WatchdogSec", "WatchdogSecs=10\n"))
     assert "Unknown key" in said
 
@@ -312,13 +330,38 @@ def test_stopping_drains_and_is_a_success(chatd):
         stop = subprocess.Popen(chatd.command("systemctl", "stop", "chatd.socket"))
         opcode, payload = client.frame()
         assert (opcode, payload[:2]) == (CLOSE, (1012).to_bytes(2))
-        assert chatd.show("StatusText") == "stopping"
+        assert chatd.show("StatusText") == "draining"
     assert stop.wait(LONG) == 0
     chatd.journal.wait(r"\bstopped\b")
     assert chatd.show("ActiveState") == "inactive"
     assert chatd.show("Result") == "success"
     with pytest.raises(ConnectionRefusedError):
         chatd.connect()
+
+
+def test_a_drain_without_an_end_is_told_to_systemd(chatd):
+    chatd.command_line(f"--drain {DRAIN}", "--drain 2")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client, chatd.connect(8086) as admin:
+        client.join()
+        admin.send(b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        assert admin.head()[0] == 202
+        assert chatd.show("StatusText") == "draining"
+        assert client.closed() == 1012
+    assert chatd.show("ActiveState") == "active"
+
+
+def test_a_hangup_drains_too_and_systemd_starts_it_again(chatd):
+    chatd.command_line(f"--drain {DRAIN}", "--drain 2")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client:
+        client.join()
+        chatd.systemctl("kill", "--signal=HUP", "chatd.service")
+        assert client.closed() == 1012
+    chatd.journal.wait(r"\bstopped\b")
+    with chatd.connect() as client:
+        assert numbered(client.join()) == SEED
+    assert chatd.show("NRestarts") == "1"
 
 
 def test_what_takes_longer_than_systemd_waits_is_no_success(chatd):
@@ -387,3 +430,129 @@ def test_tls_works_in_the_sandbox_and_what_is_left_out_of_that_would_break_it(ch
         client.socket = trust.wrap_socket(client.socket, server_hostname="127.0.0.1")
         client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert client.head()[0] == 200
+
+
+# Many on one machine
+
+
+class Instances:
+    """Instances of chatd on a machine, over one Redis that asks for a password."""
+
+    ADMIN = (8091, 8092)
+
+    def __init__(self, machine):
+        self.run, self.command, self.connect = machine.run, machine.command, machine.connect
+        drop_in = machine.path("/run/systemd/system/chatd@.service.d/test.conf")
+        password = machine.path("/etc/chatd/store-password")
+        lines = [
+            "[Service]",
+            "LoadCredential=store-password:/etc/chatd/store-password",
+            "Environment=CHATD_STORE_PASSWORD_FILE=%d/store-password",
+            "ExecStart=",
+            f"ExecStart={COMMAND_OF_ONE.replace(f'--drain {DRAIN}', '--drain 2')}",
+        ]
+        for path, text in [(drop_in, "\n".join([*lines, ""])), (password, "s3cret\n")]:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        password.chmod(0o600)
+        self.systemctl("daemon-reload")
+        redis = booted.REDIS, "--bind", "127.0.0.1", "--save", "", "--requirepass", "s3cret"
+        self.run("systemd-run", "--quiet", "--unit=redis", *redis)
+
+    def systemctl(self, *arguments):
+        self.run("systemctl", *arguments)
+
+    def members(self):
+        """How many members each instance has, as its admin port tells."""
+        return [self._members(port) for port in self.ADMIN]
+
+    def _members(self, port):
+        with self.connect(port) as admin:
+            admin.send(b"GET /metrics HTTP/1.0\r\n\r\n")
+            return int(float(re.search(rb"(?m)^chatd_members (\S+)$", admin.rest())[1]))
+
+    def close(self):
+        """Leave the machine as it was."""
+        self.systemctl("kill", "--signal=KILL", "chatd@*.service")
+        self.systemctl("stop", "chatd@*.socket", "chatd@*.service", "redis.service")
+        self.run("rm", "-rf", "/run/systemd/system/chatd@.service.d", "/etc/chatd/store-password")
+        self.systemctl("daemon-reload")
+
+
+@pytest.fixture
+def instances(machine):
+    instances = Instances(machine)
+    yield instances
+    instances.close()
+
+
+MOST = 64
+"""Of so many clients some are on each of two instances, but once in 10 ** 19 runs."""
+
+
+def hear(clients, message):
+    """Have the first say something, which all must be told alike."""
+    clients[0].send(post("ann", message))
+    told = [client.json() for client in clients]
+    assert [frame == told[0] for frame in told] == [True] * len(clients)
+    assert told[0]["data"]["message"] == message
+
+
+def come(instances, stack, clients):
+    """Clients come until each instance has one."""
+    while not all(instances.members()):
+        assert len(clients) < MOST
+        clients.append(stack.enter_context(instances.connect()))
+        clients[-1].join()
+
+
+def move(instances, stack, clients, count):
+    """So many of the clients are told to come back, and do at once; it is the others that stay."""
+    while count:
+        ready, _, _ = select.select([client.socket for client in clients], [], [], LONG)
+        assert ready
+        for client in [client for client in clients if client.socket in ready]:
+            assert client.closed() == 1012
+            clients.remove(client)
+            clients.append(stack.enter_context(instances.connect()))
+            clients[-1].join()
+            count -= 1
+
+
+def test_two_instances_share_a_port_and_a_room_and_who_is_sent_away_by_one_comes_to_the_other(instances):
+    instances.systemctl("enable", "chatd@1.service")
+    instances.systemctl("is-enabled", "chatd@1.service", "chatd@1.socket")
+    instances.systemctl("disable", "chatd@1.service")
+    instances.systemctl("start", "chatd@1.service", "chatd@2.service")
+    instances.systemctl("is-active", *(f"chatd@{name}.{kind}" for name in (1, 2) for kind in ("service", "socket")))
+    with contextlib.ExitStack() as stack:
+        clients = []
+        come(instances, stack, clients)
+        hear(clients, "on both")
+        first, _ = instances.members()
+        # As operations.md says: the socket first, so that nobody is given to who is about to go.
+        instances.systemctl("stop", "chatd@1.socket")
+        stop = subprocess.Popen(instances.command("systemctl", "stop", "chatd@1.service"))
+        move(instances, stack, clients, first)
+        hear(clients, "on the other")
+        assert stop.wait(LONG) == 0
+        with pytest.raises(ConnectionRefusedError):
+            instances.connect(instances.ADMIN[0])
+        instances.systemctl("start", "chatd@1.service")
+        come(instances, stack, clients)
+        hear(clients, "on both again")
+
+
+def test_an_instance_is_restarted_while_the_other_has_its_clients(instances):
+    instances.systemctl("start", "chatd@1.service", "chatd@2.service")
+    with contextlib.ExitStack() as stack:
+        clients = []
+        come(instances, stack, clients)
+        first, _ = instances.members()
+        instances.systemctl("stop", "chatd@1.socket")
+        restart = subprocess.Popen(instances.command("systemctl", "restart", "chatd@1.service"))
+        move(instances, stack, clients, first)
+        assert restart.wait(LONG) == 0
+        instances.systemctl("is-active", "chatd@1.service", "chatd@1.socket")
+        come(instances, stack, clients)
+        hear(clients, "on both")

@@ -11,6 +11,7 @@ import threading
 import pytest
 import txaio
 from helpers import masked, read_frames
+from servers import Raw, Server
 from twisted.application.service import Application, IServiceMaker
 from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
 from twisted.logger import ILogObserver, LogLevel
@@ -23,6 +24,7 @@ from chatd.machine import ThisMachine
 from chatd.service import TRIM_SECONDS
 from chatd.store.base import DAY, Retention
 from chatd.store.memory import MemoryStore
+from chatd.store.redis import RedisStore
 from chatd.store.sqlite import SqliteStore
 from twisted.plugins import chatd_plugin
 
@@ -163,8 +165,8 @@ def test_an_option_is_read_from_the_command_line_and_from_the_environment(enviro
         ("drain", "3601", "is not a whole number from 0 to 3600"),
         *(("log-format", text, "is neither text nor json") for text in ("xml", "JSON", "")),
         *(
-            ("store", text, "is neither memory: nor sqlite:PATH")
-            for text in ("memory", "memory:x", "sqlite", "sqlite:", "chatd.sqlite", "redis://localhost/0", "")
+            ("store", text, "is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")
+            for text in ("memory", "memory:x", "sqlite", "sqlite:", "chatd.sqlite", "redit://localhost/0", "")
         ),
     ],
 )
@@ -303,6 +305,37 @@ def test_sqlite_is_given_a_path(tmp_path):
     assert store._path == tmp_path / "a:b.sqlite"
 
 
+def link(*arguments):
+    """The way to the Redis of a server: its address, and the file with the password."""
+    store = parse(*arguments)["store"](Retention())
+    assert isinstance(store, RedisStore)
+    return store._link.address, store._link._password_file
+
+
+def test_redis_is_given_an_address_and_a_password_in_it_or_in_a_file_that_the_environment_names(environ):
+    assert link("--store=redis://localhost") == (("localhost", 6379, 0, None, None, False), None)
+    url = "rediss://ann%2F:s%40crt@redis.example:7000/3"
+    assert link(f"--store={url}") == (("redis.example", 7000, 3, "ann/", "s@crt", True), None)
+    environ |= {"CHATD_STORE": "redis://h", "CHATD_STORE_PASSWORD_FILE": "/run/password"}
+    file = pathlib.Path("/run/password")
+    assert link() == (("h", 6379, 0, None, None, False), file)
+    assert link("--store=redis://an%2Fn@h:1/2") == (("h", 1, 2, "an/n", None, False), file)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:s3cret@h:x", "redis://:***@h:x"),
+        ("redis://ann:s3cret@h/x", "redis://ann:***@h/x"),
+        ("rediss://:s3cret/@h", "rediss://:***@h"),
+        ("redis://s3cret@h", "redis://***@h"),
+        ("postgres://ann:s3cret@h", "postgres://ann:***@h"),
+    ],
+)
+def test_a_store_that_is_refused_is_shown_without_its_password(url, shown):
+    assert refusal(f"--store={url}").startswith(f"chatd: --store: {shown!r} ")
+
+
 def test_a_store_is_not_opened_before_the_service_is_started(tmp_path):
     tap.makeService(parse(f"--store=sqlite:{tmp_path / 'chatd.sqlite'}"))
     assert [*tmp_path.iterdir()] == []
@@ -387,7 +420,7 @@ def test_a_check_says_what_would_bite_and_ends(capsys, checked, found, status, o
 
 
 def test_of_what_is_checked_nothing_is_left_out(environ, checked):
-    environ["CHATD_LISTEN"] = "tcp:1 tcp:2"
+    environ |= {"CHATD_LISTEN": "tcp:1 tcp:2", "CHATD_STORE_PASSWORD_FILE": "password"}
     options = tap.Options()
     options.parent = {"nodaemon": 1, "rundir": "/srv"}
     with pytest.raises(SystemExit):
@@ -409,6 +442,7 @@ def test_of_what_is_checked_nothing_is_left_out(environ, checked):
         "drain": 9,
         "proxy_hops": 2,
         "folder": pathlib.Path("/srv"),
+        "password_file": pathlib.Path("password"),
     }
     assert isinstance(machine, ThisMachine)
 
@@ -433,6 +467,7 @@ def test_help_names_each_option_with_its_default():
     for default in (LISTEN, ADMIN, "sqlite:chatd.sqlite", "100", "all", "20:40", "0", "25", "30", "text", "any"):
         assert f"[default: {default}]" in text
     assert "CHATD_STORE for --store" in text
+    assert "CHATD_STORE_PASSWORD_FILE names a file" in text
 
 
 def test_the_environment_is_that_of_the_process():
@@ -697,6 +732,7 @@ class Signals:
 
 @pytest.fixture
 def signals(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
     signals = Signals(monkeypatch)
     tap._heed_signals(signals, signals)
     return signals
@@ -711,18 +747,37 @@ def test_signals_are_heeded_when_the_reactor_runs_which_has_handlers_of_its_own_
     assert arguments == (reactor, service)
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INT")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "TERM"), (signal.SIGHUP, "TERM"), (signal.SIGINT, "INT")]
+)
 def test_the_first_signal_is_the_reactors_and_the_service_hears_of_it(signals, number, name):
-    assert sorted(signals.handlers) == [signal.SIGINT, signal.SIGTERM]
+    assert sorted(signals.handlers) == [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
     assert signals.send(number) == [("reactor", name, number, "frame"), ("service", number)]
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_hangup_that_is_ignored_as_under_nohup_stays_so(monkeypatch):
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL
+    )
+    signals = Signals(monkeypatch)
+    tap._heed_signals(signals, signals)
+    assert sorted(signals.handlers) == [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_what_comes_after_it_only_the_service_hears_of(signals, first, second):
     signals.send(first)
     assert signals.send(second) == [("service", second)]
     assert signals.send(first) == [("service", first)]
+
+
+def test_a_hangup_drains_a_real_process_and_ends_it(tmp_path):
+    with Server(tmp_path) as server, Raw(server.port) as client:
+        client.join()
+        server.terminate(signal.SIGHUP)
+        assert client.closed() == 1012
+        server.stopped(signal.SIGHUP)
 
 
 # The log

@@ -6,6 +6,7 @@ from http import HTTPStatus
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.web.server import NOT_DONE_YET
 from web_doubles import Connection, SecureTransport
 
 import chatd
@@ -388,6 +389,326 @@ def test_who_wants_to_know_is_told_that_the_connection_is_gone(clock):
     assert told == []
     connection.lose()
     assert told == [True]
+
+
+# Closing
+
+
+class Later(web.ChatResource):
+    """Answers when the test says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.requests = []
+
+    def render_POST(self, request):
+        request.of_a_double = True  # see documented.py
+        self.requests.append(request)
+        return NOT_DONE_YET
+
+    def answer(self, text):
+        request = self.requests.pop(0)
+        request.write(web.answer(request, HTTPStatus.CREATED, text, "text/plain"))
+        request.finish()
+
+
+class Closing:
+    """A site that is closed while there are connections."""
+
+    def __init__(self, clock):
+        self.later = Later()
+        self.site = web.site(ready, clock, {"later": self.later})
+        self.over = []
+
+    def connect(self):
+        return Connection(self.site)
+
+    def posts(self):
+        """A connection on which a post is on its way."""
+        connection = self.connect()
+        connection.begin(b"POST", b"/later", body=b"hello")
+        return connection
+
+    def close(self):
+        self.site.close().addCallback(self.over.append)
+
+
+@pytest.fixture
+def closing(clock):
+    return Closing(clock)
+
+
+def test_a_site_without_connections_is_closed_at_once(closing):
+    closing.close()
+    assert closing.over == [None]
+    gone = closing.connect()
+    gone.lose()
+    closing.close()
+    assert closing.over == [None, None]
+
+
+def test_connections_that_wait_for_their_next_request_are_closed_and_all_are_waited_for(closing):
+    kept, silent, half = closing.connect(), closing.connect(), closing.connect()
+    assert kept.ask(b"GET", b"/healthz")[1] == "ok\n"
+    assert not kept.closing
+    half.begin(b"POST", b"/later", b"Content-Length: 5")
+    half.send(b"hell")
+    closing.close()
+    closing.close()
+    for connection in (kept, silent, half):
+        assert closing.over == []
+        assert connection.closing
+        connection.lose()
+    assert closing.over == [None, None]
+    assert closing.later.requests == [], "half a post is none"
+
+
+def test_a_request_that_is_on_its_way_has_its_whole_answer_before_the_connection_is_closed(closing):
+    connection = closing.posts()
+    closing.close()
+    assert not connection.closing
+    assert connection.transport.value() == b""
+    closing.later.answer(b"kept")
+    response, text = connection.response()
+    assert (response.status, text) == (201, "kept")
+    assert connection.closing
+    assert closing.over == []
+    connection.lose()
+    assert closing.over == [None]
+
+
+def test_of_requests_behind_one_another_the_one_that_is_on_its_way_is_answered(closing):
+    connection = closing.posts()
+    connection.begin(b"POST", b"/later", body=b"next")
+    closing.close()
+    closing.later.answer(b"kept")
+    assert connection.response()[1] == "kept"
+    assert connection.transport.value().count(b"HTTP/1.1 ") == 1
+    assert closing.later.requests == []
+    assert connection.closing
+
+
+def test_the_next_request_of_a_connection_is_on_its_way_too(closing):
+    connection = closing.connect()
+    connection.ask(b"GET", b"/healthz")
+    connection.transport.clear()
+    connection.begin(b"POST", b"/later", body=b"one")
+    connection.begin(b"POST", b"/later", body=b"two")  # which waits behind it
+    closing.later.answer(b"first")
+    connection.transport.clear()
+    closing.close()
+    assert not connection.closing
+    closing.later.answer(b"second")
+    assert connection.response()[1] == "second"
+    assert connection.closing
+
+
+def test_who_comes_when_it_is_closed_is_answered_once(closing):
+    first = closing.posts()
+    closing.close()
+    late = closing.connect()
+    assert late.ask(b"GET", b"/healthz")[1] == "ok\n"
+    assert late.closing
+    first.lose()
+    assert closing.over == []
+    late.lose()
+    assert closing.over == [None]
+
+
+def test_what_is_refused_before_its_body_comes_is_closed_already(closing):
+    connection = closing.connect()
+    connection.begin(b"POST", b"/later", b"Transfer-Encoding: chunked")
+    assert connection.closing
+    closing.close()
+    assert connection.response()[0].status == 411
+    connection.lose()
+    assert closing.over == [None]
+
+
+def test_those_who_are_left_are_dropped_whatever_they_wait_for(closing):
+    connections = [closing.posts(), closing.connect(), closing.posts()]
+    closing.close()
+    closing.later.answer(b"not read")
+    assert connections[0].closing
+    closing.site.abort()
+    assert [connection.transport.disconnected for connection in connections] == [True] * 3
+    assert closing.over == [None]
+    closing.site.abort()
+    assert closing.site.channels == set()
+
+
+def test_an_answer_without_content_has_neither_its_type_nor_its_length(closing):
+    connection = closing.posts()
+    (request,) = closing.later.requests
+    request.write(web.answer(request, HTTPStatus.NO_CONTENT, b"", ""))
+    request.finish()
+    response, text = connection.response()
+    assert (response.status, text) == (204, "")
+    assert not {"content-type", "content-length"} & {name.lower() for name in response.headers}
+
+
+def test_as_long_as_it_is_not_closed_connections_stay(closing):
+    connection = closing.posts()
+    closing.later.answer(b"kept")
+    assert not connection.closing
+    assert connection.ask(b"GET", b"/healthz")[1] == "ok\n"
+    assert closing.site.channels == {connection.channel}
+
+
+def test_whether_anyone_waits_for_an_answer(closing):
+    assert not closing.site.asked
+    first, second = closing.posts(), closing.connect()
+    assert closing.site.asked
+    second.ask(b"GET", b"/healthz")
+    second.begin(b"POST", b"/later", b"Content-Length: 5")
+    closing.later.answer(b"kept")
+    assert not closing.site.asked, "half a post is none"
+    second.send(b"hello")
+    assert closing.site.asked
+    second.lose()
+    assert not closing.site.asked, "nobody waits for that any more"
+    first.lose()
+
+
+# Upgrades
+
+
+def handshake(*more, method=b"GET", upgrade=b"websocket"):
+    lines = [method + b" /rooms/team?username=ann HTTP/1.1", b"Host: x", b"Upgrade: " + upgrade, b"Connection: Upgrade"]
+    return b"\r\n".join([*lines, b"Sec-WebSocket-Key: k", b"X: 1", b"X: 2", *more, b"", b""])
+
+
+class Upgrading(Closing):
+    """A site whose connections can become WebSockets, and those that did."""
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.given = []
+        self.site.upgrade = lambda transport, data: self.given.append((transport, data))
+
+    def taken(self, connection):
+        """What the connection, which is no HTTP connection any more, was given back with: its head, and the rest."""
+        ((transport, data),) = self.given
+        assert transport is connection.transport
+        assert transport.producer is None
+        assert transport.producerState == "producing"
+        assert self.site.channels == set()
+        head, _, rest = data.partition(b"\r\n\r\n")
+        return head.split(b"\r\n"), rest
+
+
+@pytest.fixture
+def upgrading(clock):
+    return Upgrading(clock)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
+@pytest.mark.parametrize("requests", [0, 1, 3])
+def test_a_request_for_a_websocket_is_given_back_as_it_came(upgrading, clock, requests, pieces):
+    connection = upgrading.connect()
+    data = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * requests + handshake()
+    for begin in range(0, len(data), pieces):
+        assert upgrading.given == []
+        connection.send(data[begin : begin + pieces])
+    (first, *fields), rest = upgrading.taken(connection)
+    assert first == b"GET /rooms/team?username=ann HTTP/1.1"
+    lines = handshake().split(b"\r\n")[1:-2]
+    assert sorted(field.lower() for field in fields) == sorted(line.lower() for line in lines)
+    assert [field for field in fields if field.startswith(b"X")] == [b"X: 1", b"X: 2"], "in their order"
+    assert rest == b""
+    assert connection.transport.value().count(b"HTTP/1.1 200 ") == requests
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("rest", [b"\x81\x80\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n", bytes(20_000)])
+@pytest.mark.parametrize("more", [b"Y: 1", b"Content-Length: 5", b"Content-Length: 0", b"Transfer-Encoding: chunked"])
+def test_what_comes_with_it_is_given_back_as_it_is_and_what_comes_later_is_not_the_sites(upgrading, rest, more):
+    connection = upgrading.connect()
+    connection.ask(b"GET", b"/healthz")
+    connection.send(handshake(more) + rest)
+    fields, behind = upgrading.taken(connection)
+    assert more in fields
+    assert behind == rest
+    answered = connection.transport.value()
+    connection.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+    assert connection.transport.value() == answered
+    assert not connection.closing
+    assert len(upgrading.given) == 1
+
+
+@pytest.mark.parametrize("upgrade", [b"WebSocket", b"h2c, websocket", b"websocket/13", b"h2c\r\nUpgrade: websocket"])
+def test_whoever_names_websocket_among_others_asks_for_it(upgrading, upgrade):
+    connection = upgrading.connect()
+    connection.send(handshake(upgrade=upgrade))
+    assert upgrading.taken(connection)
+
+
+@pytest.mark.parametrize("method", [b"POST", b"OPTIONS", b"nonsense"])
+def test_the_websocket_side_says_what_is_wrong_with_it(upgrading, method):
+    connection = upgrading.connect()
+    connection.send(handshake(b"Content-Length: 100000", method=method))
+    assert upgrading.taken(connection)[0][0].startswith(method + b" ")
+    assert connection.transport.value() == b""
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"", b"TLS/1.0, HTTP/2.0", b"web socket"])
+def test_other_upgrades_are_not_offered(upgrading, upgrade):
+    connection = upgrading.connect()
+    connection.send(handshake(upgrade=upgrade).replace(b"/rooms/team?username=ann", b"/healthz"))
+    assert connection.response()[1] == "ok\n"
+    assert upgrading.given == []
+    assert upgrading.site.channels == {connection.channel}
+
+
+def test_the_admin_port_has_no_websockets(admin):
+    assert admin.channel.site.upgrade is None
+    admin.send(handshake().replace(b"/rooms/team?username=ann", b"/healthz"))
+    assert admin.response()[1] == "ok\n"
+    assert not admin.closing
+
+
+def test_it_waits_for_the_answers_of_those_before_it(upgrading):
+    connection = upgrading.posts()
+    connection.send(handshake() + b"rest")
+    assert upgrading.given == []
+    upgrading.later.answer(b"kept")
+    assert connection.response()[1] == "kept"
+    assert upgrading.taken(connection)[1] == b"rest"
+    assert not upgrading.site.asked
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["", "and its answers are not out yet"])
+def test_it_is_read_on_however_much_came_behind_a_request(upgrading, full):
+    connection = upgrading.posts()
+    connection.send(handshake() + bytes(20_000))
+    assert connection.transport.producerState == "paused"
+    if full:
+        connection.transport.producer.pauseProducing()
+    upgrading.later.answer(b"kept")
+    assert upgrading.taken(connection)[1] == bytes(20_000)
+
+
+def test_who_became_a_websocket_is_not_waited_for(upgrading):
+    one, other = upgrading.connect(), upgrading.posts()
+    one.send(handshake())
+    upgrading.close()
+    assert not one.closing
+    other.send(handshake())
+    upgrading.later.answer(b"kept")
+    assert other.closing, "nothing is read of it any more"
+    assert len(upgrading.given) == 1
+    other.lose()
+    assert upgrading.over == [None]
+    upgrading.site.abort()
+    assert not one.transport.disconnected
+
+
+def test_what_was_refused_asks_for_nothing_more(upgrading):
+    connection = upgrading.connect()
+    connection.begin(b"POST", b"/later", b"Transfer-Encoding: chunked")
+    connection.send(handshake())
+    assert connection.response()[0].status == 411
+    assert upgrading.given == []
 
 
 # How long it may take

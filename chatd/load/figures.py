@@ -80,6 +80,11 @@ def summary(report: dict[str, Any]) -> str:
         if figures:
             told = "  ".join(f"{key} {figure:g}" for key, figure in figures.items())
             lines.append(f"{name:<9}  {told} ms after the post was due")
+    if report["logs_lost"]:
+        lost = "nobody knows how many" if report["lost"] is None else f"{report['lost']:,}"
+        lines.append(
+            f"lost       {lost} acknowledged messages; {{fresh_starts:,}} fresh starts, {{logs_lost:,}} new logs"
+        )
     if known["cpu"] >= BUSY:
         lines.append("busy       this program was at {cpu:.0%} of a core, and its own delays are in these times")
     if report["proved"]:

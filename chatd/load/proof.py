@@ -5,11 +5,16 @@ to what was posted; all others must be given the same.  A post names its poster 
 poster's own, and the rest of its text follows from these, so that counters are enough to know whether it is right
 and whether it was there before.  What everyone has been given is forgotten.
 
+A server whose log is another all of a sudden has lost the one that was there.  Its clients begin anew, and which of
+the acknowledged messages are lost is known when the new log has been read back to its beginning.
+
 This module is pure, and believes nothing that the client beneath it says of gaps.
 """
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from chatd.exchange import Fault, History, Posted
 from chatd.frames import Entry, Id
@@ -34,6 +39,12 @@ class Once:
             self._floor += 1
         return True
 
+    def __contains__(self, number: int) -> bool:
+        return number < self._floor or number in self._above
+
+    def __iter__(self) -> Iterator[int]:
+        return chain(range(self._floor), self._above)
+
 
 class Reader:
     """What a client has been given; `number` is its own."""
@@ -51,6 +62,8 @@ class Log:
     def __init__(self, epoch: str, posters: int) -> None:
         self.epoch = epoch
         self.head = 0
+        self.start = sys.maxsize
+        """Up to here nobody was given what there may be."""
         self.floor = 0
         """Up to here all have been given, and it is forgotten."""
         self.known: dict[int, tuple[Entry, int]] = {}
@@ -65,7 +78,7 @@ class Log:
 class Proof:
     """The posts of one run, which a word stands for, and what its clients are given; all faults are raised as Fault.
 
-    `lenient`: that a server begins a new log is no fault.
+    `lenient`: that a server begins a new log is no fault, and what is lost so is only counted.
     """
 
     def __init__(self, run: str, clients: int, posters: int, *, lenient: bool = False) -> None:
@@ -73,8 +86,12 @@ class Proof:
         self.readers = [Reader(number) for number in range(clients)]
         self.posted = [0] * posters
         """How many posts each poster has made."""
-        self.delivered = self.others = self.logs_lost = 0
+        self.delivered = self.others = self.fresh_starts = 0
+        self.lost: int | None = 0
+        """How many acknowledged posts went with a log; None while that is not known."""
         self._lenient = lenient
+        self._acked = [Once() for _ in range(posters)]
+        self._epochs: list[str] = []
         self._logs: dict[str, Log] = {}
         self._text = re.compile(rf"{run} (\d+) (\d+) ")
 
@@ -106,16 +123,23 @@ class Proof:
                 f"client {reader.number} had {epoch}-{reader.cursor} and was told to begin again at {history.end}: "
                 f"either the log lost messages, or the client was away for more of them than the server gives again"
             )
-        log = self._logs.get(epoch)
-        if log is None:
-            if self._logs:
-                self.logs_lost += 1
-                if not self._lenient:
-                    raise Fault(f"the log {self.log.epoch} is gone, with all that was posted: now there is {epoch}")
-            log = self._logs[epoch] = Log(epoch, len(self.posted))
+        log = self._enter(epoch)
+        self.fresh_starts += reader.log is not None
         reader.log, reader.cursor = log, number - len(history.entries)
+        log.start = min(log.start, reader.cursor)
         log.head = max(log.head, number)
         self.appended(reader, history.entries)
+
+    def _enter(self, epoch: str) -> Log:
+        """The log of an epoch, which may be a new one, in place of all that were."""
+        if epoch not in self._logs:
+            if epoch in self._epochs:
+                raise Fault(f"the log {epoch}, which was gone, is there again in place of {self.log.epoch}")
+            if self._epochs:
+                self.lost = None
+            self._epochs.append(epoch)
+            self._logs[epoch] = Log(epoch, len(self.posted))
+        return self._logs[epoch]
 
     def appended(self, reader: Reader, entries: Sequence[Entry]) -> None:
         """A client was given the next messages."""
@@ -163,25 +187,33 @@ class Proof:
 
     def acked(self, reader: Reader, place: int, posted: Posted) -> None:
         """A client's post was acknowledged."""
-        log, (epoch, number) = self._log(reader), posted.id
+        log, cursor, (epoch, number) = self._log(reader), reader.cursor, posted.id
         what = f"post {place} of client {reader.number} was acknowledged as {posted.id}"
         if epoch != log.epoch:
-            raise Fault(f"{what}, of another log than {log.epoch}")
-        if not posted.duplicate and number > reader.cursor:
-            raise Fault(f"{what} before it came; the last to come was {epoch}-{reader.cursor}")
+            if not posted.duplicate or epoch in self._epochs[:-1]:
+                raise Fault(f"{what}, of another log than {log.epoch}")
+            log, cursor = self._enter(epoch), 0  # in which this client is about to begin
+        if not posted.duplicate and number > cursor:
+            raise Fault(f"{what} before it came; the last to come was {epoch}-{cursor}")
         where = log.places.pop((reader.number, place), None)
-        if where is None and number > reader.cursor:
+        if where is None and not log.start < number <= cursor:
             log.awaited[reader.number, place] = number
             log.head = max(log.head, number)
         elif where != number:
             raise Fault(f"{what}, and is {'nowhere' if where is None else f'{epoch}-{where}'}")
+        self._acked[reader.number].add(place)
 
     # Whether that was all
 
     @property
     def log(self) -> Log:
         """The newest."""
-        return self._logs[next(reversed(self._logs))]
+        return self._logs[self._epochs[-1]]
+
+    @property
+    def logs_lost(self) -> int:
+        """How many were there before it."""
+        return max(len(self._epochs) - 1, 0)
 
     def is_level(self, reader: Reader) -> bool:
         """Whether a client has been given all that is known to be in the log."""
@@ -189,17 +221,38 @@ class Proof:
 
     def paged(self, reader: Reader, end: Id) -> None:
         """The newest page that a client was given ends with this message."""
-        log = self._log(reader)
-        if end.epoch == log.epoch and end.number < log.head:
+        log = self._enter(end.epoch)
+        if reader.log is log and end.number < log.head:
             raise Fault(
                 f"the newest message is {end}, as client {reader.number} was told: {log.epoch}-{log.head} is lost"
             )
 
+    def unread(self) -> Id | None:
+        """Before which message of a log in another's place there may be some that nobody was given; None: before none.
+
+        They are to be read back, until there are none.
+        """
+        return Id(self.log.epoch, self.log.start + 1) if self.logs_lost and self.log.start else None
+
+    def recalled(self, reader: Reader, page: History) -> None:
+        """A client has read back what is before those messages."""
+        log = self.log
+        if page.end != (log.epoch, log.start):
+            raise Fault(f"client {reader.number} was given {page.end} as the one before {log.epoch}-{log.start + 1}")
+        for entry in page.entries:
+            self._learn(log, reader, entry)
+        log.start = page.entries[0].number - 1 if page.more and page.entries else 0
+
     def conclude(self) -> None:
-        """Everyone has been given everything, and all was acknowledged."""
-        for (poster, place), number in self.log.awaited.items():
-            where = f"{self.log.epoch}-{number}"
+        """Everyone has been given everything, what nobody was given is read back, and all was acknowledged."""
+        log = self.log
+        for (poster, place), number in log.awaited.items():
+            where = f"{log.epoch}-{number}"
             raise Fault(f"post {place} of client {poster} was acknowledged as {where}, and is not there")
+        self.lost = sum(place not in log.kept[poster] for poster, acked in enumerate(self._acked) for place in acked)
+        if self.logs_lost and not self._lenient:
+            gone = " and ".join(self._epochs[:-1])
+            raise Fault(f"the log {gone} is gone, with {self.lost:,} acknowledged messages: now there is {log.epoch}")
 
     def forget(self) -> None:
         """Keep only what someone has yet to be given."""

@@ -2,7 +2,7 @@
 
 Meanwhile anyone may kill the server and start it again.  Every message that any client is given is held to the
 proof, and at the end each client asks for the newest page: its answer comes behind all that was to come.  The first
-fault ends the trial.
+fault ends the trial, but for a log that is lost: what was lost with it is counted in the end.
 
 A post's latency is counted from when it was due, whatever held it up.
 """
@@ -26,7 +26,7 @@ from twisted.python.failure import Failure
 from chatd import exchange
 from chatd.client import Address, Client, Listener
 from chatd.exchange import Backoff, Fault, Frame, History, Posted, Refused, Stopped
-from chatd.frames import Entry
+from chatd.frames import Entry, Id
 from chatd.load.figures import Latencies, Progress
 from chatd.load.proof import Proof, Reader
 
@@ -40,6 +40,8 @@ JOINING: Final = 100
 """Clients that join at a time."""
 REMEMBERED: Final = 1024
 """Frames that are read once for all clients."""
+PAGE: Final = 100
+"""Messages that are read back at a time."""
 DEPTH: Final = 8
 """Posts of one poster that wait for their acknowledgements."""
 
@@ -110,6 +112,10 @@ class Member(Listener):
         """Ask for the newest page."""
         self.client.page(limit=1).addCallbacks(self._paged, self._unanswered)
 
+    def read_back(self, before: Id) -> "Deferred[Any]":
+        """Read what is before a message, which nobody was given."""
+        return self.client.page(before=before, limit=PAGE).addCallbacks(self._read, self._unanswered)
+
     def cut_soon(self, mean: float) -> None:
         """Lose the connection, in so many seconds in the mean, and again and again."""
         self._trial.later(self._chance.expovariate(1 / mean), self._cut, mean)
@@ -126,6 +132,9 @@ class Member(Listener):
     def _paged(self, page: History) -> None:
         self.paged = True
         self._trial.check(self._trial.proof.paged, self.reader, page.end)
+
+    def _read(self, page: History) -> None:
+        self._trial.check(self._trial.proof.recalled, self.reader, page)
 
     def _unanswered(self, failure: Failure) -> None:
         if not failure.check(Stopped):
@@ -179,6 +188,8 @@ class Trial:
         self._posters: Iterator[Member] = cycle(self._members[: options.posters])
         self._behind: list[Member] = []
         """Who has not been given everything."""
+        self._reading: Deferred[Any] | None = None
+        """What was there before anyone was given anything, of a log that took another's place."""
         self._ticks = 0
         self._ticking = LoopingCall(self._tick)
         self._ticking.clock = reactor
@@ -300,7 +311,16 @@ class Trial:
             self._behind.pop()
         if len(self._behind) < before:
             self._moved = self.now()
-        if not self._behind and self.check(self.proof.conclude):
+        if self._behind:
+            return
+        self._behind = [member for member in self._members if not self.proof.is_level(member.reader)]
+        unread = self.proof.unread()
+        if self._behind or (self._reading is not None and not self._reading.called):
+            return
+        if unread is not None:
+            self._moved = self.now()
+            self._reading = self._members[0].read_back(unread)
+        elif self.check(self.proof.conclude):
             self._finish(PROVED, None)
 
     def _far(self) -> tuple[float, str]:
@@ -314,7 +334,8 @@ class Trial:
         planned = self._planned < sys.maxsize
         part = self._acked / self._planned if planned else (self.now() - self._start) / options.seconds
         words = f"{self._posted:,} posted, {self._acked:,} acknowledged, {self.proof.delivered:,} delivered"
-        return min(part, 1.0), f"{words}, {self._connections - self._joined:,} came back"
+        began = f", {self.proof.fresh_starts:,} began anew" if self.proof.fresh_starts else ""
+        return min(part, 1.0), f"{words}, {self._connections - self._joined:,} came back{began}"
 
     def _lose_patience(self) -> None:
         patience = self._options.patience
@@ -368,7 +389,9 @@ class Trial:
             "of_others": self.proof.others,
             "cut": self.cuts,
             "came_back": self._connections - self._joined,
+            "fresh_starts": self.proof.fresh_starts,
             "logs_lost": self.proof.logs_lost,
+            "lost": self.proof.lost,
             "cpu": round(self._cpu / seconds, 3) if seconds else None,
             "latency_ms": {"ack": self.acks.figures(), "message": self.echoes.figures()},
         }

@@ -16,6 +16,7 @@ from twisted.internet.defer import Deferred
 from chatd.frames import Entry, Post
 from chatd.histogram import Histogram
 from chatd.log import MAIN, LabelReused, Log, Poster
+from chatd.presence import Lobby
 
 DAY: Final = 86_400
 """Seconds."""
@@ -51,6 +52,10 @@ class Store(Log, Protocol):
     """A log with a life: opened before the first client, closed after the last."""
 
     @property
+    def lobby(self) -> Lobby | None:
+        """Where the nodes that share it tell one another who is there; None if it is one node's."""
+
+    @property
     def fault(self) -> str | None:
         """What is wrong with it now, in words; None while it keeps and gives what it is asked."""
 
@@ -61,14 +66,20 @@ class Store(Log, Protocol):
     def usage(self) -> Mapping[str, int]:
         """How large it is, in `messages` or `bytes`, and how many `free_bytes` there are besides, if that is known."""
 
-    def open(self, seed: Sequence[Entry]) -> None:
-        """Open it, and write the seed into a log that did not exist; StoreError if it cannot."""
+    def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
+        """Open it, and write the seed into a log that did not exist; fires when it can be read.
+
+        StoreError, at once, if it never can.
+        """
 
     def trim(self) -> "Deferred[None]":
         """Remove what is retained no longer, in rooms where nothing is posted too."""
 
     def settled(self) -> "Deferred[None]":
         """Fires when all that was appended until now is kept or refused, and told."""
+
+    def abandon(self) -> None:
+        """Refuse all that is on its way, in doubt: nobody can wait for it any more."""
 
     def close(self) -> "Deferred[None]":
         """Settle, and let go of the log."""
@@ -85,9 +96,14 @@ def timestamp(seconds: float) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def tell_again(post: Post, number: int, message: str, poster: Poster) -> None:
-    """Tell the poster of a label that was used before what it was used for: for the same message, or another."""
-    if message == post.message:
+def instant(text: str) -> float:
+    """What timestamp() wrote, or another time of RFC 3339, in seconds since 1970."""
+    return dt.datetime.fromisoformat(text).timestamp()
+
+
+def tell_again(post: Post, number: int, poster: Poster, *, same: bool) -> None:
+    """Tell the poster of a label that was used before whether it was for the `same` message."""
+    if same:
         poster.posted(post, number, duplicate=True)
     else:
         poster.refused(post, LabelReused())
@@ -101,7 +117,7 @@ class Stamp:
 
     def __init__(self, now: Callable[[], float], last: str | None) -> None:
         self._now = now
-        self._last = dt.datetime.fromisoformat(last).timestamp() if last else 0.0
+        self._last = instant(last) if last else 0.0
         self._text = timestamp(self._last)
 
     def __call__(self) -> str:

@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred, succeed
 from chatd.frames import Entry, Post
 from chatd.histogram import Histogram
 from chatd.log import Follower, Page, Poster
+from chatd.presence import Lobby
 from chatd.store.base import SEED_ROOM, Retention, Stamp, new_epoch, tell_again, timestamp
 
 KEEP: Final = 10_000
@@ -57,6 +58,8 @@ class MemoryStore:
     `now` gives the time in seconds since 1970.
     """
 
+    lobby: Lobby | None = None
+
     def __init__(self, retain: Retention, now: Callable[[], float]) -> None:
         self.epoch = ""
         self.fault: str | None = None
@@ -67,13 +70,13 @@ class MemoryStore:
         self._followers: list[Follower] = []
         self._rooms: dict[str, _Room] = {}
 
-    def open(self, seed: Sequence[Entry]) -> None:
+    def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
         """Begin a new log with the seed."""
         self.epoch = new_epoch()
         for entry in seed:
             self._room(SEED_ROOM).append(entry, None)
             self._stamp = Stamp(self._now, entry.timestamp)
-        self.trim()
+        return self.trim()
 
     def tail(self, follower: Follower) -> None:
         """Log.tail."""
@@ -84,7 +87,7 @@ class MemoryStore:
         log = self._room(room)
         kept = log.find(post)
         if kept is not None:
-            tell_again(post, kept.number, kept.message, poster)
+            tell_again(post, kept.number, poster, same=kept.message == post.message)
             return
         entry = Entry(log.head + 1, post.username, post.message, self._stamp())
         first = log.first
@@ -114,6 +117,9 @@ class MemoryStore:
     def settled(self) -> "Deferred[None]":
         """Store.settled; it always is."""
         return succeed(None)
+
+    def abandon(self) -> None:
+        """Store.abandon; nothing ever is on its way."""
 
     def close(self) -> "Deferred[None]":
         """Store.close."""

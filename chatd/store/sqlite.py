@@ -30,7 +30,8 @@ from twisted.python.threadpool import ThreadPool
 
 from chatd.frames import Entry, Post
 from chatd.histogram import SECONDS, Histogram
-from chatd.log import Follower, LogUnavailable, Page, Poster
+from chatd.log import Follower, InDoubt, LogUnavailable, Page, Poster
+from chatd.presence import Lobby
 from chatd.store.base import SEED_ROOM, Retention, Stamp, StoreError, new_epoch, tell_again, timestamp
 
 FORMAT: Final = 2
@@ -129,6 +130,8 @@ class SqliteStore:
     `now` gives the time in seconds since 1970.
     """
 
+    lobby: Lobby | None = None
+
     def __init__(
         self, path: pathlib.Path, retain: Retention, now: Callable[[], float], writer: Worker, reader: Worker
     ) -> None:
@@ -143,6 +146,8 @@ class SqliteStore:
         self._reader = reader
         self._followers: list[Follower] = []
         self._waiting: list[_Waiting] = []
+        self._batch: list[_Waiting] = []
+        """Those who wait for the commit that is on its way."""
         self._committing = False
         self._settling: list[Deferred[None]] = []
         self._to_settle: list[Deferred[None]] = []
@@ -150,7 +155,7 @@ class SqliteStore:
 
     # Opening and closing
 
-    def open(self, seed: Sequence[Entry]) -> None:
+    def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
         """Lock the file, and create it if it is not there, with an epoch and the seed in one transaction.
 
         Raises StoreError when the folder cannot be written, another chatd has it, it is something
@@ -176,6 +181,7 @@ class SqliteStore:
             ) from None
         self._writer.start()
         self._reader.start()
+        return succeed(None)
 
     def _take_lock(self) -> int:
         """Lock a file beside the store, since SQLite's own locks are taken and left with each transaction."""
@@ -286,10 +292,12 @@ class SqliteStore:
 
     def _start(self) -> None:
         """Hand all that waits to the writer."""
-        batch, self._waiting = self._waiting, []
+        batch = self._batch = self._waiting
+        self._waiting = []
         self._settling, self._to_settle = self._to_settle, []
         self._committing = True
-        committed = self._writer.do(lambda: self._commit(batch)).addBoth(self._timed, self._now())
+        posts = tuple(batch)  # which stays, whoever is told
+        committed = self._writer.do(lambda: self._commit(posts)).addBoth(self._timed, self._now())
         told = committed.addCallbacks(self._committed, self._refused, callbackArgs=(batch,), errbackArgs=(batch,))
         told.addErrback(lambda failure: _logger.failure("what was committed could not be told", failure))
         told.addCallback(self._next)
@@ -300,9 +308,13 @@ class SqliteStore:
 
     def _next(self, _: None) -> None:
         self._committing = False
+        self._batch = []
         settling, self._settling = self._settling, []
         if self._waiting:
             self._start()
+        else:  # they may have been abandoned
+            settling += self._to_settle
+            self._to_settle = []
         for settled in settling:
             settled.callback(None)
 
@@ -378,11 +390,11 @@ class SqliteStore:
     def _committed(self, committed: _Committed, batch: Sequence[_Waiting]) -> None:
         self._faults.pop("write", None)
         self._tell(committed)
-        for (_, post, poster), (number, kept) in zip(batch, committed.outcomes, strict=True):
+        for (_, post, poster), (number, kept) in zip(batch, committed.outcomes, strict=False):  # if any still wait
             if kept is None:
                 poster.posted(post, number)
             else:
-                tell_again(post, number, kept, poster)
+                tell_again(post, number, poster, same=kept == post.message)
 
     def _tell(self, committed: _Committed) -> None:
         for follower in self._followers:
@@ -394,7 +406,8 @@ class SqliteStore:
 
     def _refused(self, failure: Failure, batch: Sequence[_Waiting]) -> None:
         self._faults["write"] = f"the log cannot be written: {failure.value}"
-        _logger.error("{posts} posts are not kept: {error}", posts=len(batch), error=failure.value)
+        if batch:  # else it was abandoned
+            _logger.error("{posts} posts are not kept: {error}", posts=len(batch), error=failure.value)
         for waiting in batch:
             waiting.poster.refused(waiting.post, LogUnavailable(str(failure.value)))
 
@@ -405,6 +418,16 @@ class SqliteStore:
         settled: Deferred[None] = Deferred()
         (self._to_settle if self._waiting else self._settling).append(settled)
         return settled
+
+    def abandon(self) -> None:
+        """Store.abandon; a commit that is on its way goes on."""
+        abandoned = [*self._batch, *self._waiting]
+        self._batch.clear()
+        self._waiting.clear()
+        if abandoned:
+            _logger.error("{posts} posts are not waited for any more", posts=len(abandoned))
+        for waiting in abandoned:
+            waiting.poster.refused(waiting.post, InDoubt("the disk has not answered"))
 
     # Trimming
 

@@ -1,0 +1,45 @@
+-- Come to the log, or come back: create it if it is not there, and see whether it is still the one that was known.
+--
+-- KEYS: the log, the heads, the feed, the room of the seed
+-- ARGV: an epoch that no log had; the format of this code, and the oldest that reads what it writes;
+--       the epoch that is known ('' at first), and the newest entry of the feed that is known ('0-0': none);
+--       the seed: for each message its username, text, timestamp, and that in microseconds
+-- Answers: the epoch, which is the new one if what was known is there no more; readable_since and written; and the
+--          newest entry of the feed.
+
+local fresh, format, readable, known, seen = unpack(ARGV)
+local epoch = redis.call('HGET', LOG, 'epoch')
+-- Nothing is undone: see first whether all can be written.
+redis.call('HLEN', HEADS)
+redis.call('XLEN', FEED)
+
+if not epoch then
+    epoch = fresh
+    local count, micros = 0, 0
+    for argument = 6, #ARGV, 4 do
+        local username, message, timestamp = unpack(ARGV, argument, argument + 2)
+        micros = math.max(tonumber(ARGV[argument + 3]), micros)
+        count = count + 1
+        redis.call('XADD', KEYS[4], text(count) .. '-' .. text(micros), 'u', username, 'm', message, 't', timestamp)
+    end
+    if count > 0 then
+        redis.call('HSET', HEADS, 'main', count)
+    end
+    redis.call('HSET', LOG, 'epoch', epoch, 'written', format, 'readable_since', readable, 'seq', 0,
+        'stamped', text(micros))
+end
+
+if epoch == known and seen ~= '0-0' and #redis.call('XRANGE', FEED, seen, seen) == 0 then
+    -- Either it has left the feed with those before it, or it was lost, and its number is used again.
+    local oldest = redis.call('XRANGE', FEED, '-', '+', 'COUNT', 1)[1]
+    if not oldest or parts(oldest[1]) <= parts(seen) then
+        epoch = fresh
+        redis.call('HSET', LOG, 'epoch', epoch)
+    end
+end
+
+local written = math.max(tonumber(redis.call('HGET', LOG, 'written')), tonumber(format))
+-- A write in any case, so that a replica refuses.
+redis.call('HSET', LOG, 'written', written)
+local newest = redis.call('XREVRANGE', FEED, '+', '-', 'COUNT', 1)[1]
+return { epoch, redis.call('HGET', LOG, 'readable_since'), text(written), newest and newest[1] or '0-0' }

@@ -1,0 +1,18 @@
+-- Read some of a room, in one instant.
+--
+-- KEYS: the log, the heads, the feed, the room's stream
+-- ARGV: the room; the number after which to read ('' for the newest); how many at most
+-- Answers: the epoch, the number of the feed's newest entry, the numbers of the oldest message kept and of the newest
+--          ever, and the entries, oldest first (newest first where the newest were asked for).
+
+local room, after, limit = unpack(ARGV)
+local stream = KEYS[4]
+local head = tonumber(redis.call('HGET', HEADS, room) or 0)
+local entries
+if after == '' then
+    entries = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', limit)
+else
+    entries = redis.call('XRANGE', stream, text(tonumber(after) + 1), '+', 'COUNT', limit)
+end
+local log = redis.call('HMGET', LOG, 'epoch', 'seq')
+return { log[1], log[2], first(stream, head), head, entries }
