@@ -20,7 +20,7 @@ from chatd.log import Excerpt, Log, LogUnavailable, Page, Poster, Span, UnknownI
 from chatd.presence import Here, Lobby
 from chatd.room import MAX_LAG, Member, Room
 
-RELOAD_SECONDS: Final = 1.0
+RELOAD_SECONDS: Final = 0.25
 """How soon a room is loaded again after that has failed."""
 
 _K = TypeVar("_K")

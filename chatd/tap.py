@@ -6,12 +6,10 @@ This is the one place that knows every part by name and the only one that uses t
 import gc
 import os
 import pathlib
-import re
 import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, NoReturn, TypeVar
-from urllib.parse import unquote
 
 from twisted.application.service import IService
 from twisted.internet.endpoints import serverFromString
@@ -91,13 +89,10 @@ def _store(url: str) -> Callable[[Retention], Store]:
         from chatd.store.redis_link import Address, Link
 
         file = _password_file()
-        user = re.match(r"\w+://([^:@/]+)@", url) if file else None  # whose password is in the file
         try:
-            address = Address.parse(url.replace(f"{user[1]}@", "", 1) if user else url)
+            address = Address.parse(url, password_elsewhere=file is not None)
         except ValueError as error:
             raise ValueError(f"{check.veiled(url)!r} {error}") from None
-        if user:
-            address = address._replace(username=unquote(user[1]))
         link = Link(address, reactor, file)
         return lambda retain: RedisStore(link, retain)
     raise ValueError(f"{check.veiled(url)!r} is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")

@@ -132,6 +132,11 @@ def test_a_user_without_a_password_is_refused(url):
         Address.parse(url)
 
 
+def test_a_user_may_be_named_alone_if_the_password_is_elsewhere():
+    address = Address.parse("rediss://ann%40x@h/3", password_elsewhere=True)
+    assert address == Address("h", 6379, 3, "ann@x", None, tls=True)
+
+
 # Words
 
 

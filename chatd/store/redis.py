@@ -25,6 +25,7 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, fail, inlineCallbacks, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -48,6 +49,8 @@ RUN: Final = 1000
 """How many entries of the feed are read at once."""
 SILENCE_SECONDS: Final = 2.0
 """How long the feed may be silent before it is seen whether the log is still the same."""
+FAREWELL_SECONDS: Final = 1.0
+"""How long it may take to tell the other nodes that this one goes."""
 LABEL_SECONDS: Final = DAY
 """How long a label is remembered at least."""
 RETRY_SECONDS: Final = 0.1, 2.0
@@ -151,7 +154,11 @@ class RedisStore:
 
     def close(self) -> "Deferred[None]":
         """Store.close."""
-        return self.settled().addCallback(lambda _: self.lobby.close()).addCallback(self._close)
+        return self.settled().addCallback(self._bid_farewell).addCallback(self._close)
+
+    def _bid_farewell(self, _: None) -> "Deferred[Any]":
+        farewell = self.lobby.close().addTimeout(FAREWELL_SECONDS, self._clock)
+        return farewell.addErrback(lambda failure: failure.trap(DeferredTimeoutError))
 
     def _close(self, _: object) -> "Deferred[None]":
         self._closing = True

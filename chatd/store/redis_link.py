@@ -63,8 +63,11 @@ class Address(NamedTuple):
     tls: bool
 
     @classmethod
-    def parse(cls, url: str) -> "Address":
-        """Read `redis[s]://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`; ValueError for anything else."""
+    def parse(cls, url: str, *, password_elsewhere: bool = False) -> "Address":
+        """Read `redis[s]://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`; ValueError for anything else.
+
+        If the password is elsewhere the URL may name a user alone.
+        """
         try:
             parts = urlsplit(url)
             port = parts.port or PORT
@@ -75,7 +78,7 @@ class Address(NamedTuple):
         if not good or not re.fullmatch(r"[0-9]{1,5}", database):
             raise ValueError("is no redis://HOST:PORT/DATABASE")
         username, password = (unquote(part) if part else None for part in (parts.username, parts.password))
-        if username and not password:
+        if username and not password and not password_elsewhere:
             raise ValueError("names a user and no password: redis://USER:PASSWORD@HOST, or CHATD_STORE_PASSWORD_FILE")
         return cls(str(parts.hostname), port, int(database), username, password, parts.scheme == "rediss")
 
