@@ -53,7 +53,7 @@ FAREWELL_SECONDS: Final = 1.0
 """How long it may take to tell the other nodes that this one goes."""
 LABEL_SECONDS: Final = DAY
 """How long a label is remembered at least."""
-RETRY_SECONDS: Final = 0.1, 2.0
+RETRY_SECONDS: Final = 0.1, 1.0
 """How soon the next session is begun after one has failed: twice as late each time, and at most."""
 ROOMS: Final = 200
 """How many rooms are trimmed at once."""
