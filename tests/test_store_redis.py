@@ -848,7 +848,7 @@ def test_the_first_connection_may_come_late(tmp_path, node, events):
         wait_in(node.loop, node.opened)
         assert node.store.fault is None
         assert node.post("a") == [("posted", 3)]
-        assert [event["log_format"] for event in events if event["log_level"] > LogLevel.info] == ["{fault}"]
+        assert [event["log_format"] for event in events if event["log_level"] > LogLevel.info] == ["{fault}: {remedy}"]
 
 
 # Faults: a server that refuses

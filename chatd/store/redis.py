@@ -208,15 +208,16 @@ class RedisStore:
             words = str(failure.value)
         else:
             words = f"the log at {self._link.address} cannot be reached ({why(failure)})"
-        if self._fault("session", words) and not failure.check(*Lost, *TlsErrors, Refusal, StoreError):
+        remedy = "start it, or name another with --store; it is tried again and again"
+        if self._fault("session", words, remedy) and not failure.check(*Lost, *TlsErrors, Refusal, StoreError):
             _logger.failure("nobody foresaw that", failure)
 
-    def _fault(self, what: str, words: str) -> bool:
+    def _fault(self, what: str, words: str, remedy: str) -> bool:
         """Something is wrong: it is logged, once.  Answers whether that is news."""
         if self._faults.get(what) == words:
             return False
         self._faults[what] = words
-        _logger.error("{fault}", fault=words)
+        _logger.error("{fault}: {remedy}", fault=words, remedy=remedy)
         return True
 
     @inlineCallbacks
@@ -421,7 +422,8 @@ class RedisStore:
             self._refuse(ticket, InDoubt(why(failure)))
 
     def _unwritable(self, error: object) -> None:
-        self._fault("write", f"the log at {self._link.address} cannot be written ({error})")
+        words = f"the log at {self._link.address} cannot be written ({error})"
+        self._fault("write", words, "posts are refused until it can")
 
     def _refuse(self, ticket: int, error: LogUnavailable) -> None:
         waiting = self._waiting.pop(ticket, None)
