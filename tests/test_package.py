@@ -9,6 +9,7 @@ import venv
 import zipfile
 
 import pytest
+from redises import Redis
 from servers import LONG, ROOT, TWISTD, Raw, Server, environment, need, numbered, run
 
 FOUND = """
@@ -84,7 +85,7 @@ def test_the_wheel_has_its_data_and_leaves_twisteds_packages_alone(wheel):
         schema = archive.read("chatd/schemas/message.json")
     assert schema == (ROOT / "schemas" / "message.json").read_bytes()
     assert names >= {"chatd/static/index.html", "chatd/seed/messages.json", "twisted/plugins/chatd_plugin.py"}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "chatd").rglob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.lua") for path in (ROOT / "chatd").rglob(kind)}
     assert modules <= names
     assert names.isdisjoint({"twisted/__init__.py", "twisted/plugins/__init__.py"})
     kinds = {name.split("/")[0] for name in names}
@@ -103,6 +104,9 @@ def test_what_is_installed_runs_from_anywhere(installed, tmp_path):
     file, *found = check_run(installed, "-c", FOUND, cwd=elsewhere).split()
     assert pathlib.Path(file).is_relative_to(tmp_path / "venv") or "copy" in pathlib.Path(file).parts
     assert found == ["Message", "2", "True"]
-    with Server(elsewhere, env=clean(), command=command) as server, Raw(server.port) as client:
-        assert numbered(client.join()) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
+    with Redis(tmp_path / "redis") as redis:
+        for store in ("sqlite:chatd.sqlite", redis.url):
+            options = f"--store={store}"
+            with Server(elsewhere, options, env=clean(), command=command) as server, Raw(server.port) as client:
+                assert numbered(client.join()) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
     assert all(path.name.startswith("chatd.sqlite") for path in elsewhere.iterdir())
