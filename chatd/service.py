@@ -159,7 +159,7 @@ class ChatService(Service):
         loop.start(interval, now=False).addErrback(failed)
 
     def _listening(self, port: IListeningPort, text: str, ports: list[IListeningPort]) -> None:
-        if ports is self._ports and self._readiness.why_not == "draining":  # too late
+        if ports is self._ports and (self._draining or self._drained):  # too late
             maybeDeferred(port.stopListening)
             return
         ports.append(port)
@@ -208,6 +208,7 @@ class ChatService(Service):
 
     def _gone(self, result: object) -> None:
         self._drained = True
+        self._readiness.why_not = "drained"
         if isinstance(result, Failure):
             _log.failure("the drain failed", result)
         _log.info("drained")

@@ -119,17 +119,17 @@ class Text(ChatResource):
 
 
 class Command(ChatResource):
-    """Does something for who posts to it, and says so at once."""
+    """Does something for who posts to it, and says at once how it stands."""
 
-    def __init__(self, act: Callable[[], object], words: str) -> None:
+    def __init__(self, act: Callable[[], object], state: Callable[[], str]) -> None:
         super().__init__()
         self._act = act
-        self._words = words
+        self._state = state
 
     def render_POST(self, request: Request) -> bytes:
         """Do it; 202."""
         self._act()
-        return answer(request, HTTPStatus.ACCEPTED, self._words.encode() + b"\n", TEXT)
+        return answer(request, HTTPStatus.ACCEPTED, self._state().encode() + b"\n", TEXT)
 
 
 def page(request: Request, path: str) -> bytes:
@@ -328,6 +328,6 @@ def admin(ready: Ready, reactor: IReactorTime, *, drain: Callable[[], object], m
     resources = {
         "": Text(lambda: (HTTPStatus.OK, "chatd admin: GET /healthz /readyz /metrics, POST /drain")),
         "metrics": Text(lambda: (HTTPStatus.OK, metrics()), METRICS),
-        "drain": Command(drain, "draining"),
+        "drain": Command(drain, lambda: ready()[1]),
     }
     return site(ready, reactor, resources)

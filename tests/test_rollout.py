@@ -390,7 +390,7 @@ def test_a_post_over_http_that_is_on_its_way_is_answered(tmp_path, members, drai
             assert connection.sock.recv(1) == b""
         server.log.wait(DRAINED)
         if drain is by_command:
-            assert ask(server.admin_port, "GET", "/readyz") == (503, "draining\n")
+            assert ask(server.admin_port, "GET", "/readyz") == (503, "drained\n")
             server.terminate()
         server.stopped()
     assert [row[:3] for row in stored(tmp_path / "chatd.sqlite")[1]] == [*SEED, (3, "ann", "hi")]
@@ -473,8 +473,8 @@ def test_a_server_that_was_drained_stays_unready_until_it_is_told_to_stop(tmp_pa
                 Raw(server.port)
             assert kept.sock.recv(1) == b"", "who is not connected comes back to another"
         assert ask(server.admin_port, "GET", "/healthz") == (200, "ok\n")
-        assert ask(server.admin_port, "POST", "/drain") == (202, "draining\n")
-        assert ask(server.admin_port, "GET", "/readyz") == (503, "draining\n")
+        assert ask(server.admin_port, "POST", "/drain") == (202, "drained\n")
+        assert ask(server.admin_port, "GET", "/readyz") == (503, "drained\n")
         server.stop()
         assert "in a hurry" not in server.log.text
         assert len(re.findall(DRAINED, server.log.text)) == 1

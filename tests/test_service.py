@@ -205,8 +205,11 @@ def test_whoever_starts_or_drains_is_not_ready_however_the_log_is(server, fault)
     server.fault = fault
     assert server.readiness() == (False, f"starting: {fault}" if fault else "starting")
     server.start()
+    server.drain.gone = Deferred()
     server.service.drain()
     assert server.readiness() == (False, "draining")
+    server.drain.gone.callback(None)
+    assert server.readiness() == (False, "drained")
 
 
 def test_ports_for_clients_and_for_operators_may_be_named_by_one_text(server):
@@ -290,7 +293,7 @@ def test_a_store_that_is_open_when_it_drains_already_opens_no_port(server):
     server.service.drain()
     server.store.opened.callback(None)
     assert server.journal == [DRAINING, "drain"]
-    assert server.readiness() == (False, "draining")
+    assert server.readiness() == (False, "drained")
 
 
 def test_a_port_that_cannot_be_opened_when_the_store_is_leaves_it_unready(server, events):
@@ -441,7 +444,7 @@ def test_a_drain_sends_the_clients_away_closes_their_ports_and_leaves_all_else_a
     server.clock.advance(LOOK_SECONDS)
     assert server.journal == [DRAINING, "drain", *PORTS, "look"], "the store and the admin port stay"
     assert server.service.running
-    assert server.readiness() == (False, "draining"), "until it is told to stop"
+    assert server.readiness() == (False, "drained"), "until it is told to stop"
 
 
 def test_it_is_unready_from_the_first_moment_of_a_drain(server):

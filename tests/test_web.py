@@ -174,7 +174,9 @@ def test_readiness_is_asked_for_at_each_request(clock, site):
 def drains(clock):
     """A connection to the admin port, and the drains that were asked for."""
     asked = []
-    return Connection(admin_site(clock, drain=lambda: asked.append("drain") or Deferred())), asked
+    words = iter(["draining", "drained"])
+    site = admin_site(clock, lambda: (False, next(words)), drain=lambda: asked.append("drain") or Deferred())
+    return Connection(site), asked
 
 
 @pytest.mark.parametrize("body", [None, b"", b"now, please"])
@@ -187,9 +189,9 @@ def test_a_drain_is_asked_for_and_answered_at_once(drains, body):
     assert asked == ["drain"]
 
 
-def test_who_asks_for_a_drain_twice_gets_the_same_answer(drains):
+def test_who_asks_for_a_drain_again_is_told_how_far_it_is(drains):
     connection, asked = drains
-    assert [connection.ask(b"POST", b"/drain")[1] for _ in range(2)] == ["draining\n"] * 2
+    assert [connection.ask(b"POST", b"/drain")[1] for _ in range(2)] == ["draining\n", "drained\n"]
     assert asked == ["drain"] * 2
 
 
