@@ -8,6 +8,8 @@ has a time-out that only a broken server reaches.
 import base64
 import contextlib
 import datetime as dt
+import importlib.machinery
+import importlib.util
 import ipaddress
 import json
 import os
@@ -59,6 +61,18 @@ def need(tool):
     if path is None:
         missing(f"{tool} is not installed")
     return path
+
+
+def program(path):
+    """A program that is one file, as a module; nothing is written beside it."""
+    loader = importlib.machinery.SourceFileLoader(path.name.replace("-", "_"), str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = writes
+    return module
 
 
 def environment(**changes):

@@ -2,8 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.machinery
-import importlib.util
 import json
 import os
 import pty
@@ -18,7 +16,7 @@ import threading
 from contextlib import closing
 
 import pytest
-from servers import LONG, ROOT, TEXT, Raw, Server, environment, frame, numbered, post, stored
+from servers import LONG, ROOT, TEXT, Raw, Server, environment, frame, numbered, post, program, stored
 
 from chatd.store import base, sqlite
 
@@ -52,15 +50,8 @@ def run(name, *arguments, cwd, code=0, **changes):
 def scripts(monkeypatch):
     """Loads a script as a module."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-
-    def load(name):
-        loader = importlib.machinery.SourceFileLoader(name, str(SCRIPTS / name))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-        loader.exec_module(module)
-        return module
-
-    yield load
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of what they share, too
+    yield lambda name: program(SCRIPTS / name)
     sys.modules.pop("storefiles", None)
 
 

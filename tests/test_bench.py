@@ -1,32 +1,16 @@
 """scripts/bench: what it checks and what it writes; how fast anything is, is not asked here."""
 
-import importlib.machinery
-import importlib.util
 import json
 import socket
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
-from servers import LONG, PING, PONG, ROOT, frame
+from servers import LONG, PING, PONG, ROOT, frame, program
 
 BENCH = ROOT / "scripts" / "bench"
 
-
-def load():
-    """The script as a module."""
-    loader = importlib.machinery.SourceFileLoader("bench", str(BENCH))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("bench", loader))
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = written
-    return module
-
-
-bench = load()
+bench = program(BENCH)
 GREETING = b"hello"
 
 

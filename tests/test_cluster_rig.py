@@ -3,17 +3,14 @@ not asked here.
 """
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import json
 import re
 import socket
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
-from servers import LONG, ROOT, need
+from servers import LONG, ROOT, need, program
 
 from chatd.exchange import History, Posted
 from chatd.frames import Entry, Id
@@ -22,20 +19,7 @@ CLUSTER = ROOT / "scripts" / "cluster"
 SMALL = ("--clients=30", "--lead=0.2", "--drain=1")
 NONE = {"lost": 0, "duplicate": 0, "disorder": 0, "undelivered": 0, "unanswered": 0, "broken": 0}
 
-
-def load():
-    """The script as a module."""
-    loader = importlib.machinery.SourceFileLoader("cluster", str(CLUSTER))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("cluster", loader))
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = written
-    return module
-
-
-cluster = load()
+cluster = program(CLUSTER)
 
 
 @contextlib.contextmanager
