@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -22,9 +23,8 @@ import subprocess
 import sys
 import tempfile
 
-import pytest
 from redises import BINARIES
-from servers import LONG, ROOT, Lines, Raw, environment, need
+from servers import LONG, ROOT, Lines, Raw, environment, missing, need
 
 PACKAGES = "systemd,python3-venv"
 UNITS = ROOT / "packer" / "files"
@@ -52,15 +52,30 @@ def succeed(*command, **options):
     return result.stdout
 
 
-def nspawn(root, *options, binds=()):
-    """The command that runs something in a machine whose files are those of a folder, and whose changes are lost."""
+def nspawn(root, *options, binds=(), network=None):
+    """The command that runs something in a machine whose files are those of a folder, and whose changes are lost.
+
+    `network` is the path of a network namespace; without one the machine has a loopback.
+    """
     alone = () if pathlib.Path("/run/systemd/system").is_dir() else ("--keep-unit",)
     return [
         *(need("systemd-nspawn"), "--quiet", "--register=no", *alone),
-        *(f"--directory={root}", "--volatile=overlay", "--private-network"),
+        *(f"--directory={root}", "--volatile=overlay"),
+        f"--network-namespace-path={network}" if network else "--private-network",
         *(f"--bind{'' if writable else '-ro'}={source}:{target}" for source, target, writable in binds),
         *options,
     ]
+
+
+def bootable(make):
+    """The root that is made of a machine; skips the test if none can run here."""
+    if os.geteuid():
+        missing("only root can boot a machine")
+    root = make()
+    works = subprocess.run([*nspawn(root), "true"], capture_output=True, text=True, check=False)
+    if works.returncode:
+        missing(f"no machine can run in this one: {works.stderr}")
+    return root
 
 
 def kept(name, make, *inputs):
@@ -80,7 +95,7 @@ def debian():
     """The folder of Debian's packages, of the release that this machine has."""
     suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
     mmdebstrap = [need("mmdebstrap"), "--quiet", "--variant=essential", f"--include={PACKAGES}", suite]
-    return kept("debian", lambda folder: succeed(*mmdebstrap, folder), suite, PACKAGES)
+    return bootable(lambda: kept("debian", lambda folder: succeed(*mmdebstrap, folder), suite, PACKAGES))
 
 
 def wheels(root):
@@ -97,12 +112,7 @@ def installed(folder):
 
     It skips the test when there can be no such machine here.
     """
-    if os.geteuid():
-        pytest.skip("only root can boot a machine")
     root = debian()
-    works = subprocess.run([*nspawn(root), "true"], capture_output=True, text=True, check=False)
-    if works.returncode:
-        pytest.skip(f"no machine can run in this one: {works.stderr}")
     build = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
     succeed(*build, "--no-build-isolation", f"--wheel-dir={folder / 'wheel'}", ROOT, cwd=folder, env=environment())
     (folder / "opt").mkdir()
@@ -119,18 +129,24 @@ def installed(folder):
 
 
 class Machine:
-    """A machine that has booted; a context manager that leaves nothing of it behind."""
+    """A machine that has booted; a context manager that leaves nothing of it behind.
 
-    def __init__(self, root, binds):
-        self._name = f"chatd-{os.getpid()}"
+    The arguments are those of the kernel's command line that systemd reads.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, root, binds, *arguments, network=None):
+        self._name = f"chatd-{os.getpid()}-{next(self._numbers)}"
         self._folder = tempfile.TemporaryDirectory()
         self._leader = 0
         path = f"{self._folder.name}/notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as booted:
             booted.bind(path)
             booted.settimeout(LONG)
+            options = f"--machine={self._name}", "--notify-ready=yes", "--boot"
             self._process = subprocess.Popen(
-                nspawn(root, f"--machine={self._name}", "--notify-ready=yes", "--boot", binds=binds),
+                [*nspawn(root, *options, binds=binds, network=network), *arguments],
                 env=environment(NOTIFY_SOCKET=path),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -152,6 +168,8 @@ class Machine:
         return self
 
     def __exit__(self, *_):
+        if self._process.returncode is not None:  # it was switched off before
+            return
         if self._leader:
             os.kill(self._leader, signal.SIGKILL)  # with the first process in it all others end
         else:

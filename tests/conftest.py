@@ -1,3 +1,4 @@
+import cloud
 import documented
 import pytest
 from twisted.logger import globalLogPublisher
@@ -21,3 +22,9 @@ def _everything_is_documented():
     yield
     found, undocumented[:] = [*undocumented], []
     assert found == []
+
+
+@pytest.fixture(scope="session")
+def baked(tmp_path_factory):
+    """The image, baked once for all tests."""
+    return cloud.baked(tmp_path_factory.mktemp("baked"))

@@ -1,0 +1,193 @@
+# The image of chatd, for arm64 and amd64: scripts/bake fills in the variables and starts it; docs/image.md is the page.
+
+packer {
+  required_version = ">= 1.15"
+  required_plugins {
+    amazon = {
+      source  = "github.com/hashicorp/amazon"
+      version = "~> 1.8"
+    }
+  }
+}
+
+variable "version" {
+  type        = string
+  description = "The version of chatd."
+}
+
+variable "git_sha" {
+  type        = string
+  description = "The commit that the wheel was built from."
+}
+
+variable "built" {
+  type        = string
+  description = "When, as 2026-01-01T00:00:00Z."
+}
+
+variable "bundle" {
+  type        = string
+  description = "The folder with arm64.tar and amd64.tar: wheels, units and what checks them."
+}
+
+variable "manifest" {
+  type        = string
+  description = "The file to write the images' ids to."
+}
+
+variable "region" {
+  type    = string
+  default = null
+}
+
+variable "subnet_id" {
+  type        = string
+  default     = null
+  description = "Where the builder runs; without it, in the default VPC."
+}
+
+variable "ssh_from" {
+  type        = list(string)
+  default     = null
+  description = "Who may connect to the builder; without it, the address that this machine is seen under."
+}
+
+variable "kms_key_id" {
+  type        = string
+  default     = null
+  description = "The key of the image; without it, the account's own for EBS."
+}
+
+variable "agents" {
+  type = map(list(object({
+    url    = string
+    sha256 = string
+  })))
+  default     = {}
+  description = "By architecture, the Debian packages of the SSM and CloudWatch agents."
+  validation {
+    condition     = length([for agent in flatten(values(var.agents)) : agent if !can(regex("^[0-9a-f]{64}$", agent.sha256))]) == 0
+    error_message = "Each agent needs the SHA-256 of its package, in 64 hexadecimal digits."
+  }
+  validation {
+    condition     = length([for agent in flatten(values(var.agents)) : agent if !can(regex("^(https|file)://[^\\s'\"]+$", agent.url))]) == 0
+    error_message = "Each agent needs an https: URL."
+  }
+}
+
+variable "rehearsal" {
+  type = object({
+    ssh_host = string
+    ssh_port = number
+  })
+  default     = null
+  description = "Only for a rehearsal without an account: where the machine is that stands for the builder."
+}
+
+locals {
+  stamp = formatdate("YYYYMMDD-hhmmss", var.built)
+  tags = {
+    Name               = "chatd-${var.version}"
+    "chatd:version"    = var.version
+    "chatd:git-sha"    = var.git_sha
+    "chatd:base-image" = "{{ .SourceAMI }}"
+    "chatd:base-name"  = "{{ .SourceAMIName }}"
+    "chatd:built"      = var.built
+  }
+}
+
+source "amazon-ebs" "chatd" {
+  region    = var.region
+  subnet_id = var.subnet_id
+
+  # The builder: no instance metadata without a token, and a disk that is encrypted from the start.
+  metadata_options {
+    http_endpoint               = "enabled"
+    http_tokens                 = "required"
+    http_put_response_hop_limit = 1
+  }
+  launch_block_device_mappings {
+    device_name           = "/dev/xvda"
+    volume_type           = "gp3"
+    volume_size           = 8
+    encrypted             = true
+    kms_key_id            = var.kms_key_id
+    delete_on_termination = true
+  }
+  shutdown_behavior                         = "terminate"
+  temporary_key_pair_type                   = "ed25519"
+  temporary_security_group_source_cidrs     = var.ssh_from
+  temporary_security_group_source_public_ip = var.ssh_from == null
+
+  communicator = "ssh"
+  ssh_username = "admin"
+  ssh_timeout  = "5m"
+
+  # The image: the same of every instance that is made of it.
+  imds_support = "v2.0"
+  ena_support  = true
+  encrypt_boot = true
+  kms_key_id   = var.kms_key_id
+
+  run_tags        = local.tags
+  run_volume_tags = local.tags
+  snapshot_tags   = local.tags
+  tags            = local.tags
+
+  ssh_host                = var.rehearsal == null ? null : var.rehearsal.ssh_host
+  ssh_port                = var.rehearsal == null ? 22 : var.rehearsal.ssh_port
+  skip_region_validation  = var.rehearsal != null
+  skip_metadata_api_check = var.rehearsal != null
+}
+
+build {
+  source "amazon-ebs.chatd" {
+    name          = "arm64"
+    instance_type = "t4g.small"
+    ami_name      = "chatd-${var.version}-arm64-${local.stamp}"
+    source_ami_filter {
+      filters = {
+        name                = "debian-13-arm64-*"
+        architecture        = "arm64"
+        virtualization-type = "hvm"
+      }
+      owners      = ["136693071363"] # Debian's
+      most_recent = true
+    }
+  }
+
+  source "amazon-ebs.chatd" {
+    name          = "amd64"
+    instance_type = "t3.small"
+    ami_name      = "chatd-${var.version}-amd64-${local.stamp}"
+    source_ami_filter {
+      filters = {
+        name                = "debian-13-amd64-*"
+        architecture        = "x86_64"
+        virtualization-type = "hvm"
+      }
+      owners      = ["136693071363"]
+      most_recent = true
+    }
+  }
+
+  provisioner "file" {
+    source      = "${var.bundle}/${source.name}.tar"
+    destination = "/tmp/bundle.tar"
+  }
+
+  provisioner "shell" {
+    script          = "${path.root}/provision.sh"
+    execute_command = "chmod +x {{ .Path }}; sudo env {{ .Vars }} {{ .Path }}"
+    environment_vars = [
+      "AGENTS=${join(" ", [for agent in lookup(var.agents, source.name, []) : "${agent.sha256} ${agent.url}"])}",
+    ]
+  }
+
+  post-processor "manifest" {
+    output = var.manifest
+    custom_data = {
+      architecture = source.name
+    }
+  }
+}
