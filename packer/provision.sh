@@ -46,7 +46,7 @@ for file in "$bundle"/files/*; do
     *.service.conf) install -D -m 644 "$file" "/usr/lib/systemd/system/${name%.conf}.d/ec2.conf" ;;
     *.service | *.socket) install -m 644 -t /usr/lib/systemd/system "$file" ;;
     *.cfg) install -D -m 644 -t /etc/cloud/cloud.cfg.d "$file" ;;
-    *.py) install -m 644 -t /opt/chatd/bin "$file" ;;
+    *.py | *.json | *.yml) install -m 644 -t /opt/chatd/bin "$file" ;;
     *) install -m 755 -t /opt/chatd/bin "$file" ;;
     esac
 done
@@ -63,6 +63,11 @@ while [ $# -gt 0 ]; do
     dpkg --install "$package"
     shift 2
 done
+for agent in amazon-ssm-agent amazon-cloudwatch-agent; do
+    if systemctl --quiet list-unit-files "$agent.service" >/dev/null; then
+        systemctl enable "$agent.service"
+    fi
+done
 
 say "what is in it"
 /opt/chatd/bin/python "$bundle/sbom.py" "$bundle/wheels" "$bundle/chatd" >/usr/share/chatd/sbom.cdx.json
@@ -70,7 +75,8 @@ dpkg-query --show --showformat='${Package}\t${Version}\t${Architecture}\n' >/usr
 
 say "does it serve?"
 # The programs of the instance find all that they import.
-(cd /opt/chatd/bin && ./python -c 'from runpy import run_path as run; run("chatd-boot"); run("chatd-lifecycle")')
+(cd /opt/chatd/bin && ./python -c 'import sys; from runpy import run_path as run; [run(name) for name in sys.argv[1:]]' \
+    chatd-agent chatd-boot chatd-lifecycle)
 # This machine has no store to learn of: while it runs there is one that ends with the process.
 override=/run/systemd/system/chatd-boot.service.d
 install -d "$override"

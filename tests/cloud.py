@@ -272,20 +272,30 @@ def copied(machine, folder):
     return folder
 
 
-AGENT = "/srv/an-agent.deb"
+AGENT = "amazon-cloudwatch-agent"
+AT = f"/srv/{AGENT}.deb"
+FOLDER = f"/opt/aws/{AGENT}/etc"
+UNIT = """
+[Service]
+ExecStart=/bin/sleep infinity
+Restart=on-failure
+[Install]
+WantedBy=multi-user.target
+"""
 
 
 def agent(builder, folder):
-    """Put a package into a machine, as if an agent's could be had there; answers what is to be said of it."""
+    """Put what stands for the CloudWatch agent into a machine, as a package; answers what is to be said of it."""
     tree = folder / "agent"
-    (tree / "DEBIAN").mkdir(parents=True)
-    control = "Package: an-agent\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: an agent\n"
-    (tree / "DEBIAN" / "control").write_text(control)
-    (tree / "usr" / "share" / "an-agent").mkdir(parents=True)
+    control = f"Package: {AGENT}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: an agent\n"
+    for path, text in {"DEBIAN/control": control, f"usr/lib/systemd/system/{AGENT}.service": UNIT}.items():
+        (tree / path).parent.mkdir(parents=True)
+        (tree / path).write_text(text)
+    (tree / FOLDER[1:]).mkdir(parents=True)
     succeed("dpkg-deb", "--build", "--root-owner-group", tree, folder / "agent.deb")
-    shutil.copy(folder / "agent.deb", builder.path(AGENT))
+    shutil.copy(folder / "agent.deb", builder.path(AT))
     digest = succeed("sha256sum", folder / "agent.deb").split()[0]
-    return {"url": f"file://{AGENT}", "sha256": digest}
+    return {"url": f"file://{AT}", "sha256": digest}
 
 
 def agents(folder, agent):

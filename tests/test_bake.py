@@ -223,7 +223,7 @@ def test_an_agent_of_another_hash_is_not_installed(builder, bundle, tmp_path):
     code, said = provision(builder, bundle, agent(builder, tmp_path) | {"sha256": "0" * 64})
     assert code
     assert "did NOT match" in said
-    assert not builder.path("/usr/share/an-agent").exists()
+    assert not builder.path(cloud.FOLDER).exists()
 
 
 def test_a_provisioner_that_exits_7_is_no_image_and_leaves_nothing(account, builder, tmp_path):

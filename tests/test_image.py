@@ -13,6 +13,7 @@ import time
 
 import pytest
 from booted import nspawn, succeed
+from cloud import AGENT, FOLDER
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from imds import FILES, GROUP, TARGET_GROUP
@@ -111,7 +112,7 @@ def told(root, command):
 def differences(root, first="true"):
     """By which components the lists in an image differ from what is installed there, after a command has run."""
     script = (
-        f"{{ {first}; }} >/dev/null; /opt/chatd/bin/pip --disable-pip-version-check list --format=json; echo; "
+        f"{{ {first}; }} >/dev/null 2>&1; /opt/chatd/bin/pip --disable-pip-version-check list --format=json; echo; "
         "dpkg-query --show --showformat='${Package}\\t${Version}\\t${Architecture}\\n'"
     )
     installed, _, packages = told(root, script).partition("\n")
@@ -128,9 +129,9 @@ def test_its_lists_of_components_are_what_is_installed(baked):
 
 
 def test_what_is_installed_or_removed_later_is_a_difference(baked):
-    remove = "/opt/chatd/bin/pip uninstall --quiet --yes attrs; dpkg --purge an-agent"
+    remove = f"/opt/chatd/bin/pip uninstall --quiet --yes attrs; dpkg --purge {AGENT}"
     assert {one if isinstance(one, str) else one[0] for one in differences(baked.root, remove)} == {
-        "an-agent\t1\tall",
+        f"{AGENT}\t1\tall",
         "attrs",
     }
 
@@ -155,7 +156,7 @@ def test_the_list_of_python_packages_is_cyclonedx_and_has_the_hashes_of_the_lock
 def test_nothing_in_it_changes_by_itself(baked):
     packages = (baked.root / "usr" / "share" / "chatd" / "packages.tsv").read_text()
     assert "unattended-upgrades" not in packages
-    assert "an-agent\t1\tall\n" in packages
+    assert f"{AGENT}\t1\tall\n" in packages
     for name in ("apt-daily.timer", "apt-daily-upgrade.timer", "apt-daily.service", "apt-daily-upgrade.service"):
         assert (baked.root / "etc" / "systemd" / "system" / name).readlink().as_posix() == "/dev/null"
 
@@ -223,7 +224,10 @@ def test_an_instance_serves_soon_and_enters_service(baked, host, cloud):
             "InstanceId": cloud.instance,
             "LifecycleActionResult": "CONTINUE",
         }
-        machine.run("systemctl", "is-active", "chatd-boot.service", "chatd-lifecycle.service", *units(machine))
+        agents = "chatd-lifecycle.service", f"{AGENT}.service"
+        machine.run("systemctl", "is-active", "chatd-boot.service", *agents, *units(machine))
+        settings = json.loads(machine.path(f"{FOLDER}/{AGENT}.json").read_text())
+        assert settings["logs"]["metrics_collected"]["prometheus"]["log_group_name"] == f"/chatd/{GROUP}"
         assert machine.run("cat", "/etc/machine-id").strip() not in ("", baked.machine_id)
         assert machine.run("systemctl", "--failed", "--plain", "--no-legend") == ""
 
