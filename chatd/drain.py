@@ -81,15 +81,20 @@ class Drain:
             self._hurried = self._clock.seconds()
 
     @inlineCallbacks
-    def run(self, close_ports: Callable[[], "Deferred[Any]"]) -> Generator[Deferred[Any], Any, None]:
-        """Send the clients away; fires when none is left, within the budget."""
+    def run(
+        self, close_ports: Callable[[], "Deferred[Any]"], *, expecting: bool = False
+    ) -> Generator[Deferred[Any], Any, None]:
+        """Send the clients away; fires when none is left, within the budget.
+
+        The grace ends when nobody is connected, unless clients are expected.
+        """
         clients, clock = self._clients, self._clock
         begin = clock.seconds()
         over = clock.callLater(self._budget, self._abort)
         self._end = begin + self._budget - min(ANSWER_SECONDS, self._budget / 4)
         self._limit = begin + self._budget - min(LATE_SECONDS, self._budget / 8)
         grace = begin + min(GRACE_SECONDS, self._budget / 4)
-        while clients.connected and self._hurried is None and clock.seconds() < grace:
+        while (expecting or clients.connected) and self._hurried is None and clock.seconds() < grace:
             yield deferLater(clock, TICK_SECONDS)
         yield close_ports()
         clients.stopping = True

@@ -189,8 +189,8 @@ class ChatService(Service):
             self._drain.hurry()
         self._told_to_stop = True
 
-    def drain(self) -> "Deferred[None]":
-        """Send all clients elsewhere, once; fires when they are gone."""
+    def drain(self, *, expecting: bool = False) -> "Deferred[None]":
+        """Send all clients elsewhere, once; fires when they are gone.  See Drain.run."""
         if self._drained:
             return succeed(None)
         done: Deferred[None] = Deferred()
@@ -199,7 +199,7 @@ class ChatService(Service):
             self._readiness.why_not = "draining"
             _log.info("draining")
             self._notify(STATUS="draining")
-            self._drain.run(self._close_ports).addBoth(self._gone)
+            self._drain.run(self._close_ports, expecting=expecting).addBoth(self._gone)
         return done
 
     def _close_ports(self) -> "Deferred[Any]":

@@ -300,7 +300,7 @@ def makeService(options: Options) -> IService:
         admin_factory=web.admin(
             readiness,
             reactor,
-            drain=lambda: service.drain(),  # noqa: PLW0108 -- there is no service yet
+            drain=lambda: service.drain(expecting=True),  # a load balancer may not know of it yet
             metrics=metrics,
         ),
         listen=options["listen"],

@@ -161,15 +161,15 @@ class Scene:
         self.note("ports")
         return self.ports
 
-    def begin(self, budget, *, hurried=False):
+    def begin(self, budget, *, hurried=False, **more):
         """Begin a drain; `over` is then the moment when it has ended."""
         self.drain = Drain(self.clients, self, self.requests, budget, self.clock)
         if hurried:
             self.drain.hurry()
-        return self.run()
+        return self.run(**more)
 
-    def run(self):
-        self.drain.run(self.close_ports).addCallback(self.end)
+    def run(self, **more):
+        self.drain.run(self.close_ports, **more).addCallback(self.end)
         return self.drain
 
     def end(self, result):
@@ -445,6 +445,22 @@ def test_with_nobody_there_it_is_over_at_once(scene, budget):
     assert scene.over == 0
     assert scene.clients.stopping
     assert scene.others == 0
+
+
+@pytest.mark.parametrize(("budget", "grace"), [(0, 0), (8, 2), (30, 7.5), (120, 20)])
+def test_with_nobody_there_the_ports_stay_open_for_the_grace_where_clients_are_expected(scene, budget, grace):
+    scene.begin(budget, expecting=True)
+    scene.until(budget)
+    assert grace <= scene.closed == scene.over <= grace + SLACK
+    assert scene.others == 0
+
+
+def test_whoever_is_in_a_hurry_expects_nobody(scene):
+    scene.begin(120, expecting=True)
+    scene.until(1)
+    scene.drain.hurry()
+    scene.until(1 + SLACK)
+    assert scene.over is not None
 
 
 def test_unfinished_handshakes_are_not_waited_for(scene):

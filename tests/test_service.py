@@ -71,8 +71,9 @@ class Drain:
     def hurry(self):
         self.journal.append("hurry")
 
-    def run(self, close_ports):
+    def run(self, close_ports, *, expecting):
         self.journal.append("drain")
+        self.expecting = expecting
         self.ports = close_ports()
         return self.gone
 
@@ -447,10 +448,17 @@ def test_a_drain_sends_the_clients_away_closes_their_ports_and_leaves_all_else_a
     assert server.readiness() == (False, "drained"), "until it is told to stop"
 
 
+@pytest.mark.parametrize("expecting", [False, True])
+def test_a_drain_is_told_whether_clients_are_expected(server, expecting):
+    server.start()
+    server.service.drain(expecting=expecting)
+    assert server.drain.expecting is expecting
+
+
 def test_it_is_unready_from_the_first_moment_of_a_drain(server):
     server.start()
     seen = []
-    server.drain.run = lambda close_ports: seen.append(server.readiness()) or succeed(None)
+    server.drain.run = lambda close_ports, **_: seen.append(server.readiness()) or succeed(None)
     server.service.drain()
     assert seen == [(False, "draining")]
 
@@ -553,7 +561,7 @@ def test_a_port_that_opens_when_it_drains_makes_it_ready_no_more(server, text):
     late = (server.listen | server.admin)[text]
     late.result = Deferred()
     server.start()
-    server.drain.run = lambda close_ports: Deferred()  # which closes no port for a while
+    server.drain.run = lambda close_ports, **_: Deferred()  # which closes no port for a while
     server.service.drain()
     late.result.callback(late.port)
     assert server.readiness() == (False, "draining")
