@@ -198,7 +198,9 @@ class Client:
 
     def stop(self) -> "Deferred[None]":
         """Go: fires when there is no connection; what has no answer fails with Stopped."""
-        self._end(Stopped("the client was stopped"))
+        if self._ended is None:
+            self._ended = Stopped("the client was stopped")
+            self._outbox.fail(self._ended)
         if self._connection is not None:
             self._connection.leave()
         elif not self._gone.called:
@@ -237,15 +239,11 @@ class Client:
     def denied(self, refused: Refused) -> None:
         """The connection is gone, and no other one would fare better."""
         first = self._ended is None
-        self._end(refused)
+        self._ended = self._ended or refused
         self.closed(str(refused), None)
         if first:
+            self._outbox.fail(refused)
             self._listener.refused(refused)
-
-    def _end(self, reason: Exception) -> None:
-        if self._ended is None:
-            self._ended = reason
-            self._outbox.fail(reason)
 
     def _failed(self, failure: Failure) -> None:
         """There was no connection to be had."""

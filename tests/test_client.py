@@ -500,6 +500,19 @@ def test_a_handshake_that_is_refused_for_good(status):
     assert table.clock.calls == []
 
 
+def test_who_stops_upon_being_refused_for_good_has_stopped():
+    table = Table()
+    posted = table.client.post("ann", "hi")
+    wire = table.endpoint.accept()
+    stopped = []
+    posted.addErrback(lambda _: stopped.append(table.client.stop()))
+    wire.answer("403 Forbidden")
+    wire.end()
+    assert result_of(stopped[0]) is None
+    assert [kind for kind, *_ in table.watch.events] == ["refused"]
+    assert table.clock.calls == []
+
+
 @pytest.mark.parametrize(
     ("status", "header", "wait"),
     [

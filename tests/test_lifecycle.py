@@ -24,7 +24,7 @@ from botocore.session import Session
 from imds import FILES, GROUP, INSTANCE, REGION, TARGET_GROUP, Cloud, settings, surroundings
 from loops import drive
 from servers import LONG, LOOPBACK, Lines, Raw, Server
-from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
@@ -174,7 +174,7 @@ def is_refused_an_echo(program):
     life.heard.errback(Refused("refused with 404", 404))
     life.passes(3600)
     assert life.when("complete") == []
-    assert life.said[1:] == [f"{LAUNCH} is not completed: chatd lets nobody into the room launch: refused with 404"]
+    assert life.said[1:] == [f"{LAUNCH} is not completed: chatd takes nothing in the room launch: refused with 404"]
     life.terminated = True
     life.passes(10)
     assert life.completed(TERMINATE)
@@ -582,6 +582,28 @@ def test_an_echo_comes_by_the_log(tmp_path, options):
             drive(lambda reactor: lifecycle.echo(reactor, f"{server.url}rooms/elsewhere"))
 
 
+def test_a_post_that_is_refused_for_good_is_no_echo(monkeypatch):
+    class Client:
+        def __init__(self, reactor, url, listener):
+            del reactor, url, listener
+
+        def start(self):
+            pass
+
+        def post(self, username, message):
+            return fail(Refused("not this", None))
+
+        def stop(self):
+            stopped.append(self)
+
+    stopped = []
+    monkeypatch.setattr(lifecycle, "Client", Client)
+    failed = []
+    Deferred.fromCoroutine(lifecycle.echo(None, "ws://127.0.0.1/")).addErrback(failed.append)
+    assert failed[0].check(Refused)
+    assert len(stopped) == 1
+
+
 def test_its_own_message_alone_is_an_echo():
     def said(*messages):
         return [
@@ -687,7 +709,7 @@ def test_an_instance_that_lets_nobody_in_does_not_enter_service(tmp_path):
     with Cloud() as cloud, Server(tmp_path, "--rooms=main", admin=LOOPBACK) as server:
         cloud.waiting = {LAUNCH}
         with Program(cloud, server) as program:
-            program.log.wait(f"^{LAUNCH} is not completed: chatd lets nobody into the room launch: refused with 404")
+            program.log.wait(f"^{LAUNCH} is not completed: chatd takes nothing in the room launch: refused with 404")
         assert cloud.taken("CompleteLifecycleAction") == []
 
 
