@@ -163,6 +163,8 @@ class Client:
         self._gone: Deferred[None] = Deferred()
         self._ended: Exception | None = None
         """Why there is to be no other connection."""
+        self.server: str | None = None
+        """What the server calls itself that it is connected to, or was last, such as `chatd/1.0.0`."""
 
     @property
     def last(self) -> Id | None:
@@ -369,6 +371,7 @@ class _Connection(WebSocketClientProtocol):
 
     def onOpen(self) -> None:
         """The handshake is done."""
+        self.client.server = self.http_headers.get("server")
         self._expect(SILENCE_SECONDS)
 
     def dataReceived(self, data: bytes) -> None:

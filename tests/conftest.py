@@ -1,7 +1,12 @@
+import signal
+
 import cloud
 import documented
 import pytest
 from twisted.logger import globalLogPublisher
+
+# What a shell runs in the background ignores Ctrl-C, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 undocumented = []
 documented.install(undocumented.append)

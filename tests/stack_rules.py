@@ -195,11 +195,18 @@ def _updates(template):
         yield "a rollout watches the alarms for a time"
 
 
+def guards(refresh):
+    """The alarms that undo a rollout, unless it is told otherwise."""
+    condition, guarded, unguarded = refresh["Preferences"]["AlarmSpecification"]["Fn::If"]
+    assert (condition, unguarded) == ("Guarded", {"Ref": "AWS::NoValue"})
+    return guarded["Alarms"]
+
+
 def _alarms(template):
     names = sorted(of_type(template, "AWS::CloudWatch::Alarm"))
     refresh = template["Resources"]["Group"]["UpdatePolicy"].get("AutoScalingInstanceRefresh", {})
     lists = {
-        "the update policy": refresh.get("Preferences", {}).get("AlarmSpecification", {}).get("Alarms", []),
+        "the update policy": guards(refresh) if refresh else [],
         "RolloutAlarms": template["Outputs"]["RolloutAlarms"]["Value"]["Fn::Join"][1],
     }
     for where, found in lists.items():

@@ -500,6 +500,16 @@ def test_a_handshake_that_is_refused_for_good(status):
     assert table.clock.calls == []
 
 
+def test_it_knows_what_the_server_calls_itself():
+    table = Table()
+    assert table.client.server is None
+    wire = table.endpoint.accept()
+    wire.answer("101 Switching Protocols", "Server: chatd/1.2.3")
+    assert table.client.server == "chatd/1.2.3"
+    wire.end()
+    assert table.client.server == "chatd/1.2.3", "the last"
+
+
 def test_who_stops_upon_being_refused_for_good_has_stopped():
     table = Table()
     posted = table.client.post("ann", "hi")

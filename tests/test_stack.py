@@ -9,7 +9,7 @@ import re
 import imds
 import pytest
 from stack_role import statement
-from stack_rules import DELAY, IDLE, LARGEST, UNITS, faults, timing_faults
+from stack_rules import DELAY, IDLE, LARGEST, UNITS, faults, guards, timing_faults
 from stacks import TEMPLATE, attribute, cfn_lint, checkov, group, launch, mutant, properties, refresh, written
 from stacks import template as read
 
@@ -130,7 +130,7 @@ MUTATIONS = [
         ["a rollout watches the alarms for a time"],
     ),
     (
-        lambda t: refresh(t)["AlarmSpecification"]["Alarms"].pop(),
+        lambda t: guards({"Preferences": refresh(t)}).pop(),
         ["each alarm is in the update policy"],
     ),
     (

@@ -1,0 +1,120 @@
+"""The images, and which of them may go.
+
+An image is ours if this account owns it, its name begins with chatd-, and it has the tag `chatd:version`.  It stays
+while anything would miss it: an instance of any kind, a group's launch template, a stack, a record of what was good.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from deploying.aws import Account, AwsError, DeployError, say
+from deploying.record import Record, stacks
+from deploying.stack import IMAGE
+
+TAG: Final = "chatd:version"
+COMMIT: Final = "chatd:git-sha"
+ABSENT: Final = frozenset(("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"))
+ALIVE: Final = ["pending", "running", "shutting-down", "stopping", "stopped"]
+MACHINES: Final = {"arm64": "arm64", "amd64": "x86_64"}
+"""What EC2 calls an architecture."""
+
+
+def tags(image: dict[str, Any]) -> dict[str, str]:
+    """The tags of an image."""
+    return {one["Key"]: one["Value"] for one in image.get("Tags", [])}
+
+
+def find(account: Account, image: str) -> dict[str, Any]:
+    """What EC2 knows of an image; DeployError if there is none, or it cannot be launched."""
+    try:
+        found = account.call("ec2", "describe_images", ImageIds=[image])["Images"]
+    except AwsError as error:
+        if error.code not in ABSENT:
+            raise
+        found = []
+    if not found or found[0]["State"] != "available":
+        state = found[0]["State"] if found else "not there"
+        raise DeployError(f"the image {image} is {state}: name one that scripts/deploy bake has made in this region")
+    return dict(found[0])
+
+
+def version(account: Account, image: str) -> str:
+    """The version of chatd in an image; DeployError if it is none of ours."""
+    tagged = tags(find(account, image))
+    if TAG not in tagged:
+        raise DeployError(f"the image {image} has no tag {TAG}: name one that scripts/deploy bake has made")
+    return tagged[TAG]
+
+
+def ours(account: Account) -> list[dict[str, Any]]:
+    """The images that are ours, the newest first."""
+    filters = [{"Name": "name", "Values": ["chatd-*"]}, {"Name": "tag-key", "Values": [TAG]}]
+    found = account.pages("ec2", "describe_images", "Images", Owners=["self"], Filters=filters)
+    return sorted(found, key=lambda one: (one["CreationDate"], one["ImageId"]), reverse=True)
+
+
+def of_commit(account: Account, commit: str, architecture: str) -> str | None:
+    """The newest image that was made from a commit; None if there is none."""
+    for one in ours(account):
+        wanted = tags(one).get(COMMIT) == commit and one["Architecture"] == MACHINES[architecture]
+        if wanted and one["State"] == "available":
+            return str(one["ImageId"])
+    return None
+
+
+def needed(account: Account) -> Iterator[tuple[str, str]]:
+    """The images that would be missed, each with why; some are not ours, and some come more than once."""
+    alive = [{"Name": "instance-state-name", "Values": ALIVE}]
+    for reservation in account.pages("ec2", "describe_instances", "Reservations", Filters=alive):
+        yield from ((one["ImageId"], f"{one['InstanceId']} runs it") for one in reservation["Instances"])
+    for template, number in _templates(account):
+        arguments = {"LaunchTemplateId": template, "Versions": [number]}
+        for one in account.call("ec2", "describe_launch_template_versions", **arguments)["LaunchTemplateVersions"]:
+            yield one["LaunchTemplateData"].get("ImageId", ""), f"{template}, version {number}, launches it"
+    for one in account.pages("cloudformation", "describe_stacks", "Stacks"):
+        values = {two["ParameterKey"]: two.get("ParameterValue", "") for two in one.get("Parameters", [])}
+        yield values.get(IMAGE, ""), f"the stack {one['StackName']} is of it"
+    for stack in stacks(account):
+        yield from ((image, f"it is known to be good for {stack}") for image in Record(account, stack).images())
+
+
+def _templates(account: Account) -> set[tuple[str, str]]:
+    """The launch templates of all groups, with the versions."""
+    found = set()
+    for group in account.pages("autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups"):
+        mixed = group.get("MixedInstancesPolicy", {}).get("LaunchTemplate", {})
+        overrides = [one.get("LaunchTemplateSpecification") for one in mixed.get("Overrides", [])]
+        for one in (group.get("LaunchTemplate"), mixed.get("LaunchTemplateSpecification"), *overrides):
+            if one and "LaunchTemplateId" in one:
+                found.add((one["LaunchTemplateId"], one.get("Version", "$Default")))
+    return found
+
+
+def collect(account: Account, keep: int, *, really: bool) -> dict[str, Any]:
+    """Deregister our images, with their snapshots, but for the newest of each architecture and all that are needed.
+
+    Without `really` nothing is done.  Answers which go, and which stay and why.
+    """
+    candidates = ours(account)
+    why: dict[str, str] = {}
+    for image, reason in needed(account):
+        why.setdefault(image, reason)
+    newest: dict[str, int] = {}
+    gone = []
+    kept = []
+    for one in candidates:
+        image, architecture = one["ImageId"], one["Architecture"]
+        newest[architecture] = newest.get(architecture, 0) + 1
+        if newest[architecture] <= keep:
+            why.setdefault(image, f"it is one of the {keep} newest for {architecture}")
+        if image in why:
+            kept.append({"image": image, "why": why[image]})
+            continue
+        gone.append(image)
+        say(f"{image} {one['Name']} " + ("goes" if really else "would go: --yes removes it"))
+        if really:
+            answer = account.call("ec2", "deregister_image", ImageId=image, DeleteAssociatedSnapshots=True)
+            for result in answer.get("DeleteSnapshotResults", []):
+                if result.get("ReturnCode") not in ("success", None):
+                    say(f"the snapshot {result.get('SnapshotId')} is still there: {result['ReturnCode']}")
+    return {"images": gone, "removed": really, "kept": kept}

@@ -1,0 +1,62 @@
+"""Which image is known to be good: a parameter of SSM, `/chatd/STACK/image`.
+
+Each image that was verified is a version of it, and the label `last-good` is on the latest that was.
+"""
+
+from collections.abc import Iterator
+
+from deploying.aws import Account, AwsError, say
+
+LABEL = "last-good"
+ABSENT = frozenset(("ParameterNotFound", "ParameterVersionNotFound"))
+
+
+class Record:
+    """The record of a stack."""
+
+    def __init__(self, account: Account, stack: str) -> None:
+        self._account = account
+        self._name = f"/chatd/{stack}/image"
+
+    def last_good(self) -> str | None:
+        """The image with the label; None if there is none."""
+        return self._read(f"{self._name}:{LABEL}")[0]
+
+    def keep(self, image: str) -> bool:
+        """Label an image that was verified; answers whether it was not labelled already."""
+        if self.last_good() == image:
+            return False
+        latest, version = self._read(self._name)
+        if latest != image:  # else this was cut off before it came to the label
+            arguments = {"Name": self._name, "Value": image, "Type": "String", "Overwrite": True}
+            version = self._account.call("ssm", "put_parameter", **arguments)["Version"]
+        arguments = {"Name": self._name, "ParameterVersion": version, "Labels": [LABEL]}
+        self._account.call("ssm", "label_parameter_version", **arguments)
+        say(f"{image} is {LABEL} in {self._name}")
+        return True
+
+    def images(self) -> Iterator[str]:
+        """The image with the label, and the latest that was verified."""
+        for name in (f"{self._name}:{LABEL}", self._name):
+            image, _ = self._read(name)
+            if image:
+                yield image
+
+    def _read(self, name: str) -> tuple[str | None, int]:
+        """A version of the parameter: its value and number."""
+        try:
+            found = self._account.call("ssm", "get_parameter", Name=name)["Parameter"]
+        except AwsError as error:
+            if error.code in ABSENT:
+                return None, 0
+            raise
+        return found["Value"], found["Version"]
+
+
+def stacks(account: Account) -> Iterator[str]:
+    """The names of the stacks that have a record."""
+    filters = [{"Key": "Path", "Option": "Recursive", "Values": ["/chatd"]}]
+    for one in account.pages("ssm", "describe_parameters", "Parameters", ParameterFilters=filters):
+        parts = one["Name"].split("/")
+        if len(parts) == 4 and parts[3] == "image":  # noqa: PLR2004 -- of /chatd/STACK/image
+            yield parts[2]

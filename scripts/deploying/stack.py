@@ -1,0 +1,299 @@
+"""The stack as it is now, and the change set that would have it launch another image.
+
+A *plan* is a change set that was found to hold only what a new image is expected to touch: a version of the launch
+template, and the Auto Scaling group, which has its instances replaced.  Its name is that of the image, so that who was
+cut off finds it again; the token of its execution has its name too, and stays in the stack's events.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any, Final, NamedTuple
+
+from deploying.aws import POLL_SECONDS, Account, AwsError, Clock, DeployError, Refused, say
+
+IMAGE: Final = "ImageId"
+"""The stack's parameter."""
+GUARD: Final = "GuardRollouts"
+"""Another: no, if no alarm is to undo an update, as one that is on would undo a roll-back; yes otherwise."""
+UPDATABLE: Final = frozenset(
+    ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE", "IMPORT_ROLLBACK_COMPLETE")
+)
+REVIEW: Final = "REVIEW_IN_PROGRESS"
+"""It has never been created: there is, or was, only a change set."""
+REFRESHING: Final = frozenset(("Pending", "InProgress", "Cancelling", "RollbackInProgress", "Baking"))
+TOUCHED: Final = frozenset(("AWS::EC2::LaunchTemplate", "AWS::AutoScaling::AutoScalingGroup"))
+"""The types of what a new image changes."""
+GONE: Final = frozenset(("ChangeSetNotFound", "ChangeSetNotFoundException", "ValidationError"))
+"""What is said if there is no such change set, or no stack."""
+UNCHANGED: Final = ("didn't contain changes", "No updates are to be performed")
+"""What is said of a change set without changes."""
+LARGEST: Final = 51200
+"""Bytes of a template that is not in S3."""
+PLAN_SECONDS: Final = 600
+
+
+class State(NamedTuple):
+    """What there is to know of a stack."""
+
+    id: str
+    status: str
+    parameters: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being done to it."""
+        return self.status.endswith("_IN_PROGRESS") and self.status != REVIEW
+
+    @property
+    def image(self) -> str | None:
+        """What it launches, or is to launch."""
+        return self.parameters.get(IMAGE)
+
+    def output(self, name: str) -> str:
+        """What it says of itself; DeployError if it does not."""
+        if name not in self.outputs:
+            raise DeployError(f"the stack has no output {name}: is it one of scripts/stack.yaml?")
+        return self.outputs[name]
+
+
+class Plan(NamedTuple):
+    """A change set that may be executed."""
+
+    id: str
+    name: str
+    changes: list[dict[str, Any]]
+
+    @property
+    def token(self) -> str:
+        """What makes its execution known: it is the same if it is asked for twice."""
+        return f"{self.name}-{self.id.rpartition('/')[2]}"
+
+
+class Stack:
+    """A stack in an account, which need not be there yet."""
+
+    def __init__(self, account: Account, name: str, clock: Clock) -> None:
+        self.account = account
+        self.name = name
+        self.clock = clock
+
+    def look(self) -> State | None:
+        """How it is; None if there is none."""
+        try:
+            (found,) = self.account.call("cloudformation", "describe_stacks", StackName=self.name)["Stacks"]
+        except AwsError as error:
+            if error.code == "ValidationError" and "does not exist" in str(error):
+                return None
+            raise
+        parameters = {one["ParameterKey"]: one["ParameterValue"] for one in found.get("Parameters", [])}
+        outputs = {one["OutputKey"]: one["OutputValue"] for one in found.get("Outputs", [])}
+        return State(found["StackId"], found["StackStatus"], parameters, outputs)
+
+    def there(self) -> State:
+        """How it is; DeployError if there is none."""
+        state = self.look()
+        if state is None:
+            raise DeployError(f"there is no stack {self.name} in this region: say which with --stack and --region")
+        return state
+
+    def operation(self) -> str:
+        """The token of what was last begun; empty if it had none."""
+        events = self.account.pages("cloudformation", "describe_stack_events", "StackEvents", StackName=self.name)
+        for event in events:
+            begins = event.get("ResourceStatus") in ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS")
+            if event.get("PhysicalResourceId") == event["StackId"] and begins:
+                return str(event.get("ClientRequestToken", ""))
+        return ""
+
+    def began(self, image: str) -> str | None:
+        """The token of the rollout of an image, if it is what was last begun."""
+        token = self.operation()
+        return token if token.startswith(f"{named(image)}-") else None
+
+    # What must hold before anything is begun
+
+    def quiet(self, state: State) -> None:
+        """See that no alarm of the rollout is anything but OK, and no instances are being replaced; Refused."""
+        names = [name for name in state.output("RolloutAlarms").split(",") if name]
+        types = ["MetricAlarm", "CompositeAlarm"]
+        answer = self.account.call("cloudwatch", "describe_alarms", AlarmNames=names, AlarmTypes=types) if names else {}
+        found = {one["AlarmName"]: one["StateValue"] for kind in types for one in answer.get(f"{kind}s", [])}
+        loud = [f"{name} ({found.get(name, 'does not exist')})" for name in names if found.get(name) != "OK"]
+        if loud:
+            raise Refused(f"an alarm is not OK: {', '.join(loud)}: see to that first")
+        self.settled(state)
+
+    def settled(self, state: State) -> None:
+        """See that no instances are being replaced by somebody else; Refused."""
+        group = state.output("AutoScalingGroup")
+        arguments = {"AutoScalingGroupName": group, "MaxRecords": 1}
+        for one in self.account.call("autoscaling", "describe_instance_refreshes", **arguments)["InstanceRefreshes"]:
+            if one["Status"] in REFRESHING:
+                raise Refused(
+                    f"the instances of {group} are being replaced: wait until {one['InstanceRefreshId']} ends"
+                )
+
+    def free(self, state: State | None) -> None:
+        """See that something may be begun; Refused."""
+        if state is None or state.status == REVIEW:
+            return
+        if state.busy:
+            raise Refused(f"{self.name} is {state.status}: wait, or stop it with scripts/deploy abort")
+        if state.status not in UPDATABLE:
+            remedy = "delete it first" if state.status in ("ROLLBACK_COMPLETE", "CREATE_FAILED") else "mend it first"
+            raise Refused(f"{self.name} is {state.status}, and cannot be updated: {remedy}")
+
+    # Change sets
+
+    def plan(
+        self,
+        image: str,
+        *,
+        template: pathlib.Path | None = None,
+        default: pathlib.Path,
+        parameters: Mapping[str, str] | None = None,
+        allow: Collection[str] = (),
+        role: str | None = None,
+        guarded: bool = True,
+    ) -> Plan | None:
+        """Make the change set for an image; None if it would change nothing.
+
+        The template and the parameters are those that the stack has, but for what is given; `default` is the template
+        of a stack that is not there.  Without `guarded` it does not matter what the alarms say.  DeployError; Refused,
+        and then there is no change set.
+        """
+        state = self.look()
+        self.free(state)
+        fresh = state is None or state.status == REVIEW
+        if state is not None and not fresh:
+            (self.quiet if guarded else self.settled)(state)
+        request: dict[str, Any] = {"ChangeSetType": "CREATE" if fresh else "UPDATE"}
+        guard = {GUARD: "yes" if guarded else "no"} if state is not None and GUARD in state.parameters else {}
+        given = {**guard, **(parameters or {}), IMAGE: image}
+        kept: set[str] = set()
+        if fresh or template:
+            body = request["TemplateBody"] = _read(template or default)
+            if state is not None and not fresh:
+                summary = self.account.call("cloudformation", "get_template_summary", TemplateBody=body)
+                kept = {one["ParameterKey"] for one in summary["Parameters"]} & state.parameters.keys()
+        else:
+            request["UsePreviousTemplate"] = True
+            kept = {*(state.parameters if state else ())}
+        request["Parameters"] = [
+            *({"ParameterKey": name, "ParameterValue": value} for name, value in sorted(given.items())),
+            *({"ParameterKey": name, "UsePreviousValue": True} for name in sorted(kept - given.keys())),
+        ]
+        if role:
+            request["RoleARN"] = role
+        name = named(image)
+        try:
+            self._create(name, request)
+            found = self._made(name)
+            plan = None if found is None else Plan(found["ChangeSetId"], name, found["Changes"])
+            if plan and not fresh:
+                self.expect(plan, allow)
+        except BaseException:
+            with contextlib.suppress(DeployError):
+                self._made(name)  # until then it cannot be removed
+            self.drop(name)
+            raise
+        if plan is None:
+            self.drop(name)
+        return plan
+
+    def planned(self, image: str, status: str = "AVAILABLE") -> Plan | None:
+        """The change set that was made for an image, if its execution has the status; None otherwise."""
+        try:
+            found = self._describe(named(image))
+        except AwsError as error:
+            if error.code in GONE:
+                return None
+            raise
+        if found["ExecutionStatus"] != status:
+            return None
+        return Plan(found["ChangeSetId"], named(image), found["Changes"])
+
+    def expect(self, plan: Plan, allow: Collection[str]) -> None:
+        """See that a change set holds only what an image changes, and what is allowed; Refused."""
+        more = [one for one in plan.changes if one["LogicalResourceId"] not in allow and not _expected(one)]
+        if more:
+            allowing = " ".join(f"--allow {one['LogicalResourceId']}" for one in more)
+            text = "; ".join(described(one) for one in more)
+            raise Refused(f"it would change more than the image: {text}: if that is meant, {allowing}")
+
+    def drop(self, name: str) -> None:
+        """Remove a change set, if it is there; says so if it cannot."""
+        try:
+            self.account.call("cloudformation", "delete_change_set", StackName=self.name, ChangeSetName=name)
+        except AwsError as error:
+            if error.code not in GONE:
+                say(f"the change set {name} may still be there: {error}")
+
+    def _create(self, name: str, request: dict[str, Any]) -> None:
+        """Ask for a change set, in place of what is left of an earlier one."""
+        description = "made by scripts/deploy"
+        arguments = {"StackName": self.name, "ChangeSetName": name, "Description": description, **request}
+        for last in (False, True):
+            try:
+                self.account.call("cloudformation", "create_change_set", Capabilities=["CAPABILITY_IAM"], **arguments)
+            except AwsError as error:
+                if last or error.code not in ("AlreadyExists", "AlreadyExistsException"):
+                    raise
+                self._made(name)
+                self.drop(name)
+            else:
+                return
+
+    def _made(self, name: str) -> dict[str, Any] | None:
+        """Wait for a change set; None if it has no changes, DeployError if there can be none."""
+        until = self.clock.now() + PLAN_SECONDS
+        while (found := self._describe(name))["Status"] in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
+            if self.clock.now() >= until:
+                raise DeployError(f"the change set {name} is still {found['Status']}: run this again")
+            self.clock.sleep(POLL_SECONDS / 5)
+        if found["Status"] == "CREATE_COMPLETE":
+            return found
+        reason = found.get("StatusReason", found["Status"])
+        if any(words in reason for words in UNCHANGED):
+            return None
+        raise DeployError(f"there can be no change set: {' '.join(reason.split())}")
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        """A change set, with its changes of resources on all pages."""
+        arguments = {"StackName": self.name, "ChangeSetName": name}
+        answer = page = self.account.call("cloudformation", "describe_change_set", **arguments)
+        changes = [*answer.get("Changes", [])]
+        while "NextToken" in page:
+            page = self.account.call("cloudformation", "describe_change_set", NextToken=page["NextToken"], **arguments)
+            changes += page.get("Changes", [])
+        return answer | {"Changes": [one["ResourceChange"] for one in changes]}
+
+
+def named(image: str) -> str:
+    """The name of the change set for an image."""
+    return f"chatd-{image}"
+
+
+def described(change: Mapping[str, Any]) -> str:
+    """A change in a few words."""
+    replacement = {"True": ", replaced", "Conditional": ", perhaps replaced"}.get(change.get("Replacement", ""), "")
+    return f"{change['Action']} {change['LogicalResourceId']} ({change['ResourceType']}{replacement})"
+
+
+def _expected(change: Mapping[str, Any]) -> bool:
+    """Whether it is one of an image."""
+    in_place = change["Action"] == "Modify" and change.get("Replacement") == "False"
+    return in_place and change["ResourceType"] in TOUCHED
+
+
+def _read(path: pathlib.Path) -> str:
+    """The text of a template; DeployError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DeployError(f"{path}: {error.strerror}") from error
+    if len(text.encode()) > LARGEST:
+        raise DeployError(f"{path}: CloudFormation takes {LARGEST} bytes at most")
+    return text

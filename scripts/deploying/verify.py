@@ -1,0 +1,99 @@
+"""Whether what runs is the image, and serves.
+
+Three things must hold at once: each instance that is in service was launched from the image; each of them is a healthy
+target, and no target that is to get clients is anything else; and a client that joins through the load balancer posts,
+has its message back, and is told the version that the image was tagged with.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, Final
+
+from deploying.aws import POLL_SECONDS, Account, AwsError, DeployError, say
+from deploying.images import version
+from deploying.stack import Stack, State
+
+ROOT: Final = pathlib.Path(__file__).resolve().parent.parent.parent
+ECHO_SECONDS: Final = 20
+"""How long a client may take to join, post and read."""
+LEAVING: Final = "draining"
+"""A target that gets no new clients."""
+
+
+class NotVerified(DeployError):
+    """What runs is not the image, or does not serve."""
+
+
+def verify(stack: Stack, image: str, within: float) -> dict[str, Any]:
+    """Wait until what runs is the image and serves, so many seconds at most; answers what was seen.
+
+    NotVerified, or AwsError, if it does not come to that.
+    """
+    expected = version(stack.account, image)
+    state = stack.there()
+    url = state.output("WebSocketURL")
+    deadline = stack.clock.now() + within
+    told = ""
+    while True:
+        try:
+            wrong, instances = running(stack.account, state, image)
+            wrong = wrong or echo(url, expected)
+        except AwsError as error:
+            if not error.passing:
+                raise
+            wrong = str(error)
+        if not wrong:
+            return {"image": image, "version": expected, "instances": instances, "url": url}
+        if stack.clock.now() >= deadline:
+            raise NotVerified(f"{image} is not verified: {wrong}")
+        if wrong != told:
+            say(f"not yet: {wrong}")
+            told = wrong
+        stack.clock.sleep(POLL_SECONDS)
+
+
+def running(account: Account, state: State, image: str) -> tuple[str, list[str]]:
+    """What is wrong with the instances and their targets, empty if nothing is, and those that are in service."""
+    group, target_group = state.output("AutoScalingGroup"), state.output("TargetGroup")
+    groups = account.call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[group])
+    if not groups["AutoScalingGroups"]:
+        return f"there is no group {group}", []
+    members = groups["AutoScalingGroups"][0]["Instances"]
+    serving = sorted(one["InstanceId"] for one in members if one["LifecycleState"] == "InService")
+    if not serving:
+        return f"no instance of {group} is in service", []
+    images = {
+        one["InstanceId"]: one["ImageId"]
+        for reservation in account.pages("ec2", "describe_instances", "Reservations", InstanceIds=serving)
+        for one in reservation["Instances"]
+    }
+    health = {
+        one["Target"]["Id"]: one["TargetHealth"]["State"]
+        for one in account.call("elbv2", "describe_target_health", TargetGroupArn=target_group)[
+            "TargetHealthDescriptions"
+        ]
+    }
+    wrong = [f"{one} runs {images.get(one, 'nothing')}" for one in serving if images.get(one) != image]
+    wrong += [f"{one} is no target" for one in serving if one not in health]
+    wrong += [f"{one} is {word}" for one, word in sorted(health.items()) if word not in ("healthy", LEAVING)]
+    wrong += [f"{one} is {LEAVING}" for one in serving if health.get(one) == LEAVING]
+    return ", ".join(wrong), serving
+
+
+def echo(url: str, expected: str) -> str:
+    """What is wrong with what a client sees, empty if nothing is."""
+    script = pathlib.Path(__file__).with_name("echo.py")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(  # noqa: S603 -- it is our own
+        [sys.executable, script, url, str(ECHO_SECONDS)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        return f"{url}: {(result.stderr.strip().splitlines() or ['the client ended'])[-1]}"
+    server = result.stdout.strip()
+    return "" if server == f"chatd/{expected}" else f"{url} is {server or 'of no version'}, not chatd/{expected}"

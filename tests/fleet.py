@@ -1,0 +1,126 @@
+"""The instances of a stack, their targets and the alarms, at moto, as its group has them replaced."""
+
+ALARMS = "chatd-unready", "chatd-faults"
+
+
+class Fleet:
+    """The instances of the stack, its targets and alarms, at moto."""
+
+    def __init__(self, account, name, region):
+        self._account = account
+        self._name = name
+        self._region = region
+        self._call = account.call
+        self.there = False
+        self.outputs = {}
+
+    def create(self, image, size=2):
+        """Make all that a stack has, with so many instances of an image."""
+        call = self._call
+        vpc = call("ec2", "create_vpc", CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+        zone = f"{self._region}a"
+        subnet = call("ec2", "create_subnet", VpcId=vpc, CidrBlock="10.0.0.0/24", AvailabilityZone=zone)["Subnet"][
+            "SubnetId"
+        ]
+        made = call("elbv2", "create_target_group", Name=self._name, Protocol="HTTP", Port=8085, VpcId=vpc)
+        target_group = made["TargetGroups"][0]["TargetGroupArn"]
+        data = {"ImageId": image, "InstanceType": "t4g.small"}
+        template = call("ec2", "create_launch_template", LaunchTemplateName=self._name, LaunchTemplateData=data)
+        self._template = template["LaunchTemplate"]["LaunchTemplateId"]
+        call(
+            "autoscaling",
+            "create_auto_scaling_group",
+            AutoScalingGroupName=self._name,
+            LaunchTemplate={"LaunchTemplateId": self._template, "Version": "1"},
+            MinSize=size,
+            MaxSize=2 * size,
+            VPCZoneIdentifier=subnet,
+            TargetGroupARNs=[target_group],
+        )
+        self._target_group = target_group
+        for name in ALARMS:
+            self.alarm_named(name, "OK")
+        self.there = True
+        self.outputs = {
+            "WebSocketURL": self._account.url_of_chat,
+            "AutoScalingGroup": self._name,
+            "TargetGroup": target_group,
+            "RolloutAlarms": ",".join(ALARMS),
+        }
+
+    def alarm_named(self, name, state):
+        self._call(
+            "cloudwatch",
+            "put_metric_alarm",
+            AlarmName=name,
+            MetricName="m",
+            Namespace="n",
+            Period=60,
+            EvaluationPeriods=1,
+            Threshold=1.0,
+            Statistic="Sum",
+            ComparisonOperator="GreaterThanThreshold",
+        )
+        self._call("cloudwatch", "set_alarm_state", AlarmName=name, StateValue=state, StateReason="test")
+
+    def alarm(self, state):
+        """Have an alarm go off, or be quiet."""
+        self.alarm_named(ALARMS[1], state)
+
+    def alarms(self, state):
+        """The alarms that are in a state."""
+        return [
+            one["AlarmName"] for one in self._call("cloudwatch", "describe_alarms", StateValue=state)["MetricAlarms"]
+        ]
+
+    @property
+    def group(self):
+        (group,) = self._call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[self._name])[
+            "AutoScalingGroups"
+        ]
+        return group
+
+    @property
+    def images(self):
+        """The image of each instance that is in service."""
+        members = [one["InstanceId"] for one in self.group["Instances"]] if self.there else []
+        found = self._call("ec2", "describe_instances", InstanceIds=members)["Reservations"] if members else []
+        return {one["InstanceId"]: one["ImageId"] for reservation in found for one in reservation["Instances"]}
+
+    def aim(self, image):
+        """Have the group launch another image from now on."""
+        data = {"ImageId": image, "InstanceType": "t4g.small"}
+        arguments = {"LaunchTemplateId": self._template, "LaunchTemplateData": data}
+        version = self._call("ec2", "create_launch_template_version", **arguments)["LaunchTemplateVersion"][
+            "VersionNumber"
+        ]
+        template = {"LaunchTemplateId": self._template, "Version": str(version)}
+        self._call("autoscaling", "update_auto_scaling_group", AutoScalingGroupName=self._name, LaunchTemplate=template)
+
+    def others(self, image):
+        """The instances that run something else."""
+        return [one for one, runs in self.images.items() if runs != image]
+
+    def replace(self, instance):
+        """Have the group launch one in place of an instance."""
+        self._call("elbv2", "deregister_targets", TargetGroupArn=self._target_group, Targets=[{"Id": instance}])
+        self._call(
+            "autoscaling",
+            "terminate_instance_in_auto_scaling_group",
+            InstanceId=instance,
+            ShouldDecrementDesiredCapacity=False,
+        )
+        targets = [{"Id": one} for one in self.images]
+        self._call("elbv2", "register_targets", TargetGroupArn=self._target_group, Targets=targets)
+
+    def health(self, unhealthy, leaving):
+        """The health of the targets: unhealthy are those of some images."""
+        images = self.images
+        states = {one: "unhealthy" if image in unhealthy else "healthy" for one, image in images.items()}
+        states |= dict.fromkeys(leaving, "draining")
+        return {
+            "TargetHealthDescriptions": [
+                {"Target": {"Id": one, "Port": 8085}, "HealthCheckPort": "8085", "TargetHealth": {"State": state}}
+                for one, state in states.items()
+            ]
+        }
