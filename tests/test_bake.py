@@ -38,10 +38,10 @@ def builder():
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """What scripts/bake has Packer put on the builder."""
+    """The folder of what scripts/bake has Packer put on the builder of each architecture."""
     folder = tmp_path_factory.mktemp("bundle")
-    program(ROOT / "scripts" / "bake").bundle(folder, ["amd64"])
-    return folder / "amd64.tar"
+    program(ROOT / "scripts" / "bake").bundle(folder, ["arm64", "amd64"])
+    return folder
 
 
 # The template
@@ -191,9 +191,21 @@ def instead(name, *lines):
     return f"printf '{text}\\n' >/usr/local/bin/{name} && chmod +x /usr/local/bin/{name}"
 
 
+@pytest.mark.parametrize(("architecture", "machine"), [("arm64", "aarch64"), ("amd64", "x86_64")])
+def test_each_architecture_has_its_own_wheels_of_all_that_is_locked(bundle, architecture, machine):
+    with tarfile.open(bundle / f"{architecture}.tar") as tar:
+        names = [name.partition("/")[2] for name in tar.getnames() if name.startswith("wheels/")]
+    platforms = {name.removesuffix(".whl").rpartition("-")[2] for name in names}
+    native = platforms - {"any"}
+    assert native
+    assert [platform for platform in native if not platform.endswith(machine)] == []
+    locks = "".join((ROOT / path).read_text() for path in ("requirements.txt", "packer/requirements.txt"))
+    assert len(names) == len(re.findall(r"(?m)^[a-z0-9].*==", locks))
+
+
 def provision(builder, bundle, agent=None):
     """Run provision.sh in a machine as Packer does; answers its exit code and what it said."""
-    shutil.copy(bundle, builder.path("/tmp/bundle.tar"))
+    shutil.copy(bundle / "amd64.tar", builder.path("/tmp/bundle.tar"))
     shutil.copy(TEMPLATE.with_name("provision.sh"), builder.path("/run/provision.sh"))
     agents = f"AGENTS={agent['sha256']} {agent['url']}" if agent else "AGENTS="
     alone = "env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", agents
