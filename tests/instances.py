@@ -134,8 +134,11 @@ def surroundings(host, number=0):
         yield cloud
 
 
-def boot(root, host, cloud, *changes):
-    """Boot an image on a host; changes are pairs of a path in the machine and a file that is there instead."""
+def boot(root, host, cloud, *changes, more=()):
+    """Boot an image on a host; changes are pairs of a path in the machine and a file that is there instead.
+
+    `more` is for the kernel's command line.
+    """
     binds = [(file, path, False) for path, file in changes]
-    arguments = NO_NETWORK, f"systemd.setenv=AWS_ENDPOINT_URL={cloud.url}"
+    arguments = *more, NO_NETWORK, f"systemd.setenv=AWS_ENDPOINT_URL={cloud.url}"
     return booted.Machine(root, binds, *arguments, network=host.path)

@@ -215,7 +215,9 @@ def test_an_instance_serves_soon_and_enters_service(baked, host, cloud):
     began = time.monotonic()
     with boot(baked.root, host, cloud) as machine:
         assert serves(host, machine)
-        assert time.monotonic() - began < SOON
+        seconds = time.monotonic() - began
+        sys.stdout.write(f"\nserved after {seconds:.1f} s\n")
+        assert seconds < SOON
         cloud.wait("CompleteLifecycleAction")
         (completed,) = cloud.taken("CompleteLifecycleAction")
         assert completed == {
@@ -230,6 +232,16 @@ def test_an_instance_serves_soon_and_enters_service(baked, host, cloud):
         assert settings["logs"]["metrics_collected"]["prometheus"]["log_group_name"] == f"/chatd/{GROUP}"
         assert machine.run("cat", "/etc/machine-id").strip() not in ("", baked.machine_id)
         assert machine.run("systemctl", "--failed", "--plain", "--no-legend") == ""
+
+
+def test_on_one_core_there_is_one_process(baked, host, cloud):
+    with boot(baked.root, host, cloud, more=["systemd.cpu_affinity=0"]) as machine:
+        cloud.wait("CompleteLifecycleAction")
+        machine.run("systemctl", "is-active", "chatd.service", "chatd.socket")
+        assert machine.run("systemctl", "list-units", "--plain", "--no-legend", "chatd@*") == ""
+        with host.connect(8086) as admin:
+            admin.send(b"GET /readyz HTTP/1.0\r\n\r\n")
+            assert admin.head()[0] == 200
 
 
 def test_no_secret_of_the_instance_is_for_others(baked, host, cloud):
@@ -405,6 +417,9 @@ def test_a_node_that_is_told_to_end_sends_its_clients_elsewhere_and_nothing_is_l
     all_are_in(ledger, others)
     first.machine.__exit__()  # as EC2 ends it
     told = report(ledger)
+    figures = ("posted", "acknowledged", "delivered", "came_back", "lost")
+    counted = " ".join(f"{name}={told[name]}" for name in figures)
+    sys.stdout.write(f"\nclients={CLIENTS} left={leaving} {counted}\n")
     assert told["proved"]
     assert (told["lost"], told["logs_lost"]) == (0, 0)
     assert told["acknowledged"] == told["posted"] > 0
@@ -459,8 +474,10 @@ def test_it_boots_with_its_own_kernel_and_serves(baked, host, cloud, tmp_path):
         errors="replace",
     )
     lines = Lines(console.stdout)
+    began = time.monotonic()
     try:
         cloud.wait("CompleteLifecycleAction", seconds=EMULATED_SECONDS)
+        sys.stdout.write(f"\nin service after {time.monotonic() - began:.0f} s\n")
         assert answers(host, chatd.__version__)
         assert not answers(host, "0.0.0")
     except AssertionError as error:
