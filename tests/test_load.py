@@ -327,7 +327,7 @@ def test_a_server_that_forgets_is_refuted(tmp_path):
     assert out.startswith(killer.server.url[:15])
     assert "posted     100; acknowledged 100, " in out
     assert "proved" not in out
-    assert ", 5 began anew" in err
+    assert re.search(r", [1-5] began anew", err), "the last may have before the next look"
 
 
 def test_unless_that_is_allowed(tmp_path):
