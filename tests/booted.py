@@ -9,8 +9,8 @@ Nothing here sleeps: systemd says itself when the machine has booted, and system
 """
 
 import concurrent.futures
-import contextlib
 import ctypes
+import fcntl
 import hashlib
 import itertools
 import os
@@ -79,14 +79,15 @@ def bootable(make):
 
 
 def kept(name, make, *inputs):
-    """The folder in `build/` that `make` made of the inputs, once."""
+    """The folder in `build/` that `make` made of the inputs, once; who comes while it is made waits."""
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"{name}-{key}"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
-            make(pathlib.Path(fresh) / name)
-            with contextlib.suppress(OSError):  # another run of the tests was faster
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
+                make(pathlib.Path(fresh) / name)
                 (pathlib.Path(fresh) / name).rename(folder)
     return folder
 
