@@ -66,6 +66,7 @@ class Account:
 
     def __init__(self):
         self.asked = []
+        self._one = threading.Lock()
         self.launched = lambda key: None
         """Called with the public key of each instance that is launched."""
         try:
@@ -122,7 +123,14 @@ class Account:
                 {name: value for name, value in form.items() if not name.startswith(tuple(places))}
             ).encode()
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
-        answer = self._moto(environ, start_response)
+
+        def start(status, *more):
+            if status.startswith("5"):
+                self.asked.append({"moto failed": status})
+            return start_response(status, *more)
+
+        with self._one:  # moto is of one thread
+            answer = [*self._moto(environ, start)]
         if form.get("Action") == "RunInstances":
             self.launched(self.backend.key_pairs[form["KeyName"]].public_key)
         return answer

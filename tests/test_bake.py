@@ -144,7 +144,7 @@ def test_a_template_that_asks_for_less_is_found(account, builder, tmp_path, chan
     said, code = run_packer(
         tmp_path, "build", "-only=amazon-ebs.arm64", *given, tmp_path / "ami.pkr.hcl", account=account
     )
-    assert code == 0, said
+    assert code == 0, (said, account.asked)
     assert faults(account) == ([fault] if fault else [])
 
 
