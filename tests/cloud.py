@@ -67,6 +67,8 @@ class Account:
     def __init__(self):
         self.asked = []
         self._one = threading.Lock()
+        self._answers = {}
+        """By call: one that is made again, since its answer was lost, is not done twice."""
         self.launched = lambda key: None
         """Called with the public key of each instance that is launched."""
         try:
@@ -116,24 +118,31 @@ class Account:
     def _serve(self, environ, start_response):
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         form = dict(urllib.parse.parse_qsl(body.decode()))
-        self.asked.append(form)
         if form.get("Action") == "CreateImage":  # moto knows no tags of its snapshots
             places = [name.removesuffix("ResourceType") for name, value in form.items() if value == "snapshot"]
             body = urllib.parse.urlencode(
                 {name: value for name, value in form.items() if not name.startswith(tuple(places))}
             ).encode()
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
-
-        def start(status, *more):
-            if status.startswith("5"):
-                self.asked.append({"moto failed": status})
-            return start_response(status, *more)
-
+        call = environ.get("HTTP_AMZ_SDK_INVOCATION_ID", object())
         with self._one:  # moto is of one thread
-            answer = [*self._moto(environ, start)]
-        if form.get("Action") == "RunInstances":
-            self.launched(self.backend.key_pairs[form["KeyName"]].public_key)
+            if call not in self._answers:
+                self.asked.append(form)
+                self._answers[call] = self._answer(environ)
+                if form.get("Action") == "RunInstances":
+                    self.launched(self.backend.key_pairs[form["KeyName"]].public_key)
+            status, headers, answer = self._answers[call]
+            if status.startswith("5"):
+                self.asked.append({"moto failed": status, "answer": answer})
+                del self._answers[call]
+        start_response(status, headers)
         return answer
+
+    def _answer(self, environ):
+        """What moto answers: the status, the headers and the body."""
+        told = []
+        answer = [*self._moto(environ, lambda status, headers, *_: told.extend((status, headers)))]
+        return *told, answer
 
     @property
     def backend(self):
