@@ -24,11 +24,11 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
-from chatd.clients import Clients
-from chatd.drain import Drain
-from chatd.frames import Entry
+from chatd.messages import Entry
+from chatd.operate.drain import Drain
+from chatd.operate.systemd import Notifier
 from chatd.store.base import Store, StoreError
-from chatd.systemd import Notifier
+from chatd.transport.connections import Clients
 
 LOOK_SECONDS: Final = 1
 """How often deadlines are looked at."""

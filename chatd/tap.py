@@ -18,27 +18,31 @@ from twisted.logger import LogEvent
 from twisted.python import usage
 
 import chatd
-from chatd import check, frames, logs, web
-from chatd.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
-from chatd.api import Api
-from chatd.clients import Clients
-from chatd.drain import Drain
-from chatd.frames import Entry, FrameError
-from chatd.machine import ThisMachine
-from chatd.metrics import Metrics
-from chatd.protocol import ChatFactory
-from chatd.room import MAX_LAG
-from chatd.rooms import Rooms
+from chatd.messages import Entry
+from chatd.operate import check
+from chatd.operate import logging as logs
+from chatd.operate.drain import Drain
+from chatd.operate.machine import ThisMachine
+from chatd.operate.metrics import Metrics
+from chatd.operate.systemd import Notifier
+from chatd.room.registry import Rooms
+from chatd.room.room import MAX_LAG
 from chatd.service import ChatService, Readiness
 from chatd.store.base import Retention, Store
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore, ThreadWorker
-from chatd.systemd import Notifier
+from chatd.transport import frames
+from chatd.transport import http as web
+from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
+from chatd.transport.api import Api
+from chatd.transport.connections import Clients
+from chatd.transport.frames import FrameError
+from chatd.transport.websocket import ChatFactory
 
 _T = TypeVar("_T")
 GARBAGE: Final = 50_000
 """How many more young objects are reason to look for cycles among them; Python's own 700 is for smaller programs."""
-_SEED: Final = pathlib.Path(frames.__file__).parent / "seed" / "messages.json"
+_SEED: Final = pathlib.Path(chatd.__file__).parent / "seed" / "messages.json"
 
 
 def _reactor() -> Any:
@@ -85,8 +89,8 @@ def _store(url: str) -> Callable[[Retention], Store]:
         )
     if kind in ("redis", "rediss"):
         # With the reactor that twistd installed, which txredisapi takes when it is imported.
-        from chatd.store.redis import RedisStore
-        from chatd.store.redis_link import Address, Link
+        from chatd.store.redis.link import Address, Link
+        from chatd.store.redis.store import RedisStore
 
         file = _password_file()
         try:

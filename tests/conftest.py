@@ -1,8 +1,7 @@
 import signal
 
-import cloud
-import documented
 import pytest
+from support import documented
 from twisted.logger import globalLogPublisher
 
 # What a shell runs in the background ignores Ctrl-C, and so would all that is started here.
@@ -27,9 +26,3 @@ def _everything_is_documented():
     yield
     found, undocumented[:] = [*undocumented], []
     assert found == []
-
-
-@pytest.fixture(scope="session")
-def baked(tmp_path_factory):
-    """The image, baked once for all tests."""
-    return cloud.baked(tmp_path_factory.mktemp("baked"))

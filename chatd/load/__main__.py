@@ -22,7 +22,7 @@ from twisted.logger import (
 )
 from twisted.python.failure import Failure
 
-from chatd.client import Address
+from chatd.client.client import Address
 from chatd.load.figures import Progress, summary
 from chatd.load.trial import UNTRIED, Trial
 

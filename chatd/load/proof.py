@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from chatd.exchange import Fault, History, Posted
-from chatd.frames import Entry, Id
+from chatd.client.protocol import Fault, History, Posted
+from chatd.messages import Entry, Id
 
 _PADDING = 'ab c"\\/<é€\u2028👋\t' * 12
 

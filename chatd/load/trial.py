@@ -23,12 +23,12 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
-from chatd import exchange
-from chatd.client import Address, Client, Listener
-from chatd.exchange import Backoff, Fault, Frame, History, Posted, Refused, Stopped
-from chatd.frames import Entry, Id
+from chatd.client import protocol as exchange
+from chatd.client.client import Address, Client, Listener
+from chatd.client.protocol import Backoff, Fault, Frame, History, Posted, Refused, Stopped
 from chatd.load.figures import Latencies, Progress
 from chatd.load.proof import Proof, Reader
+from chatd.messages import Entry, Id
 
 PROVED, REFUTED, UNTRIED, INTERRUPTED = 0, 1, 2, 130
 """What comes of it, as an exit status; untried is what could not be, for want of a server say."""

@@ -13,10 +13,10 @@ from typing import Final, NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 
-from chatd.frames import Entry, Post
 from chatd.histogram import Histogram
-from chatd.log import MAIN, LabelReused, Log, Poster
-from chatd.presence import Lobby
+from chatd.messages import Entry, Post
+from chatd.room.log import MAIN, LabelReused, Log, Poster
+from chatd.room.presence import Lobby
 
 DAY: Final = 86_400
 """Seconds."""

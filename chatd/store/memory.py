@@ -6,10 +6,10 @@ from typing import Final
 
 from twisted.internet.defer import Deferred, succeed
 
-from chatd.frames import Entry, Post
 from chatd.histogram import Histogram
-from chatd.log import Follower, Page, Poster
-from chatd.presence import Lobby
+from chatd.messages import Entry, Post
+from chatd.room.log import Follower, Page, Poster
+from chatd.room.presence import Lobby
 from chatd.store.base import SEED_ROOM, Retention, Stamp, new_epoch, tell_again, timestamp
 
 KEEP: Final = 10_000

@@ -28,10 +28,10 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
-from chatd.frames import Entry, Post
 from chatd.histogram import SECONDS, Histogram
-from chatd.log import Follower, InDoubt, LogUnavailable, Page, Poster
-from chatd.presence import Lobby
+from chatd.messages import Entry, Post
+from chatd.room.log import Follower, InDoubt, LogUnavailable, Page, Poster
+from chatd.room.presence import Lobby
 from chatd.store.base import SEED_ROOM, Retention, Stamp, StoreError, new_epoch, tell_again, timestamp
 
 FORMAT: Final = 2

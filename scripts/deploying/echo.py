@@ -12,9 +12,9 @@ from typing import Any, Final
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 
-from chatd.client import Client, Listener
-from chatd.exchange import Refused
-from chatd.frames import Entry
+from chatd.client.client import Client, Listener
+from chatd.client.protocol import Refused
+from chatd.messages import Entry
 
 ROOM: Final = "rooms/launch"
 """Where instances post when they are launched, so that nobody is disturbed."""

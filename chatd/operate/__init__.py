@@ -1,0 +1,1 @@
+"""What operators need: drain, metrics, checks, logging and systemd."""

@@ -1,0 +1,1 @@
+"""The one idea: a room is a log, a client is a cursor."""

@@ -1,0 +1,447 @@
+"""The rooms over HTTP, for those who have no WebSocket: the same messages, by the same ids and the same checks.
+
+GET  /rooms/NAME                what a person needs to know to connect (an upgrade never comes here)
+GET  /rooms/NAME/messages       a page of the log: ?before=ID, ?after=ID, ?limit=N
+GET  /rooms/NAME/messages/ID    one message
+POST /rooms/NAME/messages       post; Idempotency-Key is the label
+GET  /rooms/NAME/events         Server-Sent Events: a member of the room like any other
+
+A reader of events has a cursor in the room's tail as WebSocket members have, and is written the same messages; only
+what stands around the JSON differs.
+"""
+
+import re
+from collections.abc import Callable
+from http import HTTPStatus
+from io import BytesIO
+from math import ceil
+from typing import Any, Final, cast
+
+from twisted.internet.interfaces import IPushProducer
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.http import Request
+from twisted.web.server import NOT_DONE_YET
+from zope.interface import implementer
+
+from chatd.messages import Code, Id, PageRequest, Post
+from chatd.room.log import Excerpt, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.room.registry import Opening, Rooms
+from chatd.room.room import Room
+from chatd.transport.admission import Addresses, Admission, Refused, last_id, read_query
+from chatd.transport.connections import ABNORMAL, EVENT_STREAM, OVERLOADED, RESTART, Clients
+from chatd.transport.frames import (
+    FrameError,
+    ack_frame,
+    event,
+    history_frame,
+    is_label,
+    page_request,
+    parse_post,
+)
+from chatd.transport.framing import payload
+from chatd.transport.http import PROBLEM, RETRY_SECONDS, SERVER, ChatResource, answer, page, problem
+
+PREFLIGHT_SECONDS: Final = 7200
+"""How long a browser may remember what a page may ask."""
+
+_ROUTE = re.compile(r"/|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<id>[^/]+)|/events)?")
+_NUMBER = re.compile(r"-?[0-9]{1,15}")
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_log = Logger()
+
+
+class Reply:
+    """The answer to one request, which may come later than its client has patience."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._gone = False
+        request.notifyFinish().addErrback(self._left)
+
+    def _left(self, _: Failure) -> None:
+        self._gone = True
+
+    def send(self, status: HTTPStatus, body: bytes, kind: str = "application/json", **headers: str) -> None:
+        """Answer, if the client is still there."""
+        if not self._gone:
+            self._request.write(answer(self._request, status, body, kind, **headers))
+            self._request.finish()
+
+    def refuse(self, refused: Refused) -> None:
+        """Answer with a problem."""
+        self.send(refused.status, problem(refused.status, str(refused), refused.code), PROBLEM, **_retry(refused))
+
+    def failed(self, failure: Failure) -> None:
+        """Answer with what a failure means for the client."""
+        self.refuse(_meaning(failure))
+
+
+def _stopping() -> Refused:
+    return Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is about to stop", Code.UNAVAILABLE)
+
+
+def _retry(refused: Refused) -> dict[str, str]:
+    return {"retry_after": str(RETRY_SECONDS)} if refused.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+
+
+def _meaning(failure: Failure) -> Refused:
+    """What a failure means for the client."""
+    if isinstance(failure.value, Refused):
+        return failure.value
+    if failure.check(UnknownId):
+        return Refused(HTTPStatus.NOT_FOUND, "there is no message of this id", Code.UNKNOWN_ID)
+    failure.trap(LogUnavailable)
+    _log.error("the log cannot be read: {error}", error=failure.value)
+    return Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the log cannot be read now", Code.UNAVAILABLE)
+
+
+class Posting:
+    """A post that is on its way: implements chatd.log.Poster."""
+
+    def __init__(self, reply: Reply, path: str, epoch: Callable[[], str]) -> None:
+        self._reply = reply
+        self._path = path
+        self._epoch = epoch
+
+    def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
+        """Poster.posted."""
+        message = Id(self._epoch(), number)
+        status = HTTPStatus.OK if duplicate else HTTPStatus.CREATED
+        body = payload(ack_frame(message, post.label, duplicate=duplicate)) + b"\n"
+        self._reply.send(status, body, location=f"{self._path}/messages/{message}")
+
+    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+        """Poster.refused."""
+        if isinstance(error, LabelReused):
+            status, code, why = HTTPStatus.UNPROCESSABLE_ENTITY, Code.LABEL_REUSED, "it was given to another message"
+            self._reply.refuse(Refused(status, f"Idempotency-Key: {why}", code))
+        else:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            in_doubt = isinstance(error, InDoubt)
+            why = "may not have been stored; try again with the same key" if in_doubt else "was not stored; try again"
+            self._reply.refuse(Refused(status, f"the message {why}", Code.UNAVAILABLE))
+
+
+@implementer(IPushProducer)
+class EventStream:
+    """A reader of Server-Sent Events: implements chatd.room.Member and chatd.clients.Client."""
+
+    carrier = EVENT_STREAM
+    form = staticmethod(event)
+    connection = 0
+    cursor = 0
+    ready = True
+
+    def __init__(
+        self, request: Request, rooms: Rooms, clients: Clients, events: frozenset[str], name: str | None
+    ) -> None:
+        self._request = request
+        self._channel = cast(Any, request.channel)
+        self._rooms = rooms
+        self._clients = clients
+        self._room: Room | None = None
+        self._open = True
+        self._code = ABNORMAL
+        self.events = events
+        self.name = name
+        address = request.getClientAddress()
+        self.peer = f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
+        self._channel.when_lost = self._gone
+
+    @property
+    def joined(self) -> bool:
+        """Client.joined."""
+        return self._room is not None
+
+    def join(self, opening: Opening) -> None:
+        """Begin the stream with the history, and be a member, unless there is nobody any more, or no more to come."""
+        if not self._open:
+            return
+        if self._clients.stopping:
+            raise _stopping()
+        room = self._room = opening.room
+        self._left = room.name
+        request = self._request
+        request.setHeader("server", SERVER)
+        request.setHeader("content-type", "text/event-stream")
+        request.setHeader("cache-control", "no-store")
+        request.setHeader("x-accel-buffering", "no")  # else nginx would keep it back
+        request.registerProducer(self, streaming=True)
+        self._clients.add(self)
+        history = opening.join(self)
+        request.write(b"retry: %d\n\n%b" % (RETRY_SECONDS * 1000, event(history)))
+        _log.info(
+            "#{connection} {peer} joined {room} for events",
+            connection=self.connection,
+            peer=self.peer,
+            room=room.name,
+        )
+
+    def write(self, data: bytes) -> int:
+        """Member.write: what the transport does not take, it buffers."""
+        self._request.write(data)
+        return len(data)
+
+    def hold(self, rest: bytes) -> None:
+        """Member.hold: write() takes all."""
+        raise NotImplementedError
+
+    def tell(self, frame: bytes) -> None:
+        """Member.tell."""
+        self._request.write(event(frame))
+
+    def ping(self) -> bool:
+        """Client.ping: a comment; who does not read it stalls in the end."""
+        if self.ready:
+            self._request.write(b":\n\n")
+        return True
+
+    def pauseProducing(self) -> None:
+        """IPushProducer: the transport is full."""
+        self.ready = False
+        self._clients.stalls.add(self)
+
+    def resumeProducing(self) -> None:
+        """IPushProducer: the transport takes more."""
+        self.ready = True
+        self._clients.stalls.discard(self)
+        if self._room is not None:
+            self._room.resume(self)
+
+    def stopProducing(self) -> None:
+        """IPushProducer: the transport is gone; _gone follows."""
+
+    def overrun(self) -> None:
+        """Member.overrun: it comes back by itself, with its last id."""
+        self._end(OVERLOADED, b"retry: 0\n\n")
+
+    @property
+    def head(self) -> int:
+        """Client.head."""
+        return 0 if self._room is None else self._room.head
+
+    def owed(self, head: int) -> bool:
+        """Client.owed."""
+        return self._room is not None and self.cursor < head
+
+    def finish(self) -> None:
+        """Client.finish: nothing is read from it anyway."""
+
+    def restart(self, retry_after: float) -> None:
+        """Client.restart."""
+        self._end(RESTART, b"retry: %d\n\n" % (retry_after * 1000))
+
+    def _end(self, code: int, farewell: bytes) -> None:
+        self._leave()
+        if self._open:
+            self._open = False
+            self._code = code
+            self._clients.pings.discard(self)
+            if self.ready:
+                self._clients.closings.add(self)
+            self._request.write(farewell)
+            self._request.unregisterProducer()
+            self._channel.persistent = False
+            self._request.finish()
+
+    def abort(self) -> None:
+        """Client.abort."""
+        self._channel.transport.abortConnection()
+
+    def _leave(self) -> None:
+        room, self._room = self._room, None
+        if room is not None:
+            self._rooms.leave(room, self)
+
+    def _gone(self) -> None:
+        self._open = False
+        self._leave()
+        if self._clients.remove(self, self._code):
+            _log.info("#{connection} {peer} left {room}", connection=self.connection, peer=self.peer, room=self._left)
+
+
+class Api(ChatResource):
+    """Everything below /rooms, and the page at /."""
+
+    isLeaf = True
+
+    def __init__(self, rooms: Rooms, clients: Clients, admission: Admission, addresses: Addresses) -> None:
+        super().__init__()
+        self._rooms = rooms
+        self._clients = clients
+        self._admission = admission
+        self._addresses = addresses
+
+    def render(self, request: Request) -> Any:
+        """Find what a request is for, and say no with a problem."""
+        try:
+            self._allow(request)
+            return self._route(request)
+        except Refused as refused:
+            body = problem(refused.status, str(refused), refused.code)
+            return answer(request, refused.status, body, PROBLEM, **_retry(refused))
+
+    def _allow(self, request: Request) -> None:
+        """Judge the origin, and let the page that it is of read the answer (Fetch, section 3.2)."""
+        origin = _header(request, b"origin")
+        if not self._admission.any_origin:
+            request.setHeader("vary", "Origin")
+        self._admission.check_origin(origin)
+        allowed = "*" if self._admission.any_origin else origin
+        if allowed is not None:
+            request.setHeader("access-control-allow-origin", allowed)
+            request.setHeader("access-control-expose-headers", "Link, Location, Retry-After")
+
+    def _route(self, request: Request) -> Any:
+        """Call what answers this method on this path, which is taken as it is written."""
+        if self._clients.stopping:
+            raise _stopping()
+        path, _, query = request.uri.decode("latin-1").partition("?")
+        match = _ROUTE.fullmatch(path)
+        if match is None:
+            raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+        named = match["room"] or "/"
+        room = self._admission.room(named)
+        rest = match["rest"] or ""
+        resource: dict[str, Callable[[], Any]] = {"OPTIONS": lambda: self._preflight(request, resource)}
+        if rest == "/messages":
+            resource["GET"] = lambda: self._page(request, room, query)
+            resource["POST"] = lambda: self._post(request, room)
+        elif rest == "/events":
+            resource["GET"] = lambda: self._events(request, named, query)
+        elif rest:
+            resource["GET"] = lambda: self._message(request, room, match["id"])
+        else:
+            resource["GET"] = lambda: page(request, named)
+        method = request.method.decode("latin-1")
+        found = resource.get("GET" if method == "HEAD" else method)
+        if found is None:
+            request.setHeader("allow", _methods(resource))
+            raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
+        return found()
+
+    def _preflight(self, request: Request, resource: dict[str, Callable[[], Any]]) -> int:
+        """What a page may ask (Fetch, section 3.2.3)."""
+        request.setHeader("allow", _methods(resource))
+        if _header(request, b"origin"):
+            request.setHeader("access-control-allow-methods", _methods(resource))
+            request.setHeader("access-control-allow-headers", "Content-Type, Idempotency-Key, Last-Event-ID")
+            request.setHeader("access-control-max-age", str(PREFLIGHT_SECONDS))
+        Reply(request).send(HTTPStatus.NO_CONTENT, b"", "")
+        return NOT_DONE_YET
+
+    # Reading
+
+    def _page(self, request: Request, room: str, query: str) -> int:
+        """A page, with links to those before and after it (RFC 8288)."""
+        asked: dict[str, Any] = {
+            name: values[-1] for name, values in read_query(query).items() if name in ("before", "after", "limit")
+        }
+        if _NUMBER.fullmatch(asked.get("limit", "")):
+            asked["limit"] = int(asked["limit"])
+        try:
+            wanted = page_request({"type": "history", **asked})
+        except FrameError as error:
+            raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
+        reply = Reply(request)
+
+        def paged(excerpt: Excerpt) -> None:
+            more = excerpt.older if wanted.after is None else excerpt.newer
+            frame = history_frame(self._rooms.epoch, excerpt.end, excerpt.frames, more=more)
+            links = ", ".join(self._links(excerpt, wanted.limit))
+            reply.send(HTTPStatus.OK, payload(frame) + b"\n", **({"link": links} if links else {}))
+
+        self._rooms.page(room, wanted).addCallback(paged).addErrback(reply.failed)
+        return NOT_DONE_YET
+
+    def _links(self, excerpt: Excerpt, limit: int) -> list[str]:
+        """Where the pages before and after this one are, if the log has them."""
+        epoch, links = self._rooms.epoch, []
+        if excerpt.older:
+            first = Id(epoch, excerpt.end - len(excerpt.frames) + 1)
+            links.append(f'<?before={first}&limit={limit}>; rel="prev"')
+        if excerpt.newer:
+            links.append(f'<?after={Id(epoch, excerpt.end)}&limit={limit}>; rel="next"')
+        return links
+
+    def _message(self, request: Request, room: str, text: str) -> int:
+        """One message."""
+        try:
+            wanted = Id.parse(text)
+        except ValueError as error:
+            raise Refused(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
+        reply = Reply(request)
+
+        def found(excerpt: Excerpt) -> None:
+            if excerpt.end == wanted.number and excerpt.frames:
+                reply.send(HTTPStatus.OK, payload(excerpt.frames[0]) + b"\n")
+            else:
+                raise UnknownId
+
+        before = Id(wanted.epoch, wanted.number + 1)
+        reading = self._rooms.page(room, PageRequest(before, None, 1, None))
+        reading.addCallback(found).addErrback(reply.failed)
+        return NOT_DONE_YET
+
+    # Posting
+
+    def _post(self, request: Request, room: str) -> int:
+        """Post, and answer where the message is."""
+        address = request.getClientAddress()
+        peer = str(getattr(address, "host", address))
+        wait = self._addresses.take(peer, _header(request, b"x-forwarded-for"))
+        if wait:
+            request.setHeader("retry-after", str(ceil(wait)))
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Rate limit exceeded", Code.RATE_LIMITED)
+        if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
+            # No form can send this type, so that a page elsewhere must ask first.
+            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+        try:
+            post = parse_post(cast(BytesIO, request.content).read())
+        except FrameError as error:
+            raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
+        label = _idempotency_key(_header(request, b"idempotency-key"))
+        if label is not None:
+            if post.label not in (None, label):
+                raise Refused(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
+            post = post._replace(label=label)
+        posting = Posting(Reply(request), f"/rooms/{room}", lambda: self._rooms.epoch)
+        self._rooms.post(room, post, posting)
+        return NOT_DONE_YET
+
+    # Events
+
+    def _events(self, request: Request, path: str, query: str) -> Any:
+        """A stream of events."""
+        visit = self._admission.visit(path, read_query(query), None)
+        last = last_id(_header(request, b"last-event-id")) or visit.last
+        if request.method == b"HEAD":
+            body = answer(request, HTTPStatus.OK, b"", "text/event-stream")
+            request.responseHeaders.removeHeader(b"content-length")
+            return body
+        stream = EventStream(request, self._rooms, self._clients, visit.events, visit.username)
+        reply = Reply(request)
+        self._rooms.open(visit.room, last).addCallback(stream.join).addErrback(reply.failed)
+        return NOT_DONE_YET
+
+
+def _header(request: Request, name: bytes) -> str | None:
+    """A header as it was sent, with all its lines; Twisted's own way takes it for UTF-8."""
+    values = request.requestHeaders.getRawHeaders(name)
+    return b", ".join(values).decode("latin-1") if values else None
+
+
+def _methods(resource: dict[str, Callable[[], Any]]) -> str:
+    return ", ".join(sorted({*resource, "HEAD"}))
+
+
+def _idempotency_key(value: str | None) -> str | None:
+    """Read the header: a quoted string (draft-ietf-httpapi-idempotency-key-header), or the bare label."""
+    if value is None:
+        return None
+    quoted = _QUOTED.fullmatch(value.strip())
+    label = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else value.strip()
+    if not is_label(label):
+        raise Refused(HTTPStatus.BAD_REQUEST, "Idempotency-Key: 1 to 64 visible ASCII characters")
+    return label

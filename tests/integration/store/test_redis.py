@@ -1,0 +1,1272 @@
+"""The log in Redis: the contract of all stores, on each server there is; and what only Redis can do wrong."""
+
+import contextlib
+import gc
+import itertools
+import socket
+
+import pytest
+from support import loops
+from support.helpers import ManualTime, RecordingFollower, RecordingPoster
+from support.redises import LOCAL, Cluster, Hasty, Proxy, Redis, each_binary, turn, until, wait_in
+from support.store_contract import SEED, TIMESTAMP, DurableStoreContract
+from twisted.logger import LogLevel
+
+from chatd.messages import Entry, Post
+from chatd.room.log import InDoubt, LogUnavailable, Page
+from chatd.store.base import DAY, Retention
+from chatd.store.redis import store as redis_module
+from chatd.store.redis.link import Address, Link
+from chatd.store.redis.store import FORMAT, RedisStore
+
+DATABASES = 1000
+"""Each log is in one of its own."""
+LOG, HEADS, FEED = "{chatd}:log", "{chatd}:heads", "{chatd}:feed"
+EXACT = {"stream-node-max-entries": 1}
+"""The feed is trimmed by whole nodes of a stream."""
+
+
+@pytest.fixture
+def loop():
+    with loops.reactor() as loop:
+        loop.startRunning(installSignalHandlers=False)
+        yield loop
+        loop.fireSystemEvent("shutdown")  # its threads look up names
+
+
+@each_binary
+def binary(request):
+    return request.param
+
+
+@each_binary
+def redis(request, tmp_path_factory):
+    with Redis(tmp_path_factory.mktemp("redis"), binary=request.param, databases=DATABASES) as server:
+        yield server
+
+
+class TestRedisStore(DurableStoreContract):
+    @pytest.fixture(autouse=True)
+    def _loop(self, loop):
+        self.loop = loop
+
+    def wait(self, deferred):
+        return wait_in(self.loop, deferred)
+
+    def link(self, redis):
+        return Link(Address.parse(redis.url), self.loop)
+
+    @pytest.fixture
+    def make(self, redis):
+        databases = iter(range(DATABASES))
+
+        def make(retain, now):
+            url = redis.url.rpartition("/")[0]
+            return RedisStore(Link(Address.parse(f"{url}/{next(databases)}"), self.loop), retain, now)
+
+        return make
+
+    @pytest.fixture
+    def again(self):
+        return lambda store, retain, now: RedisStore(store._link, retain, now)
+
+
+class Follower(RecordingFollower):
+    """... and ("interrupted",)."""
+
+    def appended(self, room, entries):
+        assert entries
+        super().appended(room, entries)
+
+    def interrupted(self):
+        self.events.append(("interrupted",))
+
+
+class Node:
+    """A store, which is opened at once, and what it tells its follower and those who post."""
+
+    def __init__(self, loop, link, retain="all", now=None, seed=SEED):
+        self.loop = loop
+        self.store = RedisStore(link, Retention.parse(retain), now)
+        self.events = []
+        self.store.tail(Follower(self.events))
+        self.opened = self.store.open(seed)
+
+    def up(self):
+        """Wait until it is well, and does what it is asked."""
+        until(self.loop, lambda: self.store.fault is None and self.store._asking is not None, self.store.fault)
+        return self
+
+    def down(self):
+        """Wait until something is wrong with it; answers what."""
+        until(self.loop, lambda: self.store.fault is not None, "nothing is wrong")
+        return self.store.fault
+
+    def fails(self, words):
+        """Wait until certain words are in its fault, which is one line."""
+        until(self.loop, lambda: words in (self.store.fault or ""), f"{self.store.fault!r} is not {words!r}")
+        assert self.store.fault.isprintable()
+        return self.store.fault
+
+    def start(self, *texts, room="main", label=None):
+        """Post texts, the text being the label if `label`; answers who is told of each."""
+        posters = [RecordingPoster() for _ in texts]
+        for text, poster in zip(texts, posters, strict=True):
+            self.store.append(room, Post("ann", text, text if label else None), poster)
+        return posters
+
+    def post(self, *texts, room="main", label=None):
+        """... and wait until they are; answers what became of each: ("posted", 3), or what it was refused with."""
+        posters = self.start(*texts, room=room, label=label)
+        self.settle()
+        return [outcome(poster) for poster in posters]
+
+    def settle(self):
+        wait_in(self.loop, self.store.settled())
+
+    def post_until_kept(self, *texts, room="main"):
+        """Post with labels, again and again as a client does, until all are in the log; answers the last outcomes."""
+        left, done = [*texts], {}
+        while left:
+            self.up()
+            outcomes = zip(left, self.post(*left, room=room, label=True), strict=True)
+            done |= {text: outcome for text, outcome in outcomes if outcome[0] != "refused"}
+            left = [text for text in left if text not in done]
+        return [done[text] for text in texts]
+
+    def read(self, room="main", after=None, limit=10_000):
+        return wait_in(self.loop, self.store.read(room, after, limit))
+
+    def texts(self, room="main"):
+        return [entry.message for entry in self.read(room).entries if entry not in SEED]
+
+    def heard(self, room="main"):
+        """The texts that its follower was told."""
+        return [event[2].message for event in self.events if event[:2] == ("appended", room)]
+
+    def hears(self, *texts, room="main"):
+        """Wait until its follower was told of these, and no others."""
+        until(self.loop, lambda: len(self.heard(room)) >= len(texts), "it is told of nothing")
+        assert self.heard(room) == [*texts]
+
+    @property
+    def interruptions(self):
+        return self.events.count(("interrupted",))
+
+    def close(self):
+        wait_in(self.loop, self.store.close())
+
+
+def outcome(poster):
+    ((what, _, about),) = poster.events  # each is told once
+    return what, type(about) if what == "refused" else about
+
+
+UNAVAILABLE, DOUBT = ("refused", LogUnavailable), ("refused", InDoubt)
+
+
+@pytest.fixture
+def brisk(monkeypatch):
+    """Less patience than in earnest."""
+    monkeypatch.setattr(redis_module, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(redis_module, "RETRY_SECONDS", (0.02, 0.2))
+
+
+@pytest.fixture
+def node(loop, brisk, events):
+    """What makes nodes; all are closed in the end, nothing of them is left, and no exception was logged."""
+    nodes = []
+    readers = {*loop.getReaders()}
+
+    def make(url, *, at_once=False, link=None, times=5, **options):
+        link = link or Link(Address.parse(url), loop)
+        link.clock = Hasty(loop, times)
+        nodes.append(Node(loop, link, **options))
+        if not at_once:
+            wait_in(loop, nodes[-1].opened)
+        return nodes[-1]
+
+    yield make
+    for one in nodes:
+        one.store.abandon()
+        one.close()
+    assert loop.getDelayedCalls() == []
+    assert {*loop.getReaders()} <= readers | {loop.waker}
+    assert loop.getWriters() == []
+    gc.collect()  # what failed unheard is logged when it goes
+    assert [event for event in events if event["log_level"] == LogLevel.critical] == []
+
+
+@pytest.fixture
+def one(tmp_path):
+    """A server where it does not matter which."""
+    with Redis(tmp_path / "one") as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(one):
+    with Proxy(one.port) as proxy:
+        yield proxy
+
+
+def durable(folder, **options):
+    """A server that keeps what it has answered."""
+    return Redis(folder, appendonly=True, fsync="always", **options)
+
+
+# Many nodes, one room
+
+
+@pytest.fixture
+def three(node, redis):
+    redis.flush()
+    nodes = [node(redis.url, at_once=True) for _ in range(3)]
+    return [one.up() for one in nodes]
+
+
+def test_nodes_that_start_together_write_the_seed_and_the_epoch_once(three):
+    assert len({one.store.epoch for one in three}) == 1
+    for one in three:
+        assert one.read() == Page([*SEED], first=1, head=2)
+        assert one.events == []
+
+
+def test_all_nodes_are_told_the_same_in_one_order_and_each_before_those_who_posted_there(three, loop):
+    said = {room: [] for room in ("main", "other", "third")}
+    for number, one in itertools.product(range(100), three):
+        for room, texts in said.items():
+            texts.append(f"{number}")
+            one.store.append(room, Post("ann", texts[-1]), RecordingPoster(one.events))
+    for one in three:
+        one.settle()
+    for room, texts in said.items():
+        head = len(texts) + (2 if room == "main" else 0)
+        for one in three:
+            until(loop, lambda one=one, room=room, texts=texts: len(one.heard(room)) >= len(texts))
+        told = [[event[2] for event in one.events if event[:2] == ("appended", room)] for one in three]
+        assert told[0] == told[1] == told[2] == [e for e in three[0].read(room).entries if e not in SEED]
+        assert [entry.number for entry in told[0]] == [*range(head - len(texts) + 1, head + 1)]
+    for one in three:
+        posted, known = 0, dict.fromkeys(said, 0)
+        for event in one.events:
+            if event[0] == "appended":
+                known[event[1]] = event[2].number
+            else:
+                assert event[2] <= max(known.values())
+                posted += 1
+        assert posted == 300
+        assert one.store.commits.buckets()[-1][1] == 300
+
+
+def test_many_posts_are_on_their_way_at_once(one, node, loop):
+    node = node(one.url)
+    before = one.info("stats")["total_net_input_bytes"]
+    posters = node.start(*map(str, range(500)))
+    assert all(poster.events == [] for poster in posters)
+    assert one.info("stats")["total_net_input_bytes"] > before
+    node.settle()
+    assert [poster.numbers for poster in posters] == [[number] for number in range(3, 503)]
+
+
+def test_a_node_has_two_connections_however_many_rooms_there_are(one, node):
+    node = node(one.url)
+    for number in range(200):
+        node.start("hi", room=f"r{number}")
+    node.settle()
+    for number in range(200):
+        node.read(f"r{number}")
+    clients = one.call("CLIENT", "LIST").decode().splitlines()
+    assert len(clients) == 3  # and the one that asks
+
+
+def test_a_node_that_comes_later_is_told_what_comes_and_nothing_of_what_was(one, node):
+    first = node(one.url)
+    first.post("before")
+    second = node(one.url)
+    assert second.store.epoch == first.store.epoch
+    first.post("after")
+    second.hears("after")
+    assert second.texts() == ["before", "after"]
+
+
+def test_the_time_is_that_of_redis(one, node):
+    node = node(one.url)
+    node.post("hi")
+    seconds, micros = map(int, one.call("TIME"))
+    entry = node.read().entries[-1]
+    assert TIMESTAMP.fullmatch(entry.timestamp)
+    assert 0 <= seconds + micros / 1e6 - redis_module.instant(entry.timestamp) < 5
+
+
+def test_all_nodes_stamps_go_up_even_if_their_clocks_differ(one, node):
+    ahead, behind = ManualTime(), ManualTime()
+    ahead.advance(60)
+    first, second = node(one.url, now=ahead), node(one.url, now=behind)
+    for number in range(3):
+        first.post(f"a{number}")
+        second.post(f"b{number}")
+        behind.advance(25)
+    stamps = [entry.timestamp for entry in first.read().entries]
+    assert stamps == sorted(stamps)
+    assert stamps[2] == "2026-01-01T00:01:00.000Z"
+
+
+def test_all_keys_have_one_tag(one, node):
+    node = node(one.url, retain="5d")
+    node.post("a", "b", label=True)
+    node.post("c", room="other")
+    keys = [key.decode() for key in one.call("KEYS", "*")]
+    assert {*keys} >= {LOG, HEADS, FEED, "{chatd}:room:main", "{chatd}:room:other"}
+    assert all(key.startswith("{chatd}:") for key in keys)
+
+
+@pytest.mark.parametrize(("retain", "days"), [("all", 1), ("5", 1), ("1d", 1), ("30d", 30)])
+def test_a_label_is_remembered_for_a_day_or_as_long_as_messages_are(one, node, retain, days):
+    node = node(one.url, retain=retain)
+    node.post("a", label=True)
+    (label,) = one.call("KEYS", "{chatd}:label:*")
+    assert days * DAY * 1000 - 60_000 < one.call("PTTL", label) <= days * DAY * 1000
+
+
+def test_numbers_are_not_used_again_by_who_comes_later(one, node):
+    first = node(one.url, retain="1")
+    first.post("a", "b")
+    first.close()
+    one.call("XTRIM", "{chatd}:room:main", "MAXLEN", 0)
+    assert node(one.url).post("c") == [("posted", 5)]
+
+
+def test_days_are_those_of_the_messages_and_not_of_who_trims(one, node):
+    time = ManualTime()
+    first = node(one.url, retain="2d", now=time, seed=())
+    for text in "abcd":
+        first.post(text)
+        time.advance(DAY)
+    assert first.texts() == ["b", "c", "d"]  # "b" was two days old when "d" came
+    second = node(one.url, retain="1d", now=time, seed=())  # trims when it opens
+    assert second.texts() == ["d"]
+    first.hears(*"abcd")
+    until(first.loop, lambda: ("trimmed", "main", 4) in first.events)
+
+
+@pytest.mark.parametrize("small", [1, 512], ids=["a table", "a list"])
+def test_all_of_many_rooms_are_trimmed_a_few_at_a_time(tmp_path, node, monkeypatch, small):
+    monkeypatch.setattr(redis_module, "ROOMS", 3)
+    with Redis(tmp_path / "data", hash_max_ziplist_entries=small) as redis:
+        time = ManualTime()
+        node = node(redis.url, retain="1d", now=time)
+        for number in range(10):
+            node.start("hi", room=f"r{number}")
+        node.settle()
+        time.advance(2 * DAY)
+        node.events.clear()
+        wait_in(node.loop, node.store.trim())
+        assert {*node.events} == {("trimmed", f"r{number}", 2) for number in range(10)}
+        assert all(node.texts(f"r{number}") == [] for number in range(10))
+
+
+def test_a_batch_of_more_than_a_hundred_old_messages_goes_at_once(one, node):
+    time = ManualTime()
+    node = node(one.url, retain="1d", now=time, seed=())
+    node.start(*map(str, range(250)))
+    node.settle()
+    time.advance(2 * DAY)
+    assert node.post("new") == [("posted", 251)]
+    assert node.read() == Page([Entry(251, "ann", "new", node.read().entries[0].timestamp)], 251, 251)
+
+
+# The log went back
+
+
+def test_who_knew_what_is_lost_begins_a_new_history(tmp_path, binary, node):
+    with durable(tmp_path / "data", binary=binary) as redis:
+        first, second = node(redis.url), node(redis.url)
+        epoch = first.store.epoch
+        first.post("a")
+        second.hears("a")
+        redis.copy(tmp_path / "copy")
+        first.post("b", "c", label=True)
+        second.hears("a", "b", "c")
+        redis.roll_back(tmp_path / "copy")
+        for one in (first, second):
+            until(one.loop, lambda one=one: one.store.epoch != epoch)
+            one.up()
+        assert first.store.epoch == second.store.epoch == redis.call("HGET", LOG, "epoch").decode()
+        assert (first.interruptions, second.interruptions) == (1, 1)
+        assert first.texts() == ["a"]
+        # The labels of what was lost are lost too.
+        assert second.post("b", label=True) == [("posted", 4)]
+        first.hears("a", "b", "c", "b")
+        assert (first.interruptions, second.interruptions) == (1, 1)
+
+
+@pytest.mark.parametrize("more", [1, 5], ids=["as many", "more"])
+def test_who_knew_what_is_lost_comes_after_its_numbers_were_used_again(tmp_path, binary, node, more):
+    with (
+        durable(tmp_path / "data", binary=binary) as redis,
+        Proxy(redis.port) as near,
+        Proxy(redis.port) as far,
+    ):
+        knows, other = node(near.url()), node(far.url())
+        epoch = knows.store.epoch
+        knows.post("a")
+        other.hears("a")
+        redis.copy(tmp_path / "copy")
+        for proxy in (far, near):
+            proxy.refuse()
+            proxy.cut()
+            if proxy is far:
+                other.down()
+                knows.post("lost")
+        redis.roll_back(tmp_path / "copy")
+        far.go_on()
+        other.up()
+        assert other.store.epoch == epoch
+        assert other.post(*map(str, range(more))) == [("posted", 4 + number) for number in range(more)]
+        assert other.interruptions == 0
+        near.go_on()
+        until(knows.loop, lambda: knows.store.epoch != epoch)
+        until(other.loop, lambda: other.store.epoch != epoch)
+        knows.up()
+        other.up()
+        assert knows.store.epoch == other.store.epoch
+        assert (knows.interruptions, other.interruptions) == (1, 1)
+        assert knows.texts() == ["a", *map(str, range(more))]
+        knows.post("goes on")
+        other.hears("a", *map(str, range(more)), "goes on")
+        knows.hears("a", "lost", "goes on")
+        assert knows.store.epoch == other.store.epoch
+
+
+def test_a_replica_without_the_last_messages_becomes_the_primary(tmp_path, binary, node):
+    with (
+        Redis(tmp_path / "primary", binary=binary) as primary,
+        Redis(tmp_path / "replica", binary=binary, replica_of=primary) as replica,
+        Proxy(primary.port) as proxy,
+    ):
+        nodes = [node(proxy.url()) for _ in range(3)]
+        epoch = nodes[0].store.epoch
+        nodes[0].post("a")
+        primary.settle()
+        replica.promote()
+        nodes[1].post("lost")
+        for one in nodes:
+            one.hears("a", "lost")
+        proxy.target = replica.port
+        primary.kill()
+        for one in nodes:
+            until(one.loop, lambda one=one: one.store.epoch != epoch)
+            one.up()
+        assert len({one.store.epoch for one in nodes}) == 1
+        assert [one.interruptions for one in nodes] == [1, 1, 1]
+        assert nodes[2].texts() == ["a"]
+        assert nodes[2].post("b") == [("posted", 4)]
+        for one in nodes:
+            one.hears("a", "lost", "b")
+
+
+def test_all_is_deleted_and_every_node_notices_though_nobody_posts(one, node):
+    nodes = [node(one.url) for _ in range(3)]
+    epoch = nodes[0].store.epoch
+    nodes[0].post("a")
+    for each in nodes:
+        each.hears("a")
+    one.flush()
+    for each in nodes:
+        until(each.loop, lambda each=each: each.store.epoch != epoch)
+        assert each.interruptions == 1
+        assert each.read() == Page([*SEED], 1, 2)
+    assert len({each.store.epoch for each in nodes}) == 1
+    assert nodes[1].post("b") == [("posted", 3)]
+    for each in nodes:
+        each.hears("a", "b")
+        assert each.interruptions == 1
+
+
+def test_all_is_deleted_and_noticed_though_others_come_and_go_all_the_time(one, node):
+    node = node(one.url)
+    epoch = node.store.epoch
+    node.post("a")
+    one.flush()
+    with one.client() as client:
+
+        def noticed():
+            client.call("XADD", "{chatd}:presence", "*", "n", "other", "r", "main", "h", "", "t", "")
+            return node.store.epoch != epoch
+
+        until(node.loop, noticed)
+
+
+def test_who_posts_into_a_log_that_was_deleted_is_refused_and_the_next_is_kept(one, node):
+    node = node(one.url)
+    epoch = node.store.epoch
+    node.post("a")
+    one.flush()
+    assert {*node.post("b", "c", label=True)} <= {UNAVAILABLE, DOUBT}
+    assert node.post_until_kept("b", "c") == [("posted", 3), ("posted", 4)]
+    assert node.store.epoch != epoch
+    assert node.texts() == ["b", "c"]
+    assert node.interruptions == 1
+
+
+def test_who_reads_a_log_that_was_deleted_is_refused_and_then_reads_the_new_one(one, node):
+    node = node(one.url)
+    node.post("a")
+    one.flush()
+    with pytest.raises(LogUnavailable, match="lost messages"):
+        node.read()
+    node.up()
+    until(node.loop, lambda: node.interruptions)
+    assert node.read() == Page([*SEED], 1, 2)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """The feed may be silent for as long as it likes, so that it is something else that tells."""
+    monkeypatch.setattr(redis_module, "SILENCE_SECONDS", 100)
+
+
+def test_a_post_is_not_kept_in_a_history_that_the_node_does_not_know(one, node, patient):
+    node = node(one.url, times=1)
+    node.post("a")
+    one.call("HSET", LOG, "epoch", "other")
+    assert node.post("b", label=True) == [UNAVAILABLE]
+    assert one.call("HGET", HEADS, "main") == b"3"
+    node.up()
+    assert (node.store.epoch, node.interruptions) == ("other", 1)
+    assert node.post("b", label=True) == [("posted", 4)]
+
+
+def test_a_post_is_not_kept_in_a_log_that_is_behind_what_the_node_knows(one, node, patient):
+    node = node(one.url, times=1)
+    node.post("a", "b")
+    one.call("HSET", LOG, "seq", 1)
+    assert node.post("c") == [UNAVAILABLE]
+    assert one.call("HGET", HEADS, "main") == b"4"
+    one.call("HSET", LOG, "seq", 2)
+    assert node.up().post("d") == [("posted", 5)]
+
+
+def test_a_feed_that_names_another_history_is_not_told(one, node, patient):
+    node = node(one.url, times=1)
+    node.post("a")
+    one.call("HSET", LOG, "epoch", "other")
+    one.call("XADD", FEED, "2-2000000000000000", "e", "other", "r", "main", "n", "4", "u", "bob", "m", "b")
+    until(node.loop, lambda: node.store.epoch == "other")
+    assert (node.heard(), node.interruptions) == (["a"], 1)
+    node.up()
+
+
+class Split(Link):
+    """Its feed comes by a way of its own."""
+
+    def __init__(self, asking, feed, loop):
+        super().__init__(Address.parse(asking), loop)
+        self._asking, self._feed = map(Address.parse, (asking, feed))
+
+    def dial(self, *scripts):
+        self.address = self._asking if scripts else self._feed
+        return super().dial(*scripts)
+
+
+@pytest.fixture
+def untold(node, loop):
+    """What makes a node to which posts are answered, and the feed does not come."""
+
+    def make(redis, asking, feed):
+        made = node(None, link=Split(asking, feed.url(), loop), times=1)
+        made.post("a")
+        feed.stall()
+        posters = made.start("b", "c", label=True)
+        until(loop, lambda: redis.call("HGET", HEADS, "main") == b"5")
+        pages = []
+        made.store.read("main", None, 10).addBoth(pages.append)
+        until(loop, lambda: len(made.store._due) == 3)
+        assert all(poster.events == [] for poster in posters)
+        assert pages == []
+        return made, posters, pages
+
+    return make
+
+
+def test_a_post_that_was_kept_and_not_told_when_the_session_ends_is_in_doubt(one, untold):
+    with Proxy(one.port) as feed:
+        node, posters, pages = untold(one, one.url, feed)
+        feed.cut()
+        node.settle()
+        assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+        assert pages[0].check(LogUnavailable)
+        feed.go_on()
+        assert node.post_until_kept("b", "c") == [("duplicate", 4), ("duplicate", 5)]
+        node.hears("a", "b", "c")
+        assert node.interruptions == 0
+        assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+
+
+def test_a_post_that_was_kept_and_lost_is_in_doubt_even_if_another_has_its_number(tmp_path, untold, node):
+    with durable(tmp_path / "data") as redis, Proxy(redis.port) as asking, Proxy(redis.port) as feed:
+        other = node(redis.url)
+        redis.copy(tmp_path / "copy")
+        knows, posters, _ = untold(redis, asking.url(), feed)
+        other.close()
+        asking.refuse()
+        feed.refuse()
+        redis.roll_back(tmp_path / "copy")
+        node(redis.url).post("x", "y", "z")
+        asking.go_on()
+        feed.go_on()
+        knows.settle()
+        assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+        until(knows.loop, lambda: knows.interruptions == 1)
+        assert knows.post_until_kept("b", "c") == [("posted", 6), ("posted", 7)]
+
+
+def test_a_post_that_was_kept_and_deleted_before_it_was_told_is_in_doubt(one, untold):
+    with Proxy(one.port) as feed:
+        node, posters, pages = untold(one, one.url, feed)
+        one.flush()
+        feed.go_on()
+        node.settle()
+        # Redis may have sent the first entry to whoever waited for one, before all was deleted.
+        first, second = map(outcome, posters)
+        assert first == (("posted", 4) if "b" in node.heard() else DOUBT)
+        assert second == DOUBT
+        assert pages[0].check(LogUnavailable)
+        until(node.loop, lambda: node.interruptions == 1)
+        assert node.post_until_kept("b") == [("posted", 3)]
+
+
+def test_what_was_given_up_is_not_told_again_when_the_feed_comes(one, untold):
+    with Proxy(one.port) as feed:
+        node, posters, pages = untold(one, one.url, feed)
+        node.store.abandon()
+        assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+        feed.go_on()
+        node.hears("a", "b", "c")
+        assert [entry.message for entry in pages[0].entries][2:] == ["a", "b", "c"]
+        assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+
+
+def test_a_page_that_is_ahead_of_the_feed_waits_for_it(one, node, loop):
+    # Else a client might see a message of which this node would not know that it is lost, if it is.
+    with Proxy(one.port) as feed:
+        far, near = node(None, link=Split(one.url, feed.url(), loop), times=1), node(one.url)
+        feed.stall()
+        near.post("a")
+        pages = []
+        far.store.read("main", None, 10).addCallback(pages.append)
+        until(loop, lambda: far.store._due)
+        assert pages == []
+        feed.go_on()
+        until(loop, lambda: pages)
+        assert pages[0].entries == [*SEED, *(entry for _, _, entry in far.events)]
+        assert far.heard() == ["a"]
+
+
+def test_what_was_given_up_and_is_answered_then_is_told_to_nobody_who_posted(one, node):
+    node = node(one.url)
+    (poster,) = node.start("a")
+    node.store.abandon()
+    node.hears("a")
+    assert outcome(poster) == DOUBT
+    assert node.store.settled().called
+    assert node.post("b") == [("posted", 4)]
+
+
+def test_what_is_trimmed_while_the_feed_does_not_come_is_not_waited_for_for_ever(one, node, loop):
+    with Proxy(one.port) as feed:
+        time = ManualTime()
+        node = node(None, link=Split(one.url, feed.url(), loop), retain="1d", now=time, times=1)
+        node.post("a")
+        feed.stall()
+        time.advance(2 * DAY)
+        trimmed = node.store.trim()
+        until(loop, lambda: node.store._due)
+        feed.cut()
+        wait_in(loop, trimmed)
+
+
+# Nothing was lost
+
+
+def test_after_a_cut_the_tail_goes_on_where_it_was(one, proxy, node):
+    far, near = node(proxy.url()), node(one.url)
+    epoch = far.store.epoch
+    far.post("a")
+    proxy.refuse()
+    proxy.cut()
+    far.down()
+    near.post("b", "c", room="main")
+    near.post("d", room="other")
+    proxy.go_on()
+    far.hears("a", "b", "c")
+    far.hears("d", room="other")
+    near.post("e")
+    far.hears("a", "b", "c", "e")
+    assert (far.store.epoch, far.interruptions) == (epoch, 0)
+    assert far.up().store.fault is None
+
+
+def test_who_missed_more_than_the_feed_keeps_reads_anew_and_goes_on(tmp_path, binary, node, monkeypatch):
+    monkeypatch.setattr(redis_module, "FEED", 5)
+    with Redis(tmp_path / "data", binary=binary, **EXACT) as redis, Proxy(redis.port) as proxy:
+        far, near = node(proxy.url()), node(redis.url)
+        epoch = far.store.epoch
+        far.post("a")
+        proxy.refuse()
+        proxy.cut()
+        far.down()
+        for number in range(20):
+            near.post(f"{number}")  # one by one, or it would miss some itself
+        proxy.go_on()
+        far.hears("a", *map(str, range(15, 20)))
+        assert far.events[1] == ("interrupted",)
+        near.post("b")
+        far.hears("a", *map(str, range(15, 20)), "b")
+        assert far.interruptions == 1
+        assert far.store.epoch == near.store.epoch == epoch
+        assert near.interruptions == 0
+        assert far.post("c") == [("posted", 25)]
+
+
+def test_who_missed_just_what_the_feed_keeps_goes_on(tmp_path, node, monkeypatch):
+    monkeypatch.setattr(redis_module, "FEED", 5)
+    with Redis(tmp_path / "data", **EXACT) as redis, Proxy(redis.port) as proxy:
+        far, near = node(proxy.url()), node(redis.url)
+        far.post("a")
+        proxy.refuse()
+        proxy.cut()
+        far.down()
+        near.post(*"bcdef")
+        assert redis.call("XLEN", FEED) == 5
+        proxy.go_on()
+        far.hears(*"abcdef")
+        assert far.interruptions == 0
+
+
+# Faults: a server that ends, or is silent
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_a_server_that_is_restarted_in_the_midst_of_posts_has_each_of_them_once(tmp_path, binary, node, end):
+    fsync = "always" if end == "kill" else "everysec"
+    with Redis(tmp_path / "data", binary=binary, appendonly=True, fsync=fsync) as redis:
+        first, second = node(redis.url), node(redis.url)
+        epoch = first.store.epoch
+        texts = [f"{number}" for number in range(300)]
+        posters = first.start(*texts[:200], label=True)
+        until(first.loop, lambda: posters[20].events)
+        posters += first.start(*texts[200:], label=True)
+        getattr(redis, end)()
+        first.settle()
+        posted = [poster.numbers[0] for poster in posters if poster.numbers]
+        assert 20 < len(posted) <= 200
+        assert posted == [*range(3, 3 + len(posted))]
+        assert {outcome(poster) for poster in posters if not poster.numbers} == {DOUBT}
+        assert "cannot be reached" in first.fails(f"{LOCAL}:{redis.port}")
+        assert first.post("x") == [UNAVAILABLE]
+        with pytest.raises(LogUnavailable, match="cannot be reached"):
+            first.read()
+        redis.start()
+        first.post_until_kept(*texts)
+        kept = first.texts()
+        assert sorted(kept) == sorted(texts)
+        assert kept[: len(posted)] == texts[: len(posted)]
+        first.hears(*kept)
+        second.hears(*kept)
+        assert (first.store.epoch, first.interruptions, second.interruptions) == (epoch, 0, 0)
+
+
+def test_a_server_that_pauses_has_what_was_in_doubt_once(tmp_path, node):
+    with Redis(tmp_path / "data") as redis:
+        first, second = node(redis.url), node(redis.url)
+        first.post("a")
+        redis.pause()
+        posters = first.start("b", "c", label=True)
+        reading = first.store.read("main", None, 10)
+        first.settle()
+        assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+        with pytest.raises(LogUnavailable):
+            wait_in(first.loop, reading)
+        assert "cannot be reached" in first.down()
+        redis.go_on()
+        first.post_until_kept("b", "c")
+        first.hears("a", "b", "c")
+        second.hears("a", "b", "c")
+        assert first.texts() == ["a", "b", "c"]
+        assert (first.interruptions, second.interruptions) == (0, 0)
+
+
+@pytest.mark.parametrize("how", ["stall", "cut", "refuse and cut"])
+def test_a_node_that_is_cut_off_has_each_post_once_when_it_is_back(one, proxy, node, how):
+    far, near = node(proxy.url()), node(one.url)
+    far.post("a")
+    texts = [f"{number}" for number in range(50)]
+    posters = far.start(*texts, label=True)
+    for what in how.split(" and "):
+        getattr(proxy, what)()
+    far.settle()
+    assert {outcome(poster) for poster in posters if not poster.numbers} <= {DOUBT, UNAVAILABLE}
+    near.post("b")
+    proxy.go_on()
+    far.post_until_kept(*texts)
+    kept = near.texts()
+    assert sorted(kept) == sorted(["a", "b", *texts])
+    far.hears(*kept)
+    near.hears(*kept)
+    assert (far.interruptions, near.interruptions) == (0, 0)
+    assert far.up().store.fault is None
+    assert far.store.commits.buckets()[-1][1] >= 51
+
+
+def test_the_asking_connection_may_end_while_the_feed_is_begun(one, node, loop):
+    with Proxy(one.port) as asking, Proxy(one.port) as feed:
+        node = node(None, link=Split(asking.url(), feed.url(), loop), at_once=True, times=1)
+        feed.stall()
+        until(loop, lambda: node.store._lines)
+        line = node.store._lines[0]
+        asking.cut()
+        until(loop, lambda: line.reason is not None)
+        feed.go_on()
+        until(loop, lambda: node.opened.called)
+        node.up()
+        assert node.post("a") == [("posted", 3)]
+
+
+def test_the_first_connection_may_come_late(tmp_path, node, events):
+    with Redis(tmp_path / "data") as redis:
+        redis.kill()
+        node = node(redis.url, at_once=True)
+        assert node.store.fault == "it is not open yet"
+        assert node.post("a") == [UNAVAILABLE]
+        assert node.fails("refused") == (
+            f"the log at {LOCAL}:{redis.port} cannot be reached "
+            "(Connection was refused by other side: 111: Connection refused)"
+        )
+        redis.start()
+        wait_in(node.loop, node.opened)
+        assert node.store.fault is None
+        assert node.post("a") == [("posted", 3)]
+        assert [event["log_format"] for event in events if event["log_level"] > LogLevel.info] == ["{fault}: {remedy}"]
+
+
+# Faults: a server that refuses
+
+
+def set_config(redis, **directives):
+    for name, value in directives.items():
+        redis.call("CONFIG", "SET", name.replace("_", "-"), value)
+
+
+@contextlib.contextmanager
+def out_of_memory(redis):
+    set_config(redis, maxmemory=1)
+    yield "OOM"
+    set_config(redis, maxmemory=0)
+
+
+@contextlib.contextmanager
+def without_replicas(redis):
+    set_config(redis, min_replicas_to_write=1)
+    yield "NOREPLICAS"
+    set_config(redis, min_replicas_to_write=0)
+
+
+@contextlib.contextmanager
+def without_disk(redis):
+    (redis.folder / "dump.rdb").mkdir()
+    set_config(redis, save="3600 1")
+    redis.call("BGSAVE")
+    redis.log.wait("Background saving error")
+    with redis.client() as client:
+        while redis.info("persistence")["rdb_last_bgsave_status"] != "err":
+            client.call("PING")
+    yield "MISCONF"
+    set_config(redis, save="")
+
+
+@contextlib.contextmanager
+def busy(redis):
+    with redis.client() as client:
+        set_config(redis, lua_time_limit=1)
+        client.send("EVAL", "while true do end", 0)
+        redis.log.wait("Slow script detected|Lua slow script")
+        yield "BUSY"
+        redis.call("SCRIPT", "KILL")
+
+
+@contextlib.contextmanager
+def closed(redis):
+    set_config(redis, requirepass="secret")
+    redis.password = "secret"
+    redis.call("CLIENT", "KILL", "TYPE", "normal")
+    yield "NOAUTH"
+    set_config(redis, requirepass="")
+    redis.password = None
+
+
+@contextlib.contextmanager
+def taken(redis):
+    redis.call("RENAME", FEED, "{chatd}:away")
+    redis.call("SET", FEED, "mine")
+    yield "WRONGTYPE"
+    redis.call("RENAME", "{chatd}:away", FEED)
+
+
+@pytest.mark.parametrize("fault", [out_of_memory, without_replicas, without_disk, busy, closed, taken])
+def test_a_server_that_refuses_what_is_posted_has_nothing_of_it_and_goes_on_when_it_is_well(
+    tmp_path, binary, node, fault, events
+):
+    with Redis(tmp_path / "data", binary=binary) as redis:
+        node = node(redis.url)
+        epoch = node.store.epoch
+        node.post("a")
+        with fault(redis) as code:
+            (refused,) = {*node.post("b", "b", label=True), *node.post("b", label=True)} - {DOUBT}
+            assert refused == UNAVAILABLE
+            words = node.fails(code)
+            assert f"{LOCAL}:{redis.port}" in words
+            assert "secret" not in words
+            before = len(events)
+            for _ in range(5):
+                node.post("b")
+            assert len(events) - before < 5
+        node.up()
+        assert node.texts() == ["a"]
+        assert node.post("b", label=True) == [("posted", 4)]
+        node.hears("a", "b")
+        assert (node.store.epoch, node.interruptions) == (epoch, 0)
+
+
+@pytest.mark.parametrize("fault", [out_of_memory, without_replicas, without_disk])
+def test_who_cannot_write_can_read_and_is_well_again_without_a_post(one, node, fault):
+    node = node(one.url)
+    node.post("a")
+    with fault(one):
+        assert node.post("b") == [UNAVAILABLE]
+        for _ in range(2):  # also after it was seen whether the log is there
+            asked = int(one.info("commandstats")["cmdstat_evalsha"].partition("=")[2].partition(",")[0])
+            until(
+                node.loop,
+                lambda asked=asked: (
+                    int(one.info("commandstats")["cmdstat_evalsha"].partition("=")[2].partition(",")[0]) > asked
+                ),
+            )
+            turn(node.loop)
+        assert node.store.fault is not None
+        assert node.texts() == ["a"]
+        assert node.store.commits.buckets()[-1][1] == 2  # failed ones too
+    node.up()
+
+
+def test_the_scripts_may_be_forgotten_by_the_server(one, node):
+    node = node(one.url)
+    node.post("a")
+    one.call("SCRIPT", "FLUSH")
+    assert {*node.post(*map(str, range(5)))} <= {UNAVAILABLE, DOUBT}
+    node.post_until_kept("b")
+    assert node.texts() == ["a", "b"]
+    one.call("SCRIPT", "FLUSH")
+    with pytest.raises(LogUnavailable, match="NOSCRIPT"):
+        node.read()
+    node.up()
+    one.call("SCRIPT", "FLUSH")
+    node.fails("NOSCRIPT")  # by itself
+    node.up()
+    node.hears("a", "b")
+    assert node.interruptions == 0
+
+
+@pytest.mark.parametrize("key", ["{chatd}:room:other", "{chatd}:label"])
+def test_somebody_elses_key_keeps_out_what_belongs_there_and_nothing_else(tmp_path, binary, node, key, loop):
+    with Redis(tmp_path / "data", binary=binary) as redis:
+        node = node(redis.url)
+        if key.endswith("label"):
+            node.post("x", room="other", label=True)
+            ((key,), head) = redis.call("KEYS", "{chatd}:label:*"), 1
+            redis.call("DEL", key)
+            redis.call("HSET", key, "mine", "1")
+        else:
+            head = 0
+            redis.call("SET", key, "mine")
+        asking = node.store._asking
+        assert node.post("x", room="other", label=True) == [UNAVAILABLE]
+        assert "WRONGTYPE" in node.store.fault
+        assert node.post("a") == [("posted", 3)]
+        assert node.store._asking is asking
+        redis.call("DEL", key)
+        # It has taken no number.
+        assert node.post("x", room="other", label=True) == [("posted", head + 1)]
+
+
+@pytest.mark.parametrize("key", [LOG, HEADS, FEED, "{chatd}:room:main"])
+def test_a_log_whose_place_somebody_else_has_taken_opens_when_that_is_gone(one, node, key):
+    one.call("SET", key, "mine")
+    node = node(one.url, at_once=True)
+    node.fails("WRONGTYPE")
+    one.call("DEL", key)
+    wait_in(node.loop, node.opened)
+    assert node.read() == Page([*SEED], 1, 2)
+    assert node.post("a") == [("posted", 3)]
+
+
+def test_a_log_that_cannot_be_trimmed_goes_on(one, node, events):
+    node = node(one.url, retain="2")
+    node.post("x", room="other")
+    one.call("RENAME", "{chatd}:room:other", "{chatd}:away")
+    one.call("SET", "{chatd}:room:other", "mine")
+    wait_in(node.loop, node.store.trim())
+    assert any(event["log_format"].startswith("old messages are not removed") for event in events)
+    assert node.post("a") == [("posted", 3)]
+
+
+def test_only_so_many_posts_are_on_their_way(one, node, monkeypatch):
+    monkeypatch.setattr(redis_module, "MAX_PENDING", 5)
+    node = node(one.url)
+    outcomes = node.post(*map(str, range(7)))
+    assert outcomes == [("posted", number) for number in range(3, 8)] + [UNAVAILABLE] * 2
+    assert node.post("x") == [("posted", 8)]
+
+
+def test_a_fault_is_logged_when_its_words_change_and_not_else(tmp_path, node, events):
+    with Redis(tmp_path / "data") as redis:
+        first = node(redis.url)
+        redis.kill()
+        first.fails("refused")
+        for _ in range(20):
+            turn(first.loop)
+        logged = [event for event in events if event["log_level"] >= LogLevel.error]
+        assert len(logged) <= 2  # that it was lost, and that it cannot be reached
+        redis.start()
+        first.up()
+        assert events[-1]["log_format"] == "the log at {address} is there again"
+
+
+def test_what_nobody_foresaw_is_logged_once_and_the_node_goes_on(one, node, events):
+    node = node(one.url)
+    error = ZeroDivisionError("what nobody foresaw")
+    node.store.lobby.tick, tick = lambda: None, node.store.lobby.tick
+
+    def broken(*_):
+        raise error
+
+    node.store._come = broken
+    node.fails("what nobody foresaw")
+    for _ in range(10):
+        turn(node.loop)
+    failures = [event for event in events if event.get("log_failure")]
+    assert [failure["log_failure"].value for failure in failures] == [error]
+    for failure in failures:
+        events.remove(failure)
+    del node.store._come
+    node.store.lobby.tick = tick
+    node.up()
+    assert node.post("a") == [("posted", 3)]
+
+
+def test_a_poster_that_fails_is_logged_and_the_others_are_told(one, node, events):
+    node = node(one.url)
+
+    class Broken(RecordingPoster):
+        def refused(self, post, error):
+            raise ZeroDivisionError
+
+    one.call("HSET", LOG, "epoch", "other")
+    node.store.append("main", Post("ann", "a"), Broken())
+    until(node.loop, lambda: any(event.get("log_failure") for event in events))
+    events[:] = [event for event in events if not event.get("log_failure")]
+    node.up()
+    assert node.post("b") == [("posted", 3)]
+
+
+# Who wrote it
+
+
+def test_a_log_that_only_newer_code_can_read_is_not_opened(one, node):
+    old = node(one.url)
+    old.post("a")
+    one.call("HSET", LOG, "readable_since", FORMAT + 1, "written", FORMAT + 3)
+    new = node(one.url, at_once=True)
+    for each in (new, old):
+        fault = each.fails("newer chatd")
+        assert fault == (
+            f"the log at {LOCAL}:{one.port} was written by a newer chatd, in format {FORMAT + 3}, which format "
+            f"{FORMAT} cannot read: run that version again"
+        )
+        assert each.post("b") == [UNAVAILABLE]
+    assert not new.opened.called
+    assert one.call("HGET", LOG, "written") == str(FORMAT + 3).encode()
+
+
+def test_a_log_that_newer_code_has_written_and_this_can_read_is_used(one, node):
+    first = node(one.url)
+    first.post("a", label=True)
+    one.call("HSET", LOG, "written", FORMAT + 1, "more", "x")
+    one.call("XADD", "{chatd}:room:main", "4-2000000000000000", "u", "bob", "m", "b", "more", "x")
+    one.call("HSET", HEADS, "main", 4)
+    one.call("HSET", LOG, "seq", 2, "stamped", 2000000000000000)
+    epoch = first.store.epoch
+    one.call("XADD", FEED, "2-2000000000000000", "e", epoch, "r", "main", "n", 4, "u", "bob", "m", "b", "more", "x")
+    first.hears("a", "b")
+    second = node(one.url)
+    assert second.texts() == ["a", "b"]
+    assert second.post("c") == [("posted", 5)]
+    assert one.call("HGET", LOG, "written") == str(FORMAT + 1).encode()
+    assert second.store.epoch == epoch
+
+
+def test_a_log_says_in_which_format_it_is(one, node):
+    node(one.url)
+    assert one.call("HMGET", LOG, "written", "readable_since") == [b"1", b"1"]
+
+
+def test_a_store_says_nothing_of_its_size(one, node):
+    assert node(one.url).store.usage() == {}
+
+
+# Settling and closing
+
+
+def test_all_is_settled_when_nothing_is_on_its_way(one, node):
+    node = node(one.url)
+    assert node.store.settled().called
+    poster = node.start("a")[0]
+    settled = [node.store.settled(), node.store.settled()]
+    assert not any(each.called for each in settled)
+    node.start("b")
+    wait_in(node.loop, settled[1])
+    assert settled[0].called
+    assert poster.numbers == [3]
+
+
+def test_it_is_closed_before_it_was_connected(one, node):
+    node = node(one.url, at_once=True)
+    node.close()
+    assert not node.opened.called
+    assert node.post("a") == [UNAVAILABLE]
+    with pytest.raises(LogUnavailable):
+        node.read()
+    wait_in(node.loop, node.store.trim())
+
+
+@pytest.mark.parametrize("turns", range(14))
+def test_it_is_closed_at_any_time(one, node, turns):
+    node = node(one.url, at_once=True)
+    for _ in range(turns):
+        node.loop.doIteration(0.01)
+        node.loop.runUntilCurrent()
+    node.close()
+
+
+def test_it_is_closed_while_a_server_does_not_answer(one, proxy, node):
+    proxy.stall()
+    node = node(proxy.url(), at_once=True)
+    until(node.loop, lambda: len(node.loop.getReaders()) > 1)
+    node.close()
+
+
+def test_it_is_closed_while_a_server_lets_nobody_in(node):
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.socket())
+        listening.bind((LOCAL, 0))
+        listening.listen(0)
+        stack.enter_context(socket.create_connection(listening.getsockname()))  # now it is full
+        node = node(f"redis://{LOCAL}:{listening.getsockname()[1]}", at_once=True)
+        for _ in range(3):
+            turn(node.loop)
+        node.close()
+
+
+def test_it_is_closed_while_it_waits_to_come_again(tmp_path, node, monkeypatch):
+    monkeypatch.setattr(redis_module, "RETRY_SECONDS", (1000, 1000))
+    with Redis(tmp_path / "data") as redis:
+        redis.kill()
+        node = node(redis.url, at_once=True)
+        node.fails("refused")
+        node.close()
+
+
+def test_it_is_closed_in_the_turn_in_which_the_session_ends(one, node):
+    node = node(one.url)
+    node.store._drop()
+    node.close()
+
+
+def test_it_is_closed_while_the_connections_of_a_session_that_failed_are_going(one, node):
+    node = node(one.url)
+    one.call("HSET", LOG, "epoch", "other")
+    poster = node.start("a")[0]
+    until(node.loop, lambda: poster.events)
+    node.close()
+
+
+def test_who_closes_waits_for_posts_on_a_server_that_does_not_answer_only_so_long(one, proxy, node):
+    node = node(proxy.url())
+    proxy.stall()
+    (poster,) = node.start("a")
+    node.close()
+    assert outcome(poster) == DOUBT
+
+
+def test_what_is_given_up_is_told_at_once_and_then_it_is_closed(one, proxy, node):
+    node = node(proxy.url(), times=1)
+    proxy.stall()
+    posters = node.start("a", "b")
+    node.store.abandon()
+    assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+    assert node.store.settled().called
+    node.store.lobby.left()  # which would have its farewell heard
+    node.close()
+
+
+def test_it_is_closed_twice(one, node):
+    node = node(one.url)
+    node.post("a")
+    node.close()
+    node.close()
+
+
+# A cluster, and a replica
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+def test_a_node_finds_the_primary_of_a_cluster_from_its_replica(cluster, node):
+    first, second = node(cluster.replica.url), node(cluster.url)
+    assert first.store.epoch == second.store.epoch
+    assert first.post("a", label=True) == [("posted", 3)]
+    second.hears("a")
+    epoch = first.store.epoch
+    texts = [f"{number}" for number in range(100)]
+    posters = first.start(*texts, label=True)
+    until(first.loop, lambda: posters[0].events)
+    cluster.failover()
+    first.post_until_kept(*texts)
+    kept = second.up().texts()
+    assert sorted(kept) == sorted(["a", *texts])
+    first.hears(*kept)
+    second.hears(*kept)
+    assert (first.store.epoch, first.interruptions, second.interruptions) == (epoch, 0, 0)
+
+
+def test_a_node_that_starts_at_a_plain_replica_goes_to_its_primary(tmp_path, binary, node):
+    with (
+        Redis(tmp_path / "primary", binary=binary) as primary,
+        Redis(tmp_path / "replica", binary=binary, replica_of=primary) as replica,
+    ):
+        node = node(replica.url)
+        assert node.post("a") == [("posted", 3)]
+        assert primary.call("HGET", HEADS, "main") == b"3"
+        # They change places.
+        primary.settle()
+        replica.promote()
+        primary.follow(replica)
+        assert node.post_until_kept("b") == [("posted", 4)]
+        assert replica.call("HGET", HEADS, "main") == b"4"
+        node.hears("a", "b")
+        assert node.interruptions == 0

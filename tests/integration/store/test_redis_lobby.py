@@ -1,0 +1,258 @@
+"""Who is in which room at which node, told through a real Redis; time is turned on by hand."""
+
+import pytest
+from support import loops
+from support.redises import Redis, each_binary
+from test_store_redis import wait_in
+from twisted.internet.defer import Deferred
+
+from chatd.room.presence import Here
+from chatd.store.base import Retention
+from chatd.store.redis import lobby as redis_lobby
+from chatd.store.redis.link import Address, Link
+from chatd.store.redis.lobby import BEAT_SECONDS, LIVE_SECONDS
+from chatd.store.redis.store import RedisStore
+
+ANN, BOB = Here(1, frozenset({"ann"})), Here(2, frozenset({"bob", "bo"}))
+NOBODY = Here(0, frozenset())
+
+
+class Guest:
+    """One node of the rooms, by what it was told."""
+
+    def __init__(self, store):
+        self.store = store
+        self.told = []
+        store.lobby.follow(self)
+
+    @property
+    def node(self):
+        return self.store.lobby.node
+
+    def elsewhere(self, room, node, here):
+        self.told.append((room, node, here))
+
+    def typing(self, room, usernames):
+        self.told.append((room, usernames))
+
+    def gone(self, node):
+        self.told.append(node)
+
+
+class Nodes:
+    """Nodes on one Redis."""
+
+    def __init__(self, loop, server):
+        self.loop = loop
+        self.server = server
+        self.open = []
+
+    def add(self):
+        """One more, which is open."""
+        store = RedisStore(Link(Address.parse(self.server.url), self.loop), Retention())
+        guest = Guest(store)
+        self.wait(store.open(()))
+        self.open.append(guest)
+        return guest
+
+    def wait(self, deferred):
+        return wait_in(self.loop, deferred)
+
+    def until(self, predicate):
+        """Run the reactor until something holds."""
+        held = Deferred()
+
+        def look():
+            if predicate():
+                held.callback(None)
+            else:
+                self.loop.callLater(0.005, look)
+
+        look()
+        self.wait(held)
+
+    def hears(self, guest, *told):
+        """Wait for what a node is told next."""
+        self.until(lambda: len(guest.told) >= len(told))
+        heard, guest.told[:] = guest.told[: len(told)], guest.told[len(told) :]
+        assert heard == [*told]
+
+    def answered(self, guest):
+        """Wait until a node has been answered all that it asked."""
+        self.until(lambda: not guest.store._asking.replyQueue.waiting)
+
+    def close(self, guest):
+        self.open.remove(guest)
+        self.wait(guest.store.close())
+
+    def kill(self, guest):
+        """Let a node go without a word."""
+        self.open.remove(guest)
+        guest.store.lobby._line = None
+        self.wait(guest.store.close())
+
+
+@pytest.fixture
+def loop():
+    with loops.reactor() as loop:
+        loop.startRunning(installSignalHandlers=False)
+        yield loop
+        loop.fireSystemEvent("shutdown")
+
+
+@each_binary
+def server(request, tmp_path):
+    with Redis(tmp_path, binary=request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def nodes(loop, server):
+    nodes = Nodes(loop, server)
+    yield nodes
+    for guest in [*nodes.open]:
+        nodes.close(guest)
+
+
+def test_what_a_node_reports_is_told_to_the_others_and_not_to_itself(nodes):
+    one, two, three = (nodes.add() for _ in range(3))
+    one.store.lobby.report("main", ANN, ())
+    one.store.lobby.tick()
+    for other in (two, three):
+        nodes.hears(other, ("main", one.node, ANN))
+    two.store.lobby.report("main", BOB, ["bob"])
+    two.store.lobby.tick()
+    nodes.hears(one, ("main", two.node, BOB), ("main", ["bob"]))
+    nodes.hears(three, ("main", two.node, BOB), ("main", ["bob"]))
+    nodes.hears(two, ("main", one.node, ANN))
+    assert one.told == two.told == three.told == []
+
+
+def test_who_reports_of_a_room_is_told_who_is_there_elsewhere(nodes):
+    one = nodes.add()
+    one.store.lobby.report("main", ANN, ())
+    one.store.lobby.report("other", BOB, ())
+    one.store.lobby.tick()
+    nodes.answered(one)
+    late = nodes.add()
+    late.store.lobby.report("main", BOB, ())
+    late.store.lobby.tick()
+    nodes.hears(late, ("main", one.node, ANN))
+
+
+def test_too_many_names_are_told_by_their_number(nodes):
+    one, two = nodes.add(), nodes.add()
+    one.store.lobby.report("main", Here(300, None), ())
+    one.store.lobby.tick()
+    nodes.hears(two, ("main", one.node, Here(300, None)))
+
+
+def test_much_is_said_once_and_the_latest(nodes):
+    one, two = nodes.add(), nodes.add()
+    for here in (ANN, NOBODY, BOB):
+        one.store.lobby.report("main", here, ["ann"])
+    one.store.lobby.report("main", BOB, ["bob", "ann"])
+    one.store.lobby.report("other", NOBODY, ())
+    one.store.lobby.tick()
+    nodes.hears(two, ("main", one.node, BOB), ("main", ["ann", "bob"]), ("other", one.node, NOBODY))
+    one.store.lobby.tick()
+    one.store.lobby.report("last", ANN, ())
+    one.store.lobby.tick()
+    nodes.hears(two, ("last", one.node, ANN))
+
+
+def test_a_node_that_stops_says_before_that_nobody_is_there(nodes, server):
+    one, two = nodes.add(), nodes.add()
+    one.store.lobby.report("main", ANN, ())
+    one.store.lobby.tick()
+    nodes.hears(two, ("main", one.node, ANN))
+    one.store.lobby.report("main", NOBODY, ())
+    nodes.close(one)
+    nodes.hears(two, ("main", one.node, NOBODY))
+    assert server.call("KEYS", "{chatd}:here:*") == []
+    assert server.call("KEYS", "{chatd}:node:*") == []
+
+
+def test_a_node_that_dies_is_gone_when_it_has_not_been_heard_of_for_a_while(nodes, server):
+    one, two = nodes.add(), nodes.add()
+    for guest, here in ((one, ANN), (two, BOB)):
+        guest.store.lobby.report("main", here, ())
+        guest.store.lobby.tick()
+        nodes.answered(guest)
+    nodes.until(lambda: ("main", one.node, ANN) in two.told)
+    nodes.kill(one)
+    life = f"{{chatd}}:node:{one.node}"
+    assert LIVE_SECONDS * 500 < server.call("PTTL", life) <= LIVE_SECONDS * 1000
+    for _ in range(BEAT_SECONDS):
+        two.store.lobby.tick()
+    nodes.answered(two)
+    assert one.node not in two.told
+    server.call("DEL", life)  # as time would
+    for _ in range(BEAT_SECONDS):
+        two.store.lobby.tick()
+    nodes.until(lambda: two.told[-1] == one.node)
+    # Nobody who comes later hears of it.
+    three = nodes.add()
+    three.store.lobby.report("main", ANN, ())
+    three.store.lobby.tick()
+    nodes.hears(three, ("main", two.node, BOB))
+    assert server.call("HLEN", "{chatd}:here:main") == 2
+
+
+def test_a_node_is_heard_of_although_nothing_changes(nodes, server):
+    one = nodes.add()
+    life = f"{{chatd}}:node:{one.node}"
+    for _ in range(2):
+        server.call("DEL", life)
+        for _ in range(BEAT_SECONDS):
+            one.store.lobby.tick()
+        nodes.until(lambda: server.call("EXISTS", life) == 1)
+
+
+def test_a_node_says_all_again_when_it_comes_back_to_redis(nodes, server):
+    one, two = nodes.add(), nodes.add()
+    for guest, here in ((one, ANN), (two, BOB)):
+        guest.store.lobby.report("main", here, ())
+        guest.store.lobby.tick()
+    nodes.hears(one, ("main", two.node, BOB))
+    server.kill()
+    nodes.until(lambda: one.store.fault and two.store.fault)
+    for guest in (one, two):
+        guest.store.lobby.tick()  # and fails at nothing
+        guest.told.clear()
+    server.start()
+    nodes.until(lambda: ("main", two.node, BOB) in one.told and ("main", one.node, ANN) in two.told)
+    assert server.call("HLEN", "{chatd}:here:main") == 2
+
+
+def test_what_redis_refuses_is_said_with_the_next_change(nodes, server):
+    one, two = nodes.add(), nodes.add()
+    server.call("CONFIG", "SET", "maxmemory", "1")
+    one.store.lobby.report("main", ANN, ())
+    for _ in range(BEAT_SECONDS):
+        one.store.lobby.tick()
+    nodes.answered(one)
+    server.call("CONFIG", "SET", "maxmemory", "0")
+    one.store.lobby.report("main", BOB, ())
+    one.store.lobby.tick()
+    nodes.hears(two, ("main", one.node, BOB))
+
+
+def test_a_lobby_without_a_session_says_nothing_and_ends(loop, server):
+    store = RedisStore(Link(Address.parse(server.url), loop), Retention())
+    store.lobby.report("main", ANN, ["ann"])
+    store.lobby.tick()
+    wait_in(loop, store.close())
+    assert server.call("KEYS", "*") == []
+
+
+def test_the_stream_is_bounded(nodes, server, monkeypatch):
+    monkeypatch.setattr(redis_lobby, "KEEP", 100)
+    one, two = nodes.add(), nodes.add()
+    for hundred in range(5):
+        rooms = [f"room-{100 * hundred + number}" for number in range(100)]
+        for room in rooms:
+            one.store.lobby.report(room, ANN, ())
+        one.store.lobby.tick()
+        nodes.hears(two, *[(room, one.node, ANN) for room in rooms])
+    assert server.call("XLEN", redis_lobby.STREAM) <= 200

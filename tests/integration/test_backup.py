@@ -1,0 +1,544 @@
+"""scripts/backup and scripts/restore, with the standard library alone, and around them real servers."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import secrets
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+
+import pytest
+from support.servers import LONG, ROOT, TEXT, Raw, Server, environment, frame, numbered, post, program, stored
+
+from chatd.store import base, sqlite
+
+SCRIPTS = ROOT / "scripts"
+PYTHON = (sys.executable, "-S", "-B")
+"""Python without any packages, which leaves no compiled files behind."""
+SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
+
+
+def run(name, *arguments, cwd, code=0, **changes):
+    """Run a script that must end with a code; answers what it says, or the one line that it fails with."""
+    result = subprocess.run(
+        [*PYTHON, SCRIPTS / name, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    if code == 0:
+        assert result.stderr == ""
+        return result.stdout
+    assert result.stdout == ""
+    assert re.fullmatch(rf"{name}: .+\n", result.stderr)
+    return result.stderr
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Loads a script as a module."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of what they share, too
+    yield lambda name: program(SCRIPTS / name)
+    sys.modules.pop("storefiles", None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder in which a server left a store with five messages."""
+    folder = tmp_path_factory.mktemp("made")
+    with Server(folder) as server:
+        say(server, "three", "four", "five")
+        server.stop()
+    return folder
+
+
+@pytest.fixture
+def store(made, tmp_path):
+    """A copy of that store, with its lock."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "chatd.sqlite"
+
+
+def say(server, *texts):
+    """Post, and wait until all is told."""
+    with Raw(server.port) as client:
+        client.join()
+        for text in texts:
+            client.send(post("ann", text))
+            assert client.json()["type"] == "message"
+
+
+def texts(path):
+    return [message for _, _, message, _ in stored(path)[1]]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def change(path, *statements):
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+
+
+# Under load
+
+
+class Poster(threading.Thread):
+    """Posts to a room, message after message, until told to stop; it knows the last that was acknowledged."""
+
+    def __init__(self, server, name, room):
+        super().__init__(daemon=True)
+        self.name, self.room = name, room
+        self._server = server
+        self._changed = threading.Condition()
+        self._stopping = False
+        self.acked = 0
+        """Of its own messages, which it numbers too."""
+        self.faults = []
+
+    def run(self):
+        with Raw(self._server.port) as client:
+            client.join(f"/rooms/{self.room}")
+            while not self._stopping and not self.faults:
+                text = str(self.acked + 1)
+                document = {"username": self.name, "message": text * 50, "label": text}
+                client.send(frame(TEXT, json.dumps(document).encode()))
+                while (said := client.json())["type"] == "message":
+                    pass
+                if said["type"] != "ack" or "duplicate" in said:
+                    self.faults.append(said)
+                with self._changed:
+                    self.acked += 1
+                    self._changed.notify_all()
+
+    def more(self):
+        """Wait until something that is posted from now on is acknowledged."""
+        with self._changed:
+            enough = self.acked + 2
+            assert self._changed.wait_for(lambda: self.acked >= enough or self.faults, LONG)
+
+    def stop(self):
+        self._stopping = True
+        self.join(LONG)
+        assert not self.is_alive()
+        assert self.faults == []
+
+
+def test_of_a_busy_server_each_backup_is_one_moment_of_its_log_and_no_post_fails_meanwhile(tmp_path):
+    path = tmp_path / "chatd.sqlite"
+    rooms = {"ann": "main", "bob": "main", "cy": "kitchen"}
+    with Server(tmp_path) as server:
+        posters = [Poster(server, name, room) for name, room in rooms.items()]
+        for poster in posters:
+            poster.start()
+        for poster in posters:
+            poster.more()
+        acked = []
+        for number in range(3):
+            acked.append({poster.name: poster.acked for poster in posters})
+            said = json.loads(run("backup", "--json", f"{number}.backup", cwd=tmp_path))
+            assert said["epoch"] == server.epoch
+            for poster in posters:
+                poster.more()
+        for poster in posters:
+            poster.stop()
+        final = {room: stored(path, room) for room in ("main", "kitchen")}
+        server.stop()
+    for number, before in enumerate(acked):
+        backup = tmp_path / f"{number}.backup"
+        for room, (epoch, rows) in final.items():
+            copied_epoch, copied = stored(backup, room)
+            assert copied_epoch == epoch
+            assert copied == rows[: len(copied)]
+            assert len(copied) < len(rows)
+            assert [row[0] for row in copied] == [*range(1, len(copied) + 1)]
+            for name in (name for name, its in rooms.items() if its == room):
+                assert [row[1] for row in copied].count(name) >= before[name], "what was acknowledged is in it"
+        with closing(sqlite3.connect(backup)) as db:
+            labels = db.execute("SELECT room, username, label FROM messages WHERE label IS NOT NULL").fetchall()
+            assert len({*labels}) == len(labels) > 0
+            heads = dict(db.execute("SELECT name, head FROM rooms"))
+            assert heads == {room: len(stored(backup, room)[1]) for room in final}
+
+
+def test_a_backup_comes_to_an_end_whatever_is_written_meanwhile(store, tmp_path, scripts, monkeypatch):
+    load = scripts("backup")
+    storefiles = sys.modules["storefiles"]
+    monkeypatch.setattr(storefiles, "PAGES", 1)
+    steps = []
+    with closing(sqlite3.connect(store, isolation_level=None)) as writer:
+
+        def tell(progress):
+            steps.append(progress)
+            assert len(steps) < 100
+            writer.execute("UPDATE rooms SET head = head + 1")
+
+        monkeypatch.setattr(storefiles, "tell", tell)
+        monkeypatch.setattr(sys, "argv", ["backup", f"--store={store}", str(tmp_path / "copy")])
+        assert load.main().startswith(f"{tmp_path}/copy: the log ")
+    percents = [int(step.removesuffix(" %")) for step in steps if step.endswith(" %")]
+    assert percents == sorted({*percents})
+    assert percents[-1] == 100
+    with closing(sqlite3.connect(tmp_path / "copy")) as db:
+        assert db.execute("SELECT head FROM rooms").fetchone() == (5,)
+
+
+# What a backup is
+
+
+def test_a_backup_says_what_is_in_it(store, tmp_path):
+    epoch, _ = stored(store)
+    size = store.stat().st_size
+    said = run("backup", "--store=chatd.sqlite", "one", cwd=tmp_path)
+    assert said == f"one: the log {epoch}, messages: 5, rooms: 1, {size >> 10} KiB\n"
+    assert json.loads(run("backup", "--json", "two", cwd=tmp_path)) == {
+        "path": "two",
+        "bytes": (tmp_path / "two").stat().st_size,
+        "epoch": epoch,
+        "readable_since": sqlite.READABLE_SINCE,
+        "rooms": 1,
+        "messages": 5,
+    }
+    assert stored(tmp_path / "one") == stored(tmp_path / "two") == stored(store)
+
+
+def test_the_store_that_is_copied_is_named_as_the_servers_is(store, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number, (arguments, changes) in enumerate([
+        ([f"--store={store}"], {}),
+        ([f"--store=sqlite:{store}"], {}),
+        ([], {"CHATD_STORE": f"sqlite:{store}"}),
+    ]):  # fmt: skip
+        run("backup", *arguments, number, cwd=elsewhere, **changes)
+        assert stored(elsewhere / str(number)) == stored(store)
+
+
+def test_a_backup_is_one_file_and_changes_nothing_of_the_store(store, tmp_path):
+    store.chmod(0o640)
+    before = names(tmp_path), store.read_bytes()
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    run("backup", "backups/a", cwd=tmp_path)
+    assert names(folder) == ["a"]
+    assert (folder / "a").stat().st_mode & 0o777 == 0o640
+    shutil.rmtree(folder)
+    assert (names(tmp_path), store.read_bytes()) == before
+
+
+def test_what_a_killed_server_left_in_its_log_is_in_the_backup(tmp_path):
+    with Server(tmp_path) as server:
+        say(server, "three")
+        server.kill()
+    assert (tmp_path / "chatd.sqlite-wal").stat().st_size
+    run("backup", "copy", cwd=tmp_path)
+    assert texts(tmp_path / "copy")[2:] == ["three"]
+
+
+def test_a_file_is_replaced_only_if_that_is_asked_for(store, tmp_path):
+    copy = tmp_path / "copy"
+    copy.write_text("precious")
+    line = run("backup", "copy", cwd=tmp_path, code=1)
+    assert line == "backup: copy is there already: name another file, or replace it with --force\n"
+    assert copy.read_text() == "precious"
+    run("backup", "--force", "copy", cwd=tmp_path)
+    assert len(texts(copy)) == 5
+    line = run("backup", "--force", "chatd.sqlite", cwd=tmp_path, code=1)
+    assert line == "backup: chatd.sqlite is the store itself: name another file\n"
+    assert names(tmp_path) == ["chatd.sqlite", "chatd.sqlite-lock", "copy"]
+
+
+def test_who_sits_at_a_terminal_sees_how_far_it_is(store, tmp_path):
+    terminal, end = pty.openpty()
+    with os.fdopen(terminal, "rb", buffering=0) as terminal:
+        with os.fdopen(end, "wb") as end:
+            command = [*PYTHON, SCRIPTS / "backup", "copy"]
+            subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=end, timeout=LONG, check=True)
+        shown = b""
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while data := terminal.read(1000):
+                shown += data
+    assert shown.replace(b"\r\x1b[K", b"|") == b"|100 %|verifying|"
+
+
+@pytest.mark.parametrize("name", ["backup", "restore"])
+def test_help_has_examples(name, tmp_path):
+    said = run(name, "--help", cwd=tmp_path)
+    assert f"\n  scripts/{name} " in said
+    assert "--force" in said
+
+
+# Restoring
+
+
+def test_what_is_restored_is_a_new_log_with_the_old_messages(tmp_path):
+    with Server(tmp_path) as server:
+        say(server, "three")
+        run("backup", "copy", cwd=tmp_path)
+        say(server, "lost", "lost too")
+        old, last = server.epoch, f"{server.epoch}-5"
+        server.kill()
+    said = run("restore", "--force", "copy", "chatd.sqlite", cwd=tmp_path)
+    new, aside = re.fullmatch(
+        rf"chatd\.sqlite: the log (\w+) \(it was {old}\), messages: 3, rooms: 1; "
+        r"what was there is (chatd\.sqlite\.before-restore-\d{8}T\d{6}\.\d{6}Z)\n",
+        said,
+    ).groups()
+    assert new != old
+    assert [entry[:3] for entry in stored(tmp_path / "chatd.sqlite")[1]] == [*SEED, (3, "ann", "three")]
+    with Server(tmp_path) as server:
+        assert server.epoch == new
+        with Raw(server.port) as client:
+            history = client.join(f"/?last_event_id={last}")
+            assert (history["id"], history["resumed"]) == (f"{new}-3", False)
+            assert numbered(history) == [*SEED, (3, "ann", "three")]
+            client.send(post("ann", "again"))
+            assert client.json()["id"] == f"{new}-4"
+        server.stop()
+    # And nothing is lost: what was there has its log still.
+    assert (tmp_path / f"{aside}-wal").stat().st_size
+    assert texts(tmp_path / aside)[2:] == ["three", "lost", "lost too"]
+    assert stored(tmp_path / aside)[0] == old
+
+
+def test_each_restore_is_another_log(store, tmp_path):
+    run("backup", "copy", cwd=tmp_path)
+    said = [json.loads(run("restore", "--json", "copy", f"{number}.sqlite", cwd=tmp_path)) for number in range(3)]
+    assert len({stored(store)[0], *(one["epoch"] for one in said)}) == 4
+    for number, one in enumerate(said):
+        assert one == {
+            "path": f"{number}.sqlite",
+            "epoch": stored(tmp_path / one["path"])[0],
+            "readable_since": sqlite.READABLE_SINCE,
+            "rooms": 1,
+            "messages": 5,
+            "epoch_before": stored(store)[0],
+            "kept": None,
+        }
+        assert stored(tmp_path / one["path"])[1] == stored(store)[1]
+    assert stored(tmp_path / "copy") == stored(store)
+
+
+def test_while_a_server_has_the_store_nothing_is_restored(tmp_path):
+    with Server(tmp_path) as server:
+        say(server, "three")
+        run("backup", "copy", cwd=tmp_path)
+        before = names(tmp_path)
+        for force in ([], ["--force"]):
+            line = run("restore", *force, "copy", "chatd.sqlite", cwd=tmp_path, code=1)
+            assert line.startswith("restore: chatd.sqlite is in use by a chatd: stop it, ")
+        assert names(tmp_path) == before
+        say(server, "four")
+        server.stop()
+    assert texts(tmp_path / "chatd.sqlite")[2:] == ["three", "four"]
+
+
+def test_while_a_store_is_restored_no_server_starts(store, tmp_path, scripts):
+    restore = scripts("restore")
+    lock = tmp_path / "chatd.sqlite-lock"
+    with lock.open() as ours, restore.locked(store, store.stat()), pytest.raises(BlockingIOError):
+        fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock.open() as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_store_is_replaced_only_if_that_is_asked_for(store, tmp_path):
+    run("backup", "copy", cwd=tmp_path)
+    before = names(tmp_path), store.read_bytes()
+    line = run("restore", "copy", "sqlite:chatd.sqlite", cwd=tmp_path, code=1)
+    assert line == "restore: chatd.sqlite is there already: name another file, or replace it with --force\n"
+    assert (names(tmp_path), store.read_bytes()) == before
+
+
+def test_the_log_that_another_store_left_is_not_taken_for_the_restored_ones(store, tmp_path):
+    run("backup", "copy", cwd=tmp_path)
+    for suffix in ("-wal", "-shm", "-journal"):
+        (tmp_path / f"new.sqlite{suffix}").write_text(suffix)
+    kept = json.loads(run("restore", "--json", "copy", "new.sqlite", cwd=tmp_path))["kept"]
+    assert {suffix: (tmp_path / f"{kept}{suffix}").read_text() for suffix in ("-wal", "-shm", "-journal")} == {
+        suffix: suffix for suffix in ("-wal", "-shm", "-journal")
+    }
+    assert texts(tmp_path / "new.sqlite") == texts(store)
+    assert [name for name in names(tmp_path) if name.startswith("new.sqlite-")] == ["new.sqlite-lock"]
+
+
+def test_a_store_of_another_format_is_restored_as_it_is(store, tmp_path):
+    change(store, "UPDATE log SET written = 77")  # newer, and says that this server can read it
+    run("restore", "chatd.sqlite", "new.sqlite", cwd=tmp_path)
+    with closing(sqlite3.connect(tmp_path / "new.sqlite")) as db:
+        assert db.execute("SELECT written, readable_since FROM log").fetchone() == (77, sqlite.READABLE_SINCE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
+def test_what_root_restores_belongs_to_whom_it_belonged(store, tmp_path):
+    run("backup", "copy", cwd=tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.chown(folder, 1234, 1235)
+
+    def owners():
+        found = [(folder / name).stat() for name in ("new.sqlite", "new.sqlite-lock")]
+        return {(one.st_uid, one.st_gid) for one in found}
+
+    run("restore", "copy", "folder/new.sqlite", cwd=tmp_path)
+    assert owners() == {(1234, 1235)}
+    os.chown(folder / "new.sqlite", 2345, 2346)
+    (folder / "new.sqlite").chmod(0o660)
+    run("restore", "--force", "copy", "folder/new.sqlite", cwd=tmp_path)
+    assert owners() == {(2345, 2346)}
+    assert (folder / "new.sqlite").stat().st_mode & 0o777 == 0o660
+
+
+def test_the_scripts_know_what_the_server_knows(scripts, monkeypatch):
+    restore = scripts("restore")
+    assert restore.FORMAT == sqlite.FORMAT
+    assert sys.modules["storefiles"].APPLICATION_ID == sqlite.APPLICATION_ID
+    drawn = []
+    monkeypatch.setattr(secrets, "choice", lambda letters: drawn.append(letters) or letters[len(drawn) % 62])
+    restore.new_epoch()
+    half = len(drawn)
+    base.new_epoch()
+    assert drawn[:half] == drawn[half:]
+    assert half == 6
+
+
+# What goes wrong
+
+
+def truncate(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def damage(path):
+    """Overwrite the middle of each page but the first."""
+    data = bytearray(path.read_bytes())
+    for page in range(4096, len(data), 4096):
+        data[page + 4000 : page + 4096] = bytes(range(96))
+        data[page + 3] ^= 0xFF
+    path.write_bytes(data)
+
+
+NEWER = f"UPDATE log SET readable_since = {sqlite.FORMAT + 1}"
+DAMAGES = {
+    "text": (
+        lambda path: path.write_text("messages: none\n" * 1000),
+        r"cannot be copied \(file is not a database\): see ",
+    ),
+    "empty": (lambda path: path.write_bytes(b""), "is no chatd store: name another file"),
+    "foreign": (lambda path: change(path, "PRAGMA application_id = 7"), "is no chatd store: name another file"),
+    "tables": (lambda path: change(path, "DROP TABLE log"), r"cannot be copied \(no such table: log\): see "),
+    "truncated": (truncate, r"(cannot be copied|is damaged) \(.+\): "),
+    "damaged": (damage, r"(cannot be copied|is damaged) \(.+\): "),
+    "missing": (lambda path: path.unlink(), r"cannot be copied \(unable to open database file\): see "),
+}
+
+
+@pytest.mark.parametrize("name", ["backup", "restore"])
+@pytest.mark.parametrize("what", DAMAGES)
+def test_what_is_no_whole_store_is_refused_and_nothing_is_made(store, tmp_path, name, what):
+    spoil, reason = DAMAGES[what]
+    source = tmp_path / "source"
+    run("backup", "source", cwd=tmp_path)
+    spoil(source)
+    present = tmp_path / "present"
+    shutil.copy(store, present)
+    kept = present.read_bytes()
+    for force, place in (([], "absent"), (["--force"], "present")):
+        arguments = [*force, "--store=source", place] if name == "backup" else [*force, "source", place]
+        assert re.fullmatch(rf"{name}: source {reason}.*\n", run(name, *arguments, cwd=tmp_path, code=1))
+    assert present.read_bytes() == kept
+    made = {*names(tmp_path)} - {"chatd.sqlite", "chatd.sqlite-lock", "present", "source"}
+    assert made <= {"absent-lock", "present-lock"}
+
+
+def test_a_backup_of_a_newer_format_is_refused(store, tmp_path):
+    change(store, NEWER)
+    run("backup", "copy", cwd=tmp_path)
+    line = run("restore", "copy", "new.sqlite", cwd=tmp_path, code=1)
+    assert line == (
+        f"restore: copy was written by a newer chatd, in a way that needs format {sqlite.FORMAT + 1}: "
+        "restore it with that version\n"
+    )
+    assert not (tmp_path / "new.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "line"),
+    [
+        ("backup", [], "the following arguments are required: DEST: see --help"),
+        ("backup", ["--colour", "a"], "unrecognized arguments: --colour: see --help"),
+        ("backup", ["nowhere/copy"], "nowhere cannot be written (No such file or directory): make it, or make it "),
+        ("backup", ["."], ". is a folder: name a file in it"),
+        ("backup", ["--force", "folder"], "folder is a folder: name a file in it"),
+        ("backup", ["--store=memory:", "copy"], "memory: cannot be copied (unable to open database file): "),
+        ("restore", ["chatd.sqlite"], "the following arguments are required: PATH: see --help"),
+        ("restore", ["chatd.sqlite", "nowhere/new"], "nowhere cannot be used (No such file or directory): "),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(store, tmp_path, name, arguments, line):
+    (tmp_path / "folder").mkdir()
+    before = names(tmp_path)
+    assert run(name, *arguments, cwd=tmp_path, code=1).startswith(f"{name}: {line}")
+    assert names(tmp_path) == before
+
+
+DYING = """
+import os, runpy, sys
+name, when, number, *arguments = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(name))
+import storefiles
+storefiles.PAGES = 1
+said = storefiles.tell
+def tell(progress):
+    if progress.endswith(when) and progress != "100 %":
+        os.kill(os.getpid(), int(number))
+storefiles.tell = tell
+sys.argv = [name, *arguments]
+runpy.run_path(name, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("when", [" %", "verifying"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("arguments", [("backup", "copy"), ("restore", "--force", "chatd.sqlite", "new.sqlite")])
+def test_who_ends_it_midway_finds_nothing_in_its_place(store, tmp_path, arguments, number, when):
+    (tmp_path / "new.sqlite").write_text("old")
+    (tmp_path / "new.sqlite-lock").touch()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    name, *rest = arguments
+    result = subprocess.run(
+        [*PYTHON, "-c", DYING, SCRIPTS / name, when, str(int(number)), *rest],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    code = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 1}
+    said = f"{name}: interrupted, and nothing was replaced\n" if number == signal.SIGINT else ""
+    assert (result.returncode, result.stdout, result.stderr) == (code[number], "", said)
+    after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for suffix in ("-wal", "-shm"):  # what SQLite makes for a reader, and for the next to remove
+        after.pop(tmp_path / f"chatd.sqlite{suffix}", None)
+    assert after == before
+    left = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert [path.name[: path.name.rindex("-")] for path in left] == (
+        [f".{rest[-1]}"] if number == signal.SIGKILL else []
+    )

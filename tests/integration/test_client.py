@@ -1,0 +1,798 @@
+"""The client over a wire in memory, which the test holds the other end of, and over real servers."""
+
+import base64
+import hashlib
+import re
+
+import pytest
+from support.helpers import read_frames, result_of
+from support.loops import drive
+from support.servers import Server, certificate_for, stored
+from twisted.internet import error
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+
+from chatd.client.client import CLOSE_SECONDS, CONNECT_SECONDS, SILENCE_SECONDS, Address, Client, Listener
+from chatd.client.protocol import Backoff, Fault, Posted, Refused, Stopped
+from chatd.messages import Code, Entry, Id
+from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
+from chatd.transport.framing import MAGIC
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "address", "text"),
+    [
+        ("ws://chat.example", (False, "chat.example", 80, "/", ""), "ws://chat.example:80/"),
+        ("wss://chat.example/rooms/a", (True, "chat.example", 443, "/rooms/a", ""), "wss://chat.example:443/rooms/a"),
+        ("ws://h:8085/?events=typing", (False, "h", 8085, "/", "events=typing"), "ws://h:8085/"),
+        ("WS://[::1]:8085/", (False, "::1", 8085, "/", ""), "ws://[::1]:8085/"),
+    ],
+)
+def test_addresses(url, address, text):
+    assert Address.parse(url) == address
+    assert str(Address.parse(url)) == text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8085",
+        "http://localhost/",
+        "ws://",
+        "ws:///rooms/a",
+        "ws://h:x/",
+        "ws://h:70000/",
+        "ws://[::1/",
+        "ws://h/a b",
+        "ws://h/é",
+        "ws://ann@h/",
+        "ws://h/#a",
+    ],
+)
+def test_what_is_no_address(url):
+    with pytest.raises(ValueError, match=re.escape(repr(url))) as error:
+        Address.parse(url)
+    assert "\n" not in str(error.value)
+
+
+def test_the_query_is_kept_and_the_last_id_goes_with_it():
+    address = Address.parse("ws://h/rooms/a?username=ann+b&last_event_id=abcd-1")
+    assert address.resource(None) == "/rooms/a?username=ann+b&last_event_id=abcd-1"
+    assert address.resource(Id("abcd", 7)) == "/rooms/a?username=ann+b&last_event_id=abcd-7"
+    assert Address.parse("ws://h").resource(None) == "/"
+
+
+# A wire in memory
+
+
+class Watch(Listener):
+    """A listener that writes down what it is told."""
+
+    def __init__(self):
+        self.events = []
+        self.numbers = []
+        self._waits = []
+
+    def _told(self, *event):
+        self.events.append(event)
+        for wait in [*self._waits]:
+            if wait[0](event):
+                self._waits.remove(wait)
+                wait[1].callback(event)
+
+    def until(self, kind, test=lambda event: True):
+        """Wait for the next such event."""
+        done = Deferred()
+        self._waits.append((lambda event: event[0] == kind and test(event), done))
+        return done
+
+    def kinds(self):
+        return [event[0] for event in self.events]
+
+    def begun(self, history):
+        self.numbers = [entry.number for entry in history.entries]
+        self._told("begun", history)
+
+    def appended(self, epoch, entries):
+        self.numbers += [entry.number for entry in entries]
+        self._told("appended", epoch, entries)
+
+    def told(self, notice):
+        self._told("told", notice)
+
+    def joined(self):
+        self._told("joined")
+
+    def faulted(self, fault):
+        self._told("faulted", fault)
+
+    def lost(self, reason, wait):
+        self._told("lost", reason, wait)
+
+    def refused(self, reason):
+        self._told("refused", reason)
+
+
+class Wire(StringTransport):
+    """A connection whose other end is the test's."""
+
+    def __init__(self, protocol):
+        super().__init__()
+        self.client = protocol
+        self.aborted = False
+        protocol.makeConnection(self)
+
+    def setTcpNoDelay(self, enabled):
+        pass
+
+    def unregisterProducer(self):
+        pass
+
+    def abortConnection(self):
+        self.aborted = True
+
+    def request(self):
+        head = self.value().decode()
+        self.clear()
+        return head
+
+    def answer(self, status="101 Switching Protocols", *headers):
+        key = re.search(r"Sec-WebSocket-Key: (\S+)", self.request())[1]
+        accept = base64.b64encode(hashlib.sha1(key.encode() + MAGIC).digest()).decode()
+        lines = [f"HTTP/1.1 {status}", "Upgrade: WebSocket", "Connection: Upgrade", f"Sec-WebSocket-Accept: {accept}"]
+        self.say("\r\n".join([*lines, *headers, "", ""]).encode())
+
+    def say(self, data):
+        self.client.dataReceived(data)
+
+    def close(self, code=None, reason=""):
+        payload = b"" if code is None else code.to_bytes(2) + reason.encode()
+        self.say(b"\x88%c%b" % (len(payload), payload))
+
+    def said(self):
+        """The texts that the client has sent."""
+        data, unmasked = self.value(), b""
+        self.clear()
+        while data:
+            size, begin = data[1] & 0x7F, 2
+            if size == 126:
+                size, begin = int.from_bytes(data[2:4]), 4
+            mask, text = data[begin : begin + 4], data[begin + 4 : begin + 4 + size]
+            plain = bytes(byte ^ mask[place % 4] for place, byte in enumerate(text))
+            unmasked += data[:1] + (b"%c" % size if size < 126 else b"\x7e" + size.to_bytes(2)) + plain
+            data = data[begin + 4 + size :]
+        return read_frames(unmasked)
+
+    def end(self):
+        """The client learns that the connection is gone."""
+        self.client.connectionLost(Failure(error.ConnectionLost()))
+
+
+class Endpoint:
+    """Where the client connects to, as the test says."""
+
+    def __init__(self):
+        self.attempts = []
+
+    def connect(self, factory):
+        self.cancelled = False
+        attempt = Deferred(lambda _: setattr(self, "cancelled", True))
+        self.attempts.append((attempt, factory))
+        return attempt
+
+    def accept(self):
+        attempt, factory = self.attempts.pop()
+        wire = Wire(factory.buildProtocol(None))
+        attempt.callback(wire.client)
+        return wire
+
+    def refuse(self, why=None):
+        self.attempts.pop()[0].errback(Failure(why or error.ConnectionRefusedError(111, "no")))
+
+
+class Longest:
+    """Chance, at its upper end."""
+
+    def random(self):
+        return 1.0
+
+
+def frame(number):
+    return message_frame("abcd", Entry(number, "ann", f"m{number}", "2026-01-01T00:00:00.000Z"))
+
+
+class Table:
+    """A client, its clock, and where it connects to."""
+
+    def __init__(self, url="ws://h:8085/rooms/a", **options):
+        self.clock = Clock()
+        self.watch = Watch()
+        self.endpoint = Endpoint()
+        backoff = Backoff(chance=Longest())
+        self.client = Client(self.clock, url, self.watch, endpoint=self.endpoint, backoff=backoff, **options)
+        self.client.start()
+
+    def join(self, number=0, **said):
+        """A connection, up to the history."""
+        wire = self.endpoint.accept()
+        wire.answer()
+        wire.say(history_frame("abcd", number, [], **said))
+        return wire
+
+
+def test_the_handshake_asks_for_the_room_and_for_what_was_missed():
+    table = Table("ws://h:8085/rooms/a?events=typing", last=Id("abcd", 7))
+    wire = table.endpoint.accept()
+    head = wire.request()
+    assert head.startswith("GET /rooms/a?events=typing&last_event_id=abcd-7 HTTP/1.1\r\n")
+    assert "\r\nHost: h:8085\r\n" in head
+    assert "\r\nSec-WebSocket-Protocol: chat.v1\r\n" in head
+    table = Table("ws://[::1]:8085/")
+    assert "\r\nHost: [::1]:8085\r\n" in table.endpoint.accept().request()
+
+
+def test_who_listens_is_told_of_the_history_and_then_of_each_message():
+    table = Table()
+    wire = table.endpoint.accept()
+    wire.answer("101 Switching Protocols", "Sec-WebSocket-Protocol: chat.v1")
+    data = history_frame("abcd", 2, [frame(1), frame(2)]) + frame(3) + presence_frame(1) + frame(4)
+    for cut in range(0, len(data), 7):
+        wire.say(data[cut : cut + 7])
+    assert table.watch.kinds() == ["begun", "joined", "appended", "told", "appended"]
+    assert table.watch.numbers == [1, 2, 3, 4]
+    assert table.client.last == Id("abcd", 4)
+
+
+def test_pings_are_answered_and_pieces_put_together():
+    table = Table()
+    wire = table.join(2)
+    wire.clear()
+    text = frame(3)[2:]
+    wire.say(frame(3) + b"\x89\x02hi" + frame(4) + b"\x01\x05" + frame(5)[2:7])
+    assert wire.value()[:2] == b"\x8a\x82"
+    assert len(wire.value()) == 8
+    rest = frame(5)[7:]
+    wire.say(b"\x80%c" % len(rest) + rest[:9])
+    wire.say(rest[9:])
+    wire.say(b"\x01\x03" + frame(6)[2:5])
+    wire.say(b"\x80%c" % (len(text) - 3) + frame(6)[5:])
+    assert table.watch.numbers == [3, 4, 5, 6]
+
+
+def test_what_is_posted_is_sent_when_there_is_a_history_and_fires_with_its_id():
+    table = Table()
+    posted = table.client.post("ann", "hi")
+    wire = table.endpoint.accept()
+    wire.answer()
+    assert wire.value() == b""
+    wire.say(history_frame("abcd", 6, []))
+    ((text),) = wire.said()
+    assert text == {"username": "ann", "message": "hi", "label": text["label"]}
+    wire.say(ack_frame(Id("abcd", 7), text["label"], duplicate=False))
+    assert result_of(posted) == Posted(Id("abcd", 7))
+
+
+def test_a_post_whose_answer_is_lost_is_posted_again_with_its_label():
+    table = Table()
+    wire = table.join()
+    posted = table.client.post("ann", "hi")
+    said = wire.said()
+    wire.end()
+    assert table.watch.events[-1] == ("lost", table.watch.events[-1][1], 1.0)
+    table.clock.advance(1)
+    wire = table.join(resumed=True)
+    assert wire.said() == said
+    wire.say(ack_frame(Id("abcd", 7), said[0]["label"], duplicate=True))
+    assert result_of(posted) == Posted(Id("abcd", 7), duplicate=True)
+
+
+def test_pages_are_asked_for_and_answered():
+    table = Table()
+    wire = table.join(9)
+    pages = [
+        table.client.page(),
+        table.client.page(before=Id("abcd", 3), limit=2),
+        table.client.page(after=Id("abcd", 3)),
+    ]
+    asked = wire.said()
+    assert [{**text, "label": ""} for text in asked] == [
+        {"type": "history", "limit": 50, "label": ""},
+        {"type": "history", "before": "abcd-3", "limit": 2, "label": ""},
+        {"type": "history", "after": "abcd-3", "limit": 50, "label": ""},
+    ]
+    wire.say(history_frame("abcd", 2, [frame(1), frame(2)], label=asked[1]["label"]))
+    assert [entry.number for entry in result_of(pages[1]).entries] == [1, 2]
+    assert table.client.last == Id("abcd", 9)
+
+
+def test_what_is_refused_for_now_is_sent_again_at_its_time():
+    table = Table()
+    wire = table.join()
+    posted = table.client.post("ann", "hi")
+    said = wire.said()
+    wire.say(error_frame("slow", Code.RATE_LIMITED, said[0]["label"], 0.5))
+    table.clock.advance(0.4)
+    assert wire.value() == b""
+    table.clock.advance(0.1)
+    assert wire.said() == said
+    wire.say(error_frame("no", Code.UNAVAILABLE, said[0]["label"]))
+    wire.end()
+    table.clock.advance(1)
+    wire = table.join(resumed=True)
+    assert wire.said() == said, "at once, and once"
+    table.clock.advance(1)
+    assert wire.said() == []
+    wire.say(error_frame("no", Code.LABEL_REUSED, said[0]["label"]))
+    with pytest.raises(Refused, match="no"):
+        result_of(posted)
+
+
+def test_another_log_replaces_all():
+    table = Table()
+    wire = table.join(5)
+    wire.say(frame(6))
+    wire.end()
+    table.clock.advance(1)
+    wire = table.endpoint.accept()
+    assert wire.request().startswith("GET /rooms/a?last_event_id=abcd-6 ")
+    wire.end()
+    table.clock.advance(2)
+    table.join(2, resumed=False)
+    assert table.watch.kinds() == ["begun", "joined", "appended", "lost", "lost", "begun", "joined"]
+    assert table.watch.numbers == []
+    assert table.client.last == Id("abcd", 2)
+
+
+def test_another_log_in_the_midst_of_a_connection_replaces_all():
+    table = Table()
+    wire = table.join(5)
+    wire.say(frame(6))
+    wire.say(history_frame("efgh", 2, [frame(1), frame(2)], resumed=False))
+    wire.say(message_frame("efgh", Entry(3, "ann", "m3", "2026-01-01T00:00:00.000Z")))
+    assert table.watch.kinds() == ["begun", "joined", "appended", "begun", "appended"]
+    assert table.watch.numbers == [1, 2, 3]
+    assert table.client.last == Id("efgh", 3)
+    wire.end()
+    table.clock.advance(1)
+    assert table.endpoint.accept().request().startswith("GET /rooms/a?last_event_id=efgh-3 ")
+
+
+def test_what_has_no_answer_is_said_again_to_another_log_and_the_answers_are_taken_as_they_come():
+    table = Table()
+    wire = table.join(5)
+    posts = [table.client.post("ann", text) for text in ("one", "two", "three")]
+    said = wire.said()
+    labels = [text["label"] for text in said]
+    wire.say(ack_frame(Id("abcd", 6), labels[0], duplicate=False))
+    wire.say(history_frame("efgh", 2, [], resumed=False))
+    assert wire.said() == said[1:]
+    wire.say(ack_frame(Id("efgh", 3), labels[1], duplicate=False))
+    wire.say(ack_frame(Id("efgh", 3), labels[1], duplicate=True))
+    wire.say(error_frame("slow", Code.RATE_LIMITED, labels[1], 0.5))
+    wire.say(error_frame("no", Code.UNAVAILABLE, labels[2]))
+    wire.say(ack_frame(Id("efgh", 4), labels[2], duplicate=False))
+    assert [result_of(post).id for post in posts] == [("abcd", 6), ("efgh", 3), ("efgh", 4)]
+    table.clock.advance(5)
+    assert wire.said() == []
+    assert not wire.aborted
+
+
+@pytest.mark.parametrize("resumed", [True, None])
+def test_a_second_history_that_is_no_fresh_start_is_a_broken_promise(resumed):
+    table = Table()
+    wire = table.join(5)
+    wire.say(history_frame("abcd", 5, [], resumed=resumed))
+    assert wire.aborted
+    assert table.watch.kinds() == ["begun", "joined", "faulted"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (frame(9), "abcd-9 came after abcd-7, instead of abcd-8"),
+        (frame(7), "abcd-7 came after abcd-7, again"),
+        (b"\x81\x02{}", "what came is no frame"),
+        (error_frame("no"), "an error came for what was not said: no"),
+    ],
+)
+def test_a_server_that_breaks_its_promise_is_left_and_asked_again(data, words):
+    table = Table()
+    wire = table.join(7)
+    wire.say(data + frame(8))
+    assert wire.aborted
+    wire.say(frame(8))
+    wire.end()
+    assert table.watch.kinds() == ["begun", "joined", "faulted", "lost"]
+    assert isinstance(table.watch.events[2][1], Fault)
+    assert words in str(table.watch.events[2][1])
+    assert table.watch.events[3][1] == "the server did not keep its promise"
+    table.clock.advance(1)
+    assert "last_event_id=abcd-7" in table.endpoint.accept().request()
+
+
+def test_after_a_fault_nothing_is_said_until_the_next_connection():
+    table = Table()
+    wire = table.join(7)
+    wire.say(frame(9))
+    table.client.post("ann", "hi")
+    assert wire.said() == []
+    wire.end()
+    table.clock.advance(1)
+    assert len(table.join(7, resumed=True).said()) == 1
+
+
+# Coming back
+
+
+def test_it_waits_longer_each_time_until_a_history_has_come():
+    table = Table()
+    waits = []
+    for _ in range(7):
+        table.endpoint.refuse()
+        waits.append(table.watch.events[-1])
+        table.clock.advance(waits[-1][2])
+    assert [event[2] for event in waits] == [1, 2, 4, 8, 16, 30, 30]
+    assert waits[0][1] == "connection refused"
+    table.join(1).end()
+    assert table.watch.events[-1][2] == 1
+
+
+def test_other_errors_are_told_in_their_own_words():
+    table = Table()
+    table.endpoint.refuse(OSError("no route."))
+    assert table.watch.events == [("lost", "no route", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "wait"), [("retry_after=0.7", 0.7), ("going; retry_after=12", 12), ("restarting", 1), ("", 1)]
+)
+def test_a_server_that_stops_says_when_to_come_again(reason, wait):
+    table = Table()
+    wire = table.join(7)
+    wire.clear()
+    wire.close(1012, reason)
+    assert wire.value()[:1] == b"\x88"
+    wire.end()
+    assert table.watch.events[-1] == ("lost", f"closed with 1012 {reason}".rstrip(), wait)
+    table.clock.advance(wait)
+    table.join(7, resumed=True)
+
+
+def test_a_close_without_a_code_is_no_refusal():
+    table = Table()
+    wire = table.join(7)
+    wire.close()
+    wire.end()
+    assert table.watch.events[-1] == ("lost", "closed without a code", 1.0)
+
+
+@pytest.mark.parametrize("code", [1002, 1003, 1007, 1008, 1009])
+def test_a_close_that_says_that_the_client_erred_is_the_end(code):
+    table = Table()
+    wire = table.join(7)
+    posted = table.client.post("ann", "hi")
+    wire.close(code, "why")
+    wire.end()
+    refused = table.watch.events[-1]
+    assert (refused[0], str(refused[1]), refused[1].code) == ("refused", f"closed with {code} why", code)
+    for answer in (posted, table.client.post("ann", "hi"), table.client.page()):
+        with pytest.raises(Refused, match="why"):
+            result_of(answer)
+    table.clock.advance(100)
+    assert table.endpoint.attempts == []
+    assert table.clock.calls == []
+    assert result_of(table.client.stop()) is None
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "403 Forbidden", "404 Not Found", "200 OK", "505"])
+def test_a_handshake_that_is_refused_for_good(status):
+    table = Table()
+    wire = table.endpoint.accept()
+    wire.answer(status)
+    assert wire.aborted
+    wire.end()
+    ((kind, refused),) = table.watch.events
+    assert (kind, str(refused), refused.code) == ("refused", f"refused with {status}", int(status[:3]))
+    assert table.clock.calls == []
+
+
+def test_it_knows_what_the_server_calls_itself():
+    table = Table()
+    assert table.client.server is None
+    wire = table.endpoint.accept()
+    wire.answer("101 Switching Protocols", "Server: chatd/1.2.3")
+    assert table.client.server == "chatd/1.2.3"
+    wire.end()
+    assert table.client.server == "chatd/1.2.3", "the last"
+
+
+def test_who_stops_upon_being_refused_for_good_has_stopped():
+    table = Table()
+    posted = table.client.post("ann", "hi")
+    wire = table.endpoint.accept()
+    stopped = []
+    posted.addErrback(lambda _: stopped.append(table.client.stop()))
+    wire.answer("403 Forbidden")
+    wire.end()
+    assert result_of(stopped[0]) is None
+    assert [kind for kind, *_ in table.watch.events] == ["refused"]
+    assert table.clock.calls == []
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "wait"),
+    [
+        ("503 Service Unavailable", "Retry-After: 7", 7),
+        ("429 Too Many Requests", "Retry-After: 2", 2),
+        ("502 Bad Gateway", "Retry-After: Wed, 21 Oct 2026 07:28:00 GMT", 1),
+        ("503 Service Unavailable", "X: y", 1),
+    ],
+)
+def test_a_handshake_that_is_refused_for_now(status, header, wait):
+    table = Table()
+    wire = table.endpoint.accept()
+    wire.answer(status, header)
+    wire.end()
+    assert table.watch.events == [("lost", f"refused with {status}", wait)]
+    table.clock.advance(wait)
+    table.join(1)
+
+
+def test_what_is_no_good_answer_is_tried_again():
+    table = Table()
+    wire = table.endpoint.accept()
+    wire.say(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+    wire.end()
+    ((kind, reason, _),) = table.watch.events
+    assert (kind, reason) == ("lost", "HTTP Upgrade header missing")
+    table.clock.advance(1)
+    wire = table.endpoint.accept()
+    wire.say(b"nonsense\r\n\r\n")
+    wire.end()
+    assert table.watch.kinds() == ["lost", "lost"]
+
+
+def test_a_violation_of_websocket_is_told():
+    table = Table()
+    wire = table.join(1)
+    wire.say(b"\xf1\x00")
+    wire.end()
+    assert "RSV" in table.watch.events[-1][1]
+
+
+# Patience
+
+
+def test_a_handshake_that_is_not_answered_is_given_up():
+    table = Table()
+    wire = table.endpoint.accept()
+    table.clock.advance(CONNECT_SECONDS - 1)
+    wire.say(b"HTTP/1.1 101")
+    assert not wire.aborted
+    table.clock.advance(1)
+    assert wire.aborted
+    wire.end()
+    assert table.watch.events == [("lost", "the server did not answer in time", 1.0)]
+
+
+def test_a_server_that_says_nothing_is_given_up():
+    table = Table()
+    wire = table.join(1)
+    table.clock.advance(SILENCE_SECONDS - 1)
+    wire.say(b"\x89\x00")
+    table.clock.advance(1)
+    table.clock.advance(SILENCE_SECONDS - 2)
+    assert not wire.aborted
+    table.clock.advance(1)
+    assert wire.aborted
+
+
+def test_a_server_that_closes_and_does_not_go_is_left():
+    table = Table()
+    wire = table.join(1)
+    wire.close(1012)
+    wire.say(b"")
+    table.clock.advance(CLOSE_SECONDS)
+    assert wire.aborted
+
+
+# Going
+
+
+def test_stopping_closes_and_waits_for_the_end():
+    table = Table()
+    wire = table.join(1)
+    posted = table.client.post("ann", "hi")
+    wire.clear()
+    gone = table.client.stop()
+    assert wire.value()[:1] == b"\x88"
+    with pytest.raises(Stopped):
+        result_of(posted)
+    assert not gone.called
+    wire.close(1000)
+    wire.end()
+    assert result_of(gone) is None
+    assert result_of(table.client.stop()) is None
+    assert table.clock.calls == []
+    with pytest.raises(Stopped):
+        result_of(table.client.post("ann", "hi"))
+
+
+def test_stopping_does_not_wait_for_long():
+    table = Table()
+    wire = table.join(1)
+    gone = table.client.stop()
+    table.clock.advance(CLOSE_SECONDS)
+    assert wire.aborted
+    wire.end()
+    assert result_of(gone) is None
+    assert table.watch.kinds() == ["begun", "joined"]
+
+
+def test_stopping_in_a_handshake_drops_it():
+    table = Table()
+    wire = table.endpoint.accept()
+    gone = table.client.stop()
+    assert wire.aborted
+    wire.end()
+    assert result_of(gone) is None
+
+
+def test_stopping_while_refused_for_good():
+    table = Table()
+    wire = table.join(1)
+    gone = table.client.stop()
+    wire.close(1008, "why")
+    wire.end()
+    assert result_of(gone) is None
+    assert table.watch.kinds() == ["begun", "joined"]
+
+
+def test_stopping_before_there_is_a_connection_gives_up_the_attempt():
+    table = Table()
+    assert result_of(table.client.stop()) is None
+    assert table.endpoint.cancelled
+    assert table.watch.events == []
+
+
+def test_stopping_while_it_waits():
+    table = Table()
+    table.endpoint.refuse()
+    assert result_of(table.client.stop()) is None
+    assert table.clock.calls == []
+
+
+def test_cutting_needs_a_connection():
+    table = Table()
+    assert not table.client.cut()
+    wire = table.join(1)
+    assert table.client.cut()
+    assert wire.aborted
+    wire.end()
+    assert table.watch.events[-1] == ("lost", "it was cut off", 1.0)
+
+
+def test_a_listener_need_do_nothing():
+    table = Table()
+    table.client._listener = Listener()
+    wire = table.join(1)
+    wire.say(frame(2) + presence_frame(1) + frame(2))
+    wire.end()
+    table.clock.advance(1)
+    wire = table.endpoint.accept()
+    wire.answer("404 Not Found")
+    wire.end()
+    assert table.client.last == Id("abcd", 2)
+
+
+# Real servers
+
+
+def at(loop, url, watch, **options):
+    client = Client(loop, url, watch, backoff=Backoff(0.05, 0.2), **options)
+    client.start()
+    return client
+
+
+def test_against_a_server_that_is_killed_and_started_again_nothing_is_lost_or_doubled(tmp_path):
+    async def run(loop):
+        watch = Watch()
+        with Server(tmp_path) as server:
+            port = server.port
+            client = at(loop, f"ws://127.0.0.1:{port}/rooms/a", watch)
+            posts = [client.post("ann", f"m{number}") for number in range(100)]
+            await watch.until("appended", lambda event: len(watch.numbers) > 40)
+            server.kill()
+        await watch.until("lost", lambda event: event[1] == "connection refused")
+        posts += [client.post("ann", f"m{number}") for number in range(100, 120)]
+        with Server(tmp_path, listen=f"tcp:{port}:interface=127.0.0.1"):
+            acks = [await post for post in posts]
+            page = await client.page(limit=100)
+            await client.stop()
+        return watch, acks, page
+
+    watch, acks, page = drive(run)
+    epoch, rows = stored(tmp_path / "chatd.sqlite", "a")
+    assert sorted(row[2] for row in rows) == sorted(f"m{number}" for number in range(120))
+    assert watch.numbers == [*range(1, 121)]
+    assert watch.kinds().count("begun") == 1
+    assert [rows[ack.id.number - 1][2] for ack in acks] == [f"m{number}" for number in range(120)]
+    assert page.end == Id(epoch, 120)
+    assert page.entries == [Entry(*row) for row in rows[20:]]
+
+
+def test_against_a_server_with_its_rate_all_posts_arrive_in_the_end(tmp_path):
+    async def run(loop):
+        watch = Watch()
+        with Server(tmp_path, "--rate=50:2") as server:
+            client = at(loop, server.url, watch, window=1)
+            for post in [client.post("ann", f"m{number}") for number in range(20)]:
+                assert not (await post).duplicate
+            await client.stop()
+
+    drive(run)
+    assert [row[2] for row in stored(tmp_path / "chatd.sqlite")[1][2:]] == [f"m{number}" for number in range(20)]
+
+
+def test_against_a_server_that_is_asked_to_stop_the_next_one_is_resumed(tmp_path):
+    async def run(loop):
+        watch = Watch()
+        with Server(tmp_path) as server:
+            port = server.port
+            client = at(loop, server.url, watch)
+            await client.post("ann", "hi")
+            server.terminate()
+            lost = await watch.until("lost")
+        with Server(tmp_path, listen=f"tcp:{port}:interface=127.0.0.1"):
+            await watch.until("joined")
+            await client.stop()
+        return lost, watch
+
+    (_, reason, _), watch = drive(run)
+    assert reason.startswith("closed with 1012")
+    assert watch.kinds().count("begun") == 1
+    assert watch.numbers == [1, 2, 3]
+
+
+def test_against_a_server_that_forgot_everything_it_begins_again(tmp_path):
+    async def run(loop):
+        watch = Watch()
+        with Server(tmp_path, "--store=memory:") as server:
+            port = server.port
+            client = at(loop, server.url, watch)
+            await client.post("ann", "hi")
+            server.kill()
+        with Server(tmp_path, "--store=memory:", listen=f"tcp:{port}:interface=127.0.0.1") as server:
+            _, history = await watch.until("begun")
+            await client.stop()
+            return history, server.epoch
+
+    history, epoch = drive(run)
+    assert history.resumed is False
+    assert history.end == Id(epoch, 2)
+
+
+def test_over_tls_as_the_machine_trusts(tmp_path, monkeypatch):
+    arguments, _ = certificate_for(tmp_path)
+
+    async def run(loop):
+        watch = Watch()
+        with Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}") as server:
+            url = f"wss://127.0.0.1:{server.port}/"
+            stranger = at(loop, url, watch)
+            _, reason, _ = await watch.until("lost")
+            await stranger.stop()
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+            client = at(loop, url, watch)
+            posted = await client.post("ann", "hi")
+            await client.stop()
+            return reason, posted
+
+    reason, posted = drive(run)
+    assert "certificate" in reason
+    assert posted.id.number == 3

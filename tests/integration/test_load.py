@@ -1,0 +1,790 @@
+"""The load tool against real servers, and against ones that err: a relay in between tampers with a single frame."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import runpy
+import signal
+import sys
+import threading
+from unittest.mock import patch
+
+import pytest
+from support.loops import reactor
+from support.servers import TWISTD, Server
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory, Protocol
+
+from chatd.client.protocol import History
+from chatd.load import __main__ as program
+from chatd.load.figures import Latencies, Progress, summary
+from chatd.load.trial import INTERRUPTED, PROVED, REFUTED, UNTRIED, Trial
+from chatd.messages import Entry, Id
+
+LISTEN = "tcp:0:interface=127.0.0.1:backlog=4096"
+
+# Figures
+
+
+def test_latencies_are_told_to_two_percent():
+    latencies = Latencies()
+    assert latencies.figures() is None
+    for milliseconds in range(1000, 0, -1):
+        latencies.add(milliseconds / 1000)
+    figures = latencies.figures()
+    assert [*figures] == ["p50", "p95", "p99", "max"]
+    for name, true in (("p50", 500), ("p95", 950), ("p99", 990)):
+        assert true <= figures[name] <= 1.02 * true
+    assert figures["max"] == 1000
+    assert len(latencies._counts) < 400
+
+
+def test_a_single_latency_is_all_percentiles():
+    latencies = Latencies()
+    latencies.add(0.0)
+    assert latencies.figures() == {"p50": 0, "p95": 0, "p99": 0, "max": 0}
+    latencies.add(0.5)
+    assert latencies.figures()["p99"] == latencies.figures()["max"] == 500
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_there_is_a_bar():
+    stream = Terminal()
+    progress = Progress(stream, lambda: 0)
+    progress.show(0.5, "half")
+    progress.clear()
+    assert stream.getvalue() == "\r\033[K[###############               ]  50%  half\r\033[K"
+
+
+def test_elsewhere_there_is_a_line_now_and_then():
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(stream, lambda: now[0])
+    for now[0] in (0, 4, 5, 6, 9, 11):
+        progress.show(now[0] / 11, f"at {now[0]}")
+    progress.clear()
+    assert stream.getvalue() == " 45%  at 5\n100%  at 11\n"
+
+
+# The command line
+
+
+def run(*words, tamper=None, tampered=0, port=None, err=None):
+    """Run the tool, by a relay to a port if there is one; answers its status, its output and its errors."""
+    out, err = io.StringIO(), err or io.StringIO()
+    with reactor() as loop, patch.object(Progress, "SECONDS", 3600):  # however slow the machine is
+        if port is not None:
+            relay = Relay(loop, port, tamper, tampered)
+            words = (f"ws://127.0.0.1:{relay.port}/", *words)
+        try:
+            status = program.main(words, loop, out, err)
+        except SystemExit as ended:
+            status = ended.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        program.arguments(words)
+    assert ended.value.code == UNTRIED
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_the_options_have_defaults():
+    options = program.arguments(["ws://localhost:8085/"])
+    assert (options.clients, options.posters, options.rate, options.seconds, options.messages) == (
+        100,
+        100,
+        100,
+        10,
+        None,
+    )
+    assert (options.cut, options.patience, options.seed, options.lenient, options.json) == (10, 60, 1, False, False)
+    assert program.arguments(["ws://localhost:8085/", "--clients=7", "--posters=9"]).posters == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "the following arguments are required: URL"),
+        (("http://localhost/",), "'http://localhost/' is no URL such as ws://localhost:8085/rooms/main"),
+        (("ws://h/", "--clients=0"), "argument --clients: '0' is not a whole number from 1 to 1,000,000"),
+        (("ws://h/", "--clients=1.5"), "argument --clients: '1.5' is not a whole number from 1 to 1,000,000"),
+        (("ws://h/", "--rate=-1"), "argument --rate: '-1' is not a number from 0 to 1,000,000"),
+        (("ws://h/", "--cut=nan"), "argument --cut: 'nan' is not a number from 0 to 1,000,000"),
+        (("ws://h/", "--room=A"), "argument --room: 'A' is no name of a room, such as team-7"),
+        (("ws://h/", "--seconds=1", "--messages=1"), "not allowed with argument"),
+        (("ws://h/", "--nonsense"), "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(capsys, words, said):
+    line = refused(capsys, *words)
+    assert line.startswith("chatd.load: ")
+    assert said in line
+    assert line.endswith(": see --help\n")
+
+
+def test_more_files_than_may_be_open(monkeypatch):
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    assert program.allow_files(100) is None
+    assert program.allow_files(150) is None
+    assert limits == [(150, 200)]
+    assert "raise `ulimit -Hn`" in program.allow_files(201)
+    status, out, err = run("ws://127.0.0.1:1/", "--clients=1000")
+    assert (status, out) == (UNTRIED, "")
+    assert err == (
+        "chatd.load: 1050 files are to be open, and 200 may be: ask for fewer --clients, or raise `ulimit -Hn`\n"
+    )
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_a_server_that_is_not_there_is_said_in_one_line(words):
+    status, out, err = run("ws://127.0.0.1:1/rooms/a", *words)
+    assert status == UNTRIED
+    assert err == (
+        "chatd.load: ws://127.0.0.1:1/rooms/a cannot be joined: connection refused: "
+        "is the URL right, and the server up?\n"
+    )
+    assert out == "" or json.loads(out)["proved"] is False
+
+
+def test_as_a_program(monkeypatch, capsys):
+    with reactor():
+        monkeypatch.setattr(sys, "argv", ["chatd.load", "ws://127.0.0.1:1/"])
+        begun = []
+        monkeypatch.setattr(
+            "twisted.logger.globalLogBeginner.beginLoggingTo", lambda observers, **_: begun.extend(observers)
+        )
+        monkeypatch.setattr("gc.freeze", lambda: None)
+        monkeypatch.setattr("gc.set_threshold", lambda _: None)
+        monkeypatch.delitem(sys.modules, "chatd.load.__main__")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("chatd.load", run_name="__main__", alter_sys=False)
+    assert ended.value.code == UNTRIED
+    assert capsys.readouterr().err.startswith("chatd.load: ws://127.0.0.1:1/rooms/load-")
+    assert len(begun) == 1
+
+
+# Real servers
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One for all tests that do not end it; every trial has a room of its own."""
+    folder = tmp_path_factory.mktemp("load")
+    with Server(folder, listen=LISTEN, command=(sys.executable, TWISTD)) as server:  # unwatched, it is faster
+        yield server
+
+
+def test_a_good_server_is_proved(server):
+    status, out, err = run(server.url, "--clients=20", "--posters=5", "--messages=100", "--rate=200", "--cut=0.2")
+    assert (status, err) == (PROVED, "")
+    lines = out.splitlines()
+    assert re.fullmatch(rf"{server.url}rooms/load-[0-9a-f]{{6}}: 20 clients, 5 of them posters; .* s", lines[0])
+    assert lines[1].startswith("posted     100; acknowledged 100, ")
+    assert lines[2].startswith("delivered  2,000, ")
+    assert re.fullmatch(r"cut        [1-9]\d* times; clients came back [1-9]\d* times", lines[3])
+    assert re.fullmatch(
+        r"ack        p50 [\d.]+  p95 [\d.]+  p99 [\d.]+  max [\d.]+ ms after the post was due", lines[4]
+    )
+    assert lines[5].startswith("message    p50 ")
+    assert lines[-1] == "proved     each message came to each client exactly once, in one order, as it was posted"
+
+
+def test_the_figures_as_json(server):
+    words = ("--clients=3", "--seconds=0.3", "--rate=50", "--cut=0", "--room=kitchen", "--json")
+    status, out, err = run(server.url, *words)
+    assert (status, err) == (PROVED, "")
+    report = json.loads(out)
+    figures = {"p50", "p95", "p99", "max"}
+    assert {name: {*latencies} for name, latencies in report.pop("latency_ms").items()} == {
+        "ack": figures,
+        "message": figures,
+    }
+    assert 0.2 < report.pop("seconds") < 10
+    assert report.pop("deliveries_per_second") > 0
+    assert 0 < report.pop("cpu") < 2
+    assert report == {
+        "proved": True,
+        "fault": None,
+        "url": f"{server.url}rooms/kitchen",
+        "clients": 3,
+        "posters": 3,
+        "posted": 15,
+        "acknowledged": 15,
+        "acknowledged_again": 0,
+        "delivered": 45,
+        "of_others": 0,
+        "cut": 0,
+        "came_back": 0,
+        "fresh_starts": 0,
+        "logs_lost": 0,
+        "lost": 0,
+    }
+
+
+def test_a_room_in_which_others_have_talked(server):
+    url = f"{server.url}rooms/pub"
+    for others in (0, 2):
+        status, out, _ = run(url, "--clients=2", "--messages=2", "--rate=0", "--json")
+        assert status == PROVED
+        assert json.loads(out)["of_others"] == others
+        assert json.loads(out)["delivered"] == 4 + 2 * others
+
+
+def test_what_goes_in_a_time(server):
+    status, out, _ = run(server.url, "--clients=5", "--rate=0", "--seconds=0.5", "--cut=0", "--json")
+    report = json.loads(out)
+    assert status == PROVED
+    assert report["posted"] == report["acknowledged"] > 5
+    assert report["delivered"] == 5 * report["posted"]
+
+
+def test_a_thousand_clients_in_one_process(server):
+    status, out, _ = run(server.url, "--clients=1000", "--messages=30", "--rate=0", "--cut=3", "--json")
+    report = json.loads(out)
+    assert (status, report["clients"], report["delivered"]) == (PROVED, 1000, 30_000)
+
+
+def test_a_server_with_its_rate_is_posted_to_more_slowly(tmp_path):
+    with Server(tmp_path, "--rate=40:2") as server:
+        status, out, _ = run(server.url, "--clients=2", "--messages=40", "--rate=0", "--cut=0", "--json")
+    assert (status, json.loads(out)["acknowledged"]) == (PROVED, 40)
+
+
+class Killer(Terminal):
+    """The terminal of a trial, who kills the server when so many posts are acknowledged, and starts another."""
+
+    def __init__(self, start, *marks):
+        super().__init__()
+        self._start = start
+        self._marks = [*marks]
+        self._wanted = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._work)
+        self.server = start("tcp:0:interface=127.0.0.1:backlog=4096")
+        self.kills = 0
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._marks = None
+        self._wanted.release()
+        self._thread.join()
+        self.server.kill()
+
+    def write(self, text):
+        found = re.search(r"([\d,]+) acknowledged", text)
+        if found and self._marks and int(found[1].replace(",", "")) >= self._marks[0]:
+            self._marks.pop(0)
+            self._wanted.release()
+        return super().write(text)
+
+    def _work(self):
+        while self._wanted.acquire() and self._marks is not None:
+            port = self.server.port
+            self.server.kill()
+            self.kills += 1
+            self.server = self._start(f"tcp:{port}:interface=127.0.0.1:backlog=4096")
+
+
+def starting(folder, *options):
+    return lambda listen: Server(folder, *options, listen=listen).__enter__()
+
+
+def test_a_server_that_is_killed_and_started_again_is_proved(tmp_path):
+    with Killer(starting(tmp_path), 100, 400) as killer:
+        words = ("--clients=50", "--messages=800", "--rate=400", "--cut=1", "--json")
+        status, out, err = run(killer.server.url, *words, err=killer)
+    assert (status, killer.kills) == (PROVED, 2), err
+    report = json.loads(out)
+    assert (report["posted"], report["acknowledged"], report["delivered"]) == (800, 800, 40_000)
+    assert report["came_back"] >= 100
+    assert "came back" in err
+
+
+def test_a_server_that_forgets_is_refuted(tmp_path):
+    with Killer(starting(tmp_path, "--store=memory:"), 20) as killer:
+        words = ("--clients=5", "--messages=100", "--rate=50", "--cut=0")
+        status, out, err = run(killer.server.url, *words, err=killer)
+    assert (status, killer.kills) == (REFUTED, 1)
+    assert re.search(
+        r"chatd.load: the log (\w+) is gone, with [1-9]\d* acknowledged messages: now there is (?!\1)\w+\n$", err
+    )
+    assert re.search(r"^lost       [1-9]\d* acknowledged messages; 5 fresh starts, 1 new logs$", out, re.MULTILINE)
+    assert out.startswith(killer.server.url[:15])
+    assert "posted     100; acknowledged 100, " in out
+    assert "proved" not in out
+    assert re.search(r", [1-5] began anew", err), "the last may have before the next look"
+
+
+def test_unless_that_is_allowed(tmp_path):
+    with Killer(starting(tmp_path, "--store=memory:"), 20) as killer:
+        words = ("--clients=5", "--messages=100", "--rate=50", "--cut=0", "--lenient", "--json")
+        status, out, err = run(killer.server.url, *words, err=killer)
+    assert (status, killer.kills) == (PROVED, 1), err
+    report = json.loads(out)
+    assert (report["acknowledged"], report["fresh_starts"], report["logs_lost"]) == (100, 5, 1)
+    assert 20 <= report["lost"] < 100
+
+
+def test_a_server_that_takes_few_rooms(tmp_path):
+    with Server(tmp_path, "--rooms=main") as server:
+        status, out, err = run(server.url)
+        assert (status, out) == (UNTRIED, "")
+        assert re.search(r"cannot be joined: client \d+ is turned away: refused with 404 Not Found: ", err)
+        assert run(server.url, "--room=main", "--messages=1", "--clients=1")[0] == PROVED
+
+
+def test_who_interrupts_it_is_told_what_was_done(server):
+    class Impatient(Terminal):
+        def write(self, text):
+            if " acknowledged" in text and not self.getvalue().count("acknowledged"):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(text)
+
+    status, out, err = run(server.url, "--clients=2", "--rate=10", "--seconds=600", err=Impatient())
+    assert status == INTERRUPTED
+    assert err.endswith("chatd.load: interrupted: nothing is proved\n")
+    assert out.startswith(server.url)
+
+
+def test_a_post_that_comes_back_in_a_second_log_is_no_second_echo():
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/", "--clients=1", "--lenient"])
+        trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
+        (member,) = trial._members
+        member.post(loop.seconds())
+        entry = Entry(1, member.name, trial.proof.text(0, 0), "2026-01-01T00:00:00.000Z")
+        for epoch in ("abcd", "efgh"):
+            member.begun(History(Id(epoch, 0), []))
+            member.appended(epoch, [entry])
+    assert trial.fault is None
+    assert sum(trial.echoes._counts.values()) == 1
+
+
+def test_what_nobody_was_given_of_a_new_log_is_read_back_piece_by_piece_when_all_have_begun_in_it():
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/", "--clients=2"])
+        trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
+        asked = []
+        trial._members[0].read_back = lambda before: asked.append((before, Deferred())) or asked[-1][1]
+        for member in trial._members:
+            member.begun(History(Id("abcd", 0), []))
+        trial._members[0].begun(History(Id("efgh", 7), []))
+        trial._settle()
+        assert trial._behind == trial._members[1:]
+        trial._members[1].begun(History(Id("efgh", 7), []))
+        trial._members[1].paged = True
+        for number, more in ((7, True), (6, False)):
+            trial._settle()
+            trial._settle()
+            before, answer = asked.pop()
+            assert (before, asked) == (Id("efgh", number + 1), [])
+            entry = Entry(number, "ann", "hi", "2026-01-01T00:00:00.000Z")
+            trial._members[0]._read(History(Id("efgh", number), [entry], more=more))
+            answer.callback(None)
+        trial._settle()
+    assert re.fullmatch("the log abcd is gone, with 0 acknowledged messages: now there is efgh", trial.fault)
+
+
+def test_its_own_faults_are_not_hidden(server, monkeypatch):
+    monkeypatch.setattr(Trial, "_post", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(server.url, "--clients=2")
+
+
+# Servers that err
+
+
+class Front(Protocol):
+    """A client's connection to the relay."""
+
+    def connectionMade(self):
+        self.back = None
+        self.begun = b""
+        self.number = self.factory.count
+        self.factory.count += 1
+        self.factory.connect(self)
+
+    def dataReceived(self, data):
+        if self.back is None:
+            self.begun += data
+        else:
+            self.back.transport.write(self.factory.heard(self, data))
+
+    def connectionLost(self, reason):
+        if self.back is not None:
+            self.back.transport.abortConnection()
+
+
+class Back(Protocol):
+    """The relay's connection to the server, on a client's behalf."""
+
+    def __init__(self, front):
+        self.front = front
+
+    def connectionMade(self):
+        self.front.back = self
+        self.transport.write(self.front.begun)
+        self.head, self.rest = True, b""
+
+    def dataReceived(self, data):
+        relay = self.front.factory
+        if self.front.number != relay.tampered:
+            self.front.transport.write(data)
+            return
+        data = self.rest + data
+        if self.head:
+            head, end, data = data.partition(b"\r\n\r\n")
+            self.front.transport.write(head + end)
+            self.head = False
+        relay.tamper.front = self.front
+        for frame in self.frames(data):
+            self.front.transport.write(relay.tamper(frame))
+
+    def frames(self, data):
+        while len(data) >= 4:
+            size, begin = data[1], 2
+            if size == 126:
+                size, begin = int.from_bytes(data[2:4]), 4
+            if len(data) < begin + size:
+                break
+            yield data[: begin + size]
+            data = data[begin + size :]
+        self.rest = data
+
+    def connectionLost(self, reason):
+        self.front.transport.abortConnection()
+
+
+class Relay(Factory):
+    """Stands between the clients and a server; what one connection is given goes through `tamper`, frame by frame."""
+
+    protocol = Front
+    noisy = False
+
+    def __init__(self, loop, port, tamper, tampered):
+        self.tamper = tamper or (lambda frame: frame)
+        self.heard = getattr(tamper, "heard", lambda _, data: data)
+        self.tampered = tampered if tamper else None
+        self.count = 0
+        self._loop = loop
+        self._to = port
+        self.port = loop.listenTCP(0, self, 4096, "127.0.0.1").getHost().port
+
+    def connect(self, front):
+        factory = Factory.forProtocol(lambda: Back(front))
+        factory.noisy = False
+        factory.doStart = factory.doStop = lambda: None
+        factory.startedConnecting = lambda _: None
+        factory.clientConnectionFailed = factory.clientConnectionLost = lambda *_: None
+        self._loop.connectTCP("127.0.0.1", self._to, factory)
+
+
+def framed(text):
+    return (b"\x81%c" % len(text) if len(text) < 126 else b"\x81\x7e" + len(text).to_bytes(2)) + text
+
+
+def split(frame):
+    """A message frame's head, its text up to the number, and the rest."""
+    text = frame[2 if frame[1] < 126 else 4 :]
+    return re.fullmatch(rb'(\{"type":"message","id":"\w+-\d+","data":)(.*)\}', text, re.DOTALL).groups()
+
+
+class Mutant:
+    """Does something to one frame of a kind, the `at`-th."""
+
+    def __init__(self, do, at, kind="message"):
+        self.do = do
+        self.at = at
+        self.count = 0
+        self.done = 0
+        self._start = b'{"type":"%b"' % kind.encode()
+        self._held = []
+
+    def __call__(self, frame):
+        if self._start not in frame[2:24]:
+            return frame
+        self.count += 1
+        wanted = 2 if self.do in (swap, exchange) else 1
+        if not self.at <= self.count < self.at + wanted:
+            return frame
+        self._held.append(frame)
+        if len(self._held) < wanted:
+            return b""
+        self.done += 1
+        return self.do(*self._held)
+
+
+def drop(_):
+    return b""
+
+
+def double(frame):
+    return frame + frame
+
+
+def swap(one, two):
+    return two + one
+
+
+def alter(frame):
+    head, data = split(frame)
+    return framed(head + data.replace(b'|"', b'!"') + b"}")
+
+
+def exchange(one, two):
+    (first, this), (second, that) = split(one), split(two)
+    return framed(first + that + b"}") + framed(second + this + b"}")
+
+
+def renumber(frame):
+    return re.sub(rb'(\w{6}-\d*)(\d)"', lambda found: b'%b%d"' % (found[1], (int(found[2]) + 1) % 10), frame)
+
+
+MANY = ("--clients=100", "--posters=50", "--messages=1000", "--rate=0", "--cut=0", "--json")
+
+
+def test_a_relay_that_changes_nothing_is_proved(server):
+    mutant = Mutant(drop, 0)
+    status, out, err = run(*MANY, port=server.port, tamper=mutant)
+    assert (status, err, mutant.done, mutant.count) == (PROVED, "", 0, 1000)
+    assert json.loads(out)["delivered"] == 100_000
+
+
+@pytest.mark.parametrize(
+    ("do", "words"),
+    [
+        (drop, r"client \d+: (\w+)-501 came after \1-499, instead of \1-500"),
+        (double, r"client \d+: (\w+)-500 came after \1-500, again"),
+        (swap, r"client \d+: (\w+)-501 came after \1-499, instead of \1-500"),
+        (alter, r"(client \d+ was given|\w+-500, as client \d+ was given it, is not what anyone posted)"),
+        (exchange, r"client \d+ was given load-.*-50[01], and client \d+ load-"),
+    ],
+    ids=["drop", "double", "swap", "alter", "exchange"],
+)
+def test_one_message_frame_in_a_hundred_thousand(server, do, words):
+    mutant = Mutant(do, 500)
+    status, out, err = run(*MANY, port=server.port, tamper=mutant, tampered=57)
+    assert (status, mutant.done) == (REFUTED, 1)
+    assert err.count("\n") == 1
+    assert re.match(f"chatd.load: {words}", err), err
+    report = json.loads(out)
+    assert (report["proved"], report["fault"]) == (False, err.removeprefix("chatd.load: ").rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    ("do", "words"),
+    [
+        # By the client that missed it, or by its acknowledgement, if that client is the one who posted it.
+        (drop, r"client \d+ has (\w+)-999 of \1-1000, and was given no more in 2 seconds|post .*-1000 before it came"),
+        (double, r"client \d+: (\w+)-1000 came after \1-1000, again"),
+    ],
+    ids=["drop", "double"],
+)
+def test_the_very_last_message_frame(server, do, words):
+    mutant = Mutant(do, 1000)
+    status, _, err = run(*MANY, "--patience=2", port=server.port, tamper=mutant, tampered=99)
+    assert (status, mutant.done) == (REFUTED, 1)
+    assert re.match(f"chatd.load: {words}", err), err
+
+
+def test_a_lost_acknowledgement(server):
+    mutant = Mutant(drop, 7, "ack")
+    status, _, err = run(*MANY, "--patience=2", port=server.port, tamper=mutant, tampered=3)
+    assert (status, mutant.done) == (REFUTED, 1)
+    assert re.match(
+        r"chatd.load: nothing was acknowledged in 2 seconds: 1 posts, 1 of client \d+ among them; the last", err
+    )
+
+
+def test_an_acknowledgement_of_something_else(server):
+    mutant = Mutant(renumber, 7, "ack")
+    status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=3)
+    assert (status, mutant.done) == (REFUTED, 1)
+    assert re.match(r"chatd.load: post \d+ of client \d+ was acknowledged as \w+-\d+(, and is | before it came)", err)
+
+
+class Twice(Mutant):
+    """What one client posts is posted a second time under another label."""
+
+    def __init__(self):
+        super().__init__(drop, 0)
+
+    def heard(self, front, data):
+        size = data[1] & 0x7F
+        if data[0] != 0x81 or front.number != 3 or self.done or size < 126:
+            return data
+        size = int.from_bytes(data[2:4])
+        mask, text = data[4:8], data[8 : 8 + size]
+        assert len(text) == size
+        label = size - 4  # one of its last characters
+        digit = text[label] ^ mask[label % 4]
+        self.done += 1
+        other = bytearray(data[: 8 + size])
+        other[8 + label] = (ord("1") if digit != ord("1") else ord("2")) ^ mask[label % 4]
+        return bytes(other) + data
+
+
+def test_a_post_that_is_kept_twice(server):
+    mutant = Twice()
+    status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=None)
+    assert (status, mutant.done) == (REFUTED, 1)
+    assert re.match(r"chatd.load: \w+-\d+, as client \d+ was given it, is post \d+ of client \d+ a second time", err)
+
+
+class Closing(Mutant):
+    """A connection is closed, and nothing more said in it."""
+
+    def __call__(self, frame):
+        return b"" if self.done else super().__call__(frame)
+
+
+def test_a_client_that_is_turned_away_in_the_midst(server):
+    mutant = Closing(lambda _: b"\x88\x02" + (1008).to_bytes(2), 500)
+    status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=57)
+    assert (status, mutant.done) == (REFUTED, 1)
+    assert re.match(r"chatd.load: client \d+ is turned away: closed with 1008\n", err)
+
+
+def test_a_post_that_is_refused_for_good(server):
+    def refuse(frame):
+        text = json.loads(frame[2:])
+        return framed(json.dumps({"type": "error", "message": "Nonsense", "label": text["label"]}).encode())
+
+    status, _, err = run(*MANY, port=server.port, tamper=Mutant(refuse, 2, "ack"), tampered=3)
+    assert status == REFUTED
+    assert re.match(r"chatd.load: client \d+ was refused what it said: Nonsense\n", err)
+
+
+class Failover(Mutant):
+    """The log is another from a message on: all that follows, and what is asked about it, is told in other words."""
+
+    def __init__(self, at):
+        super().__init__(drop, at)
+        self._anew = set()
+
+    def __call__(self, frame):
+        text = frame[2 if frame[1] < 126 else 4 :]
+        if text.startswith(b'{"type":"message"'):
+            self.epoch, number = re.match(rb'\{"type":"message","id":"(\w+)-(\d+)"', text).groups()
+            if int(number) == self.at:
+                self._anew.add(self.front)
+                self.done += 1
+                begin = b'{"type":"history","id":"efghij-%d","resumed":false,"data":[]}' % (self.at - 1)
+                return framed(begin) + self.other(text)
+        return self.other(text) if self.front in self._anew else frame
+
+    def other(self, text):
+        return framed(text.replace(self.epoch, b"efghij", 1))
+
+    def heard(self, front, data):
+        """Frames of a client: those that name the new log are told in the words of the old."""
+        size = data[1] & 0x7F
+        if data[0] == 0x81 and size < 126 and len(data) == 6 + size:
+            mask = data[2:6]
+            text = bytes(byte ^ mask[place % 4] for place, byte in enumerate(data[6:]))
+            text = text.replace(b"efghij", getattr(self, "epoch", b""))
+            data = data[:6] + bytes(byte ^ mask[place % 4] for place, byte in enumerate(text))
+        return data
+
+
+class Everyone:
+    """All connections are tampered with."""
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize("lenient", [True, False])
+def test_a_log_that_is_lost_in_the_midst_of_the_connections(server, lenient):
+    mutant = Failover(300)
+    words = [*MANY, "--room=failover-lenient" if lenient else "--room=failover", *["--lenient"] * lenient]
+    status, out, err = run(*words, port=server.port, tamper=mutant, tampered=Everyone())
+    report = json.loads(out)
+    assert mutant.done == 100
+    assert (report["fresh_starts"], report["logs_lost"], report["came_back"]) == (100, 1, 0)
+    assert (report["acknowledged"], report["lost"]) == (1000, 0), err
+    assert status == (PROVED if lenient else REFUTED)
+    if not lenient:
+        assert re.match(r"chatd.load: the log \w+ is gone, with 0 acknowledged messages: now there is efghij\n", err)
+
+
+def test_clients_that_cannot_join(server):
+    class Few(Mutant):
+        def __call__(self, frame):
+            return b""
+
+    status, out, err = run("--clients=3", "--patience=1.5", port=server.port, tamper=Few(drop, 0), tampered=1)
+    assert (status, out) == (UNTRIED, "")
+    assert err == (
+        "chatd.load: 2 of 3 clients have joined, and no more can (no answer): "
+        "ask for fewer --clients, or allow the server more\n"
+    )
+
+
+def test_progress_is_told_in_every_phase(server, monkeypatch):
+    monkeypatch.setattr("chatd.load.trial.TICKS", 1)
+
+    class Slow(Mutant):
+        def __call__(self, frame):
+            return frame if b'"label":' not in frame[:60] or b"ack" in frame[:20] else b""
+
+    words = ("--clients=3", "--rate=0", "--seconds=0.2", "--cut=0", "--patience=1")
+    err = Terminal()
+    status, _, said = run(*words, port=server.port, tamper=Slow(drop, 0), tampered=1, err=err)
+    assert status == REFUTED
+    assert "of 3 clients joined" in said
+    assert "acknowledged, " in said
+    assert "of 3 clients have everything" in said
+
+
+def test_a_busy_program_says_so():
+    with contextlib.closing(io.StringIO()):
+        report = {
+            "url": "ws://h:80/",
+            "clients": 1,
+            "posters": 1,
+            "seconds": 0.0,
+            "posted": 0,
+            "acknowledged": 0,
+            "acknowledged_again": 0,
+            "delivered": 0,
+            "deliveries_per_second": None,
+            "of_others": 0,
+            "cut": 0,
+            "came_back": 0,
+            "fresh_starts": 0,
+            "logs_lost": 0,
+            "lost": 0,
+            "cpu": 0.93,
+            "latency_ms": {"ack": None},
+            "proved": False,
+        }
+        lines = summary(report).splitlines()
+    assert lines[-1] == "busy       this program was at 93% of a core, and its own delays are in these times"
+    assert len(summary(report | {"cpu": None}).splitlines()) == len(lines) - 1
+
+
+@pytest.mark.parametrize(("lost", "words"), [(0, "0"), (1234, "1,234"), (None, "nobody knows how many")])
+def test_what_is_lost_is_told(lost, words):
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/"])
+        report = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds)).report()
+    report |= {"fresh_starts": 9, "logs_lost": 2, "lost": lost}
+    assert summary(report).splitlines()[-1] == f"lost       {words} acknowledged messages; 9 fresh starts, 2 new logs"

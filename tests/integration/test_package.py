@@ -1,0 +1,112 @@
+"""What is installed: the wheel and the editable install, each in an environment of its own."""
+
+import pathlib
+import shutil
+import site
+import subprocess
+import sys
+import venv
+import zipfile
+
+import pytest
+from support.redises import Redis
+from support.servers import LONG, ROOT, TWISTD, Raw, Server, environment, need, numbered, run
+
+FOUND = """
+import importlib.resources, json, chatd
+files = importlib.resources.files("chatd")
+print(chatd.__file__)
+print(json.loads(files.joinpath("schemas/message.json").read_bytes())["title"])
+print(len(json.loads(files.joinpath("seed/messages.json").read_bytes())))
+print(files.joinpath("static/index.html").is_file())
+"""
+
+
+def clean():
+    """The environment without this checkout."""
+    return {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+
+
+def check_run(*command, cwd):
+    """Run a command that must not fail; answers what it said."""
+    result = subprocess.run(
+        command, cwd=cwd, env=clean(), capture_output=True, text=True, timeout=4 * LONG, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the files that git keeps, or would."""
+    listing = [need("git"), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    folder = tmp_path_factory.mktemp("package") / "copy"
+    for name in sorted({*check_run(*listing, cwd=ROOT).split("\0")} - {""}):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    assert (folder / "chatd" / "schemas").is_symlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(copy):
+    """The wheel built from that copy."""
+    check_run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", copy.parent, copy, cwd=copy.parent
+    )
+    (path,) = copy.parent.glob("*.whl")
+    return path
+
+
+@pytest.fixture(params=["wheel", "editable"])
+def installed(request, copy, tmp_path):
+    """A Python that has chatd installed, and of this one's packages what chatd depends on."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+    missing = subprocess.run(
+        [python, "-c", "import chatd"], cwd=tmp_path, env=clean(), capture_output=True, check=False
+    )
+    assert b"No module named 'chatd'" in missing.stderr, "nothing but the installation can bring it here"
+    if request.param == "wheel":
+        what = [request.getfixturevalue("wheel")]
+    else:
+        what = ["--no-build-isolation", "--editable", copy]
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
+    check_run(*install, "--no-deps", "--no-index", *what, cwd=tmp_path)
+    return python
+
+
+def test_the_wheel_has_its_data_and_leaves_twisteds_packages_alone(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        schema = archive.read("chatd/schemas/message.json")
+    assert schema == (ROOT / "schemas" / "message.json").read_bytes()
+    assert names >= {"chatd/static/index.html", "chatd/seed/messages.json", "twisted/plugins/chatd_plugin.py"}
+    modules = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.lua") for path in (ROOT / "chatd").rglob(kind)}
+    assert modules <= names
+    assert names.isdisjoint({"twisted/__init__.py", "twisted/plugins/__init__.py"})
+    kinds = {name.split("/")[0] for name in names}
+    assert {kind for kind in kinds if not kind.endswith(".dist-info")} == {"chatd", "twisted"}
+    assert not [name for name in names if name.endswith((".pyc", "dropin.cache", ".sqlite"))]
+
+
+def test_what_is_installed_runs_from_anywhere(installed, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = (installed, TWISTD)
+    assert " chatd " in check_run(*command, "--help", cwd=elsewhere)
+    helped = run("--help", cwd=elsewhere, env=clean(), command=command)
+    assert helped.returncode == 0, helped.stderr
+    assert "--listen" in helped.stdout
+    file, *found = check_run(installed, "-c", FOUND, cwd=elsewhere).split()
+    assert pathlib.Path(file).is_relative_to(tmp_path / "venv") or "copy" in pathlib.Path(file).parts
+    assert found == ["Message", "2", "True"]
+    with Redis(tmp_path / "redis") as redis:
+        for store in ("sqlite:chatd.sqlite", redis.url):
+            options = f"--store={store}"
+            with Server(elsewhere, options, env=clean(), command=command) as server, Raw(server.port) as client:
+                assert numbered(client.join()) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
+    assert all(path.name.startswith("chatd.sqlite") for path in elsewhere.iterdir())

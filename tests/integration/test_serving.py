@@ -1,0 +1,879 @@
+"""The server as its operators and its worst clients meet it: killed, stopped, out of disk, and lied to."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import select
+import selectors
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from support.servers import (
+    BINARY,
+    CLOSE,
+    LONG,
+    LOOPBACK,
+    PING,
+    PONG,
+    TEXT,
+    Lines,
+    Raw,
+    Server,
+    certificate_for,
+    environment,
+    frame,
+    missing,
+    need,
+    numbered,
+    post,
+    run,
+    stored,
+    upgrade,
+)
+from websockets.sync.client import connect
+
+SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
+NAMES = [
+    "admin",
+    "drain",
+    "history",
+    "listen",
+    "log-format",
+    "max-per-address",
+    "origin",
+    "ping",
+    "proxy-hops",
+    "rate",
+    "retain",
+    "rooms",
+    "seed",
+    "store",
+]
+
+
+def lines_of(result):
+    """The lines in which a server that did not start said why, as text or JSON, on stdout or stderr."""
+    return [line for line in (result.stdout + result.stderr).splitlines() if "chatd: " in line]
+
+
+def only_line(result):
+    """The one line of a server that did not start; whatever else there is, there is no traceback."""
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    (line,) = lines_of(result)
+    return line[line.index("chatd: ") :]
+
+
+# Killed
+
+KILLS = 50
+BURSTERS = 4
+WINDOW = 16
+
+
+class Burster(Raw):
+    """Posts numbered messages, WINDOW of them ahead of what it has seen of its own, and checks that what it sees is
+    consecutive."""
+
+    def __init__(self, port, name):
+        super().__init__(port)
+        self.name = name
+        self.sent = 0
+        self.history = self.join()
+        self.cursor = int(self.history["id"].partition("-")[2])
+
+    def post(self, count=1):
+        numbers = range(self.sent, self.sent + count)
+        self.sent += count
+        self.send(b"".join(post(self.name, f"{self.name}-{number}") for number in numbers))
+
+    def see(self, text):
+        """Note a broadcast; answers its number and who said what."""
+        assert text["type"] == "message"
+        ((number, username, message),) = numbered(text)
+        assert number == self.cursor + 1, "in order, each once"
+        self.cursor = number
+        return number, username, message
+
+
+def burst(server, names, seen, receipts, epoch):
+    """Have clients post as fast as they can, and kill the server when so many broadcasts were received."""
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        clients = [stack.enter_context(Burster(server.port, name)) for name in names]
+
+        def note(client, text):
+            assert text["id"].startswith(f"{epoch}-")
+            number, username, message = client.see(text)
+            assert seen.setdefault(number, (username, message)) == (username, message)
+            return username
+
+        for client in clients:
+            selector.register(client.socket, selectors.EVENT_READ, client)
+        for client in clients:
+            client.post(WINDOW)
+        received = 0
+        while received < receipts:
+            ready = selector.select(LONG)
+            assert ready, "nothing came"
+            for key, _ in ready:
+                texts = key.data.arrived()
+                assert texts is not None, server.log.text
+                received += len(texts)
+                key.data.post([note(key.data, text) for text in texts].count(key.data.name))
+        server.kill()
+        for client in clients:
+            for text in client.texts():
+                received += 1
+                note(client, text)
+        return clients[0].history, sum(client.sent for client in clients), received
+
+
+def test_what_any_client_saw_is_in_the_log_once_and_in_order_after_fifty_kills(tmp_path, capsys):
+    chance = random.Random(1)
+    path = tmp_path / "chatd.sqlite"
+    seen = {number: (username, message) for number, username, message in SEED}
+    epoch = None
+    sent = received = 0
+
+    def check(server):
+        """Nothing that was seen is lost; what was not seen may be there or not, but without gaps or repetition."""
+        nonlocal epoch
+        found, rows = stored(path)
+        epoch = epoch or found
+        assert found == epoch == server.epoch
+        assert [row[0] for row in rows] == list(range(1, len(rows) + 1)), "dense"
+        log = {number: (username, message) for number, username, message, _ in rows}
+        lost = [number for number, entry in seen.items() if log.get(number) != entry]
+        assert lost == [], f"lost={len(lost)} of {len(seen)} seen"
+        assert [row[3] for row in rows] == sorted(row[3] for row in rows), "time does not go back"
+        said = {}
+        for _, username, message, _ in rows[len(SEED) :]:
+            said.setdefault(username, []).append(message)
+        for username, messages in said.items():
+            assert messages == [f"{username}-{number}" for number in range(len(messages))], "each once, in order"
+        return [row[:3] for row in rows], len(lost)
+
+    for kill in range(KILLS):
+        with Server(tmp_path, "--history=10000") as server:
+            rows, _ = check(server)
+            names = [f"k{kill}c{client}" for client in range(BURSTERS)]
+            history, posted, receipts = burst(server, names, seen, chance.randint(1, 400), epoch)
+            sent += posted
+            received += receipts
+            assert [*numbered(history)] == rows, "a client that joins after the restart has the whole log"
+
+    with Server(tmp_path, "--history=10000") as server:
+        rows, lost = check(server)
+        assert len(rows) <= 10_000, "the whole of it fits a history"
+        with Raw(server.port) as client:
+            history = client.join()
+        assert history["id"] == f"{epoch}-{len(rows)}"
+        assert [*numbered(history)] == rows
+    assert len(seen) <= len(rows) < sent + len(SEED), "the kills came in the middle of bursts"
+    with capsys.disabled():
+        figures = f"kills={KILLS} sent={sent} logged={len(rows)} seen={len(seen)} received={received} lost={lost}"
+        sys.stdout.write(f"\n{figures}\n")
+
+
+def test_a_memory_store_forgets_all_and_begins_a_new_history(tmp_path):
+    epochs = []
+    for _ in range(2):
+        with Server(tmp_path, "--store=memory:") as server, Raw(server.port) as client:
+            assert numbered(client.join()) == SEED
+            client.send(post("ann", "hi"))
+            assert numbered(client.json()) == [(3, "ann", "hi")]
+            epochs.append(server.epoch)
+    assert epochs[0] != epochs[1]
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_retaining_five_messages_gives_a_history_of_five_whose_numbers_go_on(tmp_path):
+    for last, more in ((10, 8), (12, 2)):
+        with Server(tmp_path, "--retain=5") as server, Raw(server.port) as client:
+            client.join()
+            client.send(b"".join(post("ann", f"{number}") for number in range(last - more + 1, last + 1)))
+            for _ in range(more):
+                client.json()
+            with Raw(server.port) as late:
+                history = late.join()
+            assert numbered(history) == [(number, "ann", f"{number}") for number in range(last - 4, last + 1)]
+            assert "more" not in history
+    assert [row[0] for row in stored(tmp_path / "chatd.sqlite")[1]] == [8, 9, 10, 11, 12]
+
+
+def test_a_short_history_says_that_there_is_more(tmp_path):
+    with Server(tmp_path, "--history=1") as server, Raw(server.port) as client:
+        history = client.join()
+        assert history["more"] is True
+        assert numbered(history) == SEED[1:]
+
+
+# Stopped
+
+POSTS = 500
+
+
+def test_on_sigterm_what_was_sent_is_committed_and_delivered_and_clients_are_told_to_come_back(tmp_path):
+    with Server(tmp_path) as server, Raw(server.port) as sender, Raw(server.port) as reader:
+        for client in (sender, reader):
+            client.join()
+        # The pong says that all was read, not that any of it was committed.
+        sender.send(b"".join(post("ann", f"{number}") for number in range(POSTS)) + frame(PING, b"read"))
+        early = []
+        while True:
+            opcode, payload = sender.frame()
+            if opcode == PONG:
+                break
+            early.append(json.loads(payload))
+        server.terminate()
+        want = [(number + 3, "ann", f"{number}") for number in range(POSTS)]
+        for client, before in ((sender, early), (reader, [])):
+            texts = before
+            while len(texts) < POSTS:
+                texts.append(client.json())
+            assert [entry for text in texts for entry in numbered(text)] == want
+            assert client.closed() == 1012
+        server.stopped()
+    assert [row[:3] for row in stored(tmp_path / "chatd.sqlite")[1]] == SEED + want
+
+
+def test_with_nobody_there_it_stops_at_once(tmp_path):
+    with Server(tmp_path, "--drain=3600") as server:
+        assert get(server.port, "/healthz")[0] == 200
+        server.stop()
+    with Server(tmp_path) as server, Raw(server.port) as half:
+        half.send(upgrade()[:-2])
+        with Raw(server.port) as member:
+            member.join()
+            server.terminate()
+            assert member.closed() == 1012
+        server.stopped()
+
+
+def test_a_client_that_does_not_answer_the_close_is_not_waited_for_longer_than_the_drain(tmp_path):
+    with Server(tmp_path, "--drain=1") as server, Raw(server.port) as client:
+        client.join()
+        server.terminate()
+        assert client.frame()[0] == CLOSE
+        assert client.rest() == b""
+        server.stopped()
+        assert "did not answer the close" not in server.log.text
+
+
+def test_it_runs_as_a_daemon_with_a_pid_file_and_a_log_file(tmp_path):
+    pid_file, log_file = tmp_path / "chatd.pid", tmp_path / "chatd.log"
+    flags = (f"--pidfile={pid_file}", f"--logfile={log_file}")
+    result = run("--listen", LOOPBACK, "--admin=", "--drain=1", cwd=tmp_path, flags=flags)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    # twistd's first process ends when the one that stays has started.
+    daemon = os.pidfd_open(int(pid_file.read_text()))
+    try:
+        port = int(re.search(r"ChatFactory starting on (\d+)", log_file.read_text())[1])
+        with Raw(port) as client:
+            assert numbered(client.join()) == SEED
+            signal.pidfd_send_signal(daemon, signal.SIGTERM)
+            assert client.closed() == 1012
+        assert select.select([daemon], [], [], LONG)[0], "it ends"
+        assert "Server Shut Down" in log_file.read_text()
+        assert not pid_file.exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(daemon, signal.SIGKILL)
+        os.close(daemon)
+
+
+# Not started
+
+
+def test_a_second_server_on_one_store_ends_with_one_line_that_says_why(tmp_path):
+    with Server(tmp_path) as server:
+        result = run("--listen", LOOPBACK, "--admin=", cwd=tmp_path)
+        line = only_line(result)
+        assert re.fullmatch(
+            r"chatd: \S*chatd\.sqlite is in use by another chatd: stop that one, or .* --store .*", line
+        )
+        with Raw(server.port) as client:
+            assert numbered(client.join()) == SEED
+
+
+@pytest.mark.parametrize("option", ["listen", "admin"])
+def test_a_port_in_use_is_refused_in_one_line(tmp_path, option):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        other = {"listen": "--admin=", "admin": f"--listen={LOOPBACK}"}[option]
+        endpoint = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1"
+        line = only_line(run(f"--{option}={endpoint}", other, cwd=tmp_path))
+        assert line.startswith(f"chatd: cannot listen on {endpoint} (")
+        assert "Address already in use" in line
+    with Server(tmp_path) as server:
+        assert server.epoch, "the store was let go"
+
+
+def test_what_hinders_the_start_is_one_line_of_json_too(tmp_path):
+    (tmp_path / "chatd.sqlite").write_text("This is a diary, and no store of anything.\n" * 100)
+    result = run("--log-format=json", "--listen", LOOPBACK, "--admin=", cwd=tmp_path)
+    assert result.returncode == 1
+    events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
+    assert [event for event in events if "chatd.sqlite is no chatd store" in event] == events[-1:]
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("store", "reason"),
+    [
+        ("missing/chatd.sqlite", "missing cannot be written (No such file or directory)"),
+        ("folder", "folder cannot be opened"),
+        ("newer.sqlite", "was written by a newer chatd, in format 9"),
+        ("foreign.sqlite", "foreign.sqlite is no chatd store: name another file"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_is_refused_in_one_line(tmp_path, store, reason):
+    (tmp_path / "folder").mkdir()
+    if store == "newer.sqlite":
+        with Server(tmp_path, f"--store=sqlite:{store}"):
+            pass
+    with contextlib.closing(sqlite3.connect(tmp_path / "newer.sqlite")) as db, db:
+        if store == "newer.sqlite":
+            db.execute("UPDATE log SET written = 9, readable_since = 9")
+    with contextlib.closing(sqlite3.connect(tmp_path / "foreign.sqlite")) as db, db:
+        db.execute("CREATE TABLE diary (line)")
+    line = only_line(run(f"--store=sqlite:{store}", "--listen", LOOPBACK, "--admin=", cwd=tmp_path))
+    assert reason in line
+    assert "--store sqlite:PATH" in line or "run that version again" in line
+
+
+BAD_OPTIONS = [
+    (["--bogus"], "option --bogus not recognized"),
+    (["extra"], "Wrong number of arguments"),
+    (["--history"], "option --history requires argument"),
+    (["--history=0"], "--history: '0' is not a whole number from 1 to 10000"),
+    (["--history=10001"], "--history: '10001' is not a whole number from 1 to 10000"),
+    (["--history=many"], "--history: 'many' is not a whole number from 1 to 10000"),
+    (["--retain=0"], "--retain: '0' is neither"),
+    (["--retain=5w"], "--retain: '5w' is neither"),
+    (["--rate=fast"], "--rate: 'fast' is not a whole number"),
+    (["--rate=5:"], "--rate: '' is not a whole number"),
+    (["--max-per-address=-1"], "--max-per-address: '-1' is not a whole number"),
+    (["--drain=soon"], "--drain: 'soon' is not a whole number"),
+    (["--log-format=xml"], "--log-format: 'xml' is neither text nor json"),
+    (["--store=postgres:chat"], "--store: 'postgres:chat' is neither"),
+    (["--store=sqlite:"], "--store: 'sqlite:' is neither"),
+    (["--seed=missing.json"], "--seed: missing.json cannot be read (No such file or directory)"),
+    (["--seed=broken.json"], "--seed: broken.json is not JSON"),
+    (["--seed=wrong.json"], '--seed: wrong.json message 1: "message" is required'),
+    (["--listen=nowhere"], "--listen: 'nowhere' is no server endpoint"),
+    (["--listen=tcp:port"], "--listen: 'tcp:port' is no server endpoint"),
+    (["--admin=ssl:0"], "--admin: 'ssl:0' is no server endpoint"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), BAD_OPTIONS, ids=[" ".join(options) for options, _ in BAD_OPTIONS])
+def test_a_bad_option_is_refused_in_exactly_one_line(tmp_path, options, reason):
+    (tmp_path / "broken.json").write_text("[{")
+    (tmp_path / "wrong.json").write_text('[{"username": "ann"}]')
+    result = run(*options, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"chatd: {reason}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "wrong.json"]
+
+
+def test_a_bad_value_in_the_environment_is_refused_by_the_name_of_its_option(tmp_path):
+    result = run(cwd=tmp_path, env=environment(CHATD_MAX_PER_ADDRESS="lots"))
+    assert result.returncode == 1
+    assert result.stderr == "chatd: --max-per-address: 'lots' is not a whole number from 0 to 1000000\n"
+
+
+# Told what to do
+
+
+def test_help_names_each_option(tmp_path):
+    result = run("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert re.findall(r"^ +--([a-z-]+)=?  ", result.stdout, re.MULTILINE) == sorted(
+        [*NAMES, "check", "help", "version"]
+    )
+
+
+def test_options_are_read_from_the_environment_and_the_command_line_wins(tmp_path):
+    (tmp_path / "seed.json").write_text(
+        json.dumps([{"username": "env", "message": f"{n}", "timestamp": "2024-01-01T00:00:00Z"} for n in range(4)])
+    )
+    env = environment(
+        CHATD_LISTEN=f"{LOOPBACK} {LOOPBACK}:backlog=50",
+        CHATD_ADMIN=LOOPBACK,
+        CHATD_STORE="sqlite:elsewhere.sqlite",
+        CHATD_SEED="seed.json",
+        CHATD_HISTORY="1",
+        CHATD_RETAIN="3",
+        CHATD_RATE="0",
+        CHATD_DRAIN="2",
+        CHATD_LOG_FORMAT="json",
+    )
+    with Server(tmp_path, "--history=2", env=env, listen=None, admin=None) as server:
+        ports = [int(match[1]) for match in server.log.wait(r"ChatFactory starting on (\d+)", 2)]
+        assert server.admin_port not in ports
+        for port in ports:
+            with Raw(port) as client:
+                assert numbered(client.join()) == [(3, "env", "2"), (4, "env", "3")]
+        assert all(json.loads(line) for line in server.log)
+        assert (tmp_path / "elsewhere.sqlite").exists()
+        assert not (tmp_path / "chatd.sqlite").exists()
+
+
+# Logged
+
+SECRET = "xyzzy-plugh"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_log_tells_who_came_and_what_was_refused_but_never_what_was_said(tmp_path, log_format):
+    with Server(tmp_path, f"--log-format={log_format}", admin=LOOPBACK) as server:
+        with Raw(server.port) as client:
+            client.join()
+            for text in (
+                {"username": SECRET, "message": SECRET},
+                {"username": SECRET, "message": SECRET, SECRET: SECRET},
+                {"username": 7, "message": SECRET * 100},
+            ):
+                client.send(frame(TEXT, json.dumps(text).encode()))
+                client.json()
+            client.send(frame(TEXT, f'{{"username":"{SECRET}","message":'.encode()))
+            assert client.json() == {"type": "error", "message": "Invalid JSON format."}
+            client.send(frame(TEXT, SECRET.encode() * 2000))
+            assert client.closed() == 1009
+        for data, code in ((SECRET.encode() + b"\xff", 1007), (SECRET.encode(), None)):
+            with Raw(server.port) as client:
+                client.join()
+                client.send(frame(TEXT, data, bits=0 if code else 7))
+                assert client.closed() == (code or 1002)
+        with Raw(server.port) as client:
+            client.send(upgrade("/nowhere"))
+            assert client.head()[0] == 404
+        server.stop()
+    log = [*server.log]
+    assert [*server.errors] == []
+    assert SECRET not in server.log.text
+    if log_format == "json":
+        events = [json.loads(line) for line in log]
+        assert all({"time", "level", "system", "event"} <= event.keys() for event in events)
+        log = [event["event"] for event in events]
+    for pattern in (
+        r"listening on tcp:0",
+        r"127\.0\.0\.1.*joined main",
+        r"127\.0\.0\.1.*sent what is refused",
+        r"127\.0\.0\.1.*left main: 1009",
+        r"127\.0\.0\.1.*refused: 404",
+        r"stopping",
+        r"stopped",
+    ):
+        assert any(re.search(pattern, line) for line in log), pattern
+
+
+# Out of disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte."""
+    if os.geteuid() != 0:
+        missing("only root may mount a small disk")
+    mount, umount = need("mount"), need("umount")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        missing(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run([umount, folder], check=True)
+
+
+def fill(client, ballast):
+    """Post until the disk is full; answers the numbers that came back, and what was refused."""
+    numbers = []
+    for number in itertools.count():
+        client.send(post("ann", f"{number} " + "x" * 480))
+        answer = client.json()
+        if answer["type"] == "error":
+            return numbers, answer
+        numbers.append(numbered(answer)[0][0])
+        assert number < 2000, "the disk does not fill"
+        if number == 5:
+            # All but a little of what is left.
+            free = os.statvfs(ballast.parent)
+            ballast.write_bytes(bytes(max(free.f_bavail * free.f_frsize - (128 << 10), 0)))
+    return None
+
+
+def test_a_full_disk_refuses_posts_and_nothing_else_and_when_there_is_room_again_all_goes_on(tmp_path, small_disk):
+    ballast = small_disk / "ballast"
+    with Server(tmp_path, f"--store=sqlite:{small_disk}/chatd.sqlite", "--history=10000") as server:
+        with Raw(server.port) as client, Raw(server.port) as other:
+            head = len(numbered(client.join()))
+            other.join()
+            for _ in range(2):
+                numbers, refused = fill(client, ballast)
+                assert numbers == list(range(head + 1, head + 1 + len(numbers)))
+                head = numbers[-1]
+                assert refused == {
+                    "type": "error",
+                    "message": "The message was not stored; try again.",
+                    "code": "UNAVAILABLE",
+                }
+                assert [numbered(other.json())[0][0] for _ in numbers] == numbers, "the error was its sender's alone"
+
+                # A burst over the full disk: each post is refused or kept, and told so once.
+                other.send(b"".join(post("bob", f"{number} " + "y" * 480) for number in range(100)))
+                answers = [other.json() for _ in range(100)]
+                kept = [text for text in answers if text["type"] == "message"]
+                assert {text.get("code") for text in answers if text not in kept} == {"UNAVAILABLE"}
+                for text in kept:
+                    assert client.json() == text
+                    head += 1
+                    assert numbered(text)[0][0] == head
+                with Raw(server.port) as late:
+                    history = late.join()
+                    assert [entry[0] for entry in numbered(history)] == list(range(1, head + 1))
+
+                ballast.unlink()
+                client.send(post("ann", "room again"))
+                head += 1
+                assert numbered(client.json()) == [(head, "ann", "room again")]
+                assert numbered(other.json()) == [(head, "ann", "room again")]
+        server.stop()
+    assert [row[0] for row in stored(small_disk / "chatd.sqlite")[1]] == list(range(1, head + 1))
+
+
+def test_a_server_killed_with_a_full_disk_has_lost_nothing_and_starts_again_on_it(tmp_path, small_disk):
+    ballast = small_disk / "ballast"
+    store = f"--store=sqlite:{small_disk}/chatd.sqlite"
+    with Server(tmp_path, store) as server, Raw(server.port) as client:
+        client.join()
+        numbers, _ = fill(client, ballast)
+        server.kill()
+    with Server(tmp_path, store, "--history=10000") as server, Raw(server.port) as client:
+        assert [entry[0] for entry in numbered(client.join())] == list(range(1, numbers[-1] + 1))
+        ballast.unlink()
+        client.send(post("ann", "room again"))
+        assert numbered(client.json()) == [(numbers[-1] + 1, "ann", "room again")]
+
+
+# Encrypted
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    return certificate_for(tmp_path)
+
+
+def test_over_tls_a_foreign_client_joins_posts_and_gets_back_a_big_burst(tmp_path, certificate):
+    arguments, trust = certificate
+    with Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}") as server:
+        url = f"wss://127.0.0.1:{server.port}/"
+        with connect(url, ssl=trust) as sender, connect(url, ssl=trust) as reader:
+            for client in (sender, reader):
+                assert numbered(json.loads(client.recv(LONG))) == SEED
+            said = [f"{number} " + "é" * 490 for number in range(2000)]
+            for text in said:
+                sender.send(json.dumps({"username": "ann", "message": text}))
+            want = [(number, "ann", text) for number, text in enumerate(said, 3)]
+            for client in (sender, reader):
+                assert [numbered(json.loads(client.recv(LONG)))[0] for _ in said] == want
+            server.terminate()
+            for client in (sender, reader):
+                with pytest.raises(Exception, match="1012"):
+                    client.recv(LONG)
+        server.stopped()
+
+
+# Slow
+
+SLOW = 10
+
+
+def test_those_who_do_not_read_take_no_memory_and_delay_nobody(tmp_path):
+    said = [f"{number} " + "x" * 480 for number in range(15_000)]
+    with Server(tmp_path, "--store=memory:", "--history=2") as server, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(Raw(server.port)) for _ in range(SLOW)]
+        sender = stack.enter_context(Raw(server.port))
+        for client in (*slow, sender):
+            client.join()
+        memory = server.memory()
+        for begin in range(0, len(said), 100):
+            sender.send(b"".join(post("ann", text) for text in said[begin : begin + 100]))
+            for number, text in enumerate(said[begin : begin + 100], begin + 3):
+                assert numbered(sender.json()) == [(number, "ann", text)]
+        # What one of them has not read is 9 MB.
+        assert server.memory() < memory + (32 << 20)
+        for client in slow:
+            # Those who read again get what they missed, or as much as they can have and a code that bids them return.
+            numbers = []
+            while len(numbers) < len(said):
+                opcode, payload = client.frame()
+                if opcode == CLOSE:
+                    assert int.from_bytes(payload[:2]) == 1013
+                    break
+                numbers += [entry[0] for entry in numbered(json.loads(payload))]
+            assert numbers == list(range(3, 3 + len(numbers)))
+            assert len(numbers) > 0
+
+
+# Lied to
+
+
+@pytest.fixture(scope="module")
+def common_room(tmp_path_factory):
+    """One server and one client of good manners, for all the bad ones, and how much memory the server took at first."""
+    with Server(tmp_path_factory.mktemp("common"), admin=LOOPBACK) as server, connect(server.url) as good:
+        good.recv(LONG)
+        yield server, good, server.memory()
+
+
+def fragments(client):
+    """One message in 100,000 frames, most of them empty."""
+    client.send(frame(TEXT, b'{"username":', fin=False) + frame(0, fin=False) * 99_998 + frame(0, b"}"))
+
+
+@pytest.fixture
+def server(common_room):
+    """The common server; whatever a test did to it, the client of good manners is served, and memory is not taken."""
+    server, good, memory = common_room
+    yield server
+    good.send('{"username":"good","message":"undisturbed"}')
+    assert numbered(json.loads(good.recv(LONG)))[0][1:] == ("good", "undisturbed")
+    assert server.memory("VmHWM") < memory + (4 << 20), "not for a moment"
+
+
+def invalid(fault):
+    return {"type": "error", "message": fault}
+
+
+NOT_JSON = invalid("Invalid JSON format.")
+NO_OBJECT = invalid('Validation error: "value" must be of type object')
+REFUSED = {
+    "nothing": (b"", NOT_JSON),
+    "a word": (b"hello", NOT_JSON),
+    "half an object": (b'{"username":"ann","message":"hi"', NOT_JSON),
+    "two objects": (b'{"username":"ann","message":"hi"}{}', NOT_JSON),
+    "an array": (b'[{"username":"ann","message":"hi"}]', NO_OBJECT),
+    "a number": (b"1", NO_OBJECT),
+    "null": (b"null", NO_OBJECT),
+    "a string": (b'"hi"', NO_OBJECT),
+    "an empty object": (b"{}", invalid('Validation error: "username" is required')),
+    "deep arrays": (b"[" * 8000 + b"]" * 8000, NOT_JSON),
+    "deep objects": (b'{"a":' * 2000 + b"1" + b"}" * 2000, NOT_JSON),
+    "an unclosed depth": (b"[" * 16_000, NOT_JSON),
+    "NaN": (b'{"username":"ann","message":NaN}', NOT_JSON),
+    "a lone surrogate": (rb'{"username":"ann","message":"\ud800"}', NOT_JSON),
+    "a lone low surrogate": (rb'{"username":"\udc00","message":"hi"}', NOT_JSON),
+    "a big integer": (
+        b'{"username":18446744073709551616,"message":"hi"}',
+        invalid('Validation error: "username" must be a string'),
+    ),
+    "a null name": (b'{"username":null,"message":"hi"}', invalid('Validation error: "username" must be a string')),
+    "an unknown key": (b'{"username":"ann","message":"hi","x":1}', invalid('Validation error: "x" is not allowed')),
+    "a long text": (
+        b'{"username":"ann","message":"%b"}' % (b"x" * 501),
+        invalid('Validation error: "message" length must be less than or equal to 500 characters long'),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_text_that_is_no_message_gets_its_error_and_closes_nothing(server, what):
+    payload, answer = REFUSED[what]
+    with Raw(server.port) as client:
+        client.join()
+        client.send(frame(TEXT, payload))
+        assert client.json() == answer
+        client.send(frame(PING, b"still there"))
+        assert client.frame() == (PONG, b"still there")
+
+
+def test_an_integer_of_ten_thousand_digits_is_refused_and_closes_nothing(server):
+    with Raw(server.port) as client:
+        client.join()
+        client.send(frame(TEXT, b'{"username":%b,"message":"hi"}' % (b"9" * 10_000)))
+        assert client.json()["type"] == "error"
+        client.send(frame(PING))
+        assert client.frame() == (PONG, b"")
+
+
+def test_of_duplicate_keys_the_last_counts(common_room, server):
+    _, good, _ = common_room
+    with Raw(server.port) as client:
+        client.join()
+        client.send(frame(TEXT, b'{"username":"ann","message":"one","username":"bob","message":"two"}'))
+        assert numbered(client.json())[0][1:] == ("bob", "two")
+        assert numbered(json.loads(good.recv(LONG)))[0][1:] == ("bob", "two")
+
+
+CLOSED = {
+    "a text that is not UTF-8": (frame(TEXT, b'{"username":"\xff"}'), 1007),
+    "a text that ends in the middle of a character": (frame(TEXT, b'"\xc3'), 1007),
+    "a surrogate in UTF-8": (frame(TEXT, b'"\xed\xa0\x80"'), 1007),
+    "a binary message": (frame(BINARY, b'{"username":"ann","message":"hi"}'), 1003),
+    "an empty binary message": (frame(BINARY), 1003),
+    "a frame of ten megabytes": (frame(TEXT, b" " * (10 << 20)), 1009),
+    "a frame that says it has an exabyte": (frame(TEXT, b" ", length=1 << 60), 1009),
+    "ten megabytes in frames that would do": (
+        frame(TEXT, fin=False) + b"".join(frame(0, b" " * 10_000, fin=False) for _ in range(1000)),
+        1009,
+    ),
+    "a length with its highest bit": (frame(TEXT, b" ", length=1 << 63), 1002),
+    "a length in more bytes than it needs": (b"\x81\xfe\x00\x01" + bytes(5), 1002),
+    "a frame without a mask": (frame(TEXT, b'{"username":"ann","message":"hi"}', masked=False), 1002),
+    "a reserved opcode": (frame(3), 1002),
+    "a reserved control opcode": (frame(11), 1002),
+    "a reserved bit": (frame(TEXT, b"{}", bits=4), 1002),
+    "a control frame that is too long": (frame(PING, bytes(126)), 1002),
+    "a control frame in two": (frame(PING, fin=False), 1002),
+    "a continuation of nothing": (frame(0, b"{}"), 1002),
+    "a message within a message": (frame(TEXT, b"{", fin=False) + frame(TEXT, b"}"), 1002),
+}
+
+
+@pytest.mark.parametrize("what", CLOSED)
+def test_a_breach_of_the_protocol_is_closed_with_its_code(server, what):
+    data, code = CLOSED[what]
+    with Raw(server.port) as client:
+        client.join()
+        client.send(data)
+        assert client.closed() == code
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"),
+    [(b"\x03", 1002), (b"\x03\xed", 1002), (b"\x0b\xb8\xff", 1007)],
+    ids=["of one byte", "with a code that nobody may send", "with a reason that is not UTF-8"],
+)
+def test_a_close_frame_that_is_none_ends_the_connection_and_the_log_says_why(server, payload, code):
+    with Raw(server.port) as client:
+        client.join()
+        port = client.socket.getsockname()[1]
+        client.send(frame(CLOSE, payload))
+        client.rest()
+    server.log.wait(rf"127\.0\.0\.1:{port} left main: {code}")
+
+
+def test_a_close_is_answered_with_a_close(server):
+    with Raw(server.port) as client:
+        client.join()
+        client.send(frame(CLOSE, (1000).to_bytes(2) + b"bye"))
+        assert client.closed() == 1000
+
+
+def test_a_message_in_a_hundred_thousand_frames_is_closed_as_such(server):
+    with Raw(server.port) as client:
+        client.join()
+        fragments(client)
+        assert client.closed() in (1008, 1009)
+
+
+def test_a_message_in_some_fragments_with_pings_between_and_one_byte_at_a_time_is_a_message(common_room, server):
+    _, good, _ = common_room
+    data = frame(TEXT, b'{"username":"ann",', fin=False) + frame(PING, b"!") + frame(0, b'"message":"hi"}')
+    with Raw(server.port) as client:
+        client.join()
+        for byte in data:
+            client.send(bytes([byte]))
+        assert client.frame() == (PONG, b"!")
+        assert numbered(client.json())[0][1:] == ("ann", "hi")
+        good.recv(LONG)
+
+
+def test_a_client_that_goes_without_a_word_is_gone(server):
+    for data in (b"", b"\x81", frame(TEXT, b"{", fin=False), frame(TEXT, b"{}", length=5000), frame(CLOSE)):
+        with Raw(server.port) as client:
+            client.join()
+            client.send(data)
+
+
+HANDSHAKES = {
+    "another path": (upgrade("/nowhere"), 404),
+    "a path of strange bytes": (upgrade("/%00%0a\N{SNOWMAN}"), (400, 404)),
+    "no key": (upgrade(Sec_WebSocket_Key=None), 400),
+    "a key of another length": (upgrade(Sec_WebSocket_Key="AAAA"), 400),
+    "another version": (upgrade(Sec_WebSocket_Version="12"), (400, 426)),
+    "no version": (upgrade(Sec_WebSocket_Version=None), (400, 426)),
+    "no host": (upgrade(Host=None), 400),
+    "no connection header": (upgrade(Connection=None), 400),
+    "another method": (upgrade().replace(b"GET", b"POST"), (400, 405)),
+    "an old HTTP": (upgrade().replace(b"HTTP/1.1", b"HTTP/1.0"), (400, 505)),
+    "a long head": (upgrade(X_Padding="x" * (16 << 10)), 431),
+    "a head without an end": (b"GET / HTTP/1.1\r\nX: " + b"x" * (64 << 10), 431),
+    "garbage": (bytes(range(256)) + b"\r\n\r\n", 400),
+    "lines of nothing": (b"\r\n\r\n\r\n\r\n", (400, None)),
+    "plain HTTP elsewhere": (b"GET /nowhere HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", 404),
+    "a plain POST": (b"POST / HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: 0\r\n\r\n", 405),
+}
+
+
+@pytest.mark.parametrize("what", HANDSHAKES)
+def test_a_bad_request_is_refused_with_its_status(server, what):
+    data, status = HANDSHAKES[what]
+    with Raw(server.port) as client:
+        client.send(data)
+        with contextlib.suppress(OSError):  # it has gone already
+            client.socket.shutdown(socket.SHUT_WR)
+        answer = client.rest()
+    found = int(answer.split(b" ")[1]) if answer else None
+    assert found in (status if isinstance(status, tuple) else (status,)), answer[:500]
+
+
+def get(port, path):
+    """What a plain HTTP client of the standard library gets."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=LONG) as answer:
+            return answer.status, answer.headers.get_content_type(), answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers.get_content_type(), error.read().decode()
+
+
+def test_plain_http_gets_a_page_and_health_on_both_ports(server):
+    status, kind, page = get(server.port, "/")
+    assert (status, kind) == (200, "text/html")
+    assert server.url in page
+    status, kind, page = get(server.admin_port, "/")
+    assert (status, kind) == (200, "text/plain")
+    for port in (server.port, server.admin_port):
+        assert get(port, "/healthz") == (200, "text/plain", "ok\n")
+        assert get(port, "/readyz") == (200, "text/plain", "ready\n")
+        assert get(port, "/nowhere")[0] == 404
+
+
+def test_the_admin_port_lets_nobody_chat(server):
+    with Raw(server.admin_port) as client:
+        client.send(upgrade())
+        assert client.head()[0] == 200
+
+
+def test_a_kept_connection_serves_several_requests(server):
+    with Raw(server.port) as client:
+        for _ in range(3):
+            client.send(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert client.head()[0] == 200
+            assert client._take(3) == b"ok\n"
+
+
+def test_lines_are_read_as_they_come_and_end_with_their_process():
+    with subprocess.Popen(["sh", "-c", "echo one; echo two"], stdout=subprocess.PIPE, text=True) as process:
+        lines = Lines(process.stdout)
+        assert [match[0] for match in lines.wait("o", 2)] == ["o", "o"]
+        with pytest.raises(AssertionError, match="three"):
+            lines.wait("three")
+        lines.close()

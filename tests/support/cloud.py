@@ -1,0 +1,348 @@
+"""A cloud that has no account: moto for EC2, which records what it is asked, and Packer from the Go module proxy.
+
+moto keeps books and boots nothing.  What stands for the builder is a machine of tests/support/booted.py: when an
+instance is asked for, its key goes to that machine, as cloud-init would put it there, and Packer reaches it over SSH.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import threading
+import urllib.parse
+from typing import Any
+
+from support import booted
+from support.booted import bootable, kept, succeed
+from support.servers import LONG, ROOT, environment, missing, need
+
+REGION = "us-east-1"
+DEBIAN = "136693071363"
+"""Debian's account at AWS."""
+SUITE = "trixie"
+PACKAGES = (
+    "systemd,systemd-sysv,udev,dbus,openssh-server,sudo,python3-venv,unattended-upgrades,linux-image-cloud-amd64,zstd"
+)
+SET_UP = """
+chroot "$1" useradd --create-home --shell /bin/bash admin
+echo "admin ALL=(ALL) NOPASSWD:ALL" >"$1/etc/sudoers.d/admin"
+printf '[Match]\\nName=en*\\n[Network]\\nDHCP=yes\\n' >"$1/etc/systemd/network/10-dhcp.network"
+chroot "$1" systemctl enable systemd-networkd.service
+"""
+"""What cloud-init and Debian's image for EC2 see to: somebody who may log in, and a network."""
+NO_NETWORK = "systemd.mask=systemd-networkd-wait-online.service"
+"""For the kernel's command line, where no network comes that is waited for."""
+TOOLS = ROOT / "packer" / "tools"
+
+
+def guest():
+    """The folder of a Debian that Packer can log in to, as those of the cloud are."""
+    mmdebstrap = [need("mmdebstrap"), "--quiet", "--variant=apt", f"--include={PACKAGES}", f"--customize-hook={SET_UP}"]
+    return bootable(lambda: kept("guest", lambda folder: succeed(*mmdebstrap, SUITE, folder), SUITE, PACKAGES, SET_UP))
+
+
+def packer():
+    """The folder with Packer and its plugin, built once."""
+    need("go")
+    recipe = [path.read_text() for path in sorted(TOOLS.rglob("*")) if path.is_file()]
+
+    def make(folder):
+        result = subprocess.run([TOOLS / "build", folder], capture_output=True, text=True, check=False)
+        if result.returncode:
+            missing(f"Packer could not be built: {result.stderr[-500:]}")
+
+    return kept("packer", make, *recipe)
+
+
+class Account:
+    """An account at moto, with Debian's images in it; a context manager.
+
+    `asked` has the requests as they came, each a dictionary of the fields of EC2's query protocol.
+    """
+
+    def __init__(self):
+        self.asked = []
+        self._one = threading.Lock()
+        self._answers = {}
+        """By call: one that is made again, since its answer was lost, is not done twice."""
+        self.launched = lambda key: None
+        """Called with the public key of each instance that is launched."""
+        try:
+            from moto.ec2.models import ec2_backends
+            from moto.ec2.models.amis import Ami
+            from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+            from werkzeug.serving import WSGIRequestHandler, make_server
+        except ImportError as error:
+            missing(f"moto is not installed: {error}")
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *_):
+                pass
+
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._backends = ec2_backends
+        ec2_backends.reset()
+        for architecture, machine in (("arm64", "arm64"), ("amd64", "x86_64")):
+            image = f"ami-{architecture}0debian13"
+            self.backend.amis[image] = Ami(
+                self.backend,
+                image,
+                name=f"debian-13-{architecture}-20260912-2000",
+                owner_id=DEBIAN,
+                public=True,
+                virtualization_type="hvm",
+                architecture=machine,
+                root_device_type="ebs",
+                root_device_name="/dev/xvda",
+                hypervisor="xen",
+            )
+        self._own = set(self.backend.amis), set(self.backend.snapshots), set(self.groups)
+        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=Quiet)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._thread.join(LONG)
+        self._server.server_close()
+        self._backends.reset()
+
+    def _serve(self, environ, start_response):
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        form = dict(urllib.parse.parse_qsl(body.decode()))
+        if form.get("Action") == "CreateImage":  # moto knows no tags of its snapshots
+            places = [name.removesuffix("ResourceType") for name, value in form.items() if value == "snapshot"]
+            body = urllib.parse.urlencode(
+                {name: value for name, value in form.items() if not name.startswith(tuple(places))}
+            ).encode()
+        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        call = environ.get("HTTP_AMZ_SDK_INVOCATION_ID", object())
+        with self._one:  # moto is of one thread
+            if call not in self._answers:
+                self.asked.append(form)
+                self._answers[call] = self._answer(environ)
+                if form.get("Action") == "RunInstances":
+                    self.launched(self.backend.key_pairs[form["KeyName"]].public_key)
+            status, headers, answer = self._answers[call]
+            if status.startswith("5"):
+                self.asked.append({"moto failed": status, "answer": answer})
+                del self._answers[call]
+        start_response(status, headers)
+        return answer
+
+    def _answer(self, environ):
+        """What moto answers: the status, the headers and the body."""
+        told = []
+        answer = [*self._moto(environ, lambda status, headers, *_: told.extend((status, headers)))]
+        return *told, answer
+
+    @property
+    def backend(self):
+        return self._backends["123456789012"][REGION]
+
+    @property
+    def groups(self):
+        return [name for vpc in self.backend.groups.values() for name in vpc]
+
+    def requests(self, action):
+        """Those of one kind, in the order in which they came."""
+        return [form for form in self.asked if form.get("Action") == action]
+
+    def left(self):
+        """What there is by now that was not there before: images, snapshots, groups, keys, running instances, disks."""
+        images, snapshots, groups = self._own
+        running = [one.id for one in self.backend.all_instances() if one.state != "terminated"]
+        return {
+            "images": sorted(set(self.backend.amis) - images),
+            "snapshots": sorted(set(self.backend.snapshots) - snapshots),
+            "groups": sorted(set(self.groups) - groups),
+            "keys": sorted(self.backend.key_pairs),
+            "instances": running,
+            "volumes": sorted(self.backend.volumes),
+        }
+
+
+def tags(form, kind):
+    """The tags that a request gives to what is of a kind."""
+    found = {}
+    for name, value in form.items():
+        if name.startswith("TagSpecification.") and name.endswith(".ResourceType") and value == kind:
+            place = name.removesuffix(".ResourceType")
+            number = 1
+            while f"{place}.Tag.{number}.Key" in form:
+                found[form[f"{place}.Tag.{number}.Key"]] = form[f"{place}.Tag.{number}.Value"]
+                number += 1
+    return found
+
+
+class Builder(booted.Machine):
+    """A Debian that has booted, with SSH at a port of this machine; it has no network of its own."""
+
+    def __init__(self):
+        super().__init__(guest(), [], NO_NETWORK)
+        self._sockets = [socket.create_server(("127.0.0.1", 0))]
+        self._threads = []
+        self.port = self._sockets[0].getsockname()[1]
+        self._run(self._accept)
+
+    def __exit__(self, *_):
+        for one in [*self._sockets]:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        while self._threads:
+            self._threads.pop().join(LONG)
+        for one in self._sockets:
+            one.close()
+        super().__exit__()
+
+    def _run(self, *call):
+        thread = threading.Thread(target=call[0], args=call[1:])
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                outer, _ = self._sockets[0].accept()
+                self._sockets.append(outer)
+                inner = self.connect(22).socket
+                self._sockets.append(inner)
+                inner.settimeout(None)
+                self._run(self._pump, outer, inner)
+                self._run(self._pump, inner, outer)
+
+    @staticmethod
+    def _pump(source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    @property
+    def place(self):
+        """Where Packer reaches it, as the template's variable has it."""
+        return json.dumps({"ssh_host": "127.0.0.1", "ssh_port": self.port})
+
+    def authorize(self, key):
+        """Let the owner of a public key log in, as cloud-init does."""
+        folder = "/home/admin/.ssh"
+        self.run("install", "-d", "-o", "admin", "-g", "admin", "-m", "700", folder)
+        write = f'echo "$1" >{folder}/authorized_keys; chown admin: {folder}/authorized_keys'
+        self.run("sh", "-ec", write, "sh", key.strip())
+
+
+def settings(folder, account=None):
+    """The environment of a Packer that knows of no account but this, and of no plugin but the one that was built."""
+    kept_ = {name: value for name, value in environment().items() if not name.startswith(("AWS_", "PACKER_", "PKR_"))}
+    del kept_["PYTHONPATH"]
+    return kept_ | {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_POLL_DELAY_SECONDS": "1",
+        "AWS_ENDPOINT_URL": account.url if account else "http://127.0.0.1:9",
+        "CHECKPOINT_DISABLE": "1",
+        "PACKER_CONFIG_DIR": str(folder),
+        "PACKER_PLUGIN_PATH": str(packer() / "plugins"),
+    }
+
+
+def baking(account, builder, folder, *options):
+    """Start scripts/bake against an account, with a machine for the builder."""
+    builder.run("systemctl", "is-active", "ssh.service")
+    account.launched = builder.authorize
+    variables = [f"--var=rehearsal={builder.place}", '--var=ssh_from=["192.0.2.7/32"]']
+    where = ["--region", REGION, "--arch", "amd64", "--packer", packer() / "packer"]
+    return subprocess.Popen(
+        [ROOT / "scripts" / "bake", *where, *variables, *options],
+        env=settings(folder, account),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def bake(account, builder, folder, *options):
+    """Run scripts/bake so; answers the ended process."""
+    with baking(account, builder, folder, *options) as process:
+        said, told = process.communicate(timeout=4 * LONG)
+    return subprocess.CompletedProcess(process.args, process.returncode, said, told)
+
+
+def copied(machine, folder):
+    """The files of a machine as they are now, in a folder: what a snapshot of its disk holds."""
+    folder.mkdir()
+    tar = ["tar", "--one-file-system", "--numeric-owner", "--xattrs"]
+    read = subprocess.Popen([*tar, "-C", machine.path("/"), "-cf", "-", "."], stdout=subprocess.PIPE)
+    succeed(*tar, "-C", folder, "-xpf", "-", stdin=read.stdout)
+    read.stdout.close()
+    assert read.wait(LONG) == 0
+    return folder
+
+
+AGENT = "amazon-cloudwatch-agent"
+AT = f"/srv/{AGENT}.deb"
+FOLDER = f"/opt/aws/{AGENT}/etc"
+UNIT = """
+[Service]
+ExecStart=/bin/sleep infinity
+Restart=on-failure
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def agent(builder, folder):
+    """Put what stands for the CloudWatch agent into a machine, as a package; answers what is to be said of it."""
+    tree = folder / "agent"
+    control = f"Package: {AGENT}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: an agent\n"
+    for path, text in {"DEBIAN/control": control, f"usr/lib/systemd/system/{AGENT}.service": UNIT}.items():
+        (tree / path).parent.mkdir(parents=True)
+        (tree / path).write_text(text)
+    (tree / FOLDER[1:]).mkdir(parents=True)
+    succeed("dpkg-deb", "--build", "--root-owner-group", tree, folder / "agent.deb")
+    shutil.copy(folder / "agent.deb", builder.path(AT))
+    digest = succeed("sha256sum", folder / "agent.deb").split()[0]
+    return {"url": f"file://{AT}", "sha256": digest}
+
+
+def agents(folder, agent):
+    """The option that has bakes install an agent."""
+    path = folder / "agents.json"
+    path.write_text(json.dumps({"amd64": [agent]}))
+    return f"--agents={path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baked:
+    """What a whole bake has come to: `made` is its JSON, `told` its progress, `root` what is on the image's disk."""
+
+    made: dict[str, Any]
+    told: str
+    account: Account
+    left: dict[str, list[str]]
+    tags: dict[str, str]
+    root: pathlib.Path
+    machine_id: str
+    """The builder's."""
+
+
+def baked(folder):
+    """Bake the image of this checkout in a folder."""
+    with Account() as account, Builder() as builder:
+        machine_id = builder.run("cat", "/etc/machine-id").strip()
+        result = bake(account, builder, folder, agents(folder, agent(builder, folder)), "--json")
+        assert result.returncode == 0, result.stderr
+        made = json.loads(result.stdout)
+        tags = account.backend.describe_tags({"resource-id": [image["image"] for image in made["images"]]})
+        named = {tag["key"]: tag["value"] for tag in tags}
+        return Baked(made, result.stderr, account, account.left(), named, copied(builder, folder / "root"), machine_id)

@@ -1,0 +1,408 @@
+"""An account to deploy to that is none: moto, with what it lacks, at a port of this machine, and faults on demand.
+
+moto keeps the books of EC2, of the load balancer's targets, of the group, the alarms and the parameters.  Its
+CloudFormation proves nothing, so that tests/support/formation.py stands for it.
+"""
+
+import contextlib
+import datetime as dt
+import functools
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+
+from support.fleet import Fleet
+from support.formation import Formation
+from support.servers import LONG, ROOT, environment, missing
+from support.wire import Fault, Wire
+
+import chatd
+
+REGION = "us-east-1"
+STACK = "chatd"
+DEPLOY = ROOT / "scripts" / "deploy"
+OWN = "testing"
+"""The access key of the test itself, whose calls are not on record."""
+SCOPES = {"monitoring": "cloudwatch", "elasticloadbalancing": "elbv2"}
+"""What services are called in a signature, where botocore calls them otherwise."""
+PREFIXES = {"elbv2": "elasticloadbalancing"}
+"""What IAM calls them, likewise."""
+DONE, FAILED, WRONG, REFUSED, BACK, STUCK, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+"""The exit statuses of scripts/deploy."""
+VERSION = chatd.__version__
+REST = dict.fromkeys(("InstanceType", "CertificateArn", "SubnetIds", "VpcId", "StoreParameter"), "x")
+REST["GuardRollouts"] = "yes"
+"""Parameters of the stack, besides the image."""
+ALLOWED = {
+    "autoscaling:DescribeAutoScalingGroups",
+    "autoscaling:DescribeInstanceRefreshes",
+    "cloudformation:CancelUpdateStack",
+    "cloudformation:CreateChangeSet",
+    "cloudformation:DeleteChangeSet",
+    "cloudformation:DescribeChangeSet",
+    "cloudformation:DescribeStackEvents",
+    "cloudformation:DescribeStacks",
+    "cloudformation:ExecuteChangeSet",
+    "cloudformation:GetTemplateSummary",
+    "cloudwatch:DescribeAlarms",
+    "ec2:DeregisterImage",
+    "ec2:DescribeImages",
+    "ec2:DescribeInstances",
+    "ec2:DescribeLaunchTemplateVersions",
+    "elasticloadbalancing:DescribeTargetHealth",
+    "ssm:DescribeParameters",
+    "ssm:GetParameter",
+    "ssm:LabelParameterVersion",
+    "ssm:PutParameter",
+}
+"""What it calls; with `DeregisterImage` EC2 wants ec2:DeleteSnapshot too, and a service role iam:PassRole."""
+XML = [("Content-Type", "text/xml")]
+CREATING = threading.Lock()
+"""What is made once is made by one thread, and a session of botocore's is used by one."""
+OWNERS = itertools.count(100000000001)
+
+
+@functools.cache
+def moto():
+    """moto, as a WSGI application, and botocore's session for the tests' own calls."""
+    command = [ROOT / "scripts" / "venv", "requirements.txt", "packer/requirements.txt"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        missing(f"what scripts/deploy needs is not installed: {result.stderr[-500:]}")
+    try:
+        import botocore.session
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    except ImportError as error:
+        missing(f"moto is not installed: {error}")
+    os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"  # hundreds of them, for each account
+    session = botocore.session.Session()
+    session.set_credentials(OWN, OWN)
+    return DomainDispatcherApplication(create_backend_app), session
+
+
+@functools.cache
+def wire(service):
+    return Wire(service)
+
+
+def named(service, operation):
+    """What IAM calls an operation."""
+    return f"{PREFIXES.get(service, service)}:{operation}"
+
+
+class Account:
+    """An account that nobody had before; a context manager.  `asked` has what it was asked for, as IAM names it."""
+
+    def __init__(self, url_of_chat, script=DEPLOY):
+        with CREATING:
+            self._moto, self._session = moto()
+        from moto.ec2 import ec2_backends
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *_):
+                pass
+
+        self.owner = str(next(OWNERS))
+        self.ec2 = ec2_backends[self.owner][REGION]
+        self.script = script
+        self.url_of_chat = url_of_chat
+        """What the stack says of itself."""
+        self.asked = []
+        self.leaving = []
+        """Targets that are draining."""
+        self.snapshots = "success"
+        """What becomes of the snapshots of an image that is deregistered."""
+        self.process = None
+        """The scripts/deploy that runs."""
+        self.fleet = Fleet(self, STACK, REGION)
+        self.stack = Formation(STACK, self.fleet, REGION, self.owner)
+        self._rules = []
+        self._broken = []
+        self._clients = {}
+        self._lock = threading.RLock()
+        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=Quiet)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        for client in self._clients.values():
+            client.close()
+        self._server.shutdown()
+        self._thread.join(LONG)
+        self._server.server_close()
+        if self._broken:  # a double failed
+            raise self._broken[0]
+
+    def call(self, service, operation, **arguments):
+        """Call moto, off the record."""
+        if service not in self._clients:
+            with CREATING:
+                self._clients[service] = self._session.create_client(service, region_name=REGION, endpoint_url=self.url)
+        return getattr(self._clients[service], operation)(**arguments)
+
+    # What there is
+
+    def image(self, version, architecture="arm64", days=0, **tags):
+        """Have an image of a version of chatd, made so many days ago; without one it has no such tag."""
+        volume = self.call("ec2", "create_volume", AvailabilityZone=f"{REGION}a", Size=8)["VolumeId"]
+        snapshot = self.call("ec2", "create_snapshot", VolumeId=volume)["SnapshotId"]
+        image = self.call(
+            "ec2",
+            "register_image",
+            Name=f"chatd-{version}-{architecture}-{len(self.ec2.amis)}",
+            RootDeviceName="/dev/xvda",
+            BlockDeviceMappings=[{"DeviceName": "/dev/xvda", "Ebs": {"SnapshotId": snapshot}}],
+        )["ImageId"]
+        given = {"chatd:version": version, **{f"chatd:{name}": text for name, text in tags.items()}}
+        listed = [{"Key": name, "Value": text} for name, text in given.items() if text is not None]
+        if listed:
+            self.call("ec2", "create_tags", Resources=[image], Tags=listed)
+        made = dt.datetime(2026, 1, 31, tzinfo=dt.UTC) - dt.timedelta(days=days)
+        self.ec2.amis[image].creation_date = made
+        self.ec2.amis[image].architecture = {"amd64": "x86_64"}.get(architecture, architecture)
+        return image
+
+    def label(self, image, stack=STACK):
+        """Have an image be last-good."""
+        name = f"/chatd/{stack}/image"
+        version = self.call("ssm", "put_parameter", Name=name, Value=image, Type="String", Overwrite=True)["Version"]
+        self.call("ssm", "label_parameter_version", Name=name, ParameterVersion=version, Labels=["last-good"])
+
+    def recorded(self, stack=STACK):
+        """All images on record, the oldest first, and the one that is last-good."""
+        try:
+            history = self.call("ssm", "get_parameter_history", Name=f"/chatd/{stack}/image")["Parameters"]
+        except self._clients["ssm"].exceptions.ParameterNotFound:
+            return [], None
+        good = [one["Value"] for one in history if "last-good" in one.get("Labels", [])]
+        return [one["Value"] for one in history], good[0] if good else None
+
+    # Faults
+
+    def fault(self, operation, effect, *, times=1, after=0, done=False):
+        """Have an operation fail so many times, after some calls went well; with `done` it has its effect first.
+
+        The effect is a Fault, `cut` for a connection that ends without an answer, `kill` for the end of scripts/deploy,
+        or something to call.
+        """
+        self._rules.append({"operation": operation, "effect": effect, "times": times, "after": after, "done": done})
+
+    def _rule(self, operation):
+        for rule in self._rules:
+            if rule["operation"] in (operation, "*") and rule["times"]:
+                if rule["after"]:
+                    rule["after"] -= 1
+                else:
+                    rule["times"] -= 1
+                    return rule
+        return None
+
+    def _serve(self, environ, start_response):
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ |= {"wsgi.input": io.BytesIO(body), "HTTP_X_MOTO_ACCOUNT_ID": self.owner}
+        key, _, _, scope, _ = re.search(r"Credential=([^,]*)", environ["HTTP_AUTHORIZATION"])[1].split("/")
+        if key == OWN:
+            return self._moto(environ, start_response)
+        with self._lock:
+            try:
+                status, headers, body = self._answer(environ, SCOPES.get(scope, scope), body)
+            except Exception as error:
+                self._broken.append(error)
+                raise
+        start_response(status, headers)
+        return [body]
+
+    def _answer(self, environ, service, body):
+        json_target = environ.get("HTTP_X_AMZ_TARGET")
+        form = [] if json_target else urllib.parse.parse_qsl(body.decode(), keep_blank_values=True)
+        operation = json_target.rpartition(".")[2] if json_target else dict(form)["Action"]
+        self.asked.append(named(service, operation))
+        format_ = wire(service)
+
+        def answered():
+            own = self._own(service, operation)
+            if own is None:
+                head = []
+                parts = self._moto(environ, lambda status, headers, *_: head.append((status, headers)))
+                return *head[0], b"".join(parts)
+            try:
+                return "200 OK", XML, format_.write(operation, own(format_.read(operation, form)))
+            except Fault as fault:
+                return f"{fault.status} No", XML, format_.fault(fault)
+
+        rule = self._rule(operation)
+        if rule is None:
+            return answered()
+        if callable(rule["effect"]):
+            rule["effect"]()
+            return answered()
+        if rule["done"]:
+            answered()
+        if isinstance(rule["effect"], Fault):
+            return f"{rule['effect'].status} No", XML, format_.fault(rule["effect"])
+        if rule["effect"] == "kill":
+            self.process.kill()
+            self.process.wait(LONG)
+        with contextlib.suppress(OSError):
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        return "500 No", [], b""
+
+    def _own(self, service, operation):
+        """What answers an operation in place of moto, if anything does."""
+        if service == "cloudformation" or operation == "DescribeInstanceRefreshes":
+            return getattr(self.stack, operation)
+        return {
+            "DescribeTargetHealth": lambda params: self.fleet.health(self.stack.unhealthy, self.leaving),
+            "DeregisterImage": self._deregister,
+        }.get(operation)
+
+    def _deregister(self, params):
+        """moto keeps the snapshots, which EC2 removes when it is asked to."""
+        image = params["ImageId"]
+        if image not in self.ec2.amis:
+            raise Fault("InvalidAMIID.NotFound", f"The image id '[{image}]' does not exist")
+        found = self.call("ec2", "describe_images", ImageIds=[image])["Images"][0]["BlockDeviceMappings"]
+        self.call("ec2", "deregister_image", ImageId=image)
+        results = []
+        for snapshot in [one["Ebs"]["SnapshotId"] for one in found] if params["DeleteAssociatedSnapshots"] else []:
+            if self.snapshots == "success":
+                self.call("ec2", "delete_snapshot", SnapshotId=snapshot)
+            results.append({"SnapshotId": snapshot, "ReturnCode": self.snapshots})
+        return {"Return": True, "DeleteSnapshotResults": results}
+
+
+def checkout(folder, *changes):
+    """A checkout with changes, each a file and a text of it in place of another; answers its scripts/deploy."""
+    (folder / "scripts").mkdir(parents=True)
+    shutil.copytree(ROOT / "scripts" / "deploying", folder / "scripts" / "deploying")
+    for name in ("deploy", "venv"):
+        shutil.copy(ROOT / "scripts" / name, folder / "scripts" / name)
+    for name in (".venv", "chatd", "packer", "requirements.txt", "schemas", "seed"):
+        (folder / name).symlink_to(ROOT / name)
+    for name, old, new in changes:
+        path = folder / "scripts" / name
+        text = path.read_text()
+        assert text.count(old) == 1, (name, old)
+        path.write_text(text.replace(old, new))
+    return folder / "scripts" / "deploy"
+
+
+def settings(account, **changes):
+    """The environment of a scripts/deploy that knows of no other account, and does not wait."""
+    kept = {
+        name: value for name, value in environment().items() if not name.startswith("AWS_") and name != "PYTHONPATH"
+    }
+    return (
+        kept
+        | {
+            "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",  # some python3 take long to start
+            "AWS_ACCESS_KEY_ID": "operator",
+            "AWS_SECRET_ACCESS_KEY": "operator",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL": account.url,
+            "AWS_MAX_ATTEMPTS": "1",
+            "AWS_REGION": REGION,
+            "CHATD_DEPLOY_CLOCK": "counted",
+        }
+        | changes
+    )
+
+
+def deploying(account, *arguments, **changes):
+    """Start scripts/deploy."""
+    account.process = subprocess.Popen(
+        [account.script, *arguments],
+        env=settings(account, **changes),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return account.process
+
+
+def deploy(account, *arguments, **more):
+    """Run scripts/deploy; answers the ended process, and with --json what it said."""
+    with deploying(account, *arguments, **more) as process:
+        said, told = process.communicate(timeout=2 * LONG)
+    assert "Traceback" not in told, told
+    assert {*account.asked} <= ALLOWED
+    result = subprocess.CompletedProcess(process.args, process.returncode, said, told)
+    result.json = json.loads(said) if said and "--json" in arguments else None
+    return result
+
+
+@contextlib.contextmanager
+def running(chat, script=DEPLOY):
+    """An account whose stack runs an old image, which is last-good; there is a new one too."""
+    with Account(chat.url, script) as account:
+        account.old, account.new = (account.image(VERSION, days=days) for days in (2, 1))
+        account.stack.exists(ImageId=account.old, **REST)
+        account.label(account.old)
+        yield account
+
+
+def runs(account):
+    """The one image that all instances run."""
+    (image,) = set(account.fleet.images.values())
+    return image
+
+
+def end(account, result, status, **expected):
+    """Assert how it ended: with which status, and what runs, is last-good, and is on record; no change set is left.
+
+    Unless it is said otherwise all is as it was before.
+    """
+    wanted = {"runs": account.old, "good": account.old, "record": [account.old], "planned": []} | expected
+    record, good = account.recorded()
+    planned = [one.name for one in account.stack.change_sets.values() if one.execution != "EXECUTE_COMPLETE"]
+    seen = {"runs": runs(account), "good": good, "record": record, "planned": planned}
+    told = result.stdout + result.stderr
+    assert (result.returncode, seen) == (status, wanted), told
+    if status:
+        assert result.stderr.splitlines()[-1].startswith("deploy: "), told
+
+
+def ahead(test):
+    """Have a test that needs but an account of its own begin before its turn, as the fixture `ends` has it."""
+
+    def awaited(ends):
+        ends(test)
+
+    awaited.__name__ = test.__name__
+    awaited.rehearsal = test
+    return awaited
+
+
+@contextlib.contextmanager
+def beginning(request, chat):
+    """Begin all tests of a module that need not wait for their turn, as many at a time as this machine has cores."""
+
+    def begin(test):
+        with running(chat) as account:
+            test(account)
+
+    tests = [
+        getattr(item.function, "rehearsal", None) for item in request.session.items if item.module is request.module
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ends = {test: pool.submit(begin, test) for test in tests if test}
+        yield lambda test: ends[test].result()
+        pool.shutdown(cancel_futures=True)

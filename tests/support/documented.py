@@ -1,0 +1,272 @@
+"""Holds what a server sends, in any test, to the documents in `schemas/`.
+
+`install` watches the places where frames and HTTP answers leave: the WebSocket connection, the event stream, the
+HTTP request.  What the AsyncAPI or the OpenAPI document does not describe, down to a single field or header, is
+reported.  In this process that fails the test; a real server is run by this file in place of twistd's own script, and
+dies of it.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import sys
+import traceback
+
+import jsonschema_rs
+
+SCHEMAS = pathlib.Path(__file__).resolve().parents[2] / "schemas"
+BASE = "chatd:/"
+STATUS = 99
+"""With which a server dies that sent something undocumented."""
+
+_documents = {path.name: json.loads(path.read_text("utf-8")) for path in SCHEMAS.glob("*.json")}
+_registry = jsonschema_rs.Registry(
+    [(BASE + name, document) for name, document in _documents.items()], draft=jsonschema_rs.Draft202012
+)
+_openapi = _documents["openapi.json"]
+_routes = [
+    (re.compile(path.replace("{name}", "[a-z0-9][a-z0-9_-]{0,63}").replace("{id}", "[^/]+")), methods)
+    for path, methods in _openapi["paths"].items()
+]
+
+
+class Undocumented(AssertionError):
+    """Something that the documents do not describe."""
+
+
+@functools.cache
+def _validator(place):
+    """The validator of what a pointer into the documents names."""
+    return jsonschema_rs.validator_for({"$ref": BASE + place}, registry=_registry)
+
+
+_frames = {
+    message["name"]: message["payload"]["$ref"].removeprefix("#")
+    for message in _documents["asyncapi.json"]["components"]["messages"].values()
+    if message["payload"]["$ref"].startswith("#")
+}
+"""The server's frames, by their type."""
+
+
+def _check(place, document):
+    for error in _validator(place).iter_errors(document):
+        raise Undocumented(f"{place}: {error.message}: {json.dumps(document)[:500]}")
+
+
+@functools.lru_cache(maxsize=4096)
+def check_text(text):
+    """Judge the JSON of one frame."""
+    document = json.loads(text)
+    kind = document.get("type")
+    if kind not in _frames:
+        raise Undocumented(f"a frame of the type {kind!r}: {text[:500]}")
+    _check(f"asyncapi.json#{_frames[kind]}", document)
+
+
+@functools.lru_cache(maxsize=4096)
+def check_stream(data):
+    """Judge whole WebSocket frames, or what begins a connection: an HTTP answer and whole frames."""
+    if data.startswith(b"HTTP/1.1 "):
+        head, _, data = data.partition(b"\r\n\r\n")
+        status, headers = read_head(head)
+        body, data = (b"", data) if status == 101 else (data, b"")
+        check_answer("GET", "/", status, headers, body)
+    while data:
+        size, begin = data[1], 2
+        if size > 125:
+            begin = 4 if size == 126 else 10
+            size = int.from_bytes(data[2:begin])
+        if data[0] == 0x81:
+            check_text(data[begin : begin + size])
+        data = data[begin + size :]
+
+
+def read_head(head):
+    """The status and the headers of an HTTP answer."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    return int(first.split(" ")[1]), [tuple(line.split(": ", 1)) for line in lines]
+
+
+def check_answer(method, path, status, headers, body):
+    """Judge one HTTP answer; the path may have a query."""
+    path = path.partition("?")[0]
+    found = next((methods for pattern, methods in _routes if pattern.fullmatch(path)), None)
+    if found is None:
+        responses = _openapi["x-other-paths"]
+    else:
+        operation = found.get(method.lower()) if method.isupper() else None
+        responses = found["x-other-methods"] if operation is None else operation["responses"]
+    what = f"{method} {path}: {status}"
+    if str(status) not in responses:
+        raise Undocumented(what)
+    place = responses[str(status)]["$ref"].removeprefix("#/components/responses/")
+    response = _openapi["components"]["responses"][place]
+    _check_headers(f"{what} ({place})", response, headers)
+    kind = {name.lower(): value for name, value in headers}.get("content-type", "").partition(";")[0]
+    if not body:
+        return
+    if kind not in response.get("content", {}):
+        raise Undocumented(f"{what}: content of the type {kind!r}")
+    document = json.loads(body) if kind.endswith("json") else body.decode()
+    pointer = kind.replace("~", "~0").replace("/", "~1")
+    _check(f"openapi.json#/components/responses/{place}/content/{pointer}/schema", document)
+
+
+def _check_headers(what, response, headers):
+    shared = _openapi["components"]["headers"]
+    known = {
+        name.lower(): shared[header["$ref"].rpartition("/")[2]] if "$ref" in header else header
+        for name, header in response.get("headers", {}).items()
+    }
+    for name, value in headers:
+        if name.lower() not in known:
+            raise Undocumented(f"{what}: the header {name}: {value}")
+        schema = known[name.lower()]["schema"]
+        if "pattern" in schema and not re.search(schema["pattern"], value):
+            raise Undocumented(f"{what}: the header {name} is no {schema['pattern']}: {value}")
+    given = {name.lower() for name, _ in headers}
+    for name, header in known.items():
+        if header.get("required") and name not in given:
+            raise Undocumented(f"{what}: no header {name}")
+
+
+def install(report):
+    """Watch what leaves this process; `report` is called with what was undocumented."""
+    from chatd.transport import http as web
+    from chatd.transport import websocket as protocol
+
+    def watching(check):
+        def checked(*args):
+            try:
+                check(*args)
+            except Undocumented as error:
+                report(error)
+                raise
+
+        return checked
+
+    _watch_connections(protocol.ChatProtocol, watching(check_stream))
+    _watch_requests(web.ChatSite.requestFactory, watching(check_answer), watching(check_event))
+    _watch_channels(web._Channel, watching(check_answer))
+
+
+def _watch_connections(connection, check):
+    """See what a WebSocket connection is to write."""
+    for name in ("write", "sendData"):
+        setattr(connection, name, _before(getattr(connection, name), check))
+
+
+def _before(method, check):
+    @functools.wraps(method)
+    def checked(self, data, *args, **named):
+        check(data)
+        return method(self, data, *args, **named)
+
+    return checked
+
+
+def _watch_requests(request, check, check_events):
+    """See what is answered to an HTTP request, when it is whole, or begins to stream."""
+    write, finish = request.write, request.finish
+
+    def streams(self):
+        return self.responseHeaders.getRawHeaders("content-type") == ["text/event-stream"]
+
+    def judge(self, body):
+        given = self.responseHeaders.getAllRawHeaders()
+        headers = [(name.decode(), value.decode()) for name, values in given for value in values]
+        check(self.method.decode("latin-1"), self.uri.decode("latin-1"), self.code, headers, body)
+
+    def written(self, data):
+        if not self.startedWriting:
+            self.watched = b""
+            if streams(self):
+                judge(self, b"")
+        if streams(self):
+            check_events(data)
+        else:
+            self.watched += data
+        return write(self, data)
+
+    def finished(self):
+        if not streams(self) and not getattr(self, "of_a_double", False):
+            judge(self, getattr(self, "watched", b"") if self.method != b"HEAD" else b"")
+        return finish(self)
+
+    request.write, request.finish = written, finished
+
+
+def _watch_channels(channel, check):
+    """See what is answered to a request that is not read to its end."""
+    refuse = channel._refuse
+
+    def refused(self, status, detail):
+        transport = self.transport
+        self.transport = Tap(transport, lambda data: check("POST", "/rooms/main/messages", *parts(data)))
+        try:
+            refuse(self, status, detail)
+        finally:
+            self.transport = transport
+
+    channel._refuse = refused
+
+
+def parts(data):
+    """The status, the headers and the body of a whole HTTP answer."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    return *read_head(head), body
+
+
+class Tap:
+    """A transport that shows what is written to it."""
+
+    def __init__(self, transport, see):
+        self._transport = transport
+        self._see = see
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+    def write(self, data):
+        self._see(data)
+        self._transport.write(data)
+
+
+_EVENT = re.compile(rb"(?:event: ([a-z]+)\n(?:id: ([^\n]+)\n)?data: ([^\n]+)|retry: [0-9]+|:)\n\n")
+
+
+@functools.lru_cache(maxsize=4096)
+def check_event(data):
+    """Judge whole Server-Sent Events: each is a documented frame under its own name and id, or a time, or a comment."""
+    while data:
+        match = _EVENT.match(data)
+        if not match:
+            raise Undocumented(f"no event: {data[:500]}")
+        kind, number, text = match.groups()
+        if text is not None:
+            check_text(text)
+            document = json.loads(text)
+            named = None if number is None else number.decode()
+            if kind.decode() not in _events or document["type"] != kind.decode() or document.get("id") != named:
+                raise Undocumented(f"an event that is not what it says: {match[0][:500]}")
+        data = data[match.end() :]
+
+
+_events = _openapi["components"]["responses"]["Events"]["content"]["text/event-stream"]["x-events"]
+
+
+def die(error):
+    """A server's report."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(STATUS)
+
+
+if __name__ == "__main__":
+    install(die)
+    from twisted.scripts.twistd import run
+
+    sys.argv[0] = "twistd"
+    run()

@@ -1,0 +1,382 @@
+"""Doubles that the tests share: small, in memory, and nothing happens in them unless a test says so."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from twisted.internet.defer import Deferred, execute
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from chatd.messages import Entry, Id, Post
+from chatd.room.log import LabelReused, LogUnavailable, Page
+from chatd.store.base import timestamp
+
+# Its assertions are explained as those of a test file are; this module is imported before it.
+pytest.register_assert_rewrite("support.store_contract")
+
+# The same examples in every run, however slow the machine is, and nothing written beside the tests.
+REPEATABLE = settings(derandomize=True, deadline=None, database=None, max_examples=200)
+
+NEW_YEAR = 1_767_225_600.0
+"""2026-01-01T00:00:00Z."""
+
+
+class ManualTime:
+    """Seconds since 1970, which pass when the test says so."""
+
+    def __init__(self, now: float = NEW_YEAR) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class RecordingPoster:
+    """A Poster that writes down ("posted" or "duplicate", post, number) or ("refused", post, error)."""
+
+    def __init__(self, events: list[tuple[Any, ...]] | None = None) -> None:
+        self.events = [] if events is None else events
+
+    @property
+    def numbers(self) -> list[int]:
+        return [event[2] for event in self.events if event[0] == "posted"]
+
+    @property
+    def refusals(self) -> list[str]:
+        return [str(event[2]) for event in self.events if event[0] == "refused"]
+
+    def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
+        self.events.append(("duplicate" if duplicate else "posted", post, number))
+
+    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+        assert isinstance(error, (LogUnavailable, LabelReused))
+        self.events.append(("refused", post, error))
+
+
+class RecordingFollower:
+    """A Follower that writes down ("appended", room, entry) for each, ("trimmed", room, first) and ("interrupted",)."""
+
+    def __init__(self, events: list[tuple[Any, ...]] | None = None) -> None:
+        self.events = [] if events is None else events
+
+    def appended(self, room: str, entries: Sequence[Entry]) -> None:
+        self.events.extend(("appended", room, entry) for entry in entries)
+
+    def trimmed(self, room: str, first: int) -> None:
+        self.events.append(("trimmed", room, first))
+
+    def interrupted(self) -> None:
+        self.events.append(("interrupted",))
+
+
+class ImmediateWorker:
+    """A Worker that does at once what it is asked."""
+
+    def __init__(self) -> None:
+        self.running = False
+
+    def start(self) -> None:
+        self.running = True
+
+    def do(self, work: Callable[[], Any]) -> "Deferred[Any]":
+        assert self.running, "asked before the start, or after the end"
+        return execute(work)
+
+    def stop(self) -> None:
+        self.running = False
+
+
+class HeldWorker(ImmediateWorker):
+    """A Worker that does what it is asked one by one, when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: deque[tuple[Callable[[], Any], Deferred[Any]]] = deque()
+
+    def do(self, work: Callable[[], Any]) -> "Deferred[Any]":
+        assert self.running, "asked before the start, or after the end"
+        answer: Deferred[Any] = Deferred()
+        self.held.append((work, answer))
+        return answer
+
+    def run(self) -> None:
+        """Do what was asked first of what is held, and answer."""
+        work, answer = self.held.popleft()
+        execute(work).chainDeferred(answer)
+
+    def run_all(self) -> None:
+        """Do all, and what is asked meanwhile."""
+        while self.held:
+            self.run()
+
+    def stop(self) -> None:
+        # As a pool of threads does: what was asked is done first.
+        self.run_all()
+        super().stop()
+
+
+def result_of(deferred: "Deferred[Any]") -> Any:
+    """What a Deferred has fired with; raises what it has failed with."""
+    results: list[Any] = []
+    deferred.addBoth(results.append)
+    assert results, "it has not fired"
+    if isinstance(results[0], Failure):
+        results[0].raiseException()
+    return results[0]
+
+
+HEAD = (
+    b"GET / HTTP/1.1\r\nHost: localhost:8085\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13"
+)
+MASK = b"\x12\x34\x56\x78"
+
+
+def masked(payload, mask=MASK, first=0x81):
+    size = len(payload)
+    length = (
+        bytes([0x80 | size])
+        if size < 126
+        else b"\xfe" + size.to_bytes(2)
+        if size < 65536
+        else b"\xff" + size.to_bytes(8)
+    )
+    return bytes([first]) + length + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+
+
+def read_frames(data):
+    """The texts in a stream of a server's frames (RFC 6455, section 5.2)."""
+    texts = []
+    while data:
+        size, begin = data[1], 2
+        if size == 126:
+            size, begin = int.from_bytes(data[2:4]), 4
+        elif size == 127:
+            size, begin = int.from_bytes(data[2:10]), 10
+        assert data[0] == 0x81
+        assert len(data) >= begin + size, "a frame was cut"
+        texts.append(json.loads(data[begin : begin + size]))
+        data = data[begin + size :]
+    return texts
+
+
+def read_events(data):
+    """The JSON of each event in a stream of Server-Sent Events (HTML Living Standard, section 9.2)."""
+    texts = []
+    *events, rest = data.decode().split("\n\n")
+    assert rest == "", "an event was cut"
+    for event in events:
+        fields = dict(line.split(": ", 1) for line in event.split("\n"))
+        text = json.loads(fields["data"])
+        # What is no message has no id there, since the browser would take it for a cursor.
+        cursor = text["id"] if text["type"] in ("history", "message") else None
+        assert (fields["event"], fields.get("id")) == (text["type"], cursor)
+        texts.append(text)
+    return texts
+
+
+class Turns(Clock):
+    """A clock whose `turn` is the reactor's: what is put off to the next turn waits for it."""
+
+    def turn(self):
+        due = [call for call in self.calls if call.getTime() <= self.seconds()]
+        for call in due:
+            if call.active():
+                self.calls.remove(call)
+                call.called = 1
+                call.func(*call.args, **call.kw)
+
+    def turns(self, count=20):
+        for _ in range(count):
+            self.turn()
+
+
+def stamped(number):
+    """When a ScriptedLog's message of this number was posted, by which it can be known again."""
+    return timestamp(NEW_YEAR + number)
+
+
+def holds(history):
+    """The numbers of the messages in a history frame, which are those that its id says."""
+    end, count = Id.parse(history["id"]).number, len(history["data"])
+    numbers = [*range(end - count + 1, end + 1)]
+    assert [entry["timestamp"] for entry in history["data"]] == [stamped(number) for number in numbers]
+    return numbers
+
+
+class ScriptedLog:
+    """A log of one room that says only what the test makes it say; reads wait until answered when `held`.
+
+    A page is of the epoch that the log has when it is answered, as everywhere.
+    """
+
+    epoch = "abcd"
+
+    def __init__(self, count=0):
+        self.first = 1
+        self.entries = []
+        self.posts = []
+        self.reads = []
+        self.held = False
+        self.waiting = deque()
+        self.keep(count)
+
+    def tail(self, follower):
+        self.follower = follower
+
+    def append(self, room, post, poster):
+        self.posts.append((room, post, poster))
+
+    def read(self, room, after, limit):
+        reading = Deferred()
+        self.reads.append((room, after, limit))
+        self.waiting.append((after, limit, reading))
+        if not self.held:
+            self.answer()
+        return reading
+
+    def page(self, after, limit):
+        kept = self.entries[self.first - 1 :]
+        some = kept[-limit:] if after is None else [entry for entry in kept if entry.number > after][:limit]
+        return Page(some, self.first, len(self.entries))
+
+    def answer(self, page=None):
+        """Answer the read that waits longest, with the page as it is now."""
+        after, limit, reading = self.waiting.popleft()
+        reading.callback(page or self.page(after, limit))
+
+    def release(self):
+        """Answer all, and hold nothing any more."""
+        self.held = False
+        while self.waiting:
+            self.answer()
+
+    def fail(self):
+        """Fail the read that waits longest."""
+        self.waiting.popleft()[2].errback(LogUnavailable("down"))
+
+    def keep(self, count=1, text="x"):
+        """Append, and tell nobody yet."""
+        head = len(self.entries)
+        new = [Entry(number, "ann", text, stamped(number)) for number in range(head + 1, head + count + 1)]
+        self.entries += new
+        return new
+
+    def say(self, count=1, text="x", room="main"):
+        """Append as the log of all nodes would: keep, then tell."""
+        self.follower.appended(room, self.keep(count, text))
+
+    def trim(self, first, room="main"):
+        self.first = first
+        self.follower.trimmed(room, first)
+
+    def miss(self, count=0, text="x"):
+        """Append so many that the followers are never told of, but for that."""
+        self.keep(count, text)
+        self.follower.interrupted()
+
+    def lose(self, kept=0, epoch="efgh"):
+        """Lose all but the first messages, and so be another history."""
+        self.epoch, self.entries = epoch, self.entries[:kept]
+        self.first = min(self.first, kept + 1)
+        self.follower.interrupted()
+
+
+class Reader:
+    """A member whose transport takes `space` bytes of messages, or everything."""
+
+    def __init__(self, space=None, *, events=(), name=None, form=None):
+        self.cursor = 0
+        self.ready = True
+        self.space = space
+        self.events = frozenset(events)
+        self.name = name
+        self.form = form
+        self.writes = []
+        self.held = b""
+        self.overran = False
+
+    def write(self, data):
+        assert self.ready
+        taken = len(data) if self.space is None else min(self.space, len(data))
+        if self.space is not None:
+            self.space -= taken
+        if taken:
+            self.writes.append(data[:taken])
+        return taken
+
+    def hold(self, rest):
+        self.ready = False
+        self.held = rest
+
+    def tell(self, frame):
+        told = frame if self.form is None else self.form(frame)
+        if self.ready:
+            self.writes.append(told)
+        else:
+            self.held += told
+
+    def drain(self, room, space=None):
+        """The transport is empty again: first the rest that it held goes out."""
+        self.writes.append(self.held)
+        self.held = b""
+        self.ready = True
+        self.space = space
+        room.resume(self)
+
+    def overrun(self):
+        self.overran = True
+        self.leave()
+
+    @property
+    def texts(self):
+        """All that it has received."""
+        return (read_frames if self.form is None else read_events)(b"".join(self.writes))
+
+    @property
+    def numbers(self):
+        """Of the messages that it has received."""
+        messages = [text for text in self.texts if text["type"] == "message"]
+        numbers = [Id.parse(text["id"]).number for text in messages]
+        assert [text["data"]["timestamp"] for text in messages] == [stamped(number) for number in numbers]
+        return numbers
+
+
+class Slow(Reader):
+    """A member whose every write takes a millisecond."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def write(self, data):
+        self.clock.rightNow += 0.001
+        return super().write(data)
+
+
+def arrive(rooms, member=None, name="main", last=None):
+    """Open a room and join it, as a connection does; answers what gets (room, member, history), or the failure."""
+    member = member or Reader()
+    arrived = []
+
+    def join(opening):
+        (history,) = read_frames(opening.join(member))
+        holds(history)
+        member.leave = lambda: rooms.leave(opening.room, member)
+        arrived.append((opening.room, member, history))
+
+    rooms.open(name, last and Id.parse(last)).addCallback(join).addErrback(arrived.append)
+    return arrived
+
+
+def enter(rooms, member=None, name="main", last=None):
+    """Join a room, the log being at hand: (room, member, history)."""
+    ((room, member, history),) = arrive(rooms, member, name, last)
+    return room, member, history

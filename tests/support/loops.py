@@ -1,0 +1,45 @@
+"""Reactors for the tests of programs that run in one: each can be run once, so each test has its own."""
+
+import contextlib
+import signal
+from unittest.mock import patch
+
+import twisted.internet
+from support.servers import LONG
+from twisted.internet.defer import ensureDeferred
+from twisted.internet.epollreactor import EPollReactor
+from twisted.python.failure import Failure
+
+
+@contextlib.contextmanager
+def reactor():
+    """A reactor, which is the global one meanwhile, as parts of Twisted's TLS ask for that; nothing is left of it."""
+    loop = EPollReactor()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    with patch.object(twisted.internet, "reactor", loop, create=True):
+        try:
+            yield loop
+        finally:
+            loop.removeAll()
+            loop.disconnectAll()
+            loop._poller.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def drive(what):
+    """Run a coroutine function in a reactor of its own, which it is given, and answer what it answers."""
+    outcome = []
+    with reactor() as loop:
+
+        def begin():
+            doing = ensureDeferred(what(loop))
+            doing.addTimeout(LONG, loop)
+            doing.addBoth(outcome.append)
+            doing.addCallback(lambda _: loop.stop())
+
+        loop.callWhenRunning(begin)
+        loop.run(installSignalHandlers=False)
+    if isinstance(outcome[0], Failure):
+        outcome[0].raiseException()
+    return outcome[0]

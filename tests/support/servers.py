@@ -1,0 +1,424 @@
+"""Real servers for the end-to-end tests, and a client by hand that can do what no good client does.
+
+A server is `twistd` in a process of its own, run from this checkout on a port that the kernel chose.
+Nothing here sleeps: every wait is for an event (a line of the log, a frame, the end of a process) and
+has a time-out that only a broken server reaches.
+"""
+
+import base64
+import contextlib
+import datetime as dt
+import importlib.machinery
+import importlib.util
+import ipaddress
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import threading
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from support import documented
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NODE = ROOT / "tests" / "node"
+TWISTD = pathlib.Path(sys.executable).with_name("twistd")
+WATCHED = ROOT / "tests" / "support" / "documented.py"
+"""twistd that dies, with the status documented.STATUS, of sending what the documents do not describe."""
+LONG = 60
+"""Seconds after which what was waited for will not come any more."""
+LOOPBACK = "tcp:0:interface=127.0.0.1"
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+
+def missing(reason):
+    """Skip the test for a reason that lies outside; continuous integration has everything, so there it fails."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def need(tool):
+    """The path of a tool that PyPI does not have: a command, or `ws` or `wscat` from tests/node."""
+    if tool in ("ws", "wscat"):
+        path = NODE / "node_modules" / (".bin/wscat" if tool == "wscat" else "ws")
+        if not path.exists():
+            missing(f"{tool} is not installed: npm ci --prefix tests/node")
+        return str(path)
+    path = shutil.which(tool)
+    if path is None:
+        missing(f"{tool} is not installed")
+    return path
+
+
+def program(path):
+    """A program that is one file, as a module; nothing is written beside it."""
+    loader = importlib.machinery.SourceFileLoader(path.name.replace("-", "_"), str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = writes
+    return module
+
+
+def environment(**changes):
+    """This process's environment without what would change a server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CHATD_", "PYTHON", "COVERAGE"))}
+    return kept | {"PYTHONPATH": str(ROOT)} | changes
+
+
+def run(*options, cwd, env=None, command=(sys.executable, TWISTD), flags=("-n", "--pidfile=")):
+    """Run `twistd chatd` to its end, which must come by itself."""
+    return subprocess.run(
+        [*command, *flags, "chatd", *options],
+        cwd=cwd,
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+
+
+class Lines:
+    """The lines that a process writes to a pipe, as they come."""
+
+    def __init__(self, pipe):
+        self._pipe = pipe
+        self._lines = []
+        self._ended = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self):
+        for line in self._pipe:
+            with self._changed:
+                self._lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def __iter__(self):
+        with self._changed:
+            return iter([*self._lines])
+
+    @property
+    def text(self):
+        return "\n".join(self)
+
+    def wait(self, pattern, count=1):
+        """Wait until a pattern was found in so many lines, and answer those matches."""
+        found = []
+
+        def enough():
+            found[:] = [match for line in self._lines if (match := re.search(pattern, line))]
+            return len(found) >= count or self._ended
+
+        with self._changed:
+            self._changed.wait_for(enough, LONG)
+        if len(found) < count:
+            raise AssertionError(f"{pattern!r} was not found {count} times in:\n{self.text}")
+        return found[:count]
+
+    def close(self):
+        """Wait for the end of the lines; the process must have ended."""
+        self._thread.join(LONG)
+        self._pipe.close()
+
+
+class Server:
+    """A `twistd chatd` in the folder given; a context manager that leaves no process behind."""
+
+    def __init__(self, folder, *options, env=None, listen=LOOPBACK, admin="", command=(sys.executable, WATCHED)):
+        endpoints = [f"--{name}={text}" for name, text in (("listen", listen), ("admin", admin)) if text is not None]
+        if "CHATD_RATE" not in (env or ()) and not any(option.startswith("--rate") for option in options):
+            endpoints.append("--rate=0")  # what most tests send comes faster than any person types
+        if "CHATD_DRAIN" not in (env or ()) and not any(option.startswith("--drain") for option in options):
+            endpoints.append("--drain=1")  # few tests want to see how gently clients are sent away
+        self._process = subprocess.Popen(
+            [*command, "-n", "--pidfile=", "chatd", *endpoints, *options],
+            cwd=folder,
+            env=env or environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+        )
+        self.log = Lines(self._process.stdout)
+        self.errors = Lines(self._process.stderr)
+
+    def __enter__(self):
+        try:
+            self.log.wait(r"ready, with the log \w+")
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def port(self):
+        """The port that it got for clients."""
+        return int(self.log.wait(r"ChatFactory(?: \(TLS\))? starting on (\d+)")[0][1])
+
+    @property
+    def admin_port(self):
+        return int(self.log.wait(r"ChatSite starting on (\d+)")[0][1])
+
+    @property
+    def url(self):
+        return f"ws://127.0.0.1:{self.port}/"
+
+    @property
+    def epoch(self):
+        return self.log.wait(r"ready, with the log (\w+)")[0][1]
+
+    def memory(self, what="VmRSS"):
+        """How many bytes of memory it has now."""
+        status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) << 10
+
+    def terminate(self, number=signal.SIGTERM):
+        """Ask it to stop."""
+        self._process.send_signal(number)
+
+    def wait(self):
+        """Wait for its end, and answer its exit code."""
+        code = self._process.wait(LONG)
+        self.log.close()
+        self.errors.close()
+        return code
+
+    def stopped(self, number=signal.SIGTERM):
+        """Wait for its end, which must be the orderly one, by the signal that it was sent first."""
+        code = self.wait()
+        assert re.search(r"\bstopped\b", self.log.text), self.log.text
+        assert "Server Shut Down" in self.log.text
+        assert "Traceback" not in self.log.text
+        assert code == -number
+
+    def stop(self):
+        """Ask it to stop, and wait until it has; it must have served something, to know signals by then."""
+        self.terminate()
+        self.stopped()
+
+    def kill(self):
+        """`kill -9`, with nothing asked."""
+        self._process.kill()
+        code = self.wait()
+        assert code != documented.STATUS, self.errors.text
+        return code
+
+
+def certificate_for(folder):
+    """A certificate that signs itself, for 127.0.0.1, and its key: the endpoint's arguments, and who trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "chatd's tests")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return "privateKey=key.pem:certKey=cert.pem", ssl.create_default_context(cafile=folder / "cert.pem")
+
+
+def stored(path, room="main"):
+    """What a store holds: its epoch and the rows (number, username, message, timestamp) of a room."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        (epoch,) = db.execute("SELECT epoch FROM log").fetchone()
+        query = "SELECT number, username, message, timestamp FROM messages WHERE room = ? ORDER BY number"
+        return epoch, db.execute(query, (room,)).fetchall()
+
+
+def numbered(frame):
+    """The entries of a history or message frame as (number, username, message), oldest first."""
+    number = int(frame["id"].partition("-")[2])
+    entries = [frame["data"]] if frame["type"] == "message" else frame["data"]
+    first = number - len(entries) + 1
+    return [(first + place, entry["username"], entry["message"]) for place, entry in enumerate(entries)]
+
+
+MASK = b"\x5a\xa5\x3c\xc3"
+
+
+def frame(opcode, payload=b"", *, fin=True, bits=0, masked=True, length=None):
+    """A client's WebSocket frame (RFC 6455, section 5.2), or what looks like one."""
+    size = len(payload) if length is None else length
+    head = bytes([fin << 7 | bits << 4 | opcode])
+    if size < 126:
+        head += bytes([masked << 7 | size])
+    elif size < 65536:
+        head += bytes([masked << 7 | 126]) + size.to_bytes(2)
+    else:
+        head += bytes([masked << 7 | 127]) + size.to_bytes(8)
+    if not masked:
+        return head + payload
+    key = (MASK * (len(payload) // 4 + 1))[: len(payload)]
+    return head + MASK + (int.from_bytes(payload) ^ int.from_bytes(key)).to_bytes(len(payload))
+
+
+def post(username, message):
+    """A frame that posts."""
+    return frame(TEXT, json.dumps({"username": username, "message": message}).encode())
+
+
+def upgrade(path="/", **headers):
+    """The request that asks for WebSocket; a header that is None is left out."""
+    fields = {
+        "Host": "localhost",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
+        "Sec-WebSocket-Version": "13",
+    } | {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return "\r\n".join([f"GET {path} HTTP/1.1", *lines, "", ""]).encode()
+
+
+class Raw:
+    """A client by hand: bytes out, and frames, or what an HTTP server says, in."""
+
+    def __init__(self, port):
+        self.socket = socket.create_connection(("127.0.0.1", port), LONG)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._data = bytearray()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send(self, data):
+        """Send, to a server that may have had enough before it was all sent."""
+        with contextlib.suppress(ConnectionError):
+            self.socket.sendall(data)
+
+    def _more(self):
+        """Read on; False at the end."""
+        try:
+            data = self.socket.recv(1 << 18)
+        except ConnectionError:
+            return False
+        self._data += data
+        return bool(data)
+
+    def _take(self, size):
+        while len(self._data) < size:
+            if not self._more():
+                raise EOFError(bytes(self._data))
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
+
+    def rest(self):
+        """All that comes until the server ends the connection."""
+        while self._more():
+            pass
+        data = bytes(self._data)
+        self._data.clear()
+        return data
+
+    def head(self):
+        """The status and the head of an HTTP answer."""
+        while b"\r\n\r\n" not in self._data:
+            if not self._more():
+                raise EOFError(bytes(self._data))
+        head, _, self._data = self._data.partition(b"\r\n\r\n")
+        return int(head.split(b" ", 2)[1]), head.decode()
+
+    def join(self, path="/", **headers):
+        """Become a member; answers the history frame."""
+        self.send(upgrade(path, **headers))
+        status, head = self.head()
+        assert status == 101, head
+        return self.json()
+
+    def frame(self):
+        """The next frame: its opcode and payload; EOFError at the end."""
+        opcode, size = self._take(2)
+        assert opcode & 0xF0 == 0x80, "whole frames, without reserved bits"
+        assert size < 128, "unmasked"
+        if size > 125:
+            size = int.from_bytes(self._take(2 if size == 126 else 8))
+        return opcode & 0x0F, self._take(size)
+
+    def json(self):
+        """The next frame, which is a text."""
+        opcode, payload = self.frame()
+        assert opcode == TEXT, (opcode, payload)
+        return json.loads(payload)
+
+    def arrived(self):
+        """Read once, and answer the texts that are whole by now; None at the end."""
+        if not self._more():
+            return None
+        texts = []
+        while self._whole():
+            opcode, payload = self.frame()
+            if opcode == TEXT:
+                texts.append(json.loads(payload))
+        return texts
+
+    def _whole(self):
+        """Whether the next frame has come whole."""
+        if len(self._data) < 2:
+            return False
+        size, head = self._data[1], 2
+        if size > 125:
+            head = 4 if size == 126 else 10
+            size = int.from_bytes(self._data[2:head])
+        return len(self._data) >= head + size
+
+    def texts(self):
+        """All texts that came, or are still to come, from a server that was killed."""
+        with contextlib.suppress(EOFError):
+            while True:
+                opcode, payload = self.frame()
+                if opcode == TEXT:
+                    yield json.loads(payload)
+
+    def closed(self):
+        """The code of the close frame that comes, answered, and then the end."""
+        while True:
+            opcode, payload = self.frame()
+            if opcode == CLOSE:
+                break
+        self.send(frame(CLOSE, payload[:2]))
+        assert self.rest() == b""
+        return int.from_bytes(payload[:2])

@@ -1,0 +1,342 @@
+"""What has to hold of scripts/stack.yaml, and no linter knows: `faults` has the sentences that are not true of it.
+
+A rule is a generator of faults.  A template is data, as stacks.template() reads it; what is in it but `!Ref` and the
+like is compared as it stands.
+"""
+
+import json
+import re
+
+from support.servers import ROOT
+from support.stack_role import role_faults, statement
+from support.stacks import attributes, of_type, plain, properties
+
+import chatd.tap
+
+# Attributes of an Application Load Balancer and of its target groups, with the range of what is a number, by the
+# reference of the Elastic Load Balancing API, LoadBalancerAttribute and TargetGroupAttribute, 2026.  CloudFormation
+# takes any key, and the update fails only at the load balancer.
+SECONDS_OF_A_WEEK = 604800
+BALANCER_ATTRIBUTES = {
+    "access_logs.s3.bucket": None,
+    "access_logs.s3.enabled": None,
+    "access_logs.s3.prefix": None,
+    "client_keep_alive.seconds": range(60, SECONDS_OF_A_WEEK + 1),
+    "connection_logs.s3.bucket": None,
+    "connection_logs.s3.enabled": None,
+    "connection_logs.s3.prefix": None,
+    "deletion_protection.enabled": None,
+    "health_check_logs.s3.bucket": None,
+    "health_check_logs.s3.enabled": None,
+    "health_check_logs.s3.prefix": None,
+    "idle_timeout.timeout_seconds": range(1, 4001),
+    "ipv6.deny_all_igw_traffic": None,
+    "load_balancing.cross_zone.enabled": None,
+    "routing.http.desync_mitigation_mode": None,
+    "routing.http.drop_invalid_header_fields.enabled": None,
+    "routing.http.preserve_host_header.enabled": None,
+    "routing.http.x_amzn_tls_version_and_cipher_suite.enabled": None,
+    "routing.http.xff_client_port.enabled": None,
+    "routing.http.xff_header_processing.mode": None,
+    "routing.http2.enabled": None,
+    "waf.fail_open.enabled": None,
+    "zonal_shift.config.enabled": None,
+}
+TARGET_GROUP_ATTRIBUTES = {
+    "deregistration_delay.timeout_seconds": range(3601),
+    "load_balancing.algorithm.anomaly_mitigation": None,
+    "load_balancing.algorithm.type": None,
+    "load_balancing.cross_zone.enabled": None,
+    "slow_start.duration_seconds": range(901),
+    "stickiness.app_cookie.cookie_name": None,
+    "stickiness.app_cookie.duration_seconds": range(1, SECONDS_OF_A_WEEK + 1),
+    "stickiness.enabled": None,
+    "stickiness.lb_cookie.duration_seconds": range(1, SECONDS_OF_A_WEEK + 1),
+    "stickiness.type": None,
+    "target_group_health.dns_failover.minimum_healthy_targets.count": None,
+    "target_group_health.dns_failover.minimum_healthy_targets.percentage": None,
+    "target_group_health.unhealthy_state_routing.minimum_healthy_targets.count": None,
+    "target_group_health.unhealthy_state_routing.minimum_healthy_targets.percentage": None,
+}
+IDLE, DELAY = "idle_timeout.timeout_seconds", "deregistration_delay.timeout_seconds"
+BALANCER = {
+    "idle_timeout.timeout_seconds": "120",
+    "routing.http.drop_invalid_header_fields.enabled": "true",
+    "routing.http.desync_mitigation_mode": "defensive",
+}
+TARGETS = {
+    "deregistration_delay.timeout_seconds": "180",
+    "load_balancing.algorithm.type": "least_outstanding_requests",
+    "stickiness.enabled": "false",
+}
+HOOKS = {
+    "chatd-launch": ("autoscaling:EC2_INSTANCE_LAUNCHING", 300, "ABANDON"),
+    "chatd-terminate": ("autoscaling:EC2_INSTANCE_TERMINATING", 300, "CONTINUE"),
+}
+ALARMS = {"errors", "launches", "missing-nodes", "no-nodes", "store", "unhealthy-nodes"}
+OUTPUTS = {"AutoScalingGroup", "BalancerName", "Encryption", "LogGroup", "RolloutAlarms", "TargetGroup", "WebSocketURL"}
+LARGEST = 51200
+"""Bytes of a template that CloudFormation takes in a request."""
+
+
+def _attributes(template):
+    for name, kind, known, wanted in (
+        ("Balancer", "LoadBalancer", BALANCER_ATTRIBUTES, BALANCER),
+        ("TargetGroup", "TargetGroup", TARGET_GROUP_ATTRIBUTES, TARGETS),
+    ):
+        found = attributes(template, name, kind)
+        for key, value in found.items():
+            if key not in known:
+                yield f"{name} has attributes that there are: {key}"
+            elif known[key] is not None and int(value) not in known[key]:
+                yield f"{name} has attributes in their range: {key}"
+        for key in wanted:
+            if found.get(key) != wanted[key]:
+                yield f"{name} has the attribute {key}"
+
+
+def _health(template):
+    target = properties(template, "TargetGroup")
+    if (target["HealthCheckPath"], target["HealthCheckIntervalSeconds"], target["Port"]) != ("/readyz", 5, 8085):
+        yield "the load balancer asks /readyz on 8085 every 5 s"
+    if not target["HealthCheckTimeoutSeconds"] < target["HealthCheckIntervalSeconds"]:
+        yield "a health check ends before the next"
+    if properties(template, "Group")["HealthCheckType"] != "EC2":
+        yield "the load balancer's health checks terminate no instance"
+
+
+def _hooks(template):
+    found = properties(template, "Group").get("LifecycleHookSpecificationList", [])
+    hooks = {
+        one["LifecycleHookName"]: (one["LifecycleTransition"], one["HeartbeatTimeout"], one["DefaultResult"])
+        for one in found
+    }
+    for name, wanted in HOOKS.items():
+        if hooks.get(name) != wanted:
+            yield f"the group has the hook {name}"
+
+
+def _network(template):
+    rules = [
+        (name, rule)
+        for name, group in of_type(template, "AWS::EC2::SecurityGroup").items()
+        for rule in group.get("SecurityGroupIngress", [])
+    ]
+    rules += [
+        (rule["GroupId"]["Fn::GetAtt"][0], rule)
+        for rule in of_type(template, "AWS::EC2::SecurityGroupIngress").values()
+    ]
+    for name, rule in rules:
+        ports = [port for key in ("FromPort", "ToPort") for port in _ports(rule.get(key, -1))]
+        if rule["IpProtocol"] != "tcp" or any(port == -1 for port in ports) or min(ports) <= 22 <= max(ports):
+            yield f"nobody can try SSH: {name}"
+    to_nodes = [rule for name, rule in rules if name == "NodeSecurityGroup"]
+    balancer = {"Fn::GetAtt": ["BalancerSecurityGroup", "GroupId"]}
+    if [(one.get("SourceSecurityGroupId"), one["FromPort"], one["ToPort"]) for one in to_nodes] != [
+        (balancer, 8085, 8085)
+    ]:
+        yield "the load balancer alone reaches the instances, on 8085"
+    to_store = [rule for name, rule in rules if name == "StoreSecurityGroup"]
+    if [one.get("SourceSecurityGroupId") for one in to_store] != [{"Fn::GetAtt": ["NodeSecurityGroup", "GroupId"]}]:
+        yield "the instances alone reach the store"
+
+
+def _ports(value):
+    if isinstance(value, dict) and "Fn::If" in value:
+        return value["Fn::If"][1:]
+    return [6379 if value == {"Ref": "StorePort"} else value]
+
+
+def _listeners(template):
+    tls, redirect = properties(template, "TlsListener"), properties(template, "RedirectListener")
+    if "TLS13" not in tls["SslPolicy"]:
+        yield "TLS 1.3 is spoken"
+    if redirect["DefaultActions"][0].get("RedirectConfig", {}).get("Protocol") != "HTTPS":
+        yield "HTTP is redirected"
+
+
+def _instances(template):
+    data = properties(template, "LaunchTemplate")["LaunchTemplateData"]
+    disks = data["BlockDeviceMappings"]
+    metadata = data["MetadataOptions"]
+    if data["ImageId"] != {"Ref": "ImageId"} or template["Parameters"]["ImageId"]["Type"] != "AWS::EC2::Image::Id":
+        yield "the image is an id"
+    if properties(template, "Group")["LaunchTemplate"]["Version"] != {
+        "Fn::GetAtt": ["LaunchTemplate", "LatestVersionNumber"]
+    }:
+        yield "the group names a version of the launch template"
+    if "KeyName" in data:
+        yield "there is no key pair"
+    if not all(one["Ebs"].get("Encrypted") is True and one["Ebs"]["VolumeType"] == "gp3" for one in disks):
+        yield "the disk is encrypted"
+    if (metadata["HttpTokens"], metadata["HttpPutResponseHopLimit"]) != ("required", 1):
+        yield "the instance's metadata need a token, which stays there"
+    text = json.dumps(template)
+    for word in ("$Latest", "$Default", "resolve:ssm", "AWS::SSM::Parameter::Value"):
+        if word in text:
+            yield f"nothing changes by itself: {word}"
+
+
+def _updates(template):
+    policy = template["Resources"]["Group"]["UpdatePolicy"]
+    ways = sorted(
+        policy.keys() & {"AutoScalingInstanceRefresh", "AutoScalingReplacingUpdate", "AutoScalingRollingUpdate"}
+    )
+    if ways != ["AutoScalingInstanceRefresh"]:
+        yield "there is one way to update"
+        return
+    how = policy["AutoScalingInstanceRefresh"]["Preferences"]
+    if how["MinHealthyPercentage"] != 100 or not 100 < how["MaxHealthyPercentage"] <= 200:
+        yield "new instances come before old ones go"
+    points = how["CheckpointPercentages"]
+    if points != sorted(points) or points[0] > 50 or points[-1] != 100:
+        yield "a rollout stops to look after the first instances, and replaces all"
+    if (how["BakeTime"], how["CheckpointDelay"]) != ({"Ref": "SoakSeconds"},) * 2:
+        yield "a rollout watches the alarms for a time"
+
+
+def guards(refresh):
+    """The alarms that undo a rollout, unless it is told otherwise."""
+    condition, guarded, unguarded = refresh["Preferences"]["AlarmSpecification"]["Fn::If"]
+    assert (condition, unguarded) == ("Guarded", {"Ref": "AWS::NoValue"})
+    return guarded["Alarms"]
+
+
+def _alarms(template):
+    names = sorted(of_type(template, "AWS::CloudWatch::Alarm"))
+    refresh = template["Resources"]["Group"]["UpdatePolicy"].get("AutoScalingInstanceRefresh", {})
+    lists = {
+        "the update policy": guards(refresh) if refresh else [],
+        "RolloutAlarms": template["Outputs"]["RolloutAlarms"]["Value"]["Fn::Join"][1],
+    }
+    for where, found in lists.items():
+        if sorted(one.get("Ref") for one in found) != names and (refresh or where == "RolloutAlarms"):
+            yield f"each alarm is in {where}"
+    for name, alarm in of_type(template, "AWS::CloudWatch::Alarm").items():
+        if alarm.get("TreatMissingData") not in ("breaching", "notBreaching"):
+            yield f"an alarm comes to rest without data: {name}"
+        if any(value == {"Ref": "Group"} for one in alarm["Dimensions"] for value in one.values()):
+            yield f"an alarm is there before the group: {name}"
+
+
+def _metrics(template):
+    """What the agent tells is what is asked for."""
+    from_image = json.loads((ROOT / "packer" / "files" / "cloudwatch-agent.json").read_text())
+    told = from_image["logs"]["metrics_collected"]["prometheus"]["emf_processor"]
+    (declared,) = told["metric_declaration"]
+    known = {(told["metric_namespace"], name.strip("^$")) for name in declared["metric_selectors"]}
+    asked = [one for one in of_type(template, "AWS::CloudWatch::Alarm").values() if one["Namespace"] == "chatd"]
+    tracked = properties(template, "Scaling")["TargetTrackingConfiguration"]["CustomizedMetricSpecification"]["Metrics"]
+    asked += [one["MetricStat"]["Metric"] for one in tracked if "MetricStat" in one]
+    for one in asked:
+        own = one["Namespace"] == "chatd"
+        if own and (one["Namespace"], one["MetricName"]) not in known:
+            yield f"a metric is told: {one['MetricName']}"
+        if own and [[dimension["Name"] for dimension in one["Dimensions"]]] != declared["dimensions"]:
+            yield f"a metric has the dimensions that are asked for: {one['MetricName']}"
+    if not properties(template, "Group").get("MetricsCollection"):
+        yield "the group tells its metrics"
+
+
+def _parameters(template):
+    for name, one in template["Parameters"].items():
+        if len(one.get("Description", "")) < 20:
+            yield f"a parameter is described: {name}"
+        if ("Default" in one) == (name == "ImageId"):
+            yield f"a parameter has a default: {name}"
+        bounds = one.keys() & {"AllowedPattern", "AllowedValues", "MinValue", "MaxValue"}
+        if not one["Type"].startswith("AWS::") and not ("ConstraintDescription" in one and bounds):
+            yield f"a parameter is checked, in words too: {name}"
+        if "AllowedPattern" in one and not re.fullmatch(one["AllowedPattern"], one["Default"]):
+            yield f"a default is allowed: {name}"
+        if "NoEcho" in one:
+            yield f"nothing secret goes through the template: {name}"
+
+
+def _outputs(template):
+    for name in sorted(OUTPUTS - template["Outputs"].keys()):
+        yield f"it tells {name}"
+
+
+def _store(template):
+    store = properties(template, "Store")
+    if store["TLSEnabled"] is not True or not properties(template, "StoreUrl")["Value"]["Fn::Sub"].startswith(
+        "rediss:"
+    ):
+        yield "the store speaks TLS"
+    name = properties(template, "StoreUrl")["Name"]
+    read = statement(template, "Store")["Resource"]["Fn::Sub"][1]["Name"]
+    if read != {"Fn::If": ["OwnStore", name, {"Ref": "StoreParameter"}]}:
+        yield "the role reads the parameter that has the store's URL"
+    for key in ("DeletionPolicy", "UpdateReplacePolicy"):
+        if not str(template["Resources"]["Store"].get(key)).startswith("Retain"):
+            yield f"what was said outlives the stack: {key}"
+
+
+def seconds(template, units, ping):
+    """The timings that hold together, by name: of the template, the units' texts and chatd's default."""
+    options = user_data(template)
+    drains = [int(number) for unit in units for number in re.findall(r"--drain (\d+)", unit)]
+    stops = [int(number) for unit in units for number in re.findall(r"TimeoutStopSec=(\d+)", unit)]
+    assert len(drains) == len(stops) == len(units)
+    hooks = {
+        one["LifecycleHookName"]: one for one in properties(template, "Group").get("LifecycleHookSpecificationList", [])
+    }
+    terminate = hooks.get("chatd-terminate")
+    return {
+        "drain": max(drains),
+        "the first stop time-out": min(stops),
+        "the last stop time-out": max(stops),
+        "deregistration delay": int(
+            attributes(template, "TargetGroup", "TargetGroup")["deregistration_delay.timeout_seconds"]
+        ),
+        "heartbeat": terminate["HeartbeatTimeout"] if terminate else None,
+        "ping": float(options.get("CHATD_PING", ping)),
+        "idle time-out": int(attributes(template, "Balancer", "LoadBalancer")["idle_timeout.timeout_seconds"]),
+    }
+
+
+def user_data(template):
+    """The settings in user data, with what CloudFormation puts in left out."""
+    parts = properties(template, "LaunchTemplate")["LaunchTemplateData"]["UserData"]["Fn::Base64"]["Fn::Join"][1]
+    texts = [plain(one["Fn::If"][1] if isinstance(one, dict) and "Fn::If" in one else one) for one in parts]
+    return dict(line.split("=", 1) for line in "".join(texts).splitlines())
+
+
+UNITS = [ROOT / "packer" / "files" / name for name in ("chatd.service.conf", "chatd@.service.conf")]
+
+
+def timing_faults(template, units=None, ping=None):
+    """The pairs that are in the wrong order."""
+    units = [path.read_text() for path in UNITS] if units is None else units
+    found = seconds(template, units, chatd.tap.Options()["ping"] if ping is None else ping)
+    order = [
+        ("drain", "the first stop time-out"),
+        ("the last stop time-out", "deregistration delay"),
+        ("deregistration delay", "heartbeat"),
+        ("ping", "idle time-out"),
+    ]
+    return [f"{less} < {more}" for less, more in order if found[more] is not None and not found[less] < found[more]]
+
+
+RULES = (
+    _attributes,
+    _health,
+    _hooks,
+    _network,
+    _listeners,
+    _instances,
+    _updates,
+    _alarms,
+    _metrics,
+    _parameters,
+    _outputs,
+    _store,
+    role_faults,
+    timing_faults,
+)
+
+
+def faults(template):
+    """What does not hold of a template, a line each."""
+    return [fault for rule in RULES for fault in rule(template)]

@@ -1,0 +1,109 @@
+"""What has to hold of the workflows of GitHub, whatever linters say of them."""
+
+import re
+
+import yaml
+from support.servers import ROOT
+
+FOLDER = ROOT / ".github" / "workflows"
+TOOLS = [*(ROOT / "packer" / "tools").glob("*/go.mod"), ROOT / "tests" / "tools" / "actionlint" / "go.mod"]
+"""What is built with Go."""
+PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+OURS = re.compile(r"\./\.github/workflows/\w+\.yml\b")
+OUTSIDERS = {"pull_request_target", "workflow_run", "issue_comment", "issues"}
+"""Triggers by which somebody from outside runs something with the repository's rights."""
+
+
+def texts():
+    """The workflows, by the names of their files."""
+    return {path.name: path.read_text() for path in sorted(FOLDER.iterdir())}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as GitHub reads it, in which `on` is a word."""
+
+
+Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or letter in "tTfF"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read(text):
+    return yaml.load(text, Loader)
+
+
+def uses(job, action):
+    """What a job gives the step that uses an action; empty if none does."""
+    steps = [step for step in job.get("steps", []) if step.get("uses", "").startswith(f"{action}@")]
+    return steps[0].get("with", {}) if steps else {}
+
+
+def version(text):
+    return tuple(int(part) for part in str(text).split("."))
+
+
+def faults(workflows):
+    """What is wrong with them, in words."""
+    found = {name: read(text) for name, text in workflows.items()}
+    jobs = {f"{name}: {job}": one for name, whole in found.items() for job, one in whole["jobs"].items()}
+    used = [line for text in workflows.values() for line in re.findall(r"^[\s-]*uses: (.*)$", text, re.MULTILINE)]
+    runs = [step["run"] for job in jobs.values() for step in job.get("steps", []) if "run" in step]
+    wanted = {
+        "actions are pinned by commit and say their version": all(
+            PINNED.fullmatch(line) or OURS.match(line) for line in used
+        ),
+        "nobody from outside triggers them": not any(OUTSIDERS & set(whole["on"]) for whole in found.values()),
+        "no expression is written into a script": not any("${{" in run for run in runs),
+        "no secret is used": not any("secrets." in text for text in workflows.values()),
+        "nothing is permitted to all jobs": all(whole["permissions"] == {} for whole in found.values()),
+        "a job reads alone": all(
+            {value for key, value in job["permissions"].items() if key != "id-token"} == {"read"}
+            for job in jobs.values()
+        ),
+        "who is given a role names an environment": all(
+            "environment" in job for job in jobs.values() if "id-token" in job["permissions"]
+        ),
+        "each job ends": all("timeout-minutes" in job or "uses" in job for job in jobs.values()),
+        **ci_rules(found["ci.yml"]),
+        **deploy_rules(found["deploy.yml"]),
+    }
+    return [text for text, holds in wanted.items() if not holds]
+
+
+def ci_rules(whole):
+    job = whole["jobs"]["tests"]
+    go = uses(job, "actions/setup-go")
+    return {
+        "the tests run on a push and for a pull request": {"push", "pull_request"} <= set(whole["on"]),
+        "the tests are those of .ci/run": job["steps"][-1]["run"].split("\n")[-2] == ".ci/run",
+        "what a test lacks is a failure": job["env"].get("CI") == "true",
+        "the tests can boot machines": "--privileged" in job["container"].get("options", ""),
+        "Go is new enough": version(go["go-version"])
+        >= max(version(re.search(r"^go (\S+)", path.read_text(), re.MULTILINE)[1]) for path in TOOLS),
+        "nothing comes from a cache": go.get("cache") is False and "actions/cache" not in str(job),
+    }
+
+
+def deploy_rules(whole):
+    job = whole["jobs"]["deploy"]
+    role = uses(job, "aws-actions/configure-aws-credentials")
+    concurrency = job.get("concurrency", {})
+    (packer,) = re.findall(r"hashicorp/packer v(\S+)", (ROOT / "packer/tools/packer/go.mod").read_text())
+    commands = whole["on"]["workflow_dispatch"]["inputs"]["command"]["options"]
+    return {
+        "a tag ships": whole["on"]["push"] == {"tags": ["v*"]},
+        "it is shipped once the tests have passed": job.get("needs") == "tests"
+        and "!failure()" in job["if"]
+        and whole["jobs"]["tests"]["uses"] == "./.github/workflows/ci.yml",
+        "each command can be run by hand but ship": sorted(commands) == ["abort", "rollback", "verify"],
+        "the role comes from the environment": role.get("role-to-assume") == "${{ vars.AWS_ROLE }}",
+        "the region comes from the environment": role.get("aws-region") == "${{ vars.AWS_REGION }}",
+        "there are no lasting keys": not any("key" in name for name in role),
+        "the role lasts as long as the job": role.get("role-duration-seconds", 3600) >= job["timeout-minutes"] * 60,
+        "a job can do what a rollout and the road back take": job["timeout-minutes"] >= 2 * (60 + 10),
+        "no two rollouts run at once": "github." not in concurrency.get("group", "github."),
+        "a running rollout is never cancelled": concurrency.get("cancel-in-progress") is False,
+        "a rollout under way can be aborted": "inputs.command == 'abort' && 'abort'" in concurrency.get("group", ""),
+        "Packer is the one that is rehearsed": uses(job, "hashicorp/setup-packer").get("version") == packer,
+    }

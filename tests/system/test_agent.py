@@ -1,0 +1,109 @@
+"""How the CloudWatch agent of an EC2 instance learns what to tell: chatd-agent, as a program, and what it writes.
+
+The agent itself is not here.  Its configuration's keys are those of the schema in its sources (1.300071), which
+tells journald from version 1.300070 on.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from support import imds
+from support.imds import FILES, GROUP, Cloud, surroundings
+from support.servers import LONG, LOOPBACK, Server, need
+
+program = imds.load("chatd-agent")
+
+SAYS = f"CHATD_STORE_PARAMETER=/chatd/store\nCHATD_GROUP={GROUP}\n"
+
+
+@pytest.fixture
+def cloud():
+    with Cloud() as cloud:
+        cloud.user_data = SAYS
+        yield cloud
+
+
+def agent(cloud, folder):
+    """Run chatd-agent; answers its exit status and what it said."""
+    result = subprocess.run(
+        [sys.executable, FILES / "chatd-agent", folder],
+        env=surroundings(cloud),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    return result.returncode, result.stderr
+
+
+def test_the_agent_is_told_the_group_and_its_log(cloud, tmp_path):
+    assert agent(cloud, tmp_path) == (0, "")
+    logs = json.loads((tmp_path / "amazon-cloudwatch-agent.json").read_text())["logs"]
+    (journal,) = logs["logs_collected"]["journald"]["collect_list"]
+    metrics = logs["metrics_collected"]["prometheus"]
+    assert journal["log_group_name"] == metrics["log_group_name"] == f"/chatd/{GROUP}"
+    assert metrics["prometheus_config_path"] == str(tmp_path / "prometheus.yml")
+    scraped = (tmp_path / "prometheus.yml").read_text()
+    assert f'AutoScalingGroupName: "{GROUP}"' in scraped
+    assert "@" not in scraped.replace("chatd@", "")
+    assert re.findall(r"127\.0\.0\.1:(\d+)", scraped) == ["8086", *(f"809{digit}" for digit in range(1, 10))]
+
+
+def test_the_logs_are_those_of_the_units_of_an_instance(cloud, tmp_path):
+    text = (FILES / "cloudwatch-agent.json").read_text()
+    (journal,) = json.loads(text)["logs"]["logs_collected"]["journald"]["collect_list"]
+    units = {re.sub(r"@\.", "@*.", path.name) for path in FILES.glob("chatd*.service")}
+    assert {*journal["units"]} == units
+
+
+def test_prometheus_takes_what_is_written(cloud, tmp_path):
+    promtool = [need("promtool"), "check", "config", tmp_path / "prometheus.yml"]
+    assert agent(cloud, tmp_path) == (0, "")
+    assert subprocess.run(promtool, capture_output=True, timeout=LONG, check=False).returncode == 0
+    (tmp_path / "prometheus.yml").write_text((tmp_path / "prometheus.yml").read_text().replace("labels", "label"))
+    assert subprocess.run(promtool, capture_output=True, timeout=LONG, check=False).returncode == 1
+
+
+def test_the_metrics_that_are_told_are_chatds(tmp_path):
+    configuration = json.loads((FILES / "cloudwatch-agent.json").read_text())
+    (declared,) = configuration["logs"]["metrics_collected"]["prometheus"]["emf_processor"]["metric_declaration"]
+    names = {name.strip("^$") for name in declared["metric_selectors"]}
+    (kept,) = re.findall(r"regex: (\S+)", (FILES / "prometheus.yml").read_text())
+    assert {*kept.split("|")} == names
+    with Server(tmp_path, "--store=memory:", admin=LOOPBACK) as server:
+        url = f"http://127.0.0.1:{server.admin_port}/metrics"
+        with urllib.request.urlopen(url, timeout=LONG) as answer:
+            told = re.findall(r"(?m)^# TYPE (\w+) gauge$", answer.read().decode())
+    assert names <= {*told}
+
+
+@pytest.mark.parametrize("said", [None, "", "CHATD_RETAIN=1\n", "CHATD_GROUP=\n", "CHATD_GROUP=a b\n", b"\xff\xfe"])
+def test_without_a_group_it_is_not_to_start(cloud, tmp_path, said):
+    cloud.user_data = said
+    code, line = agent(cloud, tmp_path)
+    assert code == 1
+    assert line == "chatd-agent: no group: have user data say CHATD_GROUP=NAME\n"
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_without_metadata_it_is_to_be_tried_again(cloud, tmp_path):
+    cloud.away = True
+    code, line = agent(cloud, tmp_path)
+    assert code == 255
+    assert re.fullmatch(r"chatd-agent: .+\n", line)
+    cloud.away = False
+    assert agent(cloud, tmp_path) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["chatd", "chatd-2", "a.b_c", "Chatd"])
+def test_the_name_of_a_group_is_found_among_other_settings(name):
+    assert program.group(f"# CHATD_GROUP=no\nCHATD_RETAIN=10\n CHATD_GROUP= {name} \nCHATD_PING=9") == name
+
+
+def test_its_unit_runs_it_first():
+    unit = (FILES / "amazon-cloudwatch-agent.service.conf").read_text()
+    assert "\nExecCondition=/opt/chatd/bin/chatd-agent /opt/aws/amazon-cloudwatch-agent/etc\n" in unit

@@ -1,0 +1,428 @@
+"""How an EC2 instance learns what chatd is to do there: chatd-boot, and the units that it starts."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+from support import imds
+from support.imds import FILES, GROUP, INSTANCE, REGION, TARGET_GROUP, Cloud, settings, surroundings
+from support.servers import LONG
+from test_systemd import analyze, unit
+
+boot = imds.load("chatd-boot")
+
+NAME = "/chatd/store"
+URL = "rediss://chatd:p%40ss$w\"o'r\\d`@redis.internal:6379/0"
+SAYS = f"CHATD_STORE_PARAMETER={NAME}\n"
+IN_GROUP = f"{SAYS}CHATD_GROUP={GROUP}\nCHATD_TARGET_GROUP={TARGET_GROUP}\n"
+
+
+@pytest.fixture
+def cloud():
+    with Cloud() as cloud:
+        cloud.user_data, cloud.parameters = SAYS, {NAME: URL}
+        yield cloud
+
+
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >>"${0%/*}/started"
+exit "${SYSTEMCTL:-0}"
+"""
+
+
+class Booted:
+    """What a run of chatd-boot has come to: its exit status, what it said, and what it started and left."""
+
+    def __init__(self, code, said, folder):
+        self.code, self.line = code, said.rstrip("\n")
+        started = folder / "started"
+        self.started = started.read_text().split() if started.exists() else None
+        files = [*(folder / "run").iterdir()]
+        self.files = {path.name: path.read_text() for path in files}
+        self.modes = {path.stat().st_mode & 0o777 for path in files}
+
+    def values(self, name):
+        """The environment in a file, as systemd reads it."""
+        said = re.findall(r'(?m)^(\w+)="(.*)"$', self.files[name])
+        return {key: re.sub(r"\\(.)", r"\1", value) for key, value in said}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where it runs: a systemctl that writes down what it is to start, and a folder to write to."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(SYSTEMCTL)
+    systemctl.chmod(0o755)
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def here(cloud, folder, monkeypatch):
+    """This process is on that instance."""
+    for name, value in settings(cloud).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(folder / "run"))
+    return folder
+
+
+class Runner:
+    """Runs chatd-boot in this process, or one that was changed."""
+
+    def __init__(self, folder, capsys, monkeypatch):
+        self.program = boot
+        self._folder, self._capsys, self._monkeypatch = folder, capsys, monkeypatch
+
+    def __call__(self, cores=1):
+        self._monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)})
+        return Booted(self.program.main(), self._capsys.readouterr().err, self._folder)
+
+
+@pytest.fixture
+def run(here, capsys, monkeypatch):
+    return Runner(here, capsys, monkeypatch)
+
+
+def program(cloud, folder):
+    """Run chatd-boot by itself."""
+    env = surroundings(cloud, RUNTIME_DIRECTORY=str(folder / "run"))
+    env["PATH"] = f"{folder}:{env['PATH']}"
+    command = [sys.executable, FILES / "chatd-boot"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+    assert ended.stdout == ""
+    return Booted(ended.returncode, ended.stderr, folder)
+
+
+def test_the_program_writes_what_it_has_learnt_and_starts_chatd(cloud, folder):
+    cloud.user_data = IN_GROUP
+    ran = program(cloud, folder)
+    assert (ran.code, ran.line) == (0, "")
+    assert ran.started[:2] == ["--no-block", "start"]
+    assert ran.started[-1] == "chatd-lifecycle.service"
+    assert ran.values("chatd.env") == {"CHATD_STORE": URL}
+    assert ran.values("lifecycle.env")["CHATD_INSTANCE"] == INSTANCE
+
+
+def test_the_program_ends_with_one_line_if_it_cannot(cloud, folder):
+    cloud.parameters[NAME] = "sqlite:/var/lib/chatd/chatd.sqlite"
+    check_refused(program(cloud, folder), f"{NAME} names a sqlite: store, which goes with the instance: set it to")
+
+
+def test_the_environment_of_chatd_is_in_a_file_for_root_alone(cloud, run):
+    cloud.user_data = f"# of the stack\n\n{SAYS}CHATD_PROXY_HOPS=1\nCHATD_ORIGIN=https://chat.example *.example\n"
+    cloud.parameters[NAME] += "\n"
+    ran = run()
+    assert (ran.code, ran.line) == (0, "")
+    assert ran.started == ["--no-block", "start", "chatd.service"]
+    assert [*ran.files] == ["chatd.env"]
+    assert ran.modes == {0o600}
+    assert ran.values("chatd.env") == {
+        "CHATD_PROXY_HOPS": "1",
+        "CHATD_ORIGIN": "https://chat.example *.example",
+        "CHATD_STORE": URL,
+    }
+    assert cloud.taken("GetParameter") == [{"Name": NAME, "WithDecryption": True}]
+
+
+def test_where_rooms_are_few_the_one_of_the_lifecycle_is_one_more(cloud, run):
+    cloud.user_data = f"{SAYS}CHATD_ROOMS=main team-*\n"
+    assert run().values("chatd.env")["CHATD_ROOMS"] == "main team-* launch"
+
+
+def test_with_a_group_the_lifecycle_is_told_and_started_too(cloud, run):
+    cloud.user_data = IN_GROUP
+    ran = run()
+    assert ran.started == ["--no-block", "start", "chatd.service", "chatd-lifecycle.service"]
+    assert ran.modes == {0o600}
+    assert ran.values("lifecycle.env") == {
+        "CHATD_INSTANCE": INSTANCE,
+        "CHATD_REGION": REGION,
+        "CHATD_ADMIN_PORTS": "8086",
+        "CHATD_DRAIN": "120",
+        "CHATD_GROUP": GROUP,
+        "CHATD_TARGET_GROUP": TARGET_GROUP,
+    }
+
+
+def test_without_a_load_balancer_there_is_a_group_alone(cloud, run):
+    cloud.user_data = f"{SAYS}CHATD_GROUP={GROUP}"
+    assert "CHATD_TARGET_GROUP" not in run().values("lifecycle.env")
+
+
+@pytest.mark.parametrize(
+    ("cores", "units", "ports"),
+    [
+        (1, ["chatd.service"], "8086"),
+        (2, ["chatd@1.service", "chatd@2.service"], "8091 8092"),
+        (64, [f"chatd@{name}.service" for name in range(1, 10)], " ".join(str(8090 + name) for name in range(1, 10))),
+    ],
+)
+def test_each_core_has_its_instance(cloud, run, cores, units, ports):
+    cloud.user_data = IN_GROUP
+    ran = run(cores)
+    assert ran.started[2:] == [*units, "chatd-lifecycle.service"]
+    assert ran.values("lifecycle.env")["CHATD_ADMIN_PORTS"] == ports
+
+
+REFUSED = [
+    (None, f"no store is named: have user data say {SAYS.strip()}"),
+    ("", "no store is named"),
+    ("#cloud-config\nruncmd: [x]\n", "line 2 is no KEY=VALUE"),
+    (b"\x1f\x8b\xff", "user data is no text"),
+    (f"{SAYS}CHATD_STORE=redis://:hunter2@x\n", "line 2: CHATD_STORE is secret"),
+    (f"{SAYS}CHATD_STORE_PASSWORD_FILE=/x\n", "CHATD_STORE_PASSWORD_FILE cannot be set: use CHATD_STORE_PARAMETER"),
+    *((f"{SAYS}CHATD_{name}=1\n", f"CHATD_{name} cannot be set") for name in ("LISTEN", "ADMIN", "DRAIN", "SEED")),
+    (f"{SAYS}PATH=/x\n", "PATH cannot be set"),
+    (f"{SAYS}{SAYS}", "line 2: CHATD_STORE_PARAMETER is set twice: remove one"),
+    ("CHATD_STORE_PARAMETER=\n", "line 1: CHATD_STORE_PARAMETER is empty"),
+    ("CHATD_STORE_PARAMETER=redis://:hunter2@x\n", "no name or ARN of an SSM parameter"),
+    (f"{SAYS}CHATD_HISTORY=some\n", "line 2: CHATD_HISTORY: 'some' is not a whole number"),
+    (f"{SAYS}CHATD_ROOMS=main A!\n", "CHATD_ROOMS: 'A!' is no pattern"),
+    (f"{SAYS}CHATD_TARGET_GROUP={TARGET_GROUP}\n", "CHATD_TARGET_GROUP needs CHATD_GROUP"),
+    (f"{SAYS}CHATD_TARGET_GROUP=chatd\n", "line 2: CHATD_TARGET_GROUP is no ARN of a target group"),
+]
+
+
+@pytest.mark.parametrize(("user_data", "line"), REFUSED)
+def test_user_data_that_will_not_do_are_refused_in_one_line(cloud, user_data, line, run):
+    cloud.user_data = user_data
+    check_refused(run(), line)
+    assert cloud.asked == []
+
+
+def check_refused(ran, line):
+    """It has failed with one line, which tells no secret, and has started and left nothing."""
+    assert ran.code == 1
+    assert line in ran.line
+    assert re.fullmatch(r"chatd-boot: [^\n]+: [^\n]+|chatd-boot: [^\n]+, such as [^\n]+", ran.line), "with the remedy"
+    assert "hunter2" not in ran.line
+    assert (ran.started, ran.files) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("sqlite:/var/lib/chatd/chatd.sqlite", f"{NAME} names a sqlite: store, which goes with the instance: set it"),
+        ("memory:", "names a memory: store"),
+        ("Memory:", "names a memory: store"),
+        ("", "is no redis://HOST:PORT/DATABASE: set it"),
+        ("hunter2", "is no redis://HOST:PORT/DATABASE"),
+        ("https://:hunter2@redis.internal", "is no redis://"),
+        ("redis://:hunter2@redis.internal/zero", "is no redis://"),
+        ("redis://:hunter2@redis.internal:x/0", "is no redis://"),
+        ("redis://:hunter2\n@redis.internal/0", "is no redis://"),
+        ("redis://chatd@redis.internal", "names a user and no password"),
+    ],
+)
+def test_a_store_that_will_not_do_is_refused_in_one_line_which_does_not_tell_it(cloud, value, line, run):
+    cloud.parameters[NAME] = value
+    check_refused(run(), line)
+
+
+def test_a_parameter_that_is_not_there_is_refused_at_once(cloud, run):
+    cloud.parameters.clear()
+    check_refused(run(), f"the SSM parameter {NAME}: An error occurred (ParameterNotFound)")
+    assert len(cloud.asked) == 1
+
+
+class Time:
+    """A clock that goes on when it is slept by."""
+
+    def __init__(self):
+        self.now, self.slept = 0.0, []
+
+    def clock(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def learned(time):
+    return boot.patiently(boot.learn, time.clock, time.sleep)
+
+
+def test_metadata_that_are_away_for_a_while_are_waited_for(cloud, here, capsys):
+    time, cloud.away = Time(), True
+
+    def sleep(seconds):
+        time.sleep(seconds)
+        cloud.away = len(time.slept) < 7
+
+    learnt = boot.patiently(boot.learn, time.clock, sleep)
+    assert learnt == ({boot.PARAMETER: NAME}, URL, INSTANCE, REGION)
+    assert time.slept == [1, 2, 4, 8, 15, 15, 15]
+    assert re.fullmatch(rf"chatd-boot: {cloud.url}/latest/api/token: [^\n]*: trying again\n", capsys.readouterr().err)
+
+
+def test_metadata_that_stay_away_are_given_up(cloud, here):
+    time, cloud.away = Time(), True
+    with pytest.raises(boot.BootError, match=r"gave up after 240 s: .*: see to it and reboot"):
+        learned(time)
+    assert 220 < time.now <= boot.PATIENCE_SECONDS
+
+
+@pytest.mark.parametrize("name", ["instance", "region"])
+def test_metadata_that_do_not_know_the_instance_are_given_up(cloud, here, name):
+    setattr(cloud, name, None)
+    with pytest.raises(boot.BootError, match="do not say its id and region: see to it"):
+        learned(Time())
+
+
+def test_what_passes_is_tried_again_with_a_growing_wait(cloud, here, monkeypatch):
+    monkeypatch.setattr("chatd_instance.ATTEMPTS", 1)
+    time = Time()
+    cloud.faults["GetParameter"] = [("ThrottlingException", 400), ("InternalServerError", 500), ("cut", None)]
+    assert learned(time).url == URL
+    assert time.slept == [1, 2, 4]
+
+
+def test_metadata_that_fail_are_asked_again(cloud, here):
+    time, cloud.faults["user-data"] = Time(), [("", 500), ("", 503)]
+    assert learned(time).url == URL
+    assert time.slept == [1, 2]
+
+
+def test_a_role_whose_rights_come_late_is_waited_for_and_one_that_has_none_is_given_up(cloud, here, capsys):
+    time, cloud.denied = Time(), True
+
+    def sleep(seconds):
+        time.sleep(seconds)
+        cloud.denied = False
+
+    assert boot.patiently(boot.learn, time.clock, sleep).url == URL
+    assert re.fullmatch(r"chatd-boot: .*AccessDeniedException.*: trying again\n", capsys.readouterr().err)
+    cloud.denied = True
+    with pytest.raises(boot.BootError, match=r"gave up after 240 s: .*AccessDeniedException"):
+        learned(Time())
+
+
+def test_a_role_that_comes_late_is_waited_for(cloud, here):
+    time, cloud.role = Time(), None
+
+    def sleep(seconds):
+        time.sleep(seconds)
+        cloud.role = imds.ROLE
+
+    assert boot.patiently(boot.learn, time.clock, sleep).url == URL
+    assert time.slept == [1]
+
+
+def test_metadata_are_asked_past_a_proxy(cloud, here, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert boot.metadata("meta-data/instance-id") == INSTANCE
+
+
+def test_nothing_listens(here, monkeypatch):
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(boot.BootError, match=r"http://127.0.0.1:1/latest/api/token: Connection refused"):
+        learned(Time())
+
+
+def test_that_systemd_does_not_start_them_is_a_failure(cloud, run, monkeypatch):
+    monkeypatch.setenv("SYSTEMCTL", "5")
+    ran = run()
+    assert ran.code == 1
+    assert re.fullmatch(r"chatd-boot: [^\n]* returned non-zero exit status 5\.", ran.line)
+
+
+def test_what_the_machine_lacks_is_told_in_one_line(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert re.fullmatch(r"chatd-boot: \[Errno 2\][^\n]*: 'systemctl'", run().line)
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/nowhere")
+    assert re.fullmatch(r"chatd-boot: \[Errno 2\][^\n]*: '/nowhere/chatd.new'", run().line)
+
+
+@pytest.mark.parametrize(("said", "code"), [(SAYS, 0), ("", 1)])
+def test_it_runs(cloud, here, said, code):
+    cloud.user_data = said
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FILES / "chatd-boot"), run_name="__main__")
+    assert ended.value.code == code
+
+
+def test_what_was_written_before_is_replaced_whole(tmp_path):
+    path = tmp_path / "chatd.env"
+    path.with_suffix(".new").write_text("half")
+    boot.write(path, {"A": "1", "B": "2"})
+    boot.write(path, {"A": 'x"y'})
+    assert path.read_text() == 'A="x\\"y"\n'
+    assert [*tmp_path.iterdir()] == [path]
+
+
+# What must not pass
+
+
+def refuses(value, line):
+    return partial(test_a_store_that_will_not_do_is_refused_in_one_line_which_does_not_tell_it, value=value, line=line)
+
+
+MUTATIONS = [
+    (refuses("sqlite:/x", "names a sqlite: store"), '    kind = url.partition(":")', '    return url\n    kind = ""'),
+    (refuses("memory:", "names a memory: store"), 'if kind in ("sqlite", "memory")', 'if kind == "sqlite"'),
+    (refuses("redis://:hunter2\n@h", "is no redis://"), 're.fullmatch(r"[!-~]+", url)', "url"),
+    (refuses("https://:hunter2@h", "is no redis://"), "{name} {error}: {remedy}", "{name} {error}: {remedy} {url}"),
+    (refuses("", "is no redis://"), "        return 1\n", ""),
+    (test_a_parameter_that_is_not_there_is_refused_at_once, "in FINAL", "in FINAL and name == ''"),
+    (test_the_environment_of_chatd_is_in_a_file_for_root_alone, "0o600", "0o644"),
+    (test_the_environment_of_chatd_is_in_a_file_for_root_alone, "WithDecryption=True", "WithDecryption=False"),
+    (test_the_environment_of_chatd_is_in_a_file_for_root_alone, "quoted.items())", "values.items())"),
+    (test_where_rooms_are_few_the_one_of_the_lifecycle_is_one_more, '+= f" {ROOM}"', '+= ""'),
+    (test_with_a_group_the_lifecycle_is_told_and_started_too, '        units.append("chatd-lifecycle.service")\n', ""),
+    (test_with_a_group_the_lifecycle_is_told_and_started_too, '"CHATD_INSTANCE": instance', '"CHATD_INSTANCE": region'),
+]
+"""Each a test, and what is in the program with what is to be there instead."""
+
+
+@pytest.mark.parametrize(("test", "old", "new"), MUTATIONS)
+def test_a_program_that_does_otherwise_fails(cloud, run, test, old, new):
+    run.program = imds.load("chatd-boot", (old, new), ("PATIENCE_SECONDS: Final = 240", "PATIENCE_SECONDS: Final = 0"))
+    with pytest.raises(AssertionError):
+        test(cloud=cloud, run=run)
+
+
+# The units
+
+
+@pytest.mark.parametrize("name", ["chatd", "chatd@"])
+def test_on_an_instance_the_unit_has_the_file_for_an_environment_and_no_other_store(name):
+    plain, changed = unit(f"{name}.service"), unit(f"{name}.service.conf")
+    assert changed["EnvironmentFile"] == ["", "/run/chatd/chatd.env"]
+    assert changed["Environment"][0] == ""
+    assert "STORE" not in "".join(changed["Environment"])
+    assert changed["Requires"] == changed["After"] == ["chatd-boot.service"]
+    command = re.sub(r"--drain \d+", f"--drain {boot.DRAIN_SECONDS}", plain["ExecStart"][0])
+    assert changed["ExecStart"] == ["", command]
+    assert boot.DRAIN_SECONDS < int(changed["TimeoutStopSec"][0]) < 180
+
+
+def test_boot_gives_up_before_systemd_does_and_before_the_hook():
+    assert boot.PATIENCE_SECONDS < 300 < int(unit("chatd-boot.service")["TimeoutStartSec"][0])
+
+
+def test_systemd_finds_nothing_to_say_about_the_units(tmp_path):
+    for path in FILES.iterdir():
+        if path.suffix in (".service", ".socket"):
+            text = re.sub(r"/opt/chatd/bin/\S+", "/bin/true", path.read_text())
+            (tmp_path / path.name.replace("@", "@1")).write_text(text)
+    for name in ("chatd.service", "chatd@.service"):
+        folder = tmp_path / f"{name.replace('@', '@1')}.d"
+        folder.mkdir()
+        (folder / "ec2.conf").write_text(re.sub(r"/opt\S+", "/bin/true", (FILES / f"{name}.conf").read_text()))
+    verify = ("verify", "--man=no", "--recursive-errors=no")
+    assert analyze(*verify, *sorted(tmp_path.glob("*.service"))) == ("", 0)
+    (folder / "ec2.conf").write_text("[Service]\nEnvironmentFiles=x\n")
+    assert "Unknown key" in analyze(*verify, *sorted(tmp_path.glob("*.service")))[0]
+
+
+@pytest.mark.parametrize(("name", "most"), [("chatd-boot", 35), ("chatd-lifecycle", 20)])
+def test_the_sandbox_leaves_little_exposed(name, most):
+    said, code = analyze("security", "--offline=true", f"--threshold={most}", FILES / f"{name}.service")
+    assert code == 0, said

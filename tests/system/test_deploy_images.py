@@ -1,0 +1,212 @@
+"""scripts/deploy and its images: what it bakes, what it removes, and what it may do; and its command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.deployments import (
+    ALLOWED,
+    DEPLOY,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    REGION,
+    VERSION,
+    WRONG,
+    checkout,
+    deploy,
+    deploying,
+    end,
+    named,
+    running,
+)
+from support.servers import LONG, ROOT, Lines, Server
+
+COMMANDS = "bake", "plan", "rollout", "verify", "rollback", "abort", "gc", "ship"
+BAKE = """#!/bin/sh
+echo "$@" >>"$0.asked"
+cat "$0.made"
+"""
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("chat"), "--store=memory:") as server:
+        yield server
+
+
+@pytest.fixture
+def account(chat):
+    with running(chat) as account:
+        yield account
+
+
+# Which images go
+
+
+def test_gc_keeps_what_is_needed_and_removes_the_rest_if_it_is_told_to(account):
+    launched, parameter, staging, stopped = (account.image(VERSION, days=days) for days in (20, 21, 22, 23))
+    account.fleet.aim(launched)
+    account.stack.parameters = account.stack.parameters | {"ImageId": parameter}
+    account.label(staging, stack="staging")
+    account.label(account.image(VERSION), stack="testing")
+    (instance,) = account.call("ec2", "run_instances", ImageId=stopped, MinCount=1, MaxCount=1)["Instances"]
+    account.call("ec2", "stop_instances", InstanceIds=[instance["InstanceId"]])
+    account.image(None, days=30)
+    kept, *gone = (account.image(VERSION, "amd64", days=days) for days in (11, 12))
+    gone = [account.new, *gone, account.image(VERSION, days=13)]
+    before = {*account.ec2.amis}, len(account.ec2.snapshots)
+
+    result = deploy(account, "gc", "--keep=1", "--json")
+    assert (result.returncode, result.json["images"], result.json["removed"]) == (DONE, gone, False), result.stderr
+    assert ({*account.ec2.amis}, len(account.ec2.snapshots)) == before
+    why = {one["image"]: one["why"] for one in result.json["kept"]}
+    assert why.keys() >= {launched, parameter, staging, stopped, kept, account.old}
+    assert why[staging] == "it is known to be good for staging"
+    assert "runs it" in why[stopped]
+    assert "launches it" in why[launched]
+    assert "is of it" in why[parameter]
+
+    result = deploy(account, "gc", "--keep=1", "--yes")
+    assert result.returncode == DONE, result.stderr
+    assert {*account.ec2.amis} == before[0] - {*gone}
+    assert len(account.ec2.snapshots) == before[1] - len(gone)
+    assert deploy(account, "gc", "--keep=1", "--yes", "--json").json["images"] == []
+
+
+def test_gc_says_of_a_snapshot_that_it_is_still_there(account):
+    account.image(VERSION, days=9)
+    account.snapshots = "missing-permissions"
+    result = deploy(account, "gc", "--keep=1", "--yes")
+    assert (result.returncode, "is still there: missing-permissions" in result.stderr) == (DONE, True)
+
+
+# What is baked
+
+
+def baker(folder, image, script=BAKE):
+    """A checkout that is committed, whose scripts/bake says that it has made an image."""
+    command = checkout(folder)
+    (folder / "scripts" / "bake").write_text(script)
+    (folder / "scripts" / "bake").chmod(0o755)
+    made = {"version": VERSION, "images": [{"architecture": "arm64", "region": REGION, "image": image}]}
+    (folder / "scripts" / "bake.made").write_text(json.dumps(made))
+    (folder / ".gitignore").write_text("*.asked\n__pycache__\n")
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "All"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    return command, commit, lambda: (folder / "scripts" / "bake.asked").read_text().splitlines()
+
+
+def test_ship_bakes_each_commit_once(account, tmp_path):
+    account.script, commit, asked = baker(tmp_path, account.new)
+    result = deploy(account, "ship", "--", "--no-agents")
+    end(account, result, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
+    assert asked() == [f"--json --region {REGION} --arch arm64 --no-agents"]
+    made = account.image(VERSION, **{"git-sha": commit})
+    result = deploy(account, "ship", "--", "--no-agents")
+    end(account, result, DONE, runs=made, good=made, record=[account.old, account.new, made])
+    assert len(asked()) == 1
+    (tmp_path / "README.md").write_text("a change\n")
+    (tmp_path / "scripts" / "bake").write_text("#!/bin/sh\necho 'bake: no' >&2\nexit 1\n")
+    result = deploy(account, "ship", "--json")
+    assert (result.returncode, result.json["error"]) == (FAILED, "scripts/bake failed, see above")
+    assert "bake: no" in result.stderr
+
+
+def test_bake_is_scripts_bake(account, tmp_path):
+    account.script, _, asked = baker(tmp_path, "ami-1")
+    result = deploy(account, "bake", "--agents", "agents.json", "--arch=arm64")
+    assert (result.returncode, result.stdout) == (DONE, f"ami-1 {REGION} arm64\n"), result.stderr
+    assert asked() == [f"--json --region {REGION} --agents agents.json --arch=arm64"]
+    assert deploy(account, "bake", "--json").json["images"][0]["image"] == "ami-1"
+    account.script = DEPLOY
+    result = deploy(account, "bake", "--no-agents", "--packer=no-such-packer")
+    assert (result.returncode, "no-such-packer is not installed" in result.stderr) == (FAILED, True)
+
+
+def test_a_bake_that_is_interrupted_ends_first(account, tmp_path):
+    script = """#!/bin/sh
+trap 'kill $!; echo cleaned >&2; exit 130' TERM
+sleep 60 >/dev/null 2>&1 &
+echo began >&2
+wait
+"""
+    account.script, _, _ = baker(tmp_path, "ami-1", script)
+    with deploying(account, "ship") as process:
+        told = Lines(process.stderr)
+        told.wait("began")
+        process.send_signal(signal.SIGINT)
+        code = process.wait(LONG)
+        told.close()
+    assert (code, [*told][-2:]) == (INTERRUPTED, ["cleaned", "deploy: interrupted"])
+
+
+# What it may do
+
+
+def test_it_calls_what_is_allowed_and_nothing_else():
+    """In the scripts; that the doubles are asked for nothing else is asserted of each account."""
+    text = "".join(path.read_text() for path in (DEPLOY.parent / "deploying").glob("*.py"))
+    called = re.findall(r"\.(?:call|pages)\(\s*\"([a-z0-9]+)\", \"([a-z_]+)\"", text)
+    assert {named(service, operation.title().replace("_", "")) for service, operation in called} == ALLOWED
+
+
+def test_the_policy_in_the_documentation_is_what_it_calls():
+    """And EC2's for the snapshots, which go with their image."""
+    (policy,) = re.findall(r"```json\n(\{\n  \"Version.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    statements = json.loads(policy)["Statement"]
+    actions = [action for statement in statements for action in statement["Action"]]
+    assert sorted(actions) == sorted({*ALLOWED, "ec2:DeleteSnapshot"})
+    reads = re.compile(r"\w+:(Describe|Get)\w+")
+    free = [one for statement in statements if statement["Resource"] == "*" for one in statement["Action"]]
+    assert [action for action in free if not reads.fullmatch(action)] == []
+
+
+# The command line
+
+
+def command(*arguments, **environment):
+    """Run it with a Python that has no packages."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PYTHON"))}
+    return subprocess.run(
+        [sys.executable, "-I", "-S", DEPLOY, *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_needs_no_packages_and_has_examples(name):
+    result = command(*([name] if name else []), "--help")
+    assert result.returncode == DONE, result.stderr
+    assert f"  scripts/deploy {name or 'ship'}" in result.stdout
+    if not name:
+        assert all(f"\n  {status} " in result.stdout for status in (0, 1, 2, 3, 4, 5, 130))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ([], "COMMAND"),
+        (["plan", "ami-1"], "say where: --region, or AWS_REGION"),
+        (["plan", "--region=r"], "IMAGE"),
+        (["rollback", "--region=r", "--frob"], "unrecognized arguments: --frob"),
+        (["ship", "--region=r", "--parameter=VpcId"], "say NAME=VALUE"),
+        (["ship", "--region=r", "--image=ami-1", "--", "--no-agents"], "scripts/bake, which is not run"),
+        (["ship", "--region=r", "--timeout=soon"], "--timeout"),
+        (["ship", "--region=r", "--timeout=-1"], "is not a number of minutes"),
+        (["gc", "--region=r", "--keep=0"], "at least 1 is kept"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said(arguments, fault):
+    result = command(*arguments)
+    assert (result.returncode, fault in result.stderr.splitlines()[-1]) == (WRONG, True), result.stderr

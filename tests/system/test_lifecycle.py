@@ -1,0 +1,786 @@
+"""How an EC2 instance enters service and leaves it: chatd-lifecycle amid doubles, with AWS's requests, and whole.
+
+Each scenario is a function of the program, so that the same is run with a program that was changed, and must fail.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from functools import partial
+from random import Random
+
+import pytest
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    EndpointConnectionError,
+    NoCredentialsError,
+)
+from botocore.parsers import ResponseParserError
+from botocore.session import Session
+from support import imds
+from support.imds import FILES, GROUP, INSTANCE, REGION, TARGET_GROUP, Cloud, settings, surroundings
+from support.loops import drive
+from support.servers import LONG, LOOPBACK, Lines, Raw, Server
+from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from chatd.client.protocol import Backoff, History, Refused
+from chatd.messages import Entry, Id
+
+LAUNCH, TERMINATE = "chatd-launch", "chatd-terminate"
+STEP = 0.5
+THROTTLED = ClientError({"Error": {"Code": "Throttling", "Message": "Rate exceeded"}}, "CompleteLifecycleAction")
+
+
+class Longest(Random):
+    """Has a Backoff wait as long as it may."""
+
+    def random(self):
+        return 1.0
+
+
+def load(*changes):
+    """The program, with parts of its text changed, and the longest waits that it may have."""
+    program = imds.load("chatd-lifecycle", *changes)
+    program.Backoff = partial(Backoff, chance=Longest())
+    return program
+
+
+lifecycle = load()
+
+
+class Life:
+    """A Lifecycle in surroundings that the test changes, on a clock that it moves.
+
+    `did` has what was asked of them, each with the second.  `faults` has by the name of what is asked the errors that
+    come first.
+    """
+
+    def __init__(self, program=lifecycle, ports=(1,)):
+        self.terminated = self.deregistered = False
+        self.waiting = {LAUNCH, TERMINATE}
+        self.unready = set()
+        self.clients = dict.fromkeys(ports, 0)
+        self.draining = set()
+        self.heard = Deferred()
+        self.faults = defaultdict(list)
+        self.did, self.said, self.ended = [], [], []
+        self.clock = Clock()
+        self._life = program.Lifecycle(
+            self, self, ports, 120, echo=self._echo, clock=self.clock, call=maybeDeferred, say=self.said.append
+        )
+
+    def begin(self):
+        self._life.run().addBoth(self.ended.append)
+        return self
+
+    def passes(self, seconds):
+        """Let time pass."""
+        self.clock.pump([STEP] * int(seconds / STEP))
+
+    def when(self, *what):
+        """The seconds at which something was asked."""
+        return [second for second, *one in self.did if one[: len(what)] == [*what]]
+
+    def completed(self, hook):
+        """Whether a hook was completed."""
+        return bool(self.when("complete", hook, "in time"))
+
+    def over(self):
+        """Check that it has ended well, and leaves nothing to come."""
+        assert self.ended == [None], self.said
+        assert self.clock.getDelayedCalls() == []
+        return True
+
+    def _asked(self, name, *about):
+        self.did.append((self.clock.seconds(), name, *about))
+        if self.faults[name]:
+            raise self.faults[name].pop(0)
+
+    async def _echo(self):
+        self._asked("echo")
+        try:
+            await self.heard
+        except CancelledError:
+            self._asked("echo given up")
+            raise
+
+    # A Group
+
+    def ending(self):
+        self._asked("ending")
+        return self.terminated
+
+    def leaving(self):
+        self._asked("leaving")
+        return self.deregistered
+
+    def complete(self, hook):
+        waits = hook in self.waiting and (hook == LAUNCH or self.terminated)
+        self._asked("complete", hook, "in time" if waits else "in vain")
+        return waits
+
+    def heartbeat(self, hook):
+        self._asked("heartbeat", hook)
+        return hook in self.waiting
+
+    # A Local
+
+    def ready(self, port):
+        return port not in self.unready
+
+    def drained(self, port):
+        self._asked("drain", port)
+        self.draining.add(port)
+        return not self.clients[port]
+
+
+# The launch
+
+
+def launches(program):
+    life = Life(program, ports=(1, 2))
+    life.unready = {1, 2}
+    life.begin().passes(10)
+    life.unready = {2}
+    life.passes(10)
+    assert life.when("echo") == [], "one is not ready"
+    life.unready = set()
+    life.passes(10)
+    assert len(life.when("echo")) == 1
+    assert life.when("complete") == [], "nothing was heard"
+    life.heard.callback(None)
+    assert life.completed(LAUNCH)
+    assert life.said == ["ready: waiting for an echo from the room launch", f"serving: completed {LAUNCH}"]
+    life.passes(3600)
+    assert len(life.when("complete")) == 1
+    assert life.draining == set()
+    assert life.ended == []
+
+
+def does_not_launch_unheard(program):
+    life = Life(program).begin()
+    life.passes(3600)
+    assert life.when("complete") == []
+    assert life.said == ["ready: waiting for an echo from the room launch"]
+
+
+def is_refused_an_echo(program):
+    life = Life(program).begin()
+    life.heard.errback(Refused("refused with 404", 404))
+    life.passes(3600)
+    assert life.when("complete") == []
+    assert life.said[1:] == [f"{LAUNCH} is not completed: chatd takes nothing in the room launch: refused with 404"]
+    life.terminated = True
+    life.passes(10)
+    assert life.completed(TERMINATE)
+    assert life.over()
+
+
+def finds_that_no_hook_waits(program):
+    life = Life(program)
+    life.waiting.discard(LAUNCH)
+    life.begin().heard.callback(None)
+    life.passes(3600)
+    assert life.when("complete") == [*range(0, 62, 2)]
+    assert life.said[1:] == [f"serving: {LAUNCH} does not wait for this instance"]
+    late = Life(program)
+    late.waiting.discard(LAUNCH)
+    late.begin().heard.callback(None)
+    late.passes(10)
+    late.waiting.add(LAUNCH)
+    late.passes(3)
+    assert late.completed(LAUNCH)
+
+
+# The end
+
+
+def launched(program, ports=(1,)):
+    life = Life(program, ports).begin()
+    life.heard.callback(None)
+    life.passes(100)
+    life.clients = dict.fromkeys(ports, 5)
+    return life
+
+
+def is_terminated(program):
+    """The metadata are first."""
+    life = launched(program, ports=(1, 2))
+    life.terminated = True
+    life.passes(3)
+    assert life.draining == {1, 2}
+    life.deregistered = True
+    life.clients[1] = 0
+    life.passes(60)
+    assert not life.completed(TERMINATE), "the other has clients"
+    life.clients[2] = 0
+    life.passes(3)
+    assert life.completed(TERMINATE)
+    assert life.said[2:] == [
+        "draining: the instance is to be terminated",
+        "port 1: drained",
+        "port 2: drained",
+        f"completed {TERMINATE}",
+    ]
+    assert life.over()
+
+
+def is_deregistered_first(program):
+    """The load balancer is first."""
+    life = launched(program)
+    life.deregistered = True
+    life.passes(6)
+    assert life.draining == {1}
+    life.clients = {1: 0}
+    life.passes(120)
+    assert life.when("complete", TERMINATE) == life.when("heartbeat") == []
+    life.terminated = True
+    life.passes(3)
+    assert life.completed(TERMINATE)
+    assert life.said[2:] == [
+        "draining: the load balancer sends no more clients",
+        "port 1: drained",
+        f"completed {TERMINATE}",
+    ]
+    assert life.over()
+
+
+def is_only_taken_out_of_its_target_group(program):
+    life = launched(program)
+    life.deregistered = True
+    life.passes(6)
+    life.clients, life.deregistered = {1: 0}, False
+    life.passes(2 * 3600)
+    assert life.draining == {1}
+    assert life.when("complete", TERMINATE) == life.when("heartbeat") == life.ended == []
+
+
+def beats_while_it_drains(program):
+    life = launched(program)
+    life.terminated = True
+    life.passes(131)
+    beats = life.when("heartbeat", TERMINATE)
+    assert beats == [102, 162, 222]
+    life.passes(3)
+    assert life.over()
+    life.passes(600)
+    assert life.when("heartbeat") == beats
+
+
+def has_clients_that_stay(program):
+    life = launched(program)
+    life.terminated = True
+    life.passes(131)
+    assert not life.completed(TERMINATE)
+    life.passes(3)
+    assert life.completed(TERMINATE)
+    assert "port 1: not drained in 130 s" in life.said
+    assert life.over()
+
+
+def has_a_chatd_that_does_not_answer(program):
+    life = launched(program)
+    life.faults["drain"] = [OSError("refused")] * 1000
+    life.terminated = True
+    life.passes(140)
+    assert life.said[3:] == ["port 1: refused: trying again", "port 1: not drained in 130 s", f"completed {TERMINATE}"]
+    assert life.over()
+
+
+def has_a_chatd_that_is_started_anew(program):
+    life = launched(program)
+    life.terminated = True
+    life.passes(10)
+    life.draining.clear()
+    life.faults["drain"] = [OSError("refused")]
+    life.passes(3)
+    assert life.draining == {1}
+    life.clients = {1: 0}
+    life.passes(2)
+    assert life.over()
+
+
+def has_a_hook_that_waits_late(program):
+    life = launched(program)
+    life.waiting.clear()
+    life.clients, life.terminated = {1: 0}, True
+    life.passes(60)
+    life.waiting.add(TERMINATE)
+    life.passes(3)
+    assert life.completed(TERMINATE)
+    assert life.over()
+
+
+def ends_before_it_is_ready(program):
+    life = Life(program)
+    life.unready, life.clients = {1}, {1: 5}
+    life.begin().passes(10)
+    life.terminated = True
+    life.passes(5)
+    life.unready = set()
+    life.passes(5)
+    assert life.when("echo") == []
+    life.clients = {1: 0}
+    life.passes(3)
+    assert life.completed(TERMINATE)
+    assert life.when("complete", LAUNCH) == []
+    assert life.over()
+
+
+def ends_before_it_is_heard(program):
+    life = Life(program)
+    life.clients = {1: 5}
+    life.begin().terminated = True
+    life.passes(2)
+    assert life.when("echo given up") == [2]
+    life.clients = {1: 0}
+    life.passes(3)
+    assert life.when("complete", LAUNCH) == []
+    assert life.completed(TERMINATE)
+    assert life.over()
+
+
+# What goes wrong
+
+
+def tries_again(program):
+    """Whatever AWS answers, with a growing wait, and says so once."""
+    life = Life(program)
+    endpoint = {"endpoint_url": "http://127.0.0.1"}
+    errors = [THROTTLED, THROTTLED, ConnectionClosedError(**endpoint), ConnectionClosedError(**endpoint)]
+    life.faults["complete"] = [*errors, *[EndpointConnectionError(**endpoint)] * 3, ResponseParserError("no XML:\n<")]
+    life.begin().heard.callback(None)
+    life.passes(300)
+    times = [0, 2, 5, 10, 19, 36, 67, 98, 129]
+    assert life.when("complete", LAUNCH) == times
+    about = f"completing {LAUNCH}"
+    cut = "Connection was closed before we received a valid response from endpoint URL"
+    assert life.said[1:] == [
+        f"{about}: {THROTTLED}: trying again",
+        f'{about}: {cut}: "http://127.0.0.1".: trying again',
+        f'{about}: Could not connect to the endpoint URL: "http://127.0.0.1": trying again',
+        f"{about}: no XML: <: trying again",
+        f"serving: completed {LAUNCH}",
+    ]
+
+
+def says_it_anew(program):
+    """What has gone well in between goes wrong again."""
+    life = launched(program)
+    life.faults["leaving"] = [THROTTLED]
+    life.passes(20)
+    life.faults["leaving"] = [THROTTLED]
+    life.passes(20)
+    assert len([line for line in life.said if line.startswith("target health: An error")]) == 2
+    life.faults["ending"] = [OSError("away")] * 1000
+    life.deregistered = True
+    life.passes(10)
+    assert life.draining == {1}, "one that cannot be asked does not stop the other"
+    assert "metadata: away: trying again" in life.said
+
+
+SCENARIOS = [
+    launches,
+    does_not_launch_unheard,
+    is_refused_an_echo,
+    finds_that_no_hook_waits,
+    is_terminated,
+    is_deregistered_first,
+    is_only_taken_out_of_its_target_group,
+    beats_while_it_drains,
+    has_clients_that_stay,
+    has_a_chatd_that_does_not_answer,
+    has_a_chatd_that_is_started_anew,
+    has_a_hook_that_waits_late,
+    ends_before_it_is_ready,
+    ends_before_it_is_heard,
+    tries_again,
+    says_it_anew,
+]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_an_instance(scenario):
+    scenario(lifecycle)
+
+
+def test_what_should_not_happen_ends_it():
+    life = launched(lifecycle)
+    life.faults["drain"] = [ZeroDivisionError()]
+    life.terminated = True
+    life.passes(10)
+    (failure,) = life.ended
+    assert isinstance(failure, Failure)
+    assert life.clock.getDelayedCalls() == []
+    assert not life.completed(TERMINATE)
+
+
+def test_a_drain_that_is_seen_late_and_takes_long_ends_before_the_load_balancer_cuts_it():
+    budget = imds.load("chatd-boot").DRAIN_SECONDS
+    deregistration_delay, hook = 180, 300  # the stack's
+    drained = lifecycle.HEALTH_SECONDS + budget + lifecycle.SLACK_SECONDS
+    assert drained < deregistration_delay < hook
+
+
+# What it asks AWS, with real signatures
+
+
+@pytest.fixture
+def cloud(monkeypatch):
+    with Cloud() as cloud:
+        for name, value in settings(cloud).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("chatd_instance.ATTEMPTS", 1)
+        yield cloud
+
+
+def environ(**changes):
+    """What chatd-boot writes."""
+    own = {"CHATD_INSTANCE": INSTANCE, "CHATD_REGION": REGION, "CHATD_ADMIN_PORTS": "8086", "CHATD_DRAIN": "120"}
+    return own | {"CHATD_GROUP": GROUP, "CHATD_TARGET_GROUP": TARGET_GROUP} | changes
+
+
+def ends_when_its_metadata_say_so(program, cloud):
+    group = program.Group(environ())
+    for state in (None, "InService", "Standby", "Detached", "Warmed:Stopped", "Warmed:Running", "Warmed:Hibernated"):
+        cloud.state = state
+        assert group.ending() is False
+    for state in ("Terminated", "Warmed:Terminated"):
+        cloud.state = state
+        assert group.ending() is True
+
+
+def leaves_when_its_target_drains(program, cloud):
+    group = program.Group(environ())
+    states = Session().get_service_model("elbv2").shape_for("TargetHealthStateEnum").enum
+    assert len(states) > 5
+    for state in states:
+        cloud.health = state
+        assert group.leaving() == (state == "draining"), state
+    assert cloud.taken("DescribeTargetHealth")
+
+
+def completes_its_hooks(program, cloud):
+    group = program.Group(environ())
+    cloud.waiting = {LAUNCH, TERMINATE}
+    about = {"AutoScalingGroupName": GROUP, "InstanceId": INSTANCE}
+    assert group.heartbeat(program.TERMINATE_HOOK) is True
+    assert group.complete(program.LAUNCH_HOOK) is True
+    assert group.complete(program.LAUNCH_HOOK) is False, "it was completed"
+    assert group.complete(program.TERMINATE_HOOK) is True
+    assert group.heartbeat(program.TERMINATE_HOOK) is False
+    assert cloud.taken("RecordLifecycleActionHeartbeat") == [{**about, "LifecycleHookName": TERMINATE}]
+    assert cloud.taken("CompleteLifecycleAction") == [
+        {**about, "LifecycleHookName": hook, "LifecycleActionResult": "CONTINUE"} for hook in (LAUNCH, TERMINATE)
+    ]
+
+
+ASKED = [ends_when_its_metadata_say_so, leaves_when_its_target_drains, completes_its_hooks]
+
+
+@pytest.mark.parametrize("scenario", ASKED)
+def test_aws_is_asked(scenario, cloud):
+    scenario(lifecycle, cloud)
+
+
+def test_without_a_target_group_nothing_is_asked_of_a_load_balancer(cloud):
+    own = environ()
+    del own["CHATD_TARGET_GROUP"]
+    assert lifecycle.Group(own).leaving() is False
+    assert cloud.asked == []
+
+
+@pytest.mark.parametrize(
+    "fault", [("AccessDenied", 403), ("Throttling", 400), ("ServiceUnavailable", 503), ("cut", None)]
+)
+def test_what_aws_refuses_is_trouble_on_one_line(cloud, fault):
+    group = lifecycle.Group(environ())
+    cloud.waiting = {LAUNCH}
+    for action, ask in (
+        ("CompleteLifecycleAction", group.complete),
+        ("DescribeTargetHealth", lambda _: group.leaving()),
+    ):
+        cloud.faults[action] = [fault]
+        with pytest.raises((ClientError, BotoCoreError)) as refused:
+            ask(LAUNCH)
+        assert isinstance(refused.value, lifecycle.TROUBLE)
+        assert "\n" not in lifecycle.words(refused.value)
+        assert imds.SECRET not in str(refused.value)
+    assert group.complete(LAUNCH) is True
+
+
+def test_botocore_itself_tries_again(cloud, monkeypatch):
+    monkeypatch.setattr("chatd_instance.ATTEMPTS", 2)
+    cloud.waiting, cloud.faults["CompleteLifecycleAction"] = {LAUNCH}, [("ServiceUnavailable", 503)]
+    assert lifecycle.Group(environ()).complete(LAUNCH) is True
+
+
+def test_a_role_that_is_not_there_yet_is_trouble(cloud):
+    group, cloud.role, cloud.waiting = lifecycle.Group(environ()), None, {LAUNCH}
+    with pytest.raises(NoCredentialsError):
+        group.complete(LAUNCH)
+    cloud.role = imds.ROLE
+    assert group.complete(LAUNCH) is True
+
+
+def test_a_signature_that_is_wrong_is_not_taken(cloud, monkeypatch):
+    group, cloud.waiting = lifecycle.Group(environ()), {LAUNCH}
+    assert group.heartbeat(LAUNCH) is True
+    monkeypatch.setattr(imds, "SECRET", "another")
+    with pytest.raises(ResponseParserError):  # the double says nothing
+        group.complete(LAUNCH)
+    assert cloud.taken("CompleteLifecycleAction") == []
+    assert [one.split(":")[0] for one in cloud.wrong] == ["not signed"]
+    cloud.wrong.clear()
+
+
+@pytest.mark.parametrize("status", [None, 401, 503])
+def test_metadata_that_fail_are_trouble(cloud, status):
+    group, cloud.faults["meta-data/autoscaling/target-lifecycle-state"] = lifecycle.Group(environ()), [("", status)]
+    with pytest.raises(lifecycle.TROUBLE):
+        group.ending()
+    assert group.ending() is False
+
+
+# What it asks chatd
+
+
+@pytest.fixture(scope="module")
+def options():
+    """With which an instance may be run, as far as they could keep its own client out."""
+    names = ("--rooms=main", "--rooms=launch", "--origin=https://chat.example", "--rate=1:1", "--max-per-address=1")
+    return [*names, "--proxy-hops=1"]
+
+
+def test_chatd_is_asked(tmp_path):
+    with Server(tmp_path, admin=LOOPBACK) as server, Raw(server.port) as client:
+        port = server.admin_port
+        assert lifecycle.Local.ready(port)
+        client.join()
+        assert not lifecycle.Local.drained(port)
+        assert not lifecycle.Local.ready(port)
+        assert client.closed() == 1012
+        server.log.wait(r"\bdrained\b")
+        assert lifecycle.Local.drained(port)
+    assert not lifecycle.Local.ready(port), "nobody listens"
+    with pytest.raises(lifecycle.TROUBLE):
+        lifecycle.Local.drained(port)
+
+
+def test_an_echo_comes_by_the_log(tmp_path, options):
+    with Server(tmp_path, *options) as server, Raw(server.port) as client:
+        client.join("/rooms/launch")
+        drive(lambda reactor: lifecycle.echo(reactor, f"{server.url}rooms/launch"))
+        data = client.json()["data"]
+        assert data["username"] == "chatd"
+        with pytest.raises(Refused, match="404"):
+            drive(lambda reactor: lifecycle.echo(reactor, f"{server.url}rooms/elsewhere"))
+
+
+def test_a_post_that_is_refused_for_good_is_no_echo(monkeypatch):
+    class Client:
+        def __init__(self, reactor, url, listener):
+            del reactor, url, listener
+
+        def start(self):
+            pass
+
+        def post(self, username, message):
+            return fail(Refused("not this", None))
+
+        def stop(self):
+            stopped.append(self)
+
+    stopped = []
+    monkeypatch.setattr(lifecycle, "Client", Client)
+    failed = []
+    Deferred.fromCoroutine(lifecycle.echo(None, "ws://127.0.0.1/")).addErrback(failed.append)
+    assert failed[0].check(Refused)
+    assert len(stopped) == 1
+
+
+def test_its_own_message_alone_is_an_echo():
+    def said(*messages):
+        return [
+            Entry(number, "chatd", message, "2026-01-01T00:00:00.000Z") for number, message in enumerate(messages, 1)
+        ]
+
+    member, other = lifecycle.Echo(), lifecycle.Echo()
+    assert member.message != other.message
+    member.begun(History(Id("abcd", 2), said("hi", other.message)))
+    member.appended("abcd", said(member.message + "0"))
+    assert not member.heard.called
+    member.appended("abcd", said("hi", member.message))
+    assert member.heard.called
+    member.appended("abcd", said(member.message))
+    other.begun(History(Id("abcd", 1), said(other.message)))
+    assert other.heard.called, "it was told with the history, after a connection was lost"
+
+
+# Whole
+
+
+def less_patient(folder):
+    """The path of a chatd-lifecycle that asks the load balancer more often."""
+    text = imds.changed("chatd-lifecycle", ("HEALTH_SECONDS: Final = 5", "HEALTH_SECONDS: Final = 1"))
+    (folder / "chatd-lifecycle").write_text(text)
+    shutil.copy(FILES / "chatd_instance.py", folder)
+    return folder / "chatd-lifecycle"
+
+
+class Program:
+    """chatd-lifecycle by itself, on an instance with one chatd; a context manager."""
+
+    def __init__(self, cloud, server, path=FILES / "chatd-lifecycle"):
+        ports = {"CHATD_ADMIN_PORTS": str(server.admin_port), "CHATD_PORT": str(server.port)}
+        own = environ(**ports, CHATD_DRAIN="1", CHATD_INSTANCE=cloud.instance)
+        self._process = subprocess.Popen(
+            [sys.executable, path],
+            env=surroundings(cloud, **own),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.log = Lines(self._process.stdout)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self.wait()
+
+    def wait(self):
+        code = self._process.wait(LONG)
+        self.log.close()
+        return code
+
+
+@pytest.mark.parametrize(("first", "name"), [("metadata", INSTANCE), ("target health", "i-00000000000000007")])
+def test_an_instance_lives_from_launch_to_end(first, name, tmp_path, options):
+    with (
+        Cloud(name) as cloud,
+        Server(tmp_path, *options, admin=LOOPBACK) as server,
+        Program(cloud, server, *([less_patient(tmp_path)] if first == "target health" else [])) as program,
+    ):
+        cloud.waiting = {LAUNCH}
+        cloud.wait("CompleteLifecycleAction")
+        assert cloud.taken("CompleteLifecycleAction")[0]["LifecycleHookName"] == LAUNCH
+        program.log.wait(f"^serving: completed {LAUNCH}$")
+        with Raw(server.port) as client:
+            client.join()
+            if first == "metadata":
+                cloud.waiting, cloud.state = {TERMINATE}, "Terminated"
+            else:
+                cloud.health = "draining"
+            assert client.closed() == 1012
+        program.log.wait("^port .*: drained$")
+        if first != "metadata":
+            assert len(cloud.taken("CompleteLifecycleAction")) == 1
+            cloud.waiting, cloud.state = {TERMINATE}, "Terminated"
+        assert program.wait() == 0
+        assert cloud.taken("CompleteLifecycleAction")[1:] == [
+            {
+                "AutoScalingGroupName": GROUP,
+                "InstanceId": name,
+                "LifecycleHookName": TERMINATE,
+                "LifecycleActionResult": "CONTINUE",
+            }
+        ]
+        reason = (
+            "the instance is to be terminated" if first == "metadata" else "the load balancer sends no more clients"
+        )
+        assert [*program.log] == [
+            "ready: waiting for an echo from the room launch",
+            f"serving: completed {LAUNCH}",
+            f"draining: {reason}",
+            f"port {server.admin_port}: drained",
+            f"completed {TERMINATE}",
+        ]
+
+
+def test_an_instance_that_lets_nobody_in_does_not_enter_service(tmp_path):
+    with Cloud() as cloud, Server(tmp_path, "--rooms=main", admin=LOOPBACK) as server:
+        cloud.waiting = {LAUNCH}
+        with Program(cloud, server) as program:
+            program.log.wait(f"^{LAUNCH} is not completed: chatd takes nothing in the room launch: refused with 404")
+        assert cloud.taken("CompleteLifecycleAction") == []
+
+
+@pytest.mark.parametrize("name", ["CHATD_GROUP", "CHATD_ADMIN_PORTS"])
+def test_without_its_settings_it_ends_with_one_line(name):
+    own = environ()
+    del own[name]
+    with pytest.raises(SystemExit, match=f"^chatd-lifecycle: {name} is not set: start chatd-lifecycle.service$"):
+        lifecycle.main(Clock(), own)
+
+
+# What must not pass
+
+MUTATIONS = [
+    (launches, "            await self._echo()\n", "            pass\n"),
+    (does_not_launch_unheard, "            await self._echo()\n", "            self._start(self._echo())\n"),
+    (launches, "while not await self._call(self._local.ready, port)", "while False"),
+    (launches, "for port in self._ports:\n", "for port in self._ports[:1]:\n"),
+    (launches, 'LAUNCH_HOOK: Final = "chatd-launch"', 'LAUNCH_HOOK: Final = "chatd-terminate"'),
+    (finds_that_no_hook_waits, "HOOK_SECONDS: Final = 60", "HOOK_SECONDS: Final = 0"),
+    (is_refused_an_echo, "except Refused as error", "except ArithmeticError as error"),
+    (is_terminated, "if await self._call(self._local.drained, port)", "if True"),
+    (is_terminated, "await gatherResults(drains, consumeErrors=True)", "pass"),
+    (is_terminated, "for port in self._ports]", "for port in self._ports[:1]]"),
+    (is_terminated, 'TERMINATE_HOOK: Final = "chatd-terminate"', 'TERMINATE_HOOK: Final = "terminate"'),
+    (is_terminated, "        self._start(self._see_ending())\n", ""),
+    (is_deregistered_first, "        self._start(self._see_leaving())\n", ""),
+    (
+        is_only_taken_out_of_its_target_group,
+        "        await self._until_ending()\n        while not",
+        "        while not",
+    ),
+    (beats_while_it_drains, "        self._start(self._beat())\n", ""),
+    (is_deregistered_first, "        await self._until_ending()\n        while True", "        while True"),
+    (has_clients_that_stay, "self._clock.seconds() < end", "True"),
+    (
+        has_a_hook_that_waits_late,
+        'while not await self._insist(f"completing {TERMINATE_HOOK}"',
+        'if not await self._insist(f"completing {TERMINATE_HOOK}"',
+    ),
+    (ends_before_it_is_ready, "        launch.cancel()\n", ""),
+    (ends_before_it_is_heard, "        launch.cancel()\n", ""),
+    (tries_again, "LOOK_SECONDS + backoff.next()", "LOOK_SECONDS"),
+    (tries_again, "if self._said.get(what) != text", "if True"),
+    (says_it_anew, "self._said.pop(what, None)", "pass"),
+]
+"""Each a scenario, and what is in the program with what is to be there instead."""
+MUTATIONS_ASKED = [
+    (ends_when_its_metadata_say_so, '"Warmed:Terminated"', '"Warmed:Stopped"'),
+    (leaves_when_its_target_drains, '["State"] == "draining"', '["State"] != "healthy"'),
+    (leaves_when_its_target_drains, '["State"] == "draining"', '["State"] == "unhealthy"'),
+    (completes_its_hooks, '"InstanceId": self._instance', '"InstanceId": "i-0123456789abcdef1"'),
+    (completes_its_hooks, '"AutoScalingGroupName": environ["CHATD_GROUP"]', '"AutoScalingGroupName": "chatd"'),
+    (completes_its_hooks, 'LifecycleActionResult="CONTINUE"', 'LifecycleActionResult="ABANDON"'),
+    (
+        completes_its_hooks,
+        "                return False\n            raise",
+        "                return True\n            raise",
+    ),
+]
+
+
+@pytest.mark.parametrize(("scenario", "old", "new"), MUTATIONS)
+def test_a_program_that_does_otherwise_fails(scenario, old, new):
+    program = load((old, new))
+    with pytest.raises((AssertionError, ArithmeticError)):
+        scenario(program)
+
+
+@pytest.mark.parametrize(("scenario", "old", "new"), MUTATIONS_ASKED)
+def test_a_program_that_asks_otherwise_fails(scenario, old, new, cloud):
+    program = load((old, new))
+    with pytest.raises(AssertionError):
+        scenario(program, cloud)

@@ -1,0 +1,570 @@
+"""What systemd is told, and what it does with chatd: its units, by their text and on a machine that has booted."""
+
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+
+import pytest
+from support import booted
+from support.booted import PORT, UNITS
+from support.servers import (
+    CLOSE,
+    LONG,
+    TWISTD,
+    Lines,
+    certificate_for,
+    environment,
+    need,
+    numbered,
+    post,
+    stored,
+    upgrade,
+)
+
+from chatd.operate.systemd import Notifier
+from chatd.tap import Options
+
+SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
+EXPOSURE = 2.0
+"""What `systemd-analyze security` may give at most, of 10."""
+
+
+# What is told
+
+
+@pytest.fixture(params=["path", "abstract"])
+def heard(request, tmp_path):
+    """A socket as systemd's own, and its name in the environment."""
+    name = str(tmp_path / "notify") if request.param == "path" else f"@chatd-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name.replace("@", "\0"))
+        systemd.settimeout(LONG)
+        yield systemd, name
+
+
+def test_values_are_lines_of_one_datagram(heard):
+    systemd, name = heard
+    notify = Notifier({"NOTIFY_SOCKET": name})
+    notify(READY="1", STATUS="ready")
+    notify(STOPPING="1")
+    assert systemd.recv(4096) == b"READY=1\nSTATUS=ready"
+    assert systemd.recv(4096) == b"STOPPING=1"
+
+
+def test_the_watchdog_is_fed_twice_in_its_time(heard):
+    systemd, name = heard
+    notify = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "10000000", "WATCHDOG_PID": str(os.getpid())})
+    assert notify.watchdog == 5
+    notify.alive()
+    assert systemd.recv(4096) == b"WATCHDOG=1"
+    assert Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "3000000"}).watchdog == 1.5
+
+
+@pytest.mark.parametrize("asked", [{}, {"WATCHDOG_USEC": ""}, {"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}])
+def test_a_watchdog_that_is_not_there_or_is_anothers_is_not_fed(asked):
+    assert Notifier({"NOTIFY_SOCKET": "/run/systemd/notify", **asked}).watchdog is None
+
+
+@pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}, {"WATCHDOG_USEC": "3000000"}])
+def test_outside_systemd_nothing_is_sent_and_nothing_said(environ, events, monkeypatch):
+    monkeypatch.setattr(socket, "socket", None)
+    notify = Notifier(environ)
+    notify(READY="1")
+    assert notify.watchdog is None
+    assert events == []
+
+
+def test_that_systemd_does_not_take_it_is_logged_and_no_more(tmp_path, events):
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")})(READY="1")
+    (event,) = events
+    assert event["log_format"].format(**event).startswith("systemd was not told 'READY=1': [Errno 2]")
+
+
+def test_a_queue_that_stays_full_does_not_hold_the_reactor_up(heard, events, monkeypatch):
+    monkeypatch.setattr("chatd.operate.systemd.SEND_SECONDS", 0.001)
+    notify = Notifier({"NOTIFY_SOCKET": heard[1]})
+    while not events:
+        notify.alive()
+    assert "timed out" in str(events[0]["error"])
+
+
+# The units, by their text
+
+
+def unit(name):
+    """The settings of a unit: the values of each, as they come."""
+    settings = {}
+    for line in (UNITS / name).read_text().splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            settings.setdefault(key, []).append(value)
+    return settings
+
+
+(COMMAND,) = unit("chatd.service")["ExecStart"]
+(COMMAND_OF_ONE,) = unit("chatd@.service")["ExecStart"]
+DRAIN = int(re.search(r"--drain (\d+)", COMMAND)[1])
+
+
+@pytest.mark.parametrize(("name", "instance"), [("chatd", "chatd"), ("chatd@", "chatd@%i")])
+def test_the_settings_of_the_units_fit_each_other(name, instance):
+    one = {key: values[0] for key, values in unit(f"{name}.service").items()}
+    socket = unit(f"{name}.socket")
+    assert one["Type"] == "notify"
+    assert one["Restart"] == "always"
+    assert int(one["WatchdogSec"]) > 1
+    assert int(one["TimeoutStopSec"]) >= DRAIN + 10
+    assert int(one["LimitNOFILE"]) >= 65536
+    assert socket["ListenStream"] == [f"0.0.0.0:{PORT}"]
+    assert f"--drain {DRAIN}" in one["ExecStart"]
+    assert "--listen systemd:domain=INET:index=0" in one["ExecStart"]
+    assert socket["Backlog"] == ["4096"]
+    assert one["Also"] == f"{instance}.socket"
+    assert f"{instance}.socket" in (one["Requires"] if name == "chatd" else one["Wants"])
+    assert ("ReusePort" in socket) == (name == "chatd@")
+
+
+def test_what_one_unit_says_the_other_says_too_but_for_what_they_are():
+    settings, others = unit("chatd.service"), unit("chatd@.service")
+    of_their_own = {"Description", "Requires", "Wants", "After", "Also", "Environment", "ExecStart"}
+    of_the_first = {"StateDirectory", "StateDirectoryMode", "WorkingDirectory"}
+    assert settings.keys() - others.keys() == of_the_first | {"Requires"}
+    assert {key for key in others if settings.get(key) != others[key]} == of_their_own - {"Requires"}
+
+
+@pytest.mark.parametrize("name", ["chatd.service", "chatd@.service"])
+def test_what_the_command_line_says_is_not_said_in_the_environment_too(name):
+    service = unit(name)
+    said = dict(word.split("=", 1) for value in service["Environment"] for word in shlex.split(value))
+    options = {f"CHATD_{name.upper().replace('-', '_')}" for name in (*Options.parsers, *Options.repeated)}
+    given = {f"CHATD_{name.upper().replace('-', '_')}" for name in re.findall(r"--([a-z-]+) ", *service["ExecStart"])}
+    assert {name for name in said if name.startswith("CHATD_")} <= options - given
+    assert given <= options
+
+
+@pytest.fixture(params=["chatd", "chatd@"], ids=["one", "many"])
+def unit_file(request, tmp_path):
+    """Writes the service with the settings of one name replaced, and answers where it is; its command is there."""
+    instance = request.param + ("1" if "@" in request.param else "")
+    shutil.copy(UNITS / f"{request.param}.socket", tmp_path / f"{instance}.socket")
+
+    def write(name="", setting=""):
+        service = (UNITS / f"{request.param}.service").read_text()
+        text, count = re.subn(rf"^{name}=.*\n", setting, service, flags=re.MULTILINE)
+        assert bool(count) == bool(name)
+        path = tmp_path / f"{instance}.service"
+        path.write_text(text.replace("/opt/chatd/bin/twistd", str(TWISTD)))
+        return path
+
+    return write
+
+
+def analyze(*arguments):
+    """What `systemd-analyze` says, and its exit code."""
+    result = subprocess.run(
+        [need("systemd-analyze"), *arguments],
+        env=environment(SYSTEMD_COLORS="0", SYSTEMD_EMOJI="0"),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    return result.stdout + result.stderr, result.returncode
+
+
+def exposure(path):
+    said, code = analyze("security", "--offline=true", f"--threshold={EXPOSURE * 10:.0f}", path)
+    overall = float(re.search(rf"Overall exposure level for {path.name}: (\d+\.\d)", said)[1])
+    assert (code == 0) == (overall <= EXPOSURE)
+    return overall
+
+
+def test_the_sandbox_leaves_little_exposed(unit_file):
+    assert exposure(unit_file()) <= EXPOSURE
+
+
+@pytest.mark.parametrize("name", ["CapabilityBoundingSet", "SystemCallFilter"])
+def test_without_a_part_of_the_sandbox_more_is_exposed(unit_file, name):
+    assert exposure(unit_file(name)) > EXPOSURE
+
+
+def test_systemd_finds_nothing_to_say_about_the_units(unit_file):
+    verify = ("verify", "--man=no", "--recursive-errors=no")
+    assert analyze(*verify, unit_file(), unit_file().with_suffix(".socket")) == ("", 0)
+    said, _ = analyze(*verify, unit_file("WatchdogSec", "WatchdogSecs=10\n"))
+    assert "Unknown key" in said
+
+
+# On a machine that has booted
+
+
+class Chatd:
+    """chatd on a machine, as its operator has it."""
+
+    def __init__(self, machine):
+        self.run, self.command, self.path, self.connect = machine.run, machine.command, machine.path, machine.connect
+        self._drop_in = self.path("/run/systemd/system/chatd.service.d/test.conf")
+        self._options = self.path("/etc/chatd/chatd.env")
+        cursor = self.run("journalctl", "--lines=0", "--show-cursor").split()[-1]
+        follow = self.command(
+            "journalctl", "--follow", "--output=cat", "--unit=chatd.service", f"--after-cursor={cursor}"
+        )
+        self._follow = subprocess.Popen(follow, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.journal = Lines(self._follow.stdout)
+        self.configure()
+
+    def configure(self, *lines, **options):
+        """Change lines of the unit, and set options in its file."""
+        for path, text in [
+            (self._drop_in, "\n".join(["[Service]", *lines, ""])),
+            (self._options, "".join(f"CHATD_{name}={value}\n" for name, value in options.items())),
+        ]:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        self.systemctl("daemon-reload")
+
+    def command_line(self, old, new):
+        """Change the command line."""
+        assert old in COMMAND
+        self.configure("ExecStart=", f"ExecStart={COMMAND.replace(old, new)}")
+
+    def systemctl(self, *arguments):
+        self.run("systemctl", *arguments)
+
+    def show(self, name):
+        """A property of the service."""
+        return self.run("systemctl", "show", f"--property={name}", "--value", "chatd.service").strip()
+
+    def close(self):
+        """Leave the machine as it was."""
+        os.killpg(self._follow.pid, signal.SIGKILL)  # nsenter, and what it started
+        self._follow.wait(LONG)
+        self.journal.close()
+        self.configure("TimeoutStopSec=1ms")
+        self.systemctl("stop", "chatd.socket")
+        self.systemctl("reset-failed")
+        self.run("rm", "-rf", "/var/lib/private/chatd")
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """Booted once for all tests; each leaves it as it was."""
+    with booted.Machine(*booted.installed(tmp_path_factory.mktemp("machine"))) as machine:
+        yield machine
+
+
+@pytest.fixture
+def chatd(machine):
+    chatd = Chatd(machine)
+    yield chatd
+    chatd.close()
+
+
+def test_it_starts_with_the_machine(chatd):
+    chatd.systemctl("enable", "chatd.service")
+    chatd.systemctl("start", "multi-user.target")
+    chatd.systemctl("is-active", "chatd.service", "chatd.socket")
+    assert chatd.show("StatusText") == "ready"
+
+
+def test_a_connection_starts_it_and_is_served_when_it_is_ready(chatd):
+    chatd.run("mkfifo", "/run/seed")  # it waits for somebody who writes into that, and is not ready till then
+    chatd.configure(SEED="/run/seed")
+    chatd.systemctl("start", "chatd.socket")
+    assert chatd.show("ActiveState") == "inactive"
+    with chatd.connect() as client:
+        client.send(upgrade())
+        write = "exec >/run/seed; systemctl show --property=ActiveState --value chatd.service >&2; echo []"
+        state = subprocess.run(chatd.command("sh", "-c", write), capture_output=True, timeout=LONG, check=True).stderr
+        assert state == b"activating\n"
+        assert client.head()[0] == 101
+        assert client.json()["data"] == []
+    chatd.journal.wait("ready, with the log")
+    chatd.systemctl("start", "chatd.service")
+    assert chatd.show("ActiveState") == "active"
+
+
+def test_what_does_not_say_that_it_is_ready_never_becomes_active(chatd):
+    chatd.configure(
+        "ExecStart=", f"ExecStart=/usr/bin/env -u NOTIFY_SOCKET {COMMAND}", "TimeoutStartSec=3", "Restart=no"
+    )
+    with pytest.raises(AssertionError, match="a timeout was exceeded"):
+        chatd.systemctl("start", "chatd.service")
+    chatd.journal.wait("ready, with the log")
+    assert chatd.show("Result") == "timeout"
+
+
+def test_what_was_said_is_kept_in_the_state_directory_of_a_user_made_for_it(chatd, tmp_path):
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client:
+        assert numbered(client.join()) == SEED
+        client.send(post("ann", "hi"))
+        assert numbered(client.json()) == [(3, "ann", "hi")]
+    process = chatd.path(f"/proc/{chatd.show('MainPID')}").stat()
+    chatd.systemctl("stop", "chatd.socket")
+    store = chatd.path("/var/lib/private/chatd/chatd.sqlite")
+    assert store.stat().st_uid == process.st_uid
+    assert 61184 <= process.st_uid <= 65519, "systemd's range of users that are made for a service"
+    assert store.stat().st_mode & 0o777 == 0o600
+    assert [row[:3] for row in stored(shutil.copy(store, tmp_path))[1]] == [*SEED, (3, "ann", "hi")]
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client:
+        assert numbered(client.join()) == [*SEED, (3, "ann", "hi")]
+
+
+def test_it_has_no_privileges(chatd):
+    chatd.systemctl("start", "chatd.service")
+    status = chatd.path(f"/proc/{chatd.show('MainPID')}/status").read_text()
+    has = dict(line.split(":\t") for line in status.splitlines())
+    assert {int(has[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert (has["NoNewPrivs"], has["Seccomp"]) == ("1", "2")
+
+
+def test_its_log_is_in_the_journal_one_json_object_a_line(chatd):
+    chatd.systemctl("start", "chatd.service")
+    (line,) = chatd.journal.wait(r"^\{.*ready, with the log.*\}$")
+    assert json.loads(line[0])["system"] == "chatd.service"
+
+
+def test_stopping_drains_and_is_a_success(chatd):
+    chatd.command_line(f"--drain {DRAIN}", "--drain 2")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client:
+        client.join()
+        stop = subprocess.Popen(chatd.command("systemctl", "stop", "chatd.socket"))
+        opcode, payload = client.frame()
+        assert (opcode, payload[:2]) == (CLOSE, (1012).to_bytes(2))
+        assert chatd.show("StatusText") == "draining"
+    assert stop.wait(LONG) == 0
+    chatd.journal.wait(r"\bstopped\b")
+    assert chatd.show("ActiveState") == "inactive"
+    assert chatd.show("Result") == "success"
+    with pytest.raises(ConnectionRefusedError):
+        chatd.connect()
+
+
+def test_a_drain_without_an_end_is_told_to_systemd(chatd):
+    chatd.command_line(f"--drain {DRAIN}", "--drain 2")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client, chatd.connect(8086) as admin:
+        client.join()
+        admin.send(b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        assert admin.head()[0] == 202
+        assert chatd.show("StatusText") == "draining"
+        assert client.closed() == 1012
+    assert chatd.show("ActiveState") == "active"
+
+
+def test_a_hangup_drains_too_and_systemd_starts_it_again(chatd):
+    chatd.command_line(f"--drain {DRAIN}", "--drain 2")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client:
+        client.join()
+        chatd.systemctl("kill", "--signal=HUP", "chatd.service")
+        assert client.closed() == 1012
+    chatd.journal.wait(r"\bstopped\b")
+    with chatd.connect() as client:
+        assert numbered(client.join()) == SEED
+    assert chatd.show("NRestarts") == "1"
+
+
+def test_what_takes_longer_than_systemd_waits_is_no_success(chatd):
+    chatd.configure("TimeoutStopSec=1")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client:
+        client.join()
+        chatd.systemctl("stop", "chatd.socket")
+    assert chatd.show("Result") == "timeout"
+
+
+def test_who_comes_while_it_restarts_is_not_refused_but_waits(chatd):
+    chatd.command_line(f"--drain {DRAIN}", "--drain 2")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect() as client:
+        first = client.join()
+        restart = subprocess.Popen(chatd.command("systemctl", "restart", "chatd.service"))
+        assert client.frame()[0] == CLOSE
+        with chatd.connect() as other:
+            client.socket.close()
+            assert other.join() == first
+    assert restart.wait(LONG) == 0
+
+
+def test_a_server_that_hangs_is_restarted_and_says_where_it_hung(chatd):
+    chatd.configure("WatchdogSec=2")
+    chatd.systemctl("start", "chatd.service")
+    process = chatd.show("MainPID")
+    with chatd.connect() as client:
+        client.join()
+        chatd.systemctl("kill", "--signal=STOP", "chatd.service")
+        client.rest()  # until the process is gone
+    with chatd.connect() as client:
+        assert numbered(client.join()) == SEED, "from the next one"
+    chatd.journal.wait("Watchdog timeout")
+    chatd.journal.wait("Fatal Python error: Aborted")
+    chatd.journal.wait("in mainLoop")
+    assert chatd.show("MainPID") != process
+    assert chatd.show("NRestarts") == "1"
+
+
+def test_a_server_that_works_is_left_alone(chatd):
+    chatd.configure("WatchdogSec=1")
+    chatd.systemctl("start", "chatd.service")
+    began, fed = (int(chatd.show(f"{name}TimestampMonotonic")) for name in ("ActiveEnter", "Watchdog"))
+    while fed < began + 3_000_000:
+        fed = int(chatd.show("WatchdogTimestampMonotonic"))
+        assert chatd.show("NRestarts") == "0"
+
+
+def test_a_server_that_does_not_feed_the_watchdog_is_killed(chatd):
+    chatd.configure("ExecStart=", f"ExecStart=/usr/bin/env -u WATCHDOG_USEC {COMMAND}", "WatchdogSec=1", "Restart=no")
+    chatd.systemctl("start", "chatd.service")
+    chatd.journal.wait("Watchdog timeout")
+
+
+@pytest.mark.parametrize("change", [None, "MemoryDenyWriteExecute=yes"])
+def test_tls_works_in_the_sandbox_and_what_is_left_out_of_that_would_break_it(chatd, change, tmp_path):
+    _, trust = certificate_for(tmp_path)
+    for name in ("key.pem", "cert.pem"):
+        chatd.path(f"/etc/chatd/{name}").write_bytes((tmp_path / name).read_bytes())
+    keys = "privateKey=/etc/chatd/key.pem:certKey=/etc/chatd/cert.pem"
+    chatd.configure(change or "", ADMIN=f"ssl:8443:interface=127.0.0.1:{keys}")
+    chatd.systemctl("start", "chatd.service")
+    with chatd.connect(8443) as client, pytest.raises(ssl.SSLError) if change else contextlib.nullcontext():
+        client.socket = trust.wrap_socket(client.socket, server_hostname="127.0.0.1")
+        client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert client.head()[0] == 200
+
+
+# Many on one machine
+
+
+class Instances:
+    """Instances of chatd on a machine, over one Redis that asks for a password."""
+
+    ADMIN = (8091, 8092)
+
+    def __init__(self, machine):
+        self.run, self.command, self.connect = machine.run, machine.command, machine.connect
+        drop_in = machine.path("/run/systemd/system/chatd@.service.d/test.conf")
+        password = machine.path("/etc/chatd/store-password")
+        lines = [
+            "[Service]",
+            "LoadCredential=store-password:/etc/chatd/store-password",
+            "Environment=CHATD_STORE_PASSWORD_FILE=%d/store-password",
+            "ExecStart=",
+            f"ExecStart={COMMAND_OF_ONE.replace(f'--drain {DRAIN}', '--drain 2')}",
+        ]
+        for path, text in [(drop_in, "\n".join([*lines, ""])), (password, "s3cret\n")]:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        password.chmod(0o600)
+        self.systemctl("daemon-reload")
+        redis = booted.REDIS, "--bind", "127.0.0.1", "--save", "", "--requirepass", "s3cret"
+        self.run("systemd-run", "--quiet", "--unit=redis", *redis)
+
+    def systemctl(self, *arguments):
+        self.run("systemctl", *arguments)
+
+    def members(self):
+        """How many members each instance has, as its admin port tells."""
+        return [self._members(port) for port in self.ADMIN]
+
+    def _members(self, port):
+        with self.connect(port) as admin:
+            admin.send(b"GET /metrics HTTP/1.0\r\n\r\n")
+            return int(float(re.search(rb"(?m)^chatd_members (\S+)$", admin.rest())[1]))
+
+    def close(self):
+        """Leave the machine as it was."""
+        self.systemctl("kill", "--signal=KILL", "chatd@*.service")
+        self.systemctl("stop", "chatd@*.socket", "chatd@*.service", "redis.service")
+        self.run("rm", "-rf", "/run/systemd/system/chatd@.service.d", "/etc/chatd/store-password")
+        self.systemctl("daemon-reload")
+
+
+@pytest.fixture
+def instances(machine):
+    instances = Instances(machine)
+    yield instances
+    instances.close()
+
+
+MOST = 64
+"""Of so many clients some are on each of two instances, but once in 10 ** 19 runs."""
+
+
+def hear(clients, message):
+    """Have the first say something, which all must be told alike."""
+    clients[0].send(post("ann", message))
+    told = [client.json() for client in clients]
+    assert [frame == told[0] for frame in told] == [True] * len(clients)
+    assert told[0]["data"]["message"] == message
+
+
+def come(instances, stack, clients):
+    """Clients come until each instance has one."""
+    while not all(instances.members()):
+        assert len(clients) < MOST
+        clients.append(stack.enter_context(instances.connect()))
+        clients[-1].join()
+
+
+def move(instances, stack, clients, count):
+    """So many of the clients are told to come back, and do at once; it is the others that stay."""
+    while count:
+        ready, _, _ = select.select([client.socket for client in clients], [], [], LONG)
+        assert ready
+        for client in [client for client in clients if client.socket in ready]:
+            assert client.closed() == 1012
+            clients.remove(client)
+            clients.append(stack.enter_context(instances.connect()))
+            clients[-1].join()
+            count -= 1
+
+
+def test_two_instances_share_a_port_and_a_room_and_who_is_sent_away_by_one_comes_to_the_other(instances):
+    instances.systemctl("enable", "chatd@1.service")
+    instances.systemctl("is-enabled", "chatd@1.service", "chatd@1.socket")
+    instances.systemctl("disable", "chatd@1.service")
+    instances.systemctl("start", "chatd@1.service", "chatd@2.service")
+    instances.systemctl("is-active", *(f"chatd@{name}.{kind}" for name in (1, 2) for kind in ("service", "socket")))
+    with contextlib.ExitStack() as stack:
+        clients = []
+        come(instances, stack, clients)
+        hear(clients, "on both")
+        first, _ = instances.members()
+        # As operations.md says: the socket first, so that nobody is given to who is about to go.
+        instances.systemctl("stop", "chatd@1.socket")
+        stop = subprocess.Popen(instances.command("systemctl", "stop", "chatd@1.service"))
+        move(instances, stack, clients, first)
+        hear(clients, "on the other")
+        assert stop.wait(LONG) == 0
+        with pytest.raises(ConnectionRefusedError):
+            instances.connect(instances.ADMIN[0])
+        instances.systemctl("start", "chatd@1.service")
+        come(instances, stack, clients)
+        hear(clients, "on both again")
+
+
+def test_an_instance_is_restarted_while_the_other_has_its_clients(instances):
+    instances.systemctl("start", "chatd@1.service", "chatd@2.service")
+    with contextlib.ExitStack() as stack:
+        clients = []
+        come(instances, stack, clients)
+        first, _ = instances.members()
+        instances.systemctl("stop", "chatd@1.socket")
+        restart = subprocess.Popen(instances.command("systemctl", "restart", "chatd@1.service"))
+        move(instances, stack, clients, first)
+        assert restart.wait(LONG) == 0
+        instances.systemctl("is-active", "chatd@1.service", "chatd@1.socket")
+        come(instances, stack, clients)
+        hear(clients, "on both")

@@ -1,0 +1,337 @@
+"""The workflows of GitHub: what linters say of them, what has to hold of them, and what they have scripts/deploy do.
+
+GitHub itself is not here, and nothing shows that it takes them.  What a step runs is run here in bash, with a
+program in the place of scripts/deploy that writes down how it was called.  Each check is shown workflows in which that
+is wrong which it is there for.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from support.booted import kept
+from support.servers import LONG, ROOT, missing, need
+from support.workflow_rules import faults, read, texts
+
+LINTER = ROOT / "tests" / "tools" / "actionlint"
+ZIZMOR = pathlib.Path(sys.executable).with_name("zizmor")
+COMMANDS = "ship", "verify", "rollback", "abort"
+AGENTS = "--agents TEMP/agents.json"
+ROLE = "arn:aws:iam::123456789012:role/cloudformation"
+GIVEN = {"STACK": "lab", "IMAGE": "ami-0123", "CLOUDFORMATION_ROLE": ROLE, "ARCH": "amd64"}
+
+
+def changed(name, old, new):
+    """The workflows, with something else in one of them."""
+    found = texts()
+    assert old in found[name]
+    return found | {name: found[name].replace(old, new)}
+
+
+def written(folder, workflows):
+    """Put them where linters look for them."""
+    place = folder / ".github" / "workflows"
+    place.mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for name, text in workflows.items():
+        (place / name).write_text(text)
+    return [place / name for name in workflows]
+
+
+# Linters
+
+
+def actionlint(folder, workflows):
+    """What actionlint finds, as names of its rules, without the linters that it would run if they are installed."""
+    need("go")
+    recipe = [path.read_text() for path in sorted(LINTER.iterdir())]
+
+    def make(tool):
+        package = re.search('^import _ "(.*)"$', (LINTER / "tools.go").read_text(), re.MULTILINE)[1]
+        build = ["go", "build", "-mod=readonly", "-trimpath", f"-o={tool}/actionlint", package]
+        result = subprocess.run(
+            build, cwd=LINTER, env=os.environ | {"CGO_ENABLED": "0"}, capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            missing(f"actionlint could not be built: {result.stderr[-500:]}")
+
+    tool = kept("actionlint", make, *recipe) / "actionlint"
+    command = [tool, "-shellcheck=", "-pyflakes=", "-format={{json .}}", *written(folder, workflows)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONG, check=False)
+    assert result.returncode in (0, 1), result.stderr
+    return sorted({one["kind"] for one in json.loads(result.stdout)})
+
+
+def zizmor(folder, workflows):
+    """What zizmor finds without a network, as names of its audits."""
+    if not ZIZMOR.exists():
+        missing("zizmor is not installed")
+    command = [ZIZMOR, "--offline", "--no-config", "--strict-collection", "--no-exit-codes", "--format=json"]
+    command += written(folder, workflows)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
+    assert result.returncode == 0, result.stderr
+    return sorted({one["ident"] for one in json.loads(result.stdout) if not one["ignored"]})
+
+
+@pytest.mark.parametrize("linter", [actionlint, zizmor])
+def test_linters_accept_the_workflows(tmp_path, linter):
+    assert linter(tmp_path, texts()) == []
+
+
+@pytest.mark.parametrize(
+    ("linter", "change", "found"),
+    [
+        (actionlint, ("ci.yml", "timeout-minutes:", "timeout-minute:"), "syntax-check"),
+        (actionlint, ("ci.yml", "runs-on: ubuntu-24.04", "runs-on: ubuntu-23.04"), "runner-label"),
+        (actionlint, ("ci.yml", "github.event_name ==", "github.event_nam =="), "expression"),
+        (actionlint, ("ci.yml", "contents: read", "content: read"), "permissions"),
+        (actionlint, ("deploy.yml", "needs: tests", "needs: test"), "job-needs"),
+        (actionlint, ("deploy.yml", "inputs.image", "inputs.ami"), "expression"),
+        (actionlint, ("deploy.yml", "type: choice", "type: choices"), "syntax-check"),
+        (actionlint, ("deploy.yml", "workflows/ci.yml", "workflows/tests.yml"), "workflow-call"),
+        (zizmor, ("deploy.yml", "@3d3c42e5aac5ba805825da76410c181273ba90b1", "@v7"), "unpinned-uses"),
+        (zizmor, ("deploy.yml", '"$COMMAND" --json', "${{ inputs.image }} --json"), "template-injection"),
+        (zizmor, ("ci.yml", "          .ci/run", "          : ${{ github.head_ref }}"), "template-injection"),
+        (
+            zizmor,
+            ("deploy.yml", "permissions:\n      contents: read\n      id", "permissions: write-all #"),
+            "excessive-permissions",
+        ),
+        (zizmor, ("deploy.yml", "persist-credentials: false", "persist-credential: false"), "artipacked"),
+        (zizmor, ("ci.yml", "  pull_request:\n", "  pull_request_target:\n"), "dangerous-triggers"),
+        (zizmor, ("ci.yml", "debian:trixie", "debian"), "unpinned-images"),
+    ],
+)
+def test_linters_find_a_mistake(tmp_path, linter, change, found):
+    assert found in linter(tmp_path, changed(*change))
+
+
+# What has to hold
+
+
+def test_the_workflows_are_as_they_have_to_be():
+    assert faults(texts()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (("ci.yml", " # v7.0.1", ""), "actions are pinned by commit and say their version"),
+        (
+            ("deploy.yml", "@1aa358be5cf73883762b302a3a03abd66e75b232", "@v3"),
+            "actions are pinned by commit and say their version",
+        ),
+        (
+            ("ci.yml", "  pull_request:\n", "  pull_request:\n  pull_request_target:\n"),
+            "nobody from outside triggers them",
+        ),
+        (
+            ("ci.yml", "\n          .ci/run", "\n          echo ${{ github.ref }}\n          .ci/run"),
+            "no expression is written into a script",
+        ),
+        (("deploy.yml", "vars.AGENTS", "secrets.AGENTS"), "no secret is used"),
+        (("deploy.yml", "permissions: {}", "permissions:\n  id-token: write"), "nothing is permitted to all jobs"),
+        (("ci.yml", "contents: read", "contents: write"), "a job reads alone"),
+        (
+            ("ci.yml", "contents: read\n", "contents: read\n      id-token: write\n"),
+            "who is given a role names an environment",
+        ),
+        (("deploy.yml", "    environment: production\n", ""), "who is given a role names an environment"),
+        (("ci.yml", "    timeout-minutes: 90\n", ""), "each job ends"),
+        (("ci.yml", "  pull_request:\n", ""), "the tests run on a push and for a pull request"),
+        (("ci.yml", "          .ci/run\n", "          .ci/run || true\n"), "the tests are those of .ci/run"),
+        (("ci.yml", 'CI: "true"', 'CI: "yes"'), "what a test lacks is a failure"),
+        (("ci.yml", "options: --privileged", "options: --cpus 2"), "the tests can boot machines"),
+        (("ci.yml", "go-version: 1.26.8", "go-version: 1.24.4"), "Go is new enough"),
+        (("ci.yml", "cache: false", "cache: true"), "nothing comes from a cache"),
+        (("deploy.yml", 'tags: ["v*"]', 'branches: ["main"]'), "a tag ships"),
+        (("deploy.yml", "    needs: tests\n", ""), "it is shipped once the tests have passed"),
+        (("deploy.yml", "!failure() && ", ""), "it is shipped once the tests have passed"),
+        (("deploy.yml", "rollback, abort]", "rollback, abort, ship]"), "each command can be run by hand but ship"),
+        (
+            ("deploy.yml", "role-to-assume: ${{ vars.AWS_ROLE }}", "aws-access-key-id: ${{ vars.KEY }}"),
+            "there are no lasting keys",
+        ),
+        (("deploy.yml", "vars.AWS_ROLE", "inputs.image"), "the role comes from the environment"),
+        (("deploy.yml", "aws-region:", "region:"), "the region comes from the environment"),
+        (
+            ("deploy.yml", "role-duration-seconds: 10800", "role-duration-seconds: 3600"),
+            "the role lasts as long as the job",
+        ),
+        (("deploy.yml", "          role-duration-seconds: 10800", ""), "the role lasts as long as the job"),
+        (
+            ("deploy.yml", "timeout-minutes: 175", "timeout-minutes: 60"),
+            "a job can do what a rollout and the road back take",
+        ),
+        (("deploy.yml", "'rollout' }}", "github.ref }}"), "no two rollouts run at once"),
+        (
+            ("deploy.yml", "cancel-in-progress: false", "cancel-in-progress: true"),
+            "a running rollout is never cancelled",
+        ),
+        (
+            ("deploy.yml", "group: ${{ inputs.command == 'abort' && 'abort' || 'rollout' }}", "group: rollout"),
+            "a rollout under way can be aborted",
+        ),
+        (("deploy.yml", "version: 1.15.0", "version: latest"), "Packer is the one that is rehearsed"),
+    ],
+)
+def test_a_workflow_that_is_otherwise_is_found(change, found):
+    assert found in faults(changed(*change))
+
+
+# What is run
+
+
+def step(workflows, start):
+    """The step of the deployment whose name starts so."""
+    (found,) = (
+        one for one in read(workflows["deploy.yml"])["jobs"]["deploy"]["steps"] if one.get("name", "").startswith(start)
+    )
+    return found
+
+
+def called(folder, workflows, **given):
+    """How the workflow calls scripts/deploy, and what the step says and answers; the checkout is left as it was."""
+    checkout, temporary = folder / "checkout", folder / "temporary"
+    (checkout / "scripts").mkdir(parents=True)
+    temporary.mkdir()
+    double = checkout / "scripts" / "deploy"
+    double.write_text('#!/bin/sh\nprintf "%s\\0" "$@" >"$RUNNER_TEMP/called"\necho \'{"status": 0}\'\nexit 4\n')
+    double.chmod(0o755)
+    run = step(workflows, "Run")
+    env = {"PATH": os.environ["PATH"], "RUNNER_TEMP": str(temporary)} | dict.fromkeys(run["env"], "") | given
+    result = subprocess.run(
+        ["bash", "-e", "-c", run["run"]],
+        cwd=checkout,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert sorted(checkout.rglob("*")) == [double.parent, double]
+    record = temporary / "called"
+    arguments = record.read_text().split("\0")[:-1] if record.exists() else []
+    return [text.replace(str(temporary), "TEMP") for text in arguments], result.stderr, result.returncode
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ({"COMMAND": "verify"}, "verify --json --stack chatd"),
+        ({"COMMAND": "verify"} | GIVEN, "verify --json --stack lab --image ami-0123"),
+        ({"COMMAND": "abort"} | GIVEN, "abort --json --stack lab"),
+        (
+            {"COMMAND": "rollback"} | GIVEN,
+            f"rollback --json --stack lab --image ami-0123 --role-arn {ROLE}",
+        ),
+        (
+            {"COMMAND": "ship", "AGENTS": "{}"},
+            f"ship --json --stack chatd --arch arm64 -- {AGENTS}",
+        ),
+        (
+            {"COMMAND": "ship", "AGENTS": "{}", "PARAMETERS": "A=1\r\n\nB=2\n"} | GIVEN | {"IMAGE": ""},
+            f"ship --json --stack lab --role-arn {ROLE} --parameter A=1 --parameter B=2 --arch amd64 -- {AGENTS}",
+        ),
+    ],
+)
+def test_scripts_deploy_is_called(tmp_path, given, arguments):
+    assert called(tmp_path, texts(), **given) == (arguments.split(), "", 4)
+    assert json.loads((tmp_path / "temporary" / "done.json").read_text()) == {"status": 0}
+
+
+def test_a_value_is_one_argument_whatever_is_in_it(tmp_path):
+    image = f"$(touch {tmp_path}/owned) `id` ; --yes *"
+    arguments, _, _ = called(tmp_path, texts(), COMMAND="rollback", IMAGE=image, STACK="a b")
+    assert arguments == ["rollback", "--json", "--stack", "a b", "--image", image]
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_agents_are_written_as_they_were_given(tmp_path):
+    agents = '{"arm64": [{"url": "https://example.com/a%20b.deb", "sha256": "\\n"}]}'
+    called(tmp_path, texts(), COMMAND="ship", AGENTS=agents)
+    assert (tmp_path / "temporary" / "agents.json").read_text() == agents
+
+
+def test_without_agents_nothing_is_shipped(tmp_path):
+    arguments, said, code = called(tmp_path, texts(), COMMAND="ship")
+    assert arguments == []
+    assert code != 0
+    assert "AGENTS: set this variable of the environment" in said
+
+
+@functools.cache
+def options(*command):
+    """The options that a program, or a command of it, has by its own word."""
+    if not (ROOT / command[0]).exists():
+        missing(f"there is no {command[0]}")
+    asked = [sys.executable, *command, "--help"]
+    result = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=LONG, check=False)
+    assert result.returncode == 0, result.stderr
+    return {*re.findall(r"^  (?:-h, )?(--[a-z-]+)", result.stdout, re.MULTILINE)}
+
+
+def unknown(folder, workflows, command):
+    """What the workflow gives scripts/deploy, or by it scripts/bake, which those do not take."""
+    given = GIVEN | {"COMMAND": command, "AGENTS": "{}", "PARAMETERS": "A=1"}
+    arguments, _, _ = called(folder, workflows, **given)
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    ours, theirs = ({text for text in part if text[:2] == "--"} for part in (arguments[:place], arguments[place + 1 :]))
+    return ours - options("scripts/deploy", command) | theirs - options("scripts/bake")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_scripts_deploy_has_the_options_that_it_is_given(tmp_path, command):
+    assert unknown(tmp_path, texts(), command) == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "found"),
+    [
+        ("abort", (' && [ "$COMMAND" != abort ]', ""), "--image"),
+        ("verify", ("@(ship|rollback)", "@(ship|verify)"), "--role-arn"),
+        ("ship", ("--parameter", "--param"), "--param"),
+        ("ship", ("-- --agents", "-- --agent"), "--agent"),
+    ],
+)
+def test_an_option_that_is_not_there_is_found(tmp_path, command, change, found):
+    assert unknown(tmp_path, changed("deploy.yml", *change), command) == {found}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('--image "$IMAGE"', "--image $IMAGE"),
+        ("agents=$RUNNER_TEMP/agents.json", "agents=agents.json"),
+        ("printf '%s' \"${AGENTS:?", 'echo -e "${AGENTS:?'),
+        ('--parameter "$parameter"', '"$parameter"'),
+        ("exec scripts/deploy", "scripts/deploy || true; : exec scripts/deploy"),
+    ],
+)
+def test_another_step_is_found(tmp_path, old, new):
+    workflows = changed("deploy.yml", old, new)
+    agents = '{"a": "\\n"}'
+    given = {"COMMAND": "ship", "IMAGE": "a b", "AGENTS": agents, "PARAMETERS": "A=1"}
+    good = called(tmp_path / "good", texts(), **given), (tmp_path / "good/temporary/agents.json").read_text()
+    assert good[1] == agents
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        assert (
+            called(tmp_path / "bad", workflows, **given),
+            (tmp_path / "bad/temporary/agents.json").read_text(),
+        ) == good
+
+
+@pytest.mark.parametrize(("done", "summary"), [('{"status":0}', '```json\n{\n    "status": 0\n}\n```\n'), ("", "")])
+def test_the_summary_says_what_was_done(tmp_path, done, summary):
+    (tmp_path / "done.json").write_text(done)
+    (tmp_path / "summary").touch()
+    env = {"PATH": os.environ["PATH"], "RUNNER_TEMP": str(tmp_path), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
+    say = step(texts(), "Say")
+    subprocess.run(["bash", "-e", "-c", say["run"]], env=env, timeout=LONG, check=True)
+    assert (tmp_path / "summary").read_text() == summary
+    assert say["if"] == "always()"

@@ -1,0 +1,383 @@
+"""A client's half of the wire, without a network."""
+
+import json
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import REPEATABLE, result_of
+
+from chatd.client.protocol import (
+    Ack,
+    Assembler,
+    Backoff,
+    Error,
+    Fault,
+    History,
+    Message,
+    Notice,
+    Outbox,
+    Posted,
+    Refused,
+    Stopped,
+    read,
+    take_texts,
+)
+from chatd.messages import Code, Entry, Id
+from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
+from chatd.transport.framing import payload, text_frame
+
+
+def entry(number):
+    return Entry(number, "ann", f"m{number}", "2026-01-01T00:00:00.000Z")
+
+
+def message(number, epoch="abcd"):
+    return Message(epoch, entry(number))
+
+
+def history(end, count=0, *, resumed=None, epoch="abcd", label=None):
+    return History(
+        Id(epoch, end), [entry(end - count + 1 + place) for place in range(count)], resumed=resumed, label=label
+    )
+
+
+# What a server's bytes are
+
+
+@given(st.lists(st.sampled_from([0, 1, 125, 126, 65535, 65536]).map(lambda size: b"x" * size)), st.data())
+@REPEATABLE
+def test_whole_text_frames_are_taken_and_the_rest_is_left(texts, data):
+    stream = b"".join(map(text_frame, texts))
+    cut = data.draw(st.integers(0, len(stream)))
+    taken, rest, more = take_texts(stream[:cut])
+    again, end, _ = take_texts(stream[rest:])
+    assert more
+    assert taken + again == texts
+    assert rest + end == len(stream)
+
+
+@pytest.mark.parametrize("other", [b"\x89\x00", b"\x88\x02\x03\xe8", b"\x01\x01x", b"\x81\x81aaaax", b"\xc1\x01x"])
+def test_any_other_frame_is_left_to_who_knows_it(other):
+    first = text_frame(b"first")
+    assert take_texts(first + other) == ([b"first"], len(first), False)
+
+
+# What a server says
+
+
+def test_what_the_server_encodes_is_read():
+    messages = [message_frame("abcd", entry(number)) for number in (6, 7)]
+    assert read(payload(messages[0])) == message(6)
+    page = read(payload(history_frame("abcd", 7, messages, more=True, label="h1")))
+    assert page == History(Id("abcd", 7), [entry(6), entry(7)], more=True, label="h1")
+    assert read(payload(history_frame("abcd", 0, [], resumed=False))) == history(0, resumed=False)
+    assert read(payload(ack_frame(Id("abcd", 7), "l", duplicate=True))) == Ack("l", Id("abcd", 7), duplicate=True)
+    assert read(payload(ack_frame(Id("abcd", 7), "l", duplicate=False))) == Ack("l", Id("abcd", 7))
+    assert read(payload(error_frame("no", Code.RATE_LIMITED, "l", 1.5))) == Error("no", "RATE_LIMITED", "l", 1.5)
+    assert read(payload(error_frame("no"))) == Error("no")
+    assert read(payload(presence_frame(1, users=["ann"]))) == Notice("presence", {"count": 1, "users": ["ann"]})
+
+
+def test_what_is_not_known_yet_is_no_fault():
+    assert read(b'{"type":"weather","sun":1}') == Notice("weather", None)
+    assert read(b'{"type":"ack","label":"l","id":"abcd-7","new":1}') == Ack("l", Id("abcd", 7))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"{}",
+        b'{"type":"message"}',
+        b'{"type":"message","id":"abcd","data":{}}',
+        b'{"type":"message","id":"abcd-1","data":[]}',
+        b'{"type":"history","id":"abcd-1","data":7}',
+        b'{"type":"error","message":"m","retry_after":null}',
+        b'{"type":[]}',
+        b'"\xff"',
+    ],
+)
+def test_what_is_no_frame_is_a_fault(text):
+    with pytest.raises(Fault, match="what came is no frame: "):
+        read(text)
+
+
+# What is had of it
+
+
+def test_messages_follow_the_history_and_each_other():
+    had = Assembler()
+    assert had.last is None
+    assert had.history(history(7, 3))
+    had.message(message(8))
+    assert had.last == Id("abcd", 8)
+
+
+def test_a_second_connection_goes_on_where_the_first_ended():
+    had = Assembler(Id("abcd", 7))
+    assert not had.history(history(9, 2, resumed=True))
+    had.message(message(10))
+    had.connect()
+    assert not had.history(history(10, resumed=True))
+    assert had.last == Id("abcd", 10)
+
+
+def test_what_does_not_resume_replaces_all():
+    had = Assembler(Id("abcd", 7))
+    assert had.history(history(2, 2, resumed=False, epoch="efgh"))
+    had.connect()
+    assert had.history(history(3, 1, epoch="efgh")), "of a server that says nothing of it"
+    assert had.last == Id("efgh", 3)
+
+
+def test_what_resumes_without_a_last_id_is_a_beginning():
+    assert Assembler().history(history(9, 2, resumed=True))
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (message(7), "abcd-7 came after abcd-7, again"),
+        (message(3), "abcd-3 came after abcd-7, again"),
+        (message(9), "abcd-9 came after abcd-7, instead of abcd-8"),
+        (message(8, "efgh"), "efgh-8 came after abcd-7, which is of another log"),
+    ],
+)
+def test_a_message_that_is_not_the_next_is_a_fault_and_changes_nothing(frame, words):
+    had = Assembler()
+    had.history(history(7))
+    with pytest.raises(Fault, match=words):
+        had.message(frame)
+    had.message(message(8))
+
+
+@pytest.mark.parametrize(("end", "count"), [(9, 1), (9, 3), (8, 0), (6, 0)])
+def test_a_resumed_history_with_a_gap_or_an_overlap_is_a_fault(end, count):
+    had = Assembler(Id("abcd", 7))
+    with pytest.raises(Fault):
+        had.history(history(end, count, resumed=True))
+    assert (had.last, had.greeted) == (Id("abcd", 7), False)
+
+
+def test_a_connection_begins_with_history_and_once():
+    had = Assembler()
+    with pytest.raises(Fault, match="abcd-1 came before the history"):
+        had.message(message(1))
+    had.history(history(0))
+    for resumed in (None, True):
+        with pytest.raises(Fault, match="began a second time, with history up to abcd-1"):
+            had.history(history(1, 1, resumed=resumed))
+
+
+@pytest.mark.parametrize(("end", "epoch"), [(2, "efgh"), (0, "efgh"), (9, "efgh"), (900, "abcd")])
+def test_a_fresh_start_may_come_at_any_time_and_replaces_all(end, epoch):
+    had = Assembler()
+    had.history(history(7, 3))
+    had.message(message(8))
+    assert had.history(history(end, min(end, 2), resumed=False, epoch=epoch))
+    assert (had.last, had.greeted) == (Id(epoch, end), True)
+    with pytest.raises(Fault, match=f"came after {epoch}-{end}"):
+        had.message(message(9))
+    had.message(message(end + 1, epoch))
+    had.connect()
+    assert not had.history(history(end + 1, resumed=True, epoch=epoch))
+
+
+# What is said
+
+
+class Said:
+    """An outbox, and what it sends."""
+
+    def __init__(self, window=16):
+        self.box = Outbox(window)
+        self.now = 100.0
+        self.answers = []
+
+    def say(self, count=1):
+        for _ in range(count):
+            answer = self.box.add({"message": len(self.answers)})
+            answer.addErrback(lambda failure: failure.value)
+            self.answers.append(answer)
+        return self
+
+    def sent(self):
+        texts = [json.loads(text) for text in self.box.send(self.now)]
+        if texts:
+            self.labels = [text["label"] for text in texts]
+        return [text["message"] for text in texts]
+
+    def ack(self, label, number=7, *, duplicate=False):
+        self.box.answered(Ack(label, Id("abcd", number), duplicate))
+
+    def refuse(self, label, code, retry_after=0.0):
+        return self.box.refused(Error("no", code, label, retry_after), self.now)
+
+
+def test_what_is_said_is_sent_once_and_answered():
+    said = Said().say(2)
+    assert said.sent() == [0, 1]
+    assert said.sent() == []
+    assert len(said.box) == 2
+    said.ack(said.labels[1], 8, duplicate=True)
+    assert result_of(said.answers[1]) == Posted(Id("abcd", 8), duplicate=True)
+    said.ack(said.labels[1], 8)
+    assert len(said.box) == 1
+    assert not said.answers[0].called
+
+
+def test_labels_are_good_and_nobody_elses():
+    one, two = Said().say(2), Said().say(2)
+    one.sent(), two.sent()
+    assert len({*one.labels, *two.labels}) == 4
+    assert all(1 <= len(label) <= 64 and label.isascii() and label.isprintable() for label in one.labels)
+    two.ack(one.labels[0])
+    two.ack("x.1")
+    two.ack("")
+    assert len(two.box) == 2
+
+
+def test_a_page_is_answered_by_its_history():
+    said = Said().say()
+    said.sent()
+    page = history(7, 2, label=said.labels[0])
+    said.box.answered(page)
+    assert result_of(said.answers[0]) == page
+
+
+def test_after_another_connection_what_has_no_answer_is_said_again_in_order_under_the_same_label():
+    said = Said(2).say(4)
+    assert said.sent() == [0, 1]
+    first = said.labels
+    said.refuse(first[0], "UNAVAILABLE")
+    said.box.connect()
+    assert said.sent() == [0], "as slowly as before"
+    said.ack(said.labels[0])
+    assert said.labels == first[:1]
+    assert said.sent() == [1, 2]
+    assert said.labels[0] == first[1]
+
+
+def test_after_a_fresh_start_what_has_no_answer_is_said_again_in_order_under_the_same_label():
+    said = Said(2).say(4)
+    said.sent()
+    first = said.labels
+    said.ack(first[0])
+    said.box.repeat()
+    assert said.sent() == [1, 2]
+    assert said.labels[0] == first[1]
+    said.ack(first[1])
+    assert said.sent() == [3]
+
+
+def test_no_sooner_than_the_rate_allows():
+    said = Said().say(2)
+    said.sent()
+    said.refuse(said.labels[0], "RATE_LIMITED", 5)
+    said.box.repeat()
+    assert (said.sent(), said.box.wait(said.now)) == ([], 5)
+    said.now += 5
+    assert said.sent() == [0]
+
+
+def test_what_was_said_again_may_be_answered_twice():
+    said = Said().say(4)
+    said.sent()
+    labels = said.labels
+    said.box.repeat()
+    assert said.sent() == [0, 1, 2, 3]
+    said.ack(labels[0], 8)
+    said.ack(labels[0], 8, duplicate=True)
+    assert result_of(said.answers[0]) == Posted(Id("abcd", 8))
+    said.ack(labels[1], 9)
+    assert said.refuse(labels[1], "RATE_LIMITED", 5)
+    assert said.box.wait(said.now) is None, "it was not needed"
+    assert said.refuse(labels[2], "UNAVAILABLE")
+    said.ack(labels[2], 10)
+    said.now += 1
+    assert said.sent() == []
+    assert said.box.wait(said.now) is None
+    said.box.connect()
+    assert not said.refuse(labels[1], "RATE_LIMITED", 5), "on another connection nothing is said twice"
+    assert said.sent() == [3]
+
+
+def test_no_more_than_a_window_is_under_way():
+    said = Said(2).say(3)
+    assert said.sent() == [0, 1]
+    assert said.box.wait(said.now) is None
+    said.ack(said.labels[0])
+    assert said.box.wait(said.now) == 0
+    assert said.sent() == [2]
+    assert said.box.wait(said.now) is None
+
+
+def test_what_is_refused_for_now_is_said_again_later_one_by_one_until_it_goes_well():
+    said = Said(4).say(6)
+    assert said.sent() == [0, 1, 2, 3]
+    labels = said.labels
+    said.ack(labels[0])
+    assert said.refuse(labels[2], "RATE_LIMITED", 0.5)
+    assert said.refuse(labels[1], "RATE_LIMITED", 0.25)
+    assert said.refuse(labels[3], "RATE_LIMITED", 0.25)
+    assert said.refuse(labels[3], "RATE_LIMITED", 9), "said again by someone"
+    assert said.sent() == []
+    assert said.box.wait(said.now) == 0.5
+    said.now += 0.5
+    assert said.sent() == [1]
+    assert said.labels == labels[1:2]
+    said.ack(labels[1])
+    assert said.sent() == [2, 3]
+    said.refuse(labels[2], "UNAVAILABLE")
+    said.refuse(labels[3], "UNAVAILABLE")
+    assert said.box.wait(said.now) == 1.0
+
+
+@pytest.mark.parametrize("code", [None, "LABEL_REUSED", "UNKNOWN_ID", "FORBIDDEN"])
+def test_what_is_refused_for_good_fails_alone(code):
+    said = Said().say(2)
+    said.sent()
+    assert said.refuse(said.labels[0], code)
+    error = result_of(said.answers[0])
+    assert isinstance(error, Refused)
+    assert (str(error), error.code) == ("no", code)
+    assert not said.answers[1].called
+    assert not said.refuse(said.labels[0], code), "it has its answer"
+
+
+@pytest.mark.parametrize("label", [None, "", "another", "x.1", "x.y"])
+def test_an_error_for_nothing_that_was_said_is_known_as_such(label):
+    assert not Said().say().refuse(label, "RATE_LIMITED", 1)
+
+
+def test_when_nothing_will_be_answered_all_fails():
+    said = Said(1).say(2)
+    said.sent()
+    said.box.fail(Stopped("over"))
+    assert [type(result_of(answer)) for answer in said.answers] == [Stopped, Stopped]
+    assert (len(said.box), said.sent(), said.box.wait(0)) == (0, [], None)
+
+
+# How long to wait
+
+
+def test_waits_are_random_parts_of_spans_that_double_up_to_a_bound():
+    chance = Random(7)
+    spans = [1, 2, 4, 8, 16, 30, 30]
+    backoff = Backoff(chance=Random(7))
+    assert [backoff.next() for _ in spans] == [chance.random() * span for span in spans]
+    backoff.reset()
+    assert backoff.next() <= 1.0
+    for _ in range(5000):
+        assert backoff.next() <= 30
+
+
+def test_a_server_that_says_how_long_is_believed():
+    backoff = Backoff()
+    assert backoff.next(0.7) == 0.7
+    assert backoff.next(7) == 7

@@ -1,0 +1,403 @@
+"""The proof, and that it finds every single fault in what a server gives."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import REPEATABLE
+
+from chatd.client.protocol import Fault, History, Posted
+from chatd.load.proof import Once, Proof, Reader
+from chatd.messages import Entry, Id
+from chatd.transport.frames import MESSAGE
+
+TIME = "2026-01-01T00:00:00.000Z"
+
+
+@given(st.lists(st.integers(0, 30)))
+@REPEATABLE
+def test_once_is_a_set(numbers):
+    once, seen = Once(), set()
+    for number in numbers:
+        assert once.add(number) is (number not in seen)
+        seen.add(number)
+
+
+@given(st.lists(st.integers(0, 30)))
+@REPEATABLE
+def test_once_says_what_it_holds(numbers):
+    once = Once()
+    for number in numbers:
+        once.add(number)
+    assert sorted(once) == sorted({*numbers}) == [number for number in range(40) if number in once]
+
+
+def test_once_forgets_what_is_below_all_else():
+    once = Once()
+    for number in [*range(1, 1000), 0, 1001]:
+        assert once.add(number)
+    assert once._above == {1001}
+
+
+def test_every_post_is_one_that_a_server_takes_and_another_than_all_others():
+    proof = Proof("abc123", 1, 1)
+    texts = [proof.text(poster, place) for poster in range(100) for place in range(100)]
+    assert len({*texts}) == len(texts)
+    assert all(MESSAGE.accepts({"username": proof.username(99_999), "message": text}) for text in texts)
+    assert proof.place(proof.text(7, 41)) == 41
+
+
+class Given:
+    """A proof of three clients, two of whom post, in a log that begins empty."""
+
+    def __init__(self, **options):
+        self.proof = Proof("run", 3, 2, **options)
+        self.readers = self.proof.readers
+        self.log = []
+        for reader in self.readers:
+            self.proof.begun(reader, History(Id("abcd", 0), []))
+
+    def post(self, *posters):
+        for poster in posters:
+            _, text = self.proof.post(poster)
+            self.log.append(Entry(len(self.log) + 1, self.proof.username(poster), text, TIME))
+        return self
+
+    def give(self, reader, *numbers):
+        self.proof.appended(self.readers[reader], [self.log[number - 1] for number in numbers])
+
+    def ack(self, poster, place, number, *, epoch="abcd", duplicate=False):
+        self.proof.acked(self.readers[poster], place, Posted(Id(epoch, number), duplicate))
+
+    def begin(self, reader, end, *entries, epoch="abcd"):
+        self.proof.begun(self.readers[reader], History(Id(epoch, end), entries, resumed=False))
+
+
+def test_what_is_right_has_no_fault():
+    given = Given().post(0, 1, 0)
+    given.give(0, 1, 2)
+    given.give(1, 1)
+    given.ack(0, 0, 1)
+    given.ack(1, 0, 2, duplicate=True)
+    given.give(1, 2, 3)
+    given.give(0, 3)
+    given.ack(0, 1, 3)
+    assert not given.proof.is_level(given.readers[2])
+    given.give(2, 1, 2, 3)
+    assert all(map(given.proof.is_level, given.readers))
+    given.proof.conclude()
+    given.proof.paged(given.readers[0], Id("abcd", 3))
+    assert given.proof.delivered == 9
+    given.proof.forget()
+    log = given.proof.log
+    assert (log.known, log.places, log.awaited, log.floor) == ({}, {}, {}, 3)
+
+
+def test_what_everyone_has_is_forgotten_and_no_more():
+    given = Given().post(*[0] * 9)
+    given.give(0, *range(1, 10))
+    given.give(1, *range(1, 8))
+    given.give(2, *range(1, 6))
+    given.proof.forget()
+    assert sorted(given.proof.log.known) == [6, 7, 8, 9]
+    given.give(2, *range(6, 10))
+    given.give(1, 8, 9)
+    given.proof.forget()
+    assert given.proof.log.known == {}
+
+
+def test_others_may_talk_too_if_all_are_given_the_same():
+    given = Given().post(0)
+    given.log.append(Entry(2, "ann", "run of the mill", TIME))
+    given.give(0, 1, 2)
+    given.give(1, 1, 2)
+    assert given.proof.others == 1
+    given.log[1] = given.log[1]._replace(message="other")
+    with pytest.raises(Fault, match=r"client 2 was given ann: 'other' of .* as abcd-2, and client 0 ann: 'run of"):
+        given.give(2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [((1, 3), "abcd-3 after abcd-1"), ((1, 1), "abcd-1 after abcd-1"), ((2, 1), "abcd-2 after abcd-0")],
+)
+def test_gaps_doubles_and_swaps(numbers, words):
+    with pytest.raises(Fault, match=f"client 1 was given {words}"):
+        Given().post(0, 0, 0).give(1, *numbers)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"message": "run 0 0 x"},
+        {"message": "run 0 1 |"},
+        {"message": "run 2 0 |"},
+        {"message": "run 1 0 |"},
+        {"message": "something"},
+        {"username": "ann"},
+        {"username": "load-run-1"},
+    ],
+)
+def test_a_message_that_nobody_posted_so(changes):
+    given = Given().post(0)
+    given.log[0] = given.log[0]._replace(**changes)
+    with pytest.raises(Fault, match="abcd-1, as client 0 was given it, is not what anyone posted: "):
+        given.give(0, 1)
+
+
+def test_a_post_that_is_kept_twice():
+    given = Given().post(0, 0)
+    given.log.append(given.log[0]._replace(number=3))
+    with pytest.raises(Fault, match="abcd-3, as client 1 was given it, is post 0 of client 0 a second time"):
+        given.give(1, 1, 2, 3)
+
+
+def test_the_same_number_for_two_messages():
+    given = Given().post(0, 1)
+    given.give(0, 1, 2)
+    given.log = [given.log[1]._replace(number=1), given.log[0]._replace(number=2)]
+    with pytest.raises(Fault, match=r"client 1 was given load-run-1: .* as abcd-1, and client 0 load-run-0: "):
+        given.give(1, 1)
+
+
+def test_acknowledgements_of_what_is_not_so():
+    given = Given().post(0, 0, 0)
+    with pytest.raises(Fault, match=r"post 0 of client 0 was acknowledged as abcd-1 before it came; .* abcd-0"):
+        given.ack(0, 0, 1)
+    given.give(0, 1, 2)
+    with pytest.raises(Fault, match="post 0 of client 0 was acknowledged as abcd-2, and is abcd-1"):
+        given.ack(0, 0, 2)
+    with pytest.raises(Fault, match="post 2 of client 0 was acknowledged as abcd-2, and is nowhere"):
+        given.ack(0, 2, 2)
+    with pytest.raises(Fault, match="was acknowledged as efgh-2, of another log than abcd"):
+        given.ack(0, 1, 2, epoch="efgh")
+    with pytest.raises(Fault, match="was given something before its history"):
+        given.proof.acked(Reader(7), 0, Posted(Id("abcd", 1)))
+
+
+def test_an_acknowledgement_that_is_refuted_later():
+    given = Given().post(0, 1)
+    given.ack(0, 0, 2, duplicate=True)
+    with pytest.raises(Fault, match=r"abcd-1, .* is post 0 of client 0, acknowledged as abcd-2"):
+        given.give(1, 1)
+
+
+def test_an_acknowledgement_that_is_borne_out_later():
+    given = Given().post(0)
+    given.ack(0, 0, 1, duplicate=True)
+    given.give(1, 1)
+    assert given.proof.log.awaited == given.proof.log.places == {}
+
+
+def test_an_acknowledgement_of_what_never_comes():
+    given = Given().post(0, 1)
+    given.ack(0, 0, 2, duplicate=True)
+    given.log[0] = given.log[1]._replace(number=1)
+    given.log[1] = Entry(2, "ann", "hi", TIME)
+    for reader in range(3):
+        assert not given.proof.is_level(given.readers[reader])
+        given.give(reader, 1, 2)
+    with pytest.raises(Fault, match="post 0 of client 0 was acknowledged as abcd-2, and is not there"):
+        given.proof.conclude()
+
+
+def test_a_log_that_ends_before_what_was_given():
+    given = Given().post(0, 0)
+    given.give(0, 1, 2)
+    with pytest.raises(Fault, match="the newest message is abcd-1, as client 1 was told: abcd-2 is lost"):
+        given.proof.paged(given.readers[1], Id("abcd", 1))
+    given.proof.paged(given.readers[1], Id("efgh", 1))
+
+
+def test_a_client_that_is_told_to_begin_again():
+    given = Given().post(0, 0)
+    given.give(0, 1)
+    with pytest.raises(Fault, match="client 0 had abcd-1 and was told to begin again at abcd-2"):
+        given.begin(0, 2, given.log[1])
+
+
+def test_a_new_log_is_a_loss_of_what_was_acknowledged_in_the_old_and_is_not_in_the_new():
+    given = Given().post(0, 1, 0, 1)
+    for reader in range(3):
+        given.give(reader, 1, 2, 3, 4)
+    for poster, place, number in ((0, 0, 1), (1, 0, 2), (0, 1, 3)):
+        given.ack(poster, place, number)
+    assert given.proof.lost == 0
+    del given.log[1:]  # what is left; and one is posted again
+    given.log.append(Entry(2, given.proof.username(1), given.proof.text(1, 1), TIME))
+    for reader in range(3):
+        given.begin(reader, 2, *given.log, epoch="efgh")
+    given.ack(1, 1, 2, epoch="efgh")
+    assert (given.proof.fresh_starts, given.proof.logs_lost, given.proof.lost) == (3, 1, None)
+    assert given.proof.unread() is None
+    with pytest.raises(Fault, match="the log abcd is gone, with 2 acknowledged messages: now there is efgh"):
+        given.proof.conclude()
+    assert given.proof.lost == 2
+
+
+def test_a_second_new_log_is_a_loss_of_what_was_in_both():
+    given = Given().post(0, 0)
+    given.give(0, 1)
+    given.ack(0, 0, 1)
+    for reader in range(3):
+        given.begin(reader, 0, epoch="efgh")
+    second = given.log[1]._replace(number=1)
+    given.proof.appended(given.readers[0], [second])
+    given.ack(0, 1, 1, epoch="efgh")
+    for reader in range(3):
+        given.begin(reader, 1, second, epoch="ijkl")
+    with pytest.raises(Fault, match="the log abcd and efgh is gone, with 1 acknowledged messages: now there is ijkl"):
+        given.proof.conclude()
+
+
+def test_what_nobody_was_given_of_a_new_log_is_read_back():
+    given = Given().post(*[0] * 9)
+    given.give(0, *range(1, 10))
+    for place in range(8):
+        given.ack(0, place, place + 1)
+    for reader in range(3):
+        given.begin(reader, 7, given.log[6], epoch="efgh")
+    assert given.proof.unread() == Id("efgh", 7)
+    with pytest.raises(Fault, match="client 1 was given efgh-5 as the one before efgh-7"):
+        given.proof.recalled(given.readers[1], History(Id("efgh", 5), given.log[3:5]))
+    given.proof.recalled(given.readers[0], History(Id("efgh", 6), given.log[3:6], more=True))
+    assert given.proof.unread() == Id("efgh", 4)
+    given.proof.recalled(given.readers[0], History(Id("efgh", 3), given.log[:3]))
+    assert given.proof.unread() is None
+    with pytest.raises(Fault, match="with 1 acknowledged messages"):
+        given.proof.conclude()
+
+
+def test_what_is_read_back_is_held_to_what_was_posted():
+    given = Given(lenient=True).post(0, 0)
+    given.begin(0, 2, given.log[1], epoch="efgh")
+    with pytest.raises(Fault, match="efgh-1, as client 0 was given it, is post 1 of client 0 a second time"):
+        given.proof.recalled(given.readers[0], History(Id("efgh", 1), [given.log[1]._replace(number=1)]))
+
+
+def test_where_no_log_was_lost_nothing_is_read_back():
+    proof = Proof("run", 1, 1)
+    proof.begun(proof.readers[0], History(Id("abcd", 9), []))
+    assert proof.unread() is None
+    assert (proof.logs_lost, proof.fresh_starts) == (0, 0)
+
+
+def test_a_post_of_the_lost_log_may_be_acknowledged_in_the_new_before_that_is_given_to_who_posted_it():
+    given = Given(lenient=True).post(0, 0)
+    given.ack(0, 0, 1, epoch="efgh", duplicate=True)
+    given.ack(0, 1, 7, epoch="efgh", duplicate=True)
+    assert not given.proof.is_level(given.readers[0])
+    for reader in range(3):
+        given.begin(reader, 7, given.log[1]._replace(number=7), epoch="efgh")
+    with pytest.raises(Fault, match="post 0 of client 0 was acknowledged as efgh-1, and is not there"):
+        given.proof.conclude()
+    given.proof.recalled(given.readers[0], History(Id("efgh", 6), [given.log[0]._replace(number=1)]))
+    given.proof.conclude()
+    assert given.proof.lost == 0
+
+
+def test_and_after_that_though_it_is_older_than_what_is_given():
+    given = Given(lenient=True).post(0)
+    given.begin(0, 7, epoch="efgh")
+    given.ack(0, 0, 3, epoch="efgh", duplicate=True)
+    with pytest.raises(Fault, match=r"efgh-2, .* is post 0 of client 0, acknowledged as efgh-3"):
+        given.proof.recalled(given.readers[0], History(Id("efgh", 7), [given.log[0]._replace(number=2)]))
+
+
+def test_but_not_in_the_log_that_is_gone():
+    given = Given(lenient=True).post(0)
+    given.give(0, 1)
+    given.begin(0, 0, epoch="efgh")
+    for duplicate in (False, True):
+        with pytest.raises(Fault, match="was acknowledged as abcd-1, of another log than efgh"):
+            given.ack(0, 0, 1, duplicate=duplicate)
+
+
+def test_the_newest_page_may_be_of_a_new_log_in_which_all_are_then_to_begin():
+    given = Given(lenient=True)
+    assert given.proof.is_level(given.readers[1])
+    given.proof.paged(given.readers[0], Id("efgh", 1))
+    assert not any(map(given.proof.is_level, given.readers))
+    assert given.proof.logs_lost == 1
+
+
+def test_a_log_that_was_gone_and_is_there_again():
+    given = Given(lenient=True)
+    for reader in range(3):
+        given.begin(reader, 0, epoch="efgh")
+    given.proof.forget()
+    with pytest.raises(Fault, match="the log abcd, which was gone, is there again in place of efgh"):
+        given.begin(0, 0)
+
+
+def test_a_new_log_may_be_allowed():
+    given = Given(lenient=True).post(0, 0)
+    given.give(0, 1)
+    given.ack(0, 0, 1)
+    given.give(1, 1, 2)
+    given.begin(0, 1, given.log[1]._replace(number=1), epoch="efgh")
+    given.ack(0, 1, 1, epoch="efgh")
+    given.proof.forget()
+    assert [given.proof.is_level(reader) for reader in given.readers] == [True, False, False]
+    for reader in (1, 2):
+        given.begin(reader, 1, given.log[1]._replace(number=1), epoch="efgh")
+    given.proof.forget()
+    assert all(map(given.proof.is_level, given.readers))
+    assert [*given.proof._logs] == ["efgh"]
+    assert given.proof.logs_lost == 1
+    given.proof.conclude()
+
+
+def test_a_log_that_nobody_is_in_yet_is_kept():
+    proof = Proof("run", 2, 1, lenient=True)
+    proof.begun(proof.readers[0], History(Id("abcd", 0), []))
+    proof.readers[0].log = None
+    proof.forget()
+    assert proof.log.epoch == "abcd"
+
+
+def test_what_came_before_the_run_is_no_post():
+    proof = Proof("run", 2, 1)
+    old = [Entry(number, "ann", "hi", TIME) for number in (8, 9)]
+    proof.begun(proof.readers[0], History(Id("abcd", 9), old, more=True))
+    proof.forget()
+    proof.begun(proof.readers[1], History(Id("abcd", 9), old, more=True))
+    assert (proof.others, proof.delivered) == (2, 4)
+    assert all(map(proof.is_level, proof.readers))
+
+
+@pytest.mark.parametrize("kind", ["drop", "double", "swap", "alter", "exchange"])
+@pytest.mark.parametrize("seed", range(5))
+def test_one_fault_in_a_hundred_thousand_deliveries_is_found(kind, seed):
+    chance = random.Random(seed)
+    proof = Proof("run", 100, 10)
+    log = []
+    for number in range(1, 1001):
+        poster = chance.randrange(10)
+        log.append(Entry(number, proof.username(poster), proof.post(poster)[1], TIME))
+    streams = [[*log] for _ in proof.readers]
+    victim, place = chance.randrange(100), chance.randrange(999)
+    stream = streams[victim]
+    if kind == "drop":
+        del stream[place]
+    elif kind == "double":
+        stream.insert(place, stream[place])
+    elif kind == "swap":
+        stream[place : place + 2] = stream[place + 1], stream[place]
+    elif kind == "alter":
+        stream[place] = stream[place]._replace(message=stream[place].message[:-1])
+    else:
+        one, two = stream[place : place + 2]
+        stream[place : place + 2] = two._replace(number=one.number), one._replace(number=two.number)
+    for reader in proof.readers:
+        proof.begun(reader, History(Id("abcd", 0), []))
+
+    def deliver():
+        for number in range(0, 1000, 50):
+            for reader in chance.sample(proof.readers, 100):
+                proof.appended(reader, streams[reader.number][number : number + 50])
+
+    with pytest.raises(Fault) as fault:
+        deliver()
+    assert any(f"abcd-{place + number}" in str(fault.value) for number in (0, 1, 2))

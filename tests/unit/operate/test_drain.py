@@ -1,0 +1,1068 @@
+"""How clients are sent elsewhere: at which pace, in which order, and within which time; with an injected clock."""
+
+import random
+from collections import Counter
+
+import pytest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock, LoopingCall, deferLater
+
+from chatd.operate import drain
+from chatd.operate.drain import ANSWER_SECONDS, FULL_SECONDS, HURRIED_SECONDS, LATE_SECONDS, Drain
+from chatd.transport.connections import CLOSE_SECONDS, Clients
+
+TICK = drain.TICK_SECONDS
+SLACK = TICK + 1e-6
+
+
+class Person:
+    """A client that notes when what was asked of it, and answers a close after a moment, or never."""
+
+    carrier = "websocket"
+    joined = True
+    head = cursor = 0
+    waits = False
+    """Whether it waits for an acknowledgement."""
+
+    def __init__(self, scene, answers=0.01):
+        self.scene = scene
+        self.answers = answers
+        self.peer = f"192.0.2.7:{id(self)}"
+        self.journal = []
+        scene.clients.add(self)
+
+    def note(self, what):
+        self.journal.append((what, self.scene.clock.seconds()))
+        self.scene.journal.append((what, self))
+
+    def ping(self):
+        return True
+
+    def owed(self, head):
+        return self.waits or self.cursor < head
+
+    def finish(self):
+        self.note("finish")
+
+    def restart(self, retry_after):
+        self.note("restart")
+        self.retry_after = retry_after
+        if self.answers == 0:
+            self.goes()
+        elif self.answers is not None:
+            self.scene.clock.callLater(self.answers, self.goes)
+
+    def abort(self):
+        self.note("abort")
+        self.goes()
+
+    def goes(self):
+        self.scene.clients.remove(self, 1012)
+
+    @property
+    def did(self):
+        return [what for what, _ in self.journal]
+
+    @property
+    def finished(self):
+        """When it was read no more."""
+        (moment,) = [moment for what, moment in self.journal if what == "finish"]
+        return moment
+
+    @property
+    def told(self):
+        """When it was told to come back."""
+        (moment,) = [moment for what, moment in self.journal if what == "restart"]
+        return moment
+
+
+class Requests:
+    """Those who came by plain HTTP: nobody, unless there is something in `gone` for which is waited."""
+
+    asked = False
+    """Whether they wait for an answer, with which they go."""
+
+    def __init__(self, scene):
+        self.scene = scene
+        self.gone = succeed(None)
+
+    def ask(self):
+        self.asked = True
+        self.gone = Deferred()
+
+    def answer(self):
+        self.asked = False
+        self.gone.callback(None)
+
+    def close(self):
+        self.scene.note("requests close")
+        return self.gone
+
+    def abort(self):
+        self.scene.note("requests abort")
+        if not self.gone.called:
+            self.gone.callback(None)
+
+
+class Scene:
+    """A server that is looked after each second; its log settles at once, or when it is let."""
+
+    def __init__(self):
+        self.clock = Clock()
+        self.clients = Clients(self.clock)
+        self.journal = []
+        self.moments = []
+        """When what was noted, of all that is no client's."""
+        self.log = None
+        """The Deferreds of those who wait for the log, if it does not settle at once."""
+        self.takes = 0.0
+        """Seconds after which the log settles, if it does."""
+        self.requests = Requests(self)
+        self.ports = succeed(None)
+        self.closed = None
+        self.over = None
+        looks = LoopingCall(self.clients.look)
+        looks.clock = self.clock
+        looks.start(1)
+
+    def people(self, count, **more):
+        return [Person(self, **more) for _ in range(count)]
+
+    def note(self, what):
+        self.journal.append((what, None))
+        self.moments.append((what, self.clock.seconds()))
+
+    def when(self, what):
+        """When something was noted."""
+        return [moment for noted, moment in self.moments if noted == what]
+
+    def settled(self):
+        self.note("settled?")
+        if self.takes:
+            return deferLater(self.clock, self.takes)
+        if self.log is None:
+            return succeed(None)
+        self.log.append(Deferred())
+        return self.log[-1]
+
+    def settle(self):
+        log, self.log = self.log, None
+        for settled in log:
+            settled.callback(None)
+
+    def abandon(self):
+        """The log refuses what is on its way, but settles no sooner for that."""
+        self.note("abandon")
+        if self.requests.asked:
+            self.requests.answer()
+
+    def close_ports(self):
+        self.closed = self.clock.seconds()
+        self.note("ports")
+        return self.ports
+
+    def begin(self, budget, *, hurried=False, **more):
+        """Begin a drain; `over` is then the moment when it has ended."""
+        self.drain = Drain(self.clients, self, self.requests, budget, self.clock)
+        if hurried:
+            self.drain.hurry()
+        return self.run(**more)
+
+    def run(self, **more):
+        self.drain.run(self.close_ports, **more).addCallback(self.end)
+        return self.drain
+
+    def end(self, result):
+        assert result is None
+        self.over = self.clock.seconds()
+
+    def until(self, moment):
+        """Let time pass, from each thing that is due to the next."""
+        while self.clock.calls and self.clock.calls[0].getTime() <= moment:
+            self.clock.advance(max(0, self.clock.calls[0].getTime() - self.clock.seconds()))
+        self.clock.advance(max(0, moment - self.clock.seconds()))
+
+    def told(self):
+        """How many were told by now."""
+        return sum(what == "restart" for what, _ in self.journal)
+
+    @property
+    def others(self):
+        """How much is on the clock besides the looking."""
+        return len(self.clock.calls) - 1
+
+
+@pytest.fixture
+def scene(monkeypatch):
+    monkeypatch.setattr(drain.random, "random", random.Random(7).random)
+    return Scene()
+
+
+def grace(budget):
+    """How long handshakes are still accepted."""
+    return min(20, budget / 4)
+
+
+def end(budget):
+    """When the last is told, so that it has time to answer."""
+    return budget - min(ANSWER_SECONDS, budget / 4)
+
+
+def limit(budget):
+    """Until when the log, and those who have not taken what they are owed, are waited for."""
+    return budget - min(LATE_SECONDS, budget / 8)
+
+
+BUDGETS = pytest.mark.parametrize("budget", [1, 8, 30, 120])
+
+
+def test_the_figures():
+    assert (drain.GRACE_SECONDS, drain.SPREAD_SECONDS, drain.HURRIED_SPREAD_SECONDS) == (20, 1, 10)
+    assert (LATE_SECONDS, FULL_SECONDS, HURRIED_SECONDS) == (6, 5, 1)
+    assert [grace(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.25, 2, 7.5, 20]
+    assert [end(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.75, 6, 23, 113]
+    assert [limit(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.875, 7, 26.25, 114]
+
+
+# The pace
+
+
+@BUDGETS
+@pytest.mark.parametrize("count", [1, 3, 100, 2000])
+def test_clients_are_told_at_an_even_pace_from_the_end_of_the_grace_until_time_to_answer_is_left(scene, count, budget):
+    people = scene.people(count)
+    scene.begin(budget)
+    scene.until(budget)
+    told = sorted(person.told for person in people)
+    begin, whole = grace(budget), end(budget) - grace(budget)
+    assert told[0] >= begin
+    assert told[-1] <= end(budget) + SLACK
+    for place, moment in enumerate(told, 1):
+        assert abs(moment - (begin + whole * place / count)) <= SLACK + whole / count
+    assert told[-1] <= scene.over <= budget
+    assert [person.did for person in people] == [["finish", "restart"]] * count
+
+
+@pytest.mark.parametrize("budget", [8, 30, 120])
+def test_they_come_back_elsewhere_as_an_even_stream(scene, budget):
+    count = 2000
+    people = scene.people(count)
+    scene.begin(budget)
+    scene.until(budget)
+    assert all(0 <= person.retry_after < 1 for person in people)
+    assert 0.45 < sum(person.retry_after for person in people) / count < 0.55
+    even = count / (end(budget) - grace(budget))
+    arrivals = sorted(person.told + person.retry_after for person in people)
+    peak = max(sum(moment <= other < moment + 1 for other in arrivals) for moment in arrivals[::10])
+    assert peak <= 1.5 * even
+
+
+def test_a_budget_of_nothing_tells_all_at_once_and_waits_for_nobody(scene):
+    people = [*scene.people(3), *scene.people(2, answers=None)]
+    scene.begin(0)
+    assert scene.told() == 5
+    scene.until(0)
+    assert scene.over == 0
+    assert [person.did[-1] for person in people] == ["abort"] * 5
+    assert scene.others == 3, "the answers of those who are gone"
+
+
+@BUDGETS
+def test_who_leaves_by_itself_hastens_nobody(scene, budget):
+    people = scene.people(1000)
+    scene.begin(budget)
+    for person in people[::2]:
+        person.goes()
+    scene.until(budget)
+    told = sorted(person.told for person in people[1::2])
+    assert [person.did for person in people[::2]] == [[]] * 500
+    half = (grace(budget) + end(budget)) / 2
+    assert 200 <= sum(moment <= half for moment in told) <= 300
+    assert told[-1] <= end(budget) + SLACK
+
+
+# The process stalls
+
+
+def peak(moments):
+    """How many of these moments are in the fullest second."""
+    moments = sorted(moments)
+    begin = most = 0
+    for place, last in enumerate(moments):
+        while moments[begin] <= last - 1:
+            begin += 1
+        most = max(most, place - begin + 1)
+    return most
+
+
+def stall(scene, budget, stalls):
+    """Drain 2,000 in a process that does not run for a while now and then; (when, seconds) are parts of the pace."""
+    people = scene.people(2000)
+    scene.begin(budget)
+    begin, whole = grace(budget), end(budget) - grace(budget)
+    for part, seconds in stalls:
+        scene.until(begin + part * whole)
+        scene.clock.advance(seconds)
+    scene.until(budget)
+    return people, 2000 / whole
+
+
+def by_chance(rate):
+    """How many there may be in the fullest second, who come at this rate but for a random moment up to a second.
+
+    Of one who is told within the second before, or in it, the chance falls evenly from 1 to 0 on either side, so
+    their variance is rate / 3.
+    """
+    return rate + 4 * (rate / 3) ** 0.5
+
+
+def arrivals(people):
+    return [person.told + person.retry_after for person in people]
+
+
+@pytest.mark.parametrize("budget", [20, 30, 120])
+@pytest.mark.parametrize("seconds", [0.5, 1, 2])
+def test_a_stall_is_made_up_for_evenly_in_all_the_time_that_is_left_and_not_in_one_burst(scene, budget, seconds):
+    people, even = stall(scene, budget, [(0.5, seconds)])
+    whole = end(budget) - grace(budget)
+    faster = 1 / (1 - 2 * seconds / whole)  # what is left, half, over the time that is left
+    assert peak(arrivals(people)) <= by_chance(faster * even)
+
+
+AT_ONCE = 0.25
+"""Of how many seconds those may be who are told in one moment, however long the last moment is ago."""
+STALLS = [
+    [(0.5, 1)],
+    [(0.2, 0.5), (0.5, 0.5), (0.8, 0.5)],
+    [(0.2, 1), (0.5, 1), (0.8, 1)],
+    [(0.2, 2), (0.5, 2), (0.8, 2)],
+    [(0.1 * part, 0.5) for part in range(1, 9)],
+]
+
+
+@pytest.mark.parametrize("budget", [30, 120])
+@pytest.mark.parametrize("stalls", STALLS)
+def test_at_no_moment_more_are_told_than_what_is_left_over_the_time_that_is_left(scene, budget, stalls):
+    people, _ = stall(scene, budget, stalls)
+    told = Counter(person.told for person in people)
+    left, fastest = 2000, 0.0
+    for moment in sorted(told):
+        time = end(budget) - moment
+        if time > TICK:
+            assert told[moment] <= left * AT_ONCE / time + 1
+            fastest = max(fastest, left / time)
+        left -= told[moment]
+    assert left == 0, "all were told"
+    assert max(told) <= end(budget) + SLACK
+    assert peak(arrivals(people)) <= by_chance(fastest)
+
+
+@pytest.mark.parametrize("budget", [20, 30])
+def test_a_single_stall_of_a_second_makes_the_stream_elsewhere_no_half_larger(scene, budget):
+    people, even = stall(scene, budget, [(0.5, 1)])
+    assert peak(arrivals(people)) <= 1.5 * even
+
+
+@pytest.mark.parametrize("budget", [20, 30, 120])
+@pytest.mark.parametrize("late", [0.01, 0.05, 0.1])
+def test_ticks_that_each_come_late_leave_nothing_to_the_end(scene, budget, late):
+    people = scene.people(2000)
+    scene.begin(budget)
+    while scene.clock.seconds() < budget:
+        scene.clock.advance(TICK + late)
+    even = 2000 / (end(budget) - grace(budget))
+    assert peak(arrivals(people)) <= by_chance(1.05 * even)
+    assert max(person.told for person in people) <= end(budget) + SLACK + late
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+def test_the_pace_of_a_few_is_even_too(scene, count):
+    people = scene.people(count)
+    scene.begin(30)
+    scene.until(30)
+    begin, whole = grace(30), end(30) - grace(30)
+    for place, moment in enumerate(sorted(person.told for person in people), 1):
+        assert abs(moment - (begin + whole * place / count)) <= 2 * SLACK
+
+
+# The grace
+
+
+@BUDGETS
+def test_handshakes_are_accepted_until_the_grace_is_over(scene, budget):
+    scene.people(1)
+    scene.begin(budget)
+    scene.until(grace(budget) - SLACK)
+    assert scene.closed is None
+    assert not scene.clients.stopping
+    assert scene.told() == 0
+    scene.until(grace(budget) + SLACK)
+    assert grace(budget) <= scene.closed
+    assert scene.clients.stopping
+
+
+def test_who_came_in_the_grace_is_told_too(scene):
+    first = Person(scene)
+    scene.begin(8)
+    scene.until(1.9)
+    late = Person(scene)
+    scene.until(8)
+    assert (first.did, late.did) == (["finish", "restart"], ["finish", "restart"])
+
+
+def test_who_comes_while_the_ports_close_is_told_too_and_nobody_before(scene):
+    first = Person(scene)
+    scene.ports = Deferred()
+    scene.begin(8)
+    scene.until(3)
+    assert scene.closed is not None
+    assert not scene.clients.stopping
+    assert first.did == []
+    last = Person(scene)
+    scene.ports.callback(None)
+    assert scene.clients.stopping
+    scene.until(6 + SLACK)
+    assert (first.did, last.did) == (["finish", "restart"], ["finish", "restart"])
+
+
+def test_when_all_leave_in_the_grace_it_ends_at_once(scene):
+    people = scene.people(3)
+    scene.begin(120)
+    scene.until(1)
+    for person in people:
+        person.goes()
+    scene.until(1 + SLACK)
+    assert scene.over >= 1
+    assert scene.closed == scene.over
+    assert scene.clients.stopping
+    assert scene.others == 0
+
+
+@pytest.mark.parametrize("budget", [0, 1, 30, 120])
+def test_with_nobody_there_it_is_over_at_once(scene, budget):
+    scene.begin(budget)
+    assert scene.journal == [("ports", None), ("requests close", None), ("settled?", None)]
+    assert scene.over == 0
+    assert scene.clients.stopping
+    assert scene.others == 0
+
+
+@pytest.mark.parametrize(("budget", "grace"), [(0, 0), (8, 2), (30, 7.5), (120, 20)])
+def test_with_nobody_there_the_ports_stay_open_for_the_grace_where_clients_are_expected(scene, budget, grace):
+    scene.begin(budget, expecting=True)
+    scene.until(budget)
+    assert grace <= scene.closed == scene.over <= grace + SLACK
+    assert scene.others == 0
+
+
+def test_whoever_is_in_a_hurry_expects_nobody(scene):
+    scene.begin(120, expecting=True)
+    scene.until(1)
+    scene.drain.hurry()
+    scene.until(1 + SLACK)
+    assert scene.over is not None
+
+
+def test_unfinished_handshakes_are_not_waited_for(scene):
+    person = Person(scene)
+    scene.clients.remove(person, 1000)
+    scene.clients.handshakes.add(person)
+    scene.begin(30)
+    assert scene.over == 0
+    assert person.did == []
+
+
+# What was said
+
+
+def test_a_client_is_read_no_more_before_what_was_read_of_it_is_settled_and_told_after(scene):
+    people = scene.people(2)
+    scene.log = []
+    scene.begin(8)
+    scene.until(5)
+    (person,) = [person for person in people if person.did]
+    assert scene.journal[-2:] == [("finish", person), ("settled?", None)]
+    scene.journal.clear()
+    scene.settle()
+    scene.until(5 + SLACK)
+    assert scene.journal == [("restart", person)]
+
+
+def test_the_next_are_read_no_more_although_the_log_has_not_settled(scene):
+    people = scene.people(100)
+    scene.log = []
+    scene.begin(8)
+    scene.until(4)
+    finished = [person for person in people if person.did]
+    assert 48 <= len(finished) <= 52
+    scene.settle()
+    scene.until(4 + SLACK)
+    assert 48 <= scene.told() <= 54
+    assert all(person.did == ["finish", "restart"] for person in finished)
+
+
+def test_each_waits_for_the_log_as_it_was_when_it_was_read_last(scene):
+    # The log settles for the first, and then no more until the end.
+    people = scene.people(2)
+    scene.log = []
+    scene.begin(8)
+    scene.until(4 + SLACK)
+    (first,) = scene.log
+    first.callback(None)
+    scene.until(4 + 2 * SLACK)
+    assert scene.told() == 1
+    scene.until(limit(8) - SLACK)
+    assert scene.told() == 1
+    scene.until(limit(8) + SLACK)
+    assert scene.told() == 2
+    scene.until(8)
+    assert [person.did for person in people] == [["finish", "restart"]] * 2
+
+
+def test_a_client_is_told_when_it_has_what_was_in_the_log_when_that_settled(scene):
+    person = Person(scene)
+    scene.log = []
+    scene.begin(30, hurried=True)
+    scene.until(0.2)
+    person.head = 7
+    scene.settle()
+    scene.until(0.4)
+    person.cursor = 6
+    scene.until(0.6)
+    assert person.did == ["finish"]
+    person.cursor = 7
+    person.head = 1000  # others go on posting
+    scene.until(0.6 + SLACK)
+    assert person.did == ["finish", "restart"]
+
+
+def test_a_client_is_told_when_it_has_its_answers(scene):
+    person, other = scene.people(2)
+    person.waits = True
+    scene.begin(30, hurried=True)
+    scene.until(0.6)
+    assert (person.did, other.did) == (["finish"], ["finish", "restart"])
+    person.waits = False
+    scene.until(0.6 + SLACK)
+    assert person.did == ["finish", "restart"]
+    scene.until(1)
+    assert 0.6 < scene.over < 0.7
+
+
+@pytest.mark.parametrize("budget", [1, 8, 30, 120])
+def test_who_never_gets_its_answers_is_told_after_a_while_and_in_time_to_answer_the_close(scene, budget):
+    slow = scene.people(20)
+    for person in slow:
+        person.waits = True
+    people = scene.people(20)
+    scene.begin(budget)
+    scene.until(budget)
+    for person in slow:
+        enough = min(person.finished + FULL_SECONDS, limit(budget))
+        assert enough - 1e-6 <= person.told <= enough + SLACK
+    assert all(other.told == other.finished for other in people), "nobody waits for another"
+    assert scene.over <= limit(budget) + SLACK + 0.02
+    assert scene.when("abandon") == [], "it is not the log's fault"
+
+
+@BUDGETS
+def test_a_log_that_never_settles_makes_it_no_longer(scene, budget):
+    people = scene.people(100)
+    scene.log = []
+    scene.begin(budget)
+    scene.until(limit(budget) - SLACK)
+    assert scene.told() == 0, "their posts may still be kept"
+    assert scene.when("abandon") == []
+    scene.until(limit(budget) + SLACK)
+    assert scene.told() == 100
+    scene.until(budget)
+    assert scene.over <= budget
+    assert [person.did for person in people] == [["finish", "restart"]] * 100
+
+
+@BUDGETS
+def test_what_a_log_does_not_keep_in_time_is_given_up_once_for_those_who_said_it_and_before_they_are_told(
+    scene, budget
+):
+    scene.people(100)
+    scene.log = []
+    scene.begin(budget)
+    scene.until(budget)
+    assert len(scene.when("abandon")) == len(scene.log), "once for each time that some were read no more"
+    assert min(scene.when("abandon")) >= limit(budget) - 1e-6
+    rounds, read, given_up = [], [], set()
+    for what, person in scene.journal:
+        if what == "finish":
+            read.append(person)
+        elif what == "settled?":
+            rounds.append(read)
+            read = []
+        elif what == "abandon":
+            given_up.update(rounds.pop(0))
+        elif what == "restart":
+            assert person in given_up
+    assert (len(given_up), rounds) == (100, []), "the last time for those who came by plain HTTP"
+
+
+@pytest.mark.parametrize("budget", [8, 30, 120])
+@pytest.mark.parametrize("takes", [0.01, 0.04])
+def test_what_a_log_keeps_within_a_tick_is_never_given_up(scene, budget, takes):
+    people = scene.people(200)
+    scene.takes = takes
+    scene.begin(budget)
+    scene.until(budget)
+    assert scene.when("abandon") == []
+    assert [person.did for person in people] == [["finish", "restart"]] * 200
+
+
+@pytest.mark.parametrize("budget", [8, 30])
+def test_a_log_that_is_a_little_slow_has_its_time_for_the_last_too(scene, budget):
+    scene.people(200)
+    scene.takes = 0.2
+    scene.begin(budget)
+    scene.until(budget)
+    assert scene.when("abandon") == []
+    assert scene.over <= budget
+
+
+@pytest.mark.parametrize("budget", [8, 30])
+def test_a_stall_over_the_end_of_the_pace_gives_up_nothing_that_the_log_keeps_at_once(scene, budget):
+    people = scene.people(200)
+    scene.takes = 0.01
+    scene.begin(budget)
+    scene.until(end(budget) - 0.2)
+    scene.clock.advance(0.5)
+    scene.until(budget)
+    assert all(person.did == ["finish", "restart"] for person in people)
+    assert scene.when("abandon") == []
+
+
+def test_only_what_is_not_kept_in_time_is_given_up(scene):
+    people = scene.people(100)
+    scene.begin(30)
+    scene.until(15)
+    before = scene.told()
+    assert 30 < before < 70
+    scene.log = []
+    scene.until(18)
+    early, scene.log = scene.log, []
+    for settled in early:
+        settled.callback(None)
+    scene.until(18 + SLACK)
+    between = scene.told()
+    assert between > before
+    scene.until(30)
+    assert all(person.did == ["finish", "restart"] for person in people)
+    assert len(scene.when("abandon")) == len(scene.log) > 0
+
+
+def test_with_nobody_left_it_ends_at_once_although_the_log_has_not_settled(scene):
+    people = scene.people(10)
+    scene.log = []
+    scene.begin(120)
+    scene.until(100)
+    for person in people:
+        person.goes()
+    scene.until(100 + 2 * SLACK)
+    assert scene.over is not None
+
+
+# Those who came by plain HTTP
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_those_who_came_by_http_go_when_the_clients_are_gone(scene, hurried):
+    people = scene.people(100, answers=0.5)
+    scene.begin(30, hurried=hurried)
+    scene.until(30)
+    last = max(person.told for person in people) + 0.5
+    assert scene.when("requests close") == [last]
+    assert scene.over == last
+    assert scene.when("requests abort") == []
+
+
+@pytest.mark.parametrize("count", [0, 10])
+def test_it_is_over_when_they_are_gone(scene, count):
+    scene.people(count)
+    scene.requests.gone = Deferred()
+    scene.begin(30)
+    scene.until(28)
+    assert len(scene.when("requests close")) == 1
+    assert scene.over is None
+    scene.requests.gone.callback(None)
+    assert scene.over == 28
+    assert scene.others == 0
+
+
+@BUDGETS
+@pytest.mark.parametrize("count", [0, 10])
+def test_those_who_are_left_at_the_end_of_the_budget_are_dropped(scene, budget, count):
+    scene.people(count)
+    scene.requests.gone = Deferred()
+    scene.begin(budget)
+    scene.until(budget - 0.01)
+    assert scene.over is None
+    assert scene.when("requests abort") == []
+    scene.until(budget)
+    assert scene.when("requests abort") == [budget]
+    assert scene.over == budget
+
+
+@pytest.mark.parametrize("count", [0, 10])
+def test_they_are_asked_to_go_before_what_they_posted_is_waited_for(scene, count):
+    # Those who wait for nothing go at once, and nothing more is read from the others.
+    scene.people(count)
+    scene.begin(30)
+    scene.until(30)
+    assert [what for what, person in scene.journal if person is None][-2:] == ["requests close", "settled?"]
+
+
+@BUDGETS
+@pytest.mark.parametrize("count", [0, 10])
+def test_what_they_posted_and_is_not_kept_in_time_is_given_up_so_that_they_have_their_answers(scene, budget, count):
+    scene.people(count, answers=0)
+    scene.log = []
+    scene.requests.ask()
+    scene.begin(budget)
+    scene.until(limit(budget) - SLACK)
+    assert scene.when("abandon") == []
+    assert scene.over is None
+    scene.until(limit(budget) + 2 * SLACK)
+    assert scene.when("abandon")[0] >= limit(budget) - 1e-6
+    assert limit(budget) <= scene.over + 1e-6
+    assert scene.when("requests abort") == []
+    assert scene.others == 0
+
+
+@pytest.mark.parametrize("count", [0, 10])
+def test_in_a_hurry_what_they_posted_is_waited_for_no_longer_than_a_second(scene, count):
+    scene.people(count)
+    scene.log = []
+    scene.requests.ask()
+    scene.begin(30, hurried=True)
+    scene.until(HURRIED_SECONDS - SLACK)
+    assert scene.when("abandon") == []
+    assert scene.over is None
+    scene.until(HURRIED_SECONDS + 2 * SLACK)
+    assert scene.when("abandon")[0] >= HURRIED_SECONDS - 1e-6
+    assert scene.when("requests abort") == []
+    assert scene.over is not None
+
+
+@pytest.mark.parametrize("moment", [0.5, 12, 25.8])
+def test_a_hurry_while_what_they_posted_is_waited_for_leaves_it_a_second_and_puts_nothing_off(scene, moment):
+    scene.log = []
+    scene.requests.ask()
+    scene.begin(30)
+    scene.until(moment)
+    scene.drain.hurry()
+    late = min(moment + HURRIED_SECONDS, limit(30))
+    scene.until(late - SLACK)
+    assert scene.when("abandon") == []
+    scene.drain.hurry()
+    scene.until(late + SLACK)
+    assert len(scene.when("abandon")) == 1
+    assert late <= scene.over + 1e-6
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_what_they_posted_and_is_kept_in_time_is_never_given_up(scene, hurried):
+    scene.log = []
+    scene.requests.ask()
+    scene.begin(30, hurried=hurried)
+    scene.until(0.9)
+    assert scene.over is None
+    scene.settle()
+    scene.until(0.9 + SLACK)
+    assert scene.over is None, "they have not read their answers"
+    scene.requests.answer()
+    scene.until(30)
+    assert 0.9 <= scene.over <= 0.9 + SLACK
+    assert scene.when("abandon") == []
+
+
+def test_when_they_have_their_answers_or_are_gone_the_log_is_waited_for_no_more(scene):
+    scene.log = []
+    scene.requests.ask()
+    scene.begin(30)
+    scene.until(10)
+    scene.requests.answer()
+    scene.until(10 + SLACK)
+    assert scene.over is not None
+    assert scene.when("abandon") == []
+    assert scene.others == 0
+
+
+def test_who_does_not_read_its_answer_does_not_have_the_log_given_up(scene):
+    scene.requests.gone = Deferred()
+    scene.log = []
+    scene.begin(30)
+    scene.until(29.9)
+    assert scene.when("abandon") == []
+    scene.until(30)
+    assert scene.when("abandon") == scene.when("requests abort") == [30]
+
+
+def test_what_they_posted_is_not_given_up_because_no_client_is_left(scene):
+    people = scene.people(10)
+    scene.log = []
+    scene.requests.ask()
+    scene.begin(120)
+    scene.until(100)
+    for person in people:
+        person.goes()
+    scene.until(limit(120) - SLACK)
+    assert scene.when("abandon") == []
+    assert scene.over is None
+    scene.until(limit(120) + SLACK)
+    assert len(scene.when("abandon")) == 1
+    assert scene.over is not None
+
+
+def test_at_the_end_of_the_budget_the_log_is_given_up_then_the_clients_and_then_the_others(scene):
+    person = Person(scene, answers=None)
+    scene.requests.gone = Deferred()
+    scene.begin(8)
+    scene.until(7.99)
+    scene.journal.clear()
+    scene.until(8)
+    assert scene.journal == [
+        *(("abandon", None), ("abort", person)),
+        # Since the last client is gone at once here.
+        *(("requests close", None), ("settled?", None), ("requests abort", None)),
+    ]
+    assert scene.over == 8
+
+
+# Those who do not go as they should
+
+
+def test_who_does_not_answer_the_close_is_dropped_in_time_to_go_on(scene):
+    mute, *others = scene.people(50, answers=None)
+    for other in others:
+        other.answers = 0.01
+    scene.begin(120)
+    scene.until(120)
+    assert mute.did == ["finish", "restart", "abort"]
+    assert mute.told + CLOSE_SECONDS <= mute.journal[-1][1] <= mute.told + CLOSE_SECONDS + 1
+    assert all(other.did == ["finish", "restart"] for other in others)
+    assert scene.over < 120
+
+
+@pytest.mark.parametrize("budget", [1, 8])
+def test_whoever_is_left_at_the_end_of_the_budget_is_aborted(scene, budget):
+    people = scene.people(5, answers=None)
+    unfinished = Person(scene)
+    scene.clients.remove(unfinished, 1000)
+    scene.clients.handshakes.add(unfinished)
+    scene.begin(budget)
+    scene.until(budget - 0.1)
+    assert scene.over is None
+    scene.until(budget)
+    assert scene.over is not None
+    assert scene.over <= budget
+    assert all(person.did[-1] == "abort" for person in people)
+    assert all(person.journal[-1][1] <= budget for person in [*people, unfinished])
+
+
+def test_who_was_aborted_is_waited_for_no_more_although_the_log_has_not_settled(scene):
+    people = scene.people(5, answers=None)
+    scene.log = []
+    scene.begin(8)
+    scene.until(8)
+    assert scene.over == 8
+    assert [person.did for person in people] == [["finish", "restart", "abort"]] * 5
+
+
+def test_when_it_is_over_before_its_time_nothing_is_left_on_the_clock(scene):
+    scene.people(10)
+    scene.begin(30)
+    scene.until(26)
+    assert scene.over < 26
+    assert scene.others == 0
+    late = Person(scene)  # as if it had been refused
+    scene.until(100)
+    assert late.did == []
+
+
+def test_who_is_gone_at_once_when_it_is_told_is_waited_for_no_more(scene, events):
+    person, other = scene.people(2, answers=0)
+    other.answers = None
+    scene.begin(30, hurried=True)
+    scene.until(1)
+    assert [*scene.clients.closings] == [other]
+    scene.until(20)
+    assert person.did == ["finish", "restart"]
+    assert [event["peer"] for event in events if "why" in event] == [other.peer]
+
+
+def test_who_leaves_between_its_last_word_and_its_close_is_told_nothing(scene):
+    person, other = scene.people(2)
+    person.waits = other.waits = True
+    scene.begin(30, hurried=True)
+    scene.until(1)
+    person.goes()
+    other.waits = person.waits = False
+    scene.until(2)
+    assert (person.did, other.did) == (["finish"], ["finish", "restart"])
+    assert scene.over is not None
+
+
+def test_who_leaves_while_the_log_settles_is_told_nothing(scene):
+    person, other = scene.people(2)
+    scene.log = []
+    scene.begin(30, hurried=True)
+    scene.until(1)
+    person.goes()
+    scene.settle()
+    scene.until(2)
+    assert (person.did, other.did) == (["finish"], ["finish", "restart"])
+
+
+# In a hurry
+
+
+def hurried(scene, people):
+    """All were told by now, each with a moment among longer ones."""
+    assert all(person.did == ["finish", "restart"] for person in people)
+    assert all(0 <= person.retry_after < 10 for person in people)
+
+
+def test_in_a_hurry_from_the_first_all_are_told_now_with_longer_moments(scene):
+    people = scene.people(2000)
+    scene.begin(30, hurried=True)
+    assert scene.closed == 0
+    scene.until(0)
+    hurried(scene, people)
+    assert {person.told for person in people} == {0}
+    seconds = Counter(int(person.retry_after) for person in people)
+    assert sorted(seconds) == [*range(10)]
+    assert max(seconds.values()) < 1.5 * 200
+    scene.until(1)
+    assert 0 < scene.over < 0.1
+
+
+@pytest.mark.parametrize("moment", [0.5, 7.4])
+def test_in_a_hurry_the_grace_is_over(scene, moment):
+    people = scene.people(50)
+    scene.begin(30)
+    scene.until(moment)
+    assert scene.closed is None
+    scene.drain.hurry()
+    scene.until(moment + 2 * SLACK)
+    hurried(scene, people)
+    scene.until(moment + 1)
+    assert scene.over < moment + 0.2
+    assert scene.others == 0
+
+
+def test_in_a_hurry_those_who_wait_for_their_turn_are_told_now(scene):
+    people = scene.people(100)
+    scene.begin(120)
+    scene.until(60)
+    before = scene.told()
+    assert 30 < before < 50
+    assert max(person.retry_after for person in people if person.did) < 1
+    scene.drain.hurry()
+    scene.until(60 + SLACK)
+    hurried(scene, people)
+    assert max(person.retry_after for person in people) > 5
+    scene.until(61)
+    assert scene.over < 60.2
+
+
+def test_in_a_hurry_what_was_said_is_settled_and_answered_all_the_same(scene):
+    person, other = scene.people(2)
+    other.waits = True
+    scene.log = []
+    scene.begin(30)
+    scene.until(7)
+    scene.drain.hurry()
+    scene.until(7.4)
+    assert (person.did, other.did) == (["finish"], ["finish"])
+    scene.settle()
+    scene.until(7.4 + SLACK)
+    assert (person.did, other.did) == (["finish", "restart"], ["finish"])
+    other.waits = False
+    scene.until(7.4 + 2 * SLACK)
+    hurried(scene, [person, other])
+    scene.until(30)
+    assert scene.when("abandon") == []
+
+
+@pytest.mark.parametrize("moment", [0, 0.5, 12, 22.5, 25.8])
+def test_in_a_hurry_a_log_that_does_not_settle_is_waited_for_no_longer_than_a_second(scene, moment):
+    people = scene.people(40)
+    scene.log = []
+    scene.begin(30)
+    scene.until(moment)
+    assert scene.when("abandon") == []
+    scene.drain.hurry()
+    scene.drain.hurry()
+    late = min(moment + HURRIED_SECONDS, limit(30))
+    scene.until(late - SLACK)
+    assert scene.told() == 0
+    scene.drain.hurry()  # which puts nothing off
+    scene.until(late + 2 * SLACK)
+    hurried(scene, people)
+    assert min(scene.when("abandon")) >= late - 1e-6
+    scene.until(30)
+    assert scene.over <= late + 0.2
+
+
+@pytest.mark.parametrize("moment", [0, 12])
+def test_in_a_hurry_answers_that_are_not_taken_are_waited_for_no_longer_than_a_second(scene, moment):
+    person, other = scene.people(2)
+    person.waits = True
+    scene.begin(30)
+    scene.until(moment)
+    scene.drain.hurry()
+    scene.until(moment + HURRIED_SECONDS - SLACK)
+    assert (person.did, other.did) == (["finish"], ["finish", "restart"])
+    scene.until(moment + HURRIED_SECONDS + SLACK)
+    hurried(scene, [person, other])
+    assert scene.when("abandon") == []
+
+
+def test_in_a_hurry_a_log_that_settles_late_leaves_those_who_do_not_take_their_answers_what_is_left_of_the_second(
+    scene,
+):
+    person = Person(scene)
+    person.waits = True
+    scene.log = []
+    scene.begin(30, hurried=True)
+    scene.until(0.9)
+    scene.settle()
+    scene.until(1 - SLACK)
+    assert person.did == ["finish"]
+    scene.until(1 + SLACK)
+    assert person.did == ["finish", "restart"]
+
+
+def test_who_waits_for_its_answers_when_all_must_hurry_is_waited_for_one_more_second(scene):
+    people = scene.people(100)
+    for person in people:
+        person.waits = True
+    scene.begin(120)
+    scene.until(72)
+    waiting = [person for person in people if person.did == ["finish"] and person.finished > 73 - FULL_SECONDS]
+    others = [person for person in people if person.did == []]
+    assert waiting
+    assert others
+    scene.drain.hurry()
+    scene.until(73 - SLACK)
+    assert all(person.did == ["finish"] for person in [*waiting, *others])
+    scene.until(73 + SLACK)
+    hurried(scene, people)
+
+
+def test_a_hurry_when_all_were_told_changes_nothing(scene):
+    person = Person(scene, answers=None)
+    scene.begin(8)
+    scene.until(7)
+    assert person.did == ["finish", "restart"]
+    scene.drain.hurry()
+    scene.drain.hurry()
+    scene.until(8)
+    assert person.did == ["finish", "restart", "abort"]
+    assert scene.over == 8

@@ -1,0 +1,154 @@
+import io
+import json
+
+import pytest
+from support.helpers import NEW_YEAR
+from twisted.logger import Logger, LogLevel, capturedLogs
+from twisted.python import log as legacy_log
+from twisted.python.failure import Failure
+
+from chatd.operate.logging import json_line, observer, text_line
+
+
+def line_of(**event):
+    """The line of an event, read again; without a level it is an event of Twisted's older logging."""
+    line = json_line({"log_time": NEW_YEAR + 0.25, **event})
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    return json.loads(line)
+
+
+@pytest.fixture
+def logged():
+    """A logger, and the lines that it makes."""
+    lines = []
+    return Logger(namespace="chatd.test", observer=lambda event: lines.append(json.loads(json_line(event)))), lines
+
+
+def test_a_line_has_the_time_the_level_the_system_and_the_sentence():
+    assert line_of(log_level=LogLevel.warn, log_namespace="chatd.rooms", log_format="something is up") == {
+        "time": "2026-01-01T00:00:00.250Z",
+        "level": "warn",
+        "system": "chatd.rooms",
+        "event": "something is up",
+    }
+
+
+def test_the_fields_stand_beside_the_sentence_that_they_make(logged):
+    logger, lines = logged
+    logger.info("{room}: {lag} behind", room="main", lag=7, seconds=0.5, late=True, reason=None)
+    assert lines[0]["event"] == "main: 7 behind"
+    assert lines[0]["fields"] == {"room": "main", "lag": 7, "seconds": 0.5, "late": True, "reason": None}
+
+
+def test_a_field_that_json_has_no_word_for_is_given_as_text(logged):
+    logger, lines = logged
+    logger.error("{error}", error=ValueError("no"), data=b"\xff")
+    assert lines[0]["fields"] == {"error": "no", "data": r"b'\xff'"}
+
+
+def test_a_text_of_several_lines_stays_on_one():
+    assert line_of(log_format="{text}", text="a\nb")["event"] == "a b"
+
+
+def test_text_that_is_not_ascii_is_kept(logged):
+    logger, lines = logged
+    logger.info("{name}", name="Алиса 👋")
+    assert lines[0]["event"] == "Алиса 👋"
+
+
+def test_a_failure_has_its_traceback_in_the_same_line(logged):
+    logger, lines = logged
+    logger.failure("it went wrong", Failure(ZeroDivisionError("for the test")))
+    assert lines[0]["level"] == "critical"
+    assert lines[0]["event"] == "it went wrong"
+    assert lines[0]["traceback"].startswith("it went wrong\nTraceback (most recent call last)")
+    assert "ZeroDivisionError: for the test" in lines[0]["traceback"]
+
+
+def test_an_event_without_a_failure_has_no_traceback_and_without_fields_has_none():
+    assert line_of(log_format="plain").keys() == {"time", "level", "system", "event"}
+
+
+def test_an_event_of_the_older_logging_has_a_sentence_and_none_of_its_own_keys():
+    with capturedLogs() as events:
+        legacy_log.msg("said the old way", number=5, system="old")
+    line = json.loads(json_line(events[0]))
+    assert line["event"] == "said the old way"
+    assert line["fields"] == {"number": 5}
+
+
+def test_an_event_without_level_and_system_is_information_of_nobody():
+    line = line_of(log_format="plain")
+    assert (line["level"], line["system"]) == ("info", "-")
+
+
+@pytest.mark.parametrize("path", [None, "", "-"])
+def test_the_lines_go_to_stdout_if_no_file_is_named(path, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    observer(json_line, path, daemon=False)({"log_time": NEW_YEAR, "log_format": "héllo"})
+    assert json.loads(out.getvalue())["event"] == "héllo"
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+def test_the_lines_go_to_the_file_that_is_named(daemon, tmp_path):
+    written = observer(json_line, str(tmp_path / "chat.log"), daemon=daemon)
+    written({"log_time": NEW_YEAR, "log_format": "one"})
+    written({"log_time": NEW_YEAR, "log_format": "zwölf"})
+    written._outFile.close()
+    lines = (tmp_path / "chat.log").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["one", "zwölf"]
+
+
+def test_the_lines_of_a_daemon_go_to_twistd_log_if_no_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = observer(json_line, None, daemon=True)
+    written({"log_time": NEW_YEAR, "log_format": "one"})
+    written._outFile.close()
+    assert json.loads((tmp_path / "twistd.log").read_text())["event"] == "one"
+
+
+def test_a_daemon_told_to_use_stdout_does(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    observer(json_line, "-", daemon=True)({"log_time": NEW_YEAR, "log_format": "one"})
+    assert json.loads(out.getvalue())["event"] == "one"
+
+
+def text_of(**event):
+    """An event as text."""
+    return text_line({"log_time": NEW_YEAR + 0.25, **event})
+
+
+def test_a_line_of_text_has_the_time_the_level_the_system_and_the_sentence():
+    line = text_of(log_level=LogLevel.warn, log_namespace="chatd.rooms", log_format="{lag} behind", lag=7)
+    assert line == "2026-01-01T00:00:00.250Z warn chatd.rooms: 7 behind\n"
+    assert text_of(log_format="plain") == "2026-01-01T00:00:00.250Z info -: plain\n"
+
+
+def test_a_sentence_of_several_lines_stays_on_one_in_text_too():
+    assert text_of(log_format="{text}", text="a\nb") == "2026-01-01T00:00:00.250Z info -: a b\n"
+
+
+def test_a_failure_has_its_traceback_below_it_in_text():
+    line = text_of(log_format="it went wrong", log_failure=Failure(ZeroDivisionError("for the test")))
+    assert line.startswith("2026-01-01T00:00:00.250Z info -: it went wrong\nTraceback (most recent call last)")
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        ({"log_format": "{call()}", "call": lambda: "called"}, "called"),
+        ({"log_format": "{value.real}", "value": 3}, "3"),
+        ({"log_format": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_plain_formatting_cannot_do_is_done_as_twisted_does_it(event, sentence):
+    assert text_of(**event) == f"2026-01-01T00:00:00.250Z info -: {sentence}\n"
+    assert line_of(**event)["event"] == sentence
+
+
+def test_an_event_that_cannot_be_formatted_is_a_line_all_the_same():
+    assert "missing" in text_of(log_format="{missing}")

@@ -1,0 +1,1487 @@
+"""The rooms by name: loaded for the first who joins, forgotten with the last who leaves, read back by page.
+
+And loaded again where the log was interrupted: who is in them gets what was missed, or is told to begin anew.
+"""
+
+import gc
+from itertools import count
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.helpers import (
+    REPEATABLE,
+    Reader,
+    ScriptedLog,
+    Slow,
+    Turns,
+    arrive,
+    enter,
+    holds,
+    read_frames,
+    result_of,
+    stamped,
+)
+
+from chatd.messages import Id, PageRequest, Post
+from chatd.room.log import LogUnavailable, UnknownId
+from chatd.room.presence import PRESENCE, TYPING, Here
+from chatd.room.registry import RELOAD_SECONDS, Rooms
+from chatd.room.room import MAX_LAG
+from chatd.room.sweep import SLICE_MEMBERS
+from chatd.transport.frames import ack_frame, event
+
+
+@pytest.fixture
+def clock():
+    return Turns()
+
+
+@pytest.fixture
+def log():
+    return ScriptedLog()
+
+
+@pytest.fixture
+def rooms(log, clock):
+    return Rooms(log, clock, 100)
+
+
+@pytest.fixture
+def short_tail(monkeypatch):
+    """A tail of a few frames, so that the log is needed soon."""
+    monkeypatch.setattr("chatd.room.tail.TAIL_BYTES", 400)
+
+
+def told(history):
+    """What a history frame says of coming back, its id, and how many messages it holds."""
+    return history.get("resumed"), history["id"], len(history["data"])
+
+
+# Loading
+
+
+def test_a_room_is_read_from_the_log_for_the_first_who_comes(log, rooms):
+    log.keep(3)
+    assert told(enter(rooms)[2]) == (None, "abcd-3", 3)
+    enter(rooms)
+    assert log.reads == [("main", None, 100)]
+
+
+def test_the_first_to_come_waits_for_the_log_and_the_others_wait_with_it(log, rooms):
+    log.held = True
+    arrived = [arrive(rooms), arrive(rooms)]
+    assert arrived == [[], []]
+    assert len(log.reads) == 1
+    log.answer()
+    assert arrived[0][0][0] is arrived[1][0][0]
+
+
+def test_rooms_are_loaded_each_for_itself(log, rooms):
+    log.held = True
+    one, other = arrive(rooms, name="one"), arrive(rooms, name="other")
+    assert [name for name, _, _ in log.reads] == ["one", "other"]
+    log.answer()
+    assert [len(one), len(other)] == [1, 0]
+    log.answer()
+    assert one[0][0] is not other[0][0]
+
+
+def test_what_is_appended_while_a_room_is_loaded_is_neither_lost_nor_doubled(log, rooms, clock):
+    log.held = True
+    arrived = arrive(rooms)
+    log.say()
+    page = log.page(None, 100)
+    log.say()
+    log.answer(page)
+    ((_, member, history),) = arrived
+    assert told(history) == (None, "abcd-2", 2)
+    log.say()
+    clock.turns()
+    assert member.numbers == [3]
+
+
+def test_what_is_trimmed_while_a_room_is_loaded_is_shown_no_more(log, rooms):
+    log.keep(5)
+    log.held = True
+    arrived = arrive(rooms)
+    page = log.page(None, 100)
+    log.trim(4)
+    log.answer(page)
+    assert told(arrived[0][2]) == (None, "abcd-5", 2)
+
+
+def test_a_log_that_is_down_fails_all_who_wait_and_the_next_try_is_a_new_one(log, rooms):
+    log.held = True
+    arrived = [arrive(rooms), arrive(rooms)]
+    log.fail()
+    assert [failure.type for (failure,) in arrived] == [LogUnavailable, LogUnavailable]
+    assert rooms._missed == {}
+    log.release()
+    assert enter(rooms)[2]["id"] == "abcd-0"
+
+
+def test_who_comes_again_when_told_that_the_log_is_down_begins_a_new_try(log, rooms):
+    log.held = True
+    again = []
+    rooms.open("main").addErrback(lambda _: again.append(arrive(rooms)))
+    log.fail()
+    log.release()
+    assert told(again[0][0][2]) == (None, "abcd-0", 0)
+
+
+# Forgetting
+
+
+def test_a_room_is_forgotten_with_its_last_member(log, rooms):
+    room, member, _ = enter(rooms)
+    _, other, _ = enter(rooms)
+    rooms.leave(room, member)
+    assert rooms._rooms == {"main": room}
+    rooms.leave(room, other)
+    assert rooms._rooms == {}
+    assert enter(rooms)[0] is not room
+
+
+def test_a_room_that_was_opened_and_not_joined_is_forgotten(rooms, clock):
+    rooms.open("main")
+    assert rooms._rooms
+    clock.turn()
+    assert rooms._rooms == {}
+
+
+def test_a_room_that_was_joined_is_not_forgotten_by_that(rooms, clock):
+    room, _, _ = enter(rooms)
+    clock.turns()
+    assert rooms._rooms == {"main": room}
+
+
+def test_a_room_that_was_loaded_again_meanwhile_is_not_forgotten_for_the_old_one(log, rooms, clock):
+    old, member, _ = enter(rooms)
+    rooms.leave(old, member)
+    new, _, _ = enter(rooms)
+    clock.turns()
+    assert rooms._rooms == {"main": new}
+
+
+def test_a_million_names_leave_nothing_behind(log, rooms, clock):
+    for number in range(1000):  # in proportion
+        name, last = f"r{number}", f"abcd-{number}"
+        room, member, _ = enter(rooms, name=name, last=last)
+        room.presence.typing("ann")
+        rooms.leave(room, member)
+        rooms.open(name)
+        result_of(rooms.page(name, PageRequest(None, None, 5, None)))
+        log.follower.appended(name, [])
+        log.follower.trimmed(name, 1)
+        clock.turn()
+    assert [rooms._rooms, rooms._missed, rooms._loads._waiting, rooms._recalls._waiting] == [{}] * 4
+    assert clock.getDelayedCalls() == []
+
+
+# Following
+
+
+def test_messages_of_other_rooms_are_passed_over(log, rooms, clock):
+    _, member, _ = enter(rooms)
+    log.say(room="elsewhere")
+    log.trim(2, room="elsewhere")
+    clock.turns()
+    assert member.writes == []
+    assert told(enter(rooms)[2]) == (None, "abcd-0", 0)
+
+
+def test_what_is_trimmed_is_shown_no_more(log, rooms):
+    enter(rooms)
+    log.say(5)
+    log.trim(4)
+    assert told(enter(rooms)[2]) == (None, "abcd-5", 2)
+
+
+def test_a_post_goes_to_the_log_and_nowhere_else(log, rooms, clock):
+    _, member, _ = enter(rooms)
+    poster = object()
+    rooms.post("main", Post("ann", "hi"), poster)
+    clock.turns()
+    assert log.posts == [("main", Post("ann", "hi"), poster)]
+    assert member.writes == []
+
+
+def test_the_epoch_is_that_of_the_log(log, rooms):
+    assert rooms.epoch == "abcd"
+    log.epoch = "efgh"
+    assert rooms.epoch == "efgh"
+
+
+def test_it_is_busy_while_some_member_has_more_to_get(log, rooms, clock):
+    assert not rooms.busy
+    enter(rooms)
+    enter(rooms, name="elsewhere")
+    clock.turns()
+    assert not rooms.busy
+    log.say()
+    assert rooms.busy
+    clock.turns()
+    assert not rooms.busy
+
+
+# At other nodes
+
+
+class Lobby:
+    """A lobby that notes what is reported, and is the test's otherwise."""
+
+    def __init__(self):
+        self.reports = []
+
+    def follow(self, guest):
+        self.guest = guest
+
+    def report(self, room, here, typing):
+        self.reports.append((room, *here, [*typing]))
+
+
+@pytest.fixture
+def lobby():
+    return Lobby()
+
+
+@pytest.fixture
+def node(log, clock, lobby):
+    return Rooms(log, clock, 100, lobby)
+
+
+def watcher():
+    return Reader(events=[PRESENCE, TYPING], name="ann")
+
+
+def shown(member):
+    """What a member was shown of who is there, and who types."""
+    return [text["data"] for text in member.texts if text["type"] in (PRESENCE, TYPING)]
+
+
+def test_the_lobby_is_told_who_is_in_which_room(node, clock, lobby):
+    enter(node, Reader(name="ann"))
+    room, _, _ = enter(node, Reader(name="bob"), name="kitchen")
+    room.presence.typing("bob")
+    clock.turns()
+    assert lobby.reports == [("main", 1, {"ann"}, []), ("kitchen", 1, {"bob"}, ["bob"])]
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_who_is_at_another_node_is_shown_in_that_room_alone_until_the_node_is_gone(log, node, clock, lobby, stale):
+    _, member, _ = enter(node, watcher())
+    _, other, _ = enter(node, watcher(), name="kitchen")
+    clock.turns()
+    log.held = True
+    if stale:
+        log.miss()
+    for room in ("main", "nowhere"):
+        lobby.guest.elsewhere(room, "B", Here(2, frozenset({"bob"})))
+        lobby.guest.typing(room, ["bob"])
+    clock.advance(1)
+    lobby.guest.gone("B")
+    clock.advance(1)
+    alone = {"count": 1, "users": ["ann"]}
+    assert shown(member) == [
+        alone,
+        {"count": 3, "join": ["bob"], "leave": []},
+        {"users": ["bob"]},
+        {"count": 1, "join": [], "leave": ["bob"]},
+    ]
+    assert shown(other) == [alone]
+
+
+# Coming back
+
+
+def test_what_the_tail_holds_is_not_read_for_who_comes_back(log, rooms):
+    log.keep(5)
+    enter(rooms)
+    assert told(enter(rooms, last="abcd-2")[2]) == (True, "abcd-5", 3)
+    assert len(log.reads) == 1
+
+
+def test_who_missed_more_than_the_tail_holds_gets_it_from_the_log(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    _, member, history = enter(rooms, last="abcd-3")
+    assert told(history) == (True, "abcd-8", 5)
+    clock.turns()
+    assert member.numbers == [9, 10, 11, 12]
+    assert log.reads[:2] == [("main", None, 5), ("main", 3, 5)]
+
+
+def test_the_log_is_read_once_for_many_who_come_back_with_the_same_id_at_once(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    log.held = True
+    herd = [arrive(rooms, last="abcd-3") for _ in range(50)]
+    other = arrive(rooms, last="abcd-2")
+    assert log.reads[1:] == [("main", 3, 5), ("main", 2, 5)]
+    log.release()
+    assert {told(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
+    assert told(other[0][2]) == (True, "abcd-7", 5)
+
+
+def test_who_come_back_at_once_where_the_room_must_be_loaded_share_that_too(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    log.held = True
+    herd = [arrive(rooms, last="abcd-3") for _ in range(50)]
+    log.answer()
+    assert log.reads == [("main", None, 5), ("main", 3, 5)]
+    log.answer()
+    assert {told(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
+
+
+def test_a_log_that_is_ahead_of_the_room_knows_the_message_that_the_room_does_not(log, rooms, clock):
+    enter(rooms)
+    new = log.keep(3)
+    _, ahead, history = enter(rooms, last="abcd-3")
+    assert told(history) == (True, "abcd-3", 0)
+    _, between, history = enter(rooms, last="abcd-1")
+    assert told(history) == (True, "abcd-3", 2)
+    log.follower.appended("main", new)
+    log.say(2)
+    clock.turns()
+    assert [ahead.numbers, between.numbers] == [[4, 5], [4, 5]]
+
+
+def test_a_message_that_the_log_does_not_know_either_is_of_the_future(log, rooms):
+    enter(rooms)
+    log.keep(3)
+    _, _, history = enter(rooms, last="abcd-4")
+    assert told(history) == (False, "abcd-0", 0)
+
+
+@pytest.mark.parametrize("last", ["wxyz-3", "wxyz-99", "abcd-1"])
+def test_the_log_is_not_read_for_who_has_missed_what_is_gone(log, clock, last):
+    log.keep(20)
+    log.first = 4
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    assert told(enter(rooms, last=last)[2]) == (False, "abcd-20", 5)
+    assert len(log.reads) == 1
+
+
+def test_the_log_is_not_read_for_who_has_missed_too_much(log, clock, monkeypatch):
+    monkeypatch.setattr("chatd.room.room.MAX_LAG", 10)
+    log.keep(20)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    assert told(enter(rooms, last="abcd-9")[2]) == (False, "abcd-20", 5)
+    assert len(log.reads) == 1
+    assert told(enter(rooms, last="abcd-10")[2]) == (True, "abcd-15", 5)
+
+
+def test_what_is_trimmed_while_the_log_is_read_is_lost_for_who_comes_back(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    log.held = True
+    arrived = arrive(rooms, last="abcd-3")
+    page = log.page(3, 5)
+    log.trim(6)
+    log.answer(page)
+    assert told(arrived[0][2]) == (False, "abcd-12", 5)
+
+
+def test_what_is_appended_while_the_log_is_read_for_who_comes_back_follows(log, clock, short_tail):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    log.held = True
+    arrived = arrive(rooms, last="abcd-3")
+    log.say(3)
+    log.release()
+    ((_, member, history),) = arrived
+    clock.turns(60)
+    assert told(history) == (True, "abcd-8", 5)
+    assert member.numbers == [*range(9, 16)]
+
+
+def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    log.held = True
+    herd = [arrive(rooms, last="abcd-3") for _ in range(3)]
+    log.answer()
+    clock.turns()
+    assert rooms._rooms == {}
+    log.keep(2)
+    log.answer()
+    assert log.reads == [("main", None, 5), ("main", 3, 5), ("main", None, 5)]
+    log.release()
+    assert {told(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
+    ((room, member, _), *_) = [*herd[0]]
+    assert rooms._rooms == {"main": room}
+    log.say()
+    clock.turns(60)
+    assert member.numbers == [*range(9, 16)]
+
+
+def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    log.held = True
+    arrived = [arrive(rooms, last="abcd-3"), arrive(rooms, last="abcd-3")]
+    log.fail()
+    assert [failure.type for (failure,) in arrived] == [LogUnavailable, LogUnavailable]
+    assert rooms._recalls._waiting == {}
+    log.release()
+    assert told(enter(rooms, last="abcd-3")[2]) == (True, "abcd-8", 5)
+
+
+def test_a_log_that_goes_down_when_the_room_must_be_loaded_again_fails_who_comes_back(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    log.held = True
+    arrived = arrive(rooms, last="abcd-3")
+    log.answer()
+    clock.turns()
+    log.answer()
+    log.fail()
+    assert arrived[0].type is LogUnavailable
+    assert [rooms._rooms, rooms._missed, rooms._loads._waiting, rooms._recalls._waiting] == [{}] * 4
+
+
+# Pages
+
+
+def request(before=None, after=None, limit=3):
+    before, after = (named if named is None else Id("abcd", named) for named in (before, after))
+    return PageRequest(before, after, limit, None)
+
+
+def page(rooms, asked):
+    """The numbers on a page, its end, and whether there is more before and after it."""
+    frames, end, older, newer = result_of(rooms.page("main", asked))
+    texts = read_frames(b"".join(frames))
+    numbers = [Id.parse(text["id"]).number for text in texts]
+    assert [text["data"]["timestamp"] for text in texts] == [stamped(number) for number in numbers]
+    return numbers, end, older, newer
+
+
+def test_a_page_is_answered_from_the_tail_without_the_log(log, rooms):
+    log.keep(9)
+    enter(rooms)
+    assert page(rooms, request()) == ([7, 8, 9], 9, True, False)
+    assert page(rooms, request(before=7)) == ([4, 5, 6], 6, True, True)
+    assert page(rooms, request(after=0)) == ([1, 2, 3], 3, False, True)
+    assert page(rooms, request(after=9)) == ([], 9, True, False)
+    assert page(rooms, request(before=10)) == ([7, 8, 9], 9, True, False)
+    assert len(log.reads) == 1
+
+
+def test_a_page_that_goes_beyond_the_tail_is_read_from_the_log(log, clock):
+    log.keep(9)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    assert page(rooms, request(before=8)) == ([5, 6, 7], 7, True, True)
+    assert len(log.reads) == 1
+    assert page(rooms, request(before=7)) == ([4, 5, 6], 6, True, True)
+    assert page(rooms, request(after=3)) == ([4, 5, 6], 6, True, True)
+    assert page(rooms, request(limit=6)) == ([4, 5, 6, 7, 8, 9], 9, True, False)
+    assert log.reads[1:] == [("main", 3, 3), ("main", 3, 3), ("main", None, 6)]
+
+
+def test_a_page_of_a_room_that_nobody_is_in_is_read_from_the_log_and_loads_nothing(log, rooms, clock):
+    log.keep(9)
+    assert page(rooms, request(before=4)) == ([1, 2, 3], 3, False, True)
+    assert rooms._rooms == {}
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_page_of_a_room_that_never_was_is_empty(rooms):
+    for asked in (request(), request(before=0), request(before=1), request(after=0)):
+        assert page(rooms, asked) == ([], 0, False, False)
+
+
+def test_a_page_waits_for_the_log(log, rooms):
+    log.held = True
+    log.keep(3)
+    reading = rooms.page("main", request())
+    assert not reading.called
+    log.answer()
+    assert result_of(reading).end == 3
+
+
+def test_a_page_may_name_what_the_log_has_and_the_room_was_not_told_of_yet(log, rooms):
+    enter(rooms)
+    log.keep(3)
+    assert page(rooms, request(after=1)) == ([2, 3], 3, True, False)
+    assert page(rooms, request(before=3)) == ([1, 2], 2, False, True)
+
+
+@pytest.mark.parametrize("someone", [True, False])
+@pytest.mark.parametrize("asked", [request(before=11), request(after=10), request(after=10**15)])
+def test_a_message_that_there_is_not_is_unknown(log, rooms, someone, asked):
+    log.keep(9)
+    if someone:
+        enter(rooms)
+    with pytest.raises(UnknownId):
+        page(rooms, asked)
+
+
+@pytest.mark.parametrize("named", ["before", "after"])
+def test_a_message_of_another_epoch_is_unknown_and_the_log_is_not_read_for_it(log, rooms, named):
+    log.keep(9)
+    asked = request()._replace(**{named: Id("wxyz", 5)})
+    with pytest.raises(UnknownId):
+        page(rooms, asked)
+    assert log.reads == []
+
+
+def test_a_log_that_is_down_fails_the_page(log, rooms):
+    log.held = True
+    reading = rooms.page("main", request())
+    log.fail()
+    with pytest.raises(LogUnavailable):
+        result_of(reading)
+
+
+@st.composite
+def kept(draw):
+    """How much a log holds: its first and its head, and how many messages the tail of its room holds."""
+    head = draw(st.integers(0, 30))
+    return draw(st.integers(1, head + 1)), head, draw(st.integers(1, 40))
+
+
+def two(held):
+    """The same log twice: with someone in the room, and with nobody."""
+    first, head, history = held
+    filled, empty = ScriptedLog(head), ScriptedLog(head)
+    filled.first = empty.first = first
+    crowded = Rooms(filled, Turns(), history)
+    enter(crowded)
+    return crowded, Rooms(empty, Turns(), history)
+
+
+@REPEATABLE
+@given(kept(), st.integers(1, 9))
+@example((4, 20, 5), 3)
+def test_whoever_pages_backwards_gets_every_message_that_is_retained_once(held, limit):
+    first, head, _ = held
+    for rooms in two(held):
+        seen, asked = [], request(limit=limit)
+        while True:
+            numbers, end, older, _ = page(rooms, asked)
+            assert len(numbers) <= limit
+            seen[:0] = numbers
+            asked = request(before=end - len(numbers) + 1, limit=limit)
+            if not older:
+                break
+        assert seen == [*range(first, head + 1)]
+        assert page(rooms, asked)[0] == []
+
+
+@REPEATABLE
+@given(kept(), st.integers(1, 9))
+@example((4, 20, 5), 3)
+def test_whoever_pages_forwards_gets_every_message_that_is_retained_once(held, limit):
+    first, head, _ = held
+    for rooms in two(held):
+        seen, asked = [], request(after=0, limit=limit)
+        while True:
+            numbers, end, _, newer = page(rooms, asked)
+            assert len(numbers) <= limit
+            seen += numbers
+            asked = request(after=end, limit=limit)
+            if not newer:
+                break
+        assert seen == [*range(first, head + 1)]
+        assert end == head
+        assert page(rooms, asked)[0] == []
+
+
+@REPEATABLE
+@given(kept(), st.sampled_from(["before", "after"]), st.integers(0, 33), st.integers(1, 9))
+def test_the_tail_and_the_log_answer_alike(held, named, number, limit):
+    def answer(rooms):
+        try:
+            return page(rooms, request(**{named: number}, limit=limit))
+        except UnknownId:
+            return None
+
+    crowded, empty = two(held)
+    assert answer(crowded) == answer(empty)
+
+
+@REPEATABLE
+@given(kept(), st.integers(0, 33), st.integers(0, 9))
+def test_whoever_comes_back_gets_exactly_what_was_missed_or_is_told_that_it_is_gone(held, number, later):
+    first, head, history = held
+    log, clock = ScriptedLog(head), Turns()
+    log.first = first
+    rooms = Rooms(log, clock, history)
+    enter(rooms)
+    member = Reader()
+    _, _, said = enter(rooms, member, last=f"abcd-{number}")
+    log.say(later)
+    clock.turns(80)
+    end = Id.parse(said["id"]).number
+    assert len(said["data"]) <= history
+    if first - 1 <= number <= head:
+        assert said["resumed"]
+        assert "more" not in said
+        assert end == number + min(history, head - number)
+    else:
+        assert said["resumed"] is False
+        assert end == head
+        assert ("more" in said) == (head - len(said["data"]) >= first)
+    assert member.numbers == [*range(end + 1, head + later + 1)]
+    assert member.cursor == head + later
+
+
+# Interrupted
+
+
+def said(member):
+    """What a member has received, such as ["message abcd-3", "history efgh-2"]; a history says what it stands for."""
+    for text in member.texts:
+        if text["type"] == "history":
+            assert text["resumed"] is False
+            holds(text)
+    return [f"{text['type']} {text['id']}" for text in member.texts]
+
+
+def test_what_was_not_told_is_read_and_nobody_notices(log, rooms, clock):
+    log.keep(3)
+    room, member, _ = enter(rooms)
+    _, reader, _ = enter(rooms, Reader(form=event))
+    log.say()
+    clock.turns()
+    log.miss(2)
+    assert log.reads[1:] == [("main", 4, MAX_LAG)]
+    clock.turns()
+    log.say()
+    clock.turns()
+    assert said(member) == said(reader) == [f"message abcd-{number}" for number in (4, 5, 6, 7)]
+    assert enter(rooms)[0] is room
+    assert clock.getDelayedCalls() == []
+
+
+def test_where_nothing_was_missed_nothing_happens(log, rooms, clock):
+    log.keep(3)
+    _, member, _ = enter(rooms)
+    log.miss()
+    clock.turns()
+    assert member.writes == []
+    assert log.reads[1:] == [("main", 3, MAX_LAG)]
+
+
+@pytest.mark.parametrize("told", [0, 1, 2, 3])
+def test_what_is_appended_meanwhile_keeps_its_place_and_comes_once(log, rooms, clock, told):
+    _, member, _ = enter(rooms)
+    log.say()
+    log.held = True
+    log.miss(2)
+    for number in range(3):
+        if number == told:
+            page = log.page(1, MAX_LAG)
+        log.say()
+    clock.turns()
+    assert member.numbers == [1], "it waits"
+    log.answer(page if told < 3 else None)
+    clock.turns()
+    assert member.numbers == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_room_that_nobody_is_in_is_not_read(log, rooms, clock):
+    room, member, _ = enter(rooms)
+    rooms.open("opened")
+    rooms.leave(room, member)
+    reads = len(log.reads)
+    log.miss(2)
+    assert (len(log.reads), len(rooms)) == (reads, 0)
+
+
+def test_each_room_is_loaded_for_itself(log, rooms, clock):
+    log.keep(2)
+    members = [enter(rooms, name=name)[1] for name in ("one", "other")]
+    log.held = True
+    log.miss(1)
+    assert log.reads[2:] == [("one", 2, MAX_LAG), ("other", 2, MAX_LAG)]
+    log.answer()
+    clock.turns()
+    assert [member.numbers for member in members] == [[3], []]
+    log.answer()
+    clock.turns()
+    assert [member.numbers for member in members] == [[3], [3]]
+
+
+def test_who_is_told_nothing_for_too_long_begins_anew(log, clock, monkeypatch):
+    monkeypatch.setattr("chatd.room.registry.MAX_LAG", 4)
+    rooms = Rooms(log, clock, 3)
+    log.keep(2)
+    _, member, _ = enter(rooms)
+    log.miss(4)
+    clock.turns()
+    assert said(member) == [f"message abcd-{number}" for number in (3, 4, 5, 6)]
+    log.miss(5)
+    assert log.reads[2:] == [("main", 6, 4), ("main", None, 3)]
+    clock.turns()
+    assert said(member)[4:] == ["history abcd-11"]
+    assert (len(member.texts[-1]["data"]), member.texts[-1]["more"]) == (3, True)
+    log.say()
+    clock.turns()
+    assert said(member)[5:] == ["message abcd-12"]
+
+
+def test_who_missed_what_was_removed_meanwhile_begins_anew(log, rooms, clock):
+    log.keep(2)
+    _, member, _ = enter(rooms)
+    log.keep(3)
+    log.first = 5
+    log.miss()
+    clock.turns()
+    assert said(member) == ["history abcd-5"]
+    assert [len(member.texts[0]["data"]), "more" in member.texts[0]] == [1, False]
+
+
+def test_what_was_kept_is_not_missed_though_all_before_it_was_removed(log, rooms, clock):
+    log.keep(2)
+    _, member, _ = enter(rooms)
+    log.keep(3)
+    log.first = 3
+    log.miss()
+    clock.turns()
+    assert member.numbers == [3, 4, 5]
+    assert told(enter(rooms)[2]) == (None, "abcd-5", 3)
+
+
+def test_in_another_history_everyone_begins_anew_and_goes_on_from_there(log, rooms, clock):
+    log.keep(5)
+    room, member, _ = enter(rooms)
+    _, reader, _ = enter(rooms, Reader(form=event))
+    log.say()
+    clock.turns()
+    log.lose(4)
+    assert log.reads[1:] == [("main", None, 100)]
+    clock.turns()
+    log.say(2)
+    clock.turns()
+    assert said(member) == said(reader) == ["message abcd-6", "history efgh-4", "message efgh-5", "message efgh-6"]
+    assert [member.cursor, reader.cursor, room.head, room.epoch] == [6, 6, 6, "efgh"]
+    assert reader.writes[1].startswith(b"event: history\nid: efgh-4\n")
+
+
+def test_so_they_do_when_that_is_as_long_and_when_it_is_longer_and_when_it_is_empty(log, rooms, clock):
+    log.keep(2)
+    _, member, _ = enter(rooms)
+    log.lose(2, "efgh")
+    clock.turns()
+    log.epoch = "ijkl"
+    log.miss(3)
+    clock.turns()
+    log.lose(0, "mnop")
+    clock.turns()
+    assert said(member) == ["history efgh-2", "history ijkl-5", "history mnop-0"]
+    assert [len(text["data"]) for text in member.texts] == [2, 5, 0]
+
+
+def test_what_the_other_history_goes_on_with_meanwhile_follows(log, rooms, clock):
+    log.keep(5)
+    _, member, _ = enter(rooms)
+    log.held = True
+    log.lose(1)
+    log.say()
+    page = log.page(None, 100)
+    log.say()
+    log.trim(2)
+    log.answer(page)
+    clock.turns()
+    assert said(member) == ["history efgh-2", "message efgh-3"]
+    assert told(enter(rooms)[2]) == (None, "efgh-3", 2)
+
+
+def test_one_whose_transport_is_full_begins_anew_after_what_it_was_given(log, rooms, clock):
+    room, member, _ = enter(rooms, Reader(10))
+    log.say(3)
+    clock.turns()
+    assert not member.ready
+    log.lose(1)
+    clock.turns()
+    log.say()
+    clock.turns()
+    member.drain(room)
+    clock.turns()
+    assert said(member) == ["message abcd-1", "history efgh-1", "message efgh-2"]
+
+
+def test_a_pass_that_was_going_on_is_over(log, rooms, clock):
+    members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
+    log.say(2)
+    clock.turn()
+    log.lose(1)
+    log.say()
+    clock.turn()
+    assert said(members[0]) == ["message abcd-1", "message abcd-2", "history efgh-1", "message efgh-2"]
+    clock.turns()
+    assert said(members[-1]) == ["history efgh-1", "message efgh-2"]
+    assert not rooms.busy
+
+
+def test_a_pass_goes_on_while_the_room_is_loaded_again(log, rooms, clock):
+    members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
+    log.say(2)
+    clock.turn()
+    log.held = True
+    log.miss(2)
+    assert rooms.busy
+    clock.turns()
+    assert [member.numbers for member in members] == [[1, 2]] * len(members)
+    log.release()
+    clock.turns()
+    assert [member.numbers for member in members] == [[1, 2, 3, 4]] * len(members)
+
+
+def test_joined_runs_of_the_lost_history_are_given_to_nobody(log, rooms, clock):
+    members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
+    log.say(2, "lost")
+    clock.turn()
+    log.lose(0)
+    log.say(2, "found")
+    clock.turns(40)
+    assert [text["data"]["message"] for text in members[-1].texts[1:]] == ["found", "found"]
+    assert [text["data"]["message"] for text in members[0].texts[3:]] == ["found", "found"]
+
+
+def test_the_history_is_shown_as_it_is_now(log, rooms):
+    log.keep(3)
+    enter(rooms)
+    assert told(enter(rooms, last="abcd-3")[2]) == (True, "abcd-3", 0)
+    log.lose(3)
+    assert told(enter(rooms)[2]) == (None, "efgh-3", 3)
+    assert told(enter(rooms, last="abcd-3")[2]) == (False, "efgh-3", 3)
+    assert told(enter(rooms, last="efgh-3")[2]) == (True, "efgh-3", 0)
+
+
+# ... with others who come, go, post and page meanwhile
+
+
+def test_who_joins_meanwhile_waits_and_those_who_were_there_are_told_first(log, rooms, clock):
+    log.keep(3)
+    room, member, _ = enter(rooms)
+    log.held = True
+    log.lose(1)
+    arrived = [arrive(rooms), arrive(rooms)]
+    assert arrived == [[], []]
+    assert len(log.reads) == 2
+    log.answer()
+    assert said(member) == ["history efgh-1"]
+    assert [told(history) for ((_, _, history),) in arrived] == [(None, "efgh-1", 1)] * 2
+    assert {joined for ((joined, _, _),) in arrived} == {room}
+    log.say()
+    clock.turns()
+    assert [newcomer.numbers for ((_, newcomer, _),) in arrived] == [[2], [2]]
+    assert said(member)[1:] == ["message efgh-2"]
+
+
+def test_who_comes_back_meanwhile_gets_what_it_missed_and_what_nobody_was_told(log, rooms, clock):
+    log.keep(3)
+    enter(rooms)
+    log.held = True
+    log.miss(2)
+    arrived = arrive(rooms, last="abcd-2")
+    log.answer()
+    assert told(arrived[0][2]) == (True, "abcd-5", 3)
+    log.release()
+
+
+@pytest.mark.parametrize(
+    ("last", "history"),
+    [("abcd-2", (False, "efgh-3", 3)), ("efgh-2", (True, "efgh-3", 1)), ("efgh-9", (False, "efgh-3", 3))],
+)
+def test_who_comes_back_meanwhile_resumes_in_the_history_that_is(log, rooms, clock, last, history):
+    log.keep(5)
+    enter(rooms)
+    log.held = True
+    log.lose(3)
+    arrived = arrive(rooms, last=last)
+    log.release()
+    assert told(arrived[0][2]) == history
+
+
+def test_who_came_back_to_the_lost_history_begins_anew_in_the_one_that_is(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    log.held = True
+    arrived = arrive(rooms, last="abcd-3")
+    log.lose(11)
+    log.answer()
+    assert arrived == []
+    log.answer()
+    assert told(arrived[0][2]) == (False, "efgh-11", 5)
+
+
+def test_who_comes_back_when_it_happens_is_given_what_the_log_held(log, clock):
+    log.keep(12)
+    rooms = Rooms(log, clock, 5)
+    enter(rooms)
+    log.held = True
+    arrived = arrive(rooms, last="abcd-3")
+    log.miss(2)
+    log.answer()
+    assert arrived == [], "the room is loaded again"
+    log.release()
+    clock.turns(60)
+    ((_, member, history),) = arrived
+    assert told(history) == (True, "abcd-8", 5)
+    assert member.numbers == [*range(9, 15)]
+
+
+def test_a_page_is_read_from_the_log_meanwhile(log, rooms):
+    log.keep(3)
+    enter(rooms)
+    log.held = True
+    log.miss(2)
+    reading = rooms.page("main", request())
+    log.release()
+    assert result_of(reading).end == 5
+
+
+def test_a_page_is_of_the_history_that_is(log, rooms):
+    log.keep(5)
+    enter(rooms)
+    log.lose(4)
+    with pytest.raises(UnknownId):
+        page(rooms, request(before=3))
+    numbers, end, _, _ = page(rooms, request())
+    assert (numbers, end) == ([2, 3, 4], 4)
+    asked = PageRequest(None, Id("efgh", 1), 3, None)
+    assert page(rooms, asked)[0] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("named", ["before", "after"])
+def test_a_message_of_the_history_that_is_lost_while_the_page_is_read_is_unknown(log, rooms, named):
+    log.keep(5)
+    log.held = True
+    asked = request()._replace(**{named: Id("abcd", 3)})
+    reading = rooms.page("main", asked)
+    log.lose(4)
+    log.release()
+    with pytest.raises(UnknownId):
+        result_of(reading)
+
+
+def test_the_newest_page_is_of_whatever_history_there_is_when_it_is_read(log, rooms):
+    log.keep(5)
+    log.held = True
+    reading = rooms.page("main", request())
+    log.lose(4)
+    log.release()
+    frames = result_of(reading).frames
+    assert [text["id"] for text in read_frames(b"".join(frames))] == ["efgh-2", "efgh-3", "efgh-4"]
+
+
+def test_a_post_goes_to_the_log_meanwhile_and_comes_in_its_place(log, rooms, clock):
+    _, member, _ = enter(rooms)
+    log.held = True
+    log.miss(2)
+    poster = object()
+    rooms.post("main", Post("ann", "hi"), poster)
+    assert log.posts == [("main", Post("ann", "hi"), poster)]
+    log.say()
+    log.release()
+    clock.turns()
+    assert member.numbers == [1, 2, 3]
+
+
+def test_who_leaves_meanwhile_is_told_nothing_and_the_room_is_forgotten_with_the_last(log, rooms, clock):
+    log.keep(3)
+    room, one, _ = enter(rooms)
+    _, other, _ = enter(rooms)
+    log.held = True
+    log.lose(1)
+    rooms.leave(room, one)
+    log.answer()
+    assert (one.writes, said(other)) == ([], ["history efgh-1"])
+    log.lose(1, "ijkl")
+    rooms.leave(room, other)
+    log.answer()
+    clock.turns()
+    assert said(other) == ["history efgh-1"]
+    assert [rooms._rooms, rooms._stale, rooms._missed, rooms._loads._waiting] == [{}] * 4
+    assert clock.getDelayedCalls() == []
+
+
+def test_who_leaves_as_it_is_told_leaves_nothing_behind(log, rooms, clock):
+    log.keep(3)
+    _, first, _ = enter(rooms)
+    _, last, _ = enter(rooms)
+    log.say()
+    clock.turns()
+    delivered = rooms.delivered
+    first.tell = lambda _: last.leave() or first.leave()
+    log.lose(1)
+    clock.turns()
+    assert rooms.delivered == delivered == 2
+    assert (len(rooms), rooms._stale) == (0, {})
+
+
+def test_what_is_trimmed_meanwhile_is_shown_no_more(log, rooms):
+    log.keep(5)
+    enter(rooms)
+    log.held = True
+    log.miss(2)
+    page = log.page(5, MAX_LAG)
+    log.trim(4)
+    log.answer(page)
+    assert told(enter(rooms)[2]) == (None, "abcd-7", 4)
+
+
+def test_what_is_trimmed_in_a_room_that_waits_to_be_loaded_is_shown_no_more(log, rooms, clock):
+    log.keep(5)
+    enter(rooms)
+    log.held = True
+    log.miss(2)
+    log.fail()
+    log.trim(4)
+    log.release()
+    clock.advance(RELOAD_SECONDS)
+    assert told(enter(rooms)[2]) == (None, "abcd-7", 4)
+
+
+def test_what_was_trimmed_in_the_lost_history_is_not_hidden_in_the_next(log, rooms):
+    log.keep(9)
+    log.held = True
+    arrived = arrive(rooms)
+    log.trim(8)
+    log.first = 1  # a replica that had not heard of it
+    log.lose(5)
+    log.release()
+    assert told(arrived[0][2]) == (None, "efgh-5", 5)
+
+
+# ... again, and when the log is down
+
+
+def test_a_load_that_fails_is_tried_again_and_meanwhile_what_was_there_is_served(log, rooms, clock):
+    room, member, _ = enter(rooms, Reader(10))
+    log.say(3)
+    clock.turns()
+    log.held = True
+    log.miss(2)
+    arrived = arrive(rooms)
+    log.fail()
+    assert arrived[0].type is LogUnavailable
+    member.drain(room)
+    clock.turns()
+    assert member.numbers == [1, 2, 3]
+    reads = len(log.reads)
+    clock.advance(RELOAD_SECONDS - 0.01)
+    assert len(log.reads) == reads
+    clock.advance(0.01)
+    assert log.reads[reads:] == [("main", 3, MAX_LAG)]
+    log.fail()
+    clock.advance(RELOAD_SECONDS)
+    log.say()
+    log.answer()
+    clock.turns()
+    assert member.numbers == [1, 2, 3, 4, 5, 6]
+    assert clock.getDelayedCalls() == []
+
+
+def test_who_comes_when_a_load_has_failed_begins_another_for_all(log, rooms, clock):
+    log.keep(1)
+    _, member, _ = enter(rooms)
+    log.held = True
+    log.lose()
+    log.fail()
+    log.release()
+    assert told(enter(rooms)[2]) == (None, "efgh-0", 0)
+    assert said(member) == ["history efgh-0"]
+    reads = len(log.reads)
+    clock.advance(RELOAD_SECONDS)
+    assert len(log.reads) == reads
+
+
+def test_for_all_rooms_there_is_one_next_try_however_often_it_was_interrupted(log, rooms, clock):
+    for name in ("one", "other"):
+        enter(rooms, name=name)
+    clock.turns()
+    log.held = True
+    for _ in range(5):
+        log.miss(1)
+    log.fail(), log.fail()
+    assert len(clock.getDelayedCalls()) == 1
+    reads = len(log.reads)
+    clock.advance(RELOAD_SECONDS)
+    assert log.reads[reads:] == [("one", 0, MAX_LAG), ("other", 0, MAX_LAG)]
+    log.fail()
+    assert len(clock.getDelayedCalls()) == 1
+    log.fail()
+    assert len(clock.getDelayedCalls()) == 1
+
+
+def test_a_room_that_all_have_left_is_not_loaded_again(log, rooms, clock):
+    room, member, _ = enter(rooms)
+    log.say(2)
+    clock.turns()
+    log.held = True
+    log.miss(2)
+    log.fail()
+    rooms.leave(room, member)
+    delivered, reads = rooms.delivered, len(log.reads)
+    clock.advance(RELOAD_SECONDS)
+    assert (rooms.delivered, len(log.reads), len(rooms)) == (delivered, reads, 0)
+    assert clock.getDelayedCalls() == []
+
+
+def test_but_it_is_for_who_waits_for_it(log, rooms, clock):
+    room, member, _ = enter(rooms)
+    log.held = True
+    log.miss(2)
+    log.fail()
+    rooms.leave(room, member)
+    arrived = arrive(rooms)
+    clock.advance(RELOAD_SECONDS)
+    log.answer()
+    assert told(arrived[0][2]) == (None, "abcd-2", 2)
+    assert arrived[0][0] is room
+
+
+def test_what_was_read_before_the_last_interruption_is_read_again(log, rooms, clock):
+    log.keep(1)
+    _, member, _ = enter(rooms)
+    log.held = True
+    log.miss(1)
+    page = log.page(1, MAX_LAG)
+    log.say()
+    log.miss(1)
+    log.say()
+    log.answer(page)
+    clock.turns()
+    assert (log.reads[1:], member.writes) == ([("main", 1, MAX_LAG)] * 2, [])
+    log.answer()
+    log.say()
+    clock.turns()
+    assert member.numbers == [2, 3, 4, 5, 6]
+
+
+def test_also_for_the_first_who_comes(log, rooms, clock):
+    log.held = True
+    arrived = arrive(rooms)
+    page = log.page(None, 100)
+    log.miss(2)
+    log.say()
+    log.answer(page)
+    assert arrived == []
+    log.answer()
+    assert told(arrived[0][2]) == (None, "abcd-3", 3)
+
+
+def test_what_was_told_of_the_lost_history_does_not_follow_the_next(log, rooms, clock):
+    log.held = True
+    arrived = arrive(rooms)
+    log.say(3)
+    log.lose(1)
+    log.say()
+    log.release()
+    ((_, member, history),) = arrived
+    clock.turns()
+    assert (told(history), member.writes) == ((None, "efgh-2", 2), [])
+
+
+def test_two_histories_lost_one_after_the_other_are_one_fresh_start(log, rooms, clock):
+    log.keep(3)
+    _, member, _ = enter(rooms)
+    log.held = True
+    log.lose(2, "efgh")
+    page = log.page(None, 100)
+    log.lose(1, "ijkl")
+    log.answer(page)
+    clock.turns()
+    assert member.writes == []
+    log.release()
+    clock.turns()
+    assert said(member) == ["history ijkl-1"]
+
+
+def test_the_log_may_be_lost_while_what_was_not_told_is_read(log, rooms, clock):
+    log.keep(3)
+    _, member, _ = enter(rooms)
+    log.held = True
+    log.miss(2)
+    log.lose(1)
+    log.release()
+    clock.turns()
+    assert said(member) == ["history efgh-1"]
+
+
+def test_a_fault_that_is_not_the_logs_is_not_hidden(log, rooms, events):
+    enter(rooms)
+    log.held = True
+    log.miss()
+    log.waiting.popleft()[2].errback(ZeroDivisionError())
+    gc.collect()
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+
+
+# ... as it is counted
+
+
+def test_nothing_that_is_counted_goes_back(log, rooms, clock):
+    seen = []
+
+    def look():
+        assert [*rooms] == [*{*rooms}]
+        assert len([*rooms]) == len(rooms)
+        seen.append((rooms.delivered, rooms.messages))
+        assert [*seen] == sorted(seen)
+        return len(rooms), rooms.delivered, rooms.busy
+
+    log.keep(5)
+    room, member, _ = enter(rooms)
+    _, other, _ = enter(rooms)
+    log.say()
+    assert look() == (1, 0, True)
+    clock.turns()
+    assert look() == (1, 2, False)
+    log.held = True
+    log.lose(1)
+    assert look() == (1, 2, False)
+    rooms.leave(room, other)
+    assert look() == (1, 2, False)
+    log.say()
+    log.answer()
+    assert look() == (1, 2, True)
+    clock.turns()
+    assert look() == (1, 2, False), "it was in the history"
+    log.say(2)
+    clock.turns()
+    assert look() == (1, 4, False)
+    rooms.leave(room, member)
+    assert look() == (0, 4, False)
+
+
+def test_what_is_served_while_the_room_waits_to_be_loaded_is_counted(log, rooms, clock):
+    room, member, _ = enter(rooms, Reader(10))
+    log.say(3)
+    clock.turns()
+    log.held = True
+    log.lose()
+    member.drain(room)
+    assert rooms.busy
+    clock.turns()
+    assert (rooms.delivered, rooms.busy) == (3, False)
+
+
+# ... whatever happens
+
+
+class Recorded:
+    """A client, and all that it is given: what it begins with, and what follows."""
+
+    def __init__(self, rooms, member, last=None):
+        self.member = member
+        self.arrived = arrive(rooms, member, last=last)
+        self.acks = []
+
+    @property
+    def here(self):
+        return bool(self.arrived) and isinstance(self.arrived[0], tuple)
+
+    @property
+    def room(self):
+        return self.arrived[0][0]
+
+    def follow(self, logs, lag, removed):
+        """Hold it all to the logs by epoch; answers the id of its last message."""
+        history = self.arrived[0][2]
+        at, acks = self._begin(history, logs), []
+        for text in self.member.texts:
+            kind, place = text["type"], Id.parse(text["id"])
+            if kind == "history":
+                assert text["resumed"] is False
+                # In the same history only if it had gone on too far, or was removed.
+                assert place.epoch != at.epoch or place.number > at.number + lag or at.number + 1 < removed
+                at = self._begin(text, logs)
+            elif kind == "message":
+                assert place == Id(at.epoch, at.number + 1)
+                assert text["data"]["message"] == logs[place.epoch][place.number - 1].message
+                at = place
+            else:
+                assert place.epoch == at.epoch
+                assert place.number <= at.number, "after its message"
+                acks.append(place)
+        assert acks == [ack for ack in self.acks if ack in acks], "in order, and once"
+        return at
+
+    def acked(self, epoch):
+        """Which of its posts in a history were acknowledged to it."""
+        acks = [Id.parse(text["id"]) for text in self.member.texts if text["type"] == "ack"]
+        return [ack for ack in acks if ack.epoch == epoch]
+
+    @staticmethod
+    def _begin(history, logs):
+        epoch, end = Id.parse(history["id"])
+        data = history["data"]
+        entries = logs[epoch][end - len(data) : end]
+        assert [entry["message"] for entry in data] == [entry.message for entry in entries]
+        return Id(epoch, end)
+
+
+class ALogThatIsLost(RuleBasedStateMachine):
+    """However often the log is interrupted or lost, each client has, in each history, a run without gap or double.
+
+    A history is a list of texts, each of which is written once, so that none is taken for that of another.
+    """
+
+    LAG = 8
+
+    @initialize(tail=st.integers(200, 2000), history=st.integers(1, 5))
+    def begin(self, tail, history):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("chatd.room.tail.TAIL_BYTES", tail)
+        self.patch.setattr("chatd.room.tail.RUN_BYTES", 400)
+        self.patch.setattr("chatd.room.sweep.SLICE_MEMBERS", 2)
+        self.patch.setattr("chatd.room.sweep.SLICE_SECONDS", -1)
+        self.patch.setattr("chatd.room.registry.MAX_LAG", self.LAG)
+        self.clock, self.log = Turns(), ScriptedLog()
+        self.rooms = Rooms(self.log, self.clock, history)
+        self.logs = {self.log.epoch: self.log.entries}
+        self.untold = []
+        self.removed = 0
+        self.clients = []
+        self.away = []
+        self.texts = count()
+        self.delivered = 0
+
+    def teardown(self):
+        if hasattr(self, "patch"):
+            self.patch.undo()
+
+    def write(self, number):
+        for _ in range(number):
+            self.untold += self.log.keep(1, f"m{next(self.texts)}")
+
+    @rule(number=st.integers(1, 4))
+    def keep(self, number):
+        """The log has it, and tells it later."""
+        self.write(number)
+
+    @rule()
+    def tell(self):
+        self.log.follower.appended("main", self.untold)
+        self.untold = []
+
+    @rule(number=st.integers(0, 12))
+    def miss(self, number):
+        self.write(number)
+        self.untold = []
+        self.log.miss()
+
+    @rule(part=st.integers(0, 4))
+    def lose(self, part):
+        self.untold = []
+        self.log.lose(len(self.log.entries) * part // 4, f"e{len(self.logs):03}")
+        self.logs[self.log.epoch] = self.log.entries
+
+    @rule(part=st.integers(1, 4))
+    def trim(self, part):
+        first = max(self.log.first, len(self.log.entries) * part // 4)
+        self.removed = max(self.removed, first)
+        self.log.trim(first)
+
+    @rule(space=st.none() | st.integers(0, 600), form=st.sampled_from([None, event]))
+    def join(self, space, form):
+        self.clients.append(Recorded(self.rooms, Reader(space, form=form)))
+
+    @rule(which=st.randoms(use_true_random=False), ahead=st.integers(0, 2))
+    @precondition(lambda self: self.away)
+    def come_back(self, which, ahead):
+        last = self.away.pop(which.randrange(len(self.away)))
+        self.clients.append(Recorded(self.rooms, Reader(), f"{last.epoch}-{last.number + ahead}"))
+
+    @rule(which=st.randoms(use_true_random=False), number=st.integers(1, 3))
+    @precondition(lambda self: any(client.here and client.member.form is None for client in self.clients))
+    def post(self, which, number):
+        client = which.choice([client for client in self.clients if client.here and client.member.form is None])
+        for _ in range(number):
+            self.write(1)
+            self.tell()
+            place = Id(self.log.epoch, len(self.log.entries))
+            client.room.acknowledge(client.member, place.number, ack_frame(place, f"c{place}", duplicate=False))
+            client.acks.append(place)
+
+    @rule()
+    def turn(self):
+        self.clock.turn()
+
+    @rule()
+    def wait(self):
+        self.clock.advance(RELOAD_SECONDS)
+
+    @rule()
+    def hold(self):
+        self.log.held = True
+
+    @rule()
+    @precondition(lambda self: self.log.waiting)
+    def answer(self):
+        self.log.answer()
+
+    @rule()
+    @precondition(lambda self: self.log.waiting)
+    def fail(self):
+        self.log.fail()
+
+    @rule(which=st.randoms(use_true_random=False), space=st.none() | st.integers(0, 600))
+    @precondition(lambda self: any(client.here and not client.member.ready for client in self.clients))
+    def drain(self, which, space):
+        client = which.choice([client for client in self.clients if client.here and not client.member.ready])
+        client.member.drain(client.room, space)
+
+    @rule(which=st.randoms(use_true_random=False))
+    @precondition(lambda self: any(client.here for client in self.clients))
+    def leave(self, which):
+        client = which.choice([client for client in self.clients if client.here])
+        if not client.member.overran:
+            client.member.leave()
+        self.clients.remove(client)
+        client.member.writes.append(client.member.held)
+        self.away.append(client.follow(self.logs, self.LAG, self.removed))
+
+    @invariant()
+    def what_is_counted_does_not_go_back(self):
+        if hasattr(self, "rooms"):
+            assert self.rooms.delivered >= self.delivered
+            self.delivered = self.rooms.delivered
+            assert len(self.rooms) == len([*self.rooms]) <= 1
+
+    @rule()
+    def all_settles(self):
+        self.tell()
+        self.log.release()
+        for _ in range(400):
+            for client in self.clients:
+                if client.here and not client.member.ready:
+                    client.member.drain(client.room)
+            if not self.clock.getDelayedCalls():
+                break
+            self.clock.turn()
+            self.clock.rightNow += RELOAD_SECONDS / 20
+        assert (self.rooms._stale, self.rooms._missed, self.rooms._loads._waiting) == ({}, {}, {})
+        for client in [*self.clients]:
+            if not client.here or client.member.overran:
+                self.clients.remove(client)
+                continue
+            at = client.follow(self.logs, self.LAG, self.removed)
+            assert [ack for ack in client.acks if ack.epoch == at.epoch] == client.acked(at.epoch)
+            assert at == (self.log.epoch, len(self.log.entries))
+            assert client.member.cursor == at.number
+        assert not self.rooms.busy
+        assert len(self.rooms) == bool(self.clients)
+
+
+ALogThatIsLost.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, database=None
+)
+TestALogThatIsLost = ALogThatIsLost.TestCase

@@ -1,0 +1,98 @@
+import pytest
+from support.helpers import ManualTime, RecordingPoster, result_of
+from support.store_contract import SEED, StoreContract
+
+from chatd.messages import Post
+from chatd.store import memory
+from chatd.store.base import DAY, Retention
+from chatd.store.memory import MemoryStore
+
+
+class TestMemoryStore(StoreContract):
+    @pytest.fixture
+    def make(self):
+        return MemoryStore
+
+    def test_nothing_outlives_it(self, bench):
+        first = bench(seed=SEED)
+        first.post("main", "hi")
+        second = bench(seed=SEED)
+        assert second.read("main").head == 2
+        assert second.store.epoch != first.store.epoch
+
+    def test_a_post_is_done_on_return(self, bench):
+        log = bench()
+        poster = RecordingPoster()
+        log.store.append("main", Post("ann", "hi"), poster)
+        assert poster.numbers == [1]
+        assert log.told()
+
+    def test_reading_a_room_takes_no_memory(self, bench):
+        log = bench()
+        log.read("other")
+        assert not log.store._rooms  # else whoever asks for many rooms could fill it
+
+    def test_it_is_always_settled(self, bench):
+        assert result_of(bench().store.settled()) is None
+
+    def test_nothing_is_ever_given_up(self, bench):
+        log = bench()
+        poster = RecordingPoster()
+        log.store.append("main", Post("ann", "hi"), poster)
+        log.store.abandon()
+        assert [event[0] for event in poster.events] == ["posted"]
+
+    def test_its_size_is_how_many_messages_it_has(self, bench):
+        log = bench()
+        before = log.store.usage()["messages"]
+        log.post("main", "hi", "ho")
+        log.post("other", "hi")
+        assert log.store.usage() == {"messages": before + 3}
+
+    def test_nothing_is_ever_wrong_with_it(self, bench):
+        log = bench()
+        log.post("main", "hi")
+        assert log.store.fault is None
+
+    def test_it_keeps_ten_thousand_messages_a_room_if_nothing_else_is_asked_for(self):
+        assert memory.KEEP == 10_000
+
+    @pytest.mark.parametrize("retain", ["all", "30d"])
+    def test_the_memory_that_a_room_takes_is_bounded(self, bench, monkeypatch, retain):
+        monkeypatch.setattr(memory, "KEEP", 3)
+        log = bench(retain=retain)
+        log.post("main", *"abcde")
+        assert log.texts("main") == [*"cde"]
+        assert log.told()[-1] == ("trimmed", "main", 3)
+
+    @pytest.mark.parametrize("retain", ["3", "1d"])
+    def test_the_memory_that_labels_take_is_that_of_the_messages_kept(self, bench, retain):
+        log = bench(retain=retain)
+        for number in range(9):
+            log.say("main", *[Post("ann", f"{number}", f"l{number}")] * 2)
+            log.now.advance(DAY / 3)
+        log.post("main", "without")
+        room = log.store._rooms["main"]
+        assert (
+            sorted(room._labelled.values())
+            == sorted(room._labels)
+            == [entry.number for entry in log.read("main").entries[:-1]]
+        )
+        log.say("main", Post("ann", "else", "l8"))
+        assert len(room._labelled) == len(room._labels) <= 3
+
+    def test_more_than_ten_thousand_are_kept_if_that_is_asked_for(self, monkeypatch):
+        monkeypatch.setattr(memory, "KEEP", 3)
+        store = MemoryStore(Retention(messages=5), ManualTime())
+        store.open(())
+        for text in "abcdef":
+            store.append("main", Post("ann", text), RecordingPoster())
+        assert result_of(store.read("main", None, 100))[1:] == (2, 6)
+
+    def test_a_room_of_which_all_is_too_old_is_emptied_message_by_message(self, bench):
+        log = bench(retain="1d")
+        log.post("main", *"abc")
+        log.now.advance(DAY + 1)
+        log.post("main", "d")
+        assert log.texts("main") == ["d"]
+        assert log.told()[-1] == ("trimmed", "main", 4)

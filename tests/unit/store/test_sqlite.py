@@ -1,0 +1,1378 @@
+import fcntl
+import itertools
+import os
+import queue
+import shutil
+import sqlite3
+import threading
+from contextlib import closing
+
+import pytest
+from support.helpers import HeldWorker, ImmediateWorker, ManualTime, RecordingFollower, RecordingPoster, result_of
+from support.store_contract import SEED, DurableStoreContract
+from twisted.logger import capturedLogs, formatEvent
+
+from chatd.messages import Post
+from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
+from chatd.store import sqlite
+from chatd.store.base import DAY, Retention, StoreError
+from chatd.store.sqlite import APPLICATION_ID, FORMAT, ROWS, SqliteStore, ThreadWorker
+
+ALL = Retention()
+
+
+class TestSqliteStore(DurableStoreContract):
+    worker = ImmediateWorker
+
+    @pytest.fixture
+    def make(self, tmp_path):
+        paths = (tmp_path / f"{number}.sqlite" for number in itertools.count())
+        return lambda retain, now: SqliteStore(next(paths), retain, now, self.worker(), self.worker())
+
+    @pytest.fixture
+    def again(self):
+        return lambda store, retain, now: SqliteStore(store._path, retain, now, self.worker(), self.worker())
+
+
+class TestSqliteStoreThatGathers(TestSqliteStore):
+    gathers = True
+
+    @pytest.fixture(autouse=True)
+    def workers(self):
+        self.asked = []
+
+    def worker(self):
+        self.asked.append(HeldWorker())
+        return self.asked[-1]
+
+    def wait(self, deferred):
+        for worker in self.asked:
+            worker.run_all()
+        return super().wait(deferred)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "chat.sqlite"
+
+
+@pytest.fixture
+def opened(path, monkeypatch):
+    """What opens a store; all are closed in the end, and whether they opened or failed, nothing of them stays open."""
+    stores, connections, paths = [], [], set()
+    connect = sqlite3.connect
+
+    def noted_connect(*args, **options):
+        connections.append(connect(*args, **options))
+        return connections[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noted_connect)
+
+    def build(where=path, *, retain=ALL, now=None, writer=None, reader=None, seed=()):
+        paths.add(where)
+        workers = writer or ImmediateWorker(), reader or ImmediateWorker()
+        store = SqliteStore(where, retain, now or ManualTime(), *workers)
+        store.open(seed)
+        stores.append(store)
+        return store
+
+    yield build
+    for store in stores:
+        if store._writer.running:
+            closed = store.close()
+            if isinstance(store._writer, HeldWorker):
+                store._writer.run_all()
+            result_of(closed)
+    for connection in connections:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            connection.execute("SELECT 1")
+    for where in paths:
+        lock = where.with_name(f"{where.name}-lock")
+        if lock.exists():
+            with lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def post(store, *texts, room="main", label=None, poster=None):
+    """Post texts; answers the poster that hears of them all."""
+    poster = poster or RecordingPoster()
+    for text in texts:
+        store.append(room, Post("ann", text, label), poster)
+    return poster
+
+
+def page(store, room="main", after=None, limit=10_000):
+    return result_of(store.read(room, after, limit))
+
+
+def texts(store, room="main"):
+    return [entry.message for entry in page(store, room).entries]
+
+
+def run_sql(path, *statements):
+    """What someone else does with the file; answers the rows of the last statement."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        return [db.execute(statement).fetchall() for statement in statements][-1]
+
+
+def copy_of(path, folder):
+    """The files as they are in this instant: what the next process would find if this one were killed now."""
+    folder.mkdir()
+    for file in path.parent.glob(f"{path.name}*"):
+        if not file.name.endswith(("-lock", "-shm")):
+            shutil.copy(file, folder)
+    return folder / path.name
+
+
+# What stays
+
+
+def test_the_epoch_the_messages_and_the_numbers_outlive_the_process(opened):
+    store = opened(seed=SEED)
+    post(store, "one", "two")
+    post(store, "else", room="other")
+    epoch, before = store.epoch, page(store)
+    result_of(store.close())
+    again = opened(seed=SEED)
+    assert again.epoch == epoch
+    assert page(again) == before
+    assert post(again, "three").numbers == [5]
+    assert post(again, "else", room="other").numbers == [2]
+
+
+def test_timestamps_do_not_go_back_from_one_process_to_the_next(opened):
+    now = ManualTime()
+    store = opened(now=now)
+    post(store, "one")
+    result_of(store.close())
+    now.advance(-3600)
+    store = opened(now=now)
+    for room in ("main", "other"):  # nor from one room to another: it is one log
+        post(store, "two", room=room)
+        assert page(store, room).entries[-1].timestamp == "2026-01-01T00:00:00.000Z"
+
+
+def test_numbers_are_not_used_again_after_everything_was_trimmed_and_the_log_opened_again(opened):
+    now = ManualTime()
+    store = opened(retain=Retention(seconds=DAY), now=now)
+    post(store, "one", "two")
+    result_of(store.close())
+    now.advance(2 * DAY)
+    store = opened(retain=Retention(seconds=DAY), now=now)
+    assert page(store) == Page([], first=3, head=2)
+    assert post(store, "three").numbers == [3]
+
+
+@pytest.mark.parametrize("retain", [Retention(messages=2), Retention(seconds=DAY)])
+def test_what_is_retained_no_longer_is_removed_when_the_log_is_opened(opened, retain):
+    now = ManualTime()
+    store = opened(now=now)
+    post(store, "one", "two")
+    now.advance(DAY + 1)
+    post(store, "three", "four")
+    result_of(store.close())
+    assert texts(opened(retain=retain, now=now)) == ["three", "four"]
+
+
+def test_what_anyone_is_told_is_in_the_file_already(opened, path, tmp_path):
+    class Killing(RecordingPoster, RecordingFollower):
+        def appended(self, room, entries):
+            super().appended(room, entries)
+            copy_of(path, tmp_path / "followed")
+
+        def posted(self, post, number, *, duplicate=False):
+            super().posted(post, number, duplicate=duplicate)
+            copy_of(path, tmp_path / "posted")
+
+    store, witness = opened(), Killing()
+    store.tail(witness)
+    post(store, "hi", poster=witness)
+    assert [event[0] for event in witness.events] == ["appended", "posted"]
+    for folder in ("followed", "posted"):
+        survivor = opened(tmp_path / folder / path.name)
+        assert survivor.epoch == store.epoch
+        assert page(survivor) == page(store)
+
+
+# The seed
+
+
+def test_the_seed_is_written_once_and_never_again(opened):
+    result_of(opened(seed=SEED).close())
+    assert page(opened(seed=SEED)) == Page([*SEED], first=1, head=2)
+
+
+@pytest.mark.parametrize("posts", [0, 1])
+def test_the_seed_is_not_written_again_after_it_was_trimmed(opened, posts):
+    store = opened(retain=Retention(seconds=DAY), seed=SEED)
+    post(store, *["hi"] * posts)
+    result_of(store.close())
+    store = opened(seed=SEED)
+    assert texts(store) == ["hi"] * posts
+    assert page(store)[1:] == (3, 2 + posts)
+
+
+def test_a_log_that_began_without_a_seed_gets_none_later(opened):
+    result_of(opened().close())
+    assert page(opened(seed=SEED)) == Page([], first=1, head=0)
+
+
+def test_whoever_dies_while_the_log_is_created_leaves_none(opened, path, tmp_path, monkeypatch):
+    deaths = []
+
+    def dying(work):
+        def die(*args):
+            deaths.append(copy_of(path, tmp_path / f"{len(deaths)}"))
+            work(*args)
+            deaths.append(copy_of(path, tmp_path / f"{len(deaths)}"))
+
+        return die
+
+    with monkeypatch.context() as patch:
+        for name in ("_insert", "_set_head"):
+            patch.setattr(SqliteStore, name, dying(getattr(SqliteStore, name)))
+        epochs = {opened(seed=SEED).epoch}
+    assert len(deaths) == 4
+    for where in deaths:
+        store = opened(where, seed=SEED)
+        assert page(store) == Page([*SEED], first=1, head=2)
+        epochs.add(store.epoch)
+    assert len(epochs) == 5  # each drew its own: there was no log
+
+
+@pytest.mark.parametrize("name", ["_insert", "_set_head"])
+def test_a_fault_while_the_log_is_created_leaves_none(opened, monkeypatch, name):
+    def failing(*_):
+        raise RuntimeError("for the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteStore, name, failing)
+        with pytest.raises(RuntimeError, match="for the test"):
+            opened(seed=SEED)
+    assert page(opened(seed=SEED)) == Page([*SEED], first=1, head=2)
+
+
+# Group commit
+
+
+def test_nothing_is_told_before_the_commit(opened):
+    writer = HeldWorker()
+    store, follower = opened(writer=writer), RecordingFollower()
+    store.tail(follower)
+    poster = post(store, "one")
+    assert (follower.events, poster.events, texts(store)) == ([], [], [])
+    writer.run()
+    assert [event[0] for event in follower.events] == ["appended"]
+    assert poster.numbers == [1]
+
+
+def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    post(store, "two", "three", poster=poster)
+    post(store, "else", room="other", poster=poster)
+    assert len(writer.held) == 1
+    writer.run()
+    assert poster.numbers == [1]
+    assert len(writer.held) == 1  # at once, without waiting for more
+    commits = []
+    store._write_to.set_trace_callback(commits.append)
+    writer.run()
+    assert commits.count("COMMIT") == 1
+    assert poster.numbers == [1, 2, 3, 1]
+    assert not writer.held
+    assert texts(store) == ["one", "two", "three"]
+
+
+def test_a_batch_is_told_room_by_room_and_each_room_in_order(opened):
+    writer = HeldWorker()
+    store, follower = opened(writer=writer, retain=Retention(messages=2)), RecordingFollower()
+    store.tail(follower)
+    poster = post(store, "first", room="c")
+    for room in "abababa":
+        post(store, room, room=room, poster=poster)
+    writer.run_all()
+    told = [(event, room, what if event == "trimmed" else what.number) for event, room, what in follower.events]
+    assert [event for event in told if event[1] == "a"] == [("appended", "a", n) for n in (1, 2, 3, 4)] + [
+        ("trimmed", "a", 3)
+    ]
+    assert [event for event in told if event[1] == "b"] == [("appended", "b", n) for n in (1, 2, 3)] + [
+        ("trimmed", "b", 2)
+    ]
+    assert poster.numbers == [1, 1, 1, 2, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("size", "statements"), [(1, 1), (2, 1), (3, 2), (ROWS - 1, 8), (ROWS, 1), (ROWS + 1, 2), (600, 5), (1000, 7)]
+)
+def test_a_batch_of_any_size_is_inserted_whole_and_by_few_statements(opened, size, statements):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "before", *map(str, range(size)))
+    writer.run()
+    ran = []
+    store._write_to.set_trace_callback(ran.append)
+    writer.run()
+    assert poster.numbers == [*range(1, size + 2)]
+    assert [(entry.number, entry.message) for entry in page(store).entries] == [
+        (1, "before"),
+        *((number + 2, str(number)) for number in range(size)),
+    ]
+    assert len([statement for statement in ran if statement.startswith("INSERT INTO messages")]) == statements
+
+
+def test_more_posts_than_may_wait_are_refused(opened, monkeypatch):
+    monkeypatch.setattr(sqlite, "MAX_PENDING", 2)
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one", "two", "three", "four")  # the first is under way, two wait
+    assert poster.refusals == ["too many posts wait for the disk"]
+    assert poster.events[0][1] == Post("ann", "four")
+    writer.run_all()
+    assert poster.numbers == [1, 2, 3]
+    assert post(store, "five").refusals == []
+    writer.run_all()
+    assert texts(store) == ["one", "two", "three", "five"]
+
+
+def test_ten_thousand_posts_may_wait():
+    assert sqlite.MAX_PENDING == 10_000
+
+
+def test_both_connections_write_ahead_and_sync_before_a_commit_returns(opened):
+    store = opened()
+    for connection in (store._write_to, store._read_from):
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def test_a_follower_that_fails_is_logged_and_does_not_stop_the_log(opened):
+    class Failing(RecordingFollower):
+        def appended(self, room, entries):
+            raise ZeroDivisionError
+
+    store = opened()
+    store.tail(Failing())
+    with capturedLogs() as events:
+        post(store, "one")
+    assert [event["log_format"] for event in events] == ["what was committed could not be told"]
+    assert events[0]["log_failure"].type is ZeroDivisionError
+    store._followers.clear()
+    assert post(store, "two").numbers == [2]
+    result_of(store.settled())
+
+
+# When it cannot be kept
+
+
+def fill(store):
+    """Let the file grow no more, as if the disk were full."""
+    store._write_to.execute("PRAGMA max_page_count = 1")  # which is taken as: what it has now
+
+
+def make_room(store):
+    store._write_to.execute("PRAGMA max_page_count = 1000000")
+
+
+def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(opened):
+    writer = HeldWorker()
+    store, follower = opened(writer=writer), RecordingFollower()
+    store.tail(follower)
+    first = post(store, "one")
+    poster = post(store, *["x" * 500] * 99)
+    post(store, "else", room="other", poster=poster)
+    writer.run()
+    assert first.numbers == [1]
+    fill(store)
+    with capturedLogs() as events:
+        writer.run()
+    assert poster.numbers == []
+    assert poster.refusals == ["database or disk is full"] * 100
+    assert [event[1].message for event in poster.events] == ["x" * 500] * 99 + ["else"]
+    assert [formatEvent(event) for event in events] == ["100 posts are not kept: database or disk is full"]
+    # Nobody was told, and nothing is there; what was before can be read.
+    assert len(follower.events) == 1
+    assert texts(store) == ["one"]
+    assert page(store, "other") == Page([], first=1, head=0)
+    # When there is room again it goes on, with the next number.
+    make_room(store)
+    poster = post(store, "two", "three")
+    writer.run_all()
+    assert poster.numbers == [2, 3]
+    assert texts(store) == ["one", "two", "three"]
+
+
+def test_single_posts_are_kept_until_the_disk_is_full_and_again_when_there_is_room(opened):
+    store = opened()
+    fill(store)
+    poster = RecordingPoster()
+    while not poster.refusals:
+        post(store, "x" * 500, poster=poster)
+    kept = len(poster.numbers)
+    assert poster.numbers == [*range(1, kept + 1)]
+    assert page(store).head == len(page(store).entries) == kept
+    make_room(store)
+    assert post(store, "more").numbers == [kept + 1]
+
+
+def test_posts_are_refused_while_another_process_holds_the_file(opened, path):
+    store = opened()
+    store._write_to.execute("PRAGMA busy_timeout = 0")
+    post(store, "one")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert post(store, "two").refusals == ["database is locked"]
+        assert texts(store) == ["one"]  # reading waits for nobody
+        other.execute("ROLLBACK")
+    assert post(store, "three").numbers == [2]
+
+
+def test_a_log_that_cannot_be_read_says_so(opened, path):
+    store = opened()
+    run_sql(path, "DROP TABLE messages")
+    for after in (None, 5):
+        with pytest.raises(LogUnavailable, match="no such table: messages"):
+            page(store, after=after)
+
+
+def test_a_read_is_of_one_instant_and_leaves_no_transaction_open(opened):
+    store = opened(seed=SEED)
+    ran = []
+    store._read_from.set_trace_callback(ran.append)
+    page(store)
+    page(store, after=1)
+    assert [statement for statement in ran if not statement.startswith("SELECT")] == ["BEGIN", "COMMIT"] * 2
+    assert not store._read_from.in_transaction
+
+
+def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(opened, path):
+    now = ManualTime()
+    store, follower = opened(retain=Retention(seconds=DAY), now=now), RecordingFollower()
+    for room in "ab":
+        post(store, "one", room=room)
+    store.tail(follower)
+    now.advance(2 * DAY)
+    run_sql(path, "CREATE TRIGGER t BEFORE DELETE ON messages WHEN old.room = 'b' BEGIN SELECT RAISE(ABORT, 'no'); END")
+    with capturedLogs() as events:
+        result_of(store.trim())
+    assert [formatEvent(event) for event in events] == ["old messages are not removed: no"]
+    # Not the room a either: nobody would be told of it later.
+    assert follower.events == []
+    assert [texts(store, room) for room in "ab"] == [["one"], ["one"]]
+    run_sql(path, "DROP TRIGGER t")
+    result_of(store.trim())
+    assert sorted(follower.events) == [("trimmed", "a", 2), ("trimmed", "b", 2)]
+    assert post(store, "two", room="a").numbers == [2]
+
+
+# Whether it is well
+
+
+def test_a_log_that_keeps_and_gives_what_it_is_asked_is_well(opened):
+    store = opened(seed=SEED)
+    assert store.fault is None
+    post(store, "one")
+    page(store)
+    result_of(store.trim())
+    assert store.fault is None
+
+
+def test_a_commit_that_failed_is_the_logs_fault_until_one_succeeds(opened):
+    store = opened()
+    fill(store)
+    assert store.fault is None, "which is not known before it is tried"
+    while not post(store, "x" * 500).refusals:
+        assert store.fault is None
+    assert store.fault == "the log cannot be written: database or disk is full"
+    page(store)
+    assert store.fault == "the log cannot be written: database or disk is full"
+    make_room(store)
+    post(store, "one")
+    assert store.fault is None
+
+
+def test_the_fault_is_known_when_the_posters_are_told_and_over_when_they_are(opened):
+    heard = []
+
+    class Asking(RecordingPoster):
+        def posted(self, said, number, *, duplicate=False):
+            heard.append(store.fault)
+
+        def refused(self, said, error):
+            heard.append(store.fault)
+
+    store = opened()
+    store._write_to.execute("PRAGMA query_only = 1")
+    post(store, "one", poster=Asking())
+    store._write_to.execute("PRAGMA query_only = 0")
+    post(store, "two", poster=Asking())
+    assert heard == ["the log cannot be written: attempt to write a readonly database", None]
+
+
+def test_a_read_that_failed_is_the_logs_fault_until_one_succeeds(opened, path):
+    store = opened()
+    run_sql(path, "ALTER TABLE messages RENAME TO elsewhere")
+    with pytest.raises(LogUnavailable):
+        page(store)
+    assert store.fault == "the log cannot be read: no such table: messages"
+    assert post(store, "one").refusals
+    assert store.fault == (
+        "the log cannot be read: no such table: messages; the log cannot be written: no such table: messages"
+    )
+    run_sql(path, "ALTER TABLE elsewhere RENAME TO messages")
+    page(store)
+    assert store.fault == "the log cannot be written: no such table: messages"
+    post(store, "one")
+    assert store.fault is None
+
+
+def test_too_many_that_wait_are_no_fault_of_the_log(opened, monkeypatch):
+    monkeypatch.setattr(sqlite, "MAX_PENDING", 1)
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    assert post(store, "one", "two", "three").refusals
+    assert store.fault is None
+
+
+def test_its_size_is_that_of_its_files_beside_what_is_free(opened, path):
+    store = opened()
+    before = store.usage()
+    assert before.keys() == {"bytes", "free_bytes"}
+    assert before["bytes"] >= path.stat().st_size > 0
+    assert before["free_bytes"] > 0
+    post(store, *["x" * 500] * 50)
+    assert store.usage()["bytes"] >= before["bytes"] + 50 * 500, "the write-ahead log is counted"
+
+
+def test_nothing_is_known_of_the_size_when_the_disk_does_not_answer(opened, monkeypatch):
+    def broken(path):
+        raise OSError
+
+    store = opened()
+    monkeypatch.setattr(os, "statvfs", broken)
+    assert store.usage() == {}
+
+
+# Opening what is none of ours, or not for us
+
+
+def refused(opened, where):
+    """Why the store cannot be opened: one line that names the file and the remedy."""
+    with pytest.raises(StoreError) as error:
+        opened(where, seed=SEED)
+    line = str(error.value)
+    assert "\n" not in line
+    assert line.startswith((str(where), str(where.parent)))
+    assert "--store sqlite:PATH" in line or "run that version again" in line
+    return line.removeprefix(str(where))
+
+
+@pytest.mark.parametrize("text", ["hi\n", "This is a letter to my aunt.\n" * 1000])
+def test_a_text_file_is_refused_and_left_alone(opened, path, text):
+    path.write_text(text)
+    assert refused(opened, path) == (
+        " is no chatd store (file is not a database): name another file with --store sqlite:PATH"
+    )
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("application", [0, 0x0F055112])
+def test_a_database_of_another_application_is_refused_and_left_alone(opened, path, application):
+    run_sql(path, f"PRAGMA application_id = {application}", "CREATE TABLE log (line TEXT)")
+    before = path.read_bytes()
+    assert refused(opened, path) == " is no chatd store: name another file with --store sqlite:PATH"
+    assert path.read_bytes() == before  # its journal mode too
+    assert not path.with_name("chat.sqlite-wal").exists()
+
+
+def test_a_database_with_our_mark_and_nothing_else_is_refused(opened, path):
+    run_sql(path, f"PRAGMA application_id = {APPLICATION_ID}")
+    assert refused(opened, path) == (" cannot be opened (no such table: log): name another with --store sqlite:PATH")
+
+
+def test_a_damaged_file_is_refused(opened, path):
+    result_of(opened(seed=SEED).close())
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 400)
+    assert refused(opened, path).startswith(" is no chatd store (")
+
+
+def test_an_empty_file_is_a_new_log(opened, path):
+    path.touch()
+    assert page(opened(seed=SEED)) == Page([*SEED], first=1, head=2)
+
+
+def test_a_folder_is_refused(opened, path):
+    path.mkdir()
+    assert refused(opened, path).startswith(" cannot be opened (unable to open database file)")
+
+
+def test_a_file_in_a_folder_that_does_not_exist_is_refused_and_nothing_is_created(opened, tmp_path):
+    assert refused(opened, tmp_path / "none" / "chat.sqlite") == (
+        f"{tmp_path / 'none'} cannot be written (No such file or directory): "
+        "make it writable for this user, or name another file with --store sqlite:PATH"
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_file_below_a_file_is_refused(opened, path):
+    path.touch()
+    assert " cannot be written (Not a directory): " in refused(opened, path / "chat.sqlite")
+
+
+def test_a_folder_that_may_not_be_written_is_refused(opened, path, monkeypatch):
+    # For root there is no such folder, so it is acted.
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite.os, "open", forbidden)
+        assert " cannot be written (Permission denied): make it writable for this user, " in refused(opened, path)
+
+
+def test_a_log_that_another_has_open_is_refused_and_goes_on(opened, path):
+    store = opened()
+    assert refused(opened, path) == (
+        " is in use by another chatd: stop that one, or name another file with --store sqlite:PATH"
+    )
+    assert post(store, "hi").numbers == [1]
+    result_of(store.close())
+    assert texts(opened()) == ["hi"]
+
+
+def test_the_file_of_a_lock_that_another_has_is_closed_again(opened, path, monkeypatch):
+    opened()
+    files, open_file = [], os.open
+
+    def noted(*args):
+        files.append(open_file(*args))
+        return files[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite.os, "open", noted)
+        refused(opened, path)
+    assert len(files) == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(files[0])
+
+
+def test_the_lock_is_free_again_after_an_opening_that_failed(opened, path):
+    path.write_text("hello")
+    refused(opened, path)
+    path.unlink()
+    opened()
+
+
+# Formats
+
+
+def test_a_new_log_says_its_format_and_whose_it_is(opened, path):
+    opened()
+    assert run_sql(path, "SELECT written, readable_since FROM log") == [(FORMAT, sqlite.READABLE_SINCE)]
+    assert run_sql(path, "PRAGMA application_id") == [(APPLICATION_ID,)]
+    assert APPLICATION_ID.to_bytes(4, "big") == b"chat"
+
+
+def test_what_this_code_cannot_read_is_refused_and_left_alone(opened, path):
+    result_of(opened(seed=SEED).close())
+    run_sql(path, f"UPDATE log SET written = {FORMAT + 7}, readable_since = {FORMAT + 1}")
+    assert refused(opened, path) == (
+        f" was written by a newer chatd, in format {FORMAT + 7}, which format {FORMAT} cannot read: "
+        "run that version again"
+    )
+    assert run_sql(path, "SELECT written, readable_since FROM log") == [(FORMAT + 7, FORMAT + 1)]
+
+
+def test_older_code_goes_on_with_what_newer_code_of_the_same_major_version_wrote(opened, path):
+    store = opened(seed=SEED)
+    epoch = store.epoch
+    result_of(store.close())
+    run_sql(
+        path,
+        f"UPDATE log SET written = {FORMAT + 5}",
+        "ALTER TABLE log ADD COLUMN region TEXT NOT NULL DEFAULT 'here'",
+        "ALTER TABLE rooms ADD COLUMN topic TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE messages ADD COLUMN reply_to INTEGER",
+        "ALTER TABLE messages ADD COLUMN removed INTEGER NOT NULL DEFAULT 0",
+        "CREATE TABLE bans (room TEXT, username TEXT)",
+        "UPDATE messages SET reply_to = 1 WHERE number = 2",
+        "INSERT INTO bans VALUES ('main', 'mallory')",
+    )
+    store = opened(retain=Retention(messages=4), seed=SEED)
+    assert store.epoch == epoch
+    assert page(store) == Page([*SEED], first=1, head=2)
+    assert post(store, "three", "four", "five").numbers == [3, 4, 5]
+    assert post(store, "else", room="other").numbers == [1]
+    result_of(store.trim())
+    assert texts(store) == ["Hi Alice!", "three", "four", "five"]
+    assert [entry.number for entry in page(store, after=3).entries] == [4, 5]
+    result_of(store.close())
+    assert texts(opened()) == ["Hi Alice!", "three", "four", "five"]
+    # The newer code finds its own things again.
+    assert run_sql(path, "SELECT written, readable_since, region FROM log") == [(FORMAT + 5, 1, "here")]
+    assert run_sql(path, "SELECT * FROM bans") == [("main", "mallory")]
+    assert run_sql(path, "SELECT reply_to, removed FROM messages WHERE number IN (2, 5) ORDER BY number") == [
+        (1, 0),
+        (None, 0),
+    ]
+
+
+FORMAT_1 = f"""
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA journal_mode = WAL;
+CREATE TABLE log (epoch TEXT NOT NULL, written INTEGER NOT NULL, readable_since INTEGER NOT NULL);
+CREATE TABLE rooms (name TEXT PRIMARY KEY, head INTEGER NOT NULL, stamped TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE messages (
+    room TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    username TEXT NOT NULL,
+    message TEXT NOT NULL,
+    timestamp TEXT NOT NULL,
+    PRIMARY KEY (room, number)
+) WITHOUT ROWID;
+INSERT INTO log VALUES ('k7Q2xe', 1, 1);
+INSERT INTO rooms VALUES ('main', 2, '2024-10-20T12:31:00Z'), ('trimmed', 7, '2024-10-20T12:30:00Z');
+INSERT INTO messages VALUES
+    ('main', 1, 'Alice', 'Hello!', '2024-10-20T12:30:00Z'),
+    ('main', 2, 'Bob', 'Hi Alice!', '2024-10-20T12:31:00Z');
+"""
+"""A log as chatd wrote it before labels, with the messages of SEED."""
+
+
+@pytest.fixture
+def old(path):
+    """The path of a log of format 1."""
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(FORMAT_1)
+    return path
+
+
+def columns(path):
+    """The columns of the table of messages: their name, type, whether they may be null, their default, their key."""
+    return [column[1:] for column in run_sql(path, "PRAGMA table_info(messages)")]
+
+
+def test_a_log_of_format_1_is_upgraded_when_it_is_opened(opened, old):
+    store = opened(seed=[SEED[0]] * 5)
+    assert store.epoch == "k7Q2xe"
+    assert page(store) == Page([*SEED], first=1, head=2)
+    assert page(store, "trimmed") == Page([], first=8, head=7)
+    assert run_sql(old, "SELECT * FROM log") == [("k7Q2xe", 2, 1)]
+    assert run_sql(old, "SELECT label FROM messages") == [(None,), (None,)]
+
+
+def test_an_upgraded_log_is_as_a_new_one(opened, old, tmp_path):
+    opened()
+    opened(tmp_path / "new.sqlite")
+    assert columns(old) == columns(tmp_path / "new.sqlite")
+    indexes = "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql NOT NULL"
+    assert run_sql(old, indexes) == run_sql(tmp_path / "new.sqlite", indexes)
+    assert [name for name, _ in run_sql(old, indexes)] == ["labels"]
+    assert run_sql(old, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_labels_work_in_an_upgraded_log_and_it_is_upgraded_once(opened, old):
+    for number in (3, 4, 5):
+        store = opened()
+        assert post(store, f"new {number}", label=f"l{number}").events[0][::2] == ("posted", number)
+        assert post(store, "new 3", label="l3").events[0][::2] == ("duplicate", 3)
+        result_of(store.close())
+    assert run_sql(old, "SELECT number, label FROM messages") == [(1, None), (2, None), (3, "l3"), (4, "l4"), (5, "l5")]
+
+
+def test_what_is_retained_no_longer_is_removed_from_an_upgraded_log(opened, old):
+    assert page(opened(retain=Retention(messages=1))) == Page([SEED[1]], first=2, head=2)
+
+
+def test_an_upgrade_that_fails_leaves_the_log_as_it_was(opened, old):
+    # The index is what is made last of what can be in the way: the column is there by then.
+    run_sql(old, "CREATE INDEX labels ON rooms (head)")
+    before = columns(old)
+    assert refused(opened, old).startswith(" cannot be opened (index labels already exists)")
+    assert columns(old) == before
+    assert run_sql(old, "SELECT * FROM log") == [("k7Q2xe", 1, 1)]
+    run_sql(old, "DROP INDEX labels")
+    assert page(opened()) == Page([*SEED], first=1, head=2)
+
+
+def test_whoever_dies_while_the_log_is_upgraded_leaves_an_old_one_or_a_new_one(opened, old, tmp_path, monkeypatch):
+    deaths, connect = [], sqlite3.connect
+
+    def watched_connect(*args, **options):
+        connection = connect(*args, **options)
+        connection.set_trace_callback(lambda _: deaths.append(copy_of(old, tmp_path / f"{len(deaths)}")))
+        return connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", watched_connect)
+        result_of(opened().close())
+    assert len(deaths) > 5  # before each statement
+    written = []
+    for where in deaths:
+        written += run_sql(where, "SELECT written FROM log")
+        assert ("label" in [column[0] for column in columns(where)]) == (written[-1] == (2,))
+        survivor = opened(where)
+        assert survivor.epoch == "k7Q2xe"
+        assert page(survivor) == Page([*SEED], first=1, head=2)
+        assert post(survivor, "hi", "hi", label="l").numbers == [3]
+    assert written == sorted(written)
+    assert {*written} == {(1,), (2,)}
+
+
+def test_code_of_format_1_goes_on_with_an_upgraded_log(opened, old):
+    store = opened()
+    post(store, "three", label="l3")
+    result_of(store.close())
+    assert run_sql(old, "SELECT readable_since FROM log") == [(1,)]  # which is what such code looks at
+    run_sql(
+        old,
+        "INSERT INTO messages (room, number, username, message, timestamp) VALUES"
+        " ('main', 4, 'ann', 'same', '2026-01-01T00:00:00.000Z'),"
+        " ('main', 5, 'ann', 'same', '2026-01-01T00:00:00.000Z')",
+        "INSERT INTO rooms (name, head, stamped) VALUES ('main', 5, '2026-01-01T00:00:00.000Z')"
+        " ON CONFLICT DO UPDATE SET head = excluded.head, stamped = excluded.stamped",
+        "DELETE FROM messages WHERE room = 'main' AND number <= 2",
+    )
+    store = opened()
+    assert texts(store) == ["three", "same", "same"]
+    assert post(store, "three", label="l3").events[0][::2] == ("duplicate", 3)
+    assert post(store, "same", label="l6").numbers == [6]
+
+
+def test_newer_code_says_that_it_wrote_here_and_code_of_format_1_leaves_that(opened, old, monkeypatch):
+    result_of(opened().close())
+    assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
+    monkeypatch.setattr(sqlite, "FORMAT", 1)
+    assert page(opened()) == Page([*SEED], first=1, head=2)  # after a rollback
+    assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
+
+
+def test_this_is_format_2_which_code_of_format_1_can_read():
+    assert (FORMAT, sqlite.READABLE_SINCE) == (2, 1)
+
+
+# Labels
+
+
+def test_a_label_is_looked_up_by_the_index(opened, path):
+    store = opened()
+    ran = []
+    store._write_to.set_trace_callback(ran.append)
+    post(store, "hi", label="l")
+    (lookup,) = [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
+    for _, _, _, step in run_sql(path, f"EXPLAIN QUERY PLAN {lookup}"):
+        assert "INDEX labels (room=? AND username=? AND label=?)" in step
+
+
+def test_only_posts_with_a_label_are_in_the_index(opened, path):
+    opened()
+    ((sql,),) = run_sql(path, "SELECT sql FROM sqlite_schema WHERE name = 'labels'")
+    assert sql.startswith("CREATE UNIQUE INDEX labels ON messages ")
+    assert sql.endswith(" WHERE label IS NOT NULL")
+
+
+def test_the_file_itself_keeps_a_label_from_being_used_twice(opened, path):
+    store = opened()
+    post(store, "hi", label="l")
+    twice = "INSERT INTO messages SELECT room, number + 1, username, message, timestamp, label FROM messages"
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE constraint failed"):
+        run_sql(path, twice)
+    run_sql(path, "UPDATE messages SET label = NULL", twice)
+
+
+def test_a_label_is_not_looked_for_when_there_is_none(opened):
+    store = opened()
+    ran = []
+    store._write_to.set_trace_callback(ran.append)
+    post(store, "hi")
+    assert not [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
+
+
+def test_a_duplicate_writes_nothing(opened):
+    store = opened(retain=Retention(messages=5))
+    post(store, "hi", label="l")
+    before = store._write_to.total_changes
+    assert post(store, "hi", label="l").events[0][::2] == ("duplicate", 1)
+    assert isinstance(post(store, "else", label="l").events[0][2], LabelReused)
+    assert store._write_to.total_changes == before
+
+
+def test_a_duplicate_of_what_is_not_yet_on_the_disk_is_told_after_the_commit(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    before = post(store, "before")
+    poster = post(store, "hi", "hi", "else", label="l")
+    writer.run()
+    assert before.numbers == [1]
+    assert poster.events == []
+    writer.run()
+    assert [event[0] for event in poster.events] == ["posted", "duplicate", "refused"]
+
+
+def test_what_a_poster_was_told_is_a_duplicate_in_the_file_already(opened, path, tmp_path):
+    class Killing(RecordingPoster):
+        def posted(self, post, number, *, duplicate=False):
+            super().posted(post, number, duplicate=duplicate)
+            copy_of(path, tmp_path / f"killed-{len(self.events)}")
+
+    store = opened()
+    poster = post(store, "hi", "hi", label="l", poster=Killing())
+    assert [event[0] for event in poster.events] == ["posted", "duplicate"]
+    for number in (1, 2):
+        survivor = opened(tmp_path / f"killed-{number}" / path.name)
+        assert post(survivor, "hi", label="l").events[0][::2] == ("duplicate", 1)
+        assert texts(survivor) == ["hi"]
+
+
+def test_a_post_that_could_not_be_kept_leaves_no_label(opened):
+    writer = HeldWorker()
+    store, follower = opened(writer=writer), RecordingFollower()
+    store.tail(follower)
+    post(store, "before")
+    poster = post(store, *["x" * 500] * 99)
+    post(store, "hi", "hi", "else", label="l", poster=poster)
+    writer.run()
+    fill(store)
+    with capturedLogs():
+        writer.run()
+    assert poster.refusals == ["database or disk is full"] * 102
+    assert {type(event[2]) for event in poster.events} == {LogUnavailable}  # not the reuse: the first was not kept
+    make_room(store)
+    # The label is free: for the same post again, and for any other.
+    retried = post(store, "else", "else", "hi", label="l")
+    writer.run_all()
+    assert [event[0] for event in retried.events] == ["posted", "duplicate", "refused"]
+    assert retried.numbers == [2]
+    assert isinstance(retried.events[2][2], LabelReused)
+    assert texts(store) == ["before", "else"]
+    assert [event[2].number for event in follower.events] == [1, 2]
+
+
+def test_a_post_that_too_many_waited_before_leaves_no_label(opened, monkeypatch):
+    monkeypatch.setattr(sqlite, "MAX_PENDING", 1)
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    post(store, "one", "two")
+    assert post(store, "hi", label="l").refusals == ["too many posts wait for the disk"]
+    writer.run_all()
+    poster = post(store, "hi", label="l")
+    writer.run_all()
+    assert poster.numbers == [3]
+
+
+def test_a_duplicate_is_answered_when_the_disk_is_full(opened):
+    store = opened()
+    post(store, "hi", label="l")
+    fill(store)
+    poster = RecordingPoster()
+    while not poster.refusals:
+        post(store, "x" * 500, poster=poster)
+    assert post(store, "hi", label="l").events[0][::2] == ("duplicate", 1)
+
+
+# Settling and closing
+
+
+def test_a_log_to_which_nothing_is_posted_is_settled(opened):
+    assert result_of(opened(writer=HeldWorker()).settled()) is None
+
+
+def test_settled_waits_for_what_is_under_way_and_not_for_what_comes_after(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    settled = [store.settled(), store.settled()]
+    post(store, "two", poster=poster)
+    writer.run()
+    assert poster.numbers == [1]
+    assert [result_of(one) for one in settled] == [None, None]
+    assert not store.settled().called
+    writer.run()
+    assert poster.numbers == [1, 2]
+    assert result_of(store.settled()) is None
+
+
+def test_settled_waits_for_what_has_gathered_since_the_commit_began(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    post(store, "two", poster=poster)
+    settled = store.settled()
+    post(store, "three", poster=poster)  # in the same batch
+    writer.run()
+    assert poster.numbers == [1]
+    post(store, "four", poster=poster)
+    assert not settled.called
+    writer.run()
+    assert poster.numbers == [1, 2, 3]
+    assert result_of(settled) is None
+
+
+def test_settled_comes_although_there_is_always_more(opened):
+    # Each message that is kept is the occasion of the next.
+    class Eager(RecordingPoster):
+        def posted(self, said, number, *, duplicate=False):
+            super().posted(said, number, duplicate=duplicate)
+            if number < 20:
+                post(store, f"{number + 1}", poster=self)
+
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "1", poster=Eager())
+    for number in range(1, 20):
+        settled = store.settled()
+        assert not settled.called
+        writer.run()
+        assert settled.called
+        assert poster.numbers == [*range(1, number + 1)]
+
+
+def test_what_settled_waited_for_was_told_before_to_followers_and_posters(opened):
+    writer, told = HeldWorker(), []
+    store = opened(writer=writer)
+    store.tail(RecordingFollower(told))
+    post(store, "one", poster=RecordingPoster(told))
+    store.settled().addCallback(lambda _: told.append(("settled",)))
+    writer.run()
+    assert [event[0] for event in told] == ["appended", "posted", "settled"]
+
+
+def test_who_posts_when_it_has_settled_begins_the_next_commit(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    store.settled().addCallback(lambda _: post(store, "two", poster=poster))
+    writer.run()
+    settled = store.settled()
+    assert not settled.called
+    writer.run()
+    assert settled.called
+    assert poster.numbers == [1, 2]
+
+
+def test_refused_is_settled_too(opened, path):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    run_sql(path, "DROP TABLE messages")
+    poster = post(store, "one")
+    settled = store.settled()
+    writer.run()
+    assert poster.refusals == ["no such table: messages"]
+    assert result_of(settled) is None
+
+
+def test_close_waits_for_what_is_under_way_and_ends_the_workers(opened):
+    writer, reader = HeldWorker(), ImmediateWorker()
+    store = opened(writer=writer, reader=reader)
+    poster = post(store, "one", "two")
+    closed = store.close()
+    writer.run()
+    assert not closed.called
+    assert writer.running
+    writer.run()
+    assert result_of(closed) is None
+    assert poster.numbers == [1, 2]
+    assert not writer.running
+    assert not reader.running
+    assert texts(opened()) == ["one", "two"]
+
+
+def test_close_waits_for_what_came_since_it_was_asked_to(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    closed = []
+    store.close().addCallback(closed.append)
+    post(store, "two", poster=poster)
+    writer.run()
+    post(store, "three", poster=poster)
+    writer.run()
+    assert closed == []
+    assert writer.running
+    writer.run()
+    assert closed == [None]
+    assert poster.numbers == [1, 2, 3]
+    assert not writer.running
+    assert texts(opened()) == ["one", "two", "three"]
+
+
+def test_what_was_asked_before_the_close_is_answered(opened):
+    writer, reader = HeldWorker(), HeldWorker()
+    store = opened(writer=writer, reader=reader, seed=SEED)
+    reading, trimming = store.read("main", None, 10), store.trim()
+    result_of(store.close())
+    assert result_of(reading).head == 2
+    assert result_of(trimming) is None
+
+
+def test_the_workers_are_started_only_by_an_opening_that_succeeds(opened, path):
+    path.write_text("hello")
+    writer, reader = ImmediateWorker(), ImmediateWorker()
+    with pytest.raises(StoreError):
+        opened(writer=writer, reader=reader)
+    assert not writer.running
+    assert not reader.running
+
+
+# Giving up
+
+
+IN_DOUBT = "the disk has not answered"
+
+
+@pytest.fixture
+def stuck(opened):
+    """A store whose disk does not answer, with a post under way and two that wait, and who said them."""
+    writer = HeldWorker()
+    store, follower, poster = opened(writer=writer), RecordingFollower(), RecordingPoster()
+    store.tail(follower)
+    for text in ("one", "two", "three"):
+        post(store, text, label=text, poster=poster)
+    assert len(writer.held) == 1
+    return store, writer, follower, poster
+
+
+def test_what_is_given_up_is_refused_at_once_in_the_order_in_which_it_came(stuck):
+    store, _, follower, poster = stuck
+    with capturedLogs() as events:
+        store.abandon()
+        store.abandon()
+    assert [(what, said.message, type(error)) for what, said, error in poster.events] == [
+        ("refused", text, InDoubt) for text in ("one", "two", "three")
+    ]
+    assert poster.refusals == [IN_DOUBT] * 3
+    assert follower.events == []
+    assert [formatEvent(event) for event in events] == ["3 posts are not waited for any more"]
+
+
+def test_a_commit_that_is_on_its_way_goes_on_and_is_told_to_those_who_follow_and_not_to_who_posted(stuck):
+    store, writer, follower, poster = stuck
+    store.abandon()
+    writer.run_all()
+    assert [event[2].message for event in follower.events] == ["one"]
+    assert texts(store) == ["one"], "what waited for the next commit is dropped"
+    assert poster.refusals == [IN_DOUBT] * 3
+    assert poster.numbers == []
+    assert store.fault is None
+
+
+def test_what_was_given_up_and_is_said_again_is_there_once(stuck):
+    store, writer, follower, _ = stuck
+    store.abandon()
+    again = RecordingPoster()
+    for text in ("one", "two"):
+        post(store, text, label=text, poster=again)  # while the commit is still on its way
+    writer.run()
+    assert again.events == []
+    writer.run_all()
+    post(store, "three", label="three", poster=again)
+    writer.run_all()
+    assert [(what, number) for what, _, number in again.events] == [("duplicate", 1), ("posted", 2), ("posted", 3)]
+    assert texts(store) == ["one", "two", "three"]
+    assert [event[2].number for event in follower.events] == [1, 2, 3]
+
+
+def test_who_waits_for_what_was_given_up_waits_for_the_commit_that_is_on_its_way_and_no_longer(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    post(store, "one")
+    settled = [store.settled()]
+    post(store, "two")
+    settled += [store.settled(), store.settled()]
+    store.abandon()
+    settled.append(store.settled())
+    assert not any(one.called for one in settled)
+    writer.run()
+    assert [result_of(one) for one in settled] == [None] * 4
+    assert not writer.held
+    assert result_of(store.settled()) is None
+
+
+def test_who_waits_for_what_came_after_it_was_given_up_waits_for_that(opened):
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one", "two")
+    early = store.settled()
+    store.abandon()
+    post(store, "three", poster=poster)
+    late = store.settled()
+    writer.run()
+    assert not late.called
+    assert poster.numbers == []
+    writer.run()
+    assert [result_of(one) for one in (early, late)] == [None, None]
+    assert poster.numbers == [2]
+    assert texts(store) == ["one", "three"]
+
+
+def test_a_commit_that_fails_when_it_was_given_up_is_refused_no_second_time(stuck, path):
+    store, writer, follower, poster = stuck
+    settled = store.settled()
+    store.abandon()
+    run_sql(path, "ALTER TABLE messages RENAME TO elsewhere")
+    writer.run()
+    assert poster.refusals == [IN_DOUBT] * 3
+    assert follower.events == []
+    assert store.fault == "the log cannot be written: no such table: messages"
+    assert result_of(settled) is None
+    run_sql(path, "ALTER TABLE elsewhere RENAME TO messages")
+    assert post(store, "more", poster=poster) is poster
+    writer.run()
+    assert poster.numbers == [1]
+    assert store.fault is None
+
+
+def test_who_posts_when_it_is_told_that_its_post_was_given_up_is_kept(opened):
+    class Stubborn(RecordingPoster):
+        def refused(self, said, error):
+            super().refused(said, error)
+            store.append("main", said, self)
+
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one", label="a", poster=Stubborn())
+    store.abandon()
+    writer.run_all()
+    assert [event[0] for event in poster.events] == ["refused", "duplicate"]
+    assert texts(store) == ["one"]
+
+
+def test_what_was_given_up_takes_no_place_among_those_that_may_wait(opened, monkeypatch):
+    monkeypatch.setattr(sqlite, "MAX_PENDING", 2)
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    post(store, "one", "two", "three")
+    store.abandon()
+    poster = post(store, "four", "five")
+    writer.run_all()
+    assert poster.numbers == [2, 3]
+
+
+def test_when_nothing_is_on_its_way_nothing_is_given_up_or_said(opened):
+    store = opened()
+    poster = post(store, "one")
+    with capturedLogs() as events:
+        store.abandon()
+    assert events == []
+    assert poster.refusals == []
+    assert post(store, "two").numbers == [2]
+
+
+def test_close_waits_for_the_commit_that_was_given_up(stuck, opened):
+    store, writer, _, poster = stuck
+    store.abandon()
+    closed = store.close()
+    assert not closed.called
+    assert writer.running
+    writer.run()
+    assert result_of(closed) is None
+    assert not writer.running
+    assert poster.numbers == []
+    assert texts(opened()) == ["one"]
+
+
+# Threads
+
+
+class QueueReactor:
+    """A reactor whose turn it is when the test says so."""
+
+    def __init__(self):
+        self._calls = queue.Queue()
+
+    def callFromThread(self, function, *args, **kwargs):
+        self._calls.put((function, args, kwargs))
+
+    def turn(self):
+        function, args, kwargs = self._calls.get(timeout=30)
+        function(*args, **kwargs)
+
+    def result_of(self, deferred):
+        while not deferred.called:
+            self.turn()
+        return result_of(deferred)
+
+
+@pytest.fixture
+def thread_worker():
+    """What makes a ThreadWorker of a reactor; all are ended, else a test that fails would never end."""
+    workers = []
+
+    def build(reactor):
+        workers.append(ThreadWorker(reactor, "for-the-test"))
+        return workers[-1]
+
+    yield build
+    for worker in workers:
+        if worker._pool.started and not worker._pool.joined:
+            worker.stop()
+
+
+@pytest.fixture
+def thread(thread_worker):
+    """A ThreadWorker that is started, and its reactor."""
+    reactor = QueueReactor()
+    worker = thread_worker(reactor)
+    worker.start()
+    return worker, reactor
+
+
+def test_a_thread_worker_works_in_one_thread_of_its_own_in_order(thread):
+    worker, reactor = thread
+    done = []
+    answers = [worker.do(lambda n=n: done.append(n) or threading.current_thread()) for n in range(20)]
+    threads = {reactor.result_of(answer) for answer in answers}
+    assert done == [*range(20)]
+    assert len(threads) == 1
+    assert threads != {threading.current_thread()}
+    assert "for-the-test" in threads.pop().name
+
+
+def test_a_thread_worker_answers_in_the_reactors_thread(thread):
+    worker, reactor = thread
+    work_is_done = threading.Event()
+    heard = []
+    worker.do(work_is_done.set).addCallback(lambda _: heard.append(threading.current_thread()))
+    assert work_is_done.wait(30)
+    assert heard == []  # for the reactor had no turn
+    reactor.turn()
+    assert heard == [threading.current_thread()]
+
+
+def test_a_thread_worker_hands_over_what_was_raised(thread):
+    worker, reactor = thread
+    with pytest.raises(ZeroDivisionError):
+        reactor.result_of(worker.do(lambda: 1 // 0))
+    assert reactor.result_of(worker.do(lambda: "and goes on")) == "and goes on"
+
+
+def test_a_thread_worker_ends_when_what_was_asked_is_done(thread):
+    worker, reactor = thread
+    done = []
+    answers = [worker.do(lambda n=n: done.append(n)) for n in range(20)]
+    worker.stop()
+    assert done == [*range(20)]
+    assert not [one for one in threading.enumerate() if "for-the-test" in one.name]
+    for answer in answers:
+        reactor.result_of(answer)
+
+
+def test_a_log_with_threads_keeps_what_many_post_at_once(path, thread_worker):
+    reactor = QueueReactor()
+    store = SqliteStore(path, ALL, ManualTime(), thread_worker(reactor), thread_worker(reactor))
+    store.open(SEED)
+    follower, poster = RecordingFollower(), RecordingPoster()
+    store.tail(follower)
+    post(store, *map(str, range(500)), poster=poster)
+    reading = store.read("main", None, 10)  # does not wait for the writer
+    reactor.result_of(store.settled())
+    assert poster.numbers == [*range(3, 503)]
+    assert [event[2].number for event in follower.events] == poster.numbers
+    assert reactor.result_of(reading).head in range(2, 503)
+    assert reactor.result_of(store.read("main", None, 1)).head == 502
+    reactor.result_of(store.trim())
+    reactor.result_of(store.close())
+    assert not [one for one in threading.enumerate() if "for-the-test" in one.name]
+    assert run_sql(path, "SELECT count(*) FROM messages") == [(502,)]

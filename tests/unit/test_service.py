@@ -1,0 +1,688 @@
+"""What is started before what, and what must have ended before what ends."""
+
+import gc
+import signal
+
+import pytest
+from twisted.application.service import Application, IServiceCollection, MultiService
+from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, LogLevel
+from zope.interface import implementer
+
+from chatd.messages import Entry
+from chatd.operate.systemd import Notifier
+from chatd.service import LOOK_SECONDS, TRIM_SECONDS, ChatService, Readiness
+from chatd.store.base import StoreError
+
+SEED = (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),)
+
+
+class Store:
+    """A store that notes what is asked of it, and ends when it is told to."""
+
+    epoch = "k7Q2"
+
+    def __init__(self, journal):
+        self.journal = journal
+        self.fault = None
+        self.opened = succeed(None)
+        self.trimmed = succeed(None)
+        self.closing = succeed(None)
+
+    def open(self, seed):
+        self.journal.append(("open", seed))
+        if self.fault:
+            raise self.fault
+        return self.opened
+
+    def trim(self):
+        self.journal.append("trim")
+        return self.trimmed
+
+    def close(self):
+        self.journal.append("store.close")
+        return self.closing
+
+
+class Clients:
+    """Clients who are looked at."""
+
+    def __init__(self, journal):
+        self.journal = journal
+        self.fault = None
+
+    def look(self):
+        self.journal.append("look")
+        if self.fault:
+            raise self.fault
+
+
+class Drain:
+    """A drain that closes the ports at once and then is over, unless something else is put into `gone`."""
+
+    def __init__(self, journal):
+        self.journal = journal
+        self.gone = succeed(None)
+        self.ports = None
+
+    def hurry(self):
+        self.journal.append("hurry")
+
+    def run(self, close_ports, *, expecting):
+        self.journal.append("drain")
+        self.expecting = expecting
+        self.ports = close_ports()
+        return self.gone
+
+
+class Notify(Notifier):
+    """What systemd is told."""
+
+    def __init__(self, journal, watchdog):
+        self.journal = journal
+        self.watchdog = watchdog
+
+    def __call__(self, **values):
+        self.journal.append(values)
+
+
+class Port:
+    """An open port."""
+
+    def __init__(self, journal, text):
+        self.journal = journal
+        self.text = text
+        self.stopped = None
+
+    def stopListening(self):
+        self.journal.append(f"stop {self.text}")
+        return self.stopped
+
+
+@implementer(IStreamServerEndpoint)
+class Endpoint:
+    """An endpoint that opens its port at once, unless something else is put into `result`."""
+
+    def __init__(self, journal, text):
+        self.journal = journal
+        self.text = text
+        self.port = Port(journal, text)
+        self.result = succeed(self.port)
+
+    def listen(self, factory):
+        self.journal.append(("listen", self.text, factory))
+        return self.result
+
+
+class Server:
+    """A ChatService of doubles, which write what is asked of them into one journal."""
+
+    def __init__(self, *, listen=("tcp:8085", "tcp:9085"), admin=("tcp:8086",), watchdog=None):
+        self.journal = []
+        self.clock = Clock()
+        self.store = Store(self.journal)
+        self.clients = Clients(self.journal)
+        self.drain = Drain(self.journal)
+        self.factory = object()
+        self.admin_factory = object()
+        self.listen = {text: Endpoint(self.journal, text) for text in listen}
+        self.admin = {text: Endpoint(self.journal, text) for text in admin}
+        self.fault = None
+        self.readiness = Readiness(lambda: self.fault)
+        self.observer = object()
+        self.service = ChatService(
+            store=self.store,
+            seed=SEED,
+            clients=self.clients,
+            factory=self.factory,
+            admin_factory=self.admin_factory,
+            listen=self.listen,
+            admin=self.admin,
+            readiness=self.readiness,
+            drain=self.drain,
+            clock=self.clock,
+            observer=self.observer,
+            notify=Notify(self.journal, watchdog),
+        )
+
+    def start(self):
+        self.service.startService()
+        self.journal.clear()
+
+    def stop(self):
+        """Begin to stop; what is answered has fired when all is closed."""
+        return maybeDeferred(self.service.stopService)
+
+
+@pytest.fixture
+def server():
+    return Server()
+
+
+def in_use():
+    return CannotListenError("", 8085, OSError(98, "Address already in use"))
+
+
+# Starting
+
+
+def test_the_store_is_opened_with_the_seed_before_any_port(server):
+    server.service.startService()
+    assert server.journal == [
+        ("open", SEED),
+        ("listen", "tcp:8085", server.factory),
+        ("listen", "tcp:9085", server.factory),
+        ("listen", "tcp:8086", server.admin_factory),
+        {"READY": "1", "STATUS": "ready"},
+    ]
+    assert server.service.running
+
+
+def test_it_is_ready_when_all_ports_are_open(server):
+    server.listen["tcp:9085"].result = Deferred()
+    assert server.readiness() == (False, "starting")
+    server.service.startService()
+    assert server.readiness() == (False, "starting")
+    assert {"READY": "1", "STATUS": "ready"} not in server.journal
+    server.listen["tcp:9085"].result.callback(server.listen["tcp:9085"].port)
+    assert server.readiness() == (True, "ready")
+    assert server.journal[-1] == {"READY": "1", "STATUS": "ready"}
+
+
+def test_with_a_log_that_fails_it_is_degraded_but_ready_until_the_log_is_well_again(server):
+    # All nodes share the log: if none were ready, there would be nowhere to go.
+    server.start()
+    server.fault = "the log cannot be read: disk I/O error"
+    assert server.readiness() == (True, "degraded: the log cannot be read: disk I/O error")
+    server.fault = None
+    assert server.readiness() == (True, "ready")
+
+
+@pytest.mark.parametrize("fault", [None, "the log cannot be read: disk I/O error"])
+def test_whoever_starts_or_drains_is_not_ready_however_the_log_is(server, fault):
+    server.fault = fault
+    assert server.readiness() == (False, f"starting: {fault}" if fault else "starting")
+    server.start()
+    server.drain.gone = Deferred()
+    server.service.drain()
+    assert server.readiness() == (False, "draining")
+    server.drain.gone.callback(None)
+    assert server.readiness() == (False, "drained")
+
+
+def test_ports_for_clients_and_for_operators_may_be_named_by_one_text(server):
+    # As tcp:0, which is another port each time.
+    server = Server(listen=["tcp:0"], admin=["tcp:0"])
+    server.admin["tcp:0"].port.text = "admin"
+    server.start()
+    assert server.readiness() == (True, "ready")
+    server.service.drain()
+    assert server.journal == [DRAINING, "drain", "stop tcp:0"]
+    server.stop()
+    assert server.journal[-1] == "stop admin"
+
+
+def test_while_the_store_is_being_opened_only_the_admin_port_is_there(server):
+    server.store.opened = Deferred()
+    server.service.startService()
+    assert server.journal == [("open", SEED), ("listen", "tcp:8086", server.admin_factory)]
+    assert server.readiness() == (False, "starting")
+    assert server.service.running
+    server.journal.clear()
+    server.store.opened.callback(None)
+    assert server.journal == [
+        ("listen", "tcp:8085", server.factory),
+        ("listen", "tcp:9085", server.factory),
+        {"READY": "1", "STATUS": "ready"},
+    ]
+    assert server.readiness() == (True, "ready")
+
+
+def test_meanwhile_it_says_why_it_is_not_ready_and_looks_at_what_is_due(server):
+    server.store.opened = Deferred()
+    server.fault = "the log at localhost:6379 cannot be reached (connection refused)"
+    server.start()
+    assert server.readiness() == (False, f"starting: {server.fault}")
+    server.clock.advance(LOOK_SECONDS)
+    assert server.journal == ["look"]
+    server.store.opened.callback(None)
+    assert server.readiness() == (True, f"degraded: {server.fault}")
+    server.fault = None
+    assert server.readiness() == (True, "ready")
+
+
+def test_an_admin_port_that_cannot_be_opened_meanwhile_ends_the_process_too(server):
+    server.store.opened = Deferred()
+    server.admin["tcp:8086"].result = fail(in_use())
+    with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:8086 "):
+        server.service.startService()
+    assert server.journal[-1] == "store.close"
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_a_store_that_is_open_before_the_admin_port_is_makes_it_ready_with_that(server):
+    server.store.opened = Deferred()
+    server.admin["tcp:8086"].result = Deferred()
+    server.start()
+    server.store.opened.callback(None)
+    assert server.readiness() == (False, "starting")
+    server.admin["tcp:8086"].result.callback(server.admin["tcp:8086"].port)
+    assert server.readiness() == (True, "ready")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_is_told_to_stop_while_the_store_is_being_opened_stops_and_opens_no_port(server, late):
+    server.store.opened = Deferred()
+    server.start()
+    server.drain.gone = Deferred()
+    stopped = server.stop()
+    if late:
+        server.store.opened.callback(None)
+    server.drain.gone.callback(None)
+    assert stopped.called
+    assert server.journal == [STOPPING, DRAINING, "drain", "store.close", "stop tcp:8086"]
+    assert server.clock.getDelayedCalls() == []
+    assert not server.service.running
+
+
+def test_a_store_that_is_open_when_it_drains_already_opens_no_port(server):
+    server.store.opened = Deferred()
+    server.start()
+    server.service.drain()
+    server.store.opened.callback(None)
+    assert server.journal == [DRAINING, "drain"]
+    assert server.readiness() == (False, "drained")
+
+
+def test_a_port_that_cannot_be_opened_when_the_store_is_leaves_it_unready(server, events):
+    server.store.opened = Deferred()
+    server.listen["tcp:8085"].result = fail(in_use())
+    server.start()
+    server.store.opened.callback(None)
+    assert server.readiness() == (False, "starting")
+    assert "store.close" not in server.journal
+    assert [event["fault"] for event in events if event["log_level"] == LogLevel.error] == [
+        "cannot listen on tcp:8085 ([Errno 98] Address already in use): choose another with --listen or --admin"
+    ]
+
+
+def test_it_says_where_it_listens_and_on_which_log(server, events):
+    server.service.startService()
+    texts = [event["log_format"].format(**event) for event in events]
+    assert texts == [
+        "listening on tcp:8085",
+        "listening on tcp:9085",
+        "listening on tcp:8086",
+        "ready, with the log k7Q2",
+    ]
+
+
+def test_a_store_that_cannot_be_opened_ends_the_process_with_its_line_and_opens_no_port(server):
+    server.store.fault = StoreError("chatd.sqlite is in use by another chatd: stop that one")
+    with pytest.raises(SystemExit) as refusal:
+        server.service.startService()
+    assert refusal.value.code == "chatd: chatd.sqlite is in use by another chatd: stop that one"
+    assert server.journal == [("open", SEED)]
+    assert not server.service.running
+    assert server.readiness() == (False, "starting")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (in_use(), "[Errno 98] Address already in use"),
+        (OverflowError("port must be 0-65535."), "port must be 0-65535."),
+    ],
+)
+def test_a_port_that_cannot_be_opened_ends_the_process_with_a_line_and_the_store_closed(server, events, fault, reason):
+    server.listen["tcp:8085"].result = fail(fault)
+    with pytest.raises(SystemExit) as refusal:
+        server.service.startService()
+    assert refusal.value.code == (
+        f"chatd: cannot listen on tcp:8085 ({reason}): choose another with --listen or --admin"
+    )
+    assert server.journal[-1] == "store.close"
+    assert not server.service.running
+    assert server.readiness() == (False, "starting")
+    assert server.clock.getDelayedCalls() == []
+    assert [event for event in events if event["log_level"] > LogLevel.info] == []
+
+
+def test_of_several_ports_that_cannot_be_opened_the_first_is_named(server):
+    server.listen["tcp:9085"].result = fail(in_use())
+    server.admin["tcp:8086"].result = fail(in_use())
+    with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:9085 "):
+        server.service.startService()
+    assert server.journal.count("store.close") == 1
+
+
+def test_a_port_that_fails_later_leaves_it_unready_and_is_logged_as_an_error(server, events):
+    server.admin["tcp:8086"].result = Deferred()
+    server.service.startService()
+    events.clear()
+    server.admin["tcp:8086"].result.errback(in_use())
+    assert server.readiness() == (False, "starting")
+    assert [(event["log_level"], event["fault"]) for event in events] == [
+        (
+            LogLevel.error,
+            "cannot listen on tcp:8086 ([Errno 98] Address already in use): choose another with --listen or --admin",
+        )
+    ]
+    assert "store.close" not in server.journal
+    server.stop()
+    assert server.journal[-1] == "store.close"
+
+
+# Running
+
+
+def test_deadlines_are_looked_at_each_second(server):
+    server.start()
+    server.clock.advance(LOOK_SECONDS - 0.1)
+    assert server.journal == []
+    server.clock.pump([0.1, LOOK_SECONDS, LOOK_SECONDS])
+    assert server.journal == ["look"] * 3
+
+
+def test_rooms_are_trimmed_every_ten_minutes(server):
+    server.start()
+    server.clock.advance(TRIM_SECONDS - 0.1)
+    assert "trim" not in server.journal
+    server.clock.pump([0.1, TRIM_SECONDS])
+    assert server.journal.count("trim") == 2
+
+
+def test_a_trim_is_not_begun_before_the_last_has_ended(server):
+    server.start()
+    server.store.trimmed = Deferred()
+    server.clock.pump([TRIM_SECONDS, TRIM_SECONDS])
+    assert server.journal.count("trim") == 1
+    server.store.trimmed.callback(None)
+    server.clock.advance(TRIM_SECONDS)
+    assert server.journal.count("trim") == 2
+
+
+def test_the_watchdog_is_fed_as_often_as_it_must_be_until_all_is_closed():
+    server = Server(watchdog=7.5)
+    alive = {"WATCHDOG": "1"}
+    server.start()
+    server.clock.advance(7.4)
+    assert alive not in server.journal
+    server.clock.pump([0.1, 7.5])
+    assert server.journal.count(alive) == 2
+    server.drain.gone = Deferred()
+    server.stop()
+    server.clock.advance(7.5)
+    assert server.journal.count(alive) == 3
+    server.drain.gone.callback(None)
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_without_a_watchdog_none_is_fed(server):
+    server.start()
+    server.clock.advance(3600)
+    assert {"WATCHDOG": "1"} not in server.journal
+
+
+# Draining
+
+STOPPING = {"STOPPING": "1", "STATUS": "stopping"}
+DRAINING = {"STATUS": "draining"}
+PORTS = ["stop tcp:8085", "stop tcp:9085"]
+
+
+def test_a_drain_sends_the_clients_away_closes_their_ports_and_leaves_all_else_as_it_is(server):
+    server.start()
+    server.drain.gone = Deferred()
+    drained = server.service.drain()
+    assert server.journal == [DRAINING, "drain", *PORTS]
+    assert not drained.called
+    server.drain.gone.callback(None)
+    assert drained.called
+    server.clock.advance(LOOK_SECONDS)
+    assert server.journal == [DRAINING, "drain", *PORTS, "look"], "the store and the admin port stay"
+    assert server.service.running
+    assert server.readiness() == (False, "drained"), "until it is told to stop"
+
+
+@pytest.mark.parametrize("expecting", [False, True])
+def test_a_drain_is_told_whether_clients_are_expected(server, expecting):
+    server.start()
+    server.service.drain(expecting=expecting)
+    assert server.drain.expecting is expecting
+
+
+def test_it_is_unready_from_the_first_moment_of_a_drain(server):
+    server.start()
+    seen = []
+    server.drain.run = lambda close_ports, **_: seen.append(server.readiness()) or succeed(None)
+    server.service.drain()
+    assert seen == [(False, "draining")]
+
+
+def test_the_ports_are_closed_when_each_of_them_says_so(server):
+    server.start()
+    for endpoint in server.listen.values():
+        endpoint.port.stopped = Deferred()
+    server.service.drain()
+    server.listen["tcp:8085"].port.stopped.callback(None)
+    assert not server.drain.ports.called
+    server.listen["tcp:9085"].port.stopped.callback(None)
+    assert server.drain.ports.called
+
+
+def test_a_port_that_is_not_open_yet_need_not_be_closed(server):
+    server.listen["tcp:8085"].result = Deferred()
+    server.start()
+    server.service.drain()
+    assert server.journal == [DRAINING, "drain", "stop tcp:9085"]
+    assert server.drain.ports.called
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError("sync"), fail(ZeroDivisionError("async"))])
+def test_a_port_that_cannot_be_closed_keeps_no_other_from_it(server, events, fault):
+    server.start()
+
+    class Stuck:
+        def stopListening(self):
+            if isinstance(fault, Deferred):
+                return fault
+            raise fault
+
+    server.service._ports[0] = Stuck()
+    assert server.stop().called
+    assert server.journal == [STOPPING, DRAINING, "drain", "stop tcp:9085", "store.close", "stop tcp:8086"]
+    server.drain.ports = None
+    gc.collect()
+
+
+def test_who_asks_for_a_drain_that_is_going_on_waits_for_the_same(server, events):
+    server.start()
+    server.drain.gone = Deferred()
+    drains = [server.service.drain() for _ in range(3)]
+    assert server.journal == [DRAINING, "drain", *PORTS]
+    assert not any(drained.called for drained in drains)
+    server.drain.gone.callback(None)
+    assert all(drained.called for drained in drains)
+    assert server.service.drain().called
+    assert server.journal == [DRAINING, "drain", *PORTS]
+    texts = [event["log_format"] for event in events]
+    assert (texts.count("draining"), texts.count("drained")) == (1, 1)
+
+
+def test_who_is_told_to_stop_while_it_drains_waits_for_that_drain_and_then_stops(server):
+    server.start()
+    server.drain.gone = Deferred()
+    drained = server.service.drain()
+    stopped = server.stop()
+    assert server.journal == [DRAINING, "drain", *PORTS, STOPPING]
+    server.drain.gone.callback(None)
+    assert drained.called
+    assert stopped.called
+    assert server.journal[-2:] == ["store.close", "stop tcp:8086"]
+
+
+def test_who_is_told_to_stop_when_it_has_drained_stops_at_once(server):
+    server.start()
+    server.service.drain()
+    server.journal.clear()
+    assert server.stop().called
+    assert server.journal == [STOPPING, "store.close", "stop tcp:8086"]
+
+
+def test_a_drain_asked_for_while_it_stops_is_that_of_the_stop(server):
+    server.start()
+    server.drain.gone = Deferred()
+    server.stop()
+    drained = server.service.drain()
+    assert server.journal.count("drain") == 1
+    server.drain.gone.callback(None)
+    assert drained.called
+
+
+def test_a_drain_that_fails_is_logged_and_the_stop_goes_on(server, events):
+    server.start()
+    server.drain.gone = fail(ZeroDivisionError())
+    drained, stopped = server.service.drain(), server.stop()
+    gc.collect()
+    assert drained.called
+    assert stopped.called
+    assert server.journal[-2:] == ["store.close", "stop tcp:8086"]
+    (failed,) = [event for event in events if event["log_level"] > LogLevel.info]
+    assert failed["log_format"] == "the drain failed"
+    assert failed["log_failure"].type is ZeroDivisionError
+
+
+@pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
+def test_a_port_that_opens_when_it_drains_makes_it_ready_no_more(server, text):
+    late = (server.listen | server.admin)[text]
+    late.result = Deferred()
+    server.start()
+    server.drain.run = lambda close_ports, **_: Deferred()  # which closes no port for a while
+    server.service.drain()
+    late.result.callback(late.port)
+    assert server.readiness() == (False, "draining")
+    assert {"READY": "1", "STATUS": "ready"} not in server.journal
+
+
+@pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
+def test_a_port_that_opens_when_the_others_were_closed_is_closed_in_the_end(server, text):
+    late = (server.listen | server.admin)[text]
+    late.result = Deferred()
+    server.start()
+    server.service.drain()
+    late.result.callback(late.port)
+    server.stop()
+    assert f"stop {text}" in server.journal
+
+
+# Signals
+
+
+def test_the_first_sigterm_is_in_no_hurry(server):
+    server.start()
+    server.service.signalled(signal.SIGTERM)
+    assert server.journal == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_is(server, second):
+    server.start()
+    server.drain.gone = Deferred()
+    server.service.signalled(signal.SIGTERM)
+    server.stop()
+    server.journal.clear()
+    server.service.signalled(second)
+    assert server.journal == ["hurry"]
+
+
+def test_one_from_the_keyboard_is_in_a_hurry_at_once(server):
+    server.start()
+    server.service.signalled(signal.SIGINT)
+    server.stop()
+    assert server.journal[0] == "hurry"
+
+
+def test_a_sigterm_while_it_drains_on_demand_is_the_first_signal(server):
+    server.start()
+    server.drain.gone = Deferred()
+    server.service.drain()
+    server.service.signalled(signal.SIGTERM)
+    server.stop()
+    assert "hurry" not in server.journal
+    server.service.signalled(signal.SIGTERM)
+    assert server.journal[-1] == "hurry"
+
+
+# Stopping
+
+
+def test_it_drains_then_closes_the_store_and_the_admin_port_last(server):
+    server.start()
+    server.drain.gone, server.store.closing, server.admin["tcp:8086"].port.stopped = Deferred(), Deferred(), Deferred()
+    stopped = server.stop()
+    assert server.journal == [STOPPING, DRAINING, "drain", *PORTS]
+    server.drain.gone.callback(None)
+    assert server.journal == [STOPPING, DRAINING, "drain", *PORTS, "store.close"]
+    server.store.closing.callback(None)
+    assert server.journal == [STOPPING, DRAINING, "drain", *PORTS, "store.close", "stop tcp:8086"]
+    assert not stopped.called
+    server.admin["tcp:8086"].port.stopped.callback(None)
+    assert stopped.called
+    assert not server.service.running
+
+
+def test_when_it_has_stopped_nothing_is_left_on_the_clock(server):
+    server.start()
+    assert server.stop().called
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_it_says_what_it_does(server, events):
+    server.start()
+    events.clear()
+    server.service.signalled(signal.SIGINT)
+    server.stop()
+    assert [event["log_format"] for event in events] == ["in a hurry", "stopping", "draining", "drained", "stopped"]
+
+
+def test_deadlines_are_looked_at_while_it_drains(server):
+    server.start()
+    server.drain.gone = Deferred()
+    server.stop()
+    server.clock.pump([LOOK_SECONDS] * 3)
+    assert server.journal.count("look") == 3
+
+
+def test_a_look_that_failed_is_logged_and_the_next_one_follows(server, events):
+    server.start()
+    events.clear()
+    server.clients.fault = ZeroDivisionError()
+    server.clock.advance(LOOK_SECONDS)
+    gc.collect()
+    assert {event["log_level"] for event in events} == {LogLevel.critical}
+    server.clients.fault = None
+    looks = server.journal.count("look")
+    server.clock.advance(LOOK_SECONDS)
+    assert server.journal.count("look") == looks + 1
+    assert server.stop().called
+    assert "store.close" in server.journal
+
+
+# In an application
+
+
+def test_it_brings_its_log_observer_to_the_application(server):
+    application = Application("chatd")
+    server.service.setServiceParent(application)
+    assert application.getComponent(ILogObserver) is server.observer
+    assert IServiceCollection(application).getServiceNamed("chatd") is server.service
+
+
+def test_it_runs_under_any_service_too(server):
+    parent = MultiService()
+    server.service.setServiceParent(parent)
+    assert [*parent] == [server.service]

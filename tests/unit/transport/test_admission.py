@@ -1,0 +1,508 @@
+"""Who may come in, to which room, and how fast they may speak."""
+
+from http import HTTPStatus
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import REPEATABLE, ManualTime
+
+from chatd.messages import Id
+from chatd.transport import admission
+from chatd.transport.admission import (
+    Addresses,
+    Admission,
+    Rate,
+    Refused,
+    Visit,
+    last_id,
+    origin_pattern,
+    read_query,
+    room_pattern,
+)
+
+NOBODY = frozenset()
+
+
+def visit(target, origin=None, *, rooms=(), origins=()):
+    """What a request asks for, by an operator's rules as they are on the command line."""
+    rules = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
+    path, _, query = target.partition("?")
+    return rules.visit(path, read_query(query), origin)
+
+
+def refusal(target, origin=None, **rules):
+    with pytest.raises(Refused) as refused:
+        visit(target, origin, **rules)
+    assert "\n" not in str(refused.value)
+    assert refused.value.code is None
+    return refused.value.status
+
+
+# Rooms
+
+
+@pytest.mark.parametrize(
+    ("path", "room"),
+    [
+        ("/", "main"),
+        ("/rooms/main", "main"),
+        ("/rooms/a", "a"),
+        ("/rooms/0", "0"),
+        ("/rooms/team-1_b", "team-1_b"),
+        ("/rooms/a-", "a-"),
+        ("/rooms/" + 64 * "a", 64 * "a"),
+    ],
+)
+def test_a_path_names_a_room(path, room):
+    assert visit(path) == Visit(room, None, NOBODY, None)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("", "/rooms", "/rooms/", "/rooms//", "/rooms/main/", "//rooms/main", "/main", "/x/rooms/main", "main"),
+        *("/rooms/..", "/rooms/.", "/rooms/../main", "/rooms/a/b", "/rooms/a.b", "/rooms/main;x", "/rooms/main\n"),
+        *("/rooms/%2f", "/rooms/%6dain", "/rooms/%2e%2e", "/rooms/m%00", "/%72ooms/main", "/rooms/a%20b"),
+        *("/rooms/Main", "/rooms/MAIN", "/ROOMS/main", "/Rooms/main"),
+        *("/rooms/m%d0%b0in", "/rooms/m\N{CYRILLIC SMALL LETTER A}in", "/rooms/\N{FULLWIDTH LATIN SMALL LETTER M}ain"),
+        *("/rooms/-a", "/rooms/_a", "/rooms/" + 65 * "a", "/rooms/\N{ARABIC-INDIC DIGIT THREE}", "/rooms/*"),
+    ],
+)
+def test_any_other_path_is_404(path):
+    assert refusal(path) == HTTPStatus.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("patterns", "yes", "no"),
+    [
+        (["main"], ["main"], ["main2", "xmain", "mai"]),
+        (["team-*"], ["team-", "team-1", "team-a-b"], ["team", "xteam-1", "main"]),
+        (["a?"], ["ab", "a-"], ["a", "abc"]),
+        (["main", "team-*"], ["main", "team-1"], ["other"]),
+        (["*"], ["main", "x"], []),
+    ],
+)
+def test_the_operator_says_which_rooms_there_may_be(patterns, yes, no):
+    for name in yes:
+        assert visit(f"/rooms/{name}", rooms=patterns).room == name
+    for name in no:
+        assert refusal(f"/rooms/{name}", rooms=patterns) == HTTPStatus.NOT_FOUND
+
+
+def test_where_there_may_be_no_main_there_is_none_at_the_root_either():
+    assert refusal("/", rooms=["team-*"]) == HTTPStatus.NOT_FOUND
+    assert visit("/", rooms=["ma*"]).room == "main"
+
+
+def test_a_pattern_widens_no_rule_of_names():
+    for path in ("/rooms/A", "/rooms/..", "/rooms/-a", "/rooms/" + 65 * "a"):
+        assert refusal(path, rooms=["*"]) == HTTPStatus.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Team-*", "a b", "[ab]", "a/b", "rooms/a.b", "\N{CYRILLIC SMALL LETTER A}", "a\n"]
+)
+def test_what_is_no_pattern_of_room_names_is_said(text):
+    with pytest.raises(ValueError, match="is no pattern of room names such as team-"):
+        room_pattern(text)
+
+
+# Origins
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        (
+            "https://chat.example",
+            ["https://chat.example"],
+            [
+                *(
+                    "http://chat.example",
+                    "https://chat.example:8443",
+                    "https://a.chat.example",
+                    "https://xchat.example",
+                ),
+                *("https://chat-example", "https://chatxexample", "https://chat.example.attacker.net", "null", ""),
+                *("https://chat.example/", "https://chat.example\n", " https://chat.example", "https://chat.exampl"),
+                *("wss://chat.example", "https://chat.example@evil.net", "https://evil.net#https://chat.example"),
+            ],
+        ),
+        ("http://localhost:3000", ["http://localhost:3000"], ["http://localhost", "http://localhost:30000"]),
+        (
+            "*.example.org",
+            ["https://a.example.org", "http://a.example.org", "https://a.b-c.example.org", "https://1.example.org"],
+            [
+                *("https://example.org", "https://xexample.org", "https://evil.example.org.attacker.net", "null", ""),
+                *("https://a.example.org:8443", "https://a.examplexorg", "https://.example.org@evil.net"),
+                *(
+                    "ftp://a.example.org",
+                    "https://evil.net/.example.org",
+                    "https://evil.net?.example.org",
+                    "a.example.org",
+                ),
+                *("https://evil.net#.example.org", "https://evil.net:1.example.org", "https://a.example.org\n"),
+                *(
+                    "https://a.example.org/",
+                    "https://\N{CYRILLIC SMALL LETTER A}.example.org",
+                    "xhttps://a.example.org",
+                ),
+            ],
+        ),
+        ("https://*.example.org", ["https://a.example.org"], ["http://a.example.org", "https://example.org"]),
+        ("http://*.example.org", ["http://a.example.org"], ["https://a.example.org"]),
+        (
+            "*.example.org:8443",
+            ["https://a.example.org:8443", "http://a.example.org:8443"],
+            ["https://a.example.org", "https://a.example.org:84430", "https://a.example.org:443"],
+        ),
+        ("https://*.example.org:8443", ["https://a.example.org:8443"], ["http://a.example.org:8443"]),
+        ("HTTPS://Chat.EXAMPLE", ["https://chat.example"], ["https://other.example"]),
+        ("*.EXAMPLE.org", ["https://a.example.org"], ["https://xexample.org"]),
+        ("null", ["null"], ["", "nullx", "https://null", "http://chat.example"]),
+    ],
+)
+def test_a_page_may_connect_if_its_origin_is_the_operators(pattern, yes, no):
+    for origin in yes:
+        assert visit("/", origin, origins=[pattern]).room == "main"
+    for origin in no:
+        assert refusal("/", origin, origins=[pattern]) == HTTPStatus.FORBIDDEN, origin
+
+
+def test_one_of_several_origins_is_enough():
+    rules = {"origins": ["https://a.example", "*.b.example"]}
+    for origin in ("https://a.example", "https://x.b.example"):
+        assert visit("/", origin, **rules)
+    assert refusal("/", "https://c.example", **rules) == HTTPStatus.FORBIDDEN
+
+
+def test_who_says_no_origin_is_no_browser_and_let_in():
+    assert visit("/", None, origins=["https://chat.example"])
+
+
+def test_where_no_origin_is_named_every_page_may_connect():
+    for origin in ("https://anything.example", "null", "nonsense", None):
+        assert visit("/", origin)
+    assert Admission().any_origin
+    assert not Admission(origins=[origin_pattern("null")]).any_origin
+
+
+def test_a_page_elsewhere_does_not_learn_which_rooms_there_are():
+    assert refusal("/nowhere", "https://evil.example", origins=["null"]) == HTTPStatus.FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "*", "chat.example", "https://", "https://chat.example/", "https://chat.example/x", "https://a*.example"),
+        *(
+            "wss://chat.example",
+            "https://chat.example:",
+            "https://chat.example:x",
+            "*.",
+            "*example",
+        ),
+        *("https://a.*.example", "https://chat.example\n", "https://a b", "*.example.org,*.example.net", "nullx"),
+    ],
+)
+def test_what_is_no_origin_is_said(text):
+    with pytest.raises(ValueError, match="is no origin such as https://chat"):
+        origin_pattern(text)
+
+
+# The query
+
+
+def test_what_is_asked_for_is_read():
+    assert visit("/rooms/a?last_event_id=k7Q2-1042&events=presence,typing&username=ann") == Visit(
+        "a", Id("k7Q2", 1042), frozenset({"presence", "typing"}), "ann"
+    )
+
+
+@pytest.mark.parametrize(
+    "query", ["", "last_event_id=&events=&username=", "last_event_id", "colour=red&colour=%00", "&&", "LAST_EVENT_ID=x"]
+)
+def test_what_is_empty_or_unknown_is_not_asked_for(query):
+    assert visit(f"/?{query}") == Visit("main", None, NOBODY, None)
+
+
+def test_of_what_is_said_twice_the_last_counts():
+    asked = visit(
+        "/?last_event_id=nonsense&last_event_id=k7Q2-1&events=nonsense&events=typing&username=ann&username=bob"
+    )
+    assert asked == Visit("main", Id("k7Q2", 1), frozenset({"typing"}), "bob")
+
+
+@pytest.mark.parametrize("number", ["0", "1", "9" * 16])
+@pytest.mark.parametrize("epoch", ["k7Q2", "0123456789abcDEF"])
+def test_the_id_of_the_last_message_is_an_epoch_and_a_number(epoch, number):
+    assert visit(f"/?last_event_id={epoch}-{number}").last == Id(epoch, int(number))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "1042",
+            "k7Q2",
+            "k7Q2-",
+            "-1",
+            "k7Q2--1",
+            "k7Q2-01",
+            "k7Q2-1.0",
+            "k7Q2-1x",
+            "k7Q2_1",
+            "k7Q2-1-1",
+            "k7Q2-%2b1",
+        ),
+        *("k7Q-1", "0123456789abcDEFx-1", "k7Q2-" + "9" * 17, "k7Q2-%d9%a3", "k7%d0%90-1", "k7Q2-1%0a", "k7Q2-1+"),
+        *("%20k7Q2-1", "null", "k7Q2-1%00"),
+    ],
+)
+def test_a_malformed_id_is_400(text):
+    assert refusal(f"/?last_event_id={text}") == HTTPStatus.BAD_REQUEST
+
+
+def test_an_id_that_is_no_query_is_read_alike():
+    assert last_id("k7Q2-3") == Id("k7Q2", 3)
+    assert last_id(None) is None
+    assert last_id("") is None
+    with pytest.raises(Refused, match="last_event_id: an id is an epoch and a number, such as "):
+        last_id("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("text", "events"),
+    [
+        ("presence", {"presence"}),
+        ("typing,presence", {"presence", "typing"}),
+        ("typing,typing", {"typing"}),
+        ("presence%2Ctyping", {"presence", "typing"}),
+    ],
+)
+def test_events_are_chosen_by_name(text, events):
+    assert visit(f"/?events={text}").events == events
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "presence,x", "presence,", ",", "Presence", "presence%20", "presence;typing", "*"]
+)
+def test_unknown_events_are_400(text):
+    assert refusal(f"/?events={text}") == HTTPStatus.BAD_REQUEST
+
+
+@pytest.mark.parametrize(
+    ("text", "username"),
+    [
+        ("a", "a"),
+        (30 * "a", 30 * "a"),
+        (30 * "%F0%9F%91%8B", 30 * "\N{WAVING HAND SIGN}"),
+        ("%D0%90%D0%BB%D0%B8%D1%81%D0%B0", "Алиса"),
+        ("ann+b%20c", "ann b c"),
+        ("a%26b%3Dc", "a&b=c"),
+    ],
+)
+def test_a_username_is_1_to_30_code_points_of_percent_encoded_utf_8(text, username):
+    assert visit(f"/?username={text}").username == username
+
+
+@pytest.mark.parametrize("text", [31 * "a", 31 * "%F0%9F%91%8B", "%FF", "%D0", "%ED%A0%80", "a%C0%80"])
+def test_any_other_username_is_400(text):
+    assert refusal(f"/?username={text}") == HTTPStatus.BAD_REQUEST
+
+
+def test_a_query_that_is_not_utf_8_is_400_whatever_key_it_is_in():
+    for query in ("x=%FF", "%FF=x", "last_event_id=%FF"):
+        assert refusal(f"/?{query}") == HTTPStatus.BAD_REQUEST
+
+
+# The rate limit
+
+
+def paced():
+    return SimpleNamespace(due=0.0)
+
+
+def burst(rate, who, most=1000):
+    """How many go through at once."""
+    return next(number for number in range(most) if rate.take(who))
+
+
+@pytest.mark.parametrize("size", [1, 2, 40])
+@pytest.mark.parametrize("a_second", [1, 3, 7, 20, 1000])
+def test_a_burst_goes_through_at_once_and_then_one_each_so_many_seconds(a_second, size):
+    now = ManualTime()
+    rate, who = Rate(a_second, size, now), paced()
+    assert burst(rate, who) == size
+    for _ in range(3 * size):
+        wait = rate.take(who)
+        assert wait == pytest.approx(1 / a_second, abs=2e-5)
+        now.advance(wait / 2)
+        assert rate.take(who)
+        now.advance(wait / 2)
+        assert burst(rate, who) == 1
+
+
+def test_who_waits_long_has_the_whole_burst_again_and_no_more():
+    now = ManualTime()
+    rate, who = Rate(2, 5, now), paced()
+    assert burst(rate, who) == 5
+    now.advance(1)
+    assert burst(rate, who) == 2
+    now.advance(1_000_000)
+    assert burst(rate, who) == 5
+
+
+def test_asking_too_early_costs_nothing():
+    now = ManualTime()
+    rate, who = Rate(1, 1, now), paced()
+    assert rate.take(who) == 0.0
+    for _ in range(100):
+        assert rate.take(who) == pytest.approx(1)
+    now.advance(1)
+    assert rate.take(who) == 0.0
+
+
+def test_each_has_a_burst_of_its_own():
+    rate = Rate(1, 3, ManualTime())
+    assert [burst(rate, paced()) for _ in range(2)] == [3, 3]
+
+
+def test_a_burst_of_none_is_one():
+    assert burst(Rate(1, 0, ManualTime()), paced()) == 1
+
+
+def test_a_clock_that_begins_at_zero_will_do():
+    assert burst(Rate(1, 3, ManualTime(0.0)), paced()) == 3
+
+
+def test_a_clock_that_is_set_back_makes_nobody_wait_longer_than_for_one():
+    now = ManualTime()
+    rate, who = Rate(20, 40, now), paced()
+    burst(rate, who)
+    now.advance(-3600)
+    assert rate.take(who) <= 1 / 20 + 1e-5
+
+
+@REPEATABLE
+@given(
+    a_second=st.integers(1, 100),
+    size=st.integers(1, 50),
+    pauses=st.lists(st.floats(0, 2), min_size=1, max_size=60),
+)
+def test_in_no_stretch_of_time_do_more_go_through_than_the_burst_and_the_rate(a_second, size, pauses):
+    now = ManualTime()
+    rate, who = Rate(a_second, size, now), paced()
+    taken = []
+    for pause in pauses:
+        now.advance(pause)
+        taken += [now() for _ in range(10) if not rate.take(who)]
+    for first, begin in enumerate(taken):
+        for last, end in enumerate(taken[first:], first):
+            assert last - first + 1 <= size + (end - begin) * a_second + 0.01
+
+
+# Addresses
+
+
+@pytest.fixture
+def now():
+    return ManualTime()
+
+
+@pytest.fixture
+def addresses(now):
+    """Makes the addresses behind so many proxies, each of which may send one a second."""
+    return lambda hops: Addresses(Rate(1, 1, now), hops, now)
+
+
+def test_each_address_has_a_rate_of_its_own(addresses, now):
+    limit = addresses(0)
+    assert limit.take("192.0.2.1", None) == 0.0
+    assert limit.take("192.0.2.1", None) == pytest.approx(1)
+    assert limit.take("192.0.2.2", None) == 0.0
+    now.advance(1)
+    assert limit.take("192.0.2.1", None) == 0.0
+
+
+def test_without_a_rate_there_is_no_limit_and_nothing_is_remembered(now):
+    limit = Addresses(None, 0, now)
+    assert {limit.take("192.0.2.1", None) for _ in range(100)} == {0.0}
+    assert limit._addresses == {}
+
+
+@pytest.mark.parametrize(
+    ("hops", "forwarded", "address"),
+    [
+        (0, None, "peer"),
+        (0, "203.0.113.9", "peer"),
+        (1, None, "peer"),
+        (1, "", "peer"),
+        (1, "203.0.113.9", "203.0.113.9"),
+        (1, "spoofed, 203.0.113.9", "203.0.113.9"),
+        (1, "spoofed,spoofed ,  203.0.113.9 ", "203.0.113.9"),
+        (2, None, "peer"),
+        (2, "spoofed", "peer"),
+        (2, "203.0.113.9, 198.51.100.1", "203.0.113.9"),
+        (2, "spoofed, 203.0.113.9, 198.51.100.1", "203.0.113.9"),
+    ],
+)
+def test_of_the_forwarded_only_what_trusted_proxies_added_counts(addresses, hops, forwarded, address):
+    limit = addresses(hops)
+    assert limit.take("peer", forwarded) == 0.0
+    assert [*limit._addresses] == [address]
+
+
+def test_what_a_client_says_of_itself_buys_it_nothing(addresses):
+    for hops, trusted in ((0, ""), (1, ", 203.0.113.9"), (2, ", 203.0.113.9, 198.51.100.1")):
+        limit = addresses(hops)
+        assert limit.take("peer", f"first{trusted}") == 0.0
+        assert limit.take("peer", f"other{trusted}") == pytest.approx(1)
+
+
+def test_behind_one_proxy_each_client_has_a_rate_of_its_own(addresses):
+    limit = addresses(1)
+    assert limit.take("proxy", "203.0.113.9") == 0.0
+    assert limit.take("proxy", "203.0.113.10") == 0.0
+
+
+def test_addresses_that_are_owed_nothing_are_forgotten_when_there_are_many(addresses, now, monkeypatch):
+    monkeypatch.setattr(admission, "MAX_ADDRESSES", 10)
+    limit = addresses(0)
+    for number in range(100):
+        limit.take(f"192.0.2.{number}", None)
+        now.advance(0.25)
+        assert len(limit._addresses) <= 10
+
+
+def test_an_address_that_is_owed_something_is_remembered_however_many_there_are(addresses, now, monkeypatch):
+    monkeypatch.setattr(admission, "MAX_ADDRESSES", 2)
+    limit = addresses(0)
+    for number in range(5):
+        assert limit.take(f"192.0.2.{number}", None) == 0.0
+    assert limit.take("192.0.2.0", None) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "origin", ["capacitor://localhost", "chrome-extension://abcdefgh", "http://[::1]:3000", "ionic://localhost"]
+)
+def test_an_app_or_an_address_may_be_an_origin(origin):
+    rules = Admission(origins=[origin_pattern(origin)])
+    rules.check_origin(origin)
+    with pytest.raises(Refused):
+        rules.check_origin(f"{origin}1")
+
+
+def test_addresses_are_searched_for_those_owed_nothing_ever_more_rarely(monkeypatch):
+    monkeypatch.setattr(admission, "MAX_ADDRESSES", 4)
+    now = ManualTime()
+    addresses = Addresses(Rate(1, 1, now), 0, now)
+    for number in range(8):
+        assert not addresses.take(str(number), None)
+    assert addresses._most == 8
+    now.advance(10)
+    addresses.take("another", None)
+    assert [*addresses._addresses] == ["another"]
+    assert addresses._most == 4

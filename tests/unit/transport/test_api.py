@@ -1,0 +1,1585 @@
+"""The rooms over HTTP: pages, posts and Server-Sent Events, as those know them who have no WebSocket."""
+
+import gc
+import json
+import re
+from http import HTTPStatus
+from urllib.parse import quote, urljoin, urlsplit
+
+import pytest
+from support.helpers import HEAD, ManualTime, RecordingPoster, masked, read_frames
+from support.web_doubles import Connection, SecureTransport, Stream, Transport
+from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+
+from chatd.messages import Entry, Post
+from chatd.room.log import InDoubt, LogUnavailable
+from chatd.room.registry import Rooms
+from chatd.room.room import MAX_LAG
+from chatd.store.base import Retention
+from chatd.store.memory import MemoryStore
+from chatd.transport import frames
+from chatd.transport import http as web
+from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
+from chatd.transport.api import PREFLIGHT_SECONDS, Api
+from chatd.transport.connections import PING_SECONDS, STALL_SECONDS, Clients
+from chatd.transport.websocket import ChatFactory
+
+SEED = (
+    Entry(1, "Alice", "Hello!", "2024-10-20T12:30:00Z"),
+    Entry(2, "Bob", "Hi Alice!", "2024-10-20T12:31:00Z"),
+)
+JSON = b"Content-Type: application/json"
+RETRY = str(web.RETRY_SECONDS)
+
+
+class Log(MemoryStore):
+    """A log in memory that can be down, and whose answers and readers a test can hold."""
+
+    def __init__(self, retain):
+        super().__init__(retain, ManualTime())
+        self.down = False
+        self.held = None
+
+    def append(self, room, post, poster):
+        if self.held is not None:
+            self.held.append(lambda: super(Log, self).append(room, post, poster))
+        elif self.down:
+            poster.refused(post, LogUnavailable())
+        else:
+            super().append(room, post, poster)
+
+    def read(self, room, after, limit):
+        if self.down:
+            return fail(LogUnavailable("no disk"))
+        page = super().read(room, after, limit)
+        if self.held is None:
+            return page
+        waiting = Deferred()
+        self.held.append(lambda: page.chainDeferred(waiting))
+        return waiting
+
+    def let_go(self):
+        held, self.held = self.held, None
+        for answer in held:
+            answer()
+
+
+class House:
+    """A server without sockets."""
+
+    def __init__(self, *, retain="all", history=100, rooms=(), origins=(), rate=None, hops=0, seed=SEED):
+        self.clock = Clock()
+        self.log = Log(Retention.parse(retain))
+        self.log.open(seed)
+        self.rooms = Rooms(self.log, self.clock, history)
+        self.clients = Clients(self.clock)
+        admission = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
+        limit = Rate(*rate, self.clock.seconds) if rate else None
+        addresses = Addresses(limit, hops, self.clock.seconds)
+        api = Api(self.rooms, self.clients, admission, addresses)
+        self.site = web.site(lambda: (True, "ready"), self.clock, {"": api, "rooms": api})
+        self.factory = ChatFactory(
+            rooms=self.rooms, clients=self.clients, admission=admission, site=self.site, reactor=self.clock
+        )
+
+    @property
+    def epoch(self):
+        return self.log.epoch
+
+    def id(self, number):
+        return f"{self.epoch}-{number}"
+
+    def connect(self, transport=None):
+        return Connection(self.site, transport)
+
+    def ask(self, method, path, *headers, body=None, transport=None):
+        """One request on a connection of its own, which then goes."""
+        connection = self.connect(transport)
+        response, text = connection.ask(method, path, b"Host: chat.example", *headers, body=body)
+        connection.lose()
+        return response, text
+
+    def get(self, path, *headers):
+        return self.ask(b"GET", path, *headers)
+
+    def post(self, *headers, path=b"/rooms/main/messages", kind=JSON, transport=None, **document):
+        """Post a message; headers come before what it is."""
+        body = json.dumps(document).encode()
+        return self.ask(b"POST", path, *([kind] if kind else []), *headers, body=body, transport=transport)
+
+    def say(self, *messages, room="main"):
+        """Have messages in the log."""
+        poster = RecordingPoster()
+        for message in messages:
+            self.log.append(room, Post("ann", message), poster)
+        assert len(poster.numbers) == len(messages)
+
+    def drain(self, retry_after=0.5):
+        """Send all clients elsewhere, at once."""
+        self.clients.stopping = True
+        for client in [*self.clients.connected]:
+            client.restart(retry_after)
+            if client in self.clients.connected:
+                self.clients.closings.add(client)
+
+    def stream(self, path=b"/rooms/main/events", *headers, **options):
+        return Stream(self.connect(), path, *headers, **options)
+
+    def turn(self):
+        """Let the reactor turn, until nothing is due."""
+        while any(call.getTime() <= self.clock.seconds() for call in self.clock.getDelayedCalls()):
+            self.clock.advance(0)
+
+    def pass_time(self, seconds):
+        """Let time pass as the service does: once a second all are looked at."""
+        for _ in range(seconds):
+            self.clock.advance(1)
+            self.clients.look()
+            self.turn()
+
+    @property
+    def forgotten(self):
+        """Whether nothing is left of anyone who was here."""
+        self.turn()
+        return (
+            not (self.clients.connected or [*self.clients.stalls] or [*self.clients.pings] or [*self.clients.closings])
+            and not self.rooms._rooms
+        )
+
+
+class WebSocket:
+    """A member over WebSocket, with no more than a test of HTTP needs."""
+
+    def __init__(self, house, path=b"/", query=b""):
+        self._protocol = house.factory.buildProtocol(None)
+        self._transport = StringTransport()
+        self._protocol.makeConnection(self._transport)
+        self._protocol.dataReceived(HEAD.replace(b"GET / ", b"GET " + path + query + b" ") + b"\r\n\r\n")
+        head, _, self._data = self._transport.value().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 ")
+        self._transport.clear()
+
+    def send(self, **document):
+        self._protocol.dataReceived(masked(json.dumps(document).encode()))
+
+    def raw(self):
+        data, self._data = self._data + self._transport.value(), b""
+        self._transport.clear()
+        return data
+
+    def read(self):
+        return read_frames(self.raw())
+
+    def texts(self):
+        """The JSON of its frames, as it came."""
+        data, texts = self.raw(), []
+        while data:
+            text = frames.payload(data[: 2 + data[1] if data[1] < 126 else 4 + int.from_bytes(data[2:4])])
+            texts.append(text.decode())
+            data = data[data.index(text) + len(text) :]
+        return texts
+
+
+@pytest.fixture
+def house():
+    return House()
+
+
+def problem(answered, code=None):
+    """The status and the words of a refusal, which is a problem as RFC 9457 has it."""
+    response, body = answered
+    assert response.headers["content-type"] == "application/problem+json"
+    document = json.loads(body)
+    assert document["status"] == response.status
+    assert document["title"] == HTTPStatus(response.status).phrase
+    assert document.get("code") == code
+    assert document.keys() <= {"title", "status", "detail", "code"}
+    return response.status, document["detail"]
+
+
+def content(answered, status=200):
+    response, body = answered
+    assert response.status == status, body
+    assert response.headers["content-type"] == "application/json"
+    assert body.endswith("}\n")
+    return json.loads(body)
+
+
+def links(response):
+    """The links of an answer by relation (RFC 8288)."""
+    found = re.findall(r'<([^>]*)>; rel="(prev|next)"', response.headers.get("link", ""))
+    assert ", ".join(f'<{url}>; rel="{rel}"' for url, rel in found) == response.headers.get("link", "")
+    return {rel: url for url, rel in found}
+
+
+def numbers(document):
+    """The numbers of a page's messages: they count back from its id."""
+    end = int(document["id"].partition("-")[2])
+    return [*range(end - len(document["data"]) + 1, end + 1)]
+
+
+def said(document):
+    return [entry["message"] for entry in document["data"]]
+
+
+# Pages
+
+
+def test_messages_are_the_newest_as_the_history_frame_has_them(house):
+    response, body = house.get(b"/rooms/main/messages")
+    assert content((response, body)) == {
+        "type": "history",
+        "id": house.id(2),
+        "data": [
+            {"username": "Alice", "message": "Hello!", "timestamp": "2024-10-20T12:30:00Z"},
+            {"username": "Bob", "message": "Hi Alice!", "timestamp": "2024-10-20T12:31:00Z"},
+        ],
+    }
+    assert response.headers["cache-control"] == "no-store"
+    assert WebSocket(house).texts() == [body.rstrip("\n")]
+
+
+@pytest.mark.parametrize("someone_is_there", [False, True])
+@pytest.mark.parametrize(
+    ("query", "want", "more", "rels"),
+    [
+        ("", range(5, 13), False, set()),
+        ("limit=50", range(5, 13), False, set()),
+        ("limit=3", range(10, 13), True, {"prev"}),
+        ("limit=8", range(5, 13), False, set()),
+        ("limit=0100", range(5, 13), False, set()),
+        ("before={9}&limit=2", range(7, 9), True, {"prev", "next"}),
+        ("before={9}&limit=4", range(5, 9), False, {"next"}),
+        ("before={9}", range(5, 9), False, {"next"}),
+        ("before={13}", range(5, 13), False, set()),
+        ("before={5}", [], False, {"next"}),
+        ("before={3}", [], False, {"next"}),
+        ("before={0}", [], False, {"next"}),
+        ("after={9}", range(10, 13), False, {"prev"}),
+        ("after={9}&limit=2", range(10, 12), True, {"prev", "next"}),
+        ("after={12}", [], False, {"prev"}),
+        ("after={4}", range(5, 13), False, set()),
+        ("after={1}&limit=2", range(5, 7), True, {"next"}),
+        ("after={0}", range(5, 13), False, set()),
+        ("before=&after=&limit=", range(5, 13), False, set()),
+        ("limit=3&limit=1", range(12, 13), True, {"prev"}),
+        ("utm_source=mail&label=x&type=typing", range(5, 13), False, set()),
+    ],
+)
+def test_a_page_holds_what_is_asked_for_and_says_whether_there_is_more(someone_is_there, query, want, more, rels):
+    house = House(retain="8")
+    member = WebSocket(house) if someone_is_there else None
+    house.say(*map(str, range(3, 13)))
+    assert (member is not None) == bool(house.rooms._rooms)
+    asked = re.sub(r"\{(\d+)\}", lambda found: house.id(found[1]), query)
+    response, body = house.get(f"/rooms/main/messages?{asked}".encode())
+    document = content((response, body))
+    assert said(document) == [str(number) for number in want]
+    assert numbers(document) == [*want]
+    assert document.get("more", False) is more
+    assert ("more" in document) is more
+    assert links(response).keys() == rels
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 100])
+@pytest.mark.parametrize("someone_is_there", [False, True])
+@pytest.mark.parametrize("rel", ["prev", "next"])
+def test_following_the_links_from_one_end_gives_every_message_once(limit, someone_is_there, rel):
+    house = House(history=2)
+    member = WebSocket(house) if someone_is_there else None
+    house.say(*map(str, range(3, 22)))
+    url = f"http://chat.example/rooms/main/messages?limit={limit}"
+    if rel == "next":
+        url += f"&after={house.id(0)}"
+    seen = []
+    for _ in range(23):
+        parts = urlsplit(url)
+        response, body = house.get(f"{parts.path}?{parts.query}".encode())
+        page = numbers(content((response, body)))
+        assert page
+        seen = page + seen if rel == "prev" else seen + page
+        if rel not in links(response):
+            break
+        url = urljoin(url, links(response)[rel])
+    assert seen == [*range(1, 22)]
+    assert (member is not None) == bool(house.rooms._rooms)
+
+
+def test_an_empty_room_is_an_empty_page_and_reading_makes_no_room(house):
+    for path in (b"/rooms/empty/messages", b"/rooms/empty/messages?after=%b-0" % house.epoch.encode()):
+        response, body = house.get(path)
+        assert content((response, body)) == {"type": "history", "id": house.id(0), "data": []}
+        assert links(response) == {}
+    assert problem(house.get(f"/rooms/empty/messages/{house.id(1)}".encode()), "UNKNOWN_ID")[0] == 404
+    assert house.forgotten
+    assert "empty" not in house.log._rooms
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+@pytest.mark.parametrize(
+    "text",
+    ["5", "-1", "k7Q2xe", "k7Q2xe-", "k7Q2xe-01", "k7Q2xe--1", "abc-1", "k7Q2xe-1x", "k7Q2xe-1%0a", "%C3%A9tat-1"],
+)
+def test_a_page_before_or_after_what_is_no_id_is_refused(house, name, text):
+    status, words = problem(house.get(f"/rooms/main/messages?{name}={text}".encode()))
+    assert status == 400
+    assert words.startswith(f'Validation error: "{name}" fails to match the required pattern: /')
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("0", "must be greater than or equal to 1"),
+        ("-1", "must be greater than or equal to 1"),
+        ("101", "must be less than or equal to 100"),
+        ("999999999999999", "must be less than or equal to 100"),
+        ("9" * 20, "must be an integer"),
+        ("9" * 5000, "must be an integer"),
+        ("many", "must be an integer"),
+        ("5.5", "must be an integer"),
+        ("5.0", "must be an integer"),
+        ("1e2", "must be an integer"),
+        ("%205", "must be an integer"),
+        ("%D9%A1", "must be an integer"),
+        ("true", "must be an integer"),
+        ("5%0A", "must be an integer"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(house, limit, words):
+    asked = house.get(f"/rooms/main/messages?limit={limit}".encode())
+    assert problem(asked) == (400, f'Validation error: "limit" {words}')
+
+
+def test_a_page_both_before_and_after_is_refused(house):
+    asked = house.get(f"/rooms/main/messages?before={house.id(2)}&after={house.id(1)}".encode())
+    words = 'Validation error: "value" contains a conflict between optional exclusive peers [before, after]'
+    assert problem(asked) == (400, words)
+
+
+@pytest.mark.parametrize("path", ["messages", "events"])
+def test_a_query_that_is_not_utf_8_is_refused(house, path):
+    assert problem(house.get(f"/rooms/main/{path}?limit=%FF".encode())) == (400, "the query is not UTF-8")
+
+
+@pytest.mark.parametrize("query", ["before={}-4", "after={}-3", "before={}-9999999999999999", "before=Other1-1"])
+@pytest.mark.parametrize("someone_is_there", [False, True])
+def test_a_page_at_an_id_that_the_log_never_had_is_404(house, query, someone_is_there):
+    member = WebSocket(house) if someone_is_there else None
+    asked = house.get(f"/rooms/main/messages?{query.format(house.epoch)}".encode())
+    assert problem(asked, "UNKNOWN_ID") == (404, "there is no message of this id")
+    assert (member is not None) == bool(house.rooms._rooms)
+
+
+@pytest.mark.parametrize("rest", ["", "/messages", "/messages/k7Q2xe-1", "/events"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"",
+        b"..",
+        b".",
+        b"%2e%2e",
+        b"main%2fmessages",
+        b"%6dain",
+        b"Main",
+        b"MAIN",
+        b"-a",
+        b"_a",
+        b"a b",
+        b"a+b",
+        b"a.b",
+        b"a" * 65,
+        b"\xc3\xa9tat",
+        b"%C3%A9tat",
+        "m\N{CYRILLIC SMALL LETTER A}in".encode(),
+        b"main%00",
+        b"main%0a",
+        b"main;x",
+    ],
+)
+def test_what_is_no_name_of_a_room_is_404(house, events, name, rest):
+    answered = house.get(b"/rooms/" + name + rest.encode())
+    if b" " in name or not name.isascii():  # that is no URI
+        assert answered[0].status in (400, 404)
+    else:
+        assert problem(answered)[0] == 404
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/rooms",
+        b"/rooms/",
+        b"/rooms//messages",
+        b"/rooms/main/",
+        b"/rooms/main/messages/",
+        b"/rooms/main/messages//",
+        b"/rooms/main/messages/a/b",
+        b"/rooms/main/message",
+        b"/rooms/main/events/",
+        b"/rooms/main/eventsx",
+        b"/rooms/../healthz",
+        b"//",
+        b"//messages",
+        b"//rooms/main/messages",
+        b"/%72ooms/main/messages",
+        b"/messages",
+        b"/main",
+        b"http://chat.example/rooms/main/messages",
+        b"http://chat.example/",
+        b"chat.example:80",
+        b"x",
+        b"/#",
+        b"/rooms/main#messages",
+        b"/rooms/main?/messages".replace(b"?", b"%3F"),
+    ],
+)
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"POST", b"OPTIONS", b"DELETE"])
+def test_what_is_not_there_is_404_and_nothing_is_logged(house, events, method, path):
+    response, body = house.ask(method, path)
+    if method == b"HEAD":
+        assert (response.status, body) == (404, "")
+    else:
+        assert problem((response, body))[0] == 404
+    assert events == []
+
+
+def test_a_room_that_the_operator_does_not_have_is_404():
+    house = House(rooms=["team-*"])
+    assert house.get(b"/rooms/team-1/messages")[0].status == 200
+    for path in (b"/", b"/rooms/main", b"/rooms/main/messages", b"/rooms/main/events", b"/rooms/xteam-1/messages"):
+        assert problem(house.get(path)) == (404, "there is no room here; connect to / or to /rooms/NAME")
+    assert problem(house.post(username="ann", message="hi"))[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/rooms/main/messages", "/rooms/main/messages/{}-1", "/rooms/main/events"])
+def test_while_the_log_is_down_readers_are_told_when_to_try_again(house, path):
+    house.log.down = True
+    response, body = house.get(path.format(house.epoch).encode())
+    assert problem((response, body), "UNAVAILABLE") == (503, "the log cannot be read now")
+    assert response.headers["retry-after"] == RETRY
+    assert house.forgotten
+    house.log.down = False
+    assert house.get(b"/rooms/main/messages")[0].status == 200
+
+
+def test_who_leaves_while_a_page_is_read_is_written_nothing(house):
+    house.log.held = []
+    connection = house.connect()
+    connection.begin(b"GET", b"/rooms/main/messages")
+    connection.lose()
+    house.log.let_go()
+    assert connection.transport.value() == b""
+
+
+# One message
+
+
+def test_a_message_has_an_address_which_a_post_is_told(house):
+    house.say("hi")
+    response, body = house.post(username="ann", message="\N{SNOWMAN} <b>", label="c1")
+    assert content((response, body), 201) == {"type": "ack", "label": "c1", "id": house.id(4)}
+    location = response.headers["location"]
+    assert location == f"/rooms/main/messages/{house.id(4)}"
+    assert content(house.get(location.encode())) == {
+        "type": "message",
+        "id": house.id(4),
+        "data": {"username": "ann", "message": "\N{SNOWMAN} <b>", "timestamp": "2026-01-01T00:00:00.000Z"},
+    }
+    assert content(house.get(location.encode() + b"?before=nonsense"))["id"] == house.id(4)
+
+
+@pytest.mark.parametrize("someone_is_there", [False, True])
+@pytest.mark.parametrize("message", ["{}-0", "{}-13", "{}-14", "{}-9999999999999999", "{}-4", "{}-1", "Other1-12"])
+def test_a_message_that_is_not_in_the_log_is_404(someone_is_there, message):
+    house = House(retain="8")
+    member = WebSocket(house) if someone_is_there else None
+    house.say(*map(str, range(3, 13)))
+    house.turn()
+    asked = house.get(f"/rooms/main/messages/{message.format(house.epoch)}".encode())
+    assert problem(asked, "UNKNOWN_ID") == (404, "there is no message of this id")
+    for number in (5, 12):
+        kept = content(house.get(f"/rooms/main/messages/{house.id(number)}".encode()))
+        assert kept["data"]["message"] == str(number)
+    assert (member is not None) == bool(house.rooms._rooms)
+
+
+@pytest.mark.parametrize("message", ["1", "k7Q2xe", "k7Q2xe-01", "k7Q2xe-1%20", "..", "%2e%2e", "k7Q2xe-1%0a"])
+def test_an_address_that_names_no_id_is_404(house, message):
+    asked = house.get(f"/rooms/main/messages/{message}".encode())
+    assert problem(asked, "UNKNOWN_ID") == (404, "an id is an epoch and a number, such as k7Q2xe-1042")
+
+
+# Posting
+
+
+def test_a_post_is_acknowledged_with_its_id_when_it_is_in_the_log(house):
+    house.log.held = []
+    connection = house.connect()
+    connection.begin(b"POST", b"/rooms/team-1/messages", JSON, body=b'{"username":"ann","message":"hi"}')
+    assert connection.transport.value() == b""
+    house.log.let_go()
+    response, body = connection.response()
+    assert content((response, body), 201) == {"type": "ack", "id": house.id(1)}
+    assert response.headers["location"] == f"/rooms/team-1/messages/{house.id(1)}"
+    assert said(content(house.get(b"/rooms/team-1/messages"))) == ["hi"]
+    assert house.forgotten
+
+
+def test_a_post_whose_client_left_is_in_the_log(house):
+    house.log.held = []
+    connection = house.connect()
+    connection.begin(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"hi"}')
+    connection.lose()
+    house.log.let_go()
+    assert connection.transport.value() == b""
+    assert said(content(house.get(b"/rooms/main/messages")))[-1] == "hi"
+
+
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        (b'"c81f"', "c81f"),
+        (b"c81f", "c81f"),
+        (b' "c81f" ', "c81f"),
+        (rb'"a\"b\\c"', r'a"b\c'),
+        (b'"8e03978e-40d5-43dd-bc93-6894a57f9324"', "8e03978e-40d5-43dd-bc93-6894a57f9324"),
+        (b'"' + b"x" * 64 + b'"', "x" * 64),
+        (b"x" * 64, "x" * 64),
+        (b'"half', '"half'),
+        (b'half"', 'half"'),
+    ],
+)
+def test_an_idempotency_key_is_the_label(house, key, label):
+    first = house.post(b"Idempotency-Key: " + key, username="ann", message="hi")
+    assert content(first, 201) == {"type": "ack", "label": label, "id": house.id(3)}
+    for again in (
+        house.post(b"Idempotency-Key: " + key, username="ann", message="hi"),
+        house.post(b"Idempotency-Key: " + key, username="ann", message="hi", label=label),
+        house.post(username="ann", message="hi", label=label),
+    ):
+        assert content(again) == {"type": "ack", "label": label, "id": house.id(3), "duplicate": True}
+        assert again[0].headers["location"] == first[0].headers["location"]
+    assert said(content(house.get(b"/rooms/main/messages"))) == ["Hello!", "Hi Alice!", "hi"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"",
+        b'""',
+        b'"a b"',
+        b"a b",
+        b"x" * 65,
+        b'"' + b"x" * 65 + b'"',
+        "é".encode(),
+        '"é"'.encode(),
+        b"a\tb",
+        rb'"a\ b"',
+    ],
+)
+def test_an_idempotency_key_that_is_no_label_is_refused(house, key):
+    refused = house.post(b"Idempotency-Key: " + key, username="ann", message="hi")
+    assert problem(refused) == (400, "Idempotency-Key: 1 to 64 visible ASCII characters")
+    assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
+
+
+def test_a_key_and_a_label_that_differ_are_refused(house):
+    refused = house.post(b"Idempotency-Key: a", username="ann", message="hi", label="b")
+    assert problem(refused) == (400, 'Idempotency-Key and "label" differ')
+
+
+def test_a_key_that_was_given_to_another_message_is_422_and_is_its_users_and_rooms_own(house):
+    key = b'Idempotency-Key: "a"'
+    assert house.post(key, username="ann", message="hi")[0].status == 201
+    refused = house.post(key, username="ann", message="ho")
+    assert problem(refused, "LABEL_REUSED") == (422, "Idempotency-Key: it was given to another message")
+    assert house.post(key, username="bob", message="ho")[0].status == 201
+    assert house.post(key, username="ann", message="ho", path=b"/rooms/other/messages")[0].status == 201
+    assert content(house.post(key, username="ann", message="hi"))["id"] == house.id(3)
+
+
+REFUSED = {
+    b"": "Invalid JSON format.",
+    b"hello": "Invalid JSON format.",
+    b'{"username":"ann","message":"hi"': "Invalid JSON format.",
+    b'{"username":"ann","message":NaN}': "Invalid JSON format.",
+    rb'{"username":"ann","message":"\ud800"}': "Invalid JSON format.",
+    b'{"username":"ann","message":"\xff"}': "Invalid JSON format.",
+    b'\xef\xbb\xbf{"username":"ann","message":"hi"}': "Invalid JSON format.",
+    '{"username":"ann","message":"hi"}'.encode("utf-16"): "Invalid JSON format.",
+    b"[" * 9000: "Invalid JSON format.",
+    b"[]": 'Validation error: "value" must be of type object',
+    b"null": 'Validation error: "value" must be of type object',
+    b"{}": 'Validation error: "username" is required',
+    b'{"username":"ann"}': 'Validation error: "message" is required',
+    b'{"username":"","message":"hi"}': 'Validation error: "username" is not allowed to be empty',
+    b'{"username":"ann","message":1}': 'Validation error: "message" must be a string',
+    b'{"username":"ann","message":"%b"}' % (b"x" * 501): (
+        'Validation error: "message" length must be less than or equal to 500 characters long'
+    ),
+    b'{"username":"%b","message":"hi"}' % (b"x" * 31): (
+        'Validation error: "username" length must be less than or equal to 30 characters long'
+    ),
+    b'{"username":"ann","message":"hi","extra":1}': 'Validation error: "extra" is not allowed',
+    b'{"username":"ann","message":"hi","type":"message"}': 'Validation error: "type" is not allowed',
+    b'{"type":"typing","username":"ann"}': 'Validation error: "message" is required',
+    b'{"type":"history"}': 'Validation error: "username" is required',
+}
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_what_is_no_message_is_refused_with_the_words_of_websocket(house, body):
+    asked = house.ask(b"POST", b"/rooms/main/messages", JSON, b"Idempotency-Key: a", body=body)
+    assert problem(asked) == (400, REFUSED[body])
+    assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
+    member = WebSocket(house)
+    member.read()
+    if b"type" not in body and body.isascii():  # over WebSocket a type says what a frame is, and bytes must be UTF-8
+        member._protocol.dataReceived(masked(body))
+        assert member.read() == [{"type": "error", "message": REFUSED[body]}]
+    assert house.post(b"Idempotency-Key: a", username="ann", message="hi")[0].status == 201, "the key is free"
+
+
+def test_a_message_of_the_greatest_length_escaped_as_far_as_it_goes_is_taken(house):
+    body = json.dumps({"username": "\N{GRINNING FACE}" * 30, "message": "\N{GRINNING FACE}" * 500}).encode()
+    assert len(body) > 6000
+    assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=body)[0].status == 201
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        b"Content-Type:",
+        b"Content-Type: text/plain",
+        b"Content-Type: text/plain; x=application/json",
+        b"Content-Type: text/json",
+        b"Content-Type: application/json-seq",
+        b"Content-Type: application/x-www-form-urlencoded",
+        b"Content-Type: multipart/form-data; boundary=x",
+        b"Content-Type: multipart/form-data",
+        b"Content-Type: */*",
+    ],
+)
+def test_what_a_form_can_send_or_is_no_json_is_415(house, kind):
+    assert problem(house.post(kind=kind, username="ann", message="hi")) == (415, "send application/json")
+    assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        b"application/json; charset=utf-8",
+        b"application/json;charset=UTF-8",
+        b"Application/JSON",
+        b"application/json ;x",
+    ],
+)
+def test_a_media_type_may_have_parameters_and_is_not_case_sensitive(house, kind):
+    assert house.post(kind=b"Content-Type: " + kind, username="ann", message="hi")[0].status == 201
+
+
+def test_a_body_that_is_too_large_is_413_and_one_of_unsaid_length_is_411(house):
+    for length, status in ((b"Content-Length: 16385", 413), (b"Transfer-Encoding: chunked", 411)):
+        assert problem(house.ask(b"POST", b"/rooms/main/messages", JSON, length))[0] == status
+    padded = b'{"username":"ann","message":"hi"}'.ljust(web.MAX_BODY)
+    assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=padded)[0].status == 201
+
+
+def test_a_post_to_no_room_is_404(house):
+    for path in (b"/rooms/Main/messages", b"/rooms//messages", b"/messages"):
+        assert problem(house.post(path=path, username="ann", message="hi"))[0] == 404
+
+
+def test_while_the_log_is_down_a_post_is_refused_and_the_same_key_may_be_used_again(house):
+    key = b'Idempotency-Key: "a"'
+    house.log.down = True
+    response, body = house.post(key, username="ann", message="hi")
+    assert problem((response, body), "UNAVAILABLE") == (503, "the message was not stored; try again")
+    assert response.headers["retry-after"] == RETRY
+    house.log.down = False
+    assert content(house.post(key, username="ann", message="hi"), 201)["id"] == house.id(3)
+    assert content(house.post(key, username="ann", message="hi"))["duplicate"] is True
+
+
+def test_a_post_that_is_given_up_may_have_been_stored_and_its_key_tells(house):
+    kept = []
+    house.log.append, append = lambda *said: kept.append(said), house.log.append
+    key = b'Idempotency-Key: "a"'
+    connection = house.connect()
+    body = json.dumps({"username": "ann", "message": "hi"}).encode()
+    connection.begin(b"POST", b"/rooms/main/messages", b"Host: x", JSON, key, body=body)
+    ((room, said, poster),) = kept
+    append(room, said, RecordingPoster())
+    assert connection.transport.value() == b""
+    poster.refused(said, InDoubt("the disk has not answered"))
+    response, body = connection.response()
+    assert problem((response, body), "UNAVAILABLE") == (
+        503,
+        "the message may not have been stored; try again with the same key",
+    )
+    assert response.headers["retry-after"] == RETRY
+    house.log.append = append
+    assert content(house.post(key, username="ann", message="hi")) == {
+        "type": "ack",
+        "label": "a",
+        "id": house.id(3),
+        "duplicate": True,
+    }
+
+
+def from_address(host, *forwarded):
+    """A transport from an address, and the headers that proxies added."""
+    headers = [b"X-Forwarded-For: " + addresses for addresses in forwarded]
+    return Transport(peerAddress=IPv4Address("TCP", host, 1)), headers
+
+
+def statuses(house, *senders):
+    answered = []
+    for host, *forwarded in senders:
+        transport, headers = from_address(host, *forwarded)
+        answered.append(house.post(*headers, transport=transport, username="ann", message="hi")[0].status)
+    return answered
+
+
+def test_posts_are_limited_by_address_and_the_answer_says_when_to_go_on():
+    house = House(rate=(0.5, 2))
+    assert statuses(house, *[("10.0.0.1",)] * 3, ("10.0.0.2",)) == [201, 201, 429, 201]
+    response, body = house.post(transport=from_address("10.0.0.1")[0], username="ann", message="hi")
+    assert problem((response, body), "RATE_LIMITED") == (429, "Rate limit exceeded")
+    assert response.headers["retry-after"] == "2"
+    house.clock.advance(0.9)
+    response, _ = house.post(transport=from_address("10.0.0.1")[0], username="ann", message="hi")
+    assert (response.status, response.headers["retry-after"]) == (429, "2")
+    house.clock.advance(int(response.headers["retry-after"]))
+    assert statuses(house, *[("10.0.0.1",)] * 2) == [201, 429]
+    assert numbers(content(house.get(b"/rooms/main/messages")))[-1] == 6, "what is refused is not in the log"
+    assert all(house.get(b"/rooms/main/messages")[0].status == 200 for _ in range(9)), "who reads is not limited"
+
+
+def test_what_is_refused_costs_as_much():
+    house = House(rate=(1, 2))
+    for _ in range(2):
+        assert house.post(username="ann")[0].status == 400
+    assert house.post(username="ann", message="hi")[0].status == 429
+
+
+@pytest.mark.parametrize(
+    ("hops", "senders", "want"),
+    [
+        (0, [("10.0.0.1", b"1.1.1.1"), ("10.0.0.1", b"2.2.2.2")], [201, 429]),
+        (1, [("10.0.0.1", b"1.1.1.1"), ("10.0.0.1", b"2.2.2.2")], [201, 201]),
+        (1, [("10.0.0.1", b"1.1.1.1"), ("10.0.0.2", b"1.1.1.1")], [201, 429]),
+        (1, [("10.0.0.1", b"9.9.9.9, 1.1.1.1"), ("10.0.0.1", b"8.8.8.8,1.1.1.1")], [201, 429]),
+        (2, [("10.0.0.1", b"1.1.1.1, 10.0.0.9"), ("10.0.0.1", b"2.2.2.2, 10.0.0.9")], [201, 201]),
+        (1, [("10.0.0.1",), ("10.0.0.1", b"1.1.1.1"), ("10.0.0.1",)], [201, 201, 429]),
+        # Several lines of a header are one list (RFC 9110, section 5.3).
+        (2, [("10.0.0.1", b"1.1.1.1", b"10.0.0.9"), ("10.0.0.1", b"2.2.2.2", b"10.0.0.9")], [201, 201]),
+        (1, [("10.0.0.1", b"9.9.9.9", b"1.1.1.1"), ("10.0.0.1", b"8.8.8.8", b"1.1.1.1")], [201, 429]),
+    ],
+)
+def test_behind_proxies_the_address_is_the_one_that_the_first_trusted_saw(hops, senders, want):
+    assert statuses(House(rate=(1, 1), hops=hops), *senders) == want
+
+
+def test_those_who_come_by_a_unix_socket_are_one_address():
+    house = House(rate=(1, 1))
+    for status in (201, 429):
+        transport = Transport(peerAddress=UNIXAddress(None))
+        assert house.post(transport=transport, username="ann", message="hi")[0].status == status
+
+
+def test_what_is_posted_reaches_all_members_with_one_id_and_labels_are_shared(house):
+    member, reader = WebSocket(house), house.stream()
+    member.read(), reader.read()
+    document = content(house.post(b'Idempotency-Key: "a"', username="ann", message="hi"), 201)
+    house.turn()
+    (frame,), (event,) = member.read(), reader.read()
+    assert frame == event.json == content(house.get(f"/rooms/main/messages/{document['id']}".encode()))
+    assert frame["id"] == event.id == document["id"] == house.id(3)
+
+    member.send(username="ann", message="hi", label="a")
+    house.turn()
+    assert member.read() == [document | {"duplicate": True}]
+    member.send(username="ann", message="ho", label="a")
+    assert member.read()[0]["code"] == "LABEL_REUSED"
+    member.send(username="ann", message="ho", label="b")
+    house.turn()
+    assert [frame["type"] for frame in member.read()] == ["message", "ack"]
+    duplicate = content(house.post(b"Idempotency-Key: b", username="ann", message="ho"))
+    assert (duplicate["id"], duplicate["duplicate"]) == (house.id(4), True)
+    assert [event.id for event in reader.read()] == [house.id(4)]
+
+
+# Events
+
+
+def test_a_stream_begins_with_the_time_to_retry_and_the_history_and_goes_on_with_messages(house):
+    stream = house.stream()
+    (history,) = stream.read()
+    assert stream.status == 200
+    assert stream.retries == [web.RETRY_SECONDS * 1000]
+    assert stream.headers["content-type"] == "text/event-stream"
+    assert stream.headers["cache-control"] == "no-store"
+    assert stream.headers["x-accel-buffering"] == "no"
+    assert stream.headers["server"] == web.SERVER
+    assert "content-length" not in stream.headers
+    assert (history.kind, history.id) == ("history", house.id(2))
+    house.say("hi", "ho")
+    house.turn()
+    assert [(event.kind, event.id) for event in stream.read()] == [("message", house.id(3)), ("message", house.id(4))]
+    assert stream.last == house.id(4)
+    assert not stream.ended
+    assert stream.retries == [web.RETRY_SECONDS * 1000]
+
+
+def test_the_first_bytes_of_a_stream_are_the_retry(house):
+    connection = house.connect()
+    connection.begin(b"GET", b"/rooms/empty/events", version=b"1.0")
+    body = connection.transport.value().partition(b"\r\n\r\n")[2]
+    history = f'{{"type":"history","id":"{house.id(0)}","data":[]}}'
+    assert body.decode() == f"retry: 2000\n\nevent: history\nid: {house.id(0)}\ndata: {history}\n\n"
+
+
+@pytest.mark.parametrize("query", ["", "?last_event_id={}-1", "?last_event_id=Other1-1", "?last_event_id={}-9"])
+def test_the_data_of_an_event_is_the_text_of_the_websocket_frame_byte_for_byte(query):
+    house = House(history=2)
+    house.say("\N{SNOWMAN}\n\r\n\u2028\u2029\0 data: x", "</script>")
+    query = query.format(house.epoch)
+    member, stream = (
+        WebSocket(house, b"/rooms/main", query.encode()),
+        house.stream(f"/rooms/main/events{query}".encode()),
+    )
+    house.say("x" * 500, *"abc")
+    house.turn()
+    texts = member.texts()
+    assert [event.text for event in stream.read()] == texts
+    assert [event.kind for event in stream.events] == [json.loads(text)["type"] for text in texts]
+    assert [event.id for event in stream.events] == [json.loads(text)["id"] for text in texts]
+
+
+@pytest.mark.parametrize("someone_is_there", [False, True])
+@pytest.mark.parametrize("how", ["header", "query", "both"])
+@pytest.mark.parametrize("last", [0, 1, 4, 7, 8, 9])
+def test_who_comes_back_with_its_last_id_gets_what_it_missed_once(someone_is_there, how, last):
+    house = House(history=3)
+    member = WebSocket(house) if someone_is_there else None
+    house.say(*map(str, range(3, 10)))
+    given = house.id(last).encode()
+    stream = {
+        "header": lambda: house.stream(b"/rooms/main/events", b"Last-Event-ID: " + given),
+        "query": lambda: house.stream(b"/rooms/main/events?last_event_id=" + given),
+        # A page's URL says where it was when it was written, and its browser where it is.
+        "both": lambda: house.stream(b"/rooms/main/events?last_event_id=Other1-1", b"Last-Event-ID: " + given),
+    }[how]()
+    house.say("10")
+    house.turn()
+    history, *messages = stream.read()
+    assert history.json["resumed"] is True
+    assert "more" not in history.json
+    assert len(history.json["data"]) == min(3, 9 - last), "at most a history, the oldest of what was missed"
+    assert [event.kind for event in messages] == ["message"] * len(messages)
+    seen = numbers(history.json) + [int(event.id.partition("-")[2]) for event in messages]
+    assert seen == [*range(last + 1, 11)]
+    assert history.id == house.id(min(last + 3, 9))
+    assert (member is None) or member.read()
+
+
+@pytest.mark.parametrize("last", ["Other1-1", "{}-3", "{}-9999999999999999"])
+def test_who_cannot_be_told_what_it_missed_begins_anew_and_knows_it(house, last):
+    stream = house.stream(b"/rooms/main/events", b"Last-Event-ID: " + last.format(house.epoch).encode())
+    (history,) = stream.read()
+    assert history.json["resumed"] is False
+    assert history.id == house.id(2)
+    assert said(history.json) == ["Hello!", "Hi Alice!"]
+
+
+def test_who_missed_what_is_no_longer_kept_or_too_much_begins_anew():
+    house = House(retain="5", history=2)
+    house.say(*map(str, range(3, 11)))
+    for last, resumed in ((4, False), (5, True)):
+        (history,) = house.stream(f"/rooms/main/events?last_event_id={house.id(last)}".encode()).read()[:1]
+        assert history.json["resumed"] is resumed
+
+
+@pytest.mark.parametrize("last", ["1", "k7Q2xe", "k7Q2xe-01", "null", "é", "k7Q2xe-1 k7Q2xe-2"])
+@pytest.mark.parametrize("how", ["header", "query"])
+def test_a_last_id_that_is_none_is_refused(house, how, last):
+    if how == "header":
+        asked = house.get(b"/rooms/main/events", b"Last-Event-ID: " + last.encode())
+    else:
+        asked = house.get(f"/rooms/main/events?last_event_id={quote(last)}".encode())
+    assert problem(asked) == (400, "last_event_id: an id is an epoch and a number, such as k7Q2xe-1042")
+    assert house.forgotten
+
+
+@pytest.mark.parametrize("header", [b"Last-Event-ID:", b"Last-Event-ID: ", b"X: y"])
+def test_an_empty_last_id_is_none(house, header):
+    (history,) = house.stream(b"/rooms/main/events?last_event_id=", header).read()
+    assert "resumed" not in history.json
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("events=messages", "events: choose of presence, typing"),
+        ("events=presence,", "events: choose of presence, typing"),
+        ("username=" + "x" * 31, "username: 1 to 30 characters"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_stream_is_refused(house, query, words):
+    assert problem(house.get(f"/rooms/main/events?{query}".encode())) == (400, words)
+
+
+def test_who_asks_for_presence_and_typing_is_told_without_ids(house):
+    stream = house.stream(b"/rooms/main/events?events=presence,typing&username=eve")
+    other = house.stream(b"/rooms/main/events?username=dee")
+    member = WebSocket(house)
+    house.turn()
+    assert [event.kind for event in other.read()] == ["history"]
+    history, presence = stream.read()
+    assert (history.kind, presence.kind) == ("history", "presence")
+    assert presence.json["data"] == {"count": 3, "users": ["dee", "eve"]}
+    assert presence.id == history.id, "it has none of its own"
+    member.send(type="typing", username="ann")
+    member.send(username="ann", message="hi")
+    house.pass_time(1)
+    assert [event.kind for event in stream.read()] == ["message", "presence", "typing"]
+    message, presence, typing = stream.events[-3:]
+    assert presence.json["data"] == {"count": 3, "join": ["ann"], "leave": []}
+    assert typing.json["data"] == {"users": ["ann"]}
+    assert presence.id == typing.id == message.id
+    other.connection.lose()
+    house.pass_time(1)
+    assert [event.json["data"] for event in stream.read()] == [{"count": 2, "join": [], "leave": ["dee"]}]
+    assert "presence" not in [event.kind for event in other.read()]
+
+
+def test_who_posts_over_http_is_not_present(house):
+    stream = house.stream(b"/rooms/main/events?events=presence")
+    house.turn()
+    stream.read()
+    house.post(username="ann", message="hi")
+    house.pass_time(2)
+    assert [event.kind for event in stream.read()] == ["message"]
+
+
+def test_a_quiet_stream_is_pinged_with_comments(house):
+    stream = house.stream()
+    stream.read()
+    for count in range(4):
+        house.pass_time(PING_SECONDS - 1)
+        assert stream.read() == []
+        assert stream.comments == count
+        house.pass_time(1)
+        assert stream.read() == []
+        assert stream.comments == count + 1
+    assert not stream.connection.closing, "a stream has no deadline"
+
+
+def full(stream):
+    """The stream's transport is full: it says so to its producer, and takes no more."""
+    stream.transport.producer.pauseProducing()
+
+
+def empty(stream):
+    stream.transport.producer.resumeProducing()
+
+
+def test_a_slow_reader_is_given_nothing_and_then_all_that_it_missed(house):
+    stream = house.stream(b"/rooms/main/events?events=presence,typing")
+    house.turn()
+    stream.read()
+    full(stream)
+    house.say(*"abcd")
+    WebSocket(house)
+    house.pass_time(PING_SECONDS)
+    assert stream.transport.value() == b"", "neither messages nor presence nor pings"
+    empty(stream)
+    house.turn()
+    assert [event.json["data"]["message"] for event in stream.read() if event.kind == "message"] == [*"abcd"]
+    house.say("e")
+    house.pass_time(2 * STALL_SECONDS)
+    assert [event.id for event in stream.read() if event.kind == "message"] == [house.id(7)]
+    assert not stream.connection.closing
+
+
+def test_a_reader_that_is_slow_from_the_first_byte_loses_nothing(house):
+    class Full(Transport):
+        """Full as soon as anything is written."""
+
+        def writeSequence(self, data):
+            super().writeSequence(data)
+            self.producer.pauseProducing()
+
+    stream = Stream(house.connect(Full()), b"/rooms/main/events")
+    house.say(*"abc")
+    house.turn()
+    assert [event.kind for event in stream.read()] == ["history"]
+    for _ in range(5):
+        empty(stream)
+        house.turn()
+    assert [event.json["data"]["message"] for event in stream.read()] == [*"abc"]
+
+
+def test_a_slow_reader_is_caught_up_from_the_log_when_the_tail_has_moved_on(house):
+    stream = house.stream()
+    stream.read()
+    full(stream)
+    house.say(*["x" * 500] * (MAX_LAG - 3))
+    assert house.rooms._rooms["main"]._tail.first > 3
+    empty(stream)
+    house.turn()
+    assert [event.id for event in stream.read()] == [house.id(number) for number in range(3, MAX_LAG)]
+    assert not stream.ended
+
+
+def test_a_reader_that_takes_nothing_is_told_to_come_back_and_at_last_dropped(house, events):
+    stream = house.stream()
+    stream.read()
+    full(stream)
+    house.say("missed")
+    house.pass_time(STALL_SECONDS - 1)
+    assert stream.transport.value() == b""
+    assert not stream.connection.closing
+    house.pass_time(1)
+    stream.read()
+    assert stream.ended
+    assert stream.retries[1:] == [0]
+    assert stream.connection.closing
+    assert not stream.transport.disconnected
+    assert not house.rooms._rooms, "it is no member any more"
+    house.pass_time(STALL_SECONDS - 1)
+    assert not stream.transport.disconnected
+    house.pass_time(1)
+    assert stream.transport.disconnected
+    assert house.forgotten
+    assert [event for event in events if event.get("log_failure") or event["log_level"].name == "error"] == []
+
+    back = house.stream(f"/rooms/main/events?last_event_id={stream.last}".encode())
+    (history,) = back.read()
+    assert (history.json["resumed"], said(history.json)) == (True, ["missed"])
+
+
+def test_a_reader_that_was_told_to_come_back_and_then_reads_is_gone_without_more(house):
+    stream = house.stream()
+    full(stream)
+    house.pass_time(STALL_SECONDS)
+    house.say("missed")
+    house.turn()
+    assert [event.kind for event in stream.read()] == ["history"]
+    assert stream.ended
+    stream.connection.lose()
+    assert house.forgotten
+
+
+def test_a_stream_ends_once(house):
+    stream = house.stream()
+    full(stream)
+    house.pass_time(STALL_SECONDS)
+    stream.read()
+    house.drain()
+    assert stream.transport.value() == b""
+    stream.connection.lose()
+    assert house.forgotten
+
+
+def test_a_transport_that_says_after_its_end_that_it_takes_more_is_not_heard(house):
+    stream = house.stream()
+    full(stream)
+    stream.connection.lose()
+    empty(stream)
+    assert house.forgotten
+
+
+def overrun(house, stream):
+    """The log is down just when a reader must be caught up from it."""
+    full(stream)
+    house.say(*["x" * 500] * (MAX_LAG - 3))
+    assert house.rooms._rooms["main"]._tail.first > 3, "so that the log is needed"
+    house.log.down = True
+    empty(stream)
+    house.turn()
+    house.log.down = False
+
+
+def test_a_reader_that_cannot_be_caught_up_is_told_to_come_back(house):
+    stream = house.stream()
+    stream.read()
+    overrun(house, stream)
+    assert stream.read() == []
+    assert stream.ended
+    assert stream.retries[1:] == [0]
+    assert stream.connection.closing
+    stream.connection.lose()
+    assert house.forgotten
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_an_ended_stream_that_its_reader_does_not_let_go_is_written_nothing_more_and_dropped(house, version):
+    # Its last bytes stay in the transport's buffer, which is not so full that it would stall.
+    stream = house.stream(version=version)
+    other = house.stream(b"/rooms/other/events")
+    house.pass_time(PING_SECONDS - 1)
+    overrun(house, stream)
+    stream.read()
+    other.read()
+    comments = other.comments
+    house.pass_time(2 * PING_SECONDS)
+    assert stream.transport.value() == b""
+    other.read()
+    assert other.comments == comments + 2, "others are pinged all the same"
+    house.pass_time(2 * STALL_SECONDS)
+    assert stream.transport.disconnected
+    assert len(house.clients.connected) == 1
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_a_drain_ends_a_stream_with_its_time_to_come_back(house, version):
+    moments = [(0, 0), (0.0004, 0), (0.25, 250), (0.9999, 999), (9.75, 9750)]
+    for seconds, retry in moments:
+        stream = house.stream(version=version)
+        stream.read()
+        (client,) = house.clients.connected
+        gone = house.clients.empty()
+        client.restart(seconds)
+        assert stream.read() == []
+        assert stream.ended or version == b"1.0"
+        assert stream.connection.closing
+        assert stream.retries == [web.RETRY_SECONDS * 1000, retry]
+        assert not gone.called
+        stream.connection.lose()
+        assert gone.called
+    assert house.clients.closes == {("events", 1012): len(moments)}
+    assert house.forgotten
+
+
+def test_a_stream_is_owed_the_messages_until_it_was_sent_them_although_it_takes_nothing_for_a_while(house):
+    stream = house.stream()
+    (client,) = house.clients.connected
+    assert (client.head, client.owed(2)) == (2, False)
+    house.say("hi")
+    assert (client.head, client.owed(3)) == (3, True)
+    house.turn()
+    assert not client.owed(3)
+    full(stream)
+    house.say("ho")
+    house.turn()
+    assert client.owed(client.head)
+    empty(stream)
+    assert client.owed(client.head)
+    house.turn()
+    assert not client.owed(client.head)
+    stream.connection.lose()
+    assert (client.head, client.owed(4)) == (0, False)
+
+
+def test_a_stream_that_is_read_no_more_goes_on(house):
+    stream = house.stream()
+    stream.read()
+    (client,) = house.clients.connected
+    client.finish()
+    house.say("hi")
+    house.turn()
+    assert [event.json["data"]["message"] for event in stream.read()] == ["hi"]
+
+
+def test_a_drain_leaves_none_behind_that_does_not_go(house, events):
+    stream, slow = house.stream(), house.stream()
+    full(slow)
+    house.drain()
+    house.pass_time(6)
+    assert stream.transport.disconnected
+    assert slow.transport.disconnected
+    assert house.forgotten
+    assert [event for event in events if event.get("log_failure")] == []
+
+
+def test_who_comes_back_after_a_drain_resumes(house):
+    stream = house.stream()
+    house.say("hi")
+    house.turn()
+    stream.read()
+    house.drain()
+    stream.connection.lose()
+    house.clients.stopping = False  # the next server on the same log
+    house.say("ho")
+    (history,) = house.stream(b"/rooms/main/events", b"Last-Event-ID: " + stream.last.encode()).read()
+    assert (history.json["resumed"], said(history.json)) == (True, ["ho"])
+
+
+def test_ended_at_once_by_the_operators_last_word(house):
+    stream = house.stream()
+    house.clients.abort()
+    assert stream.transport.disconnected
+    assert house.forgotten
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        (b"GET", b"/"),
+        (b"GET", b"/rooms/main/messages"),
+        (b"GET", b"/rooms/main/events"),
+        (b"POST", b"/rooms/main/messages"),
+    ],
+)
+def test_while_the_server_stops_all_is_503(house, method, path):
+    house.drain()
+    response, body = house.ask(method, path)
+    assert problem((response, body), "UNAVAILABLE") == (503, "the server is about to stop")
+    assert response.headers["retry-after"] == RETRY
+
+
+def test_a_stream_whose_room_is_loaded_when_the_server_stops_is_503(house):
+    house.log.held = []
+    connection = house.connect()
+    connection.begin(b"GET", b"/rooms/main/events")
+    house.drain()
+    house.log.let_go()
+    response, body = connection.response()
+    assert problem((response, body), "UNAVAILABLE")[0] == 503
+    assert response.headers["retry-after"] == RETRY
+    connection.lose()
+    assert house.forgotten
+
+
+def test_a_reader_that_leaves_while_its_room_is_loaded_is_forgotten_with_the_room(house, events):
+    house.log.held = []
+    connection = house.connect()
+    connection.begin(b"GET", b"/rooms/main/events")
+    connection.lose()
+    house.log.let_go()
+    gc.collect()
+    assert events == []
+    assert connection.transport.value() == b""
+    assert house.forgotten
+
+
+def test_readers_that_come_while_the_room_is_loaded_get_what_was_posted_meanwhile(house):
+    house.log.held = []
+    streams = [house.stream() for _ in range(3)]
+    held, house.log.held = house.log.held, None
+    assert len(held) == 1, "the log is read once"
+    house.say("meanwhile")
+    held[0]()
+    house.turn()
+    for stream in streams:
+        history, *messages = stream.read()
+        assert numbers(history.json) + [int(event.id.partition("-")[2]) for event in messages] == [1, 2, 3]
+
+
+def test_a_connection_whose_stream_could_not_begin_may_ask_again(house):
+    house.log.down = True
+    connection = house.connect()
+    assert problem(connection.ask(b"GET", b"/rooms/main/events"), "UNAVAILABLE")[0] == 503
+    house.log.down = False
+    stream = Stream(connection, b"/rooms/main/events")
+    assert [event.kind for event in stream.read()] == ["history"]
+    connection.lose()
+    assert house.forgotten
+
+
+def test_when_all_have_left_nothing_is_left_of_them(house, events):
+    streams = [house.stream(f"/rooms/room-{number}/events".encode()) for number in range(5)] + [house.stream()]
+    house.turn()
+    assert len(house.clients.connected) == 6
+    gone = house.clients.empty()
+    for stream in streams:
+        stream.connection.lose()
+    assert gone.called
+    assert house.forgotten
+    assert house.clock.getDelayedCalls() == []
+    texts = [event["log_format"] for event in events]
+    assert texts.count("#{connection} {peer} joined {room} for events") == 6
+    assert texts.count("#{connection} {peer} left {room}") == 6
+    assert {event["peer"] for event in events} == {"192.168.1.1:54321"}
+
+
+def test_a_reader_by_a_unix_socket_is_logged_as_such(house, events):
+    stream = Stream(house.connect(Transport(peerAddress=UNIXAddress(None))), b"/rooms/main/events")
+    assert len(stream.read()) == 1
+    assert "UNIXAddress" in events[-1]["peer"]
+
+
+def test_an_old_client_reads_a_stream_until_the_connection_ends(house):
+    stream = house.stream(version=b"1.0")
+    house.say("hi")
+    house.turn()
+    assert [event.kind for event in stream.read()] == ["history", "message"]
+    assert "transfer-encoding" not in stream.headers
+    house.drain()
+    assert stream.read() == []
+    assert len(stream.retries) == 2
+    assert stream.connection.closing
+
+
+def test_a_request_behind_a_stream_waits_and_hurts_nobody(house):
+    stream = house.stream()
+    stream.connection.begin(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"behind"}')
+    house.say("hi")
+    house.turn()
+    assert [event.kind for event in stream.read()] == ["history", "message"]
+    assert stream.events[-1].json["data"]["message"] == "hi"
+    house.drain()
+    stream.read()
+    assert stream.ended
+    assert stream.rest == b"" or stream.rest.startswith(b"HTTP/1.1 503 ")
+    stream.connection.lose()
+    assert house.forgotten
+    assert house.log._rooms["main"].head == 3
+
+
+def test_a_stream_behind_a_stream_does_not_begin_when_that_is_told_to_come_back(house):
+    stream = house.stream()
+    stream.connection.begin(b"GET", b"/rooms/main/events")
+    full(stream)
+    house.pass_time(STALL_SECONDS)
+    stream.read()
+    assert stream.ended
+    assert stream.connection.closing
+    stream.connection.lose()
+    assert house.forgotten
+
+
+def test_a_stream_can_follow_other_requests_on_its_connection(house):
+    connection = house.connect()
+    connection.ask(b"GET", b"/rooms/main/messages")
+    connection.ask(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"hi"}')
+    stream = Stream(connection, b"/rooms/main/events")
+    house.clock.advance(2 * web.HTTP_SECONDS)
+    assert numbers(stream.read()[0].json) == [1, 2, 3]
+    assert not connection.closing
+
+
+# Cross-origin
+
+
+def cors(response):
+    return {
+        name.lower().removeprefix("access-control-"): value
+        for name, value in response.headers.items()
+        if name.lower().startswith("access-control-")
+    }
+
+
+EXPOSED = "Link, Location, Retry-After"
+REQUESTS = [
+    (b"GET", b"/", 200),
+    (b"GET", b"/rooms/main", 200),
+    (b"GET", b"/rooms/main/messages", 200),
+    (b"GET", b"/rooms/main/messages?limit=0", 400),
+    (b"GET", b"/rooms/main/messages/x", 404),
+    (b"GET", b"/rooms/Main", 404),
+    (b"DELETE", b"/rooms/main/messages", 405),
+    (b"POST", b"/rooms/main/messages", 415),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
+@pytest.mark.parametrize("origin", [[], [b"Origin: https://chat.example"], [b"Origin: null"]])
+def test_where_any_origin_may_connect_any_page_may_read_answers_and_errors(house, method, path, status, origin):
+    response, _ = house.ask(method, path, *origin)
+    assert response.status == status
+    assert cors(response) == {"allow-origin": "*", "expose-headers": EXPOSED}
+    assert response.headers["vary"] is None
+
+
+@pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
+def test_where_some_origins_may_connect_their_pages_may_read_answers_and_errors(method, path, status):
+    house = House(origins=["https://chat.example", "*.team.example"])
+    for origin in ("https://chat.example", "http://a.team.example:8080"[:-5]):
+        response, _ = house.ask(method, path, b"Origin: " + origin.encode())
+        assert response.status == status
+        assert cors(response) == {"allow-origin": origin, "expose-headers": EXPOSED}
+        assert response.headers["vary"] == "Origin"
+    response, _ = house.ask(method, path)
+    assert response.status == status, "who says no origin is no browser"
+    assert cors(response) == {}
+    assert response.headers["vary"] == "Origin"
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"OPTIONS"])
+@pytest.mark.parametrize("path", [b"/", b"/rooms/main/messages", b"/rooms/main/events", b"/rooms/nothing/here"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        b"https://evil.example",
+        b"null",
+        b"http://chat.example",
+        b"https://chat.example.evil.example",
+        b"https://chat.example:8443",
+        b"",
+    ],
+)
+def test_a_page_of_another_origin_is_403_and_may_not_read_even_that(method, path, origin):
+    house = House(origins=["https://chat.example"])
+    response, body = house.ask(method, path, JSON, b"Origin: " + origin, body=b'{"username":"a","message":"b"}')
+    assert problem((response, body)) == (403, "this page may not connect here")
+    assert cors(response) == {}
+    assert response.headers["vary"] == "Origin"
+    assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
+    assert house.forgotten
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        (b"/", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main/messages", "GET, HEAD, OPTIONS, POST"),
+        (b"/rooms/main/messages/k7Q2xe-1", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main/events", "GET, HEAD, OPTIONS"),
+    ],
+)
+@pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
+def test_a_page_that_asks_first_is_told_what_it_may_ask(path, methods, origins):
+    house = House(origins=origins)
+    asked = (b"Access-Control-Request-Method: POST", b"Access-Control-Request-Headers: content-type,idempotency-key")
+    response, body = house.ask(b"OPTIONS", path, b"Origin: https://chat.example", *asked)
+    assert (response.status, body) == (204, "")
+    assert cors(response) == {
+        "allow-origin": "https://chat.example" if origins else "*",
+        "allow-methods": methods,
+        "allow-headers": "Content-Type, Idempotency-Key, Last-Event-ID",
+        "max-age": str(PREFLIGHT_SECONDS),
+        "expose-headers": EXPOSED,
+    }
+    assert response.headers["allow"] == methods
+    assert response.headers["content-type"] is None
+
+
+@pytest.mark.parametrize("headers", [[], [b"Origin: https://chat.example"]])
+def test_no_content_has_no_length(house, headers):
+    # RFC 9110, section 8.6
+    response, _ = house.ask(b"OPTIONS", b"/rooms/main/messages", *headers)
+    assert response.headers["content-length"] is None
+    assert response.headers["transfer-encoding"] is None
+
+
+def test_options_without_an_origin_name_the_methods(house):
+    response, body = house.ask(b"OPTIONS", b"/rooms/main/messages")
+    assert (response.status, body) == (204, "")
+    assert response.headers["allow"] == "GET, HEAD, OPTIONS, POST"
+    assert cors(response) == {"allow-origin": "*", "expose-headers": EXPOSED}
+
+
+@pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
+def test_a_stream_may_be_read_by_the_page_that_asked_for_it(origins):
+    stream = House(origins=origins).stream(b"/rooms/main/events", b"Origin: https://chat.example")
+    assert len(stream.read()) == 1
+    assert stream.headers["access-control-allow-origin"] == ("https://chat.example" if origins else "*")
+    assert stream.headers.get("vary") == ("Origin" if origins else None)
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 16385", b"Transfer-Encoding: chunked"])
+def test_a_page_may_read_that_its_body_is_refused(house, length):
+    response, _ = house.ask(b"POST", b"/rooms/main/messages", JSON, b"Origin: https://chat.example", length)
+    assert response.status in (411, 413)
+    assert cors(response)["allow-origin"] in ("*", "https://chat.example")
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (b"/", "GET, HEAD, OPTIONS"),
+        (b"/?x", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main/messages", "GET, HEAD, OPTIONS, POST"),
+        (b"/rooms/main/messages/k7Q2xe-1", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main/events", "GET, HEAD, OPTIONS"),
+    ],
+)
+@pytest.mark.parametrize("method", [b"POST", b"PUT", b"PATCH", b"DELETE", b"TRACE", b"get", b"_"])
+def test_other_methods_are_405_which_names_those_that_are_allowed(house, events, method, path, allowed):
+    if method.decode() in allowed:
+        return
+    response, body = house.ask(method, path, JSON, body=b'{"username":"ann","message":"hi"}')
+    assert problem((response, body)) == (405, f"{method.decode()} is not for this")
+    assert response.headers["allow"] == allowed
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/rooms/main",
+        "/rooms/main/messages",
+        "/rooms/main/messages?limit=1",
+        "/rooms/main/messages/{}-1",
+        "/rooms/main/messages/{}-9",
+        "/rooms/main/messages?before={}-9",
+        "/rooms/main/messages?limit=0",
+        "/rooms/main/events?last_event_id=x",
+        "/rooms/Main",
+    ],
+)
+def test_HEAD_answers_what_GET_does_without_the_body(house, path):
+    path = path.format(house.epoch).encode()
+    connection = house.connect()
+    response, body = connection.ask(b"GET", path, b"Host: x")
+    head, nothing = connection.ask(b"HEAD", path, b"Host: x")
+    assert (head.status, nothing) == (response.status, "")
+    assert connection.transport.value().endswith(b"\r\n\r\n")
+    ours, theirs = dict(head.headers), dict(response.headers)
+    ours.pop("Date"), theirs.pop("Date")
+    assert ours == theirs
+    assert head.headers["content-length"] == str(len(body.encode()))
+
+
+def test_HEAD_of_a_stream_has_its_kind_and_no_length_and_joins_nobody(house):
+    response, body = house.ask(b"HEAD", b"/rooms/main/events")
+    assert (response.status, body) == (200, "")
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["content-length"] is None, "a stream's is not 0 (RFC 9110, section 8.6)"
+    assert house.forgotten
+
+
+@pytest.mark.parametrize(("path", "named"), [(b"/", "/"), (b"/rooms/team-1", "/rooms/team-1"), (b"/?x=y", "/")])
+def test_a_room_has_a_page_that_names_its_address(house, path, named):
+    response, page = house.get(path)
+    assert response.status == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.count(f"ws://chat.example{named}") == 3
+    _, page = house.ask(b"GET", path, transport=SecureTransport())
+    assert page.count(f"wss://chat.example{named}") == 3
+    assert house.forgotten
+
+
+@pytest.mark.parametrize("header", ["Origin", "X-Forwarded-For", "Content-Type", "Idempotency-Key", "Last-Event-ID"])
+@pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
+def test_a_header_that_is_not_utf_8_is_refused_or_passed_over_and_nothing_is_logged(events, header, origins):
+    house = House(origins=origins, rate=(1, 9), hops=1)
+    bad = header.encode() + b": \xff"
+    for path in (b"/", b"/rooms/main/messages", b"/rooms/main/events?last_event_id=x"):
+        assert house.ask(b"GET", path, bad)[0].status in (200, 400, 403)
+    assert house.post(bad, username="ann", message="hi")[0].status in (201, 400, 403, 415)
+    assert [event for event in events if event.get("log_failure")] == []
+
+
+def test_requests_on_one_connection_are_answered_in_their_order(house):
+    house.log.held = []
+    connection = house.connect()
+    body = b'{"username":"ann","message":"hi"}'
+    for path in (b"/rooms/main/messages", b"/rooms/other/messages"):
+        connection.begin(b"POST", path, JSON, body=body)
+        connection.begin(b"GET", path)
+    house.log.let_go()
+    answers = re.findall(rb"HTTP/1\.1 (\d+) ", connection.transport.value())
+    assert answers == [b"201", b"200", b"201", b"200"]
+    assert not connection.closing
+
+
+def test_a_request_is_not_logged(house, events):
+    house.post(username="ann", message="hi")
+    for path in (b"/", b"/rooms/main", b"/rooms/main/messages", b"/rooms/Main", b"/rooms/main/messages?limit=0"):
+        house.get(path)
+    assert events == []

@@ -1,0 +1,1283 @@
+import json
+import pathlib
+import re
+import string
+from typing import NamedTuple
+
+import jsonschema
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.helpers import REPEATABLE
+
+from chatd.messages import Code, Entry, Id, PageRequest, Post, Typing
+from chatd.transport import frames
+from chatd.transport.frames import FORMS, MESSAGE, FrameError, is_label, is_username, parse, parse_post, parse_seed
+
+SEED_FILE = pathlib.Path(__file__).parents[3] / "seed" / "messages.json"
+FIELDS = [("username", 30), ("message", 500)]
+ALL_FORMS = {"message": MESSAGE} | FORMS
+CONFLICT = '"value" contains a conflict between optional exclusive peers [before, after]'
+
+
+def post_json(**changes):
+    """A valid post's text, but for the changes; ... leaves a key out."""
+    document = {"username": "ann", "message": "hi"} | changes
+    return json.dumps({name: value for name, value in document.items() if value is not ...}).encode()
+
+
+def page_json(**changes):
+    return json.dumps({"type": "history"} | changes).encode()
+
+
+def typing_json(**changes):
+    document = {"type": "typing", "username": "ann"} | changes
+    return json.dumps({name: value for name, value in document.items() if value is not ...}).encode()
+
+
+def refused(text, read=parse):
+    """The error with which a text is refused."""
+    with pytest.raises(FrameError) as caught:
+        read(text)
+    return caught.value
+
+
+def answer_to(text, read=parse):
+    """What a text is read as, or the words and the label with which it is refused."""
+    try:
+        return read(text)
+    except FrameError as error:
+        return str(error), error.label
+
+
+def refusal(text):
+    return str(refused(text))
+
+
+# What is a post
+
+
+def test_a_post_has_a_username_and_a_message():
+    assert parse(b'{"username":"ann","message":"hi"}') == Post("ann", "hi")
+
+
+def test_the_order_of_the_keys_and_the_blanks_between_them_do_not_matter():
+    assert parse(b' {\r\n\t"message" : "hi",\n"username":"ann" } ') == Post("ann", "hi")
+
+
+def test_of_duplicate_keys_the_last_counts():
+    assert parse(b'{"username":"","message":"hi","username":"ann"}') == Post("ann", "hi")
+    assert refusal(b'{"username":"ann","message":"hi","username":""}') == (
+        'Validation error: "username" is not allowed to be empty'
+    )
+
+
+def test_a_blank_text_is_a_text():
+    assert parse(post_json(message=" ")) == Post("ann", " ")
+
+
+def test_escaped_control_characters_are_kept():
+    assert parse(rb'{"username":"\u0000","message":"\u0007\n\u001b"}') == Post("\0", "\a\n\x1b")
+
+
+def test_an_escaped_pair_of_surrogates_is_the_character_that_it_stands_for():
+    assert parse(rb'{"username":"ann","message":"\ud83d\udc4b"}') == Post("ann", "👋")
+
+
+def test_text_that_looks_like_markup_or_code_is_kept_as_it_is():
+    text = "<script>alert('\"}');</script>\\{0}%s\u2028"
+    assert parse(post_json(message=text)).message == text
+
+
+@pytest.mark.parametrize(("name", "limit"), FIELDS)
+@pytest.mark.parametrize("character", ["a", "ß", "語", "😀", "\u0301", "\U0010ffff", "\0"])
+def test_lengths_are_counted_in_code_points(name, limit, character):
+    # An emoji is two UTF-16 units and four bytes, and a combining mark no letter of its own: each counts as one.
+    longest = character * limit
+    assert getattr(parse(post_json(**{name: longest})), name) == longest
+    assert refusal(post_json(**{name: longest + character})) == (
+        f'Validation error: "{name}" length must be less than or equal to {limit} characters long'
+    )
+
+
+def test_a_post_may_have_a_label():
+    assert parse(b'{"username":"ann","message":"hi","label":"c81f"}') == Post("ann", "hi", "c81f")
+    assert parse(b'{"label":"c81f","message":"hi","username":"ann"}') == Post("ann", "hi", "c81f")
+
+
+def test_a_post_without_a_label_has_none():
+    assert parse(post_json()).label is None
+    assert Post("ann", "hi").label is None
+
+
+# Labels
+
+GOOD_LABELS = ["c81f", "!", "~", "0", "null", "'\"%s\\", "x" * 64, "~" * 64, "{}", "<b>", "a,b;c=d", "__proto__"]
+EVERY_CHARACTER = "".join(map(chr, range(0x21, 0x7F)))
+TOO_LONG = '"label" length must be less than or equal to 64 characters long'
+NO_PATTERN = '"label" fails to match the required pattern: /^[!-~]*$/'
+NO_STRING = '"label" must be a string'
+BAD_LABELS = [
+    ("", '"label" is not allowed to be empty'),
+    ("x" * 65, TOO_LONG),
+    ("x" * 1_000_000, TOO_LONG),
+    (" " * 65, TOO_LONG),
+    ("é" * 65, TOO_LONG),
+    ("x" * 64 + "\n", TOO_LONG),
+    ("é" * 64, NO_PATTERN),
+    (" ", NO_PATTERN),
+    ("a b", NO_PATTERN),
+    (" x", NO_PATTERN),
+    ("x ", NO_PATTERN),
+    ("x\n", NO_PATTERN),
+    ("x\r\n", NO_PATTERN),
+    ("\nx", NO_PATTERN),
+    ("x\ny", NO_PATTERN),
+    ("x\t", NO_PATTERN),
+    ("\0", NO_PATTERN),
+    ("\x7f", NO_PATTERN),
+    ("\x80", NO_PATTERN),
+    ("é", NO_PATTERN),
+    ("\uff58", NO_PATTERN),
+    ("x\u2028", NO_PATTERN),
+    ("😀", NO_PATTERN),
+    (7, NO_STRING),
+    (0, NO_STRING),
+    (1.5, NO_STRING),
+    (True, NO_STRING),
+    (None, NO_STRING),
+    ([], NO_STRING),
+    (["x"], NO_STRING),
+    ({}, NO_STRING),
+    ({"x": "y"}, NO_STRING),
+]
+bad_labels = pytest.mark.parametrize(("label", "fault"), BAD_LABELS, ids=[ascii(one)[:20] for one, _ in BAD_LABELS])
+
+
+@pytest.mark.parametrize("label", [*GOOD_LABELS, EVERY_CHARACTER[:47], EVERY_CHARACTER[47:]])
+def test_a_label_is_1_to_64_visible_ascii_characters(label):
+    assert is_label(label)
+    assert parse(post_json(label=label)).label == label
+    assert parse_post(post_json(label=label)).label == label
+    assert parse(page_json(label=label)).label == label
+
+
+def test_there_are_94_visible_characters():
+    assert len(EVERY_CHARACTER) == 94
+    assert {chr(code) for code in range(0x300) if is_label(chr(code))} == {*EVERY_CHARACTER}
+
+
+@bad_labels
+def test_an_ill_formed_label_is_refused_and_not_echoed(label, fault):
+    assert not is_label(label)
+    for text in (post_json(label=label), page_json(label=label)):
+        error = refused(text)
+        assert str(error) == f"Validation error: {fault}"
+        assert error.label is None
+
+
+@bad_labels
+def test_an_ill_formed_label_is_not_echoed_whatever_else_is_wrong(label, fault):
+    for text in (
+        post_json(username="", label=label),
+        page_json(limit=0, label=label),
+        typing_json(label=label),
+        post_json(type="other", label=label),
+        b'{"label":%b}' % json.dumps(label).encode(),
+    ):
+        error = refused(text)
+        assert fault not in str(error)
+        assert error.label is None
+
+
+@pytest.mark.parametrize("label", GOOD_LABELS)
+def test_the_error_has_the_frames_label_if_that_is_good(label):
+    for text in (
+        post_json(username="", label=label),
+        post_json(username=..., message=..., label=label),
+        post_json(label=label, extra=1),
+        post_json(label=label, type="message"),
+        post_json(label=label, type=None),
+        page_json(label=label, limit=0),
+        page_json(label=label, before="k7Q2-1", after="k7Q2-1"),
+        typing_json(label=label),
+    ):
+        assert refused(text).label == label
+    assert refused(post_json(message=1, label=label), parse_post).label == label
+
+
+def test_the_error_has_no_label_if_the_frame_has_none():
+    for text in (b"", b"{", b"[]", b'"label"', b'["label"]', b"7", b"{}", post_json(username="")):
+        assert refused(text).label is None
+    assert FrameError("why").label is None
+    assert str(FrameError("why", "c81f")) == "why"
+
+
+def test_of_duplicate_labels_the_last_counts():
+    assert parse(b'{"username":"ann","message":"hi","label":"x y","label":"z"}').label == "z"
+    assert refused(b'{"username":"","message":"hi","label":"z","label":"x y"}').label is None
+
+
+# Usernames
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 30, "😀" * 30, "\0", " ", "é", "Алиса", "ann\n", "%s", "\U0010ffff" * 30])
+def test_a_username_has_1_to_30_code_points(name):
+    assert is_username(name)
+    assert parse(post_json(username=name)).username == name
+    assert parse(typing_json(username=name)) == Typing(name)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 31, "😀" * 31, "e\u0301" * 16, "x" * 1_000_000])
+def test_what_is_empty_or_longer_is_no_username(name):
+    assert not is_username(name)
+    assert '"username"' in refusal(post_json(username=name))
+    assert '"username"' in refusal(typing_json(username=name))
+
+
+# Ids
+
+GOOD_IDS = [
+    ("k7Q2xe-1042", Id("k7Q2xe", 1042)),
+    ("k7Q2-0", Id("k7Q2", 0)),
+    ("0000-1", Id("0000", 1)),
+    ("zZ9a-10", Id("zZ9a", 10)),
+    ("0123456789abcDEF-9999999999999999", Id("0123456789abcDEF", 9_999_999_999_999_999)),
+]
+BAD_IDS = [
+    "",
+    "-",
+    "k7Q2xe",
+    "k7Q2xe-",
+    "-1042",
+    "1042",
+    "k7Q-1",
+    "0123456789abcDEFg-1",
+    "k7Q2xe-00",
+    "k7Q2xe-01",
+    "k7Q2xe-10000000000000000",
+    "k7Q2xe-" + "9" * 5000,
+    "k7Q2xe--1",
+    "k7Q2xe-+1",
+    "k7Q2xe-1.0",
+    "k7Q2xe-1e3",
+    "k7Q2xe-0x1",
+    "k7Q2xe-1_0",
+    "k7Q2xe-1-1",
+    "k7_2xe-1",
+    "k7Q2 xe-1",
+    " k7Q2xe-1",
+    "k7Q2xe-1 ",
+    "k7Q2xe- 1",
+    "k7Q2xe-1\n",
+    "k7Q2xe-1\r\n",
+    "\nk7Q2xe-1",
+    "k7Q2xe\n-1",
+    "k7Q2xe-1\nk7Q2xe-1",
+    "k7Q2xe-1\0",
+    "k7Q2xe-\u0661",
+    "k7Q2xe-\uff11",
+    "k7Q2xe-²",
+    "\uff4b7Q2xe-1",
+    "k7Q2xé-1",
+    "k7Q2xe\u20131",
+    "k7Q2xe\u22121",
+]
+ALPHABET = string.digits + string.ascii_letters
+NO_ID = "fails to match the required pattern: /^[0-9A-Za-z]{4,16}-(0|[1-9][0-9]{0,15})$/"
+
+
+@pytest.mark.parametrize(("text", "one"), GOOD_IDS)
+def test_an_id_is_an_epoch_and_a_number(text, one):
+    assert Id.parse(text) == one
+    assert str(one) == f"{one}" == text
+    assert parse(page_json(before=text)).before == one
+    assert parse(page_json(after=text)).after == one
+
+
+@pytest.mark.parametrize("text", BAD_IDS, ids=[ascii(one)[:30] for one in BAD_IDS])
+def test_anything_else_is_no_id(text):
+    with pytest.raises(ValueError, match=r"^an id is an epoch and a number, such as k7Q2xe-1042$"):
+        Id.parse(text)
+    for name in ("before", "after"):
+        assert refusal(page_json(**{name: text})) == f'Validation error: "{name}" {NO_ID}'
+
+
+@REPEATABLE
+@given(st.text(ALPHABET, min_size=4, max_size=16), st.integers(0, 10**16 - 1))
+def test_every_id_is_read_as_it_was_written(epoch, number):
+    assert Id.parse(str(Id(epoch, number))) == (epoch, number)
+
+
+# What is asked for, and what is told besides
+
+
+def test_a_page_request_may_ask_for_the_newest_messages():
+    assert parse(b'{"type":"history"}') == PageRequest(before=None, after=None, limit=50, label=None)
+
+
+def test_a_page_request_may_ask_for_what_was_before_or_after_a_message():
+    assert parse(b'{"type":"history","before":"k7Q2-1001","limit":50,"label":"h1"}') == PageRequest(
+        before=Id("k7Q2", 1001), after=None, limit=50, label="h1"
+    )
+    assert parse(b'{"label":"h1","limit":7,"after":"k7Q2-0","type":"history"}') == PageRequest(
+        before=None, after=Id("k7Q2", 0), limit=7, label="h1"
+    )
+
+
+def test_a_page_request_asks_for_messages_before_or_after_not_both():
+    assert refusal(page_json(before="k7Q2-1", after="k7Q2-1")) == f"Validation error: {CONFLICT}"
+    assert refusal(page_json(before="k7Q2-1", after="p9Zx-2", limit=1, label="h1")) == f"Validation error: {CONFLICT}"
+
+
+@pytest.mark.parametrize(
+    ("limit", "read"), [(b"1", 1), (b"50", 50), (b"100", 100), (b"5.0", 5), (b"1e2", 100), (b"100.0", 100), (b"1E0", 1)]
+)
+def test_a_limit_is_1_to_100_however_the_number_is_written(limit, read):
+    answer = parse(b'{"type":"history","limit":%b}' % limit).limit
+    assert answer == read
+    assert type(answer) is int
+
+
+@pytest.mark.parametrize(
+    ("limit", "fault"),
+    [
+        (b"0", "must be greater than or equal to 1"),
+        (b"-0", "must be greater than or equal to 1"),
+        (b"0.0", "must be greater than or equal to 1"),
+        (b"-0.0", "must be greater than or equal to 1"),
+        (b"1e-999", "must be greater than or equal to 1"),  # which is 0 for a double
+        (b"-1", "must be greater than or equal to 1"),
+        (b"-1e30", "must be greater than or equal to 1"),
+        (b"-9223372036854775809", "must be greater than or equal to 1"),
+        (b"101", "must be less than or equal to 100"),
+        (b"101.0", "must be less than or equal to 100"),
+        (b"1e30", "must be less than or equal to 100"),
+        (b"1" + b"0" * 30, "must be less than or equal to 100"),
+        (b"18446744073709551616", "must be less than or equal to 100"),
+        (b"1e308", "must be less than or equal to 100"),
+        (b"5.5", "must be an integer"),
+        (b"0.5", "must be an integer"),
+        (b"100.5", "must be an integer"),
+        (b"-0.5", "must be an integer"),
+        (b"true", "must be an integer"),
+        (b"false", "must be an integer"),
+        (b"null", "must be an integer"),
+        (b'"5"', "must be an integer"),
+        (b'""', "must be an integer"),
+        (b"[]", "must be an integer"),
+        (b"[5]", "must be an integer"),
+        (b"{}", "must be an integer"),
+    ],
+)
+def test_any_other_limit_is_refused(limit, fault):
+    assert refusal(b'{"type":"history","limit":%b}' % limit) == f'Validation error: "limit" {fault}'
+
+
+def test_a_page_has_at_most_a_hundred_messages_and_fifty_if_nothing_is_said():
+    assert (frames.PAGE_LIMIT, frames.PAGE_DEFAULT) == (100, 50)
+
+
+def test_a_limit_that_no_double_can_hold_is_no_json():
+    assert refusal(b'{"type":"history","limit":1e999}') == "Invalid JSON format."
+
+
+@pytest.mark.parametrize("value", [None, 7, 1.5, True, [], ["k7Q2-1"], {}, {"id": "k7Q2-1"}])
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_an_id_that_is_no_string_is_refused(name, value):
+    assert refusal(page_json(**{name: value})) == f'Validation error: "{name}" must be a string'
+
+
+def test_a_page_can_be_asked_for_without_json():
+    assert frames.page_request({"type": "history", "after": "k7Q2-7", "limit": 3}) == PageRequest(
+        before=None, after=Id("k7Q2", 7), limit=3, label=None
+    )
+    with pytest.raises(FrameError, match=r'^Validation error: "limit" must be less than or equal to 100$') as caught:
+        frames.page_request({"type": "history", "limit": 101, "label": "h1"})
+    assert caught.value.label == "h1"
+
+
+def test_typing_names_who_types():
+    assert parse(b'{"type":"typing","username":"ann"}') == Typing("ann")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"username": ...}, '"username" is required'),
+        ({"username": ""}, '"username" is not allowed to be empty'),
+        ({"username": "a" * 31}, '"username" length must be less than or equal to 30 characters long'),
+        ({"username": None}, '"username" must be a string'),
+        ({"username": ["ann"]}, '"username" must be a string'),
+        ({"message": "hi"}, '"message" is not allowed'),
+        ({"label": "x"}, '"label" is not allowed'),
+        ({"extra": 1, "username": 1}, '"username" must be a string'),
+    ],
+)
+def test_typing_is_refused_with_the_words_of_a_post(changes, fault):
+    assert refusal(typing_json(**changes)) == f"Validation error: {fault}"
+
+
+@pytest.mark.parametrize(
+    "kind", ["message", "", "History", "history ", "typing\n", "ack", "__class__", 'a"b', "x" * 10**6]
+)
+def test_a_type_is_history_or_typing_or_absent(kind):
+    fault = 'Validation error: "type" must be one of [history, typing]'
+    assert refusal(post_json(type=kind)) == fault
+    assert refusal(b'{"extra":1,"type":%b}' % json.dumps(kind).encode()) == fault  # before any other fault
+
+
+@pytest.mark.parametrize("kind", [None, True, 0, 1.5, [], ["history"], {}, {"history": 1}])
+def test_a_type_that_is_no_string_is_refused_with_the_same_words(kind):
+    assert refusal(post_json(type=kind)) == 'Validation error: "type" must be one of [history, typing]'
+
+
+def test_a_post_that_says_it_is_something_else_is_judged_as_that():
+    assert refusal(post_json(type="history")) == 'Validation error: "username" is not allowed'
+    assert refusal(post_json(type="typing")) == 'Validation error: "message" is not allowed'
+
+
+# Where nothing but a post may be sent
+
+
+def test_a_post_is_read_where_nothing_else_may_be_sent():
+    assert parse_post(post_json()) == Post("ann", "hi")
+    assert parse_post(post_json(label="c81f")) == Post("ann", "hi", "c81f")
+
+
+@pytest.mark.parametrize("kind", ["history", "typing", "message", None])
+def test_there_a_type_is_a_key_like_any_other_unknown_one(kind):
+    for text, fault in [
+        (post_json(type=kind), '"type" is not allowed'),
+        (page_json(type=kind), '"username" is required'),
+        (typing_json(type=kind), '"message" is required'),
+    ]:
+        assert str(refused(text, parse_post)) == f"Validation error: {fault}"
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"NaN", b"\xff"])
+def test_there_too_what_is_not_json_is_refused(text):
+    assert str(refused(text, parse_post)) == "Invalid JSON format."
+
+
+# The words of a refusal
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b" ",
+        b"hello",
+        b"{",
+        b"{}}",
+        b'{"username":"ann","message":"hi"',
+        b'{"username":"ann","message":"hi"}{}',
+        b'{"username":"ann","message":"hi",}',  # RFC 8259 has no trailing commas,
+        b'["a",]',
+        b"{'username':'ann','message':'hi'}",  # no single quotes,
+        b'{username:"ann","message":"hi"}',  # no bare names,
+        b'{"username":"ann","message":"hi"} // hi',  # no comments,
+        b"NaN",  # no numbers that are none,
+        b"Infinity",
+        b"-Infinity",
+        b'{"username":"ann","message":NaN}',
+        b'{"username":"ann","message":-Infinity}',
+        b"01",
+        b"+1",
+        b".5",
+        b"1e999",
+        b"True",
+        b"undefined",
+        b'{"username":"ann","message":"a\nb"}',  # no control characters but escaped ones,
+        b'{"username":"ann","message":"a\0b"}',
+        b'{"username":"ann","message":"a\tb"}',
+        rb'{"username":"ann","message":"\x41"}',
+        rb'{"username":"ann","message":"\ud83d"}',  # no surrogate without its other half,
+        rb'{"username":"ann","message":"\udc4b\ud83d"}',
+        rb'{"username":"ann","message":"hi","\ud83d":1}',
+        b"\xef\xbb\xbf" + post_json(),  # no byte order mark,
+        post_json().decode().encode("utf-16"),
+        b"\xc2\xa0" + post_json(),  # no blanks but its four,
+        b'{"username":"ann","message":"\xff"}',  # and nothing but UTF-8:
+        b'{"username":"ann","message":"\xc3"}',
+        b'{"username":"ann","message":"\xc0\xaf"}',
+        b'{"username":"ann","message":"\xed\xa0\xbd"}',
+        b'{"username":"ann","message":"\xf4\x90\x80\x80"}',
+        post_json() + b"\0",
+    ],
+)
+def test_what_is_not_json_is_refused(text):
+    assert refusal(text) == "Invalid JSON format."
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"username":"ann","message":['])
+def test_a_hundred_thousand_brackets_are_refused_like_any_other_nonsense(opening):
+    assert refusal(opening * 100_000) == "Invalid JSON format."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[]", b'[{"username":"ann","message":"hi"}]', b"null", b"true", b"false", b"0", b"-1.5e3", b'"hi"', b'""'],
+)
+def test_what_is_no_object_is_refused(text):
+    assert refusal(text) == 'Validation error: "value" must be of type object'
+
+
+@pytest.mark.parametrize("digits", [b"9223372036854775808", b"18446744073709551616", b"9" * 308])
+def test_a_huge_integer_is_a_number_like_any_other(digits):
+    assert refusal(digits) == 'Validation error: "value" must be of type object'
+    assert refusal(b'{"username":"ann","message":' + digits + b"}") == 'Validation error: "message" must be a string'
+
+
+def test_a_number_that_no_double_can_hold_is_refused_as_infinity_is():
+    assert refusal(b"9" * 310) == "Invalid JSON format."
+    assert refusal(b'{"username":"ann","message":' + b"9" * 10_000 + b"}") == "Invalid JSON format."
+
+
+@pytest.mark.parametrize(("name", "limit"), FIELDS)
+def test_a_missing_key_is_refused(name, limit):
+    assert refusal(post_json(**{name: ...})) == f'Validation error: "{name}" is required'
+
+
+@pytest.mark.parametrize(("name", "limit"), FIELDS)
+def test_an_empty_text_is_refused(name, limit):
+    assert refusal(post_json(**{name: ""})) == f'Validation error: "{name}" is not allowed to be empty'
+
+
+@pytest.mark.parametrize(("name", "limit"), FIELDS)
+@pytest.mark.parametrize("value", [None, True, False, 0, 1.5, [], ["hi"], {}, {"text": "hi"}])
+def test_what_is_no_string_is_refused(name, limit, value):
+    assert refusal(post_json(**{name: value})) == f'Validation error: "{name}" must be a string'
+
+
+@pytest.mark.parametrize(("name", "limit"), FIELDS)
+def test_a_text_that_is_too_long_is_refused(name, limit):
+    assert refusal(post_json(**{name: "x" * (limit + 1)})) == (
+        f'Validation error: "{name}" length must be less than or equal to {limit} characters long'
+    )
+
+
+def test_a_key_that_the_schema_does_not_know_is_refused():
+    assert refusal(post_json(extra=1)) == 'Validation error: "extra" is not allowed'
+    assert refusal(post_json(extra=None)) == 'Validation error: "extra" is not allowed'
+
+
+@pytest.mark.parametrize("name", ["", "Username", "username ", "__proto__", "{name}", "%s", "$ref", "é", 'a"b'])
+def test_an_unknown_key_is_named_as_it_was_written(name):
+    assert refusal(post_json(**{name: "hi"})) == f'Validation error: "{name}" is not allowed'
+
+
+@pytest.mark.parametrize("depth", [100, 1000])
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_value_is_refused_with_the_same_words_however_deep_it_is(depth, opening, closing):
+    deep = opening * depth + b"0" + closing * depth
+    assert refusal(b'{"username":"ann","message":' + deep + b"}") == 'Validation error: "message" must be a string'
+    assert refusal(b'{"username":' + deep + b',"message":"hi"}') == 'Validation error: "username" must be a string'
+    assert refusal(b'{"username":"ann","message":"hi","extra":' + deep + b"}") == (
+        'Validation error: "extra" is not allowed'
+    )
+    assert refusal(b'{"username":"ann","message":"hi","label":' + deep + b"}") == f"Validation error: {NO_STRING}"
+    assert refusal(b'{"type":' + deep + b"}") == 'Validation error: "type" must be one of [history, typing]'
+    assert refusal(b'{"type":"history","limit":' + deep + b"}") == 'Validation error: "limit" must be an integer'
+    assert refusal(b'{"type":"history","before":' + deep + b"}") == 'Validation error: "before" must be a string'
+    assert refusal(b'{"type":"typing","username":' + deep + b"}") == 'Validation error: "username" must be a string'
+    assert refusal(b'{"type":"typing","username":"ann","":' + deep + b"}") == 'Validation error: "" is not allowed'
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        (b"{}", '"username" is required'),
+        (b'{"username":"ann"}', '"message" is required'),
+        (b'{"message":"","username":""}', '"username" is not allowed to be empty'),
+        (b'{"message":1}', '"username" is required'),
+        (b'{"message":1,"username":null}', '"username" must be a string'),
+        (b'{"extra":1}', '"username" is required'),
+        (b'{"extra":1,"username":"ann","message":2}', '"message" must be a string'),
+        (b'{"extra":1,"username":"ann"}', '"message" is required'),
+        (b'{"zeta":1,"username":"ann","alpha":2,"message":"hi"}', '"zeta" is not allowed'),
+        (b'{"alpha":1,"username":"ann","zeta":2,"message":"hi"}', '"alpha" is not allowed'),
+        (b'{"zeta":1,"username":"ann","":2,"message":"hi"}', '"zeta" is not allowed'),
+        (b'{"":1,"username":"ann","zeta":2,"message":"hi"}', '"" is not allowed'),
+        (b'{"label":"","message":1,"username":"ann"}', '"message" must be a string'),
+        (b'{"extra":1,"label":"","message":"hi","username":"ann"}', '"label" is not allowed to be empty'),
+        (b'{"label":1,"message":"hi"}', '"username" is required'),
+        (
+            b'{"extra":1,"label":1,"limit":0,"after":1,"before":1,"type":"other"}',
+            '"type" must be one of [history, typing]',
+        ),
+        (b'{"extra":1,"label":1,"limit":0,"after":1,"before":1,"type":"history"}', '"before" must be a string'),
+        (
+            b'{"extra":1,"label":1,"limit":0,"after":"x","before":"k7Q2-1","type":"history"}',
+            f'"after" {NO_ID}',
+        ),
+        (
+            b'{"extra":1,"label":1,"limit":0,"after":"k7Q2-1","before":"k7Q2-1","type":"history"}',
+            '"limit" must be greater than or equal to 1',
+        ),
+        (
+            b'{"extra":1,"label":1,"limit":1,"after":"k7Q2-1","before":"k7Q2-1","type":"history"}',
+            NO_STRING,
+        ),
+        (
+            b'{"extra":1,"label":"l","limit":1,"after":"k7Q2-1","before":"k7Q2-1","type":"history"}',
+            CONFLICT,
+        ),
+        (b'{"":1,"after":"k7Q2-1","before":"k7Q2-1","type":"history"}', CONFLICT),
+        (b'{"zeta":1,"alpha":1,"after":"k7Q2-1","type":"history"}', '"zeta" is not allowed'),
+        (b'{"zeta":1,"":1,"type":"history"}', '"zeta" is not allowed'),
+        (b'{"zeta":1,"username":"","type":"typing"}', '"username" is not allowed to be empty'),
+        (b'{"zeta":1,"username":"ann","alpha":1,"type":"typing"}', '"zeta" is not allowed'),
+    ],
+)
+def test_of_several_faults_the_first_in_the_schemas_order_is_told_and_unknown_keys_last(text, first):
+    assert refusal(text) == f"Validation error: {first}"
+
+
+def test_a_valid_document_has_no_fault():
+    assert MESSAGE.explain({"username": "ann", "message": "hi"}) is None
+    assert MESSAGE.explain({"username": "ann", "message": "hi", "label": "c81f"}) is None
+    assert FORMS["history"].explain({"type": "history", "after": "k7Q2-7", "limit": 5.0}) is None
+    assert FORMS["typing"].explain({"type": "typing", "username": "ann"}) is None
+
+
+# Every document: the two validators, and the rules written a third time, agree
+
+lengths = st.sampled_from([0, 1, 2, 29, 30, 31, 63, 64, 65, 499, 500, 501])
+texts = st.text(max_size=5) | st.builds(lambda one, size: one * size, st.characters(exclude_categories=["Cs"]), lengths)
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | texts
+values = scalars | st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=4)
+labels = st.sampled_from([label for label, _ in BAD_LABELS if len(str(label)) < 100] + GOOD_LABELS) | texts
+ids = st.sampled_from([one for one, _ in GOOD_IDS] + BAD_IDS) | st.text(ALPHABET + "-\n", max_size=20)
+limits = st.integers(-1, 102) | st.sampled_from([0.0, -1.0, 1.0, 5.0, 5.5, 100.0, 100.5, 101.0, 1e30, -1e30]) | values
+extras = st.dictionaries(st.sampled_from(["", "extra", "__proto__"]), values, max_size=2)
+near_posts = st.fixed_dictionaries({}, optional={"username": texts, "message": texts, "label": labels})
+near_pages = st.fixed_dictionaries(
+    {"type": st.just("history")}, optional={"before": ids, "after": ids, "limit": limits, "label": labels}
+)
+near_typing = st.fixed_dictionaries({"type": st.just("typing")}, optional={"username": texts})
+near_misses = st.dictionaries(
+    st.sampled_from(
+        ["username", "message", "label", "type", "before", "after", "limit", "Username", "", "extra", "zeta"]
+    ),
+    values | labels | ids,
+    max_size=6,
+)
+near = near_posts | near_pages | near_typing
+documents = (
+    near
+    | near_misses
+    | st.builds(lambda one, two: one | two, extras, near)
+    | st.builds(lambda one, two: one | two, near, extras)
+    | st.builds(lambda one, two: one | two, near_misses, near)
+    | values
+)
+
+
+def fault_of_text(name, value, limit):
+    if not isinstance(value, str):
+        return f'"{name}" must be a string'
+    if not value:
+        return f'"{name}" is not allowed to be empty'
+    if len(value) > limit:
+        return f'"{name}" length must be less than or equal to {limit} characters long'
+    return None
+
+
+def fault_of_id(name, value):
+    if not isinstance(value, str):
+        return f'"{name}" must be a string'
+    epoch, _, number = value.partition("-")
+    good = 4 <= len(epoch) <= 16 and not {*epoch} - {*ALPHABET} and 1 <= len(number) <= 16
+    good = good and not {*number} - {*string.digits} and (number == "0" or number[0] != "0")
+    return None if good else f'"{name}" {NO_ID}'
+
+
+def fault_of_limit(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+        return '"limit" must be an integer'
+    if value < 1:
+        return '"limit" must be greater than or equal to 1'
+    return '"limit" must be less than or equal to 100' if value > 100 else None
+
+
+def fault_of_label(value):
+    fault = fault_of_text("label", value, 64)
+    return fault or (None if {*value} <= {*EVERY_CHARACTER} else NO_PATTERN)
+
+
+RULES = {
+    "username": lambda value: fault_of_text("username", value, 30),
+    "message": lambda value: fault_of_text("message", value, 500),
+    "label": fault_of_label,
+    "type": lambda value: None,
+    "before": lambda value: fault_of_id("before", value),
+    "after": lambda value: fault_of_id("after", value),
+    "limit": fault_of_limit,
+}
+KEYS = {
+    "message": ["username", "message", "label"],
+    "history": ["type", "before", "after", "limit", "label"],
+    "typing": ["type", "username"],
+}
+REQUIRED = {"message": {"username", "message"}, "history": {"type"}, "typing": {"type", "username"}}
+
+
+def fault_of(form, document):
+    """The rules, as a client's author would read them."""
+    if not isinstance(document, dict):
+        return '"value" must be of type object'
+    for name in KEYS[form]:
+        if name in document:
+            if fault := RULES[name](document[name]):
+                return fault
+        elif name in REQUIRED[form]:
+            return f'"{name}" is required'
+    if form == "history" and "before" in document and "after" in document:
+        return CONFLICT
+    return next((f'"{name}" is not allowed' for name in document if name not in KEYS[form]), None)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_the_fast_validator_and_the_slow_one_agree_on_every_document(form):
+    @REPEATABLE
+    @given(documents)
+    @example({"username": "a" * 30, "message": "😀" * 500, "label": "~" * 64})
+    @example({"username": "a" * 31, "message": "😀" * 501, "label": "~" * 65})
+    @example({"message": "hi", "username": "ann", "extra": None})
+    @example({"message": "hi", "username": "ann", "extra": None, "": None})
+    @example({"message": "hi", "username": "ann", "label": "x\n"})
+    @example({"type": "history", "before": "k7Q2-1\n"})
+    @example({"type": "history", "before": "k7Q2-1", "after": "k7Q2-1", "": 1})
+    @example({"type": "history", "limit": 1e30})
+    @example({"type": "history", "limit": 2**64 - 1})
+    @example({"type": "history", "limit": 10**30})
+    def check(document):
+        # A form is asked only about what is of its type.
+        if isinstance(document, dict) and "type" in document and form != "message":
+            document = document | {"type": form}
+        fault = ALL_FORMS[form].explain(document)
+        assert ALL_FORMS[form].accepts(document) == (fault is None)
+        assert fault == fault_of(form, document)
+
+    check()
+
+
+def answer_of(document):
+    """What `parse` makes of a document, as a client's author would read it."""
+    form = "message"
+    if isinstance(document, dict) and "type" in document:
+        form = document["type"]
+        if form not in ("history", "typing"):
+            return 'Validation error: "type" must be one of [history, typing]'
+    fault = fault_of(form, document)
+    if fault:
+        return f"Validation error: {fault}"
+    if form == "message":
+        return Post(document["username"], document["message"], document.get("label"))
+    if form == "typing":
+        return Typing(document["username"])
+    before, after = (Id.parse(document[name]) if name in document else None for name in ("before", "after"))
+    return PageRequest(before, after, document.get("limit", 50), document.get("label"))
+
+
+@REPEATABLE
+@given(documents)
+@example({"type": "history", "zeta": 1, "": 2})
+def test_every_document_is_read_as_what_it_is_or_refused_with_its_first_fault_and_its_label(document):
+    expected = answer_of(document)
+    if isinstance(expected, str):
+        label = document.get("label") if isinstance(document, dict) else None
+        expected = (expected, None if label is None or fault_of_label(label) else label)
+    assert answer_to(orjson.dumps(document)) == expected
+
+
+@REPEATABLE
+@given(documents)
+def test_without_a_type_it_makes_no_difference_whether_anything_but_a_post_may_be_sent(document):
+    if isinstance(document, dict):
+        document.pop("type", None)
+    text = orjson.dumps(document)
+    assert answer_to(text, parse_post) == answer_to(text)
+
+
+good_labels = st.none() | st.text(EVERY_CHARACTER, min_size=1, max_size=64)
+posts = st.builds(Post, st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=500), good_labels)
+
+
+@REPEATABLE
+@given(posts, st.booleans())
+@example(Post("\0", "\x7f\u2028\ufeff"), True)  # noqa: FBT003
+def test_every_valid_post_is_read_as_it_was_written(post, ensure_ascii):
+    document = {name: value for name, value in post._asdict().items() if value is not None}
+    assert parse(json.dumps(document, ensure_ascii=ensure_ascii).encode()) == post
+
+
+@REPEATABLE
+@given(st.binary() | documents.map(orjson.dumps))
+@pytest.mark.parametrize("read", [parse, parse_post])
+def test_any_bytes_are_either_something_or_refused(read, data):
+    answer = answer_to(data, read)
+    if isinstance(answer, (Post, PageRequest, Typing)):
+        assert {*json.loads(data)} - {"type"} <= {*answer._fields}
+    else:
+        text, label = answer
+        assert re.match(r'Invalid JSON format\.$|Validation error: "', text)
+        assert label is None or is_label(label)
+
+
+# The schemas
+
+every_form = pytest.mark.parametrize("form", ALL_FORMS)
+
+
+@every_form
+def test_a_schema_is_a_valid_one_of_2020_12(form):
+    schema = ALL_FORMS[form].schema
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_every_schema_has_a_name_of_its_own():
+    assert [one.schema["$id"] for one in ALL_FORMS.values()] == [
+        "urn:chatd:message",
+        "urn:chatd:page",
+        "urn:chatd:typing",
+    ]
+
+
+@every_form
+def test_a_schema_says_what_it_is_about(form):
+    schema = ALL_FORMS[form].schema
+    for part in (schema, *schema["properties"].values()):
+        if part != {"const": form}:
+            assert part["title"]
+            assert part["description"].endswith(".")
+            assert part.get("examples") or part["type"] == "integer"
+
+
+def test_the_schemas_name_the_limits():
+    limits = {
+        form: {
+            name: (part["minLength"], part["maxLength"])
+            for name, part in one.schema["properties"].items()
+            if "minLength" in part
+        }
+        for form, one in ALL_FORMS.items()
+    }
+    assert limits == {
+        "message": {"username": (1, 30), "message": (1, 500), "label": (1, 64)},
+        "history": {"label": (1, 64)},
+        "typing": {"username": (1, 30)},
+    }
+
+
+def test_a_label_and_a_username_are_described_alike_wherever_they_are():
+    rules = {"type", "minLength", "maxLength", "pattern"}
+    for name, forms in (("label", ("message", "history")), ("username", ("message", "typing"))):
+        one, two = (ALL_FORMS[form].schema["properties"][name] for form in forms)
+        assert {rule: one.get(rule) for rule in rules} == {rule: two.get(rule) for rule in rules}
+
+
+@every_form
+def test_every_example_of_a_schema_is_accepted(form):
+    schema = ALL_FORMS[form].schema
+    for document in schema["examples"]:
+        assert not isinstance(answer_of(document), str)
+        assert parse(orjson.dumps(document)) == answer_of(document)
+    for name, part in schema["properties"].items():
+        for text in part.get("examples", ()):
+            document = {key: text for key in schema["examples"][0] if key == name} or {name: text}
+            whole = {key: value for key, value in schema["examples"][0].items() if key not in ("before", "after")}
+            assert parse(orjson.dumps(whole | document)) == answer_of(whole | document)
+
+
+@every_form
+def test_every_keyword_of_a_schema_has_words(form):
+    # Whoever adds a keyword gives it its words too: without them the first refusal would be a KeyError.
+    schema = ALL_FORMS[form].schema
+    annotations = {"title", "description", "examples", "default"}
+    handled_apart = {"$schema", "$id", "properties", "type", "additionalProperties", "not"}
+    assert schema.keys() - annotations - handled_apart <= frames._WORDS.keys()
+    for name, part in schema["properties"].items():
+        if name == "type":
+            assert part == {"const": form}  # by which the form is chosen
+        else:
+            assert part.keys() - annotations - {"type"} <= frames._WORDS.keys()
+            assert part["type"] in ("string", "integer")
+            assert part["type"] in frames._WORDS
+    if "not" in schema:
+        assert schema["not"] == {"required": ["before", "after"]}  # which is what its words say
+
+
+# The seed
+
+
+def test_the_seed_is_the_two_messages_that_every_new_log_begins_with():
+    assert parse_seed(SEED_FILE.read_bytes()) == (
+        Entry(1, "Alice", "Hello!", "2024-10-20T12:30:00Z"),
+        Entry(2, "Bob", "Hi Alice!", "2024-10-20T12:31:00Z"),
+    )
+    assert [[*document] for document in json.loads(SEED_FILE.read_bytes())] == [
+        ["username", "message", "timestamp"]
+    ] * 2
+
+
+def seed_json(*timestamps):
+    documents = [{"username": "ann", "message": "hi", "timestamp": timestamp} for timestamp in timestamps]
+    return json.dumps(documents).encode()
+
+
+def test_a_seed_may_be_empty():
+    assert parse_seed(b"[]") == ()
+
+
+def test_a_seed_may_have_milliseconds_and_equal_times():
+    times = ["2024-10-20T12:30:00Z", "2024-10-20T12:30:00.0Z", "2024-10-20T12:30:00.5Z", "2024-10-20T12:30:00.500Z"]
+    assert [entry.timestamp for entry in parse_seed(seed_json(*times))] == times
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "is not JSON: "),
+        (b"[{]", "is not JSON: "),
+        (b"{}", "must be a list of messages"),
+        (b'"hi"', "must be a list of messages"),
+        (b"[1]", 'message 1: "value" must be of type object'),
+        (b"[[]]", 'message 1: "value" must be of type object'),
+        (b'[{"username":"ann","timestamp":"2024-10-20T12:30:00Z"}]', 'message 1: "message" is required'),
+        (
+            b'[{"username":"","message":"hi","timestamp":"2024-10-20T12:30:00Z"}]',
+            'message 1: "username" is not allowed to be empty',
+        ),
+        (
+            b'[{"username":"ann","message":"hi","timestamp":"2024-10-20T12:30:00Z","id":1}]',
+            'message 1: "id" is not allowed',
+        ),
+        (
+            b'[{"username":"ann","message":"hi","timestamp":"2024-10-20T12:30:00Z","label":"c81f"}]',
+            'message 1: "label" is not allowed',
+        ),
+        (
+            b'[{"username":"ann","message":"hi","timestamp":"2024-10-20T12:30:00Z","type":"history"}]',
+            'message 1: "type" is not allowed',
+        ),
+    ],
+)
+def test_a_seed_that_cannot_be_used_is_refused_with_the_reason(text, reason):
+    with pytest.raises(FrameError) as refused:
+        parse_seed(text)
+    assert str(refused.value).startswith(reason)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_fault_of_the_seed_is_told_with_its_place():
+    text = seed_json("2024-10-20T12:30:00Z", "2024-10-20T12:30:00Z")[:-1] + b',{"username":"ann"}]'
+    with pytest.raises(FrameError, match=r'^message 3: "message" is required$'):
+        parse_seed(text)
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    [
+        None,
+        1729427400,
+        "",
+        "now",
+        "2024-10-20",
+        "2024-10-20T12:30:00",  # whose noon?
+        "2024-10-20T12:30:00+00:00",
+        "2024-10-20 12:30:00Z",
+        "2024-10-20T12:30Z",
+        "2024-10-20T12:30:00.Z",
+        "2024-10-20T12:30:00.1234567Z",
+        "2024-10-20T12:30:00Z\n",
+        "2024-02-30T12:30:00Z",  # no calendar has it
+        "2024-13-01T12:30:00Z",
+        "2024-10-20T25:30:00Z",
+        "0000-01-01T00:00:00Z",
+    ],
+)
+def test_a_seed_whose_timestamp_is_none_is_refused(timestamp):
+    with pytest.raises(FrameError) as refused:
+        parse_seed(seed_json(timestamp))
+    assert str(refused.value) == 'message 1: "timestamp" must be a time such as 2024-10-20T12:30:00Z'
+
+
+def test_a_seed_without_timestamps_is_refused():
+    with pytest.raises(FrameError, match=r'^message 1: "timestamp" must be a time'):
+        parse_seed(b'[{"username":"ann","message":"hi"}]')
+
+
+def test_a_seed_that_goes_back_in_time_is_refused():
+    # As text the second would come after the first: it is the time that counts.
+    with pytest.raises(FrameError, match=r'^message 2: "timestamp" is before that of message 1$'):
+        parse_seed(seed_json("2024-10-20T12:30:00.5Z", "2024-10-20T12:30:00Z"))
+
+
+# What leaves
+
+
+class Frame(NamedTuple):
+    fin: bool
+    opcode: int
+    header: int
+    payload: bytes
+
+
+def read_frame(data):
+    """Read the one WebSocket frame that `data` is, by RFC 6455, section 5.2."""
+    assert data[0] & 0x70 == 0, "a reserved bit is set"
+    assert data[1] & 0x80 == 0, "a server's frame is masked"
+    size, header = data[1], 2
+    if size == 126:
+        size, header = int.from_bytes(data[2:4], "big"), 4
+        assert size > 125, "the length could be shorter"
+    elif size == 127:
+        size, header = int.from_bytes(data[2:10], "big"), 10
+        assert 65535 < size < 1 << 63, "the length could be shorter, or is none"
+    assert len(data) == header + size
+    return Frame(data[0] & 0x80 != 0, data[0] & 0x0F, header, data[header:])
+
+
+@pytest.mark.parametrize(
+    ("size", "header"), [(0, 2), (1, 2), (125, 2), (126, 4), (127, 4), (65535, 4), (65536, 10), (100_000, 10)]
+)
+def test_a_text_is_one_final_frame_with_the_shortest_header(size, header):
+    payload = (b"0123456789" * 10_000)[:size]
+    assert read_frame(frames.text_frame(payload)) == Frame(fin=True, opcode=1, header=header, payload=payload)
+    assert frames.payload(frames.text_frame(payload)) == payload
+
+
+ANN = Entry(7, "ann", "hi", "2026-01-01T00:00:00.000Z")
+BOB = Entry(8, "Боб", '"quoted", \\ and 👋\n', "2026-01-01T00:00:01.500Z")
+
+
+def test_a_message_frame_is_these_bytes():
+    assert frames.message_frame("k7Q2xY", ANN) == (
+        b"\x81\x72"
+        b'{"type":"message","id":"k7Q2xY-7",'
+        b'"data":{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"}}'
+    )
+
+
+def test_text_in_a_message_frame_is_utf_8_and_escaped_only_where_json_asks_for_it():
+    assert (
+        read_frame(frames.message_frame("k7Q2xY", BOB)).payload
+        == (
+            '{"type":"message","id":"k7Q2xY-8","data":{"username":"Боб",'
+            '"message":"\\"quoted\\", \\\\ and 👋\\n","timestamp":"2026-01-01T00:00:01.500Z"}}'
+        ).encode()
+    )
+
+
+def history(epoch, number, entries, *, more=False):
+    return frames.history_frame(epoch, number, [frames.message_frame(epoch, entry) for entry in entries], more=more)
+
+
+def test_a_history_frame_is_these_bytes():
+    assert history("k7Q2xY", 8, [ANN, BOB]) == (
+        b"\x81\x7e\x00\xd7"
+        + (
+            '{"type":"history","id":"k7Q2xY-8","data":['
+            '{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"},'
+            '{"username":"Боб","message":"\\"quoted\\", \\\\ and 👋\\n","timestamp":"2026-01-01T00:00:01.500Z"}]}'
+        ).encode()
+    )
+
+
+def test_a_history_frame_says_more_only_when_there_is_more():
+    assert read_frame(history("k7Q2xY", 7, [ANN], more=True)).payload == (
+        b'{"type":"history","id":"k7Q2xY-7","more":true,'
+        b'"data":[{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"}]}'
+    )
+
+
+def test_the_history_of_an_empty_room_has_the_number_0():
+    assert frames.history_frame("k7Q2", 0, []) == b'\x81\x2a{"type":"history","id":"k7Q2-0","data":[]}'
+
+
+def test_the_history_of_a_room_where_all_was_trimmed_keeps_its_number():
+    assert frames.history_frame("k7Q2", 12, [], more=False) == b'\x81\x2b{"type":"history","id":"k7Q2-12","data":[]}'
+
+
+def test_a_history_frame_says_whether_it_goes_on_where_the_client_stopped():
+    ann = frames.message_frame("k7Q2", ANN)
+    data = b'"data":[{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"}]}'
+    assert frames.payload(frames.history_frame("k7Q2", 7, [ann], resumed=True)) == (
+        b'{"type":"history","id":"k7Q2-7","resumed":true,' + data
+    )
+    assert frames.payload(frames.history_frame("k7Q2", 7, [ann], resumed=False, more=True)) == (
+        b'{"type":"history","id":"k7Q2-7","more":true,"resumed":false,' + data
+    )
+    assert frames.payload(frames.history_frame("k7Q2", 7, [ann], resumed=None)) == (
+        b'{"type":"history","id":"k7Q2-7",' + data
+    )
+    assert frames.history_frame("k7Q2", 3, [], resumed=True) == (
+        b'\x81\x39{"type":"history","id":"k7Q2-3","resumed":true,"data":[]}'
+    )
+
+
+def test_a_history_frame_that_answers_a_page_has_its_label():
+    ann = frames.message_frame("k7Q2", ANN)
+    assert frames.payload(frames.history_frame("k7Q2", 7, [ann], more=True, label="h1")) == (
+        b'{"type":"history","id":"k7Q2-7","more":true,"label":"h1",'
+        b'"data":[{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"}]}'
+    )
+    assert frames.history_frame("k7Q2", 0, [], label="h1") == (
+        b'\x81\x37{"type":"history","id":"k7Q2-0","label":"h1","data":[]}'
+    )
+
+
+@pytest.mark.parametrize(
+    "label", [*GOOD_LABELS, EVERY_CHARACTER[:47], EVERY_CHARACTER[47:], '"data":', '","data":[1],"']
+)
+def test_any_label_is_told_as_it_was_given(label):
+    history = frames.payload(frames.history_frame("k7Q2", 0, [], label=label))
+    assert json.loads(history) == {"type": "history", "id": "k7Q2-0", "label": label, "data": []}
+    ack = frames.payload(frames.ack_frame(Id("k7Q2", 7), label, duplicate=False))
+    assert json.loads(ack) == {"type": "ack", "label": label, "id": "k7Q2-7"}
+    assert json.loads(frames.payload(frames.error_frame("why", label=label)))["label"] == label
+
+
+entries = st.builds(
+    lambda number, post: Entry(number, *post[:2], "2026-01-01T00:00:00.000Z"), st.integers(1, 10**15), posts
+)
+
+
+@REPEATABLE
+@given(entries)
+@example(Entry(1, '"data":', '"data":[{}]', "2026-01-01T00:00:00.000Z"))
+def test_a_history_holds_exactly_the_data_of_its_messages(entry):
+    expected = {"username": entry.username, "message": entry.message, "timestamp": entry.timestamp}
+    message = json.loads(read_frame(frames.message_frame("k7Q2xY", entry)).payload)
+    assert message == {"type": "message", "id": f"k7Q2xY-{entry.number}", "data": expected}
+    both = json.loads(read_frame(history("k7Q2xY", entry.number, [entry, entry], more=True)).payload)
+    assert both == {"type": "history", "id": message["id"], "more": True, "data": [expected, expected]}
+
+
+def test_a_history_of_a_hundred_of_the_longest_messages_is_still_one_frame():
+    longest = Entry(1, "\0" * 30, "\0" * 500, "2026-01-01T00:00:00.000Z")  # six bytes for each \u0000
+    frame = read_frame(history("k7Q2xY", 100, [longest] * 100, more=True))
+    assert frame.header == 10
+    assert len(json.loads(frame.payload)["data"]) == 100
+
+
+def test_an_error_frame_is_these_bytes():
+    assert frames.error_frame("Invalid JSON format.") == b'\x81\x31{"type":"error","message":"Invalid JSON format."}'
+
+
+def test_an_error_frame_may_have_a_code_a_label_and_a_time_to_wait():
+    for error, text in [
+        (frames.error_frame("Try again later", Code.UNAVAILABLE), b'"Try again later","code":"UNAVAILABLE"}'),
+        (frames.error_frame("why", label="c82"), b'"why","label":"c82"}'),
+        (frames.error_frame("why", retry_after=2), b'"why","retry_after":2}'),
+        (frames.error_frame("why", retry_after=0), b'"why","retry_after":0}'),
+        (frames.error_frame("why", Code.LABEL_REUSED, "c82"), b'"why","code":"LABEL_REUSED","label":"c82"}'),
+        (frames.error_frame("why", Code.UNKNOWN_ID, "h1"), b'"why","code":"UNKNOWN_ID","label":"h1"}'),
+    ]:
+        assert read_frame(error).payload == b'{"type":"error","message":' + text
+
+
+def test_an_error_frame_with_all_of_it_is_these_bytes():
+    assert frames.error_frame("Rate limit exceeded", Code.RATE_LIMITED, "c82", 1.5) == (
+        b"\x81\x66"
+        b'{"type":"error","message":"Rate limit exceeded","code":"RATE_LIMITED","label":"c82","retry_after":1.5}'
+    )
+
+
+def test_the_codes_are_words_for_programs():
+    assert {*Code} >= {"RATE_LIMITED", "LABEL_REUSED", "UNAVAILABLE", "UNKNOWN_ID"}
+    assert all(re.fullmatch("[A-Z_]+", code) and code == code.name for code in Code)
+
+
+def test_an_error_frame_can_carry_any_refusal():
+    message = refusal(post_json(**{'a"\\\n': 1}))
+    assert json.loads(read_frame(frames.error_frame(message)).payload)["message"] == message
+
+
+def test_an_ack_frame_is_these_bytes():
+    assert frames.ack_frame(Id("k7Q2", 1051), "c81f", duplicate=False) == (
+        b'\x81\x2e{"type":"ack","label":"c81f","id":"k7Q2-1051"}'
+    )
+    assert frames.ack_frame(Id("k7Q2", 1051), "c81f", duplicate=True) == (
+        b'\x81\x3f{"type":"ack","label":"c81f","id":"k7Q2-1051","duplicate":true}'
+    )
+
+
+def test_an_ack_frame_may_do_without_a_label():
+    assert frames.payload(frames.ack_frame(Id("k7Q2", 7), None, duplicate=False)) == b'{"type":"ack","id":"k7Q2-7"}'
+
+
+def test_a_presence_frame_says_who_is_here_or_who_came_and_went():
+    assert frames.presence_frame(3, users=["ann", "Боб", 'c"y']) == (
+        b"\x81\x46" + '{"type":"presence","data":{"count":3,"users":["ann","Боб","c\\"y"]}}'.encode()
+    )
+    assert frames.presence_frame(4, join=["dee"], leave=[]) == (
+        b'\x81\x40{"type":"presence","data":{"count":4,"join":["dee"],"leave":[]}}'
+    )
+    assert frames.payload(frames.presence_frame(201)) == b'{"type":"presence","data":{"count":201}}'
+    assert frames.payload(frames.presence_frame(1, users=("ann",))) == (
+        b'{"type":"presence","data":{"count":1,"users":["ann"]}}'
+    )
+
+
+def test_a_typing_frame_says_who_types():
+    assert frames.typing_frame(["ann", "bob"]) == b'\x81\x30{"type":"typing","data":{"users":["ann","bob"]}}'
+    assert frames.payload(frames.typing_frame([])) == b'{"type":"typing","data":{"users":[]}}'
+
+
+# The same as Server-Sent Events
+
+
+def test_a_message_is_an_event_with_its_id():
+    assert frames.event(frames.message_frame("k7Q2xY", ANN)) == (
+        b"event: message\n"
+        b"id: k7Q2xY-7\n"
+        b'data: {"type":"message","id":"k7Q2xY-7",'
+        b'"data":{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"}}\n'
+        b"\n"
+    )
+
+
+@pytest.mark.parametrize("size", [0, 1, 100])
+def test_a_history_is_an_event_with_its_id_however_long_it_is(size):
+    longest = Entry(1, "😀" * 30, "\0" * 500, "2026-01-01T00:00:00.000Z")
+    frame = history("k7Q2xY", 100, [longest] * size, more=True)
+    assert read_frame(frame).header == {0: 2, 1: 4, 100: 10}[size]
+    head, data = b"event: history\nid: k7Q2xY-100\n", read_frame(frame).payload
+    assert frames.event(frame) == head + b"data: " + data + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("frame", "kind"),
+    [
+        (frames.error_frame("why", Code.UNAVAILABLE), b"error"),
+        (frames.error_frame('{"type":"message","id":"k7Q2-7"'), b"error"),
+        (frames.presence_frame(1, users=["ann"]), b"presence"),
+        (frames.presence_frame(1, join=['","id":"k7Q2-7"'], leave=[]), b"presence"),
+        (frames.typing_frame(["ann"]), b"typing"),
+        (frames.ack_frame(Id("k7Q2", 7), "c81f", duplicate=True), b"ack"),
+    ],
+)
+def test_what_is_no_cursor_is_an_event_without_an_id(frame, kind):
+    assert frames.event(frame) == b"event: %b\ndata: %b\n\n" % (kind, frames.payload(frame))
+
+
+def test_any_other_text_is_a_message_without_an_id():
+    assert frames.event(frames.text_frame(b"hello")) == b"event: message\ndata: hello\n\n"
+
+
+@REPEATABLE
+@given(entries)
+@example(Entry(1, "\r", "\n\r\n\ndata: x\u2028\x85", "2026-01-01T00:00:00.000Z"))
+@example(Entry(1, "\n", "\n" * 500, "2026-01-01T00:00:00.000Z"))
+def test_an_event_is_three_lines_whatever_was_said(entry):
+    frame = frames.message_frame("k7Q2xY", entry)
+    lines = re.split(rb"\r\n|\r|\n", frames.event(frame))
+    assert lines[:2] == [b"event: message", b"id: k7Q2xY-%d" % entry.number]
+    assert lines[2] == b"data: " + frames.payload(frame)
+    assert lines[3:] == [b"", b""]

@@ -1,0 +1,762 @@
+"""HTTP: what a person, a load balancer or a script is told, and how long a request may take."""
+
+import json
+from http import HTTPStatus
+
+import pytest
+from support.web_doubles import Connection, SecureTransport
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.web.server import NOT_DONE_YET
+
+import chatd
+from chatd.messages import Code
+from chatd.transport import http as web
+
+
+class Rooms(web.ChatResource):
+    """Stands for chatd.api: the page, and an answer that names what was posted."""
+
+    isLeaf = True
+
+    def render_GET(self, request):
+        return web.page(request, request.path.decode())
+
+    def render_POST(self, request):
+        request.of_a_double = True  # see documented.py
+        return web.answer(request, HTTPStatus.OK, b"%d bytes" % len(request.content.read()), "text/plain")
+
+
+def ready():
+    return True, "ready"
+
+
+def clients_site(clock, ready=ready):
+    """The site for clients."""
+    rooms = Rooms()
+    return web.site(ready, clock, {"": rooms, "rooms": rooms})
+
+
+def admin_site(clock, ready=ready, drain=lambda: None):
+    """The site on the admin port."""
+    return web.admin(ready, clock, drain=drain, metrics=lambda: "chatd_members 3.0")
+
+
+SITES = pytest.mark.parametrize("site", [clients_site, admin_site])
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def connection(clock):
+    """A connection to the site for clients."""
+    return Connection(clients_site(clock))
+
+
+@pytest.fixture
+def admin(clock):
+    """A connection to the site on the admin port."""
+    return Connection(admin_site(clock))
+
+
+def problem(response, body):
+    """The status and the words of a refusal, which is a problem as RFC 9457 has it."""
+    assert response.headers["content-type"] == "application/problem+json"
+    document = json.loads(body)
+    assert document["status"] == response.status
+    assert document["title"] == HTTPStatus(response.status).phrase == response.reason
+    assert document.keys() == {"title", "status", "detail"}
+    return response.status, document["detail"]
+
+
+def test_a_problem_has_the_code_of_the_frame_that_says_the_same():
+    said = json.loads(web.problem(HTTPStatus.NOT_FOUND, "no", Code.UNKNOWN_ID))
+    assert said == {"title": "Not Found", "status": 404, "detail": "no", "code": "UNKNOWN_ID"}
+
+
+# What is answered
+
+
+def test_the_page_says_how_to_connect_to_the_address_it_was_asked_for_at(connection):
+    response, page = connection.ask(b"GET", b"/", b"Host: chat.example:8085")
+    assert response.status == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.startswith("<!doctype html>")
+    assert "npx wscat -c ws://chat.example:8085/\n" in page
+    assert f"chatd {chatd.__version__}</footer>" in page
+    assert "{url}" not in page
+    assert "{version}" not in page
+
+
+def test_the_page_names_wss_to_those_who_came_by_tls(clock):
+    connection = Connection(clients_site(clock), SecureTransport())
+    _, page = connection.ask(b"GET", b"/", b"Host: chat.example")
+    assert "wss://chat.example/" in page
+    assert "ws://chat.example/" not in page
+
+
+def test_the_page_names_localhost_to_those_who_name_no_host(connection):
+    assert "ws://localhost/" in connection.ask(b"GET", b"/")[1]
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        (b"<script>alert(1)</script>", "ws://&lt;script&gt;alert(1)&lt;/script&gt;/"),
+        (b'x");alert("x', "ws://x&quot;);alert(&quot;x/"),
+        (b"x' onload='x", "ws://x&#x27; onload=&#x27;x/"),
+        (b"a&lt;b", "ws://a&amp;lt;b/"),
+        (b"\xff", "ws://\N{REPLACEMENT CHARACTER}/"),
+    ],
+)
+def test_a_hostile_host_is_shown_as_text(connection, host, shown):
+    plain = connection.ask(b"GET", b"/", b"Host: localhost")[1]
+    response, page = connection.ask(b"GET", b"/", b"Host: " + host)
+    assert response.status == 200
+    assert page == plain.replace("ws://localhost/", shown)
+    assert page.count(shown) == 3
+
+
+def test_the_page_may_load_and_run_nothing(connection):
+    response, _ = connection.ask(b"GET", b"/", b"Host: x")
+    assert response.headers["content-security-policy"] == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_the_admin_port_has_no_page_but_a_line(admin):
+    response, text = admin.ask(b"GET", b"/", b"Host: x")
+    assert (response.status, text) == (200, "chatd admin: GET /healthz /readyz /metrics, POST /drain\n")
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+@SITES
+def test_health_is_that_the_process_answers_ready_or_not(clock, site):
+    response, text = Connection(site(clock, lambda: (False, "draining"))).ask(b"GET", b"/healthz")
+    assert (response.status, text) == (200, "ok\n")
+
+
+@SITES
+@pytest.mark.parametrize(
+    ("ready", "answer"),
+    [
+        ((True, "ready"), (200, "ready\n")),
+        ((True, "degraded: the log cannot be read"), (200, "degraded: the log cannot be read\n")),
+        ((False, "starting"), (503, "starting\n")),
+        ((False, "draining"), (503, "draining\n")),
+    ],
+)
+def test_readiness_is_200_or_503_with_how_it_is_in_words(clock, site, ready, answer):
+    response, text = Connection(site(clock, lambda: ready)).ask(b"GET", b"/readyz")
+    assert (response.status, text) == answer
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+def test_words_that_are_not_ascii_are_read_as_they_are(clock):
+    words = "degraded: /srv/дом/chat.sqlite"
+    response, text = Connection(admin_site(clock, lambda: (True, words))).ask(b"GET", b"/readyz")
+    assert text == f"{words}\n"
+    assert response.headers["content-length"] == str(len(text.encode()))
+
+
+@SITES
+def test_readiness_is_asked_for_at_each_request(clock, site):
+    words = [(True, "ready"), (False, "draining")]
+    connection = Connection(site(clock, lambda: words.pop(0)))
+    assert [connection.ask(b"GET", b"/readyz")[0].status for _ in range(2)] == [200, 503]
+
+
+# Commands
+
+
+@pytest.fixture
+def drains(clock):
+    """A connection to the admin port, and the drains that were asked for."""
+    asked = []
+    words = iter(["draining", "drained"])
+    site = admin_site(clock, lambda: (False, next(words)), drain=lambda: asked.append("drain") or Deferred())
+    return Connection(site), asked
+
+
+@pytest.mark.parametrize("body", [None, b"", b"now, please"])
+def test_a_drain_is_asked_for_and_answered_at_once(drains, body):
+    connection, asked = drains
+    response, text = connection.ask(b"POST", b"/drain", b"Host: x", body=body)
+    assert (response.status, text) == (202, "draining\n")
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert response.headers["cache-control"] == "no-store"
+    assert asked == ["drain"]
+
+
+def test_who_asks_for_a_drain_again_is_told_how_far_it_is(drains):
+    connection, asked = drains
+    assert [connection.ask(b"POST", b"/drain")[1] for _ in range(2)] == ["draining\n", "drained\n"]
+    assert asked == ["drain"] * 2
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS"])
+def test_nobody_drains_by_looking(drains, method):
+    connection, asked = drains
+    response, _ = connection.ask(method, b"/drain", b"Content-Length: 0")
+    assert response.status == 405
+    assert response.headers["allow"] == "POST"
+    assert asked == []
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+@pytest.mark.parametrize("path", [b"/drain", b"/metrics"])
+def test_what_is_for_operators_is_on_the_admin_port_alone(connection, method, path):
+    assert problem(*connection.ask(method, path)) == (404, "there is nothing here")
+
+
+@pytest.mark.parametrize("path", [b"/drain/", b"/drain/now", b"//drain"])
+def test_a_drain_has_one_name(drains, path):
+    connection, asked = drains
+    assert problem(*connection.ask(b"POST", path))[0] == 404
+    assert asked == []
+
+
+@pytest.mark.parametrize("path", [b"/healthz", b"/readyz"])
+def test_health_is_never_cached(connection, path):
+    response, _ = connection.ask(b"GET", path)
+    assert response.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("path", [b"/", b"/healthz", b"/readyz"])
+def test_HEAD_answers_what_GET_does_without_the_body(connection, path):
+    response, body = connection.ask(b"GET", path, b"Host: x")
+    head, nothing = connection.ask(b"HEAD", path, b"Host: x")
+    assert (head.status, nothing) == (response.status, "")
+    assert connection.transport.value().endswith(b"\r\n\r\n")
+    assert head.headers["content-type"] == response.headers["content-type"]
+    assert head.headers["content-length"] == str(len(body.encode()))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/nothing",
+        b"/healthz/",
+        b"/healthz/more",
+        b"/index.html",
+        b"/../etc/passwd",
+        b"/%2e%2e/etc/passwd",
+        b"http://x/healthz",
+    ],
+)
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"OPTIONS"])
+def test_an_unknown_path_is_404(connection, admin, method, path):
+    for port in (connection, admin):
+        assert problem(*port.ask(method, path)) == (404, "there is nothing here")
+
+
+@pytest.mark.parametrize("path", [b"//", b"//healthz", b"/rooms", b"/rooms/main"])
+def test_the_admin_port_has_no_rooms(admin, path):
+    assert problem(*admin.ask(b"GET", path))[0] == 404
+
+
+@pytest.mark.parametrize("path", [b"/healthz", b"/readyz"])
+@pytest.mark.parametrize("method", [b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE", b"get", b"_"])
+def test_other_methods_are_405_which_names_those_that_are_allowed(connection, admin, method, path):
+    for port in (connection, admin):
+        response, body = port.ask(method, path, b"Content-Length: 0")
+        assert problem(response, body) == (405, f"{method.decode()} is not for this")
+        assert response.headers["allow"] == "GET, HEAD"
+
+
+def test_an_answer_names_its_server_and_is_not_kept(connection):
+    for path in (b"/", b"/healthz", b"/nothing"):
+        response, _ = connection.ask(b"GET", path)
+        assert response.headers["server"] == f"chatd/{chatd.__version__}"
+        assert response.headers["cache-control"] == "no-store"
+
+
+def test_a_request_leaves_no_line_in_the_log(clock, events):
+    site = clients_site(clock)
+    site.doStart()
+    try:
+        for path in (b"/", b"/healthz", b"/readyz", b"/nothing"):
+            connection = Connection(site)
+            connection.ask(b"GET", path)
+            connection.lose()
+    finally:
+        site.doStop()
+    assert events == []
+    assert clock.getDelayedCalls() == []
+
+
+# Bodies
+
+
+@pytest.mark.parametrize("size", [0, 1, web.MAX_BODY])
+def test_a_body_that_is_announced_is_read(connection, size):
+    assert connection.ask(b"POST", b"/rooms", body=bytes(size))[1] == f"{size} bytes"
+    assert not connection.closing
+
+
+def test_a_body_may_come_byte_by_byte_and_the_next_request_behind_it(connection):
+    connection.begin(b"POST", b"/rooms", b"Content-Length: 5")
+    for byte in b"hello":
+        assert connection.transport.value() == b""
+        connection.send(bytes([byte]))
+    assert connection.response()[1] == "5 bytes"
+    connection.transport.clear()
+    connection.send(b"POST /rooms HTTP/1.1\r\nContent-Length: 3\r\n\r\noneGET /healthz HTTP/1.1\r\n\r\n")
+    assert connection.response()[1] == "3 bytes"
+    assert connection.transport.value().endswith(b"\r\n\r\nok\n")
+
+
+REFUSED = {
+    b"Content-Length: %d" % (web.MAX_BODY + 1): (413, "the body is larger than 16384 bytes"),
+    b"Content-Length: 1000000000000": (413, "the body is larger than 16384 bytes"),
+    b"Transfer-Encoding: chunked": (411, "say the body's length in Content-Length"),
+}
+
+
+@pytest.mark.parametrize("length", REFUSED)
+@pytest.mark.parametrize("expect", [[], [b"Expect: 100-continue"]], ids=["", "expected"])
+def test_a_body_that_is_too_large_or_of_unsaid_length_is_refused_before_it_comes(connection, length, expect):
+    connection.begin(b"POST", b"/rooms", b"Host: x", length, *expect)
+    response, body = connection.response()
+    assert problem(response, body) == REFUSED[length]
+    assert response.headers["connection"] == "close"
+    assert response.headers["server"] == f"chatd/{chatd.__version__}"
+    assert connection.closing
+
+
+@pytest.mark.parametrize("length", REFUSED)
+def test_what_still_comes_of_a_refused_body_is_passed_over(connection, length):
+    # As under TLS, where a connection that is being closed still hands over what comes.
+    connection.begin(b"POST", b"/rooms", b"Host: x", length)
+    answered = connection.transport.value()
+    for _ in range(3):
+        connection.send(b"5\r\nhello\r\n" * 1000)
+    connection.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+    assert connection.transport.value() == answered
+
+
+def test_who_asks_whether_to_send_a_body_that_will_be_read_is_told_to_go_on(connection):
+    connection.begin(b"POST", b"/rooms", b"Content-Length: 5", b"Expect: 100-continue")
+    assert connection.transport.value() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    connection.transport.clear()
+    connection.send(b"hello")
+    assert connection.response()[1] == "5 bytes"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz\r\n",
+        b"GET /healthz HTTP/9\r\n",
+        b"GET /healthz HTTP/1.1\r\nno colon\r\n",
+        b"GET /healthz HTTP/1.1\r\nA: \x00\r\n",
+        b"GET /healthz HTTP/1.1\r\nA B: c\r\n",
+        b"GET /healthz HTTP/1.1\r\nContent-Length: -1\r\n",
+        b"POST /rooms HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n",
+        b"POST /rooms HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n",
+        b"POST /rooms HTTP/1.1\r\nTransfer-Encoding: gzip\r\n",
+        b"GET /healthz HTTP/1.1\r\n" + (b"A: " + b"a" * (9 << 10) + b"\r\n") * 2,
+        b"GET /healthz HTTP/1.1\r\n" + b"A: b\r\n" * 501,
+    ],
+)
+def test_a_request_that_is_no_http_is_a_problem_too_and_ends_the_connection(connection, events, head):
+    connection.send(head + b"\r\n")
+    response, body = connection.response()
+    assert problem(response, body)[0] == 400
+    assert connection.closing
+    answered = connection.transport.value()
+    for data in (b"\r\n", b"A: b\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n"):
+        connection.send(data)  # as under TLS, where what still comes is handed over
+    assert connection.transport.value() == answered
+    assert events == []
+
+
+def test_a_form_is_no_business_of_the_site(connection):
+    # Twisted reads forms, and ends the connection of those that it cannot read.
+    for kind in (b"multipart/form-data", b"multipart/form-data; boundary=x", b"application/x-www-form-urlencoded"):
+        assert connection.ask(b"POST", b"/rooms", b"Content-Type: " + kind, body=b"--no form")[1] == "9 bytes"
+
+
+# The end
+
+
+def test_who_wants_to_know_is_told_that_the_connection_is_gone(clock):
+    connection = Connection(admin_site(clock))
+    connection.lose()
+    connection = Connection(admin_site(clock))
+    told = []
+    connection.channel.when_lost = lambda: told.append(True)
+    connection.ask(b"GET", b"/healthz")
+    assert told == []
+    connection.lose()
+    assert told == [True]
+
+
+# Closing
+
+
+class Later(web.ChatResource):
+    """Answers when the test says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.requests = []
+
+    def render_POST(self, request):
+        request.of_a_double = True  # see documented.py
+        self.requests.append(request)
+        return NOT_DONE_YET
+
+    def answer(self, text):
+        request = self.requests.pop(0)
+        request.write(web.answer(request, HTTPStatus.CREATED, text, "text/plain"))
+        request.finish()
+
+
+class Closing:
+    """A site that is closed while there are connections."""
+
+    def __init__(self, clock):
+        self.later = Later()
+        self.site = web.site(ready, clock, {"later": self.later})
+        self.over = []
+
+    def connect(self):
+        return Connection(self.site)
+
+    def posts(self):
+        """A connection on which a post is on its way."""
+        connection = self.connect()
+        connection.begin(b"POST", b"/later", body=b"hello")
+        return connection
+
+    def close(self):
+        self.site.close().addCallback(self.over.append)
+
+
+@pytest.fixture
+def closing(clock):
+    return Closing(clock)
+
+
+def test_a_site_without_connections_is_closed_at_once(closing):
+    closing.close()
+    assert closing.over == [None]
+    gone = closing.connect()
+    gone.lose()
+    closing.close()
+    assert closing.over == [None, None]
+
+
+def test_connections_that_wait_for_their_next_request_are_closed_and_all_are_waited_for(closing):
+    kept, silent, half = closing.connect(), closing.connect(), closing.connect()
+    assert kept.ask(b"GET", b"/healthz")[1] == "ok\n"
+    assert not kept.closing
+    half.begin(b"POST", b"/later", b"Content-Length: 5")
+    half.send(b"hell")
+    closing.close()
+    closing.close()
+    for connection in (kept, silent, half):
+        assert closing.over == []
+        assert connection.closing
+        connection.lose()
+    assert closing.over == [None, None]
+    assert closing.later.requests == [], "half a post is none"
+
+
+def test_a_request_that_is_on_its_way_has_its_whole_answer_before_the_connection_is_closed(closing):
+    connection = closing.posts()
+    closing.close()
+    assert not connection.closing
+    assert connection.transport.value() == b""
+    closing.later.answer(b"kept")
+    response, text = connection.response()
+    assert (response.status, text) == (201, "kept")
+    assert connection.closing
+    assert closing.over == []
+    connection.lose()
+    assert closing.over == [None]
+
+
+def test_of_requests_behind_one_another_the_one_that_is_on_its_way_is_answered(closing):
+    connection = closing.posts()
+    connection.begin(b"POST", b"/later", body=b"next")
+    closing.close()
+    closing.later.answer(b"kept")
+    assert connection.response()[1] == "kept"
+    assert connection.transport.value().count(b"HTTP/1.1 ") == 1
+    assert closing.later.requests == []
+    assert connection.closing
+
+
+def test_the_next_request_of_a_connection_is_on_its_way_too(closing):
+    connection = closing.connect()
+    connection.ask(b"GET", b"/healthz")
+    connection.transport.clear()
+    connection.begin(b"POST", b"/later", body=b"one")
+    connection.begin(b"POST", b"/later", body=b"two")  # which waits behind it
+    closing.later.answer(b"first")
+    connection.transport.clear()
+    closing.close()
+    assert not connection.closing
+    closing.later.answer(b"second")
+    assert connection.response()[1] == "second"
+    assert connection.closing
+
+
+def test_who_comes_when_it_is_closed_is_answered_once(closing):
+    first = closing.posts()
+    closing.close()
+    late = closing.connect()
+    assert late.ask(b"GET", b"/healthz")[1] == "ok\n"
+    assert late.closing
+    first.lose()
+    assert closing.over == []
+    late.lose()
+    assert closing.over == [None]
+
+
+def test_what_is_refused_before_its_body_comes_is_closed_already(closing):
+    connection = closing.connect()
+    connection.begin(b"POST", b"/later", b"Transfer-Encoding: chunked")
+    assert connection.closing
+    closing.close()
+    assert connection.response()[0].status == 411
+    connection.lose()
+    assert closing.over == [None]
+
+
+def test_those_who_are_left_are_dropped_whatever_they_wait_for(closing):
+    connections = [closing.posts(), closing.connect(), closing.posts()]
+    closing.close()
+    closing.later.answer(b"not read")
+    assert connections[0].closing
+    closing.site.abort()
+    assert [connection.transport.disconnected for connection in connections] == [True] * 3
+    assert closing.over == [None]
+    closing.site.abort()
+    assert closing.site.channels == set()
+
+
+def test_an_answer_without_content_has_neither_its_type_nor_its_length(closing):
+    connection = closing.posts()
+    (request,) = closing.later.requests
+    request.write(web.answer(request, HTTPStatus.NO_CONTENT, b"", ""))
+    request.finish()
+    response, text = connection.response()
+    assert (response.status, text) == (204, "")
+    assert not {"content-type", "content-length"} & {name.lower() for name in response.headers}
+
+
+def test_as_long_as_it_is_not_closed_connections_stay(closing):
+    connection = closing.posts()
+    closing.later.answer(b"kept")
+    assert not connection.closing
+    assert connection.ask(b"GET", b"/healthz")[1] == "ok\n"
+    assert closing.site.channels == {connection.channel}
+
+
+def test_whether_anyone_waits_for_an_answer(closing):
+    assert not closing.site.asked
+    first, second = closing.posts(), closing.connect()
+    assert closing.site.asked
+    second.ask(b"GET", b"/healthz")
+    second.begin(b"POST", b"/later", b"Content-Length: 5")
+    closing.later.answer(b"kept")
+    assert not closing.site.asked, "half a post is none"
+    second.send(b"hello")
+    assert closing.site.asked
+    second.lose()
+    assert not closing.site.asked, "nobody waits for that any more"
+    first.lose()
+
+
+# Upgrades
+
+
+def handshake(*more, method=b"GET", upgrade=b"websocket"):
+    lines = [method + b" /rooms/team?username=ann HTTP/1.1", b"Host: x", b"Upgrade: " + upgrade, b"Connection: Upgrade"]
+    return b"\r\n".join([*lines, b"Sec-WebSocket-Key: k", b"X: 1", b"X: 2", *more, b"", b""])
+
+
+class Upgrading(Closing):
+    """A site whose connections can become WebSockets, and those that did."""
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.given = []
+        self.site.upgrade = lambda transport, data: self.given.append((transport, data))
+
+    def taken(self, connection):
+        """What the connection, which is no HTTP connection any more, was given back with: its head, and the rest."""
+        ((transport, data),) = self.given
+        assert transport is connection.transport
+        assert transport.producer is None
+        assert transport.producerState == "producing"
+        assert self.site.channels == set()
+        head, _, rest = data.partition(b"\r\n\r\n")
+        return head.split(b"\r\n"), rest
+
+
+@pytest.fixture
+def upgrading(clock):
+    return Upgrading(clock)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
+@pytest.mark.parametrize("requests", [0, 1, 3])
+def test_a_request_for_a_websocket_is_given_back_as_it_came(upgrading, clock, requests, pieces):
+    connection = upgrading.connect()
+    data = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * requests + handshake()
+    for begin in range(0, len(data), pieces):
+        assert upgrading.given == []
+        connection.send(data[begin : begin + pieces])
+    (first, *fields), rest = upgrading.taken(connection)
+    assert first == b"GET /rooms/team?username=ann HTTP/1.1"
+    lines = handshake().split(b"\r\n")[1:-2]
+    assert sorted(field.lower() for field in fields) == sorted(line.lower() for line in lines)
+    assert [field for field in fields if field.startswith(b"X")] == [b"X: 1", b"X: 2"], "in their order"
+    assert rest == b""
+    assert connection.transport.value().count(b"HTTP/1.1 200 ") == requests
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("rest", [b"\x81\x80\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n", bytes(20_000)])
+@pytest.mark.parametrize("more", [b"Y: 1", b"Content-Length: 5", b"Content-Length: 0", b"Transfer-Encoding: chunked"])
+def test_what_comes_with_it_is_given_back_as_it_is_and_what_comes_later_is_not_the_sites(upgrading, rest, more):
+    connection = upgrading.connect()
+    connection.ask(b"GET", b"/healthz")
+    connection.send(handshake(more) + rest)
+    fields, behind = upgrading.taken(connection)
+    assert more in fields
+    assert behind == rest
+    answered = connection.transport.value()
+    connection.send(b"GET /healthz HTTP/1.1\r\n\r\n")
+    assert connection.transport.value() == answered
+    assert not connection.closing
+    assert len(upgrading.given) == 1
+
+
+@pytest.mark.parametrize("upgrade", [b"WebSocket", b"h2c, websocket", b"websocket/13", b"h2c\r\nUpgrade: websocket"])
+def test_whoever_names_websocket_among_others_asks_for_it(upgrading, upgrade):
+    connection = upgrading.connect()
+    connection.send(handshake(upgrade=upgrade))
+    assert upgrading.taken(connection)
+
+
+@pytest.mark.parametrize("method", [b"POST", b"OPTIONS", b"nonsense"])
+def test_the_websocket_side_says_what_is_wrong_with_it(upgrading, method):
+    connection = upgrading.connect()
+    connection.send(handshake(b"Content-Length: 100000", method=method))
+    assert upgrading.taken(connection)[0][0].startswith(method + b" ")
+    assert connection.transport.value() == b""
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"", b"TLS/1.0, HTTP/2.0", b"web socket"])
+def test_other_upgrades_are_not_offered(upgrading, upgrade):
+    connection = upgrading.connect()
+    connection.send(handshake(upgrade=upgrade).replace(b"/rooms/team?username=ann", b"/healthz"))
+    assert connection.response()[1] == "ok\n"
+    assert upgrading.given == []
+    assert upgrading.site.channels == {connection.channel}
+
+
+def test_the_admin_port_has_no_websockets(admin):
+    assert admin.channel.site.upgrade is None
+    admin.send(handshake().replace(b"/rooms/team?username=ann", b"/healthz"))
+    assert admin.response()[1] == "ok\n"
+    assert not admin.closing
+
+
+def test_it_waits_for_the_answers_of_those_before_it(upgrading):
+    connection = upgrading.posts()
+    connection.send(handshake() + b"rest")
+    assert upgrading.given == []
+    upgrading.later.answer(b"kept")
+    assert connection.response()[1] == "kept"
+    assert upgrading.taken(connection)[1] == b"rest"
+    assert not upgrading.site.asked
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["", "and its answers are not out yet"])
+def test_it_is_read_on_however_much_came_behind_a_request(upgrading, full):
+    connection = upgrading.posts()
+    connection.send(handshake() + bytes(20_000))
+    assert connection.transport.producerState == "paused"
+    if full:
+        connection.transport.producer.pauseProducing()
+    upgrading.later.answer(b"kept")
+    assert upgrading.taken(connection)[1] == bytes(20_000)
+
+
+def test_who_became_a_websocket_is_not_waited_for(upgrading):
+    one, other = upgrading.connect(), upgrading.posts()
+    one.send(handshake())
+    upgrading.close()
+    assert not one.closing
+    other.send(handshake())
+    upgrading.later.answer(b"kept")
+    assert other.closing, "nothing is read of it any more"
+    assert len(upgrading.given) == 1
+    other.lose()
+    assert upgrading.over == [None]
+    upgrading.site.abort()
+    assert not one.transport.disconnected
+
+
+def test_what_was_refused_asks_for_nothing_more(upgrading):
+    connection = upgrading.connect()
+    connection.begin(b"POST", b"/later", b"Transfer-Encoding: chunked")
+    connection.send(handshake())
+    assert connection.response()[0].status == 411
+    assert upgrading.given == []
+
+
+# How long it may take
+
+
+def test_a_connection_that_asks_nothing_is_closed(clock, connection):
+    clock.advance(web.HTTP_SECONDS - 0.1)
+    assert not connection.closing
+    clock.advance(0.1)
+    assert connection.closing
+
+
+def test_a_request_that_trickles_in_is_dropped_at_its_deadline(clock, connection):
+    for byte in b"GET /h":
+        assert not connection.closing
+        connection.send(bytes([byte]))
+        clock.advance(web.HTTP_SECONDS / 6)
+    assert clock.seconds() == web.HTTP_SECONDS
+    assert connection.closing
+    assert connection.transport.value() == b""
+
+
+def test_a_body_that_trickles_in_is_dropped_at_the_same_deadline(clock, connection):
+    clock.advance(web.HTTP_SECONDS - 10)
+    connection.begin(b"POST", b"/rooms", b"Content-Length: 100")
+    for _ in range(10):
+        assert not connection.closing
+        connection.send(b"x")
+        clock.advance(1)
+    assert connection.closing
+    assert connection.transport.value() == b""
+
+
+def test_each_request_of_a_connection_has_a_deadline_of_its_own(clock, connection):
+    for _ in range(3):
+        clock.advance(web.HTTP_SECONDS - 1)
+        assert connection.ask(b"GET", b"/healthz")[1] == "ok\n"
+    for byte in b"GET /h":
+        assert not connection.closing
+        connection.send(bytes([byte]))
+        clock.advance(web.HTTP_SECONDS / 6)
+    assert connection.closing
+
+
+def test_a_peer_that_does_not_take_the_close_is_aborted(clock, connection):
+    clock.advance(web.HTTP_SECONDS)
+    assert not connection.transport.disconnected
+    clock.advance(connection.channel.abortTimeout)
+    assert connection.transport.disconnected

@@ -1,0 +1,1076 @@
+"""What a client's frames mean: over a transport that is a string, with a log that answers when the test says so."""
+
+import gc
+import json
+from collections import Counter, deque
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import REPEATABLE, read_frames, result_of
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from chatd.messages import Id, Post
+from chatd.room.log import InDoubt, LogUnavailable
+from chatd.room.presence import EVENTS, ROUND_SECONDS
+from chatd.room.registry import Rooms
+from chatd.store.base import Retention
+from chatd.store.memory import MemoryStore
+from chatd.transport.admission import Rate
+from chatd.transport.session import Session
+
+PAGE = {"type": "history"}
+
+
+class Log(MemoryStore):
+    """A log in memory that can be slow to read, full, or both."""
+
+    slow = full = False
+
+    def __init__(self):
+        super().__init__(Retention(), lambda: 1_800_000_000.0)
+        self.epoch = "k7Q2"
+        self.reads = deque()
+
+    @property
+    def messages(self):
+        """What is in the room `main`."""
+        return [entry.message for entry in self._room("main").entries]
+
+    def read(self, room, after, limit):
+        page = super().read(room, after, limit)
+        if not self.slow:
+            return page
+        reading = Deferred()
+        self.reads.append((reading, result_of(page)))
+        return reading
+
+    def answer(self):
+        """Answer the read that was asked for first."""
+        reading, page = self.reads.popleft()
+        reading.callback(page)
+
+    def fail(self):
+        """Fail it."""
+        reading, _ = self.reads.popleft()
+        reading.errback(LogUnavailable("the disk is gone"))
+
+    def append(self, room, post, poster):
+        if self.full:
+            poster.refused(post, LogUnavailable("the disk is full"))
+        else:
+            super().append(room, post, poster)
+
+
+class Person(Session):
+    """A session over a string."""
+
+    peer = "192.0.2.7:4321"
+
+    def __init__(self, rooms, room="main", *, rate=None, events=frozenset(), name=None):
+        self.rooms, self.rate, self.events, self.name = rooms, rate, events, name
+        self.refusals = Counter()
+        self.sent = b""
+        self.reading = True
+        self.ended = False
+        opening = result_of(rooms.open(room))
+        self.room = opening.room
+        opening.join(self)
+
+    # The transport
+
+    def tell(self, frame):
+        self.sent += frame
+        if not self.ready:
+            self.unread = True
+            self.stop_reading()
+
+    def write(self, data):
+        self.sent += data
+        return len(data)
+
+    def stop_reading(self):
+        self.reading = False
+
+    def read_on(self):
+        self.reading = True
+
+    def not_text(self):
+        self.ended = True
+        self.leave()
+
+    # The person
+
+    def says(self, *documents, **document):
+        for said in documents or [document]:
+            self.received(json.dumps(said).encode())
+
+    def posts(self, *messages, **more):
+        for message in messages:
+            self.says(username="ann", message=message, **more)
+
+    def hears(self):
+        """What was sent to it since."""
+        frames, self.sent = read_frames(self.sent), b""
+        return frames
+
+    def stalls(self):
+        self.ready = False
+
+    def takes_again(self):
+        self.ready = True
+        if self.unread:
+            self.unread = False
+            self.go_on()
+        if self.joined:
+            self.room.resume(self)
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def log():
+    return Log()
+
+
+@pytest.fixture
+def rooms(log, clock):
+    """Rooms that begin with one message, so that every longer page is read from the log."""
+    return Rooms(log, clock, 1)
+
+
+@pytest.fixture
+def ann(rooms):
+    return Person(rooms)
+
+
+@pytest.fixture
+def bob(rooms):
+    return Person(rooms)
+
+
+@pytest.fixture
+def old(log):
+    """Messages that nobody here has in memory."""
+
+    class Anyone:
+        def posted(self, post, number, *, duplicate=False):
+            pass
+
+    for number in range(1, 6):
+        log.append("main", Post("old", str(number)), Anyone())
+
+
+def kinds(frames):
+    """What each frame is, in short."""
+    return [
+        {
+            "message": lambda data: data["data"]["message"],
+            "history": lambda data: [entry["message"] for entry in data["data"]],
+            "ack": lambda data: f"ack {data['label']}",
+            "error": lambda data: data.get("code", data["message"]),
+        }[frame["type"]](frame)
+        for frame in frames
+    ]
+
+
+# Being there
+
+
+def test_a_session_is_joined_from_its_join_to_its_leave(rooms, ann):
+    assert ann.joined
+    assert ann in ann.room.members
+    ann.leave()
+    assert not ann.joined
+    assert ann.room is None
+    assert rooms._rooms == {}
+
+
+def test_a_session_that_has_not_joined_is_not():
+    assert not Session().joined
+    Session().leave()
+
+
+def test_one_that_left_can_leave_again_and_what_comes_then_is_nothing(log, ann):
+    ann.leave()
+    ann.leave()
+    ann.posts("too late")
+    assert log.messages == []
+    assert ann.hears() == []
+
+
+def test_one_that_left_its_room_in_another_way_can_leave(rooms, ann):
+    rooms.leave(ann.room, ann)
+    assert not ann.joined
+    ann.leave()
+    assert ann.room is None
+
+
+# Acknowledgements
+
+
+def test_a_post_with_a_label_is_acknowledged_after_the_message_and_to_its_poster_alone(clock, ann, bob):
+    ann.posts("hi", label="c81f")
+    assert ann.hears() == []
+    clock.advance(0)
+    message, ack = ann.hears()
+    assert message["data"] == {"username": "ann", "message": "hi", "timestamp": "2027-01-15T08:00:00.000Z"}
+    assert ack == {"type": "ack", "label": "c81f", "id": "k7Q2-1"}
+    assert bob.hears() == [message]
+
+
+def test_a_post_without_a_label_is_not_acknowledged(clock, ann):
+    ann.posts("hi")
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["hi"]
+
+
+def test_a_label_is_never_sent_to_others(clock, rooms, ann, bob):
+    ann.posts("hi", label="secret")
+    clock.advance(0)
+    bob.says(PAGE)
+    newcomer = Person(rooms)
+    newcomer.says(PAGE)
+    assert "secret" not in str([bob.hears(), newcomer.hears()])
+
+
+def test_each_post_of_many_has_its_own_acknowledgement_in_order(clock, ann):
+    for number in range(5):
+        ann.posts(f"m{number}", label=f"l{number}")
+    clock.advance(0)
+    frames = ann.hears()
+    assert kinds(frames) == [*(f"m{number}" for number in range(5)), *(f"ack l{number}" for number in range(5))]
+    assert [frame["id"] for frame in frames[5:]] == [f"k7Q2-{number}" for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("label", ["!", "~" * 64, '"\\'])
+def test_a_label_comes_back_as_it_was(clock, ann, label):
+    ann.posts("hi", label=label)
+    clock.advance(0)
+    assert ann.hears()[1]["label"] == label
+
+
+def test_a_retry_is_acknowledged_at_once_with_the_first_id_and_nobody_else_hears_of_it(clock, log, ann, bob):
+    ann.posts("hi", label="a")
+    ann.posts("more")
+    clock.advance(0)
+    ann.hears(), bob.hears()
+    ann.posts("hi", label="a")
+    assert ann.hears() == [{"type": "ack", "label": "a", "id": "k7Q2-1", "duplicate": True}]
+    clock.advance(0)
+    assert log.messages == ["hi", "more"]
+    assert (ann.hears(), bob.hears()) == ([], [])
+
+
+def test_a_retry_over_another_connection_is_known_too(clock, log, ann, rooms):
+    ann.posts("hi", label="a")
+    ann.leave()
+    again = Person(rooms)
+    again.posts("hi", label="a")
+    assert again.hears() == [{"type": "ack", "label": "a", "id": "k7Q2-1", "duplicate": True}]
+    assert log.messages == ["hi"]
+
+
+def test_a_label_of_another_message_is_an_error_and_nothing_is_posted(clock, log, ann):
+    ann.posts("hi", label="a")
+    clock.advance(0)
+    ann.hears()
+    ann.posts("ho", label="a")
+    assert ann.hears() == [
+        {
+            "type": "error",
+            "message": "The label was given to another message.",
+            "code": "LABEL_REUSED",
+            "label": "a",
+        }
+    ]
+    assert log.messages == ["hi"]
+
+
+def test_labels_are_of_one_user_in_one_room(clock, rooms, ann):
+    other = Person(rooms, "other")
+    ann.says(username="ann", message="1", label="a")
+    ann.says(username="bob", message="2", label="a")
+    other.says(username="ann", message="3", label="a")
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["1", "2", "ack a", "ack a"]
+    assert kinds(other.hears()) == ["3", "ack a"]
+
+
+def test_a_post_that_was_not_stored_says_so_with_its_label_and_may_be_sent_again(clock, log, ann, bob):
+    log.full = True
+    ann.posts("hi", label="a")
+    ann.posts("no label")
+    error = {"type": "error", "message": "The message was not stored; try again.", "code": "UNAVAILABLE"}
+    assert ann.hears() == [error | {"label": "a"}, error]
+    log.full = False
+    ann.posts("hi", label="a")
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["hi", "ack a"]
+    assert kinds(bob.hears()) == ["hi"]
+
+
+def test_a_post_that_may_have_been_stored_says_so_with_its_label(ann, bob):
+    ann.refused(Post("ann", "hi", "a"), InDoubt("the disk has not answered"))
+    ann.refused(Post("ann", "hi"), InDoubt("the disk has not answered"))
+    error = {
+        "type": "error",
+        "message": "The message may not have been stored; try again with the same label.",
+        "code": "UNAVAILABLE",
+    }
+    assert ann.hears() == [error | {"label": "a"}, error]
+    assert ann.refusals == {"UNAVAILABLE": 2}
+    assert bob.hears() == []
+
+
+def test_who_has_left_is_told_nothing_of_what_became_of_its_posts(ann):
+    ann.leave()
+    ann.refused(Post("ann", "hi", "a"), InDoubt("late"))
+    ann.posted(Post("ann", "hi", "a"), 1)
+    ann.posted(Post("ann", "hi", "a"), 1, duplicate=True)
+    ann.refused(Post("ann", "hi", "a"), LogUnavailable("late"))
+    assert ann.hears() == []
+
+
+def test_acknowledgements_wait_with_their_messages_for_a_client_that_takes_nothing_and_it_is_not_read(clock, ann):
+    ann.stalls()
+    ann.posts("1", label="a")
+    assert not ann.reading
+    ann.posts("2", label="b")
+    clock.advance(0)
+    assert ann.hears() == []
+    ann.takes_again()
+    assert ann.reading
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["1", "2", "ack a", "ack b"]
+
+
+def test_who_does_not_read_its_answers_is_not_read(clock, log, ann):
+    ann.stalls()
+    ann.received(b"nonsense")
+    assert not ann.reading
+    ann.posts("held")
+    assert log.messages == []
+    ann.takes_again()
+    assert log.messages == ["held"]
+    assert ann.reading
+
+
+def test_who_stalls_without_waiting_for_answers_is_still_read(log, ann):
+    ann.stalls()
+    ann.posts("hi")
+    assert ann.reading
+    assert log.messages == ["hi"]
+
+
+def test_what_was_held_is_taken_only_up_to_the_next_answer_that_waits(clock, log, ann):
+    ann.stalls()
+    ann.received(b"nonsense")
+    ann.posts("1")
+    ann.received(b"nonsense")
+    ann.posts("2")
+    ann.unread = False  # and still it takes nothing
+    ann.go_on()
+    assert log.messages == ["1"]
+    assert not ann.reading
+    ann.takes_again()
+    assert log.messages == ["1", "2"]
+    assert ann.reading
+
+
+# Pages
+
+
+def test_a_page_from_memory_is_answered_at_once(clock, ann):
+    ann.posts("1", "2")
+    clock.advance(0)
+    ann.hears()
+    ann.says(type="history", limit=1, label="h1")
+    assert ann.hears() == [
+        {
+            "type": "history",
+            "id": "k7Q2-2",
+            "more": True,
+            "label": "h1",
+            "data": [{"username": "ann", "message": "2", "timestamp": "2027-01-15T08:00:00.000Z"}],
+        }
+    ]
+    assert ann.reading
+
+
+@pytest.mark.parametrize(
+    ("request_", "messages", "end", "more"),
+    [
+        ({}, "12345", 5, None),
+        ({"limit": 2}, "45", 5, True),
+        ({"before": "k7Q2-4"}, "123", 3, None),
+        ({"before": "k7Q2-4", "limit": 2}, "23", 3, True),
+        ({"before": "k7Q2-6", "limit": 100}, "12345", 5, None),
+        ({"before": "k7Q2-1"}, "", 0, None),
+        ({"before": "k7Q2-0"}, "", 0, None),
+        ({"after": "k7Q2-0"}, "12345", 5, None),
+        ({"after": "k7Q2-2", "limit": 2}, "34", 4, True),
+        ({"after": "k7Q2-5"}, "", 5, None),
+        ({"limit": 5.0}, "12345", 5, None),
+    ],
+)
+@pytest.mark.usefixtures("old")
+def test_a_page_holds_what_was_asked_for(ann, request_, messages, end, more):
+    ann.says(PAGE | request_)
+    (page,) = ann.hears()
+    assert "".join(entry["message"] for entry in page["data"]) == messages
+    assert (page["id"], page.get("more")) == (f"k7Q2-{end}", more)
+    assert "label" not in page
+    assert "resumed" not in page
+
+
+def test_a_page_does_not_move_the_cursor(old, clock, ann, bob):
+    ann.says(PAGE | {"before": "k7Q2-3"})
+    assert ann.cursor == bob.cursor == 5
+    bob.posts("6")
+    clock.advance(0)
+    assert kinds(ann.hears()) == [["1", "2"], "6"]
+
+
+def test_the_label_of_a_page_is_no_key_of_a_post(old, clock, log, ann):
+    for _ in range(2):
+        ann.says(PAGE | {"label": "a"})
+    ann.posts("hi", label="a")
+    clock.advance(0)
+    assert kinds(ann.hears()) == [[*"12345"], [*"12345"], "hi", "ack a"]
+
+
+@pytest.mark.parametrize(
+    "request_", [{"before": "p9Zx-1"}, {"after": "p9Zx-1"}, {"before": "k7Q2-7"}, {"after": "k7Q2-6"}]
+)
+def test_an_id_that_no_message_has_or_had_is_an_error_with_the_label(old, ann, request_):
+    ann.says(PAGE | request_ | {"label": "h1"})
+    assert ann.hears() == [
+        {
+            "type": "error",
+            "message": "There is no message of this id.",
+            "code": "UNKNOWN_ID",
+            "label": "h1",
+        }
+    ]
+    assert ann.reading
+
+
+def test_a_log_that_cannot_be_read_is_an_error_with_the_label_and_is_logged(old, log, ann, events):
+    log.slow = True
+    ann.says(PAGE | {"label": "h1"})
+    log.fail()
+    assert ann.hears() == [
+        {
+            "type": "error",
+            "message": "The log cannot be read now; try again.",
+            "code": "UNAVAILABLE",
+            "label": "h1",
+        }
+    ]
+    assert ann.reading
+    assert [event["log_format"].format(**event) for event in events if event["log_level"].name == "error"] == [
+        "the log cannot be read: the disk is gone"
+    ]
+    ann.says(PAGE)
+    log.answer()
+    assert kinds(ann.hears()) == [[*"12345"]]
+
+
+def test_a_fault_in_reading_the_log_is_reported_and_stops_nothing(old, log, ann, events):
+    log.slow = True
+    ann.says(PAGE)
+    ann.posts("6")
+    reading, _ = log.reads.popleft()
+    reading.errback(ZeroDivisionError("a fault of ours"))
+    del reading
+    gc.collect()
+    assert {event["log_level"].name for event in events} == {"critical"}
+    assert log.messages == [*"123456"]
+    assert ann.reading
+
+
+@pytest.fixture
+def paging(old, log, ann):
+    """One who waits for a page."""
+    log.slow = True
+    ann.says(PAGE | {"label": "h1"})
+    return ann
+
+
+def test_while_a_page_is_fetched_nothing_more_is_read(log, paging):
+    assert not paging.reading
+    log.answer()
+    assert paging.reading
+
+
+def test_what_came_with_a_page_request_is_held_and_taken_in_order_after_the_answer(clock, log, paging, bob):
+    paging.posts("6", label="a")
+    paging.received(b"nonsense")
+    paging.posts("7")
+    assert paging.hears() == []
+    assert log.messages == [*"12345"]
+    log.answer()
+    clock.advance(0)
+    assert kinds(paging.hears()) == [[*"12345"], "Invalid JSON format.", "6", "7", "ack a"]
+    assert log.messages == [*"1234567"]
+    assert kinds(bob.hears()) == ["6", "7"]
+
+
+def test_what_was_held_is_posted_once_also_when_the_client_leaves_later(log, paging):
+    paging.posts("6")
+    log.answer()
+    paging.posts("7")
+    paging.leave()
+    assert log.messages == [*"1234567"]
+
+
+def test_several_pages_are_answered_in_order_one_at_a_time(log, paging):
+    paging.says(PAGE | {"label": "h2", "limit": 1, "before": "k7Q2-3"}, {"type": "typing", "username": "ann"})
+    paging.says(PAGE | {"label": "h3", "limit": 2})
+    assert len(log.reads) == 1
+    log.answer()
+    assert not paging.reading
+    assert len(log.reads) == 1
+    log.answer()
+    log.answer()
+    assert [(frame["label"], [entry["message"] for entry in frame["data"]]) for frame in paging.hears()] == [
+        ("h1", [*"12345"]),
+        ("h2", ["2"]),
+        ("h3", ["4", "5"]),
+    ]
+    assert paging.reading
+
+
+def test_messages_of_others_still_come_while_a_page_is_fetched(clock, log, paging, rooms):
+    log.slow = False
+    Person(rooms).posts("6")
+    clock.advance(0)
+    assert kinds(paging.hears()) == ["6"]
+    log.answer()
+    assert kinds(paging.hears()) == [[*"12345"]]
+
+
+@pytest.mark.parametrize("outcome", ["answer", "fail"])
+def test_who_leaves_while_a_page_is_fetched_has_posted_what_had_come_once_and_is_told_nothing(
+    clock, log, paging, bob, outcome
+):
+    paging.posts("6", label="a")
+    paging.received(b"nonsense")
+    paging.says(PAGE, {"type": "typing", "username": "ann"})
+    paging.posts("7")
+    paging.leave()
+    assert log.messages == [*"1234567"]
+    getattr(log, outcome)()
+    clock.advance(0)
+    assert paging.hears() == []
+    assert log.messages == [*"1234567"]
+    assert kinds(bob.hears()) == ["6", "7"]
+
+
+def test_who_leaves_before_the_page_that_has_no_such_id_is_told_nothing(old, log, ann):
+    log.slow = True
+    ann.says(PAGE | {"after": "k7Q2-9"})
+    ann.leave()
+    log.answer()
+    assert ann.hears() == []
+
+
+def test_who_is_being_closed_while_a_page_is_fetched_is_read_again_since_it_must_answer_the_close(log, paging):
+    paging.leave()
+    log.answer()
+    assert paging.reading
+
+
+def test_an_answer_that_is_not_read_keeps_what_is_held_behind_a_page(clock, log, paging):
+    paging.stalls()
+    paging.posts("6")
+    log.answer()
+    assert not paging.reading
+    assert log.messages == [*"12345"]
+    paging.takes_again()
+    assert log.messages == [*"123456"]
+    assert paging.reading
+
+
+def test_a_page_that_is_fetched_keeps_what_is_held_although_the_answers_are_read_again(log, paging):
+    paging.stalls()
+    paging.tell(b"")
+    paging.posts("6")
+    paging.takes_again()
+    assert not paging.reading
+    assert log.messages == [*"12345"]
+    log.answer()
+    assert log.messages == [*"123456"]
+    assert paging.reading
+
+
+def test_nothing_that_follows_what_is_not_utf_8_is_posted_although_it_was_held(log, paging):
+    paging.posts("6")
+    paging.received(b'{"username":"ann","message":"\xff"}')
+    paging.posts("after the fault")
+    log.answer()
+    assert paging.ended
+    assert log.messages == [*"123456"]
+
+
+def test_nothing_that_follows_what_is_not_utf_8_is_posted_when_the_client_leaves(log, paging):
+    paging.posts("6")
+    paging.received(b'{"username":"ann","message":"\xff"}')
+    paging.posts("after the fault")
+    paging.leave()
+    assert log.messages == [*"123456"]
+
+
+# Being sent elsewhere
+
+
+def test_the_head_is_that_of_the_room(ann, bob, clock):
+    assert (Session().head, ann.head) == (0, 0)
+    bob.posts("1", "2")
+    assert (ann.head, ann.cursor) == (2, 0)
+    ann.leave()
+    assert ann.head == 0
+
+
+def test_who_is_in_no_room_is_owed_nothing(ann):
+    ann.posts("1", label="a")
+    assert ann.owed(1)
+    ann.leave()
+    assert not ann.owed(1)
+    assert not Session().owed(1)
+
+
+def test_messages_are_owed_until_they_were_handed_over(clock, ann, bob):
+    assert not bob.owed(0)
+    ann.posts("1", "2")
+    assert bob.owed(1)
+    assert bob.owed(2)
+    clock.advance(0)
+    assert not bob.owed(2)
+    assert bob.owed(3), "as if one more had come"
+
+
+def test_an_acknowledgement_is_owed_until_it_was_sent(clock, ann):
+    ann.posts("1", label="a")
+    assert ann.owed(0), "whatever the number"
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["1", "ack a"]
+    assert not ann.owed(1)
+
+
+@pytest.mark.parametrize("outcome", ["answer", "fail"])
+def test_a_page_is_owed_until_it_was_answered(log, paging, outcome):
+    paging.hears()
+    assert paging.owed(paging.cursor)
+    getattr(log, outcome)()
+    assert len(paging.hears()) == 1
+    assert not paging.owed(paging.cursor)
+
+
+def test_what_came_with_a_page_and_waits_is_owed_its_answers_too(clock, log, paging):
+    paging.stalls()
+    paging.tell(b"")  # so that its answers are not read
+    paging.posts("6", label="a")
+    log.answer()
+    paging.ready = True
+    assert not paging._paging
+    assert paging.owed(paging.cursor)
+    paging.takes_again()
+    assert log.messages == [*"123456"]
+    clock.advance(0)
+    assert kinds(paging.hears()) == [[*"12345"], "6", "ack a"]
+    assert not paging.owed(6)
+
+
+def test_who_takes_nothing_for_a_while_is_owed_it_all_the_same(clock, ann, bob):
+    assert not bob.owed(0)
+    ann.stalls()
+    ann.posts("1", label="a")
+    bob.stalls()
+    clock.advance(0)
+    assert ann.hears() == []
+    assert ann.owed(1)
+    assert bob.owed(1)
+    ann.takes_again()
+    assert ann.owed(1)
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["1", "ack a"]
+    assert not ann.owed(1)
+    assert bob.owed(1)
+    bob.leave()
+    assert not bob.owed(1)
+
+
+def test_who_was_given_all_is_owed_nothing_however_full_its_transport_is(clock, ann):
+    ann.posts("1", label="a")
+    clock.advance(0)
+    ann.stalls()
+    assert not ann.owed(1)
+
+
+def test_who_is_finished_is_read_no_more(clock, ann):
+    ann.finish()
+    assert not ann.reading
+    ann.stalls()
+    ann.tell(b"")
+    ann.takes_again()
+    assert not ann.reading
+
+
+@pytest.mark.parametrize("outcome", ["answer", "fail"])
+def test_who_is_finished_while_a_page_is_fetched_gets_it_and_has_posted_what_came_with_it(clock, log, paging, outcome):
+    paging.posts("6", label="a")
+    paging.finish()
+    getattr(log, outcome)()
+    clock.advance(0)
+    assert not paging.reading
+    assert kinds(paging.hears())[1:] == ["6", "ack a"]
+    assert log.messages == [*"123456"]
+
+
+# What is refused
+
+
+ID_PATTERN = "/^[0-9A-Za-z]{4,16}-(0|[1-9][0-9]{0,15})$/"
+
+
+@pytest.mark.parametrize(
+    ("document", "fault"),
+    [
+        ({"message": "hi"}, '"username" is required'),
+        ({"username": "ann"}, '"message" is required'),
+        ({"username": 1, "message": "hi"}, '"username" must be a string'),
+        ({"username": "ann", "message": ["hi"]}, '"message" must be a string'),
+        ({"username": "", "message": "hi"}, '"username" is not allowed to be empty'),
+        (
+            {"username": 31 * "a", "message": "hi"},
+            '"username" length must be less than or equal to 30 characters long',
+        ),
+        (
+            {"username": "ann", "message": 501 * "a"},
+            '"message" length must be less than or equal to 500 characters long',
+        ),
+        ({"username": "ann", "message": "hi", "label": 1}, '"label" must be a string'),
+        ({"username": "ann", "message": "hi", "label": None}, '"label" must be a string'),
+        ({"username": "ann", "message": "hi", "label": {"a": 1}}, '"label" must be a string'),
+        ({"username": "ann", "message": "hi", "label": ""}, '"label" is not allowed to be empty'),
+        (
+            {"username": "ann", "message": "hi", "label": 65 * "a"},
+            '"label" length must be less than or equal to 64 characters long',
+        ),
+        *(
+            (
+                {"username": "ann", "message": "hi", "label": label},
+                '"label" fails to match the required pattern: /^[!-~]*$/',
+            )
+            for label in ("a b", "ж", "a\n", "\x7f", "\0")
+        ),
+        ({"username": "ann", "message": "hi", "before": "k7Q2-1"}, '"before" is not allowed'),
+        ({"username": "ann", "message": "hi", "extra": 1}, '"extra" is not allowed'),
+        *(({"type": kind}, '"type" must be one of [history, typing]') for kind in ("x", "", 1, None, [], "message")),
+        *(
+            (PAGE | {name: value}, f'"{name}" {words}')
+            for name in ("before", "after")
+            for value, words in (
+                (1, "must be a string"),
+                (None, "must be a string"),
+                (["k7Q2-1"], "must be a string"),
+                ("", f"fails to match the required pattern: {ID_PATTERN}"),
+                ("1042", f"fails to match the required pattern: {ID_PATTERN}"),
+                ("k7Q2-01", f"fails to match the required pattern: {ID_PATTERN}"),
+                ("k7Q2--1", f"fails to match the required pattern: {ID_PATTERN}"),
+                ("k7Q2-1\n", f"fails to match the required pattern: {ID_PATTERN}"),
+                ("k7Q2-" + 17 * "9", f"fails to match the required pattern: {ID_PATTERN}"),
+            )
+        ),
+        *((PAGE | {"limit": limit}, '"limit" must be greater than or equal to 1') for limit in (0, -1, -(10**30))),
+        *((PAGE | {"limit": limit}, '"limit" must be less than or equal to 100') for limit in (101, 10**18, 10**30)),
+        *((PAGE | {"limit": limit}, '"limit" must be an integer') for limit in ("50", 1.5, True, None, [50], {})),
+        (
+            PAGE | {"before": "k7Q2-1", "after": "k7Q2-1"},
+            '"value" contains a conflict between optional exclusive peers [before, after]',
+        ),
+        (PAGE | {"label": 1}, '"label" must be a string'),
+        (PAGE | {"username": "ann"}, '"username" is not allowed'),
+        (PAGE | {"extra": 1}, '"extra" is not allowed'),
+        ({"type": "typing"}, '"username" is required'),
+        ({"type": "typing", "username": 1}, '"username" must be a string'),
+        ({"type": "typing", "username": ""}, '"username" is not allowed to be empty'),
+        (
+            {"type": "typing", "username": 31 * "a"},
+            '"username" length must be less than or equal to 30 characters long',
+        ),
+        ({"type": "typing", "username": "ann", "message": "hi"}, '"message" is not allowed'),
+        *((document, '"value" must be of type object') for document in ([], "hi", 1, None, [{"username": "ann"}])),
+    ],
+)
+def test_a_refused_frame_is_answered_with_what_is_wrong_and_changes_nothing(clock, ann, bob, document, fault):
+    ann.says(document)
+    assert ann.hears() == [{"type": "error", "message": f"Validation error: {fault}"}]
+    assert ann.reading
+    ann.posts("hi", label="a")
+    clock.advance(0)
+    assert kinds(ann.hears()) == ["hi", "ack a"]
+    assert kinds(bob.hears()) == ["hi"]
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"nonsense", b"{", b'{"a":NaN}', b'{"limit":1e400}', b'{"a":"\\ud800"}', b"\x00"]
+)
+def test_what_is_no_json_is_answered_and_changes_nothing(log, ann, text):
+    ann.received(text)
+    assert ann.hears() == [{"type": "error", "message": "Invalid JSON format."}]
+    assert ann.joined
+    assert log.messages == []
+
+
+@pytest.mark.parametrize(
+    ("document", "label"),
+    [
+        ({"username": "ann", "label": "c82"}, "c82"),
+        (PAGE | {"limit": 0, "label": "c82"}, "c82"),
+        ({"type": "typing", "label": "c82"}, "c82"),
+        ({"type": "x", "label": "c82"}, "c82"),
+        ({"username": "ann", "message": "hi", "extra": 1, "label": "c82"}, "c82"),
+        ({"username": "ann", "label": ""}, None),
+        ({"username": "ann", "label": 65 * "a"}, None),
+        ({"username": "ann", "label": "a b"}, None),
+        ({"username": "ann", "label": 1}, None),
+    ],
+)
+def test_an_error_echoes_a_label_that_is_well_formed(ann, document, label):
+    ann.says(document)
+    (error,) = ann.hears()
+    assert error.get("label") == label
+
+
+def test_what_is_not_utf_8_ends_the_connection_and_is_not_answered(log, ann):
+    ann.received(b'{"username":"ann","message":"\xff"}')
+    assert ann.ended
+    ann.posts("too late")
+    assert ann.hears() == []
+    assert log.messages == []
+
+
+def test_a_refusal_is_logged_without_what_was_said(ann, events):
+    ann.says(username="ann", secret="tell nobody")
+    assert [event["log_format"].format(**event) for event in events] == [
+        "#0 192.0.2.7:4321 in main sent what is refused"
+    ]
+    assert "tell nobody" not in str(events)
+
+
+# Presence and typing
+
+
+def typing(frames):
+    return [frame["data"]["users"] for frame in frames if frame["type"] == "typing"]
+
+
+def present(frames):
+    return [frame["data"] for frame in frames if frame["type"] == "presence"]
+
+
+def test_who_did_not_ask_never_gets_a_frame_of_presence_or_typing(clock, rooms, ann):
+    watcher = Person(rooms, events=EVENTS)
+    ann.says(type="typing", username="ann")
+    ann.posts("hi")
+    Person(rooms).leave()
+    clock.pump([0, ROUND_SECONDS, ROUND_SECONDS])
+    assert kinds(ann.hears()) == ["hi"]
+    assert {frame["type"] for frame in watcher.hears()} == {"message", "presence", "typing"}
+
+
+def test_who_types_is_told_to_those_who_asked_and_nothing_is_kept(clock, log, rooms, ann):
+    watcher = Person(rooms, events=frozenset({"typing"}))
+    ann.says(type="typing", username="ann")
+    clock.advance(0)
+    assert watcher.hears() == [{"type": "typing", "data": {"users": ["ann"]}}]
+    assert ann.hears() == []
+    assert log.messages == []
+
+
+def test_typing_makes_nobody_known_by_another_name(clock, rooms, ann):
+    watcher = Person(rooms, events=EVENTS, name="watcher")
+    ann.says(type="typing", username="someone")
+    clock.advance(0)
+    assert present(watcher.hears()) == [{"count": 2, "users": ["watcher"]}]
+
+
+def test_a_member_is_known_by_the_name_it_posted_last_and_until_then_by_the_one_it_came_with(clock, rooms):
+    watcher = Person(rooms, events=frozenset({"presence"}))
+    someone = Person(rooms, name="someone")
+    clock.advance(0)
+    assert present(watcher.hears()) == [{"count": 2, "users": ["someone"]}]
+    for message in "123":
+        someone.posts(message)  # as ann
+    clock.advance(ROUND_SECONDS)
+    assert present(watcher.hears()) == [{"count": 2, "join": ["ann"], "leave": ["someone"]}]
+    someone.posts("again")
+    clock.advance(ROUND_SECONDS)
+    assert present(watcher.hears()) == []
+    someone.leave()
+    clock.advance(ROUND_SECONDS)
+    assert present(watcher.hears()) == [{"count": 1, "join": [], "leave": ["ann"]}]
+
+
+def test_a_refused_frame_gives_no_name(clock, rooms, ann):
+    ann.says(username="nobody")
+    ann.says(username="nobody", message="")
+    assert ann.name is None
+
+
+# The rate limit
+
+
+@pytest.fixture
+def hasty(rooms, clock):
+    """One who may send three at once, and two a second."""
+    return Person(rooms, rate=Rate(2, 3, clock.seconds))
+
+
+LIMITED = {"type": "error", "message": "Rate limit exceeded", "code": "RATE_LIMITED"}
+
+
+def test_a_burst_goes_through_and_then_one_each_half_second(clock, log, hasty):
+    hasty.posts(*"1234")
+    assert log.messages == [*"123"]
+    assert hasty.hears() == [LIMITED | {"retry_after": 0.5}]
+    clock.advance(0.5)
+    hasty.hears()
+    hasty.posts("5", "6")
+    assert log.messages == [*"1235"]
+    assert [frame["retry_after"] for frame in hasty.hears()] == [0.5]
+
+
+def test_each_connection_has_its_own_limit_although_they_share_a_rate(rooms, clock, log):
+    rate = Rate(1, 2, clock.seconds)
+    for _ in range(2):
+        Person(rooms, rate=rate).posts("1", "2", "3")
+    assert log.messages == ["1", "2"] * 2
+
+
+def test_a_limited_post_echoes_its_label_and_may_be_sent_again_with_it(clock, log, hasty):
+    hasty.posts(*"123")
+    hasty.posts("4", label="a")
+    assert hasty.hears() == [LIMITED | {"label": "a", "retry_after": 0.5}]
+    clock.advance(0.5)
+    hasty.hears()
+    hasty.posts("4", label="a")
+    clock.advance(0)
+    assert kinds(hasty.hears()) == ["4", "ack a"]
+    assert log.messages == [*"1234"]
+
+
+@pytest.mark.parametrize(
+    "costly",
+    [
+        {"username": "ann", "message": "hi", "label": "a"},
+        {"username": "ann"},
+        PAGE,
+        PAGE | {"before": "p9Zx-1"},
+        {"type": "typing", "username": "ann"},
+        {"type": "x"},
+        [],
+    ],
+    ids=["retries", "refused", "pages", "unknown-ids", "typing", "unknown", "lists"],
+)
+def test_every_frame_costs_one(clock, log, hasty, costly):
+    hasty.says(costly, costly, costly)
+    clock.advance(0)
+    hasty.hears()
+    hasty.posts("too many")
+    assert kinds(hasty.hears()) == ["RATE_LIMITED"]
+    assert "too many" not in log.messages
+
+
+def test_what_is_no_json_costs_one_too_and_is_limited(hasty):
+    for _ in range(4):
+        hasty.received(b"nonsense")
+    assert kinds(hasty.hears()) == ["Invalid JSON format."] * 3 + ["RATE_LIMITED"]
+
+
+def test_a_refused_frame_that_is_limited_is_told_so_and_its_label(hasty):
+    hasty.posts(*"123")
+    hasty.says(username="ann", label="c82")
+    hasty.says(PAGE | {"label": "h1"})
+    hasty.says(PAGE | {"limit": 0, "label": "h2"})
+    assert [(frame["code"], frame["label"]) for frame in hasty.hears()] == [
+        ("RATE_LIMITED", "c82"),
+        ("RATE_LIMITED", "h1"),
+        ("RATE_LIMITED", "h2"),
+    ]
+
+
+def test_what_is_not_utf_8_ends_the_connection_although_it_is_limited(hasty):
+    hasty.posts(*"123")
+    hasty.received(b"\xff")
+    assert hasty.ended
+    assert hasty.hears() == []
+
+
+def test_typing_too_often_is_dropped_without_a_word(clock, rooms, hasty):
+    watcher = Person(rooms, events=frozenset({"typing"}))
+    hasty.posts(*"123")
+    hasty.says(type="typing", username="ann")
+    assert hasty.hears() == []
+    clock.advance(0)
+    assert typing(watcher.hears()) == []
+
+
+def test_a_limited_post_gives_no_name(hasty):
+    hasty.says(*[{"username": "ann", "message": "hi"}] * 3, {"username": "bob", "message": "hi"})
+    assert hasty.name == "ann"
+
+
+def test_what_was_held_costs_as_much(old, clock, log, hasty):
+    log.slow = True
+    hasty.says(PAGE)
+    hasty.posts(*"6789")
+    log.answer()
+    assert log.messages == [*"1234567"]
+    assert kinds(hasty.hears()) == [[*"12345"], "RATE_LIMITED", "RATE_LIMITED"]
+
+
+def test_leaving_while_a_page_is_fetched_is_no_way_round_the_limit(old, clock, log, hasty):
+    log.slow = True
+    hasty.says(PAGE)
+    hasty.posts(*"6789")
+    hasty.leave()
+    assert log.messages == [*"1234567"]
+
+
+@REPEATABLE
+@given(a_second=st.integers(1, 1000), pause=st.floats(0, 1))
+def test_who_waits_as_long_as_it_is_told_gets_through_and_is_told_no_more_than_that(a_second, pause):
+    clock, log = Clock(), Log()
+    person = Person(Rooms(log, clock, 1), rate=Rate(a_second, 1, clock.seconds))
+    person.posts("1")
+    clock.advance(min(pause, 0.99) / a_second)
+    person.sent = b""
+    person.posts("2")
+    (error,) = person.hears()
+    assert error["retry_after"] <= ceil(1000 / a_second) / 1000 + 0.001
+    clock.advance(error["retry_after"])
+    person.posts("3")
+    assert log.messages == ["1", "3"]
+
+
+def test_without_a_rate_there_is_no_limit(log, ann):
+    ann.posts(*["hi"] * 500)
+    assert len(log.messages) == 500
+
+
+def test_an_id_in_an_acknowledgement_can_be_paged_from(clock, ann):
+    ann.posts("hi", label="a")
+    ann.posts("ho")
+    clock.advance(0)
+    named = Id.parse(ann.hears()[-1]["id"])
+    ann.says(PAGE | {"after": str(named)})
+    assert kinds(ann.hears()) == [["ho"]]

@@ -1,0 +1,1654 @@
+"""A connection is a member of a room: over in-memory transports, with an injected clock."""
+
+import json
+from http import HTTPStatus
+
+import pytest
+import txaio
+from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from support.helpers import HEAD, masked, read_frames, result_of
+from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IProtocolNegotiationFactory
+from twisted.internet.task import Clock
+from twisted.internet.tcp import Connection
+from twisted.internet.testing import StringTransport
+from twisted.logger import formatEvent
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
+from twisted.python.failure import Failure
+
+from chatd.operate.drain import TICK_SECONDS, Drain
+from chatd.room.log import LogUnavailable
+from chatd.room.presence import ROUND_SECONDS
+from chatd.room.registry import Rooms
+from chatd.store.base import Retention
+from chatd.store.memory import MemoryStore
+from chatd.transport import http as web
+from chatd.transport import websocket as protocol
+from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
+from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Clients
+from chatd.transport.framing import parse_upgrade
+from chatd.transport.session import Session
+from chatd.transport.websocket import MAX_MESSAGE, ChatFactory, ChatProtocol
+
+HANDSHAKE = HEAD + b"\r\n\r\n"
+PAGE = {"type": "history"}
+
+
+def short(target="/", *headers):
+    """A handshake of the plain form."""
+    return b"\r\n".join([HEAD.replace(b"GET / ", b"GET %b " % target.encode()), *headers, b"", b""])
+
+
+def long(target="/", *headers):
+    """The same of another form, which is Autobahn's to answer."""
+    return short(target, *headers).replace(
+        b"Connection: keep-alive, Upgrade", b"Connection: keep-alive\r\nConnection: Upgrade"
+    )
+
+
+WAYS = [short, long]
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """The ways through a handshake, between which a client sees no difference."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _restore_autobahns_clock():
+    before = txaio.config.loop
+    yield
+    txaio.config.loop = before
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def opened(store):
+    store.open(())
+    store.epoch = "k7Q2"
+    return store
+
+
+@pytest.fixture
+def store():
+    return opened(MemoryStore(Retention(), lambda: 1_800_000_000.0))
+
+
+@pytest.fixture
+def rooms(store, clock):
+    return Rooms(store, clock, 100)
+
+
+@pytest.fixture
+def clients(clock):
+    return Clients(clock)
+
+
+@pytest.fixture
+def server(clock, rooms, clients):
+    """Makes a factory of connections, by the operator's rules."""
+
+    def server(rooms=rooms, *, allowed=(), origins=(), rate=None):
+        return ChatFactory(
+            rooms=rooms,
+            clients=clients,
+            admission=Admission([room_pattern(text) for text in allowed], [origin_pattern(text) for text in origins]),
+            site=web.site(lambda: (True, "ready"), clock, {}),
+            reactor=clock,
+            rate=rate,
+        )
+
+    return server
+
+
+@pytest.fixture
+def factory(server):
+    return server()
+
+
+class Wire(StringTransport):
+    """A transport that buffers without end, as TLS does."""
+
+    aborted = False
+
+    def setTcpNoDelay(self, enabled):
+        self.noDelay = enabled
+
+    def abortConnection(self):
+        self.aborted = True
+        self.loseConnection()
+
+    def registerProducer(self, producer, streaming):
+        super().registerProducer(producer, streaming)
+        if not streaming:
+            producer.resumeProducing()
+
+    def unregisterProducer(self):
+        self.producer = None  # as Twisted's own do, also when there is none
+
+    def resumeProducing(self):
+        if not self.disconnecting:  # likewise
+            super().resumeProducing()
+
+    def read(self):
+        data = self.value()
+        self.clear()
+        return data
+
+
+class Socket:
+    """A TCP socket that takes `space` bytes more, or all."""
+
+    def __init__(self):
+        self.sent = b""
+        self.space = None
+
+    def send(self, data):
+        if self.space == 0:
+            raise BlockingIOError
+        taken = len(data) if self.space is None else min(self.space, len(data))
+        if self.space is not None:
+            self.space -= taken
+        self.sent += data[:taken]
+        return taken
+
+
+class Tcp(Wire, Connection):
+    """A TCP connection as Twisted has it, down to the socket."""
+
+    def __init__(self):
+        Wire.__init__(self, peerAddress=IPv4Address("TCP", "192.0.2.7", 4321))
+        self.socket = Socket()
+
+    def drain(self):
+        """The reactor finds the socket empty, writes what is buffered, and asks its pull producer for more."""
+        self.socket.sent += Wire.read(self)
+        self.socket.space = None
+        self.producer.resumeProducing()
+
+    def read(self):
+        data, self.socket.sent = self.socket.sent, b""
+        return data
+
+
+class Client:
+    """The other end of one connection."""
+
+    def __init__(self, factory, transport=None):
+        self.transport = transport or Tcp()
+        self.protocol = factory.buildProtocol(self.transport.getPeer())
+        self.transport.protocol = self.protocol
+        self.protocol.makeConnection(self.transport)
+
+    @property
+    def now(self):
+        """The protocol that has the connection now."""
+        return self.transport.protocol
+
+    def sends(self, data):
+        self.now.dataReceived(data)
+
+    def joins(self, handshake=HANDSHAKE):
+        self.sends(handshake)
+        answer, _, rest = self.transport.read().partition(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 101 ")
+        return read_frames(rest)
+
+    def says(self, *documents):
+        """All in one piece, as TCP brings them."""
+        self.sends(b"".join(masked(json.dumps(document).encode()) for document in documents))
+
+    def posts(self, message="hi", username="ann", **more):
+        self.says({"username": username, "message": message} | more)
+
+    def reads(self):
+        return read_frames(self.transport.read())
+
+    def reads_close(self):
+        """The code of the close frame that is all there is to read."""
+        data = self.transport.read() + (Wire.read(self.transport) if isinstance(self.transport, Tcp) else b"")
+        assert data[0] == 0x88
+        return int.from_bytes(data[2:4])
+
+    def goes(self, reason=ConnectionDone):
+        self.now.connectionLost(Failure(reason()))
+
+
+@pytest.fixture
+def client(factory):
+    return Client(factory)
+
+
+# What Autobahn would give each connection
+
+
+def test_a_connection_has_all_that_autobahn_would_have_given_it(factory):
+    theirs = WebSocketServerProtocol()
+    theirs.factory = factory
+    theirs._connectionMade()
+    ours = Client(factory).protocol
+    own = {"is_closed", "is_open", "utf8validator", "trafficStats", "_transport_details"}
+    for name, value in vars(theirs).items():
+        assert hasattr(ours, name), name
+        if callable(value):
+            assert getattr(ours, name)(None) == value(None), name
+        elif name not in own:
+            assert getattr(ours, name) == value, name
+
+
+def test_a_connection_that_waits_has_little_of_its_own(client):
+    client.joins()
+    assert set(vars(client.protocol)) <= {
+        *("factory", "transport", "connected", "state", "data", "room", "cursor", "ready", "_socket", "connection"),
+    }
+
+
+def test_no_connection_is_counted_before_the_first(factory):
+    assert factory.getConnectionCount() == 0
+
+
+def names_of(*classes):
+    return {name for each in classes for name in {*vars(each), *each.__annotations__}} - {
+        *("__module__", "__doc__", "__annotations__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"),
+        *("__implemented__", "__provides__", "__providedBy__"),
+    }
+
+
+def used():
+    """A connection of Autobahn's own that has been through a handshake, a message and a close."""
+    theirs = WebSocketServerProtocol()
+    theirs.factory = WebSocketServerFactory()
+    theirs.makeConnection(StringTransport())
+    theirs.dataReceived(HANDSHAKE + masked(b"hi") + masked(b"", first=0x01) + masked(b"\x03\xe8", first=0x88))
+    theirs.connectionLost(Failure(ConnectionDone()))
+    return theirs
+
+
+def test_ours_shadows_nothing_of_autobahns_by_accident():
+    theirs = used()
+    assert {name for name in names_of(ChatProtocol, Session) if hasattr(theirs, name)} == {
+        *("_fail_connection", "connectionLost", "connectionMade", "dataReceived", "failHandshake", "onClose"),
+        *("onConnect", "onMessage"),
+        *("onMessageFrameBegin", "onOpen", "onPong", "processHandshake", "sendCloseFrame", "sendData", "__init__"),
+        *("factory", "transport", "peer", "is_closed", "is_open", "utf8validator"),
+        *("current_frame", "inside_message", "websocket_version"),
+    }
+
+
+def test_a_connection_is_of_a_session_what_its_transport_does_and_nothing_else():
+    assert names_of(ChatProtocol) & names_of(Session) == {
+        *("peer", "tell", "write", "hold", "overrun", "stop_reading", "read_on", "not_text"),
+    }
+
+
+def test_nothing_of_a_session_is_hidden_by_what_autobahn_sets_on_its_connections(factory):
+    assert names_of(Session) & {*vars(used())} == {"peer"}
+    assert names_of(Session) & {*vars(factory.protocol)} == {"rooms", "rate", "refusals"}
+
+
+def test_ours_shadows_nothing_of_autobahns_factory_by_accident(factory):
+    ours = {*names_of(ChatFactory), *("clients", "admission", "site", "protocol")}
+    assert {name for name in ours if hasattr(WebSocketServerFactory(), name)} == {"__init__", "noisy", "protocol"}
+    assert {"clients", "admission", "site"} <= {*vars(factory)}
+
+
+# Joining
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_a_client_gets_the_answer_and_the_history_at_once(factory, transport):
+    client = Client(factory, transport())
+    (history,) = client.joins()
+    assert history["type"] == "history"
+    assert factory.getConnectionCount() == 1
+    assert client.transport.streaming is (transport is Wire)
+
+
+def test_it_does_not_matter_how_a_handshake_is_cut(client):
+    for byte in HANDSHAKE[:-1]:
+        client.sends(bytes([byte]))
+    assert client.transport.read() == b""
+    client.sends(HANDSHAKE[-1:])
+    assert client.transport.read().startswith(b"HTTP/1.1 101 ")
+
+
+def test_frames_right_behind_the_handshake_are_read(client, clock, way):
+    client.sends(way() + masked(b'{"username":"ann","message":"hi"}'))
+    clock.advance(0)
+    frames = read_frames(client.transport.read().partition(b"\r\n\r\n")[2])
+    assert [frame["type"] for frame in frames] == ["history", "message"]
+
+
+def test_chat_v1_is_chosen_when_it_is_offered(client):
+    client.sends(HEAD + b"\r\nSec-WebSocket-Protocol: x, chat.v1\r\n\r\n")
+    assert b"Sec-WebSocket-Protocol: chat.v1\r\n" in client.transport.read()
+
+
+def test_other_subprotocols_are_not(client):
+    client.sends(HEAD + b"\r\nSec-WebSocket-Protocol: x\r\n\r\n")
+    assert b"Sec-WebSocket-Protocol" not in client.transport.read()
+
+
+def test_there_are_two_ways_through_a_handshake():
+    assert parse_upgrade(short().removesuffix(b"\r\n\r\n"))
+    assert parse_upgrade(long().removesuffix(b"\r\n\r\n")) is None
+
+
+def test_a_good_handshake_of_another_form_is_autobahns_and_joins_too(client, clock):
+    client.sends(long("/", b"Sec-WebSocket-Protocol: chat.v1"))
+    answer, _, rest = client.transport.read().partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 101 ")
+    assert b"chat.v1" in answer
+    assert read_frames(rest)[0]["type"] == "history"
+    client.posts()
+    clock.advance(0)
+    assert client.reads()[0]["type"] == "message"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        (b"GET / ", b"GET /nowhere ", 404),
+        (b"Version: 13", b"Version: 99", 400),
+        (b"b25jZQ==", b"x", 400),
+        (b"GET / HTTP/1.1", b"POST / HTTP/1.1", 405),
+        (b"GET / HTTP/1.1", b"GET / HTTP/1.0", 505),
+        (b"Host: localhost:8085\r\n", b"", 400),
+    ],
+)
+def test_a_handshake_that_is_refused_is_told_why(client, events, old, new, code):
+    client.sends(HANDSHAKE.replace(old, new))
+    head, _, body = client.transport.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % code)
+    assert b"\r\nContent-Length: %d" % len(body) in head
+    assert b"\r\nContent-Type: application/problem+json\r\n" in head
+    problem = json.loads(body)
+    assert problem["status"] == code
+    assert problem["title"]
+    assert problem["detail"]
+    assert client.transport.disconnecting
+    assert [(event["code"], event["phrase"]) for event in events if "code" in event] == [(code, problem["title"])]
+    client.goes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"GET / HTTP/1.1", b"GET /?token=secret HTTP/1.0"),
+        (b"GET / HTTP/1.1", b"GET /?token=secret&username=%ff HTTP/1.1"),
+        (b"GET / HTTP/1.1", b"GET /?token=secret#secret HTTP/1.1"),
+        (b"GET / HTTP/1.1", b"GET secret HTTP/1.1"),
+        (b"GET / HTTP/1.1", b"GET /?token=secret"),
+        (b"GET / HTTP/1.1", b"secret / HTTP/1.1"),
+        (b"localhost:8085", b"localhost:secret"),
+        (b"Connection: keep-alive, Upgrade", b"Connection: secret"),
+        (b"Version: 13", b"Version: secret"),
+        (b"dGhlIHNhbXBsZSBub25jZQ==", b"secret"),
+        (b"Upgrade: websocket", b"Upgrade: websocket, secret\r\nAuthorization: secret"),
+    ],
+)
+def test_a_refused_handshake_is_logged_with_nothing_that_is_in_it(client, events, old, new):
+    handshake = HANDSHAKE.replace(old, new)
+    assert handshake != HANDSHAKE
+    client.sends(handshake)
+    status = int(client.transport.read().split()[1])
+    if status == 101:
+        client.goes()
+    else:
+        (text,) = [formatEvent(event) for event in events if "code" in event]
+        assert text == f"192.0.2.7:4321 refused: {status} {HTTPStatus(status).phrase}"
+    assert not [event for event in events if "secret" in f"{event} {formatEvent(event)}"]
+
+
+def refusal(client, handshake):
+    """The status and the reason with which a handshake is refused."""
+    client.sends(handshake)
+    head, _, body = client.transport.read().partition(b"\r\n\r\n")
+    assert b" 101 " not in head
+    problem = json.loads(body)
+    assert head.startswith(b"HTTP/1.1 %d " % problem["status"])
+    assert client.transport.disconnecting
+    assert client.protocol.room is None
+    return problem["status"], problem["detail"]
+
+
+def test_a_version_of_websocket_that_is_not_spoken_is_refused_with_those_that_are(client):
+    client.sends(HANDSHAKE.replace(b"Version: 13", b"Version: 99"))
+    assert b"\r\nSec-WebSocket-Version: " in client.transport.read().partition(b"\r\n\r\n")[0]
+
+
+def test_a_head_without_end_is_refused(client):
+    client.sends(b"GET / HTTP/1.1\r\nX: " + b"x" * protocol.MAX_HEAD)
+    assert client.transport.read().startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_long_head_that_ends_is_refused(client):
+    client.sends(HEAD + b"\r\nX: " + b"x" * protocol.MAX_HEAD + b"\r\n\r\n")
+    assert client.transport.read().startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_a_request_without_an_upgrade_is_the_web_sites(factory, transport):
+    client = Client(factory, transport())
+    client.sends(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+    client.sends(b"\r\n")
+    assert isinstance(client.now, web.HTTPChannel)
+    answer = client.transport.value()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b"ok\n")
+    assert factory.getConnectionCount() == 0
+    assert [*factory.clients.handshakes] == []
+    client.goes()
+
+
+def test_behind_a_wrapper_the_web_site_is_put_in_the_wrapper(factory):
+    wrapper = ProtocolWrapper(WrappingFactory(factory), factory.buildProtocol(None))
+    wire = Wire()
+    wrapper.makeConnection(wire)
+    wrapper.dataReceived(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert wire.value().endswith(b"ok\n")
+    assert isinstance(wrapper.wrappedProtocol, web.HTTPChannel)
+    wrapper.connectionLost(Failure(ConnectionDone()))
+
+
+# A connection that proxies keep
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+UPGRADED = b"HTTP/1.1 101 "
+
+
+def written(client):
+    """All that was written, in its order, if it was all left to the transport."""
+    if isinstance(client.transport, Tcp):
+        assert client.transport.socket.sent == b"", "it would overtake what the transport holds"
+    return Wire.read(client.transport)
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+@pytest.mark.parametrize("cut", [(requests, pieces) for requests in (1, 3) for pieces in (1, 7, 1000)])
+def test_a_connection_that_served_requests_becomes_a_websocket_behind_their_answers(
+    factory, clock, way, transport, cut
+):
+    requests, pieces = cut
+    clients = factory.clients
+    client, other = Client(factory, transport()), Client(factory)
+    data = HEALTH * requests + way("/rooms/team?username=ann", b"Sec-WebSocket-Protocol: chat.v1")
+    data += masked(b'{"username":"ann","message":"hi"}')
+    for begin in range(0, len(data), pieces):
+        client.sends(data[begin : begin + pieces])
+    other.joins(way("/rooms/team"))
+    clock.advance(0)
+    *answers, last = written(client).split(b"ok\n")
+    assert len(answers) == requests
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
+    head, _, frames = last.partition(b"\r\n\r\n")
+    assert head.startswith(UPGRADED)
+    assert b"chat.v1" in head
+    assert [frame["type"] for frame in read_frames(frames)] == ["history", "message"]
+    assert client.now.name == "ann"
+    assert factory.getConnectionCount() == 2
+    assert clients.connected == {client.now, other.now}
+    assert [*clients.handshakes] == []
+    assert clock.getDelayedCalls() == []
+    other.posts("ho")
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in read_frames(written(client))] == ["ho"]
+    client.goes()
+    assert clients.connected == {other.now}
+    assert factory.site.channels == set()
+
+
+def test_it_is_told_when_its_transport_is_full_as_those_are_that_buffer(factory, clock):
+    client = Client(factory)
+    client.sends(HEALTH + HANDSHAKE)
+    written(client)
+    assert client.transport.streaming
+    client.transport.producer.pauseProducing()
+    client.posts("1")
+    clock.advance(0)
+    assert written(client) == b""
+    client.transport.producer.resumeProducing()
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in read_frames(written(client))] == ["1"]
+
+
+def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, clients):
+    wrapper = ProtocolWrapper(WrappingFactory(factory), factory.buildProtocol(None))
+    wire = Wire()
+    wrapper.makeConnection(wire)
+    wrapper.dataReceived(HEALTH)
+    wrapper.dataReceived(HANDSHAKE[:50])
+    assert isinstance(wrapper.wrappedProtocol, web.HTTPChannel)
+    wrapper.dataReceived(HANDSHAKE[50:])
+    assert clients.connected == {wrapper.wrappedProtocol}
+    assert UPGRADED in wire.value()
+    wrapper.connectionLost(Failure(ConnectionDone()))
+    assert clients.connected == set()
+    assert factory.getConnectionCount() == 0
+
+
+@pytest.mark.parametrize(
+    ("handshake", "status"),
+    [(short("/nowhere"), 404), (long("/?username=%ff"), 400), (short().replace(b"13", b"7"), 400)],
+)
+def test_a_handshake_that_is_refused_there_is_told_why_and_ends_it(factory, clients, handshake, status):
+    client = Client(factory)
+    client.sends(HEALTH + handshake)
+    _, _, answer = written(client).partition(b"ok\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert client.transport.disconnecting
+    assert factory.refused_handshakes == {f"{status}": 1}
+    client.goes()
+    assert [*clients.handshakes] == []
+    assert factory.getConnectionCount() == 0
+
+
+def test_who_comes_so_while_the_server_stops_is_told_when_to_come_again(factory, clients, way):
+    client = Client(factory)
+    client.sends(HEALTH)
+    clients.stopping = True
+    client.sends(way())
+    assert b"ok\nHTTP/1.1 503 " in written(client)
+    assert client.transport.disconnecting
+
+
+def test_a_handshake_whose_header_is_folded_goes_the_same_way(client):
+    # It is no upgrade to the WebSocket side until the web site has put it into one line.
+    client.sends(HANDSHAKE.replace(b"Upgrade: websocket", b"Upgrade:\r\n websocket"))
+    assert written(client).startswith(UPGRADED)
+    assert client.now.room is not None
+
+
+def test_it_has_as_long_as_any_other_when_the_log_is_slow(held, clock, server, clients, look):
+    client = Client(server(Rooms(held, clock, 100)))
+    client.sends(HEALTH + HANDSHAKE)
+    assert client.transport.producerState == "paused"
+    look(HANDSHAKE_SECONDS)
+    assert client.transport.aborted
+    assert UPGRADED not in written(client)
+    client.goes()
+    held.answer()
+    assert not clients.connected
+
+
+@pytest.mark.parametrize("named", ["factory", "site"])
+def test_under_tls_http_1_1_is_spoken_and_nothing_else(factory, named):
+    either = factory if named == "factory" else factory.site
+    assert IProtocolNegotiationFactory.providedBy(either)
+    assert either.acceptableProtocols() == [b"http/1.1"]
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize("room", ["main", "a", "0", "team-1_b", 64 * "a"])
+def test_a_client_comes_into_the_room_that_the_path_names(factory, clock, way, room):
+    here, elsewhere = Client(factory), Client(factory)
+    here.joins(way(f"/rooms/{room}"))
+    elsewhere.joins(way("/rooms/elsewhere"))
+    here.posts("hi")
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in here.reads()] == ["hi"]
+    assert elsewhere.reads() == []
+    assert here.protocol.room.name == room
+
+
+def test_the_root_is_the_room_main(factory, clock, way):
+    one, other = Client(factory), Client(factory)
+    one.joins(way("/"))
+    other.joins(way("/rooms/main?"))
+    one.posts("hi")
+    clock.advance(0)
+    assert len(other.reads()) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/rooms", "/rooms/", "/rooms/main/", "/rooms//", "/main", "/rooms/..", "/rooms/../main", "/rooms/a.b"),
+        *("/rooms/%2f", "/rooms/%6dain", "/rooms/%2e%2e", "/rooms/main%0a", "/rooms/MAIN", "/rooms/m%d0%b0in"),
+        *("/rooms/" + 65 * "a", "/rooms/-a", "/rooms/_a", "/rooms/main/messages", "/rooms/main/events"),
+        *("/rooms/main;x", "/rooms/main;", "/;x", "//rooms/main", "//localhost/rooms/main", "/rooms/main/?"),
+    ],
+)
+def test_any_other_path_is_404(client, way, path):
+    assert refusal(client, way(path)) == (404, "there is no room here; connect to / or to /rooms/NAME")
+
+
+def test_a_path_of_other_than_ascii_is_404(client):
+    assert refusal(client, HANDSHAKE.replace(b"GET / ", b"GET /rooms/m\xd0\xb0in "))[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("target", "status"), [("/rooms/team-1", 101), ("/rooms/lobby", 101), ("/", 404), ("/rooms/main", 404)]
+)
+def test_the_operator_says_which_rooms_there_may_be(server, way, target, status):
+    client = Client(server(allowed=["team-*", "lobby"]))
+    client.sends(way(target))
+    assert client.transport.read().startswith(b"HTTP/1.1 %d " % status)
+
+
+@pytest.mark.parametrize(
+    ("last", "resumed", "messages"),
+    [
+        ("k7Q2-1", True, ["2", "3"]),
+        ("k7Q2-3", True, []),
+        ("k7Q2-4", False, ["1", "2", "3"]),
+        ("p9Zx-1", False, ["1", "2", "3"]),
+        ("", None, ["1", "2", "3"]),
+        ("nonsense&last_event_id=k7Q2-2", True, ["3"]),
+    ],
+)
+def test_who_names_its_last_message_gets_what_it_missed_if_that_is_there(factory, way, last, resumed, messages):
+    writer = Client(factory)
+    writer.joins()
+    for message in "123":
+        writer.posts(message)
+    (history,) = Client(factory).joins(way(f"/?last_event_id={last}"))
+    assert history.get("resumed") == resumed
+    assert [entry["message"] for entry in history["data"]] == messages
+
+
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        ("last_event_id=1042", "last_event_id: an id is an epoch and a number, such as k7Q2xe-1042"),
+        ("last_event_id=k7Q2-1&last_event_id=x", "last_event_id: an id is an epoch and a number, such as k7Q2xe-1042"),
+        ("events=x", "events: choose of presence, typing"),
+        ("events=presence,", "events: choose of presence, typing"),
+        ("username=" + 31 * "a", "username: 1 to 30 characters"),
+        ("username=" + 31 * "%f0%9f%91%8b", "username: 1 to 30 characters"),
+        ("username=%ff", "the query is not UTF-8"),
+        ("colour=%ff", "the query is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_400_and_why(client, way, query, detail):
+    assert refusal(client, way(f"/?{query}")) == (400, detail)
+
+
+@pytest.mark.parametrize("query", ["", "events=&username=&last_event_id=", "colour=red", "token=%00&x=y;z", "&&=&"])
+def test_what_is_empty_or_unknown_is_not_asked_for(client, clock, way, query):
+    (history,) = client.joins(way(f"/?{query}"))
+    assert "resumed" not in history
+    clock.pump([0, ROUND_SECONDS])
+    assert client.reads() == []
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("username=ann", "ann"),
+        ("username=" + 30 * "%f0%9f%91%8b", 30 * "\N{WAVING HAND SIGN}"),
+        ("username=%D0%90%D0%BD%D1%8F+1", "Аня 1"),
+        ("username=ann&username=bob", "bob"),
+    ],
+)
+def test_a_client_is_known_by_the_name_that_it_came_with(client, clock, way, query, name):
+    client.joins(way(f"/?events=presence,typing&{query}"))
+    clock.advance(0)
+    assert client.reads() == [{"type": "presence", "data": {"count": 1, "users": [name]}}]
+
+
+def test_what_others_do_reaches_only_those_who_asked(factory, clock, way):
+    asked, asked_half, not_asked = (Client(factory) for _ in range(3))
+    asked.joins(way("/?events=presence,typing&username=ann"))
+    asked_half.joins(way("/?events=typing"))
+    not_asked.joins(way())
+    Client(factory).joins()
+    not_asked.says({"type": "typing", "username": "bob"})
+    not_asked.posts()
+    clock.pump([0, ROUND_SECONDS, ROUND_SECONDS])
+    assert [{frame["type"] for frame in client.reads()} for client in (asked, asked_half, not_asked)] == [
+        {"presence", "typing", "message"},
+        {"typing", "message"},
+        {"message"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("https://chat.example", "https://a.example.org", "http://a.b.example.org", "http://localhost:3000"),
+        *("https://team.example.net", "null"),
+    ],
+)
+def test_a_page_of_the_operators_may_connect(server, way, origin):
+    client = Client(server(origins=ORIGINS))
+    assert client.joins(way("/", b"Origin: " + origin.encode()))
+
+
+ORIGINS = ["https://chat.example", "*.example.org", "http://localhost:3000", "HTTPS://*.Example.NET", "null"]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("http://chat.example", "https://chat.example:8443", "https://chat.example.attacker.net", "http://localhost"),
+        *(
+            "https://evil.example.org.attacker.net",
+            "https://xexample.org",
+            "https://example.org",
+            "http://a.example.net",
+        ),
+        *("https://a.example.org:8443", "https://attacker.net/.example.org", "https://attacker.net", "http://null"),
+    ],
+)
+def test_a_page_elsewhere_may_not(server, way, origin):
+    client = Client(server(origins=ORIGINS))
+    assert refusal(client, way("/", b"Origin: " + origin.encode())) == (403, "this page may not connect here")
+
+
+def test_where_null_is_not_named_a_page_of_no_origin_may_not(server, way):
+    assert refusal(Client(server(origins=["https://chat.example"])), way("/", b"Origin: null"))[0] == 403
+
+
+def test_who_says_no_origin_is_no_browser_and_let_in(server, way):
+    assert Client(server(origins=["https://chat.example"])).joins(way())
+
+
+def test_two_origins_are_none(server):
+    client = Client(server(origins=["https://chat.example"]))
+    origins = (b"Origin: https://chat.example", b"Origin: https://attacker.net")
+    assert refusal(client, short("/", *origins))[0] in (400, 403)
+
+
+@pytest.mark.parametrize("origin", ["https://anything.example", "null", "http://localhost:3000"])
+def test_where_no_origin_is_named_every_page_may_connect(client, way, origin):
+    assert client.joins(way("/", b"Origin: " + origin.encode()))
+
+
+class HeldStore(MemoryStore):
+    """A store whose reads wait for the test."""
+
+    slow = True
+
+    def read(self, room, after, limit):
+        page = super().read(room, after, limit)
+        if not self.slow:
+            return page
+        self.reading = Deferred()
+        self.page = result_of(page)
+        return self.reading
+
+    def answer(self):
+        self.reading.callback(self.page)
+
+    def fail(self):
+        self.reading.errback(LogUnavailable("down"))
+
+
+@pytest.fixture
+def held():
+    return opened(HeldStore(Retention(), lambda: 1_800_000_000.0))
+
+
+@pytest.fixture(params=WAYS)
+def waiting(request, held, clock, server):
+    """A client that waits for the log."""
+    client = Client(server(Rooms(held, clock, 100)))
+    client.sends(request.param())
+    return client
+
+
+def test_while_the_room_is_loaded_nothing_more_is_read_from_the_client(held, waiting):
+    assert waiting.transport.producerState == "paused"
+    assert waiting.transport.read() == b""
+    held.answer()
+    assert waiting.transport.producerState == "producing"
+    assert waiting.transport.read().startswith(b"HTTP/1.1 101 ")
+
+
+def test_frames_right_behind_the_handshake_are_read_when_the_room_is_loaded(held, clock, server, way):
+    client = Client(server(Rooms(held, clock, 100)))
+    client.sends(way() + masked(b'{"username":"ann","message":"hi"}'))
+    held.answer()
+    clock.advance(0)
+    frames = read_frames(client.transport.read().partition(b"\r\n\r\n")[2])
+    assert [frame["type"] for frame in frames] == ["history", "message"]
+
+
+def test_a_log_that_is_down_is_503_and_when_to_try_again(held, waiting, events):
+    held.fail()
+    answer = waiting.transport.read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nRetry-After: 2\r\n" in answer
+    assert "the log cannot be read: {error}" in [event["log_format"] for event in events]
+
+
+def test_who_gave_up_while_the_room_was_loaded_does_not_join(held, waiting, clock, clients):
+    clock.advance(HANDSHAKE_SECONDS)
+    clients.look()
+    assert waiting.transport.aborted
+    held.answer()
+    assert waiting.transport.read() == b""
+    assert waiting.protocol.room is None
+    assert not clients.connected
+
+
+# Posting
+
+
+def test_a_message_goes_to_all_and_its_sender(factory, clock):
+    ann, bob = Client(factory), Client(factory)
+    ann.joins()
+    bob.joins()
+    ann.posts("hi")
+    clock.advance(0)
+    (message,) = ann.reads()
+    assert message["data"] == {"username": "ann", "message": "hi", "timestamp": "2027-01-15T08:00:00.000Z"}
+    assert bob.reads() == [message]
+
+
+def test_an_error_goes_to_the_sender_alone_and_closes_nothing(factory, clock):
+    ann, bob = Client(factory), Client(factory)
+    ann.joins()
+    bob.joins()
+    ann.sends(masked(b'{"username":"ann"}') + masked(b"nonsense"))
+    ann.posts()
+    clock.advance(0)
+    assert [frame.get("message", frame["type"]) for frame in ann.reads()] == [
+        'Validation error: "message" is required',
+        "Invalid JSON format.",
+        "message",
+    ]
+    assert [frame["type"] for frame in bob.reads()] == ["message"]
+
+
+def test_it_does_not_matter_how_frames_are_cut(client, clock):
+    client.joins()
+    for byte in masked(b'{"username":"ann","message":"1"}') + masked(b'{"username":"ann","message":"2"}'):
+        client.sends(bytes([byte]))
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in client.reads()] == ["1", "2"]
+
+
+def test_a_message_in_fragments_with_a_ping_between_is_put_together(client, clock):
+    client.joins()
+    text = '{"username":"ann","message":"жук"}'.encode()
+    client.sends(masked(text[:29], first=0x01))
+    client.sends(masked(b"are you there", first=0x89) + masked(text[29:], first=0x80))
+    assert client.transport.read() == b"\x8a\x0dare you there"
+    clock.advance(0)
+    assert client.reads()[0]["data"]["message"] == "жук"
+    client.posts("plain again")
+    clock.advance(0)
+    assert client.reads()[0]["data"]["message"] == "plain again"
+
+
+def test_two_messages_in_fragments_do_not_mix(factory, clock):
+    one, other = Client(factory), Client(factory)
+    one.joins()
+    other.joins()
+    text = '{"username":"ann","message":"жук"}'.encode()
+    one.sends(masked(text[:29], first=0x01))
+    other.sends(masked(text[:30], first=0x01))
+    one.sends(masked(text[29:], first=0x80))
+    other.sends(masked(text[30:], first=0x80))
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in one.reads()] == ["жук", "жук"]
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (masked(b"\x00", first=0x82), 1003),
+        (masked(b'{"username":"\xff"}'), 1007),
+        (masked(b"\xff", first=0x01), 1007),
+        (masked(b"x" * (MAX_MESSAGE + 1)), 1009),
+        (masked(b"", first=0x01) + masked(b"", first=0x00) * protocol.MAX_FRAGMENTS, 1008),
+        (b"\x81\x05hello", 1002),
+        (masked(b"x", first=0x83), 1002),
+        (masked(b"x", first=0xC1), 1002),
+        (masked(b"x", first=0x80), 1002),
+        (masked(b"x" * 126, first=0x89), 1002),
+        (masked(b"\x00\x01", first=0x88), 1002),
+    ],
+    ids=[
+        *("binary", "utf8", "utf8-fragment", "big", "fragments", "unmasked", "opcode", "rsv", "continuation"),
+        *("long-ping", "close-code"),
+    ],
+)
+def test_what_no_client_may_send_closes_with_a_code_and_is_not_posted(client, clock, frame, code):
+    client.joins()
+    client.sends(frame + masked(b'{"username":"ann","message":"too late"}'))
+    assert client.reads_close() == code
+    client.posts()
+    clock.advance(0)
+    assert client.transport.read() == b""
+    assert [*client.protocol.factory.clients.closings] == [client.protocol]
+
+
+def failures(events):
+    return [
+        (event["connection"], event["peer"], event["room"], event["code"], event["reason"])
+        for event in events
+        if "is failed" in event["log_format"]
+    ]
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_who_breaks_the_protocol_is_told_why_and_may_answer(factory, events, look, transport):
+    client = Client(factory, transport())
+    client.joins()
+    why = "why " + "\N{WAVING HAND SIGN}" * 50
+    client.protocol._fail_connection(1008, why)
+    data = client.transport.read()
+    assert data[:4] == bytes([0x88, len(data) - 2]) + b"\x03\xf0"
+    assert len(data) <= 2 + 125
+    assert data[4:].decode() == "why " + "\N{WAVING HAND SIGN}" * 29
+    assert client.protocol.failedByMe
+    assert not client.transport.disconnecting
+    assert failures(events) == [(1, "192.0.2.7:4321" if transport is Tcp else events[0]["peer"], "main", 1008, why)]
+    client.sends(masked(b"\x03\xf0", first=0x88))
+    assert client.transport.disconnecting
+
+
+def test_who_breaks_the_protocol_when_it_is_to_close_is_dropped(client, events):
+    client.joins()
+    client.protocol.restart(0.5)
+    assert client.reads_close() == 1012
+    client.sends(b"\x81\x05hello")
+    assert client.transport.read() == b""
+    assert client.transport.disconnecting
+    assert [(room, code) for _, _, room, code, _ in failures(events)] == [(None, 1002)]
+
+
+def test_who_is_gone_is_failed_no_more(client, events):
+    client.joins()
+    client.goes()
+    client.protocol._fail_connection()
+    assert client.transport.read() == b""
+    assert failures(events) == []
+
+
+@pytest.mark.parametrize("payload", [b"\x03\xe8secret\xff", b"\x00\x01secret"])
+def test_of_a_close_that_breaks_the_protocol_nothing_is_logged_but_that(client, events, payload):
+    client.joins()
+    client.sends(masked(payload, first=0x88))
+    assert client.transport.read()[0] == 0x88
+    assert len(failures(events)) == 1
+    assert not [event for event in events if "secret" in f"{event} {formatEvent(event)}"]
+
+
+def test_many_messages_of_many_fragments_are_fine(client, clock):
+    client.joins()
+    for _ in range(3):
+        text = b'{"username":"ann","message":"hi"}'
+        client.sends(masked(text[:1], first=0x01) + masked(b"", first=0x00) * 60 + masked(text[1:], first=0x80))
+    clock.advance(0)
+    assert len(client.reads()) == 3
+
+
+class FullStore(MemoryStore):
+    """A store whose disk is full."""
+
+    def append(self, room, post, poster):
+        self.refuse = lambda: poster.refused(post, LogUnavailable("disk full"))
+
+
+def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
+    store = opened(FullStore(Retention(), lambda: 0.0))
+    client = Client(server(Rooms(store, clock, 100)))
+    client.joins()
+    client.posts()
+    store.refuse()
+    assert client.reads() == [
+        {"type": "error", "message": "The message was not stored; try again.", "code": "UNAVAILABLE"}
+    ]
+    client.goes()
+    store.refuse()
+    assert client.transport.read() == b""
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_a_post_with_a_label_is_acknowledged_after_its_message_and_to_its_poster_alone(factory, clock, way, transport):
+    ann, bob = Client(factory, transport()), Client(factory, transport())
+    ann.joins(way())
+    bob.joins(way())
+    ann.posts("hi", label="c81f")
+    clock.advance(0)
+    message, ack = ann.reads()
+    assert (message["id"], ack) == ("k7Q2-1", {"type": "ack", "label": "c81f", "id": "k7Q2-1"})
+    assert bob.reads() == [message]
+    ann.posts("hi", label="c81f")
+    assert ann.reads() == [ack | {"duplicate": True}]
+    ann.posts("ho", label="c81f")
+    assert [frame["code"] for frame in ann.reads()] == ["LABEL_REUSED"]
+
+
+def test_messages_sent_again_after_a_connection_broke_are_there_once(factory, clock, store):
+    ann = Client(factory)
+    ann.joins()
+    ann.posts("1", label="a")
+    ann.posts("2", label="b")
+    ann.goes(ConnectionLost)
+    again = Client(factory)
+    again.joins()
+    again.posts("1", label="a")
+    again.posts("2", label="b")
+    again.posts("3", label="c")
+    clock.advance(0)
+    assert [frame.get("duplicate", frame["type"]) for frame in again.reads()] == [True, True, "message", "ack"]
+    assert [entry.message for entry in store._room("main").entries] == ["1", "2", "3"]
+
+
+def in_pieces(payload):
+    size = 1000
+    pieces = [payload[begin : begin + size] for begin in range(0, len(payload), size)]
+    firsts = [0x01, *[0x00] * (len(pieces) - 2), 0x80]
+    return b"".join(masked(piece, first=first) for piece, first in zip(pieces, firsts, strict=True))
+
+
+@pytest.mark.parametrize("frame", [masked, in_pieces])
+@pytest.mark.parametrize(
+    "big",
+    [
+        ("label", (1 << 20) * "a"),
+        *((name, MAX_MESSAGE * "a") for name in ("label", "username", "message", "before", "limit", "type", "extra")),
+    ],
+    ids=lambda big: f"{big[0]}-{len(big[1])}",
+)
+def test_what_is_too_big_is_1009_whatever_it_is_in_and_what_came_before_is_not_lost(client, clock, store, big, frame):
+    client.joins()
+    client.posts("before")
+    text = json.dumps({"username": "ann", "message": "hi"} | dict([big])).encode()
+    client.sends(frame(text) + masked(b'{"username":"ann","message":"too late"}'))
+    clock.advance(0)
+    assert client.reads_close() == 1009
+    assert [entry.message for entry in store._room("main").entries] == ["before"]
+
+
+@pytest.mark.parametrize("frame", [masked, in_pieces])
+def test_what_is_as_large_as_may_be_is_only_refused(client, clock, frame):
+    client.joins()
+    head = b'{"username":"ann","message":"hi","label":"'
+    client.sends(frame(head + b"a" * (MAX_MESSAGE - len(head) - 2) + b'"}'))
+    (error,) = client.reads()
+    assert error["message"] == 'Validation error: "label" length must be less than or equal to 64 characters long'
+    assert "label" not in error
+    client.posts("hi")
+    clock.advance(0)
+    assert len(client.reads()) == 1
+
+
+def test_each_connection_has_a_limit_of_its_own(server, clock):
+    factory = server(rate=Rate(2, 3, clock.seconds))
+    ann, bob = Client(factory), Client(factory)
+    for client in (ann, bob):
+        client.joins()
+        client.says(*[{"username": "ann", "message": "hi"}] * 4)
+    assert ann.reads() == [
+        {"type": "error", "message": "Rate limit exceeded", "code": "RATE_LIMITED", "retry_after": 0.5}
+    ]
+    assert [frame["code"] for frame in bob.reads()] == ["RATE_LIMITED"]
+    clock.advance(0.5)
+    assert len(ann.reads()) == 6
+    ann.posts("again", label="a")
+    clock.advance(0)
+    assert [frame["type"] for frame in ann.reads()] == ["message", "ack"]
+
+
+def test_fragments_pings_and_closes_cost_nothing(server, clock):
+    client = Client(server(rate=Rate(1, 1, clock.seconds)))
+    client.joins()
+    text = b'{"username":"ann","message":"hi"}'
+    client.sends(masked(b"x", first=0x89) * 5 + masked(text[:5], first=0x01))
+    client.sends(masked(b"x", first=0x8A) * 5 + masked(text[5:], first=0x80))
+    client.transport.read()
+    clock.advance(0)
+    assert [frame["type"] for frame in client.reads()] == ["message"]
+    client.sends(masked(b"\x03\xe8", first=0x88))
+    assert client.reads_close() == 1000
+
+
+# Reading back
+
+
+@pytest.fixture
+def archive(store, held, server, clock):
+    """A factory of connections to a log that is slow to read back beyond its newest message."""
+    held.slow = False
+    writer = Client(server(Rooms(held, clock, 100)))
+    writer.joins()
+    for message in "123":
+        writer.posts(message)
+    writer.goes()
+    return server(Rooms(held, clock, 1))
+
+
+@pytest.fixture(params=[Tcp, Wire])
+def pager(request, archive, held, way):
+    """A client that may ask for pages, which then wait."""
+    client = Client(archive, request.param())
+    client.joins(way())
+    held.slow = True
+    return client
+
+
+def said(held):
+    return [entry.message for entry in held._room("main").entries]
+
+
+H1 = PAGE | {"label": "h1"}
+POST = {"username": "ann", "message": "4", "label": "a"}
+
+
+def test_while_a_page_is_fetched_nothing_more_is_read_and_what_came_with_it_waits_for_its_turn(held, clock, pager):
+    text = json.dumps(POST | {"message": "5", "label": "b"}).encode()
+    pager.sends(
+        masked(json.dumps(H1).encode())
+        + masked(json.dumps(POST).encode())
+        + masked(b"still here?", first=0x89)
+        + masked(text[:7], first=0x01)
+        + masked(text[7:], first=0x80)
+        + masked(b"nonsense")
+        + masked(json.dumps(PAGE | {"limit": 1, "label": "h2"}).encode())
+    )
+    assert pager.transport.read() == b"\x8a\x0bstill here?"
+    assert pager.transport.producerState == "paused"
+    assert said(held) == ["1", "2", "3"]
+    held.answer()
+    assert pager.transport.producerState == "producing"
+    clock.advance(0)
+    frames = pager.reads()
+    assert [frame.get("label", frame["type"]) for frame in frames] == [
+        "h1",
+        "error",
+        "h2",
+        "message",
+        "message",
+        "a",
+        "b",
+    ]
+    assert [[entry["message"] for entry in frame["data"]] for frame in (frames[0], frames[2])] == [
+        ["1", "2", "3"],
+        ["5"],
+    ]
+
+
+def test_who_closes_while_a_page_is_fetched_has_posted_what_came_before_once(held, clock, pager):
+    pager.sends(masked(json.dumps(H1).encode()) + masked(json.dumps(POST).encode()) + masked(b"\x03\xe8", first=0x88))
+    assert pager.reads_close() == 1000
+    assert said(held) == ["1", "2", "3", "4"]
+    held.answer()
+    pager.goes()
+    clock.advance(0)
+    assert pager.transport.read() == b""
+    assert said(held) == ["1", "2", "3", "4"]
+
+
+def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_before_once(held, clock, pager, clients):
+    pager.says(H1, POST)
+    pager.goes(ConnectionLost)
+    assert said(held) == ["1", "2", "3", "4"]
+    held.answer()
+    clock.advance(0)
+    assert pager.transport.read() == b""
+    assert said(held) == ["1", "2", "3", "4"]
+    assert not clients.connected
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, pager, clients, look, finished):
+    pager.says(H1, POST)
+    if finished:
+        pager.protocol.finish()
+    pager.protocol.restart(0.5)
+    assert pager.reads_close() == 1012
+    assert said(held) == ["1", "2", "3", "4"]
+    held.answer()
+    assert pager.transport.producerState == "producing"
+    pager.sends(masked(b"\x03\xf4", first=0x88))
+    pager.goes()
+    assert clients.empty().called
+
+
+def test_a_log_that_is_down_is_an_error_and_the_connection_goes_on(held, clock, pager):
+    pager.says(H1, POST)
+    held.fail()
+    assert [(frame["code"], frame["label"]) for frame in pager.reads()] == [("UNAVAILABLE", "h1")]
+    clock.advance(0)
+    assert [frame["type"] for frame in pager.reads()] == ["message", "ack"]
+
+
+def test_who_does_not_take_its_pages_is_not_read(archive, held):
+    client = Client(archive)
+    client.joins()
+    client.transport.socket.space = 10
+    client.says(H1, H1, POST)
+    assert client.transport.producerState == "paused"
+    assert said(held) == ["1", "2", "3"]
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    assert said(held) == ["1", "2", "3", "4"]
+    assert [frame["label"] for frame in client.reads()] == ["h1", "h1"]
+
+
+def test_pages_that_wait_for_the_log_and_for_their_reader_wait_for_both(archive, held):
+    client = Client(archive)
+    client.joins()
+    held.slow = True
+    client.transport.socket.space = 0
+    client.says(H1, POST)
+    client.sends(masked(b"ping", first=0x89) * 2)
+    client.transport.drain()
+    assert client.transport.producerState == "paused"
+    client.transport.socket.space = 0
+    client.sends(masked(b"ping", first=0x89))
+    held.answer()
+    assert client.transport.producerState == "paused"
+    assert said(held) == ["1", "2", "3"]
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    assert said(held) == ["1", "2", "3", "4"]
+
+
+# Sending
+
+
+def test_who_does_not_read_its_acknowledgements_is_not_read(client, clock):
+    client.joins()
+    client.transport.socket.space = 0
+    client.posts("1", label="a")
+    clock.advance(0)
+    client.posts("2", label="b")
+    assert client.transport.producerState == "paused"
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    clock.advance(0)
+    assert [frame.get("label", frame["type"]) for frame in client.reads()] == ["message", "a", "message", "b"]
+
+
+def test_a_full_socket_is_left_alone_until_it_is_empty(client, clock):
+    client.joins()
+    client.transport.socket.space = 10
+    client.posts("1")
+    clock.advance(0)
+    client.posts("2")
+    clock.advance(0)
+    assert not client.protocol.ready
+    assert len(client.transport.socket.sent) == 10
+    client.transport.drain()
+    clock.advance(0)
+    assert [frame["data"]["message"] for frame in client.reads()] == ["1", "2"]
+
+
+def test_what_autobahn_sends_keeps_its_place_behind_what_is_buffered(client, clock):
+    client.joins()
+    client.transport.socket.space = 10
+    client.posts("1")
+    clock.advance(0)
+    client.sends(masked(b"ping", first=0x89))
+    client.transport.drain()
+    data = client.transport.read()
+    assert data.endswith(b"\x8a\x04ping")
+    assert read_frames(data[:-6])[0]["data"]["message"] == "1"
+
+
+def test_what_autobahn_sends_is_buffered_when_the_socket_does_not_take_it(client):
+    client.joins()
+    client.transport.socket.space = 2
+    client.sends(masked(b"ping", first=0x89))
+    assert not client.protocol.ready
+    client.transport.drain()
+    assert client.transport.read() == b"\x8a\x04ping"
+    assert client.protocol.ready
+
+
+@pytest.mark.parametrize("nonsense", [masked(b"nonsense"), masked(b"ping", first=0x89)], ids=["errors", "pongs"])
+def test_who_does_not_read_his_answers_is_not_read(client, nonsense):
+    client.joins()
+    client.transport.socket.space = 0
+    client.sends(nonsense)
+    assert client.transport.producerState == "producing"  # one answer may be under way
+    client.sends(nonsense)
+    assert client.transport.producerState == "paused"
+    client.transport.drain()
+    assert client.transport.producerState == "producing"
+    assert client.transport.read()
+
+
+def test_a_transport_that_buffers_for_itself_pauses_its_member(factory, clock):
+    client = Client(factory, Wire())
+    client.joins()
+    client.transport.producer.pauseProducing()
+    client.posts()
+    clock.advance(0)
+    assert client.transport.read() == b""
+    client.transport.producer.resumeProducing()
+    clock.advance(0)
+    assert len(client.reads()) == 1
+
+
+def test_a_connection_that_is_gone_is_not_written_to(client):
+    client.joins()
+    producer = client.transport.producer
+    client.goes()
+    producer.resumeProducing()
+    producer.stopProducing()
+    assert client.transport.read() == b""
+
+
+def test_a_member_that_the_tail_overran_is_closed_with_1013(client):
+    client.joins()
+    client.protocol.overrun()
+    assert client.reads_close() == 1013
+
+
+# Deadlines
+
+
+@pytest.fixture
+def look(clients, clock):
+    """Lets time pass, and looks each second as the service does."""
+
+    def look(seconds):
+        for _ in range(seconds):
+            clock.advance(1)
+            clients.look()
+
+    return look
+
+
+def test_half_a_handshake_and_silence_is_dropped(client, look, events):
+    client.sends(HANDSHAKE[:20])
+    look(HANDSHAKE_SECONDS - 1)
+    client.sends(HANDSHAKE[20:30])  # each byte does not buy new time
+    assert not client.transport.aborted
+    look(1)
+    assert client.transport.aborted
+    assert "sent no whole request" in [event.get("why") for event in events]
+
+
+def test_who_answers_pings_stays(client, look):
+    client.joins()
+    for _ in range(4):
+        look(PING_SECONDS)
+        assert client.transport.read() == b"\x89\x00"
+        client.sends(masked(b"", first=0x8A))
+    assert not client.transport.aborted
+
+
+def test_who_does_not_answer_a_ping_is_dropped_at_the_next(client, look):
+    client.joins()
+    look(PING_SECONDS)
+    assert not client.transport.aborted
+    look(PING_SECONDS)
+    assert client.transport.aborted
+
+
+@pytest.fixture
+def stall(client, clock, look):
+    """Takes nothing for so long that the server has had enough."""
+
+    def stall():
+        client.joins()
+        client.transport.socket.space = 0
+        client.posts()
+        clock.advance(0)
+        look(PING_SECONDS)
+        client.sends(masked(b"", first=0x8A))
+        look(STALL_SECONDS - PING_SECONDS)
+
+    return stall
+
+
+def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, rooms, look, stall):
+    stall()
+    assert rooms._rooms == {}
+    look(STALL_SECONDS - 1)
+    assert not client.transport.aborted
+    client.transport.drain()
+    data = client.transport.read().replace(b"\x89\x00", b"")  # without the ping
+    close = data.index(b"\x88")
+    assert read_frames(data[:close])[0]["data"]["message"] == "hi"
+    assert int.from_bytes(data[close + 2 : close + 4]) == 1013
+    look(CLOSE_SECONDS)
+    assert client.transport.aborted
+
+
+def test_who_takes_nothing_even_then_is_dropped(client, look, stall, events):
+    stall()
+    look(STALL_SECONDS)
+    assert client.transport.aborted
+    assert "took nothing" in [event.get("why") for event in events]
+
+
+def test_a_transport_that_takes_something_has_all_its_time_again(client, clock, look):
+    client.joins()
+    for _ in range(3):
+        client.transport.socket.space = 0
+        client.posts()
+        clock.advance(0)
+        look(STALL_SECONDS - 20)
+        client.sends(masked(b"", first=0x8A))
+        client.transport.drain()
+        clock.advance(0)
+    assert not client.transport.aborted
+
+
+def test_who_does_not_answer_a_close_is_dropped(client, look):
+    client.joins()
+    client.protocol.restart(0.5)
+    look(CLOSE_SECONDS)
+    assert client.transport.aborted
+
+
+# Going
+
+
+def test_a_close_is_answered_and_the_member_leaves(client, factory, rooms, clients):
+    client.joins()
+    client.sends(masked(b"\x03\xe8", first=0x88))
+    assert client.transport.disconnecting
+    assert rooms._rooms == {}
+    client.goes()
+    assert factory.getConnectionCount() == 0
+    assert not clients.connected
+
+
+def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, clients, clock):
+    client.joins()
+    client.transport.socket.space = 0
+    client.posts()
+    clock.advance(0)
+    client.goes(ConnectionLost)
+    left = (clients.handshakes, clients.closings, clients.stalls, clients.pings)
+    assert [[*deadlines] for deadlines in left] == [[], [], [], []]
+    assert rooms._rooms == {}
+    assert factory.getConnectionCount() == 0
+
+
+def test_a_connection_that_never_asked_for_anything_leaves_nothing_behind(client, clients, events):
+    client.goes(ConnectionLost)
+    assert [*clients.handshakes] == []
+    assert [event for event in events if event["log_namespace"] == "chatd.transport.websocket"] == []
+
+
+def test_joining_refusals_and_leaving_are_logged_without_what_was_said(client, events):
+    client.joins()
+    client.sends(masked(b'{"username":"ann","secret":"tell nobody"}'))
+    client.goes()
+    ours = [
+        event for event in events if event["log_namespace"] in ("chatd.transport.websocket", "chatd.transport.session")
+    ]
+    assert [event["log_format"] for event in ours] == [
+        "#{connection} {peer} joined {room}",
+        "#{connection} {peer} in {room} sent what is refused",
+        "#{connection} {peer} left {room}: {code}",
+    ]
+    assert {event["peer"] for event in ours} == {"192.0.2.7:4321"}
+    assert not [event for event in events if "tell nobody" in str(event) or "secret" in str(event)]
+
+
+def test_a_peer_without_a_port_has_a_name_too(factory):
+    wire = Wire(peerAddress=UNIXAddress(b"/run/x"))
+    assert "UNIXAddress" in Client(factory, wire).protocol.peer
+
+
+def test_a_socket_without_the_option_of_no_delay_is_served(factory):
+    class Unix(Tcp):
+        def setTcpNoDelay(self, enabled):
+            raise OSError
+
+    assert Client(factory, Unix()).joins()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reason"), [(0, b"0.0"), (0.04, b"0.0"), (0.7, b"0.7"), (0.96, b"1.0"), (9.98, b"10.0")]
+)
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_who_is_sent_elsewhere_is_told_when_to_come_back(factory, clients, transport, seconds, reason):
+    client = Client(factory, transport())
+    client.joins()
+    gone = clients.empty()
+    client.protocol.restart(seconds)
+    text = b"\x03\xf4retry_after=" + reason
+    assert client.transport.read() == bytes([0x88, len(text)]) + text
+    client.sends(masked(text, first=0x88))
+    assert client.transport.disconnecting
+    assert not gone.called
+    client.goes()
+    assert gone.called
+    assert clients.closes == {("websocket", 1012): 1}
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_who_is_finished_is_read_no_more_until_it_is_to_answer_the_close(factory, transport):
+    client = Client(factory, transport())
+    client.joins()
+    client.protocol.finish()
+    assert client.transport.producerState == "paused"
+    client.protocol.restart(0.5)
+    assert client.reads_close() == 1012
+    assert client.transport.producerState == "producing"
+
+
+def test_what_a_client_said_that_was_not_read_before_its_close_is_not_posted_after_it(client, rooms, store):
+    client.joins()
+    client.protocol.finish()
+    client.protocol.restart(0.5)
+    client.posts("too late", label="a")
+    client.says(PAGE)
+    assert client.reads_close() == 1012
+    assert store._room("main").head == 0
+
+
+def test_who_does_not_take_its_answers_when_it_is_finished_is_not_read_when_it_takes_them(factory, clock):
+    client = Client(factory)
+    client.joins()
+    client.transport.socket.space = 0
+    client.says({}, {})
+    client.protocol.finish()
+    client.transport.drain()
+    assert client.transport.producerState == "paused"
+    assert [frame["type"] for frame in client.reads()] == ["error", "error"]
+
+
+@pytest.fixture
+def drain(factory, clients, store, clock):
+    """Begin to send all clients elsewhere, within so many seconds or in a hurry."""
+
+    def begin(budget, *, hurried=False):
+        drain = Drain(clients, store, factory.site, budget, clock)
+        if hurried:
+            drain.hurry()
+        drain.run(lambda: succeed(None))
+
+    return begin
+
+
+def last_words(data):
+    """The labels, or else the types, of the frames before the close, which is the last and tells to come back."""
+    frames, close = data[: data.rindex(b"\x88")], data[data.rindex(b"\x88") :]
+    assert close[2:4] == b"\x03\xf4"
+    return [frame.get("label", frame["type"]) for frame in read_frames(frames)]
+
+
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_a_drain_sends_what_a_client_is_owed_before_its_close(factory, clock, drain, transport):
+    client = Client(factory, transport())
+    client.joins()
+    client.posts("hi", label="a")
+    client.says(PAGE | {"label": "h1"})
+    drain(8, hurried=True)
+    clock.pump([0, 0, TICK_SECONDS])
+    assert last_words(client.transport.read()) == ["h1", "message", "a"]
+
+
+@pytest.fixture
+def full(factory, clock):
+    """A client that has posted while its transport was full, and another."""
+    client, other = Client(factory), Client(factory)
+    client.joins()
+    other.joins()
+    client.transport.socket.space = 10
+    other.posts("1")
+    clock.advance(0)
+    client.posts("2", label="a")
+    clock.advance(0)
+    assert not client.protocol.ready
+    return client, other
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_whose_transport_is_full_for_a_moment_at_its_release_has_its_acknowledgement_before_its_close(
+    full, clock, drain, hurried
+):
+    client, other = full
+    drain(8, hurried=hurried)
+    clock.pump([TICK_SECONDS] * (10 if hurried else 130))  # both were released
+    assert last_words(other.transport.read()) == ["message", "message"]
+    begun = client.transport.read()
+    assert len(begun) == 10
+    client.transport.drain()
+    clock.pump([0, TICK_SECONDS])
+    assert last_words(begun + client.transport.read()) == ["message", "message", "a"]
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_whose_transport_stays_full_is_told_all_the_same_behind_what_it_has_not_taken(full, clock, drain, hurried):
+    client, _ = full
+    drain(8, hurried=hurried)
+    clock.pump([TICK_SECONDS] * (25 if hurried else 145))
+    client.transport.drain()
+    assert last_words(client.transport.read()) == ["message"], "what it posted, it can post again with its label"
+
+
+def test_who_is_told_twice_to_come_back_is_told_once(client):
+    client.joins()
+    client.protocol.overrun()
+    client.protocol.finish()
+    client.protocol.restart(0.5)
+    assert client.reads_close() == 1013
+    assert client.transport.producerState == "producing", "its answer is waited for"
+
+
+def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, clients):
+    joined, unfinished = Client(factory), Client(factory)
+    joined.joins()
+    clients.abort()
+    assert joined.transport.aborted
+    assert unfinished.transport.aborted
+
+
+def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, clients, way):
+    clients.stopping = True
+    client.sends(way())
+    answer = client.transport.read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nRetry-After: 2\r\n" in answer
+
+
+def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting, clients):
+    clients.stopping = True
+    held.answer()
+    assert waiting.transport.read().startswith(b"HTTP/1.1 503 ")
+    assert not clients.connected
