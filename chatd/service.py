@@ -28,7 +28,7 @@ from chatd.messages import Entry
 from chatd.operate.drain import Drain
 from chatd.operate.systemd import Notifier
 from chatd.store.base import Store, StoreError
-from chatd.transport.connections import Clients
+from chatd.transport.connections import Connections
 
 LOOK_SECONDS: Final = 1
 """How often deadlines are looked at."""
@@ -74,7 +74,7 @@ class ChatService(Service):
         *,
         store: Store,
         seed: Sequence[Entry],
-        clients: Clients,
+        connections: Connections,
         factory: IProtocolFactory,
         admin_factory: IProtocolFactory,
         listen: Mapping[str, IStreamServerEndpoint],
@@ -102,7 +102,7 @@ class ChatService(Service):
         self._observer = observer
         self._notify = notify
         self._loops: list[tuple[LoopingCall, float]] = [
-            (LoopingCall(clients.look), LOOK_SECONDS),
+            (LoopingCall(connections.check_deadlines), LOOK_SECONDS),
             (LoopingCall(store.trim), TRIM_SECONDS),
         ]
         if notify.watchdog:

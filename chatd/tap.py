@@ -25,7 +25,7 @@ from chatd.operate.drain import Drain
 from chatd.operate.machine import ThisMachine
 from chatd.operate.metrics import Metrics
 from chatd.operate.systemd import Notifier
-from chatd.room.registry import Rooms
+from chatd.room.registry import Registry
 from chatd.room.room import MAX_LAG
 from chatd.service import ChatService, Readiness
 from chatd.store.base import Retention, Store
@@ -35,7 +35,7 @@ from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
-from chatd.transport.connections import Clients
+from chatd.transport.connections import Connections
 from chatd.transport.frames import FrameError
 from chatd.transport.websocket import ChatFactory
 
@@ -89,12 +89,12 @@ def _store(url: str) -> Callable[[Retention], Store]:
         )
     if kind in ("redis", "rediss"):
         # With the reactor that twistd installed, which txredisapi takes when it is imported.
-        from chatd.store.redis.link import Address, Link
+        from chatd.store.redis.link import Link, RedisAddress
         from chatd.store.redis.store import RedisStore
 
         file = _password_file()
         try:
-            address = Address.parse(url, password_elsewhere=file is not None)
+            address = RedisAddress.parse(url, password_elsewhere=file is not None)
         except ValueError as error:
             raise ValueError(f"{check.veiled(url)!r} {error}") from None
         link = Link(address, reactor, file)
@@ -278,20 +278,22 @@ def makeService(options: Options) -> IService:
     gc.freeze()
     gc.set_threshold(GARBAGE)
     store: Store = options["store"](options["retain"])
-    rooms = Rooms(store, reactor, options["history"], store.lobby)
-    clients = Clients(reactor, options["ping"])
+    rooms = Registry(store, reactor, options["history"], store.lobby)
+    connections = Connections(reactor, options["ping"])
     admission = Admission(options["rooms"].values(), options["origin"].values())
     a_second, burst = options["rate"]
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, options["proxy-hops"], reactor.seconds)
     readiness = Readiness(lambda: store.fault)
-    api = Api(rooms, clients, admission, addresses)
+    api = Api(rooms, connections, admission, addresses)
     site = web.site(readiness, reactor, {"": api, "rooms": api})
-    factory = ChatFactory(rooms=rooms, clients=clients, admission=admission, site=site, reactor=reactor, rate=rate)
+    factory = ChatFactory(
+        rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor, rate=rate
+    )
     metrics = Metrics(
         store=store,
         rooms=rooms,
-        clients=clients,
+        connections=connections,
         refusals={"frame": factory.refused_frames, "handshake": factory.refused_handshakes, "request": site.refused},
         clock=reactor,
     )
@@ -299,7 +301,7 @@ def makeService(options: Options) -> IService:
     service = ChatService(
         store=store,
         seed=options["seed"],
-        clients=clients,
+        connections=connections,
         factory=factory,
         admin_factory=web.admin(
             readiness,
@@ -310,7 +312,7 @@ def makeService(options: Options) -> IService:
         listen=options["listen"],
         admin=options["admin"],
         readiness=readiness,
-        drain=Drain(clients, store, site, options["drain"], reactor),
+        drain=Drain(connections, store, site, options["drain"], reactor),
         clock=reactor,
         observer=logs.observer(options["log-format"], twistd.get("logfile"), daemon=not twistd.get("nodaemon")),
         notify=Notifier(options.environ),

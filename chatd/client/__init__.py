@@ -1,5 +1,5 @@
 """The Python client of a chatd server."""
 
-from chatd.client.client import Address, Client, Listener
+from chatd.client.client import Client, Listener, ServerAddress
 
-__all__ = ["Address", "Client", "Listener"]
+__all__ = ["Client", "Listener", "ServerAddress"]

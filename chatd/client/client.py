@@ -36,7 +36,7 @@ from chatd.client.protocol import (
     Notice,
     Outbox,
     Posted,
-    Refused,
+    Rejected,
     Stopped,
     read,
     take_texts,
@@ -63,7 +63,7 @@ _STATUS = re.compile(r"HTTP/1\.1 (\d\d\d)(?: (.*))?")
 _log = Logger()
 
 
-class Address(NamedTuple):
+class ServerAddress(NamedTuple):
     """Where a room is."""
 
     secure: bool
@@ -73,7 +73,7 @@ class Address(NamedTuple):
     query: str
 
     @classmethod
-    def parse(cls, url: str) -> "Address":
+    def parse(cls, url: str) -> "ServerAddress":
         """Read `ws://HOST[:PORT][/rooms/NAME][?QUERY]`, or `wss:` for TLS; ValueError for anything else."""
         try:
             scheme, place, path, query, fragment = parts = urlsplit(url)
@@ -125,7 +125,7 @@ class Listener:
     def lost(self, reason: str, wait: float) -> None:
         """There is no connection; in so many seconds another will be tried."""
 
-    def refused(self, reason: Refused) -> None:
+    def refused(self, reason: Rejected) -> None:
         """There is none, and none will be tried: the server will not have this client."""
 
 
@@ -139,7 +139,7 @@ class Client:
     def __init__(
         self,
         reactor: IReactorTime,
-        address: Address | str,
+        address: ServerAddress | str,
         listener: Listener,
         *,
         last: Id | None = None,
@@ -148,7 +148,7 @@ class Client:
         endpoint: IStreamClientEndpoint | None = None,
         decode: Callable[[bytes], Frame] = read,
     ) -> None:
-        self.address = Address.parse(address) if isinstance(address, str) else address
+        self.address = ServerAddress.parse(address) if isinstance(address, str) else address
         self.decode = decode
         self._reactor = reactor
         self._listener = listener
@@ -238,7 +238,7 @@ class Client:
         else:
             self._gone.callback(None)
 
-    def denied(self, refused: Refused) -> None:
+    def denied(self, refused: Rejected) -> None:
         """The connection is gone, and no other one would fare better."""
         first = self._ended is None
         self._ended = self._ended or refused
@@ -445,6 +445,6 @@ class _Connection(WebSocketClientProtocol):
             self.retry_after = float(found[1])
         why = self.why or self.wasNotCleanReason or "closed without a code"
         if code in CLIENT_FAULTS or (self.status and self.status not in PASSING):
-            self.client.denied(Refused(why, code or self.status))
+            self.client.denied(Rejected(why, code or self.status))
         else:
             self.client.closed(why, self.retry_after)

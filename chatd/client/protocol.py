@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred
 
 from chatd.messages import Code, Entry, Id
 
-RETRY_SECONDS: Final = 1.0
+RATE_LIMIT_PAUSE_SECONDS: Final = 1.0
 """After how long a post is sent again that could not be stored."""
 WINDOW: Final = 16
 """How many posts wait for their answers at a time."""
@@ -53,7 +53,7 @@ class Fault(Exception):
     """The server did not keep its promise; the text says how."""
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """The server wants nothing of this client or this post, now or later; the text says why.
 
     `code` is the error's, the close's or the HTTP status, if there is one.
@@ -299,11 +299,11 @@ class Outbox:
         if number not in self._requests:
             return number in self._repeated
         if frame.code not in (Code.RATE_LIMITED, Code.UNAVAILABLE):
-            self._take(frame.label).answer.errback(Refused(frame.message, frame.code))  # type: ignore[union-attr]
+            self._take(frame.label).answer.errback(Rejected(frame.message, frame.code))  # type: ignore[union-attr]
         elif number in self._sent:
             self._sent.discard(number)
             heappush(self._unsent, number)
-            self._until = max(self._until, now + (frame.retry_after or RETRY_SECONDS))
+            self._until = max(self._until, now + (frame.retry_after or RATE_LIMIT_PAUSE_SECONDS))
             self._window = 1  # what is under way when nothing is taken, is sent in vain
         return True
 

@@ -22,7 +22,7 @@ from twisted.logger import (
 )
 from twisted.python.failure import Failure
 
-from chatd.client.client import Address
+from chatd.client.client import ServerAddress
 from chatd.load.figures import Progress, summary
 from chatd.load.trial import UNTRIED, Trial
 
@@ -59,9 +59,9 @@ def _number(least: float, kind: type[float] = float) -> Callable[[str], Any]:
     return parse
 
 
-def _address(text: str) -> Address:
+def _address(text: str) -> ServerAddress:
     try:
-        return Address.parse(text)
+        return ServerAddress.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -116,7 +116,7 @@ def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO) -> int:
         err.write(f"chatd.load: {problem}\n")
         return UNTRIED
     run = secrets.token_hex(3)
-    address: Address = options.url
+    address: ServerAddress = options.url
     if options.room or address.path == "/":
         address = address._replace(path=f"/rooms/{options.room or f'load-{run}'}")
     trial = Trial(options, address, run, reactor, Progress(err, reactor.seconds))

@@ -53,10 +53,10 @@ class Reader:
         self.number = number
         self.cursor = 0
         """The number of its last message."""
-        self.log: Log | None = None
+        self.log: ObservedLog | None = None
 
 
-class Log:
+class ObservedLog:
     """What is known of the room in the log of one epoch."""
 
     def __init__(self, epoch: str, posters: int) -> None:
@@ -92,7 +92,7 @@ class Proof:
         self._lenient = lenient
         self._acked = [Once() for _ in range(posters)]
         self._epochs: list[str] = []
-        self._logs: dict[str, Log] = {}
+        self._logs: dict[str, ObservedLog] = {}
         self._text = re.compile(rf"{run} (\d+) (\d+) ")
 
     def username(self, poster: int) -> str:
@@ -130,7 +130,7 @@ class Proof:
         log.head = max(log.head, number)
         self.appended(reader, history.entries)
 
-    def _enter(self, epoch: str) -> Log:
+    def _enter(self, epoch: str) -> ObservedLog:
         """The log of an epoch, which may be a new one, in place of all that were."""
         if epoch not in self._logs:
             if epoch in self._epochs:
@@ -138,7 +138,7 @@ class Proof:
             if self._epochs:
                 self.lost = None
             self._epochs.append(epoch)
-            self._logs[epoch] = Log(epoch, len(self.posted))
+            self._logs[epoch] = ObservedLog(epoch, len(self.posted))
         return self._logs[epoch]
 
     def appended(self, reader: Reader, entries: Sequence[Entry]) -> None:
@@ -161,7 +161,7 @@ class Proof:
         reader.cursor = number
         self.delivered += len(entries)
 
-    def _learn(self, log: Log, reader: Reader, entry: Entry) -> None:
+    def _learn(self, log: ObservedLog, reader: Reader, entry: Entry) -> None:
         """The first client was given a message: if it is of this run, it must be a post, and only once."""
         log.known[entry.number] = entry, reader.number
         log.head = max(log.head, entry.number)
@@ -206,7 +206,7 @@ class Proof:
     # Whether that was all
 
     @property
-    def log(self) -> Log:
+    def log(self) -> ObservedLog:
         """The newest."""
         return self._logs[self._epochs[-1]]
 
@@ -267,7 +267,7 @@ class Proof:
                 del self._logs[log.epoch]
 
     @staticmethod
-    def _log(reader: Reader) -> Log:
+    def _log(reader: Reader) -> ObservedLog:
         if reader.log is None:
             raise Fault(f"client {reader.number} was given something before its history")
         return reader.log

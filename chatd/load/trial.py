@@ -24,8 +24,8 @@ from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
 from chatd.client import protocol as exchange
-from chatd.client.client import Address, Client, Listener
-from chatd.client.protocol import Backoff, Fault, Frame, History, Posted, Refused, Stopped
+from chatd.client.client import Client, Listener, ServerAddress
+from chatd.client.protocol import Backoff, Fault, Frame, History, Posted, Rejected, Stopped
 from chatd.load.figures import Latencies, Progress
 from chatd.load.proof import Proof, Reader
 from chatd.messages import Entry, Id
@@ -46,7 +46,7 @@ DEPTH: Final = 8
 """Posts of one poster that wait for their acknowledgements."""
 
 
-class Member(Listener):
+class TrialClient(Listener):
     """One of the clients: what comes is held to the proof."""
 
     def __init__(self, trial: "Trial", reader: Reader, chance: Random, make: Callable[..., Client]) -> None:
@@ -94,7 +94,7 @@ class Member(Listener):
         """Listener.lost."""
         self._trial.lost(reason)
 
-    def refused(self, reason: Refused) -> None:
+    def refused(self, reason: Rejected) -> None:
         """Listener.refused."""
         self._trial.turned_away(f"{self} is turned away: {reason}")
 
@@ -157,7 +157,7 @@ class Trial:
     """
 
     def __init__(
-        self, options: argparse.Namespace, address: Address, run: str, reactor: Any, progress: Progress
+        self, options: argparse.Namespace, address: ServerAddress, run: str, reactor: Any, progress: Progress
     ) -> None:
         self.now: Callable[[], float] = reactor.seconds
         self.later: Callable[..., IDelayedCall] = reactor.callLater
@@ -181,12 +181,12 @@ class Trial:
         make = functools.partial(Client, reactor, address, endpoint=endpoint, decode=decode, window=DEPTH)
         seeds = Random(options.seed)  # noqa: S311 -- it is to be repeated
         self._members = [
-            Member(self, reader, Random(seeds.random()), make)  # noqa: S311
+            TrialClient(self, reader, Random(seeds.random()), make)  # noqa: S311
             for reader in self.proof.readers
         ]
         self._to_start = iter(self._members)
-        self._posters: Iterator[Member] = cycle(self._members[: options.posters])
-        self._behind: list[Member] = []
+        self._posters: Iterator[TrialClient] = cycle(self._members[: options.posters])
+        self._behind: list[TrialClient] = []
         """Who has not been given everything."""
         self._reading: Deferred[Any] | None = None
         """What was there before anyone was given anything, of a log that took another's place."""

@@ -90,7 +90,7 @@ class Unreached(Exception):
     """A Redis does not answer; the words say why."""
 
 
-class Refused(Exception):
+class RedisRefused(Exception):
     """A Redis does not let us in; the words are its own."""
 
 
@@ -297,7 +297,7 @@ def _redis(settings: Settings, machine: Machine) -> Iterator[str]:
         facts = machine.ask(server)
     except Unreached as error:
         yield f"{said}: Redis cannot be reached ({error}): start it, or name where it is"
-    except Refused as error:
+    except RedisRefused as error:
         yield f"{said}: Redis refuses ({error}): correct the user, the password or the database"
     else:
         yield from (f"{said}: {line}" for line in _of_redis(facts, durable=DURABLE in host))

@@ -17,7 +17,7 @@ from twisted.internet.defer import Deferred, DeferredList, inlineCallbacks
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
-from chatd.transport.connections import CLOSE_SECONDS, Client, Clients
+from chatd.transport.connections import CLOSE_SECONDS, Connection, Connections
 
 GRACE_SECONDS: Final = 20
 """How long handshakes are accepted at most; a quarter of the budget if that is less."""
@@ -39,7 +39,7 @@ HURRIED_SPREAD_SECONDS: Final = 10.0
 """Within how long, when all are told at once."""
 
 
-class Log(Protocol):
+class PendingPosts(Protocol):
     """Where the clients' posts go."""
 
     def settled(self) -> "Deferred[None]":
@@ -66,8 +66,10 @@ class Requests(Protocol):
 class Drain:
     """One drain of all clients; `budget` is the whole time that it may take, in seconds."""
 
-    def __init__(self, clients: Clients, log: Log, requests: Requests, budget: float, clock: IReactorTime) -> None:
-        self._clients = clients
+    def __init__(
+        self, connections: Connections, log: PendingPosts, requests: Requests, budget: float, clock: IReactorTime
+    ) -> None:
+        self._clients = connections
         self._log = log
         self._requests = requests
         self._budget = budget
@@ -88,18 +90,18 @@ class Drain:
 
         The grace ends when nobody is connected, unless clients are expected.
         """
-        clients, clock = self._clients, self._clock
+        connections, clock = self._clients, self._clock
         begin = clock.seconds()
         over = clock.callLater(self._budget, self._abort)
         self._end = begin + self._budget - min(ANSWER_SECONDS, self._budget / 4)
         self._limit = begin + self._budget - min(LATE_SECONDS, self._budget / 8)
         grace = begin + min(GRACE_SECONDS, self._budget / 4)
-        while (expecting or clients.connected) and self._hurried is None and clock.seconds() < grace:
+        while (expecting or connections.connected) and self._hurried is None and clock.seconds() < grace:
             yield deferLater(clock, TICK_SECONDS)
         yield close_ports()
-        clients.stopping = True
-        yield DeferredList((yield from self._in_turn([*clients.connected])))
-        yield clients.empty()
+        connections.stopping = True
+        yield DeferredList((yield from self._in_turn([*connections.connected])))
+        yield connections.empty()
         gone = self._requests.close()
         yield from self._settle(lambda: self._requests.asked)
         yield gone
@@ -116,7 +118,7 @@ class Drain:
         now = self._clock.seconds()
         return now >= self._limit or (self._hurried is not None and now >= self._hurried + HURRIED_SECONDS)
 
-    def _in_turn(self, leaving: list[Client]) -> Generator["Deferred[Any]", Any, "list[Deferred[None]]"]:
+    def _in_turn(self, leaving: list[Connection]) -> Generator["Deferred[Any]", Any, "list[Deferred[None]]"]:
         """Release them at an even pace; answers what fires when each was told.
 
         At each tick it is what is left over the time that is left: whoever could not run for a while does not make
@@ -143,7 +145,7 @@ class Drain:
         return released
 
     @inlineCallbacks
-    def _release(self, some: Sequence[Client]) -> Generator["Deferred[Any]", Any, None]:
+    def _release(self, some: Sequence[Connection]) -> Generator["Deferred[Any]", Any, None]:
         """Read no more from some clients, and tell them to come back when they have been answered."""
         for client in some:
             client.finish()
@@ -153,7 +155,7 @@ class Drain:
         while waiting:
             late = self._late() or self._clock.seconds() >= enough
             for client, head in [*waiting.items()]:
-                if late or not client.owed(head):
+                if late or not client.has_pending(head):
                     del waiting[client]
                     self._tell(client)
             if waiting:
@@ -167,7 +169,7 @@ class Drain:
         if not settled.called and self._late():
             self._log.abandon()
 
-    def _tell(self, client: Client) -> None:
+    def _tell(self, client: Connection) -> None:
         if client in self._clients.connected:
             spread = SPREAD_SECONDS if self._hurried is None else HURRIED_SPREAD_SECONDS
             client.restart(random.random() * spread)  # noqa: S311 -- no secret

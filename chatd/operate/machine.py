@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from chatd.operate.check import Address, Refused, Server, Unreached
+from chatd.operate.check import Address, RedisRefused, Server, Unreached
 from chatd.store.sqlite import APPLICATION_ID
 
 LISTENING: Final = "0A"
@@ -227,7 +227,7 @@ def _allowed() -> Iterator[None]:
     """Do without what this user may not ask."""
     try:
         yield
-    except Refused as refused:
+    except RedisRefused as refused:
         if not str(refused).startswith(FORBIDDEN):
             raise
 
@@ -244,7 +244,7 @@ def _reply(stream: BufferedRWPair) -> list[str]:
     line = stream.readline()
     kind, rest = line[:1], line[1:].decode(errors="replace").strip()
     if kind == b"-":
-        raise Refused(re.split(r"[.,](?: |$)", rest)[0])  # what follows can be long, or the words that were sent
+        raise RedisRefused(re.split(r"[.,](?: |$)", rest)[0])  # what follows can be long, or the words that were sent
     if kind == b"$":
         return [stream.read(int(rest) + 2)[:-2].decode(errors="replace")]
     if kind == b"*":

@@ -32,9 +32,9 @@ from twisted.internet.interfaces import IReactorTime
 
 import chatd
 from chatd.histogram import SECONDS, Histogram
-from chatd.room.registry import Rooms
+from chatd.room.registry import Registry
 from chatd.store.base import Store
-from chatd.transport.connections import CARRIERS, Clients
+from chatd.transport.connections import CARRIERS, Connections
 
 LAG_SECONDS: Final = 0.5
 """How often the reactor is asked how late it is."""
@@ -75,14 +75,14 @@ class Metrics(Collector):
         self,
         *,
         store: Store,
-        rooms: Rooms,
-        clients: Clients,
+        rooms: Registry,
+        connections: Connections,
         refusals: Mapping[str, Mapping[str, int]],
         clock: IReactorTime,
     ) -> None:
         self._store = store
         self._rooms = rooms
-        self._clients = clients
+        self._clients = connections
         self._refusals = refusals
         self._lag = ReactorLag(clock)
         self._started = time.time()

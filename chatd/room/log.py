@@ -89,11 +89,11 @@ class Log(Protocol):
         They are of the epoch that stands when they are answered.
         """
 
-    def tail(self, follower: Follower) -> None:
+    def follow(self, follower: Follower) -> None:
         """Tell this follower of all that is appended and trimmed from now on."""
 
 
-class Excerpt(NamedTuple):
+class EncodedPage(NamedTuple):
     """Some of a room's messages, as frames."""
 
     frames: Sequence[bytes]
@@ -106,7 +106,7 @@ class Excerpt(NamedTuple):
     """Whether it holds messages after these."""
 
 
-class Span(NamedTuple):
+class PageRange(NamedTuple):
     """Which messages a reader wants: at most `limit` before or after a number, or the newest."""
 
     before: int | None
@@ -133,7 +133,7 @@ class Span(NamedTuple):
         until = head if self.before is None else max(self.before - 1, 0)
         return min(until, max(until - self.limit, first - 1)), until
 
-    def excerpt(self, first: int, head: int, between: Callable[[int, int], Sequence[bytes]]) -> Excerpt:
+    def excerpt(self, first: int, head: int, between: Callable[[int, int], Sequence[bytes]]) -> EncodedPage:
         """Take these out of what `between` answers."""
         after, until = self.bounds(first, head)
-        return Excerpt(between(after, until), until, older=after >= first, newer=max(until, first - 1) < head)
+        return EncodedPage(between(after, until), until, older=after >= first, newer=max(until, first - 1) < head)

@@ -42,11 +42,11 @@ class Watcher(Protocol):
     ready: bool
     """Whether its transport takes more."""
 
-    def tell(self, frame: bytes) -> None:
+    def send_frame(self, frame: bytes) -> None:
         """Hand it a frame that is not of the log."""
 
 
-class Here(NamedTuple):
+class Occupancy(NamedTuple):
     """Who is in a room at one instant."""
 
     members: int
@@ -55,7 +55,7 @@ class Here(NamedTuple):
     """The distinct names; None when there are too many to show."""
 
     @classmethod
-    def sum(cls, all_here: "Iterable[Here]") -> "Here":
+    def sum(cls, all_here: "Iterable[Occupancy]") -> "Occupancy":
         """Who is in a room at several nodes: a name may be at more than one."""
         all_here = [*all_here]
         names: set[str] | None = set()
@@ -68,7 +68,7 @@ class Here(NamedTuple):
         """The frame that says it all."""
         return presence_frame(self.members, **({} if self.users is None else {"users": sorted(self.users)}))
 
-    def since(self, then: "Here | None") -> bytes:
+    def since(self, then: "Occupancy | None") -> bytes:
         """The frame for who knows how it was then; empty when nothing changed."""
         if self == then:
             return b""
@@ -77,15 +77,15 @@ class Here(NamedTuple):
         return presence_frame(self.members, join=sorted(self.users - then.users), leave=sorted(then.users - self.users))
 
 
-NOBODY: Final = Here(0, frozenset())
-Report = Callable[[Here, Sequence[str]], None]
+NOBODY: Final = Occupancy(0, frozenset())
+Report = Callable[[Occupancy, Sequence[str]], None]
 """Takes who is in a room, and who types."""
 
 
-class Guest(Protocol):
+class LobbyListener(Protocol):
     """Who is told by a lobby what happens at the other nodes."""
 
-    def elsewhere(self, room: str, node: str, here: Here) -> None:
+    def elsewhere(self, room: str, node: str, here: Occupancy) -> None:
         """Who is in a room at another node has changed."""
 
     def typing(self, room: str, usernames: Sequence[str]) -> None:
@@ -98,10 +98,10 @@ class Guest(Protocol):
 class Lobby(Protocol):
     """Where the nodes that serve the same rooms tell one another who is there."""
 
-    def follow(self, guest: Guest) -> None:
+    def follow(self, guest: LobbyListener) -> None:
         """Tell this guest from now on."""
 
-    def report(self, room: str, here: Here, typing: Sequence[str]) -> None:
+    def report(self, room: str, here: Occupancy, typing: Sequence[str]) -> None:
         """Tell the others who is in a room at this node now, and who types; and be told who is there at theirs."""
 
 
@@ -117,12 +117,12 @@ class Presence:
         self._members = members
         self._clock = clock
         self._report = report
-        self._reported: Here | None = None
-        self._elsewhere: dict[str, Here] = {}
+        self._reported: Occupancy | None = None
+        self._elsewhere: dict[str, Occupancy] = {}
         """Who is here at other nodes."""
         self._watchers: dict[Watcher, bool] = {}
         """... and whether each knows what was shown last."""
-        self._shown: Here | None = None
+        self._shown: Occupancy | None = None
         self._typing: dict[str, None] = {}
         self._typing_elsewhere: dict[str, None] = {}
         self._stale = False
@@ -163,7 +163,7 @@ class Presence:
             self._typing[username] = None
             self._schedule()
 
-    def elsewhere(self, node: str, here: Here | None) -> None:
+    def elsewhere(self, node: str, here: Occupancy | None) -> None:
         """Who is here at another node has changed; None: it is gone."""
         if here is not None and here.members:
             self._elsewhere[node] = here
@@ -202,12 +202,12 @@ class Presence:
     def _begin(self) -> Iterator[Watcher]:
         """Compose what is told in a new round, and answer to whom."""
         names = {member.name for member in self._members if member.name is not None}
-        here = Here(len(self._members), frozenset(names) if len(names) <= MAX_USERS else None)
+        here = Occupancy(len(self._members), frozenset(names) if len(names) <= MAX_USERS else None)
         typing = [*self._typing]
         if self._report is not None and (here != self._reported or typing):
             self._reported = here
             self._report(here, typing)
-        here = Here.sum([here, *self._elsewhere.values()]) if self._elsewhere else here
+        here = Occupancy.sum([here, *self._elsewhere.values()]) if self._elsewhere else here
         self._snapshot, self._delta = here.snapshot(), here.since(self._shown)
         typing = [*(self._typing | self._typing_elsewhere)][:MAX_TYPING]
         self._typed = typing_frame(typing) if typing else b""
@@ -225,10 +225,10 @@ class Presence:
             if PRESENCE in watcher.events:
                 frame = self._delta if knows else self._snapshot
                 if watcher.ready and frame:
-                    watcher.tell(frame)
+                    watcher.send_frame(frame)
                     self._watchers[watcher] = True
                 elif frame:
                     self._watchers[watcher] = False
                     self._stale = True  # until it can be told
             if self._typed and TYPING in watcher.events and watcher.ready:
-                watcher.tell(self._typed)
+                watcher.send_frame(self._typed)

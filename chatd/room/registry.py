@@ -16,8 +16,8 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id, PageRequest, Post
-from chatd.room.log import Excerpt, Log, LogUnavailable, Page, Poster, Span, UnknownId
-from chatd.room.presence import Here, Lobby
+from chatd.room.log import EncodedPage, Log, LogUnavailable, Page, PageRange, Poster, UnknownId
+from chatd.room.presence import Lobby, Occupancy
 from chatd.room.room import MAX_LAG, Member, Room
 from chatd.transport.frames import message_frame
 
@@ -28,7 +28,7 @@ _K = TypeVar("_K")
 _T = TypeVar("_T")
 
 
-class Opening(NamedTuple):
+class JoinTicket(NamedTuple):
     """A room, and all that it takes to join it in this turn."""
 
     room: Room
@@ -60,7 +60,7 @@ class _Shared(Generic[_K, _T]):
             waiting.callback(result)  # or errback, as a failure finds its own way
 
 
-class Rooms:
+class Registry:
     """The rooms that someone is in, by name; it follows the log for them all."""
 
     def __init__(self, log: Log, clock: IReactorTime, history: int, lobby: Lobby | None = None) -> None:
@@ -83,7 +83,7 @@ class Rooms:
         """How often that came about: what was read before the last one may lack something."""
         self._retry: IDelayedCall | None = None
         self._recalls: _Shared[tuple[str, int], Page] = _Shared()
-        log.tail(self)
+        log.follow(self)
         self._lobby = lobby
         if lobby is not None:
             lobby.follow(self)
@@ -110,7 +110,7 @@ class Rooms:
         """That of the log."""
         return self._log.epoch
 
-    def open(self, name: str, last: Id | None = None) -> "Deferred[Opening]":
+    def open(self, name: str, last: Id | None = None) -> "Deferred[JoinTicket]":
         """A room to join at once, in the callback: a room that nobody is in is forgotten.
 
         `last` names the last message that the member has.  The first to come waits for the log, and those who come
@@ -118,7 +118,7 @@ class Rooms:
         """
         room = self._rooms.get(name)
         if room is not None and last is None:  # as nearly always
-            return succeed(Opening(room, None, None))
+            return succeed(JoinTicket(room, None, None))
         return self._open(name).addCallback(self._recall, last)
 
     def _open(self, name: str) -> "Deferred[Room]":
@@ -184,14 +184,14 @@ class Rooms:
         if self._retry is None or not self._retry.active():
             self._retry = self._clock.callLater(RELOAD_SECONDS, self._reload)
 
-    def _recall(self, room: Room, last: Id | None) -> "Opening | Deferred[Opening]":
+    def _recall(self, room: Room, last: Id | None) -> "JoinTicket | Deferred[JoinTicket]":
         """Have the log read if a member comes back that has missed more than the tail holds."""
         if last is not None and last.epoch == self._log.epoch and not room.remembers(last.number):
             name, number = room.name, last.number
             if number > room.head or room.can_resume(number):
                 recalled = self._recalls.ask((name, number), lambda: self._log.read(name, number, self._history))
-                return recalled.addCallback(lambda page: self._open(name).addCallback(Opening, last, page))
-        return Opening(room, last, None)
+                return recalled.addCallback(lambda page: self._open(name).addCallback(JoinTicket, last, page))
+        return JoinTicket(room, last, None)
 
     def leave(self, room: Room, member: Member) -> None:
         """Let a member go, and the room with its last."""
@@ -207,12 +207,12 @@ class Rooms:
         """Append a post to the room's log, from which its members will have it."""
         self._log.append(room, post, poster)
 
-    def page(self, name: str, request: PageRequest) -> "Deferred[Excerpt]":
+    def page(self, name: str, request: PageRequest) -> "Deferred[EncodedPage]":
         """Read on in a room's log, whoever is in that room; fails with UnknownId, or LogUnavailable."""
         if self._unknown(request):
             return fail(UnknownId())
         before, after = (named and named.number for named in (request.before, request.after))
-        span = Span(before, after, request.limit)
+        span = PageRange(before, after, request.limit)
         room = self._rooms.get(name)
         excerpt = room.excerpt(span) if room is not None else None
         if excerpt is not None:
@@ -223,7 +223,7 @@ class Rooms:
         """Whether a request names a message of another history."""
         return any(named is not None and named.epoch != self._log.epoch for named in (request.before, request.after))
 
-    def _excerpt(self, page: Page, request: PageRequest, span: Span) -> Excerpt:
+    def _excerpt(self, page: Page, request: PageRequest, span: PageRange) -> EncodedPage:
         if self._unknown(request):  # by now
             raise UnknownId
 
@@ -249,7 +249,7 @@ class Rooms:
 
     # chatd.presence.Guest
 
-    def elsewhere(self, room: str, node: str, here: Here) -> None:
+    def elsewhere(self, room: str, node: str, here: Occupancy) -> None:
         """Guest.elsewhere."""
         found = self._find(room)
         if found is not None:

@@ -34,7 +34,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id
-from chatd.room.log import Excerpt, Log, Page, Span, UnknownId
+from chatd.room.log import EncodedPage, Log, Page, PageRange, UnknownId
 from chatd.room.presence import Presence, Report
 from chatd.room.sweep import sweep
 from chatd.room.tail import NO_RUN, RUN_FRAMES, Run, Tail
@@ -74,10 +74,10 @@ class Member(Protocol):
     def hold(self, rest: bytes) -> None:
         """Keep the rest of a frame that write() cut, and be ready again when it is gone."""
 
-    def tell(self, frame: bytes) -> None:
+    def send_frame(self, frame: bytes) -> None:
         """Send it a frame that is not of the log, or several acknowledgements, after what it was given."""
 
-    def overrun(self) -> None:
+    def evict(self) -> None:
         """Close it, and let it leave: it is too slow, and what it misses is better had by coming back."""
 
 
@@ -172,7 +172,7 @@ class Room:
         """Whether the tail holds all that came after a message."""
         return self._tail.first - 1 <= number <= self.head
 
-    def excerpt(self, span: Span) -> Excerpt | None:
+    def excerpt(self, span: PageRange) -> EncodedPage | None:
         """A page from the tail, or None if the log must be asked."""
         try:
             after, _ = span.bounds(self._first, self.head)
@@ -213,7 +213,7 @@ class Room:
         for member in self.members:
             member.cursor = head
         for member in [*self.members]:
-            member.tell(frame)
+            member.send_frame(frame)
         self._schedule()
 
     def trimmed(self, first: int) -> None:
@@ -248,7 +248,7 @@ class Room:
     def _history_frame(self, resumed: bool | None, number: int, missed: Page | None) -> tuple[bytes, int]:
         epoch = self.epoch
         if not resumed:
-            excerpt = Span(None, None, self._history).excerpt(
+            excerpt = PageRange(None, None, self._history).excerpt(
                 max(self._first, self._tail.first), number, self._tail.between
             )
             older = number - len(excerpt.frames) >= self._first
@@ -335,7 +335,7 @@ class Room:
             else:
                 self._acks[member] = acks[len(due) :]
             if due:
-                member.tell(b"".join(due))
+                member.send_frame(b"".join(due))
 
     def _refill(self, member: Member) -> None:
         """Serve a member that the tail overran from the log, or close it when that is too far."""
@@ -375,4 +375,4 @@ class Room:
 
     def _overrun(self, member: Member) -> None:
         _logger.info("{room}: a member {lag} messages behind is closed", room=self.name, lag=self.head - member.cursor)
-        member.overrun()
+        member.evict()

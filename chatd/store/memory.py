@@ -78,7 +78,7 @@ class MemoryStore:
             self._stamp = Stamp(self._now, entry.timestamp)
         return self.trim()
 
-    def tail(self, follower: Follower) -> None:
+    def follow(self, follower: Follower) -> None:
         """Log.tail."""
         self._followers.append(follower)
 

@@ -277,7 +277,7 @@ class SqliteStore:
 
     # Writing
 
-    def tail(self, follower: Follower) -> None:
+    def follow(self, follower: Follower) -> None:
         """Log.tail."""
         self._followers.append(follower)
 

@@ -35,7 +35,7 @@ _ORIGIN = re.compile(
 )
 
 
-class Refused(Exception):
+class HttpError(Exception):
     """A request that is refused, with a status and one line that says why."""
 
     def __init__(self, status: HTTPStatus, detail: str, code: Code | None = None) -> None:
@@ -44,7 +44,7 @@ class Refused(Exception):
         self.code = code
 
 
-class Visit(NamedTuple):
+class JoinRequest(NamedTuple):
     """What a client that comes in asks for, found good."""
 
     room: str
@@ -86,22 +86,22 @@ class Admission:
         match = _PATH.fullmatch(path)
         name = match[1] if match else MAIN if path == "/" else None
         if name is None or (self._rooms and not any(pattern.match(name) for pattern in self._rooms)):
-            raise Refused(HTTPStatus.NOT_FOUND, "there is no room here; connect to / or to /rooms/NAME")
+            raise HttpError(HTTPStatus.NOT_FOUND, "there is no room here; connect to / or to /rooms/NAME")
         return name
 
     def check_origin(self, origin: str | None) -> None:
         """Refuse with 403 what a page elsewhere asks; who is no browser says no origin and is let in."""
         if origin is not None and self._origins and not any(pattern.match(origin) for pattern in self._origins):
-            raise Refused(HTTPStatus.FORBIDDEN, "this page may not connect here")
+            raise HttpError(HTTPStatus.FORBIDDEN, "this page may not connect here")
 
-    def visit(self, path: str, query: Mapping[str, Sequence[str]], origin: str | None) -> Visit:
+    def visit(self, path: str, query: Mapping[str, Sequence[str]], origin: str | None) -> JoinRequest:
         """Judge what a client that comes in asks for; raises Refused.  Unknown keys of the query are ignored."""
         self.check_origin(origin)
         room = self.room(path)
         if not query:
-            return Visit(room, None, NOTHING, None)
+            return JoinRequest(room, None, NOTHING, None)
         last, events, username = (query.get(name, [None])[-1] for name in ("last_event_id", "events", "username"))
-        return Visit(room, last_id(last), _events(events), _username(username))
+        return JoinRequest(room, last_id(last), _events(events), _username(username))
 
 
 def last_id(text: str | None) -> Id | None:
@@ -109,19 +109,19 @@ def last_id(text: str | None) -> Id | None:
     try:
         return Id.parse(text) if text else None
     except ValueError as error:
-        raise Refused(HTTPStatus.BAD_REQUEST, f"last_event_id: {error}") from None
+        raise HttpError(HTTPStatus.BAD_REQUEST, f"last_event_id: {error}") from None
 
 
 def _events(text: str | None) -> frozenset[str]:
     events = frozenset(text.split(",")) if text else NOTHING
     if not events <= EVENTS:
-        raise Refused(HTTPStatus.BAD_REQUEST, f"events: choose of {', '.join(sorted(EVENTS))}")
+        raise HttpError(HTTPStatus.BAD_REQUEST, f"events: choose of {', '.join(sorted(EVENTS))}")
     return events
 
 
 def _username(text: str | None) -> str | None:
     if text and not is_username(text):
-        raise Refused(HTTPStatus.BAD_REQUEST, "username: 1 to 30 characters")
+        raise HttpError(HTTPStatus.BAD_REQUEST, "username: 1 to 30 characters")
     return text or None
 
 
@@ -130,7 +130,7 @@ def read_query(query: str) -> dict[str, list[str]]:
     try:
         return parse_qs(query.encode("ascii").decode(), errors="strict") if query else {}
     except ValueError:
-        raise Refused(HTTPStatus.BAD_REQUEST, "the query is not UTF-8") from None
+        raise HttpError(HTTPStatus.BAD_REQUEST, "the query is not UTF-8") from None
 
 
 class Paced(Protocol):

@@ -25,11 +25,11 @@ from twisted.web.server import NOT_DONE_YET
 from zope.interface import implementer
 
 from chatd.messages import Code, Id, PageRequest, Post
-from chatd.room.log import Excerpt, InDoubt, LabelReused, LogUnavailable, UnknownId
-from chatd.room.registry import Opening, Rooms
+from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.room.registry import JoinTicket, Registry
 from chatd.room.room import Room
-from chatd.transport.admission import Addresses, Admission, Refused, last_id, read_query
-from chatd.transport.connections import ABNORMAL, EVENT_STREAM, OVERLOADED, RESTART, Clients
+from chatd.transport.admission import Addresses, Admission, HttpError, last_id, read_query
+from chatd.transport.connections import ABNORMAL, EVENT_STREAM, OVERLOADED, RESTART, Connections
 from chatd.transport.frames import (
     FrameError,
     ack_frame,
@@ -40,7 +40,7 @@ from chatd.transport.frames import (
     parse_post,
 )
 from chatd.transport.framing import payload
-from chatd.transport.http import PROBLEM, RETRY_SECONDS, SERVER, ChatResource, answer, page, problem
+from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, SERVER, ChatResource, answer, page, problem
 
 PREFLIGHT_SECONDS: Final = 7200
 """How long a browser may remember what a page may ask."""
@@ -68,7 +68,7 @@ class Reply:
             self._request.write(answer(self._request, status, body, kind, **headers))
             self._request.finish()
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: HttpError) -> None:
         """Answer with a problem."""
         self.send(refused.status, problem(refused.status, str(refused), refused.code), PROBLEM, **_retry(refused))
 
@@ -77,23 +77,23 @@ class Reply:
         self.refuse(_meaning(failure))
 
 
-def _stopping() -> Refused:
-    return Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is about to stop", Code.UNAVAILABLE)
+def _stopping() -> HttpError:
+    return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is about to stop", Code.UNAVAILABLE)
 
 
-def _retry(refused: Refused) -> dict[str, str]:
-    return {"retry_after": str(RETRY_SECONDS)} if refused.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+def _retry(refused: HttpError) -> dict[str, str]:
+    return {"retry_after": str(RETRY_AFTER_SECONDS)} if refused.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
 
 
-def _meaning(failure: Failure) -> Refused:
+def _meaning(failure: Failure) -> HttpError:
     """What a failure means for the client."""
-    if isinstance(failure.value, Refused):
+    if isinstance(failure.value, HttpError):
         return failure.value
     if failure.check(UnknownId):
-        return Refused(HTTPStatus.NOT_FOUND, "there is no message of this id", Code.UNKNOWN_ID)
+        return HttpError(HTTPStatus.NOT_FOUND, "there is no message of this id", Code.UNKNOWN_ID)
     failure.trap(LogUnavailable)
     _log.error("the log cannot be read: {error}", error=failure.value)
-    return Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the log cannot be read now", Code.UNAVAILABLE)
+    return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the log cannot be read now", Code.UNAVAILABLE)
 
 
 class Posting:
@@ -115,12 +115,12 @@ class Posting:
         """Poster.refused."""
         if isinstance(error, LabelReused):
             status, code, why = HTTPStatus.UNPROCESSABLE_ENTITY, Code.LABEL_REUSED, "it was given to another message"
-            self._reply.refuse(Refused(status, f"Idempotency-Key: {why}", code))
+            self._reply.refuse(HttpError(status, f"Idempotency-Key: {why}", code))
         else:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             in_doubt = isinstance(error, InDoubt)
             why = "may not have been stored; try again with the same key" if in_doubt else "was not stored; try again"
-            self._reply.refuse(Refused(status, f"the message {why}", Code.UNAVAILABLE))
+            self._reply.refuse(HttpError(status, f"the message {why}", Code.UNAVAILABLE))
 
 
 @implementer(IPushProducer)
@@ -134,12 +134,12 @@ class EventStream:
     ready = True
 
     def __init__(
-        self, request: Request, rooms: Rooms, clients: Clients, events: frozenset[str], name: str | None
+        self, request: Request, rooms: Registry, connections: Connections, events: frozenset[str], name: str | None
     ) -> None:
         self._request = request
         self._channel = cast(Any, request.channel)
         self._rooms = rooms
-        self._clients = clients
+        self._clients = connections
         self._room: Room | None = None
         self._open = True
         self._code = ABNORMAL
@@ -154,7 +154,7 @@ class EventStream:
         """Client.joined."""
         return self._room is not None
 
-    def join(self, opening: Opening) -> None:
+    def join(self, opening: JoinTicket) -> None:
         """Begin the stream with the history, and be a member, unless there is nobody any more, or no more to come."""
         if not self._open:
             return
@@ -170,7 +170,7 @@ class EventStream:
         request.registerProducer(self, streaming=True)
         self._clients.add(self)
         history = opening.join(self)
-        request.write(b"retry: %d\n\n%b" % (RETRY_SECONDS * 1000, event(history)))
+        request.write(b"retry: %d\n\n%b" % (RETRY_AFTER_SECONDS * 1000, event(history)))
         _log.info(
             "#{connection} {peer} joined {room} for events",
             connection=self.connection,
@@ -187,7 +187,7 @@ class EventStream:
         """Member.hold: write() takes all."""
         raise NotImplementedError
 
-    def tell(self, frame: bytes) -> None:
+    def send_frame(self, frame: bytes) -> None:
         """Member.tell."""
         self._request.write(event(frame))
 
@@ -212,7 +212,7 @@ class EventStream:
     def stopProducing(self) -> None:
         """IPushProducer: the transport is gone; _gone follows."""
 
-    def overrun(self) -> None:
+    def evict(self) -> None:
         """Member.overrun: it comes back by itself, with its last id."""
         self._end(OVERLOADED, b"retry: 0\n\n")
 
@@ -221,7 +221,7 @@ class EventStream:
         """Client.head."""
         return 0 if self._room is None else self._room.head
 
-    def owed(self, head: int) -> bool:
+    def has_pending(self, head: int) -> bool:
         """Client.owed."""
         return self._room is not None and self.cursor < head
 
@@ -266,10 +266,10 @@ class Api(ChatResource):
 
     isLeaf = True
 
-    def __init__(self, rooms: Rooms, clients: Clients, admission: Admission, addresses: Addresses) -> None:
+    def __init__(self, rooms: Registry, connections: Connections, admission: Admission, addresses: Addresses) -> None:
         super().__init__()
         self._rooms = rooms
-        self._clients = clients
+        self._clients = connections
         self._admission = admission
         self._addresses = addresses
 
@@ -278,7 +278,7 @@ class Api(ChatResource):
         try:
             self._allow(request)
             return self._route(request)
-        except Refused as refused:
+        except HttpError as refused:
             body = problem(refused.status, str(refused), refused.code)
             return answer(request, refused.status, body, PROBLEM, **_retry(refused))
 
@@ -300,7 +300,7 @@ class Api(ChatResource):
         path, _, query = request.uri.decode("latin-1").partition("?")
         match = _ROUTE.fullmatch(path)
         if match is None:
-            raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+            raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
         named = match["room"] or "/"
         room = self._admission.room(named)
         rest = match["rest"] or ""
@@ -318,7 +318,7 @@ class Api(ChatResource):
         found = resource.get("GET" if method == "HEAD" else method)
         if found is None:
             request.setHeader("allow", _methods(resource))
-            raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
+            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
         return found()
 
     def _preflight(self, request: Request, resource: dict[str, Callable[[], Any]]) -> int:
@@ -343,10 +343,10 @@ class Api(ChatResource):
         try:
             wanted = page_request({"type": "history", **asked})
         except FrameError as error:
-            raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
+            raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
         reply = Reply(request)
 
-        def paged(excerpt: Excerpt) -> None:
+        def paged(excerpt: EncodedPage) -> None:
             more = excerpt.older if wanted.after is None else excerpt.newer
             frame = history_frame(self._rooms.epoch, excerpt.end, excerpt.frames, more=more)
             links = ", ".join(self._links(excerpt, wanted.limit))
@@ -355,7 +355,7 @@ class Api(ChatResource):
         self._rooms.page(room, wanted).addCallback(paged).addErrback(reply.failed)
         return NOT_DONE_YET
 
-    def _links(self, excerpt: Excerpt, limit: int) -> list[str]:
+    def _links(self, excerpt: EncodedPage, limit: int) -> list[str]:
         """Where the pages before and after this one are, if the log has them."""
         epoch, links = self._rooms.epoch, []
         if excerpt.older:
@@ -370,10 +370,10 @@ class Api(ChatResource):
         try:
             wanted = Id.parse(text)
         except ValueError as error:
-            raise Refused(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
+            raise HttpError(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
         reply = Reply(request)
 
-        def found(excerpt: Excerpt) -> None:
+        def found(excerpt: EncodedPage) -> None:
             if excerpt.end == wanted.number and excerpt.frames:
                 reply.send(HTTPStatus.OK, payload(excerpt.frames[0]) + b"\n")
             else:
@@ -393,18 +393,18 @@ class Api(ChatResource):
         wait = self._addresses.take(peer, _header(request, b"x-forwarded-for"))
         if wait:
             request.setHeader("retry-after", str(ceil(wait)))
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "Rate limit exceeded", Code.RATE_LIMITED)
+            raise HttpError(HTTPStatus.TOO_MANY_REQUESTS, "Rate limit exceeded", Code.RATE_LIMITED)
         if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             # No form can send this type, so that a page elsewhere must ask first.
-            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
         try:
             post = parse_post(cast(BytesIO, request.content).read())
         except FrameError as error:
-            raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
+            raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
         label = _idempotency_key(_header(request, b"idempotency-key"))
         if label is not None:
             if post.label not in (None, label):
-                raise Refused(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
+                raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
             post = post._replace(label=label)
         posting = Posting(Reply(request), f"/rooms/{room}", lambda: self._rooms.epoch)
         self._rooms.post(room, post, posting)
@@ -443,5 +443,5 @@ def _idempotency_key(value: str | None) -> str | None:
     quoted = _QUOTED.fullmatch(value.strip())
     label = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else value.strip()
     if not is_label(label):
-        raise Refused(HTTPStatus.BAD_REQUEST, "Idempotency-Key: 1 to 64 visible ASCII characters")
+        raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key: 1 to 64 visible ASCII characters")
     return label

@@ -33,7 +33,7 @@ UNSUPPORTED, ABNORMAL, NOT_UTF8, POLICY, RESTART, OVERLOADED = 1003, 1006, 1007,
 _log = Logger()
 
 
-class Client(Protocol):
+class Connection(Protocol):
     """One connection."""
 
     connection: int
@@ -54,14 +54,14 @@ class Client(Protocol):
     def ping(self) -> bool:
         """See to it that it lives; answers whether it answered the last time."""
 
-    def overrun(self) -> None:
+    def evict(self) -> None:
         """Close it: it is too slow."""
 
     @property
     def head(self) -> int:
         """The number of the newest message in its room; 0 if it is in none."""
 
-    def owed(self, head: int) -> bool:
+    def has_pending(self, head: int) -> bool:
         """Whether it waits for the message of this number, or for an answer to what it said."""
 
     def finish(self) -> None:
@@ -74,31 +74,31 @@ class Client(Protocol):
         """End it without any handshake."""
 
 
-class Clients:
+class Connections:
     """All of them; each is pinged every `ping` seconds."""
 
     def __init__(self, clock: IReactorTime, ping: float = PING_SECONDS) -> None:
-        self.connected: set[Client] = set()
+        self.connected: set[Connection] = set()
         """Those whose handshake was answered."""
         self.closes: Counter[tuple[str, int]] = Counter()
         """How many of those are gone, by carrier and close code."""
-        self.handshakes: Deadlines[Client] = Deadlines(HANDSHAKE_SECONDS, clock)
-        self.closings: Deadlines[Client] = Deadlines(CLOSE_SECONDS, clock)
-        self.stalls: Deadlines[Client] = Deadlines(STALL_SECONDS, clock)
-        self.pings: Deadlines[Client] = Deadlines(ping, clock)
+        self.handshakes: Deadlines[Connection] = Deadlines(HANDSHAKE_SECONDS, clock)
+        self.closings: Deadlines[Connection] = Deadlines(CLOSE_SECONDS, clock)
+        self.stalls: Deadlines[Connection] = Deadlines(STALL_SECONDS, clock)
+        self.pings: Deadlines[Connection] = Deadlines(ping, clock)
         self._numbers = count(1)
         self.stopping = False
         """Whether no more may join."""
         self._empty: list[Deferred[None]] = []
 
-    def add(self, client: Client) -> None:
+    def add(self, client: Connection) -> None:
         """A client has joined a room."""
         self.handshakes.discard(client)
         client.connection = next(self._numbers)
         self.connected.add(client)
         self.pings.add(client)
 
-    def remove(self, client: Client, code: int) -> bool:
+    def remove(self, client: Connection, code: int) -> bool:
         """A connection is gone, with a close code; answers whether its handshake had been answered."""
         for deadlines in (self.handshakes, self.closings, self.stalls, self.pings):
             deadlines.discard(client)
@@ -112,7 +112,7 @@ class Clients:
                 empty.callback(None)
         return True
 
-    def look(self) -> None:
+    def check_deadlines(self) -> None:
         """Do what is due; to be called once a second."""
         for client in self.handshakes.expired():
             self._drop(client, "sent no whole request")
@@ -120,7 +120,7 @@ class Clients:
             self._drop(client, "did not answer the close")
         for client in self.stalls.expired():
             if client.joined:
-                client.overrun()
+                client.evict()
                 self.stalls.add(client)
             else:
                 self._drop(client, "took nothing")
@@ -130,7 +130,7 @@ class Clients:
             else:
                 self._drop(client, "did not answer a ping")
 
-    def _drop(self, client: Client, why: str) -> None:
+    def _drop(self, client: Connection, why: str) -> None:
         _log.info(
             "#{connection} {peer} is dropped: it {why} in time",
             connection=client.connection,

@@ -35,7 +35,7 @@ HTTP_SECONDS: Final = 75
 MAX_BODY: Final = 16 << 10
 """Bytes of a request's body: what a WebSocket message may have."""
 
-RETRY_SECONDS: Final = 2
+RETRY_AFTER_SECONDS: Final = 2
 """When to try again a server whose log is down, and how long a reader of events waits before it comes back."""
 
 SERVER: Final = f"chatd/{chatd.__version__}"

@@ -16,8 +16,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from chatd.messages import Code, Id, PageRequest, Post, Typing
-from chatd.room.log import Excerpt, InDoubt, LabelReused, LogUnavailable, UnknownId
-from chatd.room.registry import Rooms
+from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.room.registry import Registry
 from chatd.room.room import Room
 from chatd.transport.admission import Rate
 from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse
@@ -44,7 +44,7 @@ def _is_text(text: bytes) -> bool:
 class Session:
     """Implements chatd.log.Poster, and the half of chatd.room.Member that is no transport."""
 
-    rooms: Rooms
+    rooms: Registry
     refusals: Counter[str]
     """How many frames were refused, by the code of the error."""
     rate: Rate | None = None
@@ -75,7 +75,7 @@ class Session:
         """Where the client is, for the log."""
         raise NotImplementedError
 
-    def tell(self, frame: bytes) -> None:
+    def send_frame(self, frame: bytes) -> None:
         """Send a frame, after what was sent before."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Session:
         """Member.hold."""
         raise NotImplementedError
 
-    def overrun(self) -> None:
+    def evict(self) -> None:
         """Member.overrun."""
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class Session:
         """Client.head."""
         return 0 if self.room is None else self.room.head
 
-    def owed(self, head: int) -> bool:
+    def has_pending(self, head: int) -> bool:
         """Client.owed."""
         if self.room is None:
             return False
@@ -213,7 +213,7 @@ class Session:
 
     def _err(self, message: str, code: Code | None, label: str | None, retry_after: float | None = None) -> None:
         self.refusals[code or SCHEMA] += 1
-        self.tell(error_frame(message, code, label, retry_after))
+        self.send_frame(error_frame(message, code, label, retry_after))
 
     def _page(self, room: Room, request: PageRequest) -> None:
         reading = self.rooms.page(room.name, request)
@@ -223,10 +223,10 @@ class Session:
         answered = reading.addCallbacks(self._paged, self._not_paged, callbackArgs=(request,), errbackArgs=(request,))
         answered.addBoth(self._page_done)
 
-    def _paged(self, page: Excerpt, request: PageRequest) -> None:
+    def _paged(self, page: EncodedPage, request: PageRequest) -> None:
         if self.room is not None:
             more = page.older if request.after is None else page.newer
-            self.tell(history_frame(self.rooms.epoch, page.end, page.frames, more=more, label=request.label))
+            self.send_frame(history_frame(self.rooms.epoch, page.end, page.frames, more=more, label=request.label))
 
     def _not_paged(self, failure: Failure, request: PageRequest) -> None:
         failure.trap(UnknownId, LogUnavailable)
@@ -253,7 +253,7 @@ class Session:
             return
         ack = ack_frame(Id(self.rooms.epoch, number), post.label, duplicate=duplicate)
         if duplicate:
-            self.tell(ack)
+            self.send_frame(ack)
             return
         room.acknowledge(self, number, ack)
         if not self.ready:

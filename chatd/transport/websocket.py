@@ -42,11 +42,20 @@ from zope.interface import implementer
 
 from chatd.messages import Code
 from chatd.room.log import LogUnavailable
-from chatd.room.registry import Opening, Rooms
-from chatd.transport.admission import Admission, Rate, Refused, Visit, read_query
-from chatd.transport.connections import ABNORMAL, NOT_UTF8, OVERLOADED, POLICY, RESTART, UNSUPPORTED, WEBSOCKET, Clients
+from chatd.room.registry import JoinTicket, Registry
+from chatd.transport.admission import Admission, HttpError, JoinRequest, Rate, read_query
+from chatd.transport.connections import (
+    ABNORMAL,
+    NOT_UTF8,
+    OVERLOADED,
+    POLICY,
+    RESTART,
+    UNSUPPORTED,
+    WEBSOCKET,
+    Connections,
+)
 from chatd.transport.framing import Upgrade, parse_upgrade, switch, take_texts
-from chatd.transport.http import HTTP_1_1, PROBLEM, RETRY_SECONDS, SERVER, ChatSite, problem
+from chatd.transport.http import HTTP_1_1, PROBLEM, RETRY_AFTER_SECONDS, SERVER, ChatSite, problem
 from chatd.transport.session import SCHEMA, Session
 
 SUBPROTOCOL: Final = "chat.v1"
@@ -73,7 +82,7 @@ class _Never:
 
 
 @implementer(IPullProducer, IPushProducer)
-class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn's bases disagree
+class ChatConnection(Session, WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn's bases disagree
     """A connection: a session, a member of its room, and one of the clients."""
 
     factory: "ChatFactory"
@@ -82,8 +91,8 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
     fragments = 0
     answered = True
     """Whether the last ping was."""
-    visit: Visit
-    opening: Opening
+    visit: JoinRequest
+    opening: JoinTicket
     """What was asked for and what was found, from the admission until it is joined."""
 
     is_closed = is_open = _Never()
@@ -118,7 +127,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
             with suppress(OSError):  # a Unix socket has no such option
                 transport.setTcpNoDelay(True)
         self.factory.countConnections += 1
-        self.factory.clients.handshakes.add(self)
+        self.factory.connections.handshakes.add(self)
 
     def buffered(self) -> None:
         """Write nothing at once: it would overtake what the transport holds."""
@@ -142,7 +151,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
 
     def _hand_over(self) -> None:
         """Let the web site have this connection, as if it had been there from the start."""
-        self.factory.clients.handshakes.discard(self)
+        self.factory.connections.handshakes.discard(self)
         self.factory.countConnections -= 1
         self.state = self.STATE_CLOSED
         channel = self.factory.site.buildProtocol(self.transport.getPeer())
@@ -181,7 +190,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
         """Find the room, at once if someone is in it; answers the subprotocol chosen, or ConnectionDeny."""
         try:
             visit = self.visit = self.factory.admission.visit(path, read_query(query), origin)
-        except Refused as refused:
+        except HttpError as refused:
             raise ConnectionDeny(refused.status.value, str(refused)) from None
         opening = self.rooms.open(visit.room, visit.last)
         if not opening.called:
@@ -195,10 +204,10 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
         self.transport.resumeProducing()
         return opened
 
-    def _opened(self, opening: Opening, chosen: str | None) -> str | None:
+    def _opened(self, opening: JoinTicket, chosen: str | None) -> str | None:
         if self.state != self.STATE_CONNECTING:
             raise ConnectionDeny(HTTPStatus.REQUEST_TIMEOUT.value, "the handshake took too long")
-        if self.factory.clients.stopping:
+        if self.factory.connections.stopping:
             raise ConnectionDeny(HTTPStatus.SERVICE_UNAVAILABLE.value, "the server is about to stop")
         self.opening = opening
         return chosen
@@ -222,7 +231,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
             *(responseHeaders or []),
         ]
         if code == HTTPStatus.SERVICE_UNAVAILABLE:
-            headers.append(("Retry-After", RETRY_SECONDS))
+            headers.append(("Retry-After", RETRY_AFTER_SECONDS))
         if code == HTTPStatus.METHOD_NOT_ALLOWED:
             headers.append(("Allow", "GET"))
         lines = [f"HTTP/1.1 {int(code)} {HTTPStatus(code).phrase}", f"Server: {SERVER}", "Connection: close"]
@@ -245,7 +254,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
             self.events = visit.events
         if visit.username is not None:
             self.name = visit.username
-        self.factory.clients.add(self)
+        self.factory.connections.add(self)
         self.transport.registerProducer(self, self._socket is None)
         self.sendData(answer + opening.join(self))
         _log.info("#{connection} {peer} joined {room}", connection=self.connection, peer=self.peer, room=visit.room)
@@ -342,7 +351,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
         elif (taken := self.write(data)) < len(data):
             self.hold(data[taken:])
 
-    def tell(self, frame: bytes) -> None:
+    def send_frame(self, frame: bytes) -> None:
         """Member.tell."""
         self.sendData(frame)
 
@@ -357,24 +366,24 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
     def pauseProducing(self) -> None:
         """IPushProducer: the transport is full."""
         self.ready = False
-        self.factory.clients.stalls.add(self)
+        self.factory.connections.stalls.add(self)
 
     def resumeProducing(self) -> None:
         """IPullProducer: the transport is empty."""
         self.ready = True
-        self.factory.clients.stalls.discard(self)
+        self.factory.connections.stalls.discard(self)
         if self.unread:
             self.unread = False
             self.go_on()
         if self.state == self.STATE_CLOSING:  # the close frame is out by now
-            self.factory.clients.closings.add(self)
+            self.factory.connections.closings.add(self)
         if self.room is not None and self in self.room.members:
             self.room.resume(self)
 
     def stopProducing(self) -> None:
         """IPullProducer: the transport is gone; onClose follows."""
 
-    def overrun(self) -> None:
+    def evict(self) -> None:
         """Member.overrun."""
         self.close(OVERLOADED, "too slow: reconnect")
 
@@ -398,10 +407,10 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
     def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
         """Whoever began it: after the close frame nothing may be sent (RFC 6455, section 5.5.1)."""
         self.leave()
-        self.factory.clients.pings.discard(self)
+        self.factory.connections.pings.discard(self)
         super().sendCloseFrame(code, reasonUtf8, isReply)
         if self.state == self.STATE_CLOSING and not isReply and self.ready:
-            self.factory.clients.closings.add(self)
+            self.factory.connections.closings.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The transport is gone: Autobahn's adapter, without the lines for debugging that it composes."""
@@ -411,7 +420,7 @@ class ChatProtocol(Session, WebSocketServerProtocol):  # type: ignore[misc]  # A
         """The transport is gone."""
         self.leave()
         code = (self.localCloseCode if self.closedByMe else code) or ABNORMAL
-        if self.factory.clients.remove(self, code):
+        if self.factory.connections.remove(self, code):
             _log.info(
                 "#{connection} {peer} left {room}: {code}",
                 connection=self.connection,
@@ -430,8 +439,8 @@ class ChatFactory(WebSocketServerFactory):
     def __init__(
         self,
         *,
-        rooms: Rooms,
-        clients: Clients,
+        rooms: Registry,
+        connections: Connections,
         admission: Admission,
         site: ChatSite,
         reactor: IReactorTime,
@@ -448,7 +457,7 @@ class ChatFactory(WebSocketServerFactory):
             closeHandshakeTimeout=0,
             allowNullOrigin=True,
         )
-        self.clients = clients
+        self.connections = connections
         self.admission = admission
         self.site = site
         site.upgrade = self.take_back
@@ -464,7 +473,7 @@ class ChatFactory(WebSocketServerFactory):
 
     def take_back(self, transport: Any, data: bytes) -> None:
         """Have a connection that has served plain requests, and now begins with a handshake."""
-        protocol = cast(ChatProtocol, self.buildProtocol(transport.getPeer()))
+        protocol = cast(ChatConnection, self.buildProtocol(transport.getPeer()))
         if isinstance(transport, ProtocolWrapper):
             transport.wrappedProtocol = protocol
         else:
@@ -473,7 +482,7 @@ class ChatFactory(WebSocketServerFactory):
         protocol.buffered()  # the last answer may not be out yet
         protocol.dataReceived(data)
 
-    def _lean(self, own: Mapping[str, Any]) -> type[ChatProtocol]:
+    def _lean(self, own: Mapping[str, Any]) -> type[ChatConnection]:
         """Make the class of this factory's connections: it has what Autobahn would give to each of them.
 
         That is some sixty attributes, 6 KB and most of the time that a connection takes to make.  All are
@@ -487,6 +496,6 @@ class ChatFactory(WebSocketServerFactory):
             # A function must not become a method.
             name: staticmethod(value) if callable(value) else value
             for name, value in vars(blank).items()
-            if name not in vars(ChatProtocol)
+            if name not in vars(ChatConnection)
         }
-        return type(ChatProtocol.__name__, (ChatProtocol,), {**shared, **own})
+        return type(ChatConnection.__name__, (ChatConnection,), {**shared, **own})

@@ -39,7 +39,7 @@ class DeployError(Exception):
     """The exit status that says so."""
 
 
-class Refused(DeployError):
+class CallDenied(DeployError):
     """It is not safe to begin."""
 
     status = 3

@@ -13,7 +13,7 @@ from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 
 from chatd.client.client import Client, Listener
-from chatd.client.protocol import Refused
+from chatd.client.protocol import Rejected
 from chatd.messages import Entry
 
 ROOM: Final = "rooms/launch"
@@ -41,7 +41,7 @@ class Echo(Listener):
     def lost(self, reason: str, wait: float) -> None:
         self._fail(reason)
 
-    def refused(self, reason: Refused) -> None:
+    def refused(self, reason: Rejected) -> None:
         self._fail(str(reason))
 
     def _fail(self, reason: str) -> None:

@@ -8,7 +8,7 @@ refresh of the instances is CloudFormation's: it is cancelled through the stack 
 from collections.abc import Callable
 from typing import Any, Final
 
-from deploying.aws import POLL_SECONDS, AwsError, DeployError, Refused, RolledBack, Stuck, say
+from deploying.aws import POLL_SECONDS, AwsError, CallDenied, DeployError, RolledBack, Stuck, say
 from deploying.stack import Plan, Stack, State, named
 
 PATIENCE_SECONDS: Final = 600
@@ -198,7 +198,7 @@ def under_way(stack: Stack, image: str) -> str | None:
     if state.busy:
         token = stack.began(image)
         if token is None:
-            raise Refused(f"{stack.name} is {state.status}, of something else: wait, or scripts/deploy abort")
+            raise CallDenied(f"{stack.name} is {state.status}, of something else: wait, or scripts/deploy abort")
         return token
     plan = stack.planned(image, "EXECUTE_IN_PROGRESS")
     return plan.token if plan else None

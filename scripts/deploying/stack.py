@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any, Final, NamedTuple
 
-from deploying.aws import POLL_SECONDS, Account, AwsError, Clock, DeployError, Refused, say
+from deploying.aws import POLL_SECONDS, Account, AwsError, CallDenied, Clock, DeployError, say
 
 IMAGE: Final = "ImageId"
 """The stack's parameter."""
@@ -122,7 +122,7 @@ class Stack:
         found = {one["AlarmName"]: one["StateValue"] for kind in types for one in answer.get(f"{kind}s", [])}
         loud = [f"{name} ({found.get(name, 'does not exist')})" for name in names if found.get(name) != "OK"]
         if loud:
-            raise Refused(f"an alarm is not OK: {', '.join(loud)}: see to that first")
+            raise CallDenied(f"an alarm is not OK: {', '.join(loud)}: see to that first")
         self.settled(state)
 
     def settled(self, state: State) -> None:
@@ -131,7 +131,7 @@ class Stack:
         arguments = {"AutoScalingGroupName": group, "MaxRecords": 1}
         for one in self.account.call("autoscaling", "describe_instance_refreshes", **arguments)["InstanceRefreshes"]:
             if one["Status"] in REFRESHING:
-                raise Refused(
+                raise CallDenied(
                     f"the instances of {group} are being replaced: wait until {one['InstanceRefreshId']} ends"
                 )
 
@@ -140,10 +140,10 @@ class Stack:
         if state is None or state.status == REVIEW:
             return
         if state.busy:
-            raise Refused(f"{self.name} is {state.status}: wait, or stop it with scripts/deploy abort")
+            raise CallDenied(f"{self.name} is {state.status}: wait, or stop it with scripts/deploy abort")
         if state.status not in UPDATABLE:
             remedy = "delete it first" if state.status in ("ROLLBACK_COMPLETE", "CREATE_FAILED") else "mend it first"
-            raise Refused(f"{self.name} is {state.status}, and cannot be updated: {remedy}")
+            raise CallDenied(f"{self.name} is {state.status}, and cannot be updated: {remedy}")
 
     # Change sets
 
@@ -221,7 +221,7 @@ class Stack:
         if more:
             allowing = " ".join(f"--allow {one['LogicalResourceId']}" for one in more)
             text = "; ".join(described(one) for one in more)
-            raise Refused(f"it would change more than the image: {text}: if that is meant, {allowing}")
+            raise CallDenied(f"it would change more than the image: {text}: if that is meant, {allowing}")
 
     def drop(self, name: str) -> None:
         """Remove a change set, if it is there; says so if it cannot."""

@@ -14,8 +14,8 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from chatd.client.client import CLOSE_SECONDS, CONNECT_SECONDS, SILENCE_SECONDS, Address, Client, Listener
-from chatd.client.protocol import Backoff, Fault, Posted, Refused, Stopped
+from chatd.client.client import CLOSE_SECONDS, CONNECT_SECONDS, SILENCE_SECONDS, Client, Listener, ServerAddress
+from chatd.client.protocol import Backoff, Fault, Posted, Rejected, Stopped
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
 from chatd.transport.framing import MAGIC
@@ -33,8 +33,8 @@ from chatd.transport.framing import MAGIC
     ],
 )
 def test_addresses(url, address, text):
-    assert Address.parse(url) == address
-    assert str(Address.parse(url)) == text
+    assert ServerAddress.parse(url) == address
+    assert str(ServerAddress.parse(url)) == text
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,15 @@ def test_addresses(url, address, text):
 )
 def test_what_is_no_address(url):
     with pytest.raises(ValueError, match=re.escape(repr(url))) as error:
-        Address.parse(url)
+        ServerAddress.parse(url)
     assert "\n" not in str(error.value)
 
 
 def test_the_query_is_kept_and_the_last_id_goes_with_it():
-    address = Address.parse("ws://h/rooms/a?username=ann+b&last_event_id=abcd-1")
+    address = ServerAddress.parse("ws://h/rooms/a?username=ann+b&last_event_id=abcd-1")
     assert address.resource(None) == "/rooms/a?username=ann+b&last_event_id=abcd-1"
     assert address.resource(Id("abcd", 7)) == "/rooms/a?username=ann+b&last_event_id=abcd-7"
-    assert Address.parse("ws://h").resource(None) == "/"
+    assert ServerAddress.parse("ws://h").resource(None) == "/"
 
 
 # A wire in memory
@@ -328,7 +328,7 @@ def test_what_is_refused_for_now_is_sent_again_at_its_time():
     table.clock.advance(1)
     assert wire.said() == []
     wire.say(error_frame("no", Code.LABEL_REUSED, said[0]["label"]))
-    with pytest.raises(Refused, match="no"):
+    with pytest.raises(Rejected, match="no"):
         result_of(posted)
 
 
@@ -481,7 +481,7 @@ def test_a_close_that_says_that_the_client_erred_is_the_end(code):
     refused = table.watch.events[-1]
     assert (refused[0], str(refused[1]), refused[1].code) == ("refused", f"closed with {code} why", code)
     for answer in (posted, table.client.post("ann", "hi"), table.client.page()):
-        with pytest.raises(Refused, match="why"):
+        with pytest.raises(Rejected, match="why"):
             result_of(answer)
     table.clock.advance(100)
     assert table.endpoint.attempts == []

@@ -228,7 +228,7 @@ class ScriptedLog:
         self.waiting = deque()
         self.keep(count)
 
-    def tail(self, follower):
+    def follow(self, follower):
         self.follower = follower
 
     def append(self, room, post, poster):
@@ -316,7 +316,7 @@ class Reader:
         self.ready = False
         self.held = rest
 
-    def tell(self, frame):
+    def send_frame(self, frame):
         told = frame if self.form is None else self.form(frame)
         if self.ready:
             self.writes.append(told)
@@ -331,7 +331,7 @@ class Reader:
         self.space = space
         room.resume(self)
 
-    def overrun(self):
+    def evict(self):
         self.overran = True
         self.leave()
 

@@ -43,14 +43,14 @@ class Bench:
         self.store = make(retain, self.now)
         self.wait(self.store.open(seed))
         self.events = []
-        self.store.tail(StrictFollower(self.events))
+        self.store.follow(StrictFollower(self.events))
 
     def reopen(self, again, retain="all"):
         """Close the store, and open another over the same log."""
         self.wait(self.store.close())
         self.store = again(self.store, Retention.parse(retain), self.now)
         self.wait(self.store.open(()))
-        self.store.tail(StrictFollower(self.events))
+        self.store.follow(StrictFollower(self.events))
 
     def post(self, room, *texts):
         """Post texts one after the other; answers their numbers."""
@@ -201,7 +201,7 @@ class StoreContract:
         log = bench(retain="2")
         log.post("a", "before")
         second = RecordingFollower()
-        log.store.tail(second)
+        log.store.follow(second)
         log.told()
         for room in "abcabcabc":
             log.post(room, "hi")

@@ -1,6 +1,6 @@
 """scripts/deploy as people and pipelines run it, rehearsed against an account that is none.
 
-What CloudFormation and the group do is a double's (tests/support/formation.py); what runs behind the URL is a real server.
+tests/support/formation.py is the double of CloudFormation and of the group. A real server runs behind the URL.
 """
 
 import re

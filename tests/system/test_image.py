@@ -1,7 +1,7 @@
 """What was baked: what is in it and what is not, that it boots, serves and drains, and what keeps it from service.
 
-The image is that of a whole bake (tests/support/cloud.py), and boots unchanged: under systemd-nspawn on networks of the test's
-own, and once with its own kernel under qemu.
+The image comes from a whole bake (tests/support/cloud.py) and boots unchanged: under systemd-nspawn on networks that
+the test makes, and once with its own kernel under qemu.
 """
 
 import contextlib

@@ -28,7 +28,7 @@ from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from chatd.client.protocol import Backoff, History, Refused
+from chatd.client.protocol import Backoff, History, Rejected
 from chatd.messages import Entry, Id
 
 LAUNCH, TERMINATE = "chatd-launch", "chatd-terminate"
@@ -171,7 +171,7 @@ def does_not_launch_unheard(program):
 
 def is_refused_an_echo(program):
     life = Life(program).begin()
-    life.heard.errback(Refused("refused with 404", 404))
+    life.heard.errback(Rejected("refused with 404", 404))
     life.passes(3600)
     assert life.when("complete") == []
     assert life.said[1:] == [f"{LAUNCH} is not completed: chatd takes nothing in the room launch: refused with 404"]
@@ -578,7 +578,7 @@ def test_an_echo_comes_by_the_log(tmp_path, options):
         drive(lambda reactor: lifecycle.echo(reactor, f"{server.url}rooms/launch"))
         data = client.json()["data"]
         assert data["username"] == "chatd"
-        with pytest.raises(Refused, match="404"):
+        with pytest.raises(Rejected, match="404"):
             drive(lambda reactor: lifecycle.echo(reactor, f"{server.url}rooms/elsewhere"))
 
 
@@ -591,7 +591,7 @@ def test_a_post_that_is_refused_for_good_is_no_echo(monkeypatch):
             pass
 
         def post(self, username, message):
-            return fail(Refused("not this", None))
+            return fail(Rejected("not this", None))
 
         def stop(self):
             stopped.append(self)
@@ -600,7 +600,7 @@ def test_a_post_that_is_refused_for_good_is_no_echo(monkeypatch):
     monkeypatch.setattr(lifecycle, "Client", Client)
     failed = []
     Deferred.fromCoroutine(lifecycle.echo(None, "ws://127.0.0.1/")).addErrback(failed.append)
-    assert failed[0].check(Refused)
+    assert failed[0].check(Rejected)
     assert len(stopped) == 1
 
 

@@ -36,14 +36,14 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id
-from chatd.room.registry import Rooms
+from chatd.room.registry import Registry
 from chatd.store.base import DAY, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore
 from chatd.transport import http as web
 from chatd.transport.admission import Addresses, Admission
 from chatd.transport.api import Api
-from chatd.transport.connections import Clients
+from chatd.transport.connections import Connections
 from chatd.transport.websocket import ChatFactory
 
 HISTORY = 3
@@ -154,7 +154,7 @@ class MemoryLog:
         self.truth = Truth(self._faults)
         self.store = MemoryStore(self._retain, self._now)
         self.store.open(())
-        self.store.tail(self.truth)
+        self.store.follow(self.truth)
 
     def failing(self, disk, steps):
         """It cannot fail."""
@@ -613,13 +613,13 @@ class Machine(RuleBasedStateMachine):
     def start(self):
         self.log.start()
         self.clock = Turns()
-        rooms = Rooms(self.log.store, self.clock, HISTORY)
-        self.looked = Clients(self.clock)
+        rooms = Registry(self.log.store, self.clock, HISTORY)
+        self.looked = Connections(self.clock)
         admission = Admission()
         api = Api(rooms, self.looked, admission, Addresses(None, 0, self.clock.seconds))
         self.factory = ChatFactory(
             rooms=rooms,
-            clients=self.looked,
+            connections=self.looked,
             admission=admission,
             site=web.ChatSite(api, self.clock),
             reactor=self.clock,
@@ -764,7 +764,7 @@ class Machine(RuleBasedStateMachine):
     def time_passes(self, seconds):
         self.now.advance(seconds)
         self.clock.advance(min(seconds, 60))
-        self.looked.look()
+        self.looked.check_deadlines()
         if seconds >= DAY // 2:
             self.log.store.trim()
 

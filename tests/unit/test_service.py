@@ -47,14 +47,14 @@ class Store:
         return self.closing
 
 
-class Clients:
+class Connections:
     """Clients who are looked at."""
 
     def __init__(self, journal):
         self.journal = journal
         self.fault = None
 
-    def look(self):
+    def check_deadlines(self):
         self.journal.append("look")
         if self.fault:
             raise self.fault
@@ -124,7 +124,7 @@ class Server:
         self.journal = []
         self.clock = Clock()
         self.store = Store(self.journal)
-        self.clients = Clients(self.journal)
+        self.connections = Connections(self.journal)
         self.drain = Drain(self.journal)
         self.factory = object()
         self.admin_factory = object()
@@ -136,7 +136,7 @@ class Server:
         self.service = ChatService(
             store=self.store,
             seed=SEED,
-            clients=self.clients,
+            connections=self.connections,
             factory=self.factory,
             admin_factory=self.admin_factory,
             listen=self.listen,
@@ -660,11 +660,11 @@ def test_deadlines_are_looked_at_while_it_drains(server):
 def test_a_look_that_failed_is_logged_and_the_next_one_follows(server, events):
     server.start()
     events.clear()
-    server.clients.fault = ZeroDivisionError()
+    server.connections.fault = ZeroDivisionError()
     server.clock.advance(LOOK_SECONDS)
     gc.collect()
     assert {event["log_level"] for event in events} == {LogLevel.critical}
-    server.clients.fault = None
+    server.connections.fault = None
     looks = server.journal.count("look")
     server.clock.advance(LOOK_SECONDS)
     assert server.journal.count("look") == looks + 1

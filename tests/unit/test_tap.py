@@ -518,13 +518,13 @@ def start(*arguments):
 
 def test_the_parts_are_composed_into_a_server_that_answers(reactor):
     start()
-    (port, clients, backlog, _), (admin_port, admin, _, interface) = reactor.tcpServers
+    (port, connections, backlog, _), (admin_port, admin, _, interface) = reactor.tcpServers
     assert (port, backlog, admin_port, interface) == (8085, 4096, 8086, "127.0.0.1")
-    assert b"<h1>A chat room</h1>" in Client(clients, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
+    assert b"<h1>A chat room</h1>" in Client(connections, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
     assert b"\r\n\r\nchatd admin: " in Client(admin, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
-    for factory in (clients, admin):
+    for factory in (connections, admin):
         assert Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received.endswith(b"\r\n\r\nready\n")
-    assert Client(clients, HANDSHAKE).history()["type"] == "history"
+    assert Client(connections, HANDSHAKE).history()["type"] == "history"
 
 
 @pytest.mark.parametrize(
@@ -677,11 +677,11 @@ def test_the_drain_takes_as_long_as_its_option_says(reactor):
 
 def test_a_drain_is_asked_for_on_the_admin_port_and_is_that_of_the_stop_too(reactor):
     service = start("--drain=3")
-    clients, admin = (factory for _, factory, *_ in reactor.tcpServers)
-    client = Client(clients, HANDSHAKE)
+    connections, admin = (factory for _, factory, *_ in reactor.tcpServers)
+    client = Client(connections, HANDSHAKE)
     for _ in range(2):
         assert b" 202 Accepted\r\n" in Client(admin, b"POST /drain HTTP/1.1\r\nContent-Length: 0\r\n\r\n").received
-    for factory in (clients, admin):
+    for factory in (connections, admin):
         assert Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received.endswith(b"\r\n\r\ndraining\n")
     reactor.advance(1)
     stopped = service.stopService()

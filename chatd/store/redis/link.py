@@ -53,7 +53,7 @@ class Script:
         self.sha = hashlib.sha1(self.text).hexdigest()  # noqa: S324 -- the name that Redis knows it by
 
 
-class Address(NamedTuple):
+class RedisAddress(NamedTuple):
     """Where a Redis is, and how to be let in."""
 
     host: str
@@ -64,7 +64,7 @@ class Address(NamedTuple):
     tls: bool
 
     @classmethod
-    def parse(cls, url: str, *, password_elsewhere: bool = False) -> "Address":
+    def parse(cls, url: str, *, password_elsewhere: bool = False) -> "RedisAddress":
         """Read `redis[s]://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`; ValueError for anything else.
 
         If the password is elsewhere the URL may name a user alone.
@@ -93,7 +93,7 @@ def code_of(refusal: Failure) -> str:
     return found[1] if found else "ERR"
 
 
-class Connection(txredisapi.HiredisProtocol):
+class RedisConnection(txredisapi.HiredisProtocol):
     """One connection."""
 
     transport: Any
@@ -173,13 +173,13 @@ class _Factory(Factory):
         self._clock = clock
 
     def buildProtocol(self, addr: Any) -> Any:
-        return Connection(self._clock)
+        return RedisConnection(self._clock)
 
 
 class Link:
     """Makes connections to the primary."""
 
-    def __init__(self, address: Address, reactor: Any, password_file: pathlib.Path | None = None) -> None:
+    def __init__(self, address: RedisAddress, reactor: Any, password_file: pathlib.Path | None = None) -> None:
         self.address = address
         self.clock: IReactorTime = reactor
         self._reactor = reactor
@@ -188,7 +188,7 @@ class Link:
         """Where it has moved to, as the one at the address, or a later one, said."""
 
     @inlineCallbacks
-    def dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, Connection]:
+    def dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, RedisConnection]:
         """Connect, say who we are, and load scripts; fails with a Refusal, or one of Lost or TlsErrors."""
         factory = _Factory(self.clock)
         try:
@@ -214,7 +214,7 @@ class Link:
         return wrapClientTLS(optionsForClientTLS(host), endpoint) if self.address.tls else endpoint
 
     @inlineCallbacks
-    def _greet(self, connection: Connection, scripts: tuple[Script, ...]) -> Generator["Deferred[Any]", Any, None]:
+    def _greet(self, connection: RedisConnection, scripts: tuple[Script, ...]) -> Generator["Deferred[Any]", Any, None]:
         password: str | bytes | None = self.address.password
         if self._password_file is not None:
             password = self._password_file.read_bytes().rstrip(b"\r\n")
@@ -228,7 +228,7 @@ class Link:
 
     @inlineCallbacks
     def refused(
-        self, connection: Connection, refusal: txredisapi.ResponseError
+        self, connection: RedisConnection, refusal: txredisapi.ResponseError
     ) -> Generator["Deferred[Any]", Any, None]:
         """Find out where the primary is, if that is why something was refused."""
         moved = _MOVED.search(str(refusal))

@@ -13,9 +13,9 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from chatd.room.presence import Guest, Here
+from chatd.room.presence import LobbyListener, Occupancy
 from chatd.store.base import new_epoch
-from chatd.store.redis.link import Connection, Lost, Refusal, Script
+from chatd.store.redis.link import Lost, RedisConnection, Refusal, Script
 
 ANNOUNCE: Final = Script("announce")
 STREAM: Final = "{chatd}:presence"
@@ -29,17 +29,17 @@ BEAT_SECONDS: Final = 5
 _logger = Logger()
 
 
-def _write(here: Here) -> bytes:
+def _write(here: Occupancy) -> bytes:
     """What is said of who is there; nothing if nobody is."""
     users = None if here.users is None else sorted(here.users)
     return orjson.dumps([here.members, users]) if here.members else b""
 
 
-def _read(said: bytes) -> Here:
+def _read(said: bytes) -> Occupancy:
     if not said:
-        return Here(0, frozenset())
+        return Occupancy(0, frozenset())
     members, users = orjson.loads(said)
-    return Here(members, None if users is None else frozenset(users))
+    return Occupancy(members, None if users is None else frozenset(users))
 
 
 class RedisLobby:
@@ -53,20 +53,20 @@ class RedisLobby:
         """Stands for this process."""
         self.seen = b"0-0"
         """The newest entry of the stream that was read."""
-        self._guests: list[Guest] = []
+        self._guests: list[LobbyListener] = []
         self._here: dict[str, bytes] = {}
         """What was said last, by room."""
         self._dirty: dict[str, dict[str, None]] = {}
         """The rooms of which something is to be said, and who types there."""
         self._others: set[str] = set()
-        self._line: Connection | None = None
+        self._line: RedisConnection | None = None
         self._ticks = 0
 
-    def follow(self, guest: Guest) -> None:
+    def follow(self, guest: LobbyListener) -> None:
         """Lobby.follow."""
         self._guests.append(guest)
 
-    def report(self, room: str, here: Here, typing: Sequence[str]) -> None:
+    def report(self, room: str, here: Occupancy, typing: Sequence[str]) -> None:
         """Lobby.report."""
         said = _write(here)
         if said:
@@ -75,12 +75,12 @@ class RedisLobby:
             self._here.pop(room, None)
         self._dirty.setdefault(room, {}).update(dict.fromkeys(typing))
 
-    def come(self, line: Connection) -> "Deferred[None]":
+    def come(self, line: RedisConnection) -> "Deferred[None]":
         """A session has begun: read the stream from here on, and say all again."""
         self._dirty |= {room: {} for room in self._here if room not in self._dirty}
         return line.ask("XREVRANGE", STREAM, "+", "-", "COUNT", 1).addCallback(self._begin, line)
 
-    def _begin(self, newest: Sequence[Any], line: Connection) -> None:
+    def _begin(self, newest: Sequence[Any], line: RedisConnection) -> None:
         self.seen = newest[0][0] if newest else b"0-0"
         self._line = line
         self._say(line)
@@ -105,7 +105,7 @@ class RedisLobby:
         if self._ticks % BEAT_SECONDS == 0:
             self._beat(self._line)
 
-    def _say(self, line: Connection) -> None:
+    def _say(self, line: RedisConnection) -> None:
         dirty, self._dirty = self._dirty, {}
         for room, typing in dirty.items():
             keys = [STREAM, f"{{chatd}}:here:{room}", self._key(self.node)]
@@ -127,7 +127,7 @@ class RedisLobby:
         """It is said again in the next session, or with the next change."""
         failure.trap(Refusal, *Lost)
 
-    def _beat(self, line: Connection) -> None:
+    def _beat(self, line: RedisConnection) -> None:
         """Say that this node lives, and see which of the others do."""
         line.ask("SET", self._key(self.node), "1", "PX", LIVE_SECONDS * 1000).addErrback(self._failed)
         if self._others:

@@ -34,7 +34,7 @@ from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import Follower, InDoubt, LogUnavailable, Page, Poster
 from chatd.store.base import DAY, SEED_ROOM, Retention, StoreError, instant, new_epoch, tell_again, timestamp
-from chatd.store.redis.link import REPLY_SECONDS, Connection, Link, Lost, Refusal, Script, TlsErrors, code_of, why
+from chatd.store.redis.link import REPLY_SECONDS, Link, Lost, RedisConnection, Refusal, Script, TlsErrors, code_of, why
 from chatd.store.redis.lobby import ANNOUNCE, STREAM, RedisLobby
 
 FORMAT: Final = 1
@@ -53,7 +53,7 @@ FAREWELL_SECONDS: Final = 1.0
 """How long it may take to tell the other nodes that this one goes."""
 LABEL_SECONDS: Final = DAY
 """How long a label is remembered at least."""
-RETRY_SECONDS: Final = 0.1, 1.0
+SESSION_BACKOFF_SECONDS: Final = 0.1, 1.0
 """How soon the next session is begun after one has failed: twice as late each time, and at most."""
 ROOMS: Final = 200
 """How many rooms are trimmed at once."""
@@ -128,9 +128,9 @@ class RedisStore:
         self._followers: list[Follower] = []
         self._seen = _NONE
         """The newest entry of the feed that was read."""
-        self._asking: Connection | None = None
+        self._asking: RedisConnection | None = None
         """The connection for posts and pages, while there is a session."""
-        self._lines: list[Connection] = []
+        self._lines: list[RedisConnection] = []
         self._tickets = 0
         self._waiting: dict[int, _Waiting] = {}
         """What is on its way, by ticket."""
@@ -138,7 +138,7 @@ class RedisStore:
         self._settling: deque[tuple[int, Deferred[None]]] = deque()
         """Who waits for what is on its way up to a ticket."""
         self._looks = LoopingCall(self._look)
-        self._delay = RETRY_SECONDS[0]
+        self._delay = SESSION_BACKOFF_SECONDS[0]
         self._closing = False
         self._ended: Deferred[None] = succeed(None)
 
@@ -199,7 +199,7 @@ class RedisStore:
             if not self._closing:
                 with suppress(CancelledError):
                     yield deferLater(self._clock, self._delay * random.uniform(0.5, 1))  # noqa: S311 -- no secret
-                self._delay = min(2 * self._delay, RETRY_SECONDS[1])
+                self._delay = min(2 * self._delay, SESSION_BACKOFF_SECONDS[1])
 
     def _failed(self, failure: Failure) -> None:
         if self._closing:
@@ -233,7 +233,7 @@ class RedisStore:
         asking.whenDisconnected().addCallback(lambda _: feed.drop())
         yield self.lobby.come(asking)
         self._asking = asking
-        self._delay = RETRY_SECONDS[0]
+        self._delay = SESSION_BACKOFF_SECONDS[0]
         if self._faults.pop("session", None) and opened.called:
             _logger.info("the log at {address} is there again", address=self._link.address)
         if not opened.called:
@@ -256,13 +256,13 @@ class RedisStore:
                 heard = self._clock.seconds()
 
     @inlineCallbacks
-    def _dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, Connection]:
+    def _dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, RedisConnection]:
         line = yield self._link.dial(*scripts)
         self._lines.append(line)
         return line  # type: ignore[no-any-return]
 
     @inlineCallbacks
-    def _come(self, line: Connection, seed: Sequence[Entry]) -> Generator["Deferred[Any]", Any, bytes]:
+    def _come(self, line: RedisConnection, seed: Sequence[Entry]) -> Generator["Deferred[Any]", Any, bytes]:
         """See whether the log is the one that is known, and take up the one that is there.
 
         Answers the newest entry of its feed.
@@ -309,7 +309,7 @@ class RedisStore:
 
     # Reading the feed
 
-    def tail(self, follower: Follower) -> None:
+    def follow(self, follower: Follower) -> None:
         """Log.tail."""
         self._followers.append(follower)
 
@@ -472,7 +472,7 @@ class RedisStore:
         )
 
     @inlineCallbacks
-    def _trim(self, line: Connection) -> Generator["Deferred[Any]", Any, int]:
+    def _trim(self, line: RedisConnection) -> Generator["Deferred[Any]", Any, int]:
         """Trim every room; answers the number in the feed after which that has been told."""
         seq = 0
         cursor = b"0"

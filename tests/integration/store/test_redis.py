@@ -16,7 +16,7 @@ from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable, Page
 from chatd.store.base import DAY, Retention
 from chatd.store.redis import store as redis_module
-from chatd.store.redis.link import Address, Link
+from chatd.store.redis.link import Link, RedisAddress
 from chatd.store.redis.store import FORMAT, RedisStore
 
 DATABASES = 1000
@@ -54,7 +54,7 @@ class TestRedisStore(DurableStoreContract):
         return wait_in(self.loop, deferred)
 
     def link(self, redis):
-        return Link(Address.parse(redis.url), self.loop)
+        return Link(RedisAddress.parse(redis.url), self.loop)
 
     @pytest.fixture
     def make(self, redis):
@@ -62,7 +62,7 @@ class TestRedisStore(DurableStoreContract):
 
         def make(retain, now):
             url = redis.url.rpartition("/")[0]
-            return RedisStore(Link(Address.parse(f"{url}/{next(databases)}"), self.loop), retain, now)
+            return RedisStore(Link(RedisAddress.parse(f"{url}/{next(databases)}"), self.loop), retain, now)
 
         return make
 
@@ -89,7 +89,7 @@ class Node:
         self.loop = loop
         self.store = RedisStore(link, Retention.parse(retain), now)
         self.events = []
-        self.store.tail(Follower(self.events))
+        self.store.follow(Follower(self.events))
         self.opened = self.store.open(seed)
 
     def up(self):
@@ -169,7 +169,7 @@ UNAVAILABLE, DOUBT = ("refused", LogUnavailable), ("refused", InDoubt)
 def brisk(monkeypatch):
     """Less patience than in earnest."""
     monkeypatch.setattr(redis_module, "SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr(redis_module, "RETRY_SECONDS", (0.02, 0.2))
+    monkeypatch.setattr(redis_module, "SESSION_BACKOFF_SECONDS", (0.02, 0.2))
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def node(loop, brisk, events):
     readers = {*loop.getReaders()}
 
     def make(url, *, at_once=False, link=None, times=5, **options):
-        link = link or Link(Address.parse(url), loop)
+        link = link or Link(RedisAddress.parse(url), loop)
         link.clock = Hasty(loop, times)
         nodes.append(Node(loop, link, **options))
         if not at_once:
@@ -562,8 +562,8 @@ class Split(Link):
     """Its feed comes by a way of its own."""
 
     def __init__(self, asking, feed, loop):
-        super().__init__(Address.parse(asking), loop)
-        self._asking, self._feed = map(Address.parse, (asking, feed))
+        super().__init__(RedisAddress.parse(asking), loop)
+        self._asking, self._feed = map(RedisAddress.parse, (asking, feed))
 
     def dial(self, *scripts):
         self.address = self._asking if scripts else self._feed
@@ -1179,7 +1179,7 @@ def test_it_is_closed_while_a_server_lets_nobody_in(node):
 
 
 def test_it_is_closed_while_it_waits_to_come_again(tmp_path, node, monkeypatch):
-    monkeypatch.setattr(redis_module, "RETRY_SECONDS", (1000, 1000))
+    monkeypatch.setattr(redis_module, "SESSION_BACKOFF_SECONDS", (1000, 1000))
     with Redis(tmp_path / "data") as redis:
         redis.kill()
         node = node(redis.url, at_once=True)

@@ -16,7 +16,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from chatd.store.redis import link as redis_link
-from chatd.store.redis.link import Address, Connection, Link, Lost, Refusal, Script, code_of, why
+from chatd.store.redis.link import Link, Lost, RedisAddress, RedisConnection, Refusal, Script, code_of, why
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def link(loop):
     """What makes links, in a hurry; nothing is left of them in the end."""
 
     def make(url, **options):
-        made = Link(Address.parse(url), loop, **options)
+        made = Link(RedisAddress.parse(url), loop, **options)
         made.clock = Hasty(loop)
         return made
 
@@ -90,7 +90,7 @@ def words_of(dial, *args, **options):
     ],
 )
 def test_an_address_is_read(url, address, text):
-    found = Address.parse(url)
+    found = RedisAddress.parse(url)
     assert found == address
     assert text in (None, str(found))
     assert "secret" not in str(found)
@@ -123,18 +123,18 @@ def test_an_address_is_read(url, address, text):
 )
 def test_what_is_no_address_is_refused_in_words_without_the_password(url):
     with pytest.raises(ValueError, match=r"^is no redis://HOST:PORT/DATABASE$"):
-        Address.parse(url)
+        RedisAddress.parse(url)
 
 
 @pytest.mark.parametrize("url", ["redis://ann@h", "redis://ann:@h"])
 def test_a_user_without_a_password_is_refused(url):
     with pytest.raises(ValueError, match=r"^names a user and no password: redis://USER:PASSWORD@HOST, or CHATD_"):
-        Address.parse(url)
+        RedisAddress.parse(url)
 
 
 def test_a_user_may_be_named_alone_if_the_password_is_elsewhere():
-    address = Address.parse("rediss://ann%40x@h/3", password_elsewhere=True)
-    assert address == Address("h", 6379, 3, "ann@x", None, tls=True)
+    address = RedisAddress.parse("rediss://ann%40x@h/3", password_elsewhere=True)
+    assert address == RedisAddress("h", 6379, 3, "ann@x", None, tls=True)
 
 
 # Words
@@ -189,7 +189,7 @@ class Line:
 
     def __init__(self):
         self.clock = Clock()
-        self.connection = Connection(self.clock)
+        self.connection = RedisConnection(self.clock)
         self.transport = StringTransport()
         self.connection.makeConnection(self.transport)
         self.answers = []
@@ -534,13 +534,13 @@ class Told:
     ],
 )
 def test_a_refusal_may_say_where_the_primary_is(loop, text, role, primary):
-    link = Link(Address.parse("redis://h"), loop)
+    link = Link(RedisAddress.parse("redis://h"), loop)
     wait_in(loop, link.refused(Told(role), Refusal(text)))
     assert link._primary == primary
 
 
 def test_a_port_at_the_same_host_is_that_of_the_one_who_said_it(loop):
-    link = Link(Address.parse("redis://h"), loop)
+    link = Link(RedisAddress.parse("redis://h"), loop)
     for text, primary in [("MOVED 1 h2:7000", ("h2", 7000)), ("MOVED 1 :7001", ("h2", 7001))]:
         wait_in(loop, link.refused(Told(), Refusal(text)))
         assert link._primary == primary

@@ -6,18 +6,18 @@ from support.redises import Redis, each_binary
 from test_store_redis import wait_in
 from twisted.internet.defer import Deferred
 
-from chatd.room.presence import Here
+from chatd.room.presence import Occupancy
 from chatd.store.base import Retention
 from chatd.store.redis import lobby as redis_lobby
-from chatd.store.redis.link import Address, Link
+from chatd.store.redis.link import Link, RedisAddress
 from chatd.store.redis.lobby import BEAT_SECONDS, LIVE_SECONDS
 from chatd.store.redis.store import RedisStore
 
-ANN, BOB = Here(1, frozenset({"ann"})), Here(2, frozenset({"bob", "bo"}))
-NOBODY = Here(0, frozenset())
+ANN, BOB = Occupancy(1, frozenset({"ann"})), Occupancy(2, frozenset({"bob", "bo"}))
+NOBODY = Occupancy(0, frozenset())
 
 
-class Guest:
+class LobbyListener:
     """One node of the rooms, by what it was told."""
 
     def __init__(self, store):
@@ -49,8 +49,8 @@ class Nodes:
 
     def add(self):
         """One more, which is open."""
-        store = RedisStore(Link(Address.parse(self.server.url), self.loop), Retention())
-        guest = Guest(store)
+        store = RedisStore(Link(RedisAddress.parse(self.server.url), self.loop), Retention())
+        guest = LobbyListener(store)
         self.wait(store.open(()))
         self.open.append(guest)
         return guest
@@ -142,9 +142,9 @@ def test_who_reports_of_a_room_is_told_who_is_there_elsewhere(nodes):
 
 def test_too_many_names_are_told_by_their_number(nodes):
     one, two = nodes.add(), nodes.add()
-    one.store.lobby.report("main", Here(300, None), ())
+    one.store.lobby.report("main", Occupancy(300, None), ())
     one.store.lobby.tick()
-    nodes.hears(two, ("main", one.node, Here(300, None)))
+    nodes.hears(two, ("main", one.node, Occupancy(300, None)))
 
 
 def test_much_is_said_once_and_the_latest(nodes):
@@ -239,7 +239,7 @@ def test_what_redis_refuses_is_said_with_the_next_change(nodes, server):
 
 
 def test_a_lobby_without_a_session_says_nothing_and_ends(loop, server):
-    store = RedisStore(Link(Address.parse(server.url), loop), Retention())
+    store = RedisStore(Link(RedisAddress.parse(server.url), loop), Retention())
     store.lobby.report("main", ANN, ["ann"])
     store.lobby.tick()
     wait_in(loop, store.close())

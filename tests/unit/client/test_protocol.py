@@ -19,7 +19,7 @@ from chatd.client.protocol import (
     Notice,
     Outbox,
     Posted,
-    Refused,
+    Rejected,
     Stopped,
     read,
     take_texts,
@@ -344,7 +344,7 @@ def test_what_is_refused_for_good_fails_alone(code):
     said.sent()
     assert said.refuse(said.labels[0], code)
     error = result_of(said.answers[0])
-    assert isinstance(error, Refused)
+    assert isinstance(error, Rejected)
     assert (str(error), error.code) == ("no", code)
     assert not said.answers[1].called
     assert not said.refuse(said.labels[0], code), "it has its answer"

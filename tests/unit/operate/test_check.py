@@ -18,7 +18,7 @@ from support.servers import LONG, ROOT, TEXT, TWISTD, Raw, Server, certificate_f
 
 from chatd.messages import Entry
 from chatd.operate import check
-from chatd.operate.check import Endpoint, Refused, Settings, Unreached, findings, veiled
+from chatd.operate.check import Endpoint, RedisRefused, Settings, Unreached, findings, veiled
 from chatd.operate.machine import ThisMachine
 from chatd.store.base import DAY, Retention
 from chatd.transport.frames import history_frame, message_frame
@@ -265,7 +265,7 @@ BITES = [
     (
         f"--store {REDIS}: Redis refuses (NOAUTH Authentication required): correct the user, ",
         {"store": REDIS},
-        {"redis": Refused("NOAUTH Authentication required")},
+        {"redis": RedisRefused("NOAUTH Authentication required")},
     ),
     *(
         (f"--store {REDIS}: it is Redis {version}: have 6.2 or later", {"store": REDIS}, {"redis": facts})

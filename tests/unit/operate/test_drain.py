@@ -9,7 +9,7 @@ from twisted.internet.task import Clock, LoopingCall, deferLater
 
 from chatd.operate import drain
 from chatd.operate.drain import ANSWER_SECONDS, FULL_SECONDS, HURRIED_SECONDS, LATE_SECONDS, Drain
-from chatd.transport.connections import CLOSE_SECONDS, Clients
+from chatd.transport.connections import CLOSE_SECONDS, Connections
 
 TICK = drain.TICK_SECONDS
 SLACK = TICK + 1e-6
@@ -29,7 +29,7 @@ class Person:
         self.answers = answers
         self.peer = f"192.0.2.7:{id(self)}"
         self.journal = []
-        scene.clients.add(self)
+        scene.connections.add(self)
 
     def note(self, what):
         self.journal.append((what, self.scene.clock.seconds()))
@@ -38,7 +38,7 @@ class Person:
     def ping(self):
         return True
 
-    def owed(self, head):
+    def has_pending(self, head):
         return self.waits or self.cursor < head
 
     def finish(self):
@@ -57,7 +57,7 @@ class Person:
         self.goes()
 
     def goes(self):
-        self.scene.clients.remove(self, 1012)
+        self.scene.connections.remove(self, 1012)
 
     @property
     def did(self):
@@ -109,7 +109,7 @@ class Scene:
 
     def __init__(self):
         self.clock = Clock()
-        self.clients = Clients(self.clock)
+        self.connections = Connections(self.clock)
         self.journal = []
         self.moments = []
         """When what was noted, of all that is no client's."""
@@ -121,7 +121,7 @@ class Scene:
         self.ports = succeed(None)
         self.closed = None
         self.over = None
-        looks = LoopingCall(self.clients.look)
+        looks = LoopingCall(self.connections.check_deadlines)
         looks.clock = self.clock
         looks.start(1)
 
@@ -163,7 +163,7 @@ class Scene:
 
     def begin(self, budget, *, hurried=False, **more):
         """Begin a drain; `over` is then the moment when it has ended."""
-        self.drain = Drain(self.clients, self, self.requests, budget, self.clock)
+        self.drain = Drain(self.connections, self, self.requests, budget, self.clock)
         if hurried:
             self.drain.hurry()
         return self.run(**more)
@@ -394,11 +394,11 @@ def test_handshakes_are_accepted_until_the_grace_is_over(scene, budget):
     scene.begin(budget)
     scene.until(grace(budget) - SLACK)
     assert scene.closed is None
-    assert not scene.clients.stopping
+    assert not scene.connections.stopping
     assert scene.told() == 0
     scene.until(grace(budget) + SLACK)
     assert grace(budget) <= scene.closed
-    assert scene.clients.stopping
+    assert scene.connections.stopping
 
 
 def test_who_came_in_the_grace_is_told_too(scene):
@@ -416,11 +416,11 @@ def test_who_comes_while_the_ports_close_is_told_too_and_nobody_before(scene):
     scene.begin(8)
     scene.until(3)
     assert scene.closed is not None
-    assert not scene.clients.stopping
+    assert not scene.connections.stopping
     assert first.did == []
     last = Person(scene)
     scene.ports.callback(None)
-    assert scene.clients.stopping
+    assert scene.connections.stopping
     scene.until(6 + SLACK)
     assert (first.did, last.did) == (["finish", "restart"], ["finish", "restart"])
 
@@ -434,7 +434,7 @@ def test_when_all_leave_in_the_grace_it_ends_at_once(scene):
     scene.until(1 + SLACK)
     assert scene.over >= 1
     assert scene.closed == scene.over
-    assert scene.clients.stopping
+    assert scene.connections.stopping
     assert scene.others == 0
 
 
@@ -443,7 +443,7 @@ def test_with_nobody_there_it_is_over_at_once(scene, budget):
     scene.begin(budget)
     assert scene.journal == [("ports", None), ("requests close", None), ("settled?", None)]
     assert scene.over == 0
-    assert scene.clients.stopping
+    assert scene.connections.stopping
     assert scene.others == 0
 
 
@@ -465,8 +465,8 @@ def test_whoever_is_in_a_hurry_expects_nobody(scene):
 
 def test_unfinished_handshakes_are_not_waited_for(scene):
     person = Person(scene)
-    scene.clients.remove(person, 1000)
-    scene.clients.handshakes.add(person)
+    scene.connections.remove(person, 1000)
+    scene.connections.handshakes.add(person)
     scene.begin(30)
     assert scene.over == 0
     assert person.did == []
@@ -853,8 +853,8 @@ def test_who_does_not_answer_the_close_is_dropped_in_time_to_go_on(scene):
 def test_whoever_is_left_at_the_end_of_the_budget_is_aborted(scene, budget):
     people = scene.people(5, answers=None)
     unfinished = Person(scene)
-    scene.clients.remove(unfinished, 1000)
-    scene.clients.handshakes.add(unfinished)
+    scene.connections.remove(unfinished, 1000)
+    scene.connections.handshakes.add(unfinished)
     scene.begin(budget)
     scene.until(budget - 0.1)
     assert scene.over is None
@@ -890,7 +890,7 @@ def test_who_is_gone_at_once_when_it_is_told_is_waited_for_no_more(scene, events
     other.answers = None
     scene.begin(30, hurried=True)
     scene.until(1)
-    assert [*scene.clients.closings] == [other]
+    assert [*scene.connections.closings] == [other]
     scene.until(20)
     assert person.did == ["finish", "restart"]
     assert [event["peer"] for event in events if "why" in event] == [other.peer]

@@ -22,7 +22,7 @@ from support.servers import certificate_for
 
 from chatd.messages import Post
 from chatd.operate import machine
-from chatd.operate.check import Refused, Server, Unreached
+from chatd.operate.check import RedisRefused, Server, Unreached
 from chatd.operate.machine import ThisMachine
 from chatd.store.base import Retention
 from chatd.store.sqlite import READABLE_SINCE, SqliteStore
@@ -381,7 +381,7 @@ def test_a_user_is_told_what_he_may_ask(redis):
 def test_a_redis_that_does_not_let_us_in_says_why(tmp_path, auth, database, words):
     with Redis(tmp_path / "redis", password="right") as redis:
         assert HERE.ask(server(redis.port, "right"))["role"] == "master"
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RedisRefused) as refused:
             HERE.ask(server(redis.port, *auth, database=database))
     assert str(refused.value) == words
 
@@ -405,7 +405,7 @@ def says(reply):
 
 def test_what_a_refusal_says_more_is_not_repeated():
     line = b"-ERR unknown command `AUTH`, with args beginning with: `secret`\r\n"
-    with says(line) as port, pytest.raises(Refused) as refused:
+    with says(line) as port, pytest.raises(RedisRefused) as refused:
         HERE.ask(server(port, "secret"))
     assert str(refused.value) == "ERR unknown command `AUTH`"
 

@@ -37,14 +37,14 @@ import chatd
 from chatd.messages import Code, Entry, Post
 from chatd.operate.metrics import CODES, LAG_SECONDS, LAGS, Metrics
 from chatd.room.log import LogUnavailable
-from chatd.room.registry import Rooms
+from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore
 from chatd.transport import http as web
 from chatd.transport.admission import Addresses, Admission, Rate
 from chatd.transport.api import Api
-from chatd.transport.connections import Clients
+from chatd.transport.connections import Connections
 from chatd.transport.frames import message_frame
 from chatd.transport.websocket import ChatFactory
 
@@ -184,14 +184,14 @@ class House:
         self.clock = Turns()
         self.store = store or Log(Retention(), ManualTime())
         self.store.open(())
-        self.rooms = Rooms(self.store, self.clock, 100)
-        self.clients = Clients(self.clock, 25)
+        self.rooms = Registry(self.store, self.clock, 100)
+        self.connections = Connections(self.clock, 25)
         limit = rate and Rate(*rate, self.clock.seconds)
-        api = Api(self.rooms, self.clients, Admission(), Addresses(limit, 0, self.clock.seconds))
+        api = Api(self.rooms, self.connections, Admission(), Addresses(limit, 0, self.clock.seconds))
         self.site = web.site(lambda: (False, "starting"), self.clock, {"": api, "rooms": api})
         self.factory = ChatFactory(
             rooms=self.rooms,
-            clients=self.clients,
+            connections=self.connections,
             admission=Admission(),
             site=self.site,
             reactor=self.clock,
@@ -200,7 +200,7 @@ class House:
         self.metrics = Metrics(
             store=self.store,
             rooms=self.rooms,
-            clients=self.clients,
+            connections=self.connections,
             refusals={
                 "frame": self.factory.refused_frames,
                 "handshake": self.factory.refused_handshakes,
@@ -245,7 +245,7 @@ def test_the_text_ends_with_its_last_line_since_the_web_site_adds_the_end(house)
 
 
 def test_they_are_asked_for_on_the_admin_port_alone(house):
-    admin = web.admin(lambda: (True, "ready"), house.clock, drain=house.clients.abort, metrics=house.metrics)
+    admin = web.admin(lambda: (True, "ready"), house.clock, drain=house.connections.abort, metrics=house.metrics)
     Person(house)
     response, text = Connection(admin).ask(b"GET", b"/metrics", b"Host: x")
     assert (response.status, response.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
@@ -286,7 +286,7 @@ def test_closes_are_by_code_whoever_chose_it(house):
     Person(house).closes(4000)
     Person(house).lose()
     slow, asked = Person(house), Person(house)
-    slow.protocol.overrun()
+    slow.protocol.evict()
     asked.protocol.restart(1.0)
     slow.lose()
     asked.lose()
@@ -305,7 +305,7 @@ def test_closes_are_by_code_whoever_chose_it(house):
 def test_readers_of_events_go_without_a_code_or_by_the_one_that_a_websocket_would_have_got(house):
     left, slow, asked = house.stream(), house.stream(), house.stream()
     members = dict(zip((left, slow, asked), [*next(iter(house.rooms)).members], strict=True))
-    members[slow].overrun()
+    members[slow].evict()
     members[asked].restart(1.0)
     for stream in members:
         stream.connection.lose()
@@ -373,7 +373,7 @@ def test_what_is_said_where_nobody_is_counts_as_a_message_and_no_delivery(house)
 @given(st.lists(st.sampled_from(["come", "come slow", "go", "catch up", "say"]), max_size=30))
 def test_deliveries_are_what_members_were_written_whoever_comes_and_goes(actions):
     log, clock = ScriptedLog(3), Turns()
-    rooms = Rooms(log, clock, 2)
+    rooms = Registry(log, clock, 2)
     here, gone, before = [], [], 0
     for action in ["come", *actions, "catch up"]:
         if action.startswith("come"):
@@ -397,8 +397,8 @@ def test_deliveries_are_what_members_were_written_whoever_comes_and_goes(actions
 
 def test_the_lag_is_a_histogram_of_the_members_that_are_here_now(house):
     log, clock = ScriptedLog(), Turns()
-    rooms = Rooms(log, clock, 100)
-    metrics = Metrics(store=house.store, rooms=rooms, clients=house.clients, refusals={}, clock=clock)
+    rooms = Registry(log, clock, 100)
+    metrics = Metrics(store=house.store, rooms=rooms, connections=house.connections, refusals={}, clock=clock)
     readers = [enter(rooms, reader)[1] for reader in (Reader(), Reader(), Reader(space=0), Reader(space=1))]
     log.say(8)
     clock.turns()

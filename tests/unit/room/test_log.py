@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.helpers import REPEATABLE
 
-from chatd.room.log import Excerpt, Span, UnknownId
+from chatd.room.log import EncodedPage, PageRange, UnknownId
 
 WHOLE = (1, 10)
 TRIMMED = (5, 10)
@@ -14,15 +14,15 @@ NEW = (1, 0)
 
 
 def newest(limit):
-    return Span(None, None, limit)
+    return PageRange(None, None, limit)
 
 
 def before(number, limit=3):
-    return Span(number, None, limit)
+    return PageRange(number, None, limit)
 
 
 def after(number, limit=3):
-    return Span(None, number, limit)
+    return PageRange(None, number, limit)
 
 
 def read(span, log):
@@ -120,7 +120,9 @@ def test_an_excerpt_takes_what_the_keeper_has_between_the_bounds(span):
         return [b"what", b"it", b"has"]
 
     begin, until = span.bounds(1, 10)
-    assert span.excerpt(1, 10, between) == Excerpt([b"what", b"it", b"has"], until, older=begin >= 1, newer=until < 10)
+    assert span.excerpt(1, 10, between) == EncodedPage(
+        [b"what", b"it", b"has"], until, older=begin >= 1, newer=until < 10
+    )
     assert asked == [(begin, until)]
 
 
@@ -134,7 +136,7 @@ def test_an_excerpt_takes_what_the_keeper_has_between_the_bounds(span):
 )
 def test_a_page_is_what_a_look_through_the_whole_log_finds(head, trimmed, number, other, limit):
     kept = [*range(min(trimmed, head) + 1, head + 1)]
-    span = Span(number, other if number is None else None, limit)
+    span = PageRange(number, other if number is None else None, limit)
     log = min(trimmed, head) + 1, head
     if span.after is not None:
         expected, known = [n for n in kept if n > span.after][:limit], span.after <= head
@@ -161,7 +163,7 @@ def test_a_page_is_what_a_look_through_the_whole_log_finds(head, trimmed, number
     st.integers(1, 9),
 )
 def test_a_log_that_is_read_from_the_start_of_a_span_answers_all_of_it(head, trimmed, number, other, limit):
-    span = Span(number, other if number is None else None, limit)
+    span = PageRange(number, other if number is None else None, limit)
     first = min(trimmed, head) + 1
     kept = range(first, head + 1)
     page = [*kept][-limit:] if span.start is None else [n for n in kept if n > span.start][:limit]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.helpers import Turns, read_frames
 
-from chatd.room.presence import MAX_TYPING, MAX_USERS, PRESENCE, ROUND_SECONDS, TYPING, Here, Presence
+from chatd.room.presence import MAX_TYPING, MAX_USERS, PRESENCE, ROUND_SECONDS, TYPING, Occupancy, Presence
 from chatd.room.sweep import SLICE_MEMBERS
 
 BOTH = (PRESENCE, TYPING)
@@ -25,7 +25,7 @@ class Watcher:
         self.clock, self.seconds = clock, seconds
         self.times = []
 
-    def tell(self, frame):
+    def send_frame(self, frame):
         assert self.ready
         self.frames.append(frame)
         if self.clock:
@@ -282,7 +282,7 @@ def test_they_are_told_of_more_names_than_are_shown_by_their_number(node, clock)
 def test_a_change_of_what_is_shown_here_alone_is_not_told_to_them(node, clock):
     ann = node.join(watcher("ann"))
     clock.turns()
-    node.presence.elsewhere("B", Here(1, frozenset({"bob"})))
+    node.presence.elsewhere("B", Occupancy(1, frozenset({"bob"})))
     clock.advance(ROUND_SECONDS)
     assert len(node.reports) == 1
     assert ann.here == (2, {"ann", "bob"})
@@ -290,11 +290,11 @@ def test_a_change_of_what_is_shown_here_alone_is_not_told_to_them(node, clock):
 
 def test_watchers_are_told_the_sum_of_all_nodes(node, clock):
     ann = node.join(watcher("ann"))
-    node.presence.elsewhere("B", Here(2, frozenset({"bob", "ann"})))
-    node.presence.elsewhere("C", Here(1, frozenset({"cy"})))
+    node.presence.elsewhere("B", Occupancy(2, frozenset({"bob", "ann"})))
+    node.presence.elsewhere("C", Occupancy(1, frozenset({"cy"})))
     clock.turns()
     assert ann.told == [{"count": 4, "users": ["ann", "bob", "cy"]}]
-    for here in (Here(1, frozenset({"bob"})), Here(0, frozenset()), None):
+    for here in (Occupancy(1, frozenset({"bob"})), Occupancy(0, frozenset()), None):
         node.presence.elsewhere("B", here)
         clock.advance(ROUND_SECONDS)
     assert ann.told[1:] == [
@@ -307,8 +307,8 @@ def test_watchers_are_told_the_sum_of_all_nodes(node, clock):
 @pytest.mark.parametrize(
     "others",
     [
-        [Here(300, None)],
-        [Here(150, frozenset(map(str, range(150)))), Here(50, frozenset(map(str, range(150, 200))))],
+        [Occupancy(300, None)],
+        [Occupancy(150, frozenset(map(str, range(150)))), Occupancy(50, frozenset(map(str, range(150, 200))))],
     ],
 )
 def test_too_many_names_at_all_nodes_together_are_only_counted(node, clock, others):
@@ -517,11 +517,11 @@ def test_who_is_never_ready_costs_one_look_a_second(place, clock):
 def test_who_stops_being_ready_with_the_first_of_two_frames_is_spared_the_second(place, clock):
     ann = place.join(watcher("ann", BOTH))
 
-    def tell(frame):
+    def send_frame(frame):
         ann.frames.append(frame)
         ann.ready = False
 
-    ann.tell = tell
+    ann.send_frame = send_frame
     place.presence.typing("bob")
     clock.turns()
     assert [len(ann.told), ann.typing] == [1, []]

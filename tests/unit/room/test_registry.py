@@ -26,8 +26,8 @@ from support.helpers import (
 
 from chatd.messages import Id, PageRequest, Post
 from chatd.room.log import LogUnavailable, UnknownId
-from chatd.room.presence import PRESENCE, TYPING, Here
-from chatd.room.registry import RELOAD_SECONDS, Rooms
+from chatd.room.presence import PRESENCE, TYPING, Occupancy
+from chatd.room.registry import RELOAD_SECONDS, Registry
 from chatd.room.room import MAX_LAG
 from chatd.room.sweep import SLICE_MEMBERS
 from chatd.transport.frames import ack_frame, event
@@ -45,7 +45,7 @@ def log():
 
 @pytest.fixture
 def rooms(log, clock):
-    return Rooms(log, clock, 100)
+    return Registry(log, clock, 100)
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def lobby():
 
 @pytest.fixture
 def node(log, clock, lobby):
-    return Rooms(log, clock, 100, lobby)
+    return Registry(log, clock, 100, lobby)
 
 
 def watcher():
@@ -278,7 +278,7 @@ def test_who_is_at_another_node_is_shown_in_that_room_alone_until_the_node_is_go
     if stale:
         log.miss()
     for room in ("main", "nowhere"):
-        lobby.guest.elsewhere(room, "B", Here(2, frozenset({"bob"})))
+        lobby.guest.elsewhere(room, "B", Occupancy(2, frozenset({"bob"})))
         lobby.guest.typing(room, ["bob"])
     clock.advance(1)
     lobby.guest.gone("B")
@@ -305,7 +305,7 @@ def test_what_the_tail_holds_is_not_read_for_who_comes_back(log, rooms):
 
 def test_who_missed_more_than_the_tail_holds_gets_it_from_the_log(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     _, member, history = enter(rooms, last="abcd-3")
     assert told(history) == (True, "abcd-8", 5)
     clock.turns()
@@ -315,7 +315,7 @@ def test_who_missed_more_than_the_tail_holds_gets_it_from_the_log(log, clock):
 
 def test_the_log_is_read_once_for_many_who_come_back_with_the_same_id_at_once(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     log.held = True
     herd = [arrive(rooms, last="abcd-3") for _ in range(50)]
@@ -328,7 +328,7 @@ def test_the_log_is_read_once_for_many_who_come_back_with_the_same_id_at_once(lo
 
 def test_who_come_back_at_once_where_the_room_must_be_loaded_share_that_too(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     log.held = True
     herd = [arrive(rooms, last="abcd-3") for _ in range(50)]
     log.answer()
@@ -361,7 +361,7 @@ def test_a_message_that_the_log_does_not_know_either_is_of_the_future(log, rooms
 def test_the_log_is_not_read_for_who_has_missed_what_is_gone(log, clock, last):
     log.keep(20)
     log.first = 4
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     assert told(enter(rooms, last=last)[2]) == (False, "abcd-20", 5)
     assert len(log.reads) == 1
@@ -370,7 +370,7 @@ def test_the_log_is_not_read_for_who_has_missed_what_is_gone(log, clock, last):
 def test_the_log_is_not_read_for_who_has_missed_too_much(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.room.MAX_LAG", 10)
     log.keep(20)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     assert told(enter(rooms, last="abcd-9")[2]) == (False, "abcd-20", 5)
     assert len(log.reads) == 1
@@ -379,7 +379,7 @@ def test_the_log_is_not_read_for_who_has_missed_too_much(log, clock, monkeypatch
 
 def test_what_is_trimmed_while_the_log_is_read_is_lost_for_who_comes_back(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -391,7 +391,7 @@ def test_what_is_trimmed_while_the_log_is_read_is_lost_for_who_comes_back(log, c
 
 def test_what_is_appended_while_the_log_is_read_for_who_comes_back_follows(log, clock, short_tail):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -405,7 +405,7 @@ def test_what_is_appended_while_the_log_is_read_for_who_comes_back_follows(log, 
 
 def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     log.held = True
     herd = [arrive(rooms, last="abcd-3") for _ in range(3)]
     log.answer()
@@ -425,7 +425,7 @@ def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clo
 
 def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     log.held = True
     arrived = [arrive(rooms, last="abcd-3"), arrive(rooms, last="abcd-3")]
@@ -438,7 +438,7 @@ def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(l
 
 def test_a_log_that_goes_down_when_the_room_must_be_loaded_again_fails_who_comes_back(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
     log.answer()
@@ -479,7 +479,7 @@ def test_a_page_is_answered_from_the_tail_without_the_log(log, rooms):
 
 def test_a_page_that_goes_beyond_the_tail_is_read_from_the_log(log, clock):
     log.keep(9)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     assert page(rooms, request(before=8)) == ([5, 6, 7], 7, True, True)
     assert len(log.reads) == 1
@@ -556,9 +556,9 @@ def two(held):
     first, head, history = held
     filled, empty = ScriptedLog(head), ScriptedLog(head)
     filled.first = empty.first = first
-    crowded = Rooms(filled, Turns(), history)
+    crowded = Registry(filled, Turns(), history)
     enter(crowded)
-    return crowded, Rooms(empty, Turns(), history)
+    return crowded, Registry(empty, Turns(), history)
 
 
 @REPEATABLE
@@ -617,7 +617,7 @@ def test_whoever_comes_back_gets_exactly_what_was_missed_or_is_told_that_it_is_g
     first, head, history = held
     log, clock = ScriptedLog(head), Turns()
     log.first = first
-    rooms = Rooms(log, clock, history)
+    rooms = Registry(log, clock, history)
     enter(rooms)
     member = Reader()
     _, _, said = enter(rooms, member, last=f"abcd-{number}")
@@ -716,7 +716,7 @@ def test_each_room_is_loaded_for_itself(log, rooms, clock):
 
 def test_who_is_told_nothing_for_too_long_begins_anew(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.registry.MAX_LAG", 4)
-    rooms = Rooms(log, clock, 3)
+    rooms = Registry(log, clock, 3)
     log.keep(2)
     _, member, _ = enter(rooms)
     log.miss(4)
@@ -909,7 +909,7 @@ def test_who_comes_back_meanwhile_resumes_in_the_history_that_is(log, rooms, clo
 
 def test_who_came_back_to_the_lost_history_begins_anew_in_the_one_that_is(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -922,7 +922,7 @@ def test_who_came_back_to_the_lost_history_begins_anew_in_the_one_that_is(log, c
 
 def test_who_comes_back_when_it_happens_is_given_what_the_log_held(log, clock):
     log.keep(12)
-    rooms = Rooms(log, clock, 5)
+    rooms = Registry(log, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -1018,7 +1018,7 @@ def test_who_leaves_as_it_is_told_leaves_nothing_behind(log, rooms, clock):
     log.say()
     clock.turns()
     delivered = rooms.delivered
-    first.tell = lambda _: last.leave() or first.leave()
+    first.send_frame = lambda _: last.leave() or first.leave()
     log.lose(1)
     clock.turns()
     assert rooms.delivered == delivered == 2
@@ -1345,7 +1345,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
         self.patch.setattr("chatd.room.sweep.SLICE_SECONDS", -1)
         self.patch.setattr("chatd.room.registry.MAX_LAG", self.LAG)
         self.clock, self.log = Turns(), ScriptedLog()
-        self.rooms = Rooms(self.log, self.clock, history)
+        self.rooms = Registry(self.log, self.clock, history)
         self.logs = {self.log.epoch: self.log.entries}
         self.untold = []
         self.removed = 0
@@ -1368,7 +1368,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
         self.write(number)
 
     @rule()
-    def tell(self):
+    def send_frame(self):
         self.log.follower.appended("main", self.untold)
         self.untold = []
 
@@ -1406,7 +1406,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
         client = which.choice([client for client in self.clients if client.here and client.member.form is None])
         for _ in range(number):
             self.write(1)
-            self.tell()
+            self.send_frame()
             place = Id(self.log.epoch, len(self.log.entries))
             client.room.acknowledge(client.member, place.number, ack_frame(place, f"c{place}", duplicate=False))
             client.acks.append(place)
@@ -1458,7 +1458,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
 
     @rule()
     def all_settles(self):
-        self.tell()
+        self.send_frame()
         self.log.release()
         for _ in range(400):
             for client in self.clients:

@@ -185,7 +185,7 @@ def test_what_anyone_is_told_is_in_the_file_already(opened, path, tmp_path):
             copy_of(path, tmp_path / "posted")
 
     store, witness = opened(), Killing()
-    store.tail(witness)
+    store.follow(witness)
     post(store, "hi", poster=witness)
     assert [event[0] for event in witness.events] == ["appended", "posted"]
     for folder in ("followed", "posted"):
@@ -258,7 +258,7 @@ def test_a_fault_while_the_log_is_created_leaves_none(opened, monkeypatch, name)
 def test_nothing_is_told_before_the_commit(opened):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
-    store.tail(follower)
+    store.follow(follower)
     poster = post(store, "one")
     assert (follower.events, poster.events, texts(store)) == ([], [], [])
     writer.run()
@@ -288,7 +288,7 @@ def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(open
 def test_a_batch_is_told_room_by_room_and_each_room_in_order(opened):
     writer = HeldWorker()
     store, follower = opened(writer=writer, retain=Retention(messages=2)), RecordingFollower()
-    store.tail(follower)
+    store.follow(follower)
     poster = post(store, "first", room="c")
     for room in "abababa":
         post(store, room, room=room, poster=poster)
@@ -353,7 +353,7 @@ def test_a_follower_that_fails_is_logged_and_does_not_stop_the_log(opened):
             raise ZeroDivisionError
 
     store = opened()
-    store.tail(Failing())
+    store.follow(Failing())
     with capturedLogs() as events:
         post(store, "one")
     assert [event["log_format"] for event in events] == ["what was committed could not be told"]
@@ -378,7 +378,7 @@ def make_room(store):
 def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(opened):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
-    store.tail(follower)
+    store.follow(follower)
     first = post(store, "one")
     poster = post(store, *["x" * 500] * 99)
     post(store, "else", room="other", poster=poster)
@@ -451,7 +451,7 @@ def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(op
     store, follower = opened(retain=Retention(seconds=DAY), now=now), RecordingFollower()
     for room in "ab":
         post(store, "one", room=room)
-    store.tail(follower)
+    store.follow(follower)
     now.advance(2 * DAY)
     run_sql(path, "CREATE TRIGGER t BEFORE DELETE ON messages WHEN old.room = 'b' BEGIN SELECT RAISE(ABORT, 'no'); END")
     with capturedLogs() as events:
@@ -929,7 +929,7 @@ def test_what_a_poster_was_told_is_a_duplicate_in_the_file_already(opened, path,
 def test_a_post_that_could_not_be_kept_leaves_no_label(opened):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
-    store.tail(follower)
+    store.follow(follower)
     post(store, "before")
     poster = post(store, *["x" * 500] * 99)
     post(store, "hi", "hi", "else", label="l", poster=poster)
@@ -1032,7 +1032,7 @@ def test_settled_comes_although_there_is_always_more(opened):
 def test_what_settled_waited_for_was_told_before_to_followers_and_posters(opened):
     writer, told = HeldWorker(), []
     store = opened(writer=writer)
-    store.tail(RecordingFollower(told))
+    store.follow(RecordingFollower(told))
     post(store, "one", poster=RecordingPoster(told))
     store.settled().addCallback(lambda _: told.append(("settled",)))
     writer.run()
@@ -1127,7 +1127,7 @@ def stuck(opened):
     """A store whose disk does not answer, with a post under way and two that wait, and who said them."""
     writer = HeldWorker()
     store, follower, poster = opened(writer=writer), RecordingFollower(), RecordingPoster()
-    store.tail(follower)
+    store.follow(follower)
     for text in ("one", "two", "three"):
         post(store, text, label=text, poster=poster)
     assert len(writer.held) == 1
@@ -1364,7 +1364,7 @@ def test_a_log_with_threads_keeps_what_many_post_at_once(path, thread_worker):
     store = SqliteStore(path, ALL, ManualTime(), thread_worker(reactor), thread_worker(reactor))
     store.open(SEED)
     follower, poster = RecordingFollower(), RecordingPoster()
-    store.tail(follower)
+    store.follow(follower)
     post(store, *map(str, range(500)), poster=poster)
     reading = store.read("main", None, 10)  # does not wait for the writer
     reactor.result_of(store.settled())

@@ -13,9 +13,9 @@ from chatd.transport import admission
 from chatd.transport.admission import (
     Addresses,
     Admission,
+    HttpError,
+    JoinRequest,
     Rate,
-    Refused,
-    Visit,
     last_id,
     origin_pattern,
     read_query,
@@ -33,7 +33,7 @@ def visit(target, origin=None, *, rooms=(), origins=()):
 
 
 def refusal(target, origin=None, **rules):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(HttpError) as refused:
         visit(target, origin, **rules)
     assert "\n" not in str(refused.value)
     assert refused.value.code is None
@@ -56,7 +56,7 @@ def refusal(target, origin=None, **rules):
     ],
 )
 def test_a_path_names_a_room(path, room):
-    assert visit(path) == Visit(room, None, NOBODY, None)
+    assert visit(path) == JoinRequest(room, None, NOBODY, None)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_what_is_no_origin_is_said(text):
 
 
 def test_what_is_asked_for_is_read():
-    assert visit("/rooms/a?last_event_id=k7Q2-1042&events=presence,typing&username=ann") == Visit(
+    assert visit("/rooms/a?last_event_id=k7Q2-1042&events=presence,typing&username=ann") == JoinRequest(
         "a", Id("k7Q2", 1042), frozenset({"presence", "typing"}), "ann"
     )
 
@@ -225,14 +225,14 @@ def test_what_is_asked_for_is_read():
     "query", ["", "last_event_id=&events=&username=", "last_event_id", "colour=red&colour=%00", "&&", "LAST_EVENT_ID=x"]
 )
 def test_what_is_empty_or_unknown_is_not_asked_for(query):
-    assert visit(f"/?{query}") == Visit("main", None, NOBODY, None)
+    assert visit(f"/?{query}") == JoinRequest("main", None, NOBODY, None)
 
 
 def test_of_what_is_said_twice_the_last_counts():
     asked = visit(
         "/?last_event_id=nonsense&last_event_id=k7Q2-1&events=nonsense&events=typing&username=ann&username=bob"
     )
-    assert asked == Visit("main", Id("k7Q2", 1), frozenset({"typing"}), "bob")
+    assert asked == JoinRequest("main", Id("k7Q2", 1), frozenset({"typing"}), "bob")
 
 
 @pytest.mark.parametrize("number", ["0", "1", "9" * 16])
@@ -269,7 +269,7 @@ def test_an_id_that_is_no_query_is_read_alike():
     assert last_id("k7Q2-3") == Id("k7Q2", 3)
     assert last_id(None) is None
     assert last_id("") is None
-    with pytest.raises(Refused, match="last_event_id: an id is an epoch and a number, such as "):
+    with pytest.raises(HttpError, match="last_event_id: an id is an epoch and a number, such as "):
         last_id("nonsense")
 
 
@@ -491,7 +491,7 @@ def test_an_address_that_is_owed_something_is_remembered_however_many_there_are(
 def test_an_app_or_an_address_may_be_an_origin(origin):
     rules = Admission(origins=[origin_pattern(origin)])
     rules.check_origin(origin)
-    with pytest.raises(Refused):
+    with pytest.raises(HttpError):
         rules.check_origin(f"{origin}1")
 
 

@@ -16,7 +16,7 @@ from twisted.internet.testing import StringTransport
 
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable
-from chatd.room.registry import Rooms
+from chatd.room.registry import Registry
 from chatd.room.room import MAX_LAG
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
@@ -24,7 +24,7 @@ from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import PREFLIGHT_SECONDS, Api
-from chatd.transport.connections import PING_SECONDS, STALL_SECONDS, Clients
+from chatd.transport.connections import PING_SECONDS, STALL_SECONDS, Connections
 from chatd.transport.websocket import ChatFactory
 
 SEED = (
@@ -32,7 +32,7 @@ SEED = (
     Entry(2, "Bob", "Hi Alice!", "2024-10-20T12:31:00Z"),
 )
 JSON = b"Content-Type: application/json"
-RETRY = str(web.RETRY_SECONDS)
+RETRY = str(web.RETRY_AFTER_SECONDS)
 
 
 class Log(MemoryStore):
@@ -74,15 +74,15 @@ class House:
         self.clock = Clock()
         self.log = Log(Retention.parse(retain))
         self.log.open(seed)
-        self.rooms = Rooms(self.log, self.clock, history)
-        self.clients = Clients(self.clock)
+        self.rooms = Registry(self.log, self.clock, history)
+        self.connections = Connections(self.clock)
         admission = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
-        api = Api(self.rooms, self.clients, admission, addresses)
+        api = Api(self.rooms, self.connections, admission, addresses)
         self.site = web.site(lambda: (True, "ready"), self.clock, {"": api, "rooms": api})
         self.factory = ChatFactory(
-            rooms=self.rooms, clients=self.clients, admission=admission, site=self.site, reactor=self.clock
+            rooms=self.rooms, connections=self.connections, admission=admission, site=self.site, reactor=self.clock
         )
 
     @property
@@ -119,11 +119,11 @@ class House:
 
     def drain(self, retry_after=0.5):
         """Send all clients elsewhere, at once."""
-        self.clients.stopping = True
-        for client in [*self.clients.connected]:
+        self.connections.stopping = True
+        for client in [*self.connections.connected]:
             client.restart(retry_after)
-            if client in self.clients.connected:
-                self.clients.closings.add(client)
+            if client in self.connections.connected:
+                self.connections.closings.add(client)
 
     def stream(self, path=b"/rooms/main/events", *headers, **options):
         return Stream(self.connect(), path, *headers, **options)
@@ -137,7 +137,7 @@ class House:
         """Let time pass as the service does: once a second all are looked at."""
         for _ in range(seconds):
             self.clock.advance(1)
-            self.clients.look()
+            self.connections.check_deadlines()
             self.turn()
 
     @property
@@ -145,7 +145,12 @@ class House:
         """Whether nothing is left of anyone who was here."""
         self.turn()
         return (
-            not (self.clients.connected or [*self.clients.stalls] or [*self.clients.pings] or [*self.clients.closings])
+            not (
+                self.connections.connected
+                or [*self.connections.stalls]
+                or [*self.connections.pings]
+                or [*self.connections.closings]
+            )
             and not self.rooms._rooms
         )
 
@@ -822,7 +827,7 @@ def test_a_stream_begins_with_the_time_to_retry_and_the_history_and_goes_on_with
     stream = house.stream()
     (history,) = stream.read()
     assert stream.status == 200
-    assert stream.retries == [web.RETRY_SECONDS * 1000]
+    assert stream.retries == [web.RETRY_AFTER_SECONDS * 1000]
     assert stream.headers["content-type"] == "text/event-stream"
     assert stream.headers["cache-control"] == "no-store"
     assert stream.headers["x-accel-buffering"] == "no"
@@ -834,7 +839,7 @@ def test_a_stream_begins_with_the_time_to_retry_and_the_history_and_goes_on_with
     assert [(event.kind, event.id) for event in stream.read()] == [("message", house.id(3)), ("message", house.id(4))]
     assert stream.last == house.id(4)
     assert not stream.ended
-    assert stream.retries == [web.RETRY_SECONDS * 1000]
+    assert stream.retries == [web.RETRY_AFTER_SECONDS * 1000]
 
 
 def test_the_first_bytes_of_a_stream_are_the_retry(house):
@@ -1096,7 +1101,7 @@ def test_a_transport_that_says_after_its_end_that_it_takes_more_is_not_heard(hou
     assert house.forgotten
 
 
-def overrun(house, stream):
+def evict(house, stream):
     """The log is down just when a reader must be caught up from it."""
     full(stream)
     house.say(*["x" * 500] * (MAX_LAG - 3))
@@ -1110,7 +1115,7 @@ def overrun(house, stream):
 def test_a_reader_that_cannot_be_caught_up_is_told_to_come_back(house):
     stream = house.stream()
     stream.read()
-    overrun(house, stream)
+    evict(house, stream)
     assert stream.read() == []
     assert stream.ended
     assert stream.retries[1:] == [0]
@@ -1125,7 +1130,7 @@ def test_an_ended_stream_that_its_reader_does_not_let_go_is_written_nothing_more
     stream = house.stream(version=version)
     other = house.stream(b"/rooms/other/events")
     house.pass_time(PING_SECONDS - 1)
-    overrun(house, stream)
+    evict(house, stream)
     stream.read()
     other.read()
     comments = other.comments
@@ -1135,7 +1140,7 @@ def test_an_ended_stream_that_its_reader_does_not_let_go_is_written_nothing_more
     assert other.comments == comments + 2, "others are pinged all the same"
     house.pass_time(2 * STALL_SECONDS)
     assert stream.transport.disconnected
-    assert len(house.clients.connected) == 1
+    assert len(house.connections.connected) == 1
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
@@ -1144,44 +1149,44 @@ def test_a_drain_ends_a_stream_with_its_time_to_come_back(house, version):
     for seconds, retry in moments:
         stream = house.stream(version=version)
         stream.read()
-        (client,) = house.clients.connected
-        gone = house.clients.empty()
+        (client,) = house.connections.connected
+        gone = house.connections.empty()
         client.restart(seconds)
         assert stream.read() == []
         assert stream.ended or version == b"1.0"
         assert stream.connection.closing
-        assert stream.retries == [web.RETRY_SECONDS * 1000, retry]
+        assert stream.retries == [web.RETRY_AFTER_SECONDS * 1000, retry]
         assert not gone.called
         stream.connection.lose()
         assert gone.called
-    assert house.clients.closes == {("events", 1012): len(moments)}
+    assert house.connections.closes == {("events", 1012): len(moments)}
     assert house.forgotten
 
 
 def test_a_stream_is_owed_the_messages_until_it_was_sent_them_although_it_takes_nothing_for_a_while(house):
     stream = house.stream()
-    (client,) = house.clients.connected
-    assert (client.head, client.owed(2)) == (2, False)
+    (client,) = house.connections.connected
+    assert (client.head, client.has_pending(2)) == (2, False)
     house.say("hi")
-    assert (client.head, client.owed(3)) == (3, True)
+    assert (client.head, client.has_pending(3)) == (3, True)
     house.turn()
-    assert not client.owed(3)
+    assert not client.has_pending(3)
     full(stream)
     house.say("ho")
     house.turn()
-    assert client.owed(client.head)
+    assert client.has_pending(client.head)
     empty(stream)
-    assert client.owed(client.head)
+    assert client.has_pending(client.head)
     house.turn()
-    assert not client.owed(client.head)
+    assert not client.has_pending(client.head)
     stream.connection.lose()
-    assert (client.head, client.owed(4)) == (0, False)
+    assert (client.head, client.has_pending(4)) == (0, False)
 
 
 def test_a_stream_that_is_read_no_more_goes_on(house):
     stream = house.stream()
     stream.read()
-    (client,) = house.clients.connected
+    (client,) = house.connections.connected
     client.finish()
     house.say("hi")
     house.turn()
@@ -1206,7 +1211,7 @@ def test_who_comes_back_after_a_drain_resumes(house):
     stream.read()
     house.drain()
     stream.connection.lose()
-    house.clients.stopping = False  # the next server on the same log
+    house.connections.stopping = False  # the next server on the same log
     house.say("ho")
     (history,) = house.stream(b"/rooms/main/events", b"Last-Event-ID: " + stream.last.encode()).read()
     assert (history.json["resumed"], said(history.json)) == (True, ["ho"])
@@ -1214,7 +1219,7 @@ def test_who_comes_back_after_a_drain_resumes(house):
 
 def test_ended_at_once_by_the_operators_last_word(house):
     stream = house.stream()
-    house.clients.abort()
+    house.connections.abort()
     assert stream.transport.disconnected
     assert house.forgotten
 
@@ -1287,8 +1292,8 @@ def test_a_connection_whose_stream_could_not_begin_may_ask_again(house):
 def test_when_all_have_left_nothing_is_left_of_them(house, events):
     streams = [house.stream(f"/rooms/room-{number}/events".encode()) for number in range(5)] + [house.stream()]
     house.turn()
-    assert len(house.clients.connected) == 6
-    gone = house.clients.empty()
+    assert len(house.connections.connected) == 6
+    gone = house.connections.empty()
     for stream in streams:
         stream.connection.lose()
     assert gone.called

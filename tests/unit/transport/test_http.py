@@ -14,7 +14,7 @@ from chatd.messages import Code
 from chatd.transport import http as web
 
 
-class Rooms(web.ChatResource):
+class Registry(web.ChatResource):
     """Stands for chatd.api: the page, and an answer that names what was posted."""
 
     isLeaf = True
@@ -33,7 +33,7 @@ def ready():
 
 def clients_site(clock, ready=ready):
     """The site for clients."""
-    rooms = Rooms()
+    rooms = Registry()
     return web.site(ready, clock, {"": rooms, "rooms": rooms})
 
 

@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from chatd.messages import Id, Post
 from chatd.room.log import InDoubt, LogUnavailable
 from chatd.room.presence import EVENTS, ROUND_SECONDS
-from chatd.room.registry import Rooms
+from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 from chatd.transport.admission import Rate
@@ -81,7 +81,7 @@ class Person(Session):
 
     # The transport
 
-    def tell(self, frame):
+    def send_frame(self, frame):
         self.sent += frame
         if not self.ready:
             self.unread = True
@@ -141,7 +141,7 @@ def log():
 @pytest.fixture
 def rooms(log, clock):
     """Rooms that begin with one message, so that every longer page is read from the log."""
-    return Rooms(log, clock, 1)
+    return Registry(log, clock, 1)
 
 
 @pytest.fixture
@@ -600,7 +600,7 @@ def test_an_answer_that_is_not_read_keeps_what_is_held_behind_a_page(clock, log,
 
 def test_a_page_that_is_fetched_keeps_what_is_held_although_the_answers_are_read_again(log, paging):
     paging.stalls()
-    paging.tell(b"")
+    paging.send_frame(b"")
     paging.posts("6")
     paging.takes_again()
     assert not paging.reading
@@ -640,85 +640,85 @@ def test_the_head_is_that_of_the_room(ann, bob, clock):
 
 def test_who_is_in_no_room_is_owed_nothing(ann):
     ann.posts("1", label="a")
-    assert ann.owed(1)
+    assert ann.has_pending(1)
     ann.leave()
-    assert not ann.owed(1)
-    assert not Session().owed(1)
+    assert not ann.has_pending(1)
+    assert not Session().has_pending(1)
 
 
 def test_messages_are_owed_until_they_were_handed_over(clock, ann, bob):
-    assert not bob.owed(0)
+    assert not bob.has_pending(0)
     ann.posts("1", "2")
-    assert bob.owed(1)
-    assert bob.owed(2)
+    assert bob.has_pending(1)
+    assert bob.has_pending(2)
     clock.advance(0)
-    assert not bob.owed(2)
-    assert bob.owed(3), "as if one more had come"
+    assert not bob.has_pending(2)
+    assert bob.has_pending(3), "as if one more had come"
 
 
 def test_an_acknowledgement_is_owed_until_it_was_sent(clock, ann):
     ann.posts("1", label="a")
-    assert ann.owed(0), "whatever the number"
+    assert ann.has_pending(0), "whatever the number"
     clock.advance(0)
     assert kinds(ann.hears()) == ["1", "ack a"]
-    assert not ann.owed(1)
+    assert not ann.has_pending(1)
 
 
 @pytest.mark.parametrize("outcome", ["answer", "fail"])
 def test_a_page_is_owed_until_it_was_answered(log, paging, outcome):
     paging.hears()
-    assert paging.owed(paging.cursor)
+    assert paging.has_pending(paging.cursor)
     getattr(log, outcome)()
     assert len(paging.hears()) == 1
-    assert not paging.owed(paging.cursor)
+    assert not paging.has_pending(paging.cursor)
 
 
 def test_what_came_with_a_page_and_waits_is_owed_its_answers_too(clock, log, paging):
     paging.stalls()
-    paging.tell(b"")  # so that its answers are not read
+    paging.send_frame(b"")  # so that its answers are not read
     paging.posts("6", label="a")
     log.answer()
     paging.ready = True
     assert not paging._paging
-    assert paging.owed(paging.cursor)
+    assert paging.has_pending(paging.cursor)
     paging.takes_again()
     assert log.messages == [*"123456"]
     clock.advance(0)
     assert kinds(paging.hears()) == [[*"12345"], "6", "ack a"]
-    assert not paging.owed(6)
+    assert not paging.has_pending(6)
 
 
 def test_who_takes_nothing_for_a_while_is_owed_it_all_the_same(clock, ann, bob):
-    assert not bob.owed(0)
+    assert not bob.has_pending(0)
     ann.stalls()
     ann.posts("1", label="a")
     bob.stalls()
     clock.advance(0)
     assert ann.hears() == []
-    assert ann.owed(1)
-    assert bob.owed(1)
+    assert ann.has_pending(1)
+    assert bob.has_pending(1)
     ann.takes_again()
-    assert ann.owed(1)
+    assert ann.has_pending(1)
     clock.advance(0)
     assert kinds(ann.hears()) == ["1", "ack a"]
-    assert not ann.owed(1)
-    assert bob.owed(1)
+    assert not ann.has_pending(1)
+    assert bob.has_pending(1)
     bob.leave()
-    assert not bob.owed(1)
+    assert not bob.has_pending(1)
 
 
 def test_who_was_given_all_is_owed_nothing_however_full_its_transport_is(clock, ann):
     ann.posts("1", label="a")
     clock.advance(0)
     ann.stalls()
-    assert not ann.owed(1)
+    assert not ann.has_pending(1)
 
 
 def test_who_is_finished_is_read_no_more(clock, ann):
     ann.finish()
     assert not ann.reading
     ann.stalls()
-    ann.tell(b"")
+    ann.send_frame(b"")
     ann.takes_again()
     assert not ann.reading
 
@@ -1050,7 +1050,7 @@ def test_leaving_while_a_page_is_fetched_is_no_way_round_the_limit(old, clock, l
 @given(a_second=st.integers(1, 1000), pause=st.floats(0, 1))
 def test_who_waits_as_long_as_it_is_told_gets_through_and_is_told_no_more_than_that(a_second, pause):
     clock, log = Clock(), Log()
-    person = Person(Rooms(log, clock, 1), rate=Rate(a_second, 1, clock.seconds))
+    person = Person(Registry(log, clock, 1), rate=Rate(a_second, 1, clock.seconds))
     person.posts("1")
     clock.advance(min(pause, 0.99) / a_second)
     person.sent = b""

@@ -21,16 +21,16 @@ from twisted.python.failure import Failure
 from chatd.operate.drain import TICK_SECONDS, Drain
 from chatd.room.log import LogUnavailable
 from chatd.room.presence import ROUND_SECONDS
-from chatd.room.registry import Rooms
+from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 from chatd.transport import http as web
 from chatd.transport import websocket as protocol
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
-from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Clients
+from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Connections
 from chatd.transport.framing import parse_upgrade
 from chatd.transport.session import Session
-from chatd.transport.websocket import MAX_MESSAGE, ChatFactory, ChatProtocol
+from chatd.transport.websocket import MAX_MESSAGE, ChatConnection, ChatFactory
 
 HANDSHAKE = HEAD + b"\r\n\r\n"
 PAGE = {"type": "history"}
@@ -82,22 +82,22 @@ def store():
 
 @pytest.fixture
 def rooms(store, clock):
-    return Rooms(store, clock, 100)
+    return Registry(store, clock, 100)
 
 
 @pytest.fixture
-def clients(clock):
-    return Clients(clock)
+def connections(clock):
+    return Connections(clock)
 
 
 @pytest.fixture
-def server(clock, rooms, clients):
+def server(clock, rooms, connections):
     """Makes a factory of connections, by the operator's rules."""
 
     def server(rooms=rooms, *, allowed=(), origins=(), rate=None):
         return ChatFactory(
             rooms=rooms,
-            clients=clients,
+            connections=connections,
             admission=Admission([room_pattern(text) for text in allowed], [origin_pattern(text) for text in origins]),
             site=web.site(lambda: (True, "ready"), clock, {}),
             reactor=clock,
@@ -272,7 +272,7 @@ def used():
 
 def test_ours_shadows_nothing_of_autobahns_by_accident():
     theirs = used()
-    assert {name for name in names_of(ChatProtocol, Session) if hasattr(theirs, name)} == {
+    assert {name for name in names_of(ChatConnection, Session) if hasattr(theirs, name)} == {
         *("_fail_connection", "connectionLost", "connectionMade", "dataReceived", "failHandshake", "onClose"),
         *("onConnect", "onMessage"),
         *("onMessageFrameBegin", "onOpen", "onPong", "processHandshake", "sendCloseFrame", "sendData", "__init__"),
@@ -282,8 +282,8 @@ def test_ours_shadows_nothing_of_autobahns_by_accident():
 
 
 def test_a_connection_is_of_a_session_what_its_transport_does_and_nothing_else():
-    assert names_of(ChatProtocol) & names_of(Session) == {
-        *("peer", "tell", "write", "hold", "overrun", "stop_reading", "read_on", "not_text"),
+    assert names_of(ChatConnection) & names_of(Session) == {
+        *("peer", "send_frame", "write", "hold", "evict", "stop_reading", "read_on", "not_text"),
     }
 
 
@@ -293,9 +293,9 @@ def test_nothing_of_a_session_is_hidden_by_what_autobahn_sets_on_its_connections
 
 
 def test_ours_shadows_nothing_of_autobahns_factory_by_accident(factory):
-    ours = {*names_of(ChatFactory), *("clients", "admission", "site", "protocol")}
+    ours = {*names_of(ChatFactory), *("connections", "admission", "site", "protocol")}
     assert {name for name in ours if hasattr(WebSocketServerFactory(), name)} == {"__init__", "noisy", "protocol"}
-    assert {"clients", "admission", "site"} <= {*vars(factory)}
+    assert {"connections", "admission", "site"} <= {*vars(factory)}
 
 
 # Joining
@@ -443,7 +443,7 @@ def test_a_request_without_an_upgrade_is_the_web_sites(factory, transport):
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"ok\n")
     assert factory.getConnectionCount() == 0
-    assert [*factory.clients.handshakes] == []
+    assert [*factory.connections.handshakes] == []
     client.goes()
 
 
@@ -477,7 +477,7 @@ def test_a_connection_that_served_requests_becomes_a_websocket_behind_their_answ
     factory, clock, way, transport, cut
 ):
     requests, pieces = cut
-    clients = factory.clients
+    connections = factory.connections
     client, other = Client(factory, transport()), Client(factory)
     data = HEALTH * requests + way("/rooms/team?username=ann", b"Sec-WebSocket-Protocol: chat.v1")
     data += masked(b'{"username":"ann","message":"hi"}')
@@ -494,14 +494,14 @@ def test_a_connection_that_served_requests_becomes_a_websocket_behind_their_answ
     assert [frame["type"] for frame in read_frames(frames)] == ["history", "message"]
     assert client.now.name == "ann"
     assert factory.getConnectionCount() == 2
-    assert clients.connected == {client.now, other.now}
-    assert [*clients.handshakes] == []
+    assert connections.connected == {client.now, other.now}
+    assert [*connections.handshakes] == []
     assert clock.getDelayedCalls() == []
     other.posts("ho")
     clock.advance(0)
     assert [frame["data"]["message"] for frame in read_frames(written(client))] == ["ho"]
     client.goes()
-    assert clients.connected == {other.now}
+    assert connections.connected == {other.now}
     assert factory.site.channels == set()
 
 
@@ -519,7 +519,7 @@ def test_it_is_told_when_its_transport_is_full_as_those_are_that_buffer(factory,
     assert [frame["data"]["message"] for frame in read_frames(written(client))] == ["1"]
 
 
-def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, clients):
+def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, connections):
     wrapper = ProtocolWrapper(WrappingFactory(factory), factory.buildProtocol(None))
     wire = Wire()
     wrapper.makeConnection(wire)
@@ -527,10 +527,10 @@ def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, clients):
     wrapper.dataReceived(HANDSHAKE[:50])
     assert isinstance(wrapper.wrappedProtocol, web.HTTPChannel)
     wrapper.dataReceived(HANDSHAKE[50:])
-    assert clients.connected == {wrapper.wrappedProtocol}
+    assert connections.connected == {wrapper.wrappedProtocol}
     assert UPGRADED in wire.value()
     wrapper.connectionLost(Failure(ConnectionDone()))
-    assert clients.connected == set()
+    assert connections.connected == set()
     assert factory.getConnectionCount() == 0
 
 
@@ -538,7 +538,7 @@ def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, clients):
     ("handshake", "status"),
     [(short("/nowhere"), 404), (long("/?username=%ff"), 400), (short().replace(b"13", b"7"), 400)],
 )
-def test_a_handshake_that_is_refused_there_is_told_why_and_ends_it(factory, clients, handshake, status):
+def test_a_handshake_that_is_refused_there_is_told_why_and_ends_it(factory, connections, handshake, status):
     client = Client(factory)
     client.sends(HEALTH + handshake)
     _, _, answer = written(client).partition(b"ok\n")
@@ -546,14 +546,14 @@ def test_a_handshake_that_is_refused_there_is_told_why_and_ends_it(factory, clie
     assert client.transport.disconnecting
     assert factory.refused_handshakes == {f"{status}": 1}
     client.goes()
-    assert [*clients.handshakes] == []
+    assert [*connections.handshakes] == []
     assert factory.getConnectionCount() == 0
 
 
-def test_who_comes_so_while_the_server_stops_is_told_when_to_come_again(factory, clients, way):
+def test_who_comes_so_while_the_server_stops_is_told_when_to_come_again(factory, connections, way):
     client = Client(factory)
     client.sends(HEALTH)
-    clients.stopping = True
+    connections.stopping = True
     client.sends(way())
     assert b"ok\nHTTP/1.1 503 " in written(client)
     assert client.transport.disconnecting
@@ -566,16 +566,16 @@ def test_a_handshake_whose_header_is_folded_goes_the_same_way(client):
     assert client.now.room is not None
 
 
-def test_it_has_as_long_as_any_other_when_the_log_is_slow(held, clock, server, clients, look):
-    client = Client(server(Rooms(held, clock, 100)))
+def test_it_has_as_long_as_any_other_when_the_log_is_slow(held, clock, server, connections, pass_time):
+    client = Client(server(Registry(held, clock, 100)))
     client.sends(HEALTH + HANDSHAKE)
     assert client.transport.producerState == "paused"
-    look(HANDSHAKE_SECONDS)
+    pass_time(HANDSHAKE_SECONDS)
     assert client.transport.aborted
     assert UPGRADED not in written(client)
     client.goes()
     held.answer()
-    assert not clients.connected
+    assert not connections.connected
 
 
 @pytest.mark.parametrize("named", ["factory", "site"])
@@ -792,7 +792,7 @@ def held():
 @pytest.fixture(params=WAYS)
 def waiting(request, held, clock, server):
     """A client that waits for the log."""
-    client = Client(server(Rooms(held, clock, 100)))
+    client = Client(server(Registry(held, clock, 100)))
     client.sends(request.param())
     return client
 
@@ -806,7 +806,7 @@ def test_while_the_room_is_loaded_nothing_more_is_read_from_the_client(held, wai
 
 
 def test_frames_right_behind_the_handshake_are_read_when_the_room_is_loaded(held, clock, server, way):
-    client = Client(server(Rooms(held, clock, 100)))
+    client = Client(server(Registry(held, clock, 100)))
     client.sends(way() + masked(b'{"username":"ann","message":"hi"}'))
     held.answer()
     clock.advance(0)
@@ -822,14 +822,14 @@ def test_a_log_that_is_down_is_503_and_when_to_try_again(held, waiting, events):
     assert "the log cannot be read: {error}" in [event["log_format"] for event in events]
 
 
-def test_who_gave_up_while_the_room_was_loaded_does_not_join(held, waiting, clock, clients):
+def test_who_gave_up_while_the_room_was_loaded_does_not_join(held, waiting, clock, connections):
     clock.advance(HANDSHAKE_SECONDS)
-    clients.look()
+    connections.check_deadlines()
     assert waiting.transport.aborted
     held.answer()
     assert waiting.transport.read() == b""
     assert waiting.protocol.room is None
-    assert not clients.connected
+    assert not connections.connected
 
 
 # Posting
@@ -922,7 +922,7 @@ def test_what_no_client_may_send_closes_with_a_code_and_is_not_posted(client, cl
     client.posts()
     clock.advance(0)
     assert client.transport.read() == b""
-    assert [*client.protocol.factory.clients.closings] == [client.protocol]
+    assert [*client.protocol.factory.connections.closings] == [client.protocol]
 
 
 def failures(events):
@@ -934,7 +934,7 @@ def failures(events):
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_who_breaks_the_protocol_is_told_why_and_may_answer(factory, events, look, transport):
+def test_who_breaks_the_protocol_is_told_why_and_may_answer(factory, events, pass_time, transport):
     client = Client(factory, transport())
     client.joins()
     why = "why " + "\N{WAVING HAND SIGN}" * 50
@@ -995,7 +995,7 @@ class FullStore(MemoryStore):
 
 def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
     store = opened(FullStore(Retention(), lambda: 0.0))
-    client = Client(server(Rooms(store, clock, 100)))
+    client = Client(server(Registry(store, clock, 100)))
     client.joins()
     client.posts()
     store.refuse()
@@ -1115,12 +1115,12 @@ def test_fragments_pings_and_closes_cost_nothing(server, clock):
 def archive(store, held, server, clock):
     """A factory of connections to a log that is slow to read back beyond its newest message."""
     held.slow = False
-    writer = Client(server(Rooms(held, clock, 100)))
+    writer = Client(server(Registry(held, clock, 100)))
     writer.joins()
     for message in "123":
         writer.posts(message)
     writer.goes()
-    return server(Rooms(held, clock, 1))
+    return server(Registry(held, clock, 1))
 
 
 @pytest.fixture(params=[Tcp, Wire])
@@ -1184,7 +1184,9 @@ def test_who_closes_while_a_page_is_fetched_has_posted_what_came_before_once(hel
     assert said(held) == ["1", "2", "3", "4"]
 
 
-def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_before_once(held, clock, pager, clients):
+def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_before_once(
+    held, clock, pager, connections
+):
     pager.says(H1, POST)
     pager.goes(ConnectionLost)
     assert said(held) == ["1", "2", "3", "4"]
@@ -1192,11 +1194,11 @@ def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_b
     clock.advance(0)
     assert pager.transport.read() == b""
     assert said(held) == ["1", "2", "3", "4"]
-    assert not clients.connected
+    assert not connections.connected
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, pager, clients, look, finished):
+def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, pager, connections, pass_time, finished):
     pager.says(H1, POST)
     if finished:
         pager.protocol.finish()
@@ -1207,7 +1209,7 @@ def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, page
     assert pager.transport.producerState == "producing"
     pager.sends(masked(b"\x03\xf4", first=0x88))
     pager.goes()
-    assert clients.empty().called
+    assert connections.empty().called
 
 
 def test_a_log_that_is_down_is_an_error_and_the_connection_goes_on(held, clock, pager):
@@ -1338,7 +1340,7 @@ def test_a_connection_that_is_gone_is_not_written_to(client):
 
 def test_a_member_that_the_tail_overran_is_closed_with_1013(client):
     client.joins()
-    client.protocol.overrun()
+    client.protocol.evict()
     assert client.reads_close() == 1013
 
 
@@ -1346,46 +1348,46 @@ def test_a_member_that_the_tail_overran_is_closed_with_1013(client):
 
 
 @pytest.fixture
-def look(clients, clock):
+def pass_time(connections, clock):
     """Lets time pass, and looks each second as the service does."""
 
-    def look(seconds):
+    def advance(seconds):
         for _ in range(seconds):
             clock.advance(1)
-            clients.look()
+            connections.check_deadlines()
 
-    return look
+    return advance
 
 
-def test_half_a_handshake_and_silence_is_dropped(client, look, events):
+def test_half_a_handshake_and_silence_is_dropped(client, pass_time, events):
     client.sends(HANDSHAKE[:20])
-    look(HANDSHAKE_SECONDS - 1)
+    pass_time(HANDSHAKE_SECONDS - 1)
     client.sends(HANDSHAKE[20:30])  # each byte does not buy new time
     assert not client.transport.aborted
-    look(1)
+    pass_time(1)
     assert client.transport.aborted
     assert "sent no whole request" in [event.get("why") for event in events]
 
 
-def test_who_answers_pings_stays(client, look):
+def test_who_answers_pings_stays(client, pass_time):
     client.joins()
     for _ in range(4):
-        look(PING_SECONDS)
+        pass_time(PING_SECONDS)
         assert client.transport.read() == b"\x89\x00"
         client.sends(masked(b"", first=0x8A))
     assert not client.transport.aborted
 
 
-def test_who_does_not_answer_a_ping_is_dropped_at_the_next(client, look):
+def test_who_does_not_answer_a_ping_is_dropped_at_the_next(client, pass_time):
     client.joins()
-    look(PING_SECONDS)
+    pass_time(PING_SECONDS)
     assert not client.transport.aborted
-    look(PING_SECONDS)
+    pass_time(PING_SECONDS)
     assert client.transport.aborted
 
 
 @pytest.fixture
-def stall(client, clock, look):
+def stall(client, clock, pass_time):
     """Takes nothing for so long that the server has had enough."""
 
     def stall():
@@ -1393,82 +1395,82 @@ def stall(client, clock, look):
         client.transport.socket.space = 0
         client.posts()
         clock.advance(0)
-        look(PING_SECONDS)
+        pass_time(PING_SECONDS)
         client.sends(masked(b"", first=0x8A))
-        look(STALL_SECONDS - PING_SECONDS)
+        pass_time(STALL_SECONDS - PING_SECONDS)
 
     return stall
 
 
-def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, rooms, look, stall):
+def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, rooms, pass_time, stall):
     stall()
     assert rooms._rooms == {}
-    look(STALL_SECONDS - 1)
+    pass_time(STALL_SECONDS - 1)
     assert not client.transport.aborted
     client.transport.drain()
     data = client.transport.read().replace(b"\x89\x00", b"")  # without the ping
     close = data.index(b"\x88")
     assert read_frames(data[:close])[0]["data"]["message"] == "hi"
     assert int.from_bytes(data[close + 2 : close + 4]) == 1013
-    look(CLOSE_SECONDS)
+    pass_time(CLOSE_SECONDS)
     assert client.transport.aborted
 
 
-def test_who_takes_nothing_even_then_is_dropped(client, look, stall, events):
+def test_who_takes_nothing_even_then_is_dropped(client, pass_time, stall, events):
     stall()
-    look(STALL_SECONDS)
+    pass_time(STALL_SECONDS)
     assert client.transport.aborted
     assert "took nothing" in [event.get("why") for event in events]
 
 
-def test_a_transport_that_takes_something_has_all_its_time_again(client, clock, look):
+def test_a_transport_that_takes_something_has_all_its_time_again(client, clock, pass_time):
     client.joins()
     for _ in range(3):
         client.transport.socket.space = 0
         client.posts()
         clock.advance(0)
-        look(STALL_SECONDS - 20)
+        pass_time(STALL_SECONDS - 20)
         client.sends(masked(b"", first=0x8A))
         client.transport.drain()
         clock.advance(0)
     assert not client.transport.aborted
 
 
-def test_who_does_not_answer_a_close_is_dropped(client, look):
+def test_who_does_not_answer_a_close_is_dropped(client, pass_time):
     client.joins()
     client.protocol.restart(0.5)
-    look(CLOSE_SECONDS)
+    pass_time(CLOSE_SECONDS)
     assert client.transport.aborted
 
 
 # Going
 
 
-def test_a_close_is_answered_and_the_member_leaves(client, factory, rooms, clients):
+def test_a_close_is_answered_and_the_member_leaves(client, factory, rooms, connections):
     client.joins()
     client.sends(masked(b"\x03\xe8", first=0x88))
     assert client.transport.disconnecting
     assert rooms._rooms == {}
     client.goes()
     assert factory.getConnectionCount() == 0
-    assert not clients.connected
+    assert not connections.connected
 
 
-def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, clients, clock):
+def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, connections, clock):
     client.joins()
     client.transport.socket.space = 0
     client.posts()
     clock.advance(0)
     client.goes(ConnectionLost)
-    left = (clients.handshakes, clients.closings, clients.stalls, clients.pings)
+    left = (connections.handshakes, connections.closings, connections.stalls, connections.pings)
     assert [[*deadlines] for deadlines in left] == [[], [], [], []]
     assert rooms._rooms == {}
     assert factory.getConnectionCount() == 0
 
 
-def test_a_connection_that_never_asked_for_anything_leaves_nothing_behind(client, clients, events):
+def test_a_connection_that_never_asked_for_anything_leaves_nothing_behind(client, connections, events):
     client.goes(ConnectionLost)
-    assert [*clients.handshakes] == []
+    assert [*connections.handshakes] == []
     assert [event for event in events if event["log_namespace"] == "chatd.transport.websocket"] == []
 
 
@@ -1505,10 +1507,10 @@ def test_a_socket_without_the_option_of_no_delay_is_served(factory):
     ("seconds", "reason"), [(0, b"0.0"), (0.04, b"0.0"), (0.7, b"0.7"), (0.96, b"1.0"), (9.98, b"10.0")]
 )
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_who_is_sent_elsewhere_is_told_when_to_come_back(factory, clients, transport, seconds, reason):
+def test_who_is_sent_elsewhere_is_told_when_to_come_back(factory, connections, transport, seconds, reason):
     client = Client(factory, transport())
     client.joins()
-    gone = clients.empty()
+    gone = connections.empty()
     client.protocol.restart(seconds)
     text = b"\x03\xf4retry_after=" + reason
     assert client.transport.read() == bytes([0x88, len(text)]) + text
@@ -1517,7 +1519,7 @@ def test_who_is_sent_elsewhere_is_told_when_to_come_back(factory, clients, trans
     assert not gone.called
     client.goes()
     assert gone.called
-    assert clients.closes == {("websocket", 1012): 1}
+    assert connections.closes == {("websocket", 1012): 1}
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
@@ -1553,11 +1555,11 @@ def test_who_does_not_take_its_answers_when_it_is_finished_is_not_read_when_it_t
 
 
 @pytest.fixture
-def drain(factory, clients, store, clock):
+def drain(factory, connections, store, clock):
     """Begin to send all clients elsewhere, within so many seconds or in a hurry."""
 
     def begin(budget, *, hurried=False):
-        drain = Drain(clients, store, factory.site, budget, clock)
+        drain = Drain(connections, store, factory.site, budget, clock)
         if hurried:
             drain.hurry()
         drain.run(lambda: succeed(None))
@@ -1624,31 +1626,31 @@ def test_whose_transport_stays_full_is_told_all_the_same_behind_what_it_has_not_
 
 def test_who_is_told_twice_to_come_back_is_told_once(client):
     client.joins()
-    client.protocol.overrun()
+    client.protocol.evict()
     client.protocol.finish()
     client.protocol.restart(0.5)
     assert client.reads_close() == 1013
     assert client.transport.producerState == "producing", "its answer is waited for"
 
 
-def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, clients):
+def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, connections):
     joined, unfinished = Client(factory), Client(factory)
     joined.joins()
-    clients.abort()
+    connections.abort()
     assert joined.transport.aborted
     assert unfinished.transport.aborted
 
 
-def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, clients, way):
-    clients.stopping = True
+def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, connections, way):
+    connections.stopping = True
     client.sends(way())
     answer = client.transport.read()
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"\r\nRetry-After: 2\r\n" in answer
 
 
-def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting, clients):
-    clients.stopping = True
+def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting, connections):
+    connections.stopping = True
     held.answer()
     assert waiting.transport.read().startswith(b"HTTP/1.1 503 ")
-    assert not clients.connected
+    assert not connections.connected
