@@ -1,3 +1,4 @@
+import pathlib
 import signal
 
 import pytest
@@ -26,3 +27,16 @@ def _everything_is_documented():
     yield
     found, undocumented[:] = [*undocumented], []
     assert found == []
+
+
+WINGS = ("system", "integration", "unit")
+
+
+def pytest_collection_modifyitems(items):
+    """Run the slow wings first, so that the quick unit tests fill what is left of each worker's time."""
+
+    def place(item):
+        wing = item.path.relative_to(pathlib.Path(__file__).parent).parts[0]
+        return WINGS.index(wing) if wing in WINGS else 0
+
+    items.sort(key=place)
