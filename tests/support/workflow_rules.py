@@ -10,6 +10,7 @@ TOOLS = [*(ROOT / "packer" / "tools").glob("*/go.mod"), ROOT / "tests" / "tools"
 """What is built with Go."""
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
 OURS = re.compile(r"\./\.github/workflows/\w+\.yml\b")
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 OUTSIDERS = {"pull_request_target", "workflow_run", "issue_comment", "issues"}
 """Triggers by which somebody from outside runs something with the repository's rights."""
 
@@ -76,7 +77,11 @@ def ci_rules(whole):
     go = uses(job, "actions/setup-go")
     return {
         "the tests run on a push and for a pull request": {"push", "pull_request"} <= set(whole["on"]),
-        "the tests are those of .ci/run": job["steps"][-1]["run"].split("\n")[-2] == ".ci/run",
+        "the tests are those of .ci/run": job["steps"][-1]["run"].split("\n")[-2]
+        == '.ci/run --numprocesses=auto --dist=loadfile "tests/$WING"',
+        "every wing of the tests is run": sorted(job["strategy"]["matrix"]["wing"]) == ["integration", "system"]
+        and whole["jobs"]["check"]["steps"][-1]["run"] == "scripts/check",
+        "every Python that is supported is tested": whole["jobs"]["check"]["strategy"]["matrix"]["python"] == PYTHONS,
         "what a test lacks is a failure": job["env"].get("CI") == "true",
         "the tests can boot machines": "--privileged" in job["container"].get("options", ""),
         "Go is new enough": version(go["go-version"])
