@@ -730,7 +730,7 @@ MUTATIONS = [
     (launches, "for port in self._ports:\n", "for port in self._ports[:1]:\n"),
     (launches, 'LAUNCH_HOOK: Final = "chatd-launch"', 'LAUNCH_HOOK: Final = "chatd-terminate"'),
     (finds_that_no_hook_waits, "HOOK_SECONDS: Final = 60", "HOOK_SECONDS: Final = 0"),
-    (is_refused_an_echo, "except Refused as error", "except ArithmeticError as error"),
+    (is_refused_an_echo, "except Rejected as error", "except ArithmeticError as error"),
     (is_terminated, "if await self._call(self._local.drained, port)", "if True"),
     (is_terminated, "await gatherResults(drains, consumeErrors=True)", "pass"),
     (is_terminated, "for port in self._ports]", "for port in self._ports[:1]]"),
