@@ -278,7 +278,7 @@ def makeService(options: Options) -> IService:
     gc.freeze()
     gc.set_threshold(GARBAGE)
     store: Store = options["store"](options["retain"])
-    rooms = Registry(store, reactor, options["history"], store.lobby)
+    rooms = Registry(store, frames, reactor, options["history"], store.lobby)
     connections = Connections(reactor, options["ping"])
     admission = Admission(options["rooms"].values(), options["origin"].values())
     a_second, burst = options["rate"]

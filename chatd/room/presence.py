@@ -17,8 +17,8 @@ from typing import Final, NamedTuple, Protocol
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
+from chatd.room.encoder import Encoder
 from chatd.room.sweep import sweep
-from chatd.transport.frames import presence_frame, typing_frame
 
 PRESENCE: Final = "presence"
 TYPING: Final = "typing"
@@ -64,18 +64,6 @@ class Occupancy(NamedTuple):
         users = None if names is None or len(names) > MAX_USERS else frozenset(names)
         return cls(sum(here.members for here in all_here), users)
 
-    def snapshot(self) -> bytes:
-        """The frame that says it all."""
-        return presence_frame(self.members, **({} if self.users is None else {"users": sorted(self.users)}))
-
-    def since(self, then: "Occupancy | None") -> bytes:
-        """The frame for who knows how it was then; empty when nothing changed."""
-        if self == then:
-            return b""
-        if then is None or then.users is None or self.users is None:
-            return self.snapshot()
-        return presence_frame(self.members, join=sorted(self.users - then.users), leave=sorted(then.users - self.users))
-
 
 NOBODY: Final = Occupancy(0, frozenset())
 Report = Callable[[Occupancy, Sequence[str]], None]
@@ -111,10 +99,13 @@ class Presence:
     def __init__(
         self,
         members: Collection[Watcher],
+        encoder: Encoder,
         clock: IReactorTime,
         report: Report | None = None,
     ) -> None:
         self._members = members
+        self._presence_frame = encoder.presence_frame
+        self._typing_frame = encoder.typing_frame
         self._clock = clock
         self._report = report
         self._reported: Occupancy | None = None
@@ -208,14 +199,25 @@ class Presence:
             self._reported = here
             self._report(here, typing)
         here = Occupancy.sum([here, *self._elsewhere.values()]) if self._elsewhere else here
-        self._snapshot, self._delta = here.snapshot(), here.since(self._shown)
+        self._snapshot, self._delta = self._encode(here, self._shown)
         typing = [*(self._typing | self._typing_elsewhere)][:MAX_TYPING]
-        self._typed = typing_frame(typing) if typing else b""
+        self._typed = self._typing_frame(typing) if typing else b""
         self._shown = here
         self._typing = {}
         self._typing_elsewhere = {}
         self._stale = False
         return iter([*self._watchers])
+
+    def _encode(self, here: Occupancy, shown: Occupancy | None) -> tuple[bytes, bytes]:
+        """Return the snapshot, and the delta from what was shown last; no delta if nothing has changed."""
+        users = here.users
+        snapshot = self._presence_frame(here.members, **({} if users is None else {"users": sorted(users)}))
+        if here == shown:
+            return snapshot, b""
+        if shown is None or shown.users is None or users is None:
+            return snapshot, snapshot
+        join, leave = sorted(users - shown.users), sorted(shown.users - users)
+        return snapshot, self._presence_frame(here.members, join=join, leave=leave)
 
     def _serve(self, watchers: Sequence[Watcher]) -> None:
         for watcher in watchers:

@@ -16,10 +16,10 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id, PageRequest, Post
+from chatd.room.encoder import Encoder
 from chatd.room.log import EncodedPage, Log, LogUnavailable, Page, PageRange, Poster, UnknownId
 from chatd.room.presence import Lobby, Occupancy
 from chatd.room.room import MAX_LAG, Member, Room
-from chatd.transport.frames import message_frame
 
 RELOAD_SECONDS: Final = 0.25
 """How soon a room is loaded again after that has failed."""
@@ -63,8 +63,11 @@ class _Shared(Generic[_K, _T]):
 class Registry:
     """The rooms that someone is in, by name; it follows the log for them all."""
 
-    def __init__(self, log: Log, clock: IReactorTime, history: int, lobby: Lobby | None = None) -> None:
+    def __init__(
+        self, log: Log, encoder: Encoder, clock: IReactorTime, history: int, lobby: Lobby | None = None
+    ) -> None:
         self._log = log
+        self._encoder = encoder
         self._clock = clock
         self._history = history
         self._rooms: dict[str, Room] = {}
@@ -147,7 +150,7 @@ class Registry:
         room = self._stale.pop(name, None)
         if room is None:
             report = None if self._lobby is None else partial(self._lobby.report, name)
-            room = Room(name, self._log, page, self._clock, self._history, report=report)
+            room = Room(name, self._log, self._encoder, page, clock=self._clock, history=self._history, report=report)
         elif room.continues(page):
             room.appended(page.entries)
         else:
@@ -227,8 +230,10 @@ class Registry:
         if self._unknown(request):  # by now
             raise UnknownId
 
+        encode, epoch = self._encoder.message_frame, self._log.epoch
+
         def between(after: int, until: int) -> Sequence[bytes]:
-            return [message_frame(self._log.epoch, entry) for entry in page.entries if after < entry.number <= until]
+            return [encode(epoch, entry) for entry in page.entries if after < entry.number <= until]
 
         return span.excerpt(page.first, page.head, between)
 

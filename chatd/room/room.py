@@ -34,11 +34,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id
+from chatd.room.encoder import Encoder
 from chatd.room.log import EncodedPage, Log, Page, PageRange, UnknownId
 from chatd.room.presence import Presence, Report
 from chatd.room.sweep import sweep
 from chatd.room.tail import NO_RUN, RUN_FRAMES, Run, Tail
-from chatd.transport.frames import history_frame, message_frame
 
 RUNS: Final = 16
 """How many joined runs a pass remembers: the cursors that many members share are few."""
@@ -88,14 +88,24 @@ class Room:
     """One room with someone in it."""
 
     def __init__(
-        self, name: str, log: Log, page: Page, clock: IReactorTime, history: int, *, report: Report | None = None
+        self,
+        name: str,
+        log: Log,
+        encoder: Encoder,
+        page: Page,
+        *,
+        clock: IReactorTime,
+        history: int,
+        report: Report | None = None,
     ) -> None:
         self.name = name
         self.members: dict[Member, None] = {}
         self._log = log
+        self._message_frame = encoder.message_frame
+        self._history_frame = encoder.history_frame
         self._clock = clock
         self._history = history
-        self.presence = Presence(self.members, clock, report)
+        self.presence = Presence(self.members, encoder, clock, report)
         self._greetings: dict[tuple[bool | None, int], tuple[bytes, int]] = {}
         self._turn: IDelayedCall | None = None
         # The pass: whom it has yet to serve, up to which message, with which joined runs by cursor;
@@ -119,7 +129,7 @@ class Room:
         """That of all messages here."""
         self._first = page.first
         self._tail = Tail(page.head - len(page.entries), self._history)
-        self._tail.extend([message_frame(self.epoch, entry) for entry in page.entries])
+        self._tail.extend(self._encode(page.entries))
         self._target = page.head
 
     @property
@@ -191,8 +201,8 @@ class Room:
 
     def appended(self, entries: Sequence[Entry]) -> None:
         """Take what the log appended; what is known already, because the room was loaded since, is passed over."""
-        head, epoch = self._tail.head, self.epoch
-        self._tail.extend([message_frame(epoch, entry) for entry in entries if entry.number > head])
+        encode, epoch, head = self._message_frame, self.epoch, self._tail.head
+        self._tail.extend([encode(epoch, entry) for entry in entries if entry.number > head])
         self._greetings.clear()
         self._schedule()
 
@@ -208,7 +218,7 @@ class Room:
         self._load(page)
         for member, acks in [*self._acks.items()]:
             self._acks[member] = [ack for ack in acks if ack[0] == self.epoch]
-        frame, head = self._history_frame(resumed=False, number=self.head, missed=None)
+        frame, head = self._compose_history(resumed=False, number=self.head, missed=None)
         self._delivered += sum(member.cursor - head for member in self.members)
         for member in self.members:
             member.cursor = head
@@ -235,7 +245,7 @@ class Room:
         if key not in self._greetings:
             if len(self._greetings) == GREETINGS:
                 self._greetings.clear()
-            self._greetings[key] = self._history_frame(*key, missed)
+            self._greetings[key] = self._compose_history(*key, missed)
         return self._greetings[key]
 
     def can_resume(self, number: int, missed: Page | None = None) -> bool:
@@ -245,20 +255,24 @@ class Room:
             first, head = max(first, missed.first), max(head, missed.head)
         return max(first - 1, head - MAX_LAG) <= number <= head
 
-    def _history_frame(self, resumed: bool | None, number: int, missed: Page | None) -> tuple[bytes, int]:
+    def _compose_history(self, resumed: bool | None, number: int, missed: Page | None) -> tuple[bytes, int]:
         epoch = self.epoch
         if not resumed:
             excerpt = PageRange(None, None, self._history).excerpt(
                 max(self._first, self._tail.first), number, self._tail.between
             )
             older = number - len(excerpt.frames) >= self._first
-            return history_frame(epoch, number, excerpt.frames, more=older, resumed=resumed), number
+            return self._history_frame(epoch, number, excerpt.frames, more=older, resumed=resumed), number
         if self.remembers(number):
             frames = self._tail.between(number, min(self.head, number + self._history))
         else:
-            frames = [message_frame(epoch, entry) for entry in missed.entries] if missed else []
+            frames = self._encode(missed.entries) if missed else []
         end = number + len(frames)
-        return history_frame(epoch, end, frames, resumed=resumed), end
+        return self._history_frame(epoch, end, frames, resumed=resumed), end
+
+    def _encode(self, entries: Sequence[Entry]) -> list[bytes]:
+        encode, epoch = self._message_frame, self.epoch
+        return [encode(epoch, entry) for entry in entries]
 
     def _schedule(self) -> None:
         if self._turn is None:
@@ -360,7 +374,7 @@ class Room:
         if not waiting or self.epoch != self._log.epoch:  # this room begins anew
             return
         if page.entries and page.entries[0].number == cursor + 1:
-            self._refills_to_come[cursor] = [message_frame(self.epoch, entry) for entry in page.entries]
+            self._refills_to_come[cursor] = self._encode(page.entries)
             self._again |= dict.fromkeys(waiting)
             self._schedule()
             return

@@ -40,6 +40,7 @@ from chatd.room.registry import Registry
 from chatd.store.base import DAY, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore
+from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport.admission import Addresses, Admission
 from chatd.transport.api import Api
@@ -613,7 +614,7 @@ class Machine(RuleBasedStateMachine):
     def start(self):
         self.log.start()
         self.clock = Turns()
-        rooms = Registry(self.log.store, self.clock, HISTORY)
+        rooms = Registry(self.log.store, frames, self.clock, HISTORY)
         self.looked = Connections(self.clock)
         admission = Admission()
         api = Api(rooms, self.looked, admission, Addresses(None, 0, self.clock.seconds))

@@ -41,6 +41,7 @@ from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore
+from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport.admission import Addresses, Admission, Rate
 from chatd.transport.api import Api
@@ -184,7 +185,7 @@ class House:
         self.clock = Turns()
         self.store = store or Log(Retention(), ManualTime())
         self.store.open(())
-        self.rooms = Registry(self.store, self.clock, 100)
+        self.rooms = Registry(self.store, frames, self.clock, 100)
         self.connections = Connections(self.clock, 25)
         limit = rate and Rate(*rate, self.clock.seconds)
         api = Api(self.rooms, self.connections, Admission(), Addresses(limit, 0, self.clock.seconds))
@@ -373,7 +374,7 @@ def test_what_is_said_where_nobody_is_counts_as_a_message_and_no_delivery(house)
 @given(st.lists(st.sampled_from(["come", "come slow", "go", "catch up", "say"]), max_size=30))
 def test_deliveries_are_what_members_were_written_whoever_comes_and_goes(actions):
     log, clock = ScriptedLog(3), Turns()
-    rooms = Registry(log, clock, 2)
+    rooms = Registry(log, frames, clock, 2)
     here, gone, before = [], [], 0
     for action in ["come", *actions, "catch up"]:
         if action.startswith("come"):
@@ -397,7 +398,7 @@ def test_deliveries_are_what_members_were_written_whoever_comes_and_goes(actions
 
 def test_the_lag_is_a_histogram_of_the_members_that_are_here_now(house):
     log, clock = ScriptedLog(), Turns()
-    rooms = Registry(log, clock, 100)
+    rooms = Registry(log, frames, clock, 100)
     metrics = Metrics(store=house.store, rooms=rooms, connections=house.connections, refusals={}, clock=clock)
     readers = [enter(rooms, reader)[1] for reader in (Reader(), Reader(), Reader(space=0), Reader(space=1))]
     log.say(8)

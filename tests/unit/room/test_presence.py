@@ -10,6 +10,7 @@ from support.helpers import Turns, read_frames
 
 from chatd.room.presence import MAX_TYPING, MAX_USERS, PRESENCE, ROUND_SECONDS, TYPING, Occupancy, Presence
 from chatd.room.sweep import SLICE_MEMBERS
+from chatd.transport import frames
 
 BOTH = (PRESENCE, TYPING)
 
@@ -61,7 +62,7 @@ class Place:
     def __init__(self, clock, report=None):
         self.clock = clock
         self.members = {}
-        self.presence = Presence(self.members, clock, report)
+        self.presence = Presence(self.members, frames, clock, report)
 
     def join(self, *members):
         for member in members:

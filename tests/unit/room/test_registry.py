@@ -30,6 +30,7 @@ from chatd.room.presence import PRESENCE, TYPING, Occupancy
 from chatd.room.registry import RELOAD_SECONDS, Registry
 from chatd.room.room import MAX_LAG
 from chatd.room.sweep import SLICE_MEMBERS
+from chatd.transport import frames
 from chatd.transport.frames import ack_frame, event
 
 
@@ -45,7 +46,7 @@ def log():
 
 @pytest.fixture
 def rooms(log, clock):
-    return Registry(log, clock, 100)
+    return Registry(log, frames, clock, 100)
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ def lobby():
 
 @pytest.fixture
 def node(log, clock, lobby):
-    return Registry(log, clock, 100, lobby)
+    return Registry(log, frames, clock, 100, lobby)
 
 
 def watcher():
@@ -305,7 +306,7 @@ def test_what_the_tail_holds_is_not_read_for_who_comes_back(log, rooms):
 
 def test_who_missed_more_than_the_tail_holds_gets_it_from_the_log(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     _, member, history = enter(rooms, last="abcd-3")
     assert told(history) == (True, "abcd-8", 5)
     clock.turns()
@@ -315,7 +316,7 @@ def test_who_missed_more_than_the_tail_holds_gets_it_from_the_log(log, clock):
 
 def test_the_log_is_read_once_for_many_who_come_back_with_the_same_id_at_once(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     log.held = True
     herd = [arrive(rooms, last="abcd-3") for _ in range(50)]
@@ -328,7 +329,7 @@ def test_the_log_is_read_once_for_many_who_come_back_with_the_same_id_at_once(lo
 
 def test_who_come_back_at_once_where_the_room_must_be_loaded_share_that_too(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     log.held = True
     herd = [arrive(rooms, last="abcd-3") for _ in range(50)]
     log.answer()
@@ -361,7 +362,7 @@ def test_a_message_that_the_log_does_not_know_either_is_of_the_future(log, rooms
 def test_the_log_is_not_read_for_who_has_missed_what_is_gone(log, clock, last):
     log.keep(20)
     log.first = 4
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     assert told(enter(rooms, last=last)[2]) == (False, "abcd-20", 5)
     assert len(log.reads) == 1
@@ -370,7 +371,7 @@ def test_the_log_is_not_read_for_who_has_missed_what_is_gone(log, clock, last):
 def test_the_log_is_not_read_for_who_has_missed_too_much(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.room.MAX_LAG", 10)
     log.keep(20)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     assert told(enter(rooms, last="abcd-9")[2]) == (False, "abcd-20", 5)
     assert len(log.reads) == 1
@@ -379,7 +380,7 @@ def test_the_log_is_not_read_for_who_has_missed_too_much(log, clock, monkeypatch
 
 def test_what_is_trimmed_while_the_log_is_read_is_lost_for_who_comes_back(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -391,7 +392,7 @@ def test_what_is_trimmed_while_the_log_is_read_is_lost_for_who_comes_back(log, c
 
 def test_what_is_appended_while_the_log_is_read_for_who_comes_back_follows(log, clock, short_tail):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -405,7 +406,7 @@ def test_what_is_appended_while_the_log_is_read_for_who_comes_back_follows(log, 
 
 def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     log.held = True
     herd = [arrive(rooms, last="abcd-3") for _ in range(3)]
     log.answer()
@@ -425,7 +426,7 @@ def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clo
 
 def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     log.held = True
     arrived = [arrive(rooms, last="abcd-3"), arrive(rooms, last="abcd-3")]
@@ -438,7 +439,7 @@ def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(l
 
 def test_a_log_that_goes_down_when_the_room_must_be_loaded_again_fails_who_comes_back(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
     log.answer()
@@ -479,7 +480,7 @@ def test_a_page_is_answered_from_the_tail_without_the_log(log, rooms):
 
 def test_a_page_that_goes_beyond_the_tail_is_read_from_the_log(log, clock):
     log.keep(9)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     assert page(rooms, request(before=8)) == ([5, 6, 7], 7, True, True)
     assert len(log.reads) == 1
@@ -556,9 +557,9 @@ def two(held):
     first, head, history = held
     filled, empty = ScriptedLog(head), ScriptedLog(head)
     filled.first = empty.first = first
-    crowded = Registry(filled, Turns(), history)
+    crowded = Registry(filled, frames, Turns(), history)
     enter(crowded)
-    return crowded, Registry(empty, Turns(), history)
+    return crowded, Registry(empty, frames, Turns(), history)
 
 
 @REPEATABLE
@@ -617,7 +618,7 @@ def test_whoever_comes_back_gets_exactly_what_was_missed_or_is_told_that_it_is_g
     first, head, history = held
     log, clock = ScriptedLog(head), Turns()
     log.first = first
-    rooms = Registry(log, clock, history)
+    rooms = Registry(log, frames, clock, history)
     enter(rooms)
     member = Reader()
     _, _, said = enter(rooms, member, last=f"abcd-{number}")
@@ -716,7 +717,7 @@ def test_each_room_is_loaded_for_itself(log, rooms, clock):
 
 def test_who_is_told_nothing_for_too_long_begins_anew(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.registry.MAX_LAG", 4)
-    rooms = Registry(log, clock, 3)
+    rooms = Registry(log, frames, clock, 3)
     log.keep(2)
     _, member, _ = enter(rooms)
     log.miss(4)
@@ -909,7 +910,7 @@ def test_who_comes_back_meanwhile_resumes_in_the_history_that_is(log, rooms, clo
 
 def test_who_came_back_to_the_lost_history_begins_anew_in_the_one_that_is(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -922,7 +923,7 @@ def test_who_came_back_to_the_lost_history_begins_anew_in_the_one_that_is(log, c
 
 def test_who_comes_back_when_it_happens_is_given_what_the_log_held(log, clock):
     log.keep(12)
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     enter(rooms)
     log.held = True
     arrived = arrive(rooms, last="abcd-3")
@@ -1345,7 +1346,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
         self.patch.setattr("chatd.room.sweep.SLICE_SECONDS", -1)
         self.patch.setattr("chatd.room.registry.MAX_LAG", self.LAG)
         self.clock, self.log = Turns(), ScriptedLog()
-        self.rooms = Registry(self.log, self.clock, history)
+        self.rooms = Registry(self.log, frames, self.clock, history)
         self.logs = {self.log.epoch: self.log.entries}
         self.untold = []
         self.removed = 0

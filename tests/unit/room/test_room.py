@@ -14,6 +14,7 @@ from chatd.room.presence import PRESENCE, TYPING
 from chatd.room.registry import Registry
 from chatd.room.room import GREETINGS, MAX_LAG, RUNS
 from chatd.room.sweep import SLICE_MEMBERS
+from chatd.transport import frames
 from chatd.transport.frames import ack_frame, event, message_frame
 
 FRAME = len(message_frame("abcd", Entry(1, "ann", "x", stamped(1))))
@@ -31,7 +32,7 @@ def log():
 
 @pytest.fixture
 def rooms(log, clock):
-    return Registry(log, clock, 100)
+    return Registry(log, frames, clock, 100)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_who_joins_gets_the_newest_messages_oldest_first(clock):
     log = ScriptedLog()
     for number in range(1, 8):
         log.keep(1, f"m{number}")
-    _, member, history = enter(Registry(log, clock, 3))
+    _, member, history = enter(Registry(log, frames, clock, 3))
     assert history == {
         "type": "history",
         "id": "abcd-7",
@@ -69,7 +70,7 @@ def test_an_empty_room_begins_with_a_cursor_too(rooms):
 def test_more_is_said_only_when_the_log_holds_older_messages(log, clock, first, more):
     log.keep(7)
     log.first = first
-    _, _, history = enter(Registry(log, clock, 3))
+    _, _, history = enter(Registry(log, frames, clock, 3))
     assert history.get("more", False) is more
     assert history["id"] == "abcd-7"
     assert len(history["data"]) == min(3, 8 - first)
@@ -94,7 +95,7 @@ def test_who_join_at_one_head_share_one_encoded_history(log, rooms):
 
 
 def test_the_history_goes_on_growing_with_the_room(log, clock):
-    rooms = Registry(log, clock, 3)
+    rooms = Registry(log, frames, clock, 3)
     enter(rooms)
     log.say(5)
     assert [len(enter(rooms)[2]["data"]), enter(rooms)[2]["more"]] == [3, True]
@@ -136,7 +137,7 @@ def test_a_room_tells_its_watchers_who_is_here(rooms, clock):
 def ten(clock):
     """A room of ten messages, of which a history frame holds four."""
     log = ScriptedLog(10)
-    room, _, _ = enter(Registry(log, clock, 4))
+    room, _, _ = enter(Registry(log, frames, clock, 4))
     room._tail = type(room._tail)(0, 4)
     room._tail.extend([message_frame("abcd", entry) for entry in log.entries])
     room.log = log
@@ -250,7 +251,7 @@ def test_more_is_never_said_to_who_has_come_back(ten, last, first):
 
 def test_what_the_tail_does_not_hold_any_more_is_taken_from_what_the_log_held(log, clock, short_tail):
     log.keep(10)
-    room, _, _ = enter(Registry(log, clock, 4))
+    room, _, _ = enter(Registry(log, frames, clock, 4))
     member, history = come_back(room, 2, log.page(2, 4))
     clock.turns()
     assert [history["resumed"], history["id"], len(history["data"])] == [True, "abcd-6", 4]
@@ -259,7 +260,7 @@ def test_what_the_tail_does_not_hold_any_more_is_taken_from_what_the_log_held(lo
 
 def test_where_nobody_asked_the_log_the_whole_follows(log, clock):
     log.keep(10)
-    room, _, _ = enter(Registry(log, clock, 4))
+    room, _, _ = enter(Registry(log, frames, clock, 4))
     member, history = come_back(room, 2)
     clock.turns()
     assert [history["resumed"], history["id"], history["data"]] == [True, "abcd-2", []]
@@ -310,7 +311,7 @@ def test_a_page_is_of_the_frames_that_were_sent(log, rooms, clock):
 
 def test_a_page_is_answered_as_far_as_the_tail_goes(log, clock):
     log.keep(10)
-    room, _, _ = enter(Registry(log, clock, 4))
+    room, _, _ = enter(Registry(log, frames, clock, 4))
     assert room.excerpt(PageRange(None, None, 4)).end == 10
     assert room.excerpt(PageRange(None, None, 5)) is None
     assert room.excerpt(PageRange(None, 6, 1)).end == 7
@@ -477,7 +478,7 @@ def test_a_member_is_handed_a_bounded_run_in_one_turn(log, rooms, clock, monkeyp
 
 def test_so_is_a_member_that_comes_back_and_is_ready_again_in_the_same_turn(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.tail.RUN_BYTES", 3 * FRAME)
-    room, _, _ = enter(Registry(log, clock, 1))
+    room, _, _ = enter(Registry(log, frames, clock, 1))
     log.say(9)
     clock.turns()
     member, _ = come_back(room, 0)
@@ -733,7 +734,7 @@ def stalled(log, rooms, clock, members, count=40):
 
 def reading(log, clock):
     """A member that was overrun and for which the log is being read."""
-    rooms, member = Registry(log, clock, 5), Reader(0)
+    rooms, member = Registry(log, frames, clock, 5), Reader(0)
     room = stalled(log, rooms, clock, [member])
     log.held = True
     member.drain(room)
@@ -743,7 +744,7 @@ def reading(log, clock):
 
 def test_who_was_overrun_by_the_tail_is_caught_up_from_the_log(log, clock, short_tail):
     member = Reader(0)
-    room = stalled(log, Registry(log, clock, 5), clock, [member])
+    room = stalled(log, Registry(log, frames, clock, 5), clock, [member])
     reads = len(log.reads)
     member.drain(room)
     clock.turns(60)
@@ -766,7 +767,7 @@ def test_while_the_log_is_read_for_a_member_it_is_read_once(log, clock, short_ta
 
 def test_members_at_one_cursor_share_one_read_and_one_run(log, clock, short_tail):
     members = [Reader(0), Reader(0, form=event), Reader(0), Reader(0, form=event)]
-    room = stalled(log, Registry(log, clock, 5), clock, members)
+    room = stalled(log, Registry(log, frames, clock, 5), clock, members)
     reads = len(log.reads)
     log.held = True
     for member in members:
@@ -785,7 +786,7 @@ def test_members_at_one_cursor_share_one_read_and_one_run(log, clock, short_tail
 
 def test_members_at_one_cursor_share_one_read_of_a_log_that_answers_at_once_too(log, clock, short_tail):
     members = [Reader(0) for _ in range(9)]
-    room = stalled(log, Registry(log, clock, 5), clock, members)
+    room = stalled(log, Registry(log, frames, clock, 5), clock, members)
     reads = len(log.reads)
     for member in members:
         member.drain(room)
@@ -795,7 +796,7 @@ def test_members_at_one_cursor_share_one_read_of_a_log_that_answers_at_once_too(
 
 
 def test_what_the_log_gives_during_a_pass_is_used_in_the_next(log, rooms, clock, short_tail):
-    rooms = Registry(log, clock, 5)
+    rooms = Registry(log, frames, clock, 5)
     member, others = Reader(0), [Slow(clock) for _ in range(SLICE_MEMBERS * 3)]
     room = stalled(log, rooms, clock, [member, *others])
     log.held = True
@@ -863,7 +864,7 @@ def test_who_left_while_the_log_was_read_is_sent_nothing(log, clock, short_tail)
 
 
 def test_one_that_left_while_the_log_was_read_does_not_take_it_from_the_other(log, clock, short_tail):
-    rooms, members = Registry(log, clock, 5), [Reader(0), Reader(0)]
+    rooms, members = Registry(log, frames, clock, 5), [Reader(0), Reader(0)]
     room = stalled(log, rooms, clock, members)
     log.held = True
     for member in members:
@@ -878,7 +879,7 @@ def test_one_that_left_while_the_log_was_read_does_not_take_it_from_the_other(lo
 def test_who_is_too_far_behind_is_told_to_come_back(log, clock, short_tail, monkeypatch):
     monkeypatch.setattr("chatd.room.room.MAX_LAG", 30)
     member = Reader(0)
-    room = stalled(log, Registry(log, clock, 5), clock, [member])
+    room = stalled(log, Registry(log, frames, clock, 5), clock, [member])
     reads = len(log.reads)
     member.drain(room)
     clock.turns()
@@ -911,7 +912,7 @@ def test_a_log_that_does_not_give_the_next_message_closes_who_needs_it_rather_th
 
 def test_who_misses_what_retention_removed_is_told_to_come_back(log, clock, short_tail):
     member = Reader(0)
-    room = stalled(log, Registry(log, clock, 5), clock, [member])
+    room = stalled(log, Registry(log, frames, clock, 5), clock, [member])
     log.trim(20)
     member.drain(room)
     clock.turns()
@@ -981,7 +982,7 @@ def test_until_then_what_a_room_has_is_of_the_history_that_it_was_loaded_from(lo
 
 def test_all_members_are_told_the_newest_messages_and_stand_at_the_newest(log, clock):
     log.keep(9)
-    rooms = Registry(log, clock, 3)
+    rooms = Registry(log, frames, clock, 3)
     room, member, _ = enter(rooms)
     _, reader, _ = enter(rooms, Reader(form=event))
     log.epoch, log.first = "efgh", 3
@@ -1084,7 +1085,7 @@ def test_an_acknowledgement_that_is_due_is_told_while_one_of_the_new_history_wai
 
 def test_an_acknowledgement_is_not_dropped_where_the_history_goes_on(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.registry.MAX_LAG", 2)
-    rooms = Registry(log, clock, 1)
+    rooms = Registry(log, frames, clock, 1)
     room, member, _ = enter(rooms, Reader(0))
     log.say(2)
     clock.turns()
@@ -1208,7 +1209,7 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
         self.patch.setattr("chatd.room.sweep.SLICE_MEMBERS", 2)
         self.patch.setattr("chatd.room.sweep.SLICE_SECONDS", -1)
         self.clock, self.log = Turns(), ScriptedLog()
-        self.rooms = Registry(self.log, self.clock, history)
+        self.rooms = Registry(self.log, frames, self.clock, history)
         self.members = {}
         """The room of each, and what its client has had before it: a number, or None."""
         self.acks = {}

@@ -74,7 +74,7 @@ class House:
         self.clock = Clock()
         self.log = Log(Retention.parse(retain))
         self.log.open(seed)
-        self.rooms = Registry(self.log, self.clock, history)
+        self.rooms = Registry(self.log, frames, self.clock, history)
         self.connections = Connections(self.clock)
         admission = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
         limit = Rate(*rate, self.clock.seconds) if rate else None

@@ -18,6 +18,7 @@ from chatd.room.presence import EVENTS, ROUND_SECONDS
 from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
+from chatd.transport import frames
 from chatd.transport.admission import Rate
 from chatd.transport.session import Session
 
@@ -141,7 +142,7 @@ def log():
 @pytest.fixture
 def rooms(log, clock):
     """Rooms that begin with one message, so that every longer page is read from the log."""
-    return Registry(log, clock, 1)
+    return Registry(log, frames, clock, 1)
 
 
 @pytest.fixture
@@ -1050,7 +1051,7 @@ def test_leaving_while_a_page_is_fetched_is_no_way_round_the_limit(old, clock, l
 @given(a_second=st.integers(1, 1000), pause=st.floats(0, 1))
 def test_who_waits_as_long_as_it_is_told_gets_through_and_is_told_no_more_than_that(a_second, pause):
     clock, log = Clock(), Log()
-    person = Person(Registry(log, clock, 1), rate=Rate(a_second, 1, clock.seconds))
+    person = Person(Registry(log, frames, clock, 1), rate=Rate(a_second, 1, clock.seconds))
     person.posts("1")
     clock.advance(min(pause, 0.99) / a_second)
     person.sent = b""

@@ -24,6 +24,7 @@ from chatd.room.presence import ROUND_SECONDS
 from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
+from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport import websocket as protocol
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
@@ -82,7 +83,7 @@ def store():
 
 @pytest.fixture
 def rooms(store, clock):
-    return Registry(store, clock, 100)
+    return Registry(store, frames, clock, 100)
 
 
 @pytest.fixture
@@ -567,7 +568,7 @@ def test_a_handshake_whose_header_is_folded_goes_the_same_way(client):
 
 
 def test_it_has_as_long_as_any_other_when_the_log_is_slow(held, clock, server, connections, pass_time):
-    client = Client(server(Registry(held, clock, 100)))
+    client = Client(server(Registry(held, frames, clock, 100)))
     client.sends(HEALTH + HANDSHAKE)
     assert client.transport.producerState == "paused"
     pass_time(HANDSHAKE_SECONDS)
@@ -792,7 +793,7 @@ def held():
 @pytest.fixture(params=WAYS)
 def waiting(request, held, clock, server):
     """A client that waits for the log."""
-    client = Client(server(Registry(held, clock, 100)))
+    client = Client(server(Registry(held, frames, clock, 100)))
     client.sends(request.param())
     return client
 
@@ -806,12 +807,12 @@ def test_while_the_room_is_loaded_nothing_more_is_read_from_the_client(held, wai
 
 
 def test_frames_right_behind_the_handshake_are_read_when_the_room_is_loaded(held, clock, server, way):
-    client = Client(server(Registry(held, clock, 100)))
+    client = Client(server(Registry(held, frames, clock, 100)))
     client.sends(way() + masked(b'{"username":"ann","message":"hi"}'))
     held.answer()
     clock.advance(0)
-    frames = read_frames(client.transport.read().partition(b"\r\n\r\n")[2])
-    assert [frame["type"] for frame in frames] == ["history", "message"]
+    texts = read_frames(client.transport.read().partition(b"\r\n\r\n")[2])
+    assert [frame["type"] for frame in texts] == ["history", "message"]
 
 
 def test_a_log_that_is_down_is_503_and_when_to_try_again(held, waiting, events):
@@ -995,7 +996,7 @@ class FullStore(MemoryStore):
 
 def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
     store = opened(FullStore(Retention(), lambda: 0.0))
-    client = Client(server(Registry(store, clock, 100)))
+    client = Client(server(Registry(store, frames, clock, 100)))
     client.joins()
     client.posts()
     store.refuse()
@@ -1115,12 +1116,12 @@ def test_fragments_pings_and_closes_cost_nothing(server, clock):
 def archive(store, held, server, clock):
     """A factory of connections to a log that is slow to read back beyond its newest message."""
     held.slow = False
-    writer = Client(server(Registry(held, clock, 100)))
+    writer = Client(server(Registry(held, frames, clock, 100)))
     writer.joins()
     for message in "123":
         writer.posts(message)
     writer.goes()
-    return server(Registry(held, clock, 1))
+    return server(Registry(held, frames, clock, 1))
 
 
 @pytest.fixture(params=[Tcp, Wire])
