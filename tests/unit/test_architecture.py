@@ -1,0 +1,113 @@
+"""The structure of the package: imports run one way, and every name stands for one thing."""
+
+import ast
+import pathlib
+import sys
+from collections import Counter
+
+import grimp
+import pytest
+
+import chatd
+
+PACKAGE = pathlib.Path(chatd.__file__).parent
+LAYERS = (
+    "chatd.tap",
+    "chatd.load",
+    "chatd.service",
+    "chatd.operate",
+    "chatd.client",
+    "chatd.config",
+    {"chatd.transport", "chatd.store"},
+    "chatd.room",
+    {"chatd.messages", "chatd.histogram"},
+)
+"""The layers, top first: each imports only what is below it, and the parts of one layer do not import each other."""
+PURE = {"chatd.messages": set(), "chatd.room": {"twisted"}}
+"""The packages that need no input or output, and the libraries that they may import."""
+TWISTED_WITHOUT_REACTOR = {
+    "twisted.internet.defer",
+    "twisted.internet.interfaces",
+    "twisted.logger",
+    "twisted.python.failure",
+}
+SINGULAR_AND_PLURAL = {"Connection"}
+"""Names that may exist with an `s` too: one client's connection, and the set of all connections."""
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph("chatd", include_external_packages=True, cache_dir=None)
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """The syntax trees of all modules by name; a package counts under its own name."""
+    trees = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
+
+
+def imported(tree):
+    """The modules that a tree imports, wherever the import stands; names imported from a module count too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_run_downwards(graph):
+    """No module imports one of a layer above its own."""
+    illegal = graph.find_illegal_dependencies_for_layers(LAYERS)
+    assert [f"{found.importer} imports {found.imported}" for found in illegal] == []
+
+
+def test_layers_cover_every_module(graph):
+    """Every part of the package belongs to a layer, so that the rule above has no gap."""
+    named = set().union(*({layer} if isinstance(layer, str) else layer for layer in LAYERS))
+    assert graph.find_children("chatd") - named == set()
+
+
+@pytest.mark.parametrize("package", PURE)
+def test_pure_packages_import_no_library(graph, package):
+    """The domain and the rooms need neither sockets nor files nor a library that encodes."""
+    modules = {package} | graph.find_descendants(package)
+    found = set().union(*(graph.find_modules_directly_imported_by(module) for module in modules))
+    libraries = {name for name in found if name.split(".")[0] not in {*sys.stdlib_module_names, "chatd"}}
+    assert libraries == PURE[package]
+
+
+def test_rooms_use_no_reactor(trees):
+    """A room gets its clock as an argument: from Twisted it takes Deferred, interfaces and the logger alone."""
+    modules = [tree for name, tree in trees.items() if name.startswith("chatd.room")]
+    found = {name for tree in modules for name in imported(tree) if name.startswith("twisted")}
+    assert {name.rpartition(".")[0] for name in found} <= TWISTED_WITHOUT_REACTOR
+    library = {name.split(".")[0] for tree in modules for name in imported(tree)} & {*sys.stdlib_module_names}
+    assert library.isdisjoint({"asyncio", "json", "os", "pathlib", "select", "socket", "sqlite3", "threading", "time"})
+
+
+def test_only_programs_import_the_global_reactor(trees):
+    """Everything but the plugin and the command lines gets a reactor as an argument, so that tests hand in a clock."""
+    users = {name for name, tree in trees.items() if "twisted.internet.reactor" in imported(tree)}
+    assert {name for name in users if not name.endswith(".__main__")} == {"chatd.tap"}
+
+
+@pytest.mark.parametrize("folder", ["", "plugins"])
+def test_twisted_is_a_namespace(folder):
+    """An `__init__.py` beside the plugin would hide Twisted itself."""
+    assert not (PACKAGE.parent / "twisted" / folder / "__init__.py").exists()
+
+
+def test_names_are_unique(trees):
+    """No two modules and no two public classes share a name, nor do they differ by an `s` alone."""
+    packages = {name.rpartition(".")[0] for name in trees}
+    modules = [name.rpartition(".")[2] for name in trees if name not in packages]
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    classes = [node.name for node in nodes if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    assert [name for name, count in Counter([*modules, *classes]).items() if count > 1] == []
+    names = {*modules, *classes}
+    assert {name for name in names if f"{name}s" in names} <= SINGULAR_AND_PLURAL
