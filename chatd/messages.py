@@ -1,4 +1,4 @@
-"""The domain: messages, their ids, and what clients ask for.
+"""The domain: entries, their ids, and the requests of clients.
 
 This module knows neither JSON nor WebSocket.
 """
@@ -11,27 +11,27 @@ _ID = re.compile(r"([0-9A-Za-z]{4,16})-(0|[1-9][0-9]{0,15})")
 
 
 class Code(StrEnum):
-    """What an error is about, for programs; a frame that breaks the schema has none."""
+    """The cause of an error, for programs; a frame that breaks its schema has no code."""
 
     LABEL_REUSED = "LABEL_REUSED"
-    """The label is that of another message."""
+    """The label belongs to another message."""
     RATE_LIMITED = "RATE_LIMITED"
-    """Too many frames; the same may be sent again later."""
+    """The client sends too many frames and may send this one again later."""
     UNAVAILABLE = "UNAVAILABLE"
-    """The log cannot take or give messages now; the same may be sent again."""
+    """The log can neither store nor return entries now; the client may retry."""
     UNKNOWN_ID = "UNKNOWN_ID"
-    """No message of this log has, or had, this id."""
+    """No entry of this log has, or had, this id."""
 
 
 class Id(NamedTuple):
-    """What names one message of a room: the log's epoch and the message's number, written `EPOCH-N`."""
+    """The name of one entry of a room: the epoch of the log and the number of the entry, written `EPOCH-N`."""
 
     epoch: str
     number: int
 
     @classmethod
     def parse(cls, text: str) -> "Id":
-        """Read an id; ValueError for anything else."""
+        """Parse an id; raises ValueError for any other text."""
         match = _ID.fullmatch(text)
         if not match:
             raise ValueError("an id is an epoch and a number, such as k7Q2xe-1042")
@@ -42,16 +42,16 @@ class Id(NamedTuple):
 
 
 class Post(NamedTuple):
-    """What a client asks to be said, already checked."""
+    """A valid request to append a message."""
 
     username: str
     message: str
     label: str | None = None
-    """The client's key for this post, by which a second one is known as a retry."""
+    """The key by which a retry of this post is recognized."""
 
 
 class PageRequest(NamedTuple):
-    """What a client asks to read again: the newest messages, or those before or after one."""
+    """A valid request to read entries: the newest, or those before or after one id."""
 
     before: Id | None
     after: Id | None
@@ -60,16 +60,16 @@ class PageRequest(NamedTuple):
 
 
 class Typing(NamedTuple):
-    """That someone writes."""
+    """A notice that a user types."""
 
     username: str
 
 
 class Entry(NamedTuple):
-    """One message of a room's log."""
+    """One stored message of a room."""
 
     number: int
-    """1, 2, 3 ... in its room, without gaps."""
+    """The place in the log of its room: 1, 2, 3 … without gaps."""
     username: str
     message: str
     timestamp: str

@@ -1,8 +1,8 @@
-"""What a room needs of a log: the durable order of its messages, whoever keeps it.
+"""The log that a room needs: the durable order of its entries.
 
-The interfaces are declared here, where they are used, and the stores implement them.  A log numbers the
-messages of each room 1, 2, 3 ... without gaps, tells its followers of them in that order, and answers readers
-with pages, each of which is one instant of the log.
+The interfaces are declared here, where they are used, and the stores implement them.  A log numbers the entries of
+each room 1, 2, 3 … without gaps.  It notifies its followers of the entries in that order.  It answers readers with
+pages, and each page shows the log at one instant.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,101 +13,101 @@ from twisted.internet.defer import Deferred
 from chatd.messages import Entry, Post
 
 MAIN: Final = "main"
-"""The room of a client that names none."""
+"""The room of clients that name no room."""
 
 
 class LogUnavailable(Exception):
-    """The log cannot take or give messages now; nothing was kept, and the same may be tried again."""
+    """The log can neither store nor return entries now; nothing was stored, and a retry may succeed."""
 
 
 class InDoubt(LogUnavailable):
-    """It cannot be told whether the message was kept: with its label, it may be posted again."""
+    """The post may or may not have been stored; a labelled post is safe to retry."""
 
 
 class LabelReused(Exception):
-    """The label is that of another message of this user in this room; nothing was kept."""
+    """The label belongs to another message of this user in this room; nothing was stored."""
 
 
 class UnknownId(Exception):
-    """No message of this log has, or had, this id."""
+    """No entry of this log has, or had, this id."""
 
 
 class Page(NamedTuple):
-    """What a log holds of a room at one instant, and some of it."""
+    """Entries of a room, with the bounds of its log at the same instant."""
 
     entries: Sequence[Entry]
-    """Consecutive, oldest first."""
+    """Consecutive entries, oldest first."""
     first: int
-    """The number of the oldest message kept; head + 1 when none is."""
+    """The number of the oldest stored entry; head + 1 if the log holds none."""
     head: int
-    """The number of the newest message ever appended; 0 when none was."""
+    """The number of the newest entry ever appended; 0 if there was none."""
 
 
 class Poster(Protocol):
-    """Who posts: it is told what became of it."""
+    """The receiver of the outcome of a post."""
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
-        """The post is in the log, durably, under this number; its room has been told.
+        """Learn that the post is stored durably under this number, after the followers of its room.
 
-        It is a `duplicate` if it was there before: its label is that of an equal post.
+        The post is a `duplicate` if its label identifies an equal post that was stored earlier.
         """
 
     def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
-        """The post is not in the log; or, with InDoubt, it may be."""
+        """Learn that the post is not stored, or, with InDoubt, that it may be."""
 
 
 class Follower(Protocol):
-    """Who reads the tail of a log: it is told of every room's messages, in the order of each room."""
+    """A reader of the log of every room, notified in the order of each room."""
 
     def appended(self, room: str, entries: Sequence[Entry]) -> None:
-        """These came after those told before."""
+        """Take entries that follow those of earlier calls."""
 
     def trimmed(self, room: str, first: int) -> None:
-        """The messages before this number are kept no more."""
+        """Learn that the log no longer holds the entries before this number."""
 
     def interrupted(self) -> None:
-        """Messages may have come that were not told, or the epoch is another, and all that was known is void."""
+        """Learn that notifications may be missing, or that the log has a new epoch: all knowledge of it is void."""
 
 
 class Log(Protocol):
-    """The durable order of all rooms' messages."""
+    """The durable order of the entries of all rooms."""
 
     @property
     def epoch(self) -> str:
-        """The word that stands for this history, 4 to 16 characters of [0-9A-Za-z]; another if that is lost."""
+        """The word that names this history, 4 to 16 characters of [0-9A-Za-z]; a new history has a new word."""
 
     def append(self, room: str, post: Post, poster: Poster) -> None:
-        """Number, stamp and keep a post, then tell the followers, then the poster; never blocks.
+        """Number, stamp and store a post, then notify the followers and then the poster; never blocks.
 
-        The posters of a room are told in the order of its messages.  A post with a label that this user has used in
-        this room is not kept again; the labels are remembered as long as their messages.
+        The posters of a room are notified in the order of its entries.  A post with a label that this user has used in
+        this room is not stored again.  A label is remembered as long as its entry.
         """
 
     def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
-        """At most `limit` messages after the number given, or the newest; LogUnavailable if it cannot.
+        """Read at most `limit` entries after a number, or the newest ones; fails with LogUnavailable.
 
-        They are of the epoch that stands when they are answered.
+        The page belongs to the epoch that is current when the Deferred fires.
         """
 
     def follow(self, follower: Follower) -> None:
-        """Tell this follower of all that is appended and trimmed from now on."""
+        """Notify this follower of everything that is appended or trimmed from now on."""
 
 
 class EncodedPage(NamedTuple):
-    """Some of a room's messages, as frames."""
+    """A page as frames."""
 
     frames: Sequence[bytes]
-    """Consecutive, oldest first."""
+    """Consecutive message frames, oldest first."""
     end: int
-    """The number of the last, or the one before where the first would be."""
+    """The number of the last frame; for an empty page, the number before its place."""
     older: bool
-    """Whether the log holds messages before these."""
+    """True if the log holds entries before this page."""
     newer: bool
-    """Whether it holds messages after these."""
+    """True if the log holds entries after this page."""
 
 
 class PageRange(NamedTuple):
-    """Which messages a reader wants: at most `limit` before or after a number, or the newest."""
+    """The entries that a reader wants: at most `limit` before or after a number, or the newest."""
 
     before: int | None
     after: int | None
@@ -115,13 +115,13 @@ class PageRange(NamedTuple):
 
     @property
     def start(self) -> int | None:
-        """After which number the log is to be read, whatever it holds; None: the newest."""
+        """The argument `after` for a Log.read of `limit` entries that covers this range in any log."""
         return self.after if self.before is None else max(self.before - 1 - self.limit, 0)
 
     def bounds(self, first: int, head: int) -> tuple[int, int]:
-        """Which these are in a log that holds `first` to `head`: those after the one number up to the other.
+        """Return (after, until) in a log that holds `first` to `head`: the range is after + 1 to until.
 
-        Raises UnknownId for what is beyond the head.
+        Raises UnknownId for a number beyond the head.
         """
         if self.after is not None:
             if self.after > head:
@@ -133,7 +133,10 @@ class PageRange(NamedTuple):
         until = head if self.before is None else max(self.before - 1, 0)
         return min(until, max(until - self.limit, first - 1)), until
 
-    def excerpt(self, first: int, head: int, between: Callable[[int, int], Sequence[bytes]]) -> EncodedPage:
-        """Take these out of what `between` answers."""
+    def encode(self, first: int, head: int, frames: Callable[[int, int], Sequence[bytes]]) -> EncodedPage:
+        """Return this range of a log that holds `first` to `head`; `frames(after, until)` returns its frames.
+
+        Raises UnknownId for a number beyond the head.
+        """
         after, until = self.bounds(first, head)
-        return EncodedPage(between(after, until), until, older=after >= first, newer=max(until, first - 1) < head)
+        return EncodedPage(frames(after, until), until, older=after >= first, newer=max(until, first - 1) < head)

@@ -1,15 +1,15 @@
-"""Who is in a room, and who is typing there, for those who asked.
+"""Presence: the members and typing users of a room, for the members that asked for them.
 
-Nothing is counted while people come and go: what is shown is a function of the room's members, taken at most once
-a second, and only while someone watches and something has changed.  A watcher first gets the whole
-(a *snapshot*), then what changed since the last frame (a *delta*), and all get the same bytes: when
-thousands join in one second, each of them is told once, and those who were there are told once too.
+Nothing is counted when members join and leave.  Watchers see a function of the members of the room, computed at
+most once a second, and only while there are watchers and something has changed.  A watcher first gets the whole (a
+*snapshot*), and after that the changes since the last frame (a *delta*).  All watchers get the same bytes.  When
+thousands join in one second, each watcher gets one frame.
 
-A watcher whose transport is full is told nothing, and gets a snapshot when it takes something again.  Typing is
-told in the same round and forgotten: whoever could not be told then has missed nothing.
+A watcher whose transport is full gets no frame, and later a snapshot.  Typing users are sent in the same round and
+then forgotten: a watcher that was not ready has missed nothing of value.
 
-Where several nodes serve one room, each tells the others in its round who is at it, through a *lobby*, and shows its
-watchers the sum.
+If several nodes serve one room, each node reports its members in its round to a *lobby*, which passes them on to
+the other nodes.  Watchers see the sum over all nodes.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,78 +23,78 @@ from chatd.room.sweep import sweep
 PRESENCE: Final = "presence"
 TYPING: Final = "typing"
 EVENTS: Final = frozenset({PRESENCE, TYPING})
-"""What a member can ask to be told besides messages."""
+"""The notices that a member can ask for besides entries."""
 ROUND_SECONDS: Final = 1.0
-"""How long after one round of frames the next may begin."""
+"""The shortest time from the beginning of one round to that of the next."""
 MAX_USERS: Final = 200
-"""How many names are shown; where there are more, only the members are counted."""
+"""The number of names above which only the members are counted."""
 MAX_TYPING: Final = 10
-"""How many who type are named in a round; others are left out."""
+"""The number of typing users named in one round; further ones are left out."""
 
 
 class Watcher(Protocol):
-    """A member, as far as presence is concerned."""
+    """The part of a member that presence needs."""
 
     events: frozenset[str]
-    """What it asked to be told, of EVENTS."""
+    """The notices that it asked for, a part of EVENTS."""
     name: str | None
-    """The username by which it is known."""
+    """The username by which others know it."""
     ready: bool
-    """Whether its transport takes more."""
+    """True while its transport takes more."""
 
     def send_frame(self, frame: bytes) -> None:
-        """Hand it a frame that is not of the log."""
+        """Send one frame that is not an entry."""
 
 
 class Occupancy(NamedTuple):
-    """Who is in a room at one instant."""
+    """The members of a room at one instant."""
 
     members: int
-    """With a name or without."""
+    """The number of members, with a name or without."""
     users: frozenset[str] | None
-    """The distinct names; None when there are too many to show."""
+    """The distinct names; None if they are too many to show."""
 
     @classmethod
-    def sum(cls, all_here: "Iterable[Occupancy]") -> "Occupancy":
-        """Who is in a room at several nodes: a name may be at more than one."""
-        all_here = [*all_here]
+    def sum(cls, parts: "Iterable[Occupancy]") -> "Occupancy":
+        """Add the occupancy of several nodes; one name may be at more than one node."""
+        parts = [*parts]
         names: set[str] | None = set()
-        for here in all_here:
-            names = None if names is None or here.users is None else names | here.users
+        for part in parts:
+            names = None if names is None or part.users is None else names | part.users
         users = None if names is None or len(names) > MAX_USERS else frozenset(names)
-        return cls(sum(here.members for here in all_here), users)
+        return cls(sum(part.members for part in parts), users)
 
 
-NOBODY: Final = Occupancy(0, frozenset())
+EMPTY: Final = Occupancy(0, frozenset())
 Report = Callable[[Occupancy, Sequence[str]], None]
-"""Takes who is in a room, and who types."""
+"""A function that takes the occupancy of a room at this node, and the users that type there."""
 
 
 class LobbyListener(Protocol):
-    """Who is told by a lobby what happens at the other nodes."""
+    """The receiver of changes at the other nodes."""
 
-    def elsewhere(self, room: str, node: str, here: Occupancy) -> None:
-        """Who is in a room at another node has changed."""
+    def occupancy_changed(self, room: str, node: str, occupancy: Occupancy) -> None:
+        """Take the new occupancy of a room at another node."""
 
     def typing(self, room: str, usernames: Sequence[str]) -> None:
-        """These type at another node."""
+        """Take the names of users that type at another node."""
 
-    def gone(self, node: str) -> None:
-        """Another node is there no more, nor is anyone at it."""
+    def node_left(self, node: str) -> None:
+        """Drop another node with all its members."""
 
 
 class Lobby(Protocol):
-    """Where the nodes that serve the same rooms tell one another who is there."""
+    """The exchange of occupancy between the nodes that serve the same rooms."""
 
-    def follow(self, guest: LobbyListener) -> None:
-        """Tell this guest from now on."""
+    def follow(self, listener: LobbyListener) -> None:
+        """Notify this listener from now on."""
 
-    def report(self, room: str, here: Occupancy, typing: Sequence[str]) -> None:
-        """Tell the others who is in a room at this node now, and who types; and be told who is there at theirs."""
+    def report(self, room: str, occupancy: Occupancy, typing: Sequence[str]) -> None:
+        """Share the occupancy of a room at this node and its typing users, and learn those of the other nodes."""
 
 
 class Presence:
-    """Tells the watchers among a room's members; `report` tells the other nodes, if there are any."""
+    """The presence of one room; `report`, if given, shares it with the other nodes."""
 
     def __init__(
         self,
@@ -109,128 +109,129 @@ class Presence:
         self._clock = clock
         self._report = report
         self._reported: Occupancy | None = None
-        self._elsewhere: dict[str, Occupancy] = {}
-        """Who is here at other nodes."""
+        self._remote: dict[str, Occupancy] = {}
+        """The occupancy of this room at the other nodes."""
         self._watchers: dict[Watcher, bool] = {}
-        """... and whether each knows what was shown last."""
+        """The watchers, each with True if it has received the last occupancy shown."""
         self._shown: Occupancy | None = None
         self._typing: dict[str, None] = {}
-        self._typing_elsewhere: dict[str, None] = {}
-        self._stale = False
-        self._turn: IDelayedCall | None = None
-        self._next = 0.0
-        # The round: whom it has yet to tell, and what.
+        self._remote_typing: dict[str, None] = {}
+        self._changed = False
+        self._round_call: IDelayedCall | None = None
+        self._next_round = 0.0
+        # The round: the watchers yet to serve, and the frames for them.
         self._round: Iterator[Watcher] | None = None
         self._snapshot = self._delta = self._typed = b""
 
     def joined(self, member: Watcher) -> None:
-        """A member has come."""
+        """Note that a member has joined."""
         if member.events:
             self._watchers[member] = False
         self.changed()
 
     def left(self, member: Watcher) -> None:
-        """A member has gone."""
+        """Note that a member has left."""
         self._watchers.pop(member, None)
         self.changed()
-        if self._report is not None and not self._members:  # and so this room is about to be forgotten
-            self._report(NOBODY, ())
-        if not self._members or not self._heard:
+        if self._report is not None and not self._members:  # the room is about to be forgotten
+            self._report(EMPTY, ())
+        if not self._members or not self._has_audience:
             self._typing = {}
-            self._typing_elsewhere = {}
-            if self._turn is not None:
-                self._turn.cancel()
-                self._turn = self._round = None
+            self._remote_typing = {}
+            if self._round_call is not None:
+                self._round_call.cancel()
+                self._round_call = self._round = None
 
     def changed(self) -> None:
-        """Members have come or gone, or are known by another name."""
-        if self._heard:
-            self._stale = True
+        """Note that members have joined, left or changed their names."""
+        if self._has_audience:
+            self._changed = True
             self._schedule()
 
     def typing(self, username: str) -> None:
-        """Someone writes."""
-        if self._heard and len(self._typing) < MAX_TYPING:
+        """Note that a user types at this node."""
+        if self._has_audience and len(self._typing) < MAX_TYPING:
             self._typing[username] = None
             self._schedule()
 
-    def elsewhere(self, node: str, here: Occupancy | None) -> None:
-        """Who is here at another node has changed; None: it is gone."""
-        if here is not None and here.members:
-            self._elsewhere[node] = here
-        elif self._elsewhere.pop(node, None) is None:
+    def remote_changed(self, node: str, occupancy: Occupancy | None) -> None:
+        """Take the occupancy of this room at another node; None drops the node."""
+        if occupancy is not None and occupancy.members:
+            self._remote[node] = occupancy
+        elif self._remote.pop(node, None) is None:
             return
         self.changed()
 
-    def typing_elsewhere(self, usernames: Sequence[str]) -> None:
-        """These write, at another node."""
+    def remote_typing(self, usernames: Sequence[str]) -> None:
+        """Note that users type at another node."""
         if self._watchers:
-            self._typing_elsewhere |= dict.fromkeys(usernames)
+            self._remote_typing |= dict.fromkeys(usernames)
             self._schedule()
 
     @property
-    def _heard(self) -> bool:
-        """Whether anyone is told."""
+    def _has_audience(self) -> bool:
         return bool(self._watchers) or self._report is not None
 
     def _schedule(self) -> None:
-        if self._turn is None:
-            self._turn = self._clock.callLater(max(0, self._next - self._clock.seconds()), self._tell)
+        if self._round_call is None:
+            delay = max(0, self._next_round - self._clock.seconds())
+            self._round_call = self._clock.callLater(delay, self._send)
 
-    def _tell(self) -> None:
-        """Go on with the round for one slice, or begin the next one."""
-        self._turn = None
+    def _send(self) -> None:
+        """Continue the round for one slice, or begin the next round."""
+        self._round_call = None
         if self._round is None:
-            self._next = self._clock.seconds() + ROUND_SECONDS
-            self._round = self._begin()
+            self._next_round = self._clock.seconds() + ROUND_SECONDS
+            self._round = self._begin_round()
         if not sweep(self._round, self._serve, self._clock):
-            self._turn = self._clock.callLater(0, self._tell)
+            self._round_call = self._clock.callLater(0, self._send)
             return
         self._round = None
-        if self._stale or self._typing or self._typing_elsewhere:
+        if self._changed or self._typing or self._remote_typing:
             self._schedule()
 
-    def _begin(self) -> Iterator[Watcher]:
-        """Compose what is told in a new round, and answer to whom."""
+    def _begin_round(self) -> Iterator[Watcher]:
+        """Encode the frames of a new round, and return the watchers to serve."""
         names = {member.name for member in self._members if member.name is not None}
-        here = Occupancy(len(self._members), frozenset(names) if len(names) <= MAX_USERS else None)
+        occupancy = Occupancy(len(self._members), frozenset(names) if len(names) <= MAX_USERS else None)
         typing = [*self._typing]
-        if self._report is not None and (here != self._reported or typing):
-            self._reported = here
-            self._report(here, typing)
-        here = Occupancy.sum([here, *self._elsewhere.values()]) if self._elsewhere else here
-        self._snapshot, self._delta = self._encode(here, self._shown)
-        typing = [*(self._typing | self._typing_elsewhere)][:MAX_TYPING]
+        if self._report is not None and (occupancy != self._reported or typing):
+            self._reported = occupancy
+            self._report(occupancy, typing)
+        if self._remote:
+            occupancy = Occupancy.sum([occupancy, *self._remote.values()])
+        self._snapshot, self._delta = self._encode(occupancy, self._shown)
+        typing = [*(self._typing | self._remote_typing)][:MAX_TYPING]
         self._typed = self._typing_frame(typing) if typing else b""
-        self._shown = here
+        self._shown = occupancy
         self._typing = {}
-        self._typing_elsewhere = {}
-        self._stale = False
+        self._remote_typing = {}
+        self._changed = False
         return iter([*self._watchers])
 
-    def _encode(self, here: Occupancy, shown: Occupancy | None) -> tuple[bytes, bytes]:
-        """Return the snapshot, and the delta from what was shown last; no delta if nothing has changed."""
-        users = here.users
-        snapshot = self._presence_frame(here.members, **({} if users is None else {"users": sorted(users)}))
-        if here == shown:
+    def _encode(self, occupancy: Occupancy, shown: Occupancy | None) -> tuple[bytes, bytes]:
+        """Return the snapshot, and the delta from the occupancy shown last, which is empty if nothing changed."""
+        users = occupancy.users
+        snapshot = self._presence_frame(occupancy.members, **({} if users is None else {"users": sorted(users)}))
+        if occupancy == shown:
             return snapshot, b""
         if shown is None or shown.users is None or users is None:
             return snapshot, snapshot
         join, leave = sorted(users - shown.users), sorted(shown.users - users)
-        return snapshot, self._presence_frame(here.members, join=join, leave=leave)
+        return snapshot, self._presence_frame(occupancy.members, join=join, leave=leave)
 
     def _serve(self, watchers: Sequence[Watcher]) -> None:
         for watcher in watchers:
-            knows = self._watchers.get(watcher)
-            if knows is None:  # it has left
+            informed = self._watchers.get(watcher)
+            if informed is None:  # it has left
                 continue
             if PRESENCE in watcher.events:
-                frame = self._delta if knows else self._snapshot
+                frame = self._delta if informed else self._snapshot
                 if watcher.ready and frame:
                     watcher.send_frame(frame)
                     self._watchers[watcher] = True
                 elif frame:
                     self._watchers[watcher] = False
-                    self._stale = True  # until it can be told
+                    self._changed = True  # until the watcher is ready
             if self._typed and TYPING in watcher.events and watcher.ready:
                 watcher.send_frame(self._typed)

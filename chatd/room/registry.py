@@ -1,9 +1,10 @@
-"""The rooms by name: loaded from the log for the first who joins, forgotten with the last who leaves.
+"""The registry: the open rooms by name.
 
-Here the log is followed for all rooms, read for who comes back or pages, and posted to.  A name that nobody is
-at costs nothing: what there is of it is in the log.
+A room is loaded from the log for its first member and forgotten with its last.  A name without members costs nothing,
+because all that exists of it is in the log.
 
-Nothing here knows a reactor, a socket or a disk: time, members and the log are handed in.
+The registry follows the log for all rooms, reads it for clients that resume or page, and appends posts to it.
+Nothing here knows a reactor, a socket or a disk: time, members, the log and the encoding are handed in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,39 +15,42 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
+from typing_extensions import override
 
 from chatd.messages import Entry, Id, PageRequest, Post
 from chatd.room.encoder import Encoder
-from chatd.room.log import EncodedPage, Log, LogUnavailable, Page, PageRange, Poster, UnknownId
-from chatd.room.presence import Lobby, Occupancy
+from chatd.room.log import EncodedPage, Follower, Log, LogUnavailable, Page, PageRange, Poster, UnknownId
+from chatd.room.presence import Lobby, LobbyListener, Occupancy
 from chatd.room.room import MAX_LAG, Member, Room
 
 RELOAD_SECONDS: Final = 0.25
-"""How soon a room is loaded again after that has failed."""
+"""The pause before a room is loaded again after a failure."""
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
 
 
 class JoinTicket(NamedTuple):
-    """A room, and all that it takes to join it in this turn."""
+    """A room and everything needed to join it in this reactor turn."""
 
     room: Room
     last: Id | None
-    missed: Page | None
+    """The last entry of a client that reconnects."""
+    backlog: Page | None
+    """The entries after that one, where the tail of the room does not hold them."""
 
     def join(self, member: Member) -> bytes:
-        """Let a member in; answers the history frame that it must be sent first."""
-        return self.room.join(member, self.last, self.missed)
+        """Add a member to the room; return the history frame that it must be sent first."""
+        return self.room.join(member, self.last, self.backlog)
 
 
-class _Shared(Generic[_K, _T]):
-    """What is asked for while it is under way is waited for, not asked for again."""
+class _SharedReads(Generic[_K, _T]):
+    """Reads in flight by key: a second request for the same key waits for the first one's result."""
 
     def __init__(self) -> None:
         self._waiting: dict[_K, list[Deferred[_T]]] = {}
 
-    def ask(self, key: _K, begin: Callable[[], "Deferred[_T]"]) -> "Deferred[_T]":
+    def read(self, key: _K, begin: Callable[[], "Deferred[_T]"]) -> "Deferred[_T]":
         waiting: Deferred[_T] = Deferred()
         if key in self._waiting:
             self._waiting[key].append(waiting)
@@ -57,11 +61,19 @@ class _Shared(Generic[_K, _T]):
 
     def _done(self, result: "_T | Failure", key: _K) -> None:
         for waiting in self._waiting.pop(key):
-            waiting.callback(result)  # or errback, as a failure finds its own way
+            waiting.callback(result)  # a Failure takes the errback path by itself
 
 
-class Registry:
-    """The rooms that someone is in, by name; it follows the log for them all."""
+class _Loading:
+    """The changes to a room while it is loaded."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.first = 0
+
+
+class Registry(Follower, LobbyListener):
+    """The open rooms by name, which follow the log."""
 
     def __init__(
         self, log: Log, encoder: Encoder, clock: IReactorTime, history: int, lobby: Lobby | None = None
@@ -71,28 +83,25 @@ class Registry:
         self._clock = clock
         self._history = history
         self._rooms: dict[str, Room] = {}
-        self.messages = 0
-        """How many were appended to the log, in all rooms, since it is followed."""
-        self._delivered = 0
-        """How many were delivered in rooms that are forgotten."""
-        self._loads: _Shared[str, Room] = _Shared()
-        self._missed: dict[str, list[Entry]] = {}
-        """What is appended to a room while it is loaded,"""
-        self._trims: dict[str, int] = {}
-        """... and the first message that is kept, if some are removed."""
         self._stale: dict[str, Room] = {}
-        """Rooms to which the log may have gone on untold; they are loaded again before anyone joins them."""
+        """Rooms that may lack entries; each is loaded again before it takes another member."""
+        self._loading: dict[str, _Loading] = {}
+        self._loads: _SharedReads[str, Room] = _SharedReads()
+        self._backlogs: _SharedReads[tuple[str, int], Page] = _SharedReads()
         self._interruptions = 0
-        """How often that came about: what was read before the last one may lack something."""
+        """The number of interruptions so far; a page read before the last one may lack entries."""
         self._retry: IDelayedCall | None = None
-        self._recalls: _Shared[tuple[str, int], Page] = _Shared()
+        self.messages = 0
+        """The number of entries appended to the log, in all rooms, since the registry follows it."""
+        self._delivered = 0
+        """The number of entries delivered in rooms that are forgotten."""
         log.follow(self)
         self._lobby = lobby
         if lobby is not None:
             lobby.follow(self)
 
     def __iter__(self) -> Iterator[Room]:
-        """Those that someone is in, or is about to be."""
+        """Iterate over the open rooms."""
         return chain(self._rooms.values(), self._stale.values())
 
     def __len__(self) -> int:
@@ -100,37 +109,57 @@ class Registry:
 
     @property
     def delivered(self) -> int:
-        """How many messages were handed to members after the history, to all of them together."""
+        """The number of entries handed to members after their history, summed over all members."""
         return self._delivered + sum(room.delivered for room in self)
 
     @property
-    def busy(self) -> bool:
-        """Whether some member that can be served has not been."""
-        return any(room.busy for room in self)
-
-    @property
     def epoch(self) -> str:
-        """That of the log."""
+        """The epoch of the log."""
         return self._log.epoch
 
-    def open(self, name: str, last: Id | None = None) -> "Deferred[JoinTicket]":
-        """A room to join at once, in the callback: a room that nobody is in is forgotten.
+    def post(self, room: str, post: Post, poster: Poster) -> None:
+        """Append a post to the log of a room, from which the members of the room get it."""
+        self._log.append(room, post, poster)
 
-        `last` names the last message that the member has.  The first to come waits for the log, and those who come
-        meanwhile wait with it.  Fails with LogUnavailable.
+    # Joining and leaving
+
+    def open(self, name: str, last: Id | None = None) -> "Deferred[JoinTicket]":
+        """Return a ticket for a room; join in the callback, because a room without members is forgotten.
+
+        `last` names the last entry of a client that reconnects.  The first request for a room reads the log, and
+        further requests wait with it.  Fails with LogUnavailable.
         """
         room = self._rooms.get(name)
-        if room is not None and last is None:  # as nearly always
+        if room is not None and last is None:  # the usual case
             return succeed(JoinTicket(room, None, None))
-        return self._open(name).addCallback(self._recall, last)
+        return self._open(name).addCallback(self._read_backlog, last)
 
     def _open(self, name: str) -> "Deferred[Room]":
         room = self._rooms.get(name)
-        return succeed(room) if room is not None else self._loads.ask(name, lambda: self._load(name))
+        return succeed(room) if room is not None else self._loads.read(name, lambda: self._load(name))
+
+    def _read_backlog(self, room: Room, last: Id | None) -> "JoinTicket | Deferred[JoinTicket]":
+        """Read the entries after `last`, if the room needs them from the log."""
+        if last is None or not room.needs_backlog(last):
+            return JoinTicket(room, last, None)
+        name, number = room.name, last.number
+        reading = self._backlogs.read((name, number), lambda: self._log.read(name, number, self._history))
+        return reading.addCallback(lambda page: self._open(name).addCallback(JoinTicket, last, page))
+
+    def leave(self, room: Room, member: Member) -> None:
+        """Remove a member from its room, and forget the room with its last member."""
+        room.leave(member)
+        self._forget(room)
+
+    def _forget(self, room: Room) -> None:
+        if not room.members and self._rooms.get(room.name) is room:
+            del self._rooms[room.name]
+            self._delivered += room.delivered
+
+    # Loading
 
     def _load(self, name: str) -> "Deferred[Room]":
-        self._missed[name] = []
-        self._trims.pop(name, None)
+        self._loading[name] = _Loading()
         stale = self._stale.get(name)
         if stale is None or stale.epoch != self._log.epoch:
             reading = self._log.read(name, None, self._history)
@@ -141,7 +170,7 @@ class Registry:
         )
 
     def _or_newest(self, page: Page, stale: Room) -> "Page | Deferred[Page]":
-        """What a stale room lacks; or, if that is not to be had any more, the newest messages."""
+        """Return the page if it holds every entry that a stale room lacks; otherwise read the newest entries."""
         return page if stale.continues(page) else self._log.read(stale.name, None, self._history)
 
     def _loaded(self, page: Page, name: str, interruptions: int) -> "Room | Deferred[Room]":
@@ -156,29 +185,22 @@ class Registry:
         else:
             room.restart(page)
         self._rooms[name] = room
-        room.appended(self._missed.pop(name))
-        room.trimmed(max(page.first, self._trims.pop(name, 0)))
-        # Those who waited join in their callbacks, which come only after this.
+        meanwhile = self._loading.pop(name)
+        room.appended(meanwhile.entries)
+        room.trimmed(max(page.first, meanwhile.first))
+        # The clients that wait join in their callbacks, which run only after this.
         self._clock.callLater(0, self._forget, room)
         return room
 
     def _not_loaded(self, failure: Failure, name: str) -> Failure:
-        del self._missed[name]
-        self._trims.pop(name, None)
+        del self._loading[name]
         return failure
-
-    def interrupted(self) -> None:
-        """Follower.interrupted: load again the rooms that someone is in."""
-        self._interruptions += 1
-        self._stale |= self._rooms
-        self._rooms = {}
-        self._reload()
 
     def _reload(self) -> None:
         for name, room in [*self._stale.items()]:
-            if room.members or name in self._missed:
+            if room.members or name in self._loading:
                 self._open(name).addErrback(self._not_reloaded)
-            else:  # all have left meanwhile
+            else:  # the last member has left meanwhile
                 del self._stale[name]
                 self._delivered += room.delivered
 
@@ -187,89 +209,76 @@ class Registry:
         if self._retry is None or not self._retry.active():
             self._retry = self._clock.callLater(RELOAD_SECONDS, self._reload)
 
-    def _recall(self, room: Room, last: Id | None) -> "JoinTicket | Deferred[JoinTicket]":
-        """Have the log read if a member comes back that has missed more than the tail holds."""
-        if last is not None and last.epoch == self._log.epoch and not room.remembers(last.number):
-            name, number = room.name, last.number
-            if number > room.head or room.can_resume(number):
-                recalled = self._recalls.ask((name, number), lambda: self._log.read(name, number, self._history))
-                return recalled.addCallback(lambda page: self._open(name).addCallback(JoinTicket, last, page))
-        return JoinTicket(room, last, None)
-
-    def leave(self, room: Room, member: Member) -> None:
-        """Let a member go, and the room with its last."""
-        room.leave(member)
-        self._forget(room)
-
-    def _forget(self, room: Room) -> None:
-        if not room.members and self._rooms.get(room.name) is room:
-            del self._rooms[room.name]
-            self._delivered += room.delivered
-
-    def post(self, room: str, post: Post, poster: Poster) -> None:
-        """Append a post to the room's log, from which its members will have it."""
-        self._log.append(room, post, poster)
+    # Paging
 
     def page(self, name: str, request: PageRequest) -> "Deferred[EncodedPage]":
-        """Read on in a room's log, whoever is in that room; fails with UnknownId, or LogUnavailable."""
-        if self._unknown(request):
+        """Read a page of a room, open or not; fails with UnknownId or LogUnavailable."""
+        if self._is_unknown(request):
             return fail(UnknownId())
         before, after = (named and named.number for named in (request.before, request.after))
-        span = PageRange(before, after, request.limit)
+        wanted = PageRange(before, after, request.limit)
         room = self._rooms.get(name)
-        excerpt = room.excerpt(span) if room is not None else None
-        if excerpt is not None:
-            return succeed(excerpt)
-        return self._log.read(name, span.start, span.limit).addCallback(self._excerpt, request, span)
+        page = None if room is None else room.page(wanted)
+        if page is not None:
+            return succeed(page)
+        return self._log.read(name, wanted.start, wanted.limit).addCallback(self._encode, request, wanted)
 
-    def _unknown(self, request: PageRequest) -> bool:
-        """Whether a request names a message of another history."""
+    def _is_unknown(self, request: PageRequest) -> bool:
+        """Return True if a request names an entry of another history."""
         return any(named is not None and named.epoch != self._log.epoch for named in (request.before, request.after))
 
-    def _excerpt(self, page: Page, request: PageRequest, span: PageRange) -> EncodedPage:
-        if self._unknown(request):  # by now
+    def _encode(self, page: Page, request: PageRequest, wanted: PageRange) -> EncodedPage:
+        if self._is_unknown(request):  # the epoch may have changed during the read
             raise UnknownId
-
         encode, epoch = self._encoder.message_frame, self._log.epoch
 
-        def between(after: int, until: int) -> Sequence[bytes]:
+        def frames(after: int, until: int) -> Sequence[bytes]:
             return [encode(epoch, entry) for entry in page.entries if after < entry.number <= until]
 
-        return span.excerpt(page.first, page.head, between)
+        return wanted.encode(page.first, page.head, frames)
 
+    # Following the log
+
+    @override
     def appended(self, room: str, entries: Sequence[Entry]) -> None:
-        """Follower.appended: pass on what concerns someone here."""
         self.messages += len(entries)
         if room in self._rooms:
             self._rooms[room].appended(entries)
-        elif room in self._missed:
-            self._missed[room].extend(entries)
+        elif room in self._loading:
+            self._loading[room].entries.extend(entries)
 
+    @override
     def trimmed(self, room: str, first: int) -> None:
-        """Follower.trimmed."""
         if room in self._rooms:
             self._rooms[room].trimmed(first)
-        elif room in self._missed:
-            self._trims[room] = first
+        elif room in self._loading:
+            self._loading[room].first = first
 
-    # chatd.presence.Guest
+    @override
+    def interrupted(self) -> None:
+        self._interruptions += 1
+        self._stale |= self._rooms
+        self._rooms = {}
+        self._reload()
 
-    def elsewhere(self, room: str, node: str, here: Occupancy) -> None:
-        """Guest.elsewhere."""
+    # Following the lobby
+
+    @override
+    def occupancy_changed(self, room: str, node: str, occupancy: Occupancy) -> None:
         found = self._find(room)
         if found is not None:
-            found.presence.elsewhere(node, here)
+            found.presence.remote_changed(node, occupancy)
 
+    @override
     def typing(self, room: str, usernames: Sequence[str]) -> None:
-        """Guest.typing."""
         found = self._find(room)
         if found is not None:
-            found.presence.typing_elsewhere(usernames)
+            found.presence.remote_typing(usernames)
 
-    def gone(self, node: str) -> None:
-        """Guest.gone."""
+    @override
+    def node_left(self, node: str) -> None:
         for room in self:
-            room.presence.elsewhere(node, None)
+            room.presence.remote_changed(node, None)
 
     def _find(self, name: str) -> Room | None:
         return self._rooms.get(name) or self._stale.get(name)

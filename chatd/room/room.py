@@ -1,26 +1,25 @@
 """A room is a log; a client is a cursor.
 
-A room's messages are numbered 1, 2, 3 ... by the log, and a room hears of them from the log
-alone, in that order, also of those posted here.  What it keeps of them is its *tail*: the newest
-WebSocket frames, each encoded once, in a list bounded in bytes.  A *member* is one integer, the
-number of the last message it was given.  No queue belongs to a member: to serve it is to join the
-frames from its cursor to the head and to hand them to its transport in one write.  Members at one
-cursor share the joined bytes.
+The log numbers the entries of a room 1, 2, 3 … and notifies the room of them in that order, including those posted
+through this server.  The room encodes each entry once, as a frame, and keeps the newest frames in its *tail*, which
+is bounded in bytes.  A *member* is one integer: the number of the last entry handed to it.  No member has a queue.
+Serving a member means joining the frames from its cursor to the head and handing them to its transport in one write.
+Members at one cursor share the joined bytes.
 
-The room is flushed in the reactor's next turn after something was appended, so nothing waits
-for a batch to fill, and yet under load what came in one turn leaves in one write: the cost falls
-from messages x members system calls to members.  A flush is a *pass* over the members.  It aims at
-the head it began with, stops every few milliseconds to let the reactor read, and goes on where
-it stopped; the next pass begins after it.  Correctness does not rest on any of this: the cursor
-says what a member has, and a pass that found nothing to do has changed nothing.
+A room is flushed in the reactor turn after something was appended.  Nothing waits for a batch to fill, and yet all
+entries of one turn leave in one write, so under load the number of system calls falls from one for each
+message and member to one for each member.
 
-A member whose transport is full is not *ready*.  Its cursor stays, and nothing is kept for it
-but the rest of the one frame that was cut.  When there is room again it is served from the tail, or,
-where the tail has moved on, from the log; when it is too far behind for that, it is told
-to come back.  Coming back is the same thing again: the client names the last message it has, and that is
-its cursor.
+A flush is a *pass* over the members.  A pass aims at the head it began with.  It stops every few milliseconds to let
+the reactor read, and then continues where it stopped.  The next pass begins after it.  Correctness does not depend on
+passes: the cursor alone states what a member has, and a pass without work changes nothing.
 
-Nothing here knows a reactor, a socket or a disk: time, members and the log are handed in.
+A member whose transport is full is not *ready*.  Its cursor stays, and the room keeps nothing for it; the transport
+keeps the rest of the frame that was cut.  When the transport has space again the member is served from the tail, or
+from the log if the tail has dropped those entries.  A member too far behind is evicted.  It reconnects with the id of
+its last entry, and that id is its cursor.
+
+Nothing here knows a reactor, a socket or a disk: time, members, the log and the encoding are handed in.
 """
 
 import sys
@@ -41,51 +40,51 @@ from chatd.room.sweep import sweep
 from chatd.room.tail import NO_RUN, RUN_FRAMES, Run, Tail
 
 RUNS: Final = 16
-"""How many joined runs a pass remembers: the cursors that many members share are few."""
+"""The number of joined runs that a pass remembers; the cursors that many members share are few."""
+HISTORIES: Final = 16
+"""The number of history frames that a room remembers; clients that reconnect together have the same last entry."""
 MAX_LAG: Final = 10_000
-"""How many messages a member may be behind and still be caught up from the log."""
-GONE: Final = sys.maxsize
-"""The cursor of who has left."""
-GREETINGS: Final = 16
-"""How many history frames a room remembers: who comes back in a herd was at the same message."""
+"""The number of entries that a member may be behind and still catch up from the log."""
+LEFT: Final = sys.maxsize
+"""The cursor of a member that has left."""
 
 _logger = Logger()
 
 
 class Member(Protocol):
-    """One who reads a room: a cursor and a transport."""
+    """One reader of a room: a cursor and a transport."""
 
     cursor: int
-    """The number of the last message it was given."""
+    """The number of the last entry handed to it."""
     ready: bool
-    """Whether its transport takes more; when it does again, it says so to Room.resume."""
+    """True while its transport takes more; the transport calls Room.resume when that is so again."""
     events: frozenset[str]
-    """What it asked to be told besides messages: see chatd.presence."""
+    """The notices that it wants besides entries: see chatd.room.presence."""
     name: str | None
-    """The username by which it is known."""
+    """The username by which others know it."""
 
     @property
     def form(self) -> Callable[[bytes], bytes] | None:
-        """Makes of a WebSocket frame what this transport sends; None: the frame itself."""
+        """The function from a frame to the bytes that its transport sends; None for the frame itself."""
 
     def write(self, data: bytes) -> int:
-        """Hand bytes to the transport, and answer how many it took."""
+        """Hand bytes to the transport and return the number of bytes it took."""
 
     def hold(self, rest: bytes) -> None:
-        """Keep the rest of a frame that write() cut, and be ready again when it is gone."""
+        """Keep the rest of a frame that write() cut, and be ready again when it is sent."""
 
     def send_frame(self, frame: bytes) -> None:
-        """Send it a frame that is not of the log, or several acknowledgements, after what it was given."""
+        """Send one frame that is not an entry, or several acknowledgements, after all that was handed to it."""
 
     def evict(self) -> None:
-        """Close it, and let it leave: it is too slow, and what it misses is better had by coming back."""
+        """Close it and leave the room: it is too slow, and gets what it lacks by reconnecting."""
 
 
 _cursor: Callable[[Member], int] = attrgetter("cursor")
 
 
 class Room:
-    """One room with someone in it."""
+    """One room that has members."""
 
     def __init__(
         self,
@@ -106,50 +105,68 @@ class Room:
         self._clock = clock
         self._history = history
         self.presence = Presence(self.members, encoder, clock, report)
-        self._greetings: dict[tuple[bool | None, int], tuple[bytes, int]] = {}
-        self._turn: IDelayedCall | None = None
-        # The pass: whom it has yet to serve, up to which message, with which joined runs by cursor;
-        # and who is to be served again in the next, new messages or not.
+        self._histories: dict[tuple[bool | None, int], tuple[bytes, int]] = {}
+        self._flush_call: IDelayedCall | None = None
+        # The pass: the members yet to serve, the head it aims at, and its joined runs by cursor and form.
         self._pass: Iterator[Member] | None = None
+        self._target = page.head
         self._runs: dict[tuple[int, Callable[[bytes], bytes] | None], Run] = {}
-        self._again: dict[Member, None] = {}
-        # Who waits for the log, by cursor; and what it gave, for this pass and for the next.
+        # The members to serve in the next pass even if nothing is appended.
+        self._unfinished: dict[Member, None] = {}
+        # The members that wait for the log, by cursor; and the frames read for this pass and for the next.
         self._refilling: dict[int, dict[Member, None]] = {}
         self._refills: dict[int, Sequence[bytes]] = {}
-        self._refills_to_come: dict[int, Sequence[bytes]] = {}
-        # Who is owed acknowledgements, of which messages of which epoch.
+        self._next_refills: dict[int, Sequence[bytes]] = {}
+        # The acknowledgements to send, each with the epoch and the number of its entry.
         self._acks: dict[Member, list[tuple[str, int, bytes]]] = {}
-        # The sum of the cursors at which members have left, less that of those at which members have joined.
+        # The sum of the cursors at which members have left, minus that of the cursors at which members have joined.
         self._delivered = 0
         self._load(page)
 
     def _load(self, page: Page) -> None:
-        """Take these as the newest messages."""
+        """Take these entries as the newest."""
         self.epoch = self._log.epoch
-        """That of all messages here."""
+        """The epoch of every entry in this room."""
         self._first = page.first
         self._tail = Tail(page.head - len(page.entries), self._history)
         self._tail.extend(self._encode(page.entries))
         self._target = page.head
 
+    def _encode(self, entries: Sequence[Entry]) -> list[bytes]:
+        encode, epoch = self._message_frame, self.epoch
+        return [encode(epoch, entry) for entry in entries]
+
+    # Measures
+
     @property
     def head(self) -> int:
-        """The number of the newest message."""
+        """The number of the newest entry."""
         return self._tail.head
 
     @property
-    def busy(self) -> bool:
-        """Whether some member that can be served has not been."""
-        return self._turn is not None or bool(self._refilling)
+    def delivered(self) -> int:
+        """The number of entries handed to members after their history, summed over all members."""
+        return self._delivered + sum(map(_cursor, self.members))
 
-    def join(self, member: Member, last: Id | None = None, missed: Page | None = None) -> bytes:
-        """Let a member in; answers the history frame that it must be sent first, in this turn.
+    @property
+    def held(self) -> tuple[int, int]:
+        """The number of frames in the tail, and their size in bytes."""
+        return self.head + 1 - self._tail.first, self._tail.bytes
 
-        `last` names the last message that it has, if it has been here before, and `missed` is what the log holds
-        after that, where the tail may not go back so far.  If nothing of that is lost, the frame holds the oldest
-        of it, and the rest follows; else the newest messages, as for someone new.
+    def cursors(self) -> Counter[int]:
+        """Count the members at each cursor."""
+        return Counter(map(_cursor, self.members))
+
+    # Joining and leaving
+
+    def join(self, member: Member, last: Id | None = None, backlog: Page | None = None) -> bytes:
+        """Add a member; return the history frame that it must be sent first, in this turn.
+
+        `last` names the last entry of a client that reconnects.  `backlog` holds the entries after it as read from the
+        log, for a room whose tail does not reach back that far.  If no entry is lost the frame holds the oldest of
+        those entries and the rest follow as messages.  Otherwise it holds the newest entries, as for a new client.
         """
-        frame, member.cursor = self._greet(last, missed)
+        frame, member.cursor = self._history_after(last, backlog)
         self._delivered -= member.cursor
         self.members[member] = None
         self.presence.joined(member)
@@ -157,68 +174,99 @@ class Room:
         return frame
 
     def leave(self, member: Member) -> None:
-        """Let a member go; it is behind nothing any more, and so served nothing."""
+        """Remove a member; nothing more is sent to it."""
         del self.members[member]
         self._delivered += member.cursor
-        member.cursor = GONE
+        member.cursor = LEFT
         self._acks.pop(member, None)
         self.presence.left(member)
 
-    def cursors(self) -> Counter[int]:
-        """How many members are at which cursor."""
-        return Counter(map(_cursor, self.members))
+    def resume(self, member: Member) -> None:
+        """Serve a member whose transport takes more again."""
+        if member.cursor < self.head or member in self._acks:
+            self._unfinished[member] = None
+            self._schedule()
 
-    @property
-    def delivered(self) -> int:
-        """How many messages were handed to members after the history, to all of them together."""
-        return self._delivered + sum(map(_cursor, self.members))
+    # Reading
 
-    @property
-    def held(self) -> tuple[int, int]:
-        """How many messages the tail holds, and of how many bytes."""
-        return self.head + 1 - self._tail.first, self._tail.bytes
+    def needs_backlog(self, last: Id) -> bool:
+        """Return True if the log must be read before a client can join after this id."""
+        if last.epoch != self._log.epoch or self._tail_reaches(last.number):
+            return False
+        return last.number > self.head or self._can_resume(last.number)  # the log may be ahead of the room
 
-    def remembers(self, number: int) -> bool:
-        """Whether the tail holds all that came after a message."""
+    def page(self, wanted: PageRange) -> EncodedPage | None:
+        """Return a page from the tail, or None if the log must be read."""
+        try:
+            after, _ = wanted.bounds(self._first, self.head)
+        except UnknownId:  # unless the log is ahead of the room
+            return None
+        return wanted.encode(self._first, self.head, self._tail.between) if after + 1 >= self._tail.first else None
+
+    def _tail_reaches(self, number: int) -> bool:
+        """Return True if the tail holds every entry after a number."""
         return self._tail.first - 1 <= number <= self.head
 
-    def excerpt(self, span: PageRange) -> EncodedPage | None:
-        """A page from the tail, or None if the log must be asked."""
-        try:
-            after, _ = span.bounds(self._first, self.head)
-        except UnknownId:  # unless the log has gone on meanwhile
-            return None
-        return span.excerpt(self._first, self.head, self._tail.between) if after + 1 >= self._tail.first else None
+    def _can_resume(self, number: int, backlog: Page | None = None) -> bool:
+        """Return True if the log holds every entry after a number, and not too many."""
+        first, head = self._first, self.head
+        if backlog is not None:
+            first, head = max(first, backlog.first), max(head, backlog.head)
+        return max(first - 1, head - MAX_LAG) <= number <= head
 
-    def owes(self, member: Member) -> bool:
-        """Whether a member waits for an acknowledgement."""
-        return member in self._acks
+    def _history_after(self, last: Id | None, backlog: Page | None) -> tuple[bytes, int]:
+        """Return the history frame for a client that has the entry `last`, and the number of the frame's last entry."""
+        resumed = None if last is None else last.epoch == self.epoch and self._can_resume(last.number, backlog)
+        key = resumed, (last.number if last is not None and resumed else self.head)
+        if key not in self._histories:
+            if len(self._histories) == HISTORIES:
+                self._histories.clear()
+            self._histories[key] = (
+                self._resumed_history(key[1], backlog) if resumed else self._newest_history(resumed=resumed)
+            )
+        return self._histories[key]
 
-    def acknowledge(self, member: Member, number: int, frame: bytes) -> None:
-        """Send a member a frame once it has been given the message of this number in the log as it is now."""
-        self._acks.setdefault(member, []).append((self._log.epoch, number, frame))
-        self.resume(member)
+    def _resumed_history(self, number: int, backlog: Page | None) -> tuple[bytes, int]:
+        if self._tail_reaches(number):
+            frames = self._tail.between(number, min(self.head, number + self._history))
+        else:
+            frames = self._encode(backlog.entries) if backlog is not None else ()
+        end = number + len(frames)
+        return self._history_frame(self.epoch, end, frames, resumed=True), end
+
+    def _newest_history(self, *, resumed: bool | None) -> tuple[bytes, int]:
+        head = self.head
+        after = min(head, max(head - self._history, self._first - 1, self._tail.first - 1))
+        frames = self._tail.between(after, head)
+        return self._history_frame(self.epoch, head, frames, more=after >= self._first, resumed=resumed), head
+
+    # Following the log
 
     def appended(self, entries: Sequence[Entry]) -> None:
-        """Take what the log appended; what is known already, because the room was loaded since, is passed over."""
+        """Take entries from the log, except those that the room has loaded already."""
         encode, epoch, head = self._message_frame, self.epoch, self._tail.head
         self._tail.extend([encode(epoch, entry) for entry in entries if entry.number > head])
-        self._greetings.clear()
+        self._histories.clear()
         self._schedule()
 
+    def trimmed(self, first: int) -> None:
+        """Stop showing entries that the log no longer holds."""
+        self._first = first
+        self._histories.clear()
+
     def continues(self, page: Page) -> bool:
-        """Whether a page that was read after the head of this room holds all that came since."""
+        """Return True if a page read after the head of this room holds every entry since."""
         return self.epoch == self._log.epoch and self.head + len(page.entries) == page.head
 
     def restart(self, page: Page) -> None:
-        """Begin anew with the newest messages, of another history, or too far on: every member is told."""
+        """Load the newest entries of another history, or those beyond a gap, and send them to every member."""
         self._pass = None
-        for kept in (self._runs, self._again, self._refilling, self._refills, self._refills_to_come, self._greetings):
+        for kept in (self._runs, self._unfinished, self._refilling, self._refills, self._next_refills, self._histories):
             kept.clear()
         self._load(page)
         for member, acks in [*self._acks.items()]:
             self._acks[member] = [ack for ack in acks if ack[0] == self.epoch]
-        frame, head = self._compose_history(resumed=False, number=self.head, missed=None)
+        frame, head = self._newest_history(resumed=False)
         self._delivered += sum(member.cursor - head for member in self.members)
         for member in self.members:
             member.cursor = head
@@ -226,86 +274,40 @@ class Room:
             member.send_frame(frame)
         self._schedule()
 
-    def trimmed(self, first: int) -> None:
-        """Show no more what the log no longer keeps."""
-        self._first = first
-        self._greetings.clear()
-
-    def resume(self, member: Member) -> None:
-        """Serve a member whose transport takes more again."""
-        if member.cursor < self.head or member in self._acks:
-            self._again[member] = None
-            self._schedule()
-
-    def _greet(self, last: Id | None, missed: Page | None) -> tuple[bytes, int]:
-        """The history frame for who has the message `last`, and the number of the last message in it."""
-        epoch = self.epoch
-        resumed = None if last is None else last.epoch == epoch and self.can_resume(last.number, missed)
-        key = resumed, (last.number if last is not None and resumed else self.head)
-        if key not in self._greetings:
-            if len(self._greetings) == GREETINGS:
-                self._greetings.clear()
-            self._greetings[key] = self._compose_history(*key, missed)
-        return self._greetings[key]
-
-    def can_resume(self, number: int, missed: Page | None = None) -> bool:
-        """Whether the log holds all that came after a message, and that is not too much."""
-        first, head = self._first, self.head
-        if missed is not None:
-            first, head = max(first, missed.first), max(head, missed.head)
-        return max(first - 1, head - MAX_LAG) <= number <= head
-
-    def _compose_history(self, resumed: bool | None, number: int, missed: Page | None) -> tuple[bytes, int]:
-        epoch = self.epoch
-        if not resumed:
-            excerpt = PageRange(None, None, self._history).excerpt(
-                max(self._first, self._tail.first), number, self._tail.between
-            )
-            older = number - len(excerpt.frames) >= self._first
-            return self._history_frame(epoch, number, excerpt.frames, more=older, resumed=resumed), number
-        if self.remembers(number):
-            frames = self._tail.between(number, min(self.head, number + self._history))
-        else:
-            frames = self._encode(missed.entries) if missed else []
-        end = number + len(frames)
-        return self._history_frame(epoch, end, frames, resumed=resumed), end
-
-    def _encode(self, entries: Sequence[Entry]) -> list[bytes]:
-        encode, epoch = self._message_frame, self.epoch
-        return [encode(epoch, entry) for entry in entries]
+    # Serving
 
     def _schedule(self) -> None:
-        if self._turn is None:
-            self._turn = self._clock.callLater(0, self._flush)
+        if self._flush_call is None:
+            self._flush_call = self._clock.callLater(0, self._flush)
 
     def _flush(self) -> None:
-        """Go on with the pass for one slice, or begin the next one."""
-        self._turn = None
+        """Continue the pass for one slice, or begin the next pass."""
+        self._flush_call = None
         if self._pass is None:
-            self._pass = self._begin()
+            self._pass = self._begin_pass()
         if not sweep(self._pass, self._serve, self._clock):
             self._schedule()
             return
         self._pass = None
         self._runs.clear()
         if self._acks:
-            self._acknowledge()
-        if self._target < self.head or self._again:
+            self._send_acks()
+        if self._target < self.head or self._unfinished:
             self._schedule()
 
-    def _begin(self) -> Iterator[Member]:
-        """Who is to be served in a new pass: everyone when there are new messages, else those with more to get."""
-        members = [*self.members] if self._target < self.head else self._again
-        self._again = {}
-        self._refills, self._refills_to_come = self._refills_to_come, {}
+    def _begin_pass(self) -> Iterator[Member]:
+        """Return the members to serve: all of them if there are new entries, otherwise the unfinished ones."""
+        members = [*self.members] if self._target < self.head else self._unfinished
+        self._unfinished = {}
+        self._refills, self._next_refills = self._next_refills, {}
         self._target = self.head
         return iter(members)
 
     def _serve(self, members: Sequence[Member]) -> None:
         """Hand each member that is ready and behind the run at its cursor."""
         target = self._target
-        # Where the member before stood, as nearly all do, so that its run is at hand.
-        at, form, run, data, size, end = GONE, None, NO_RUN, b"", 0, 0
+        # The place of the previous member: nearly all members share it, and with it the run.
+        at, form, run, data, size, end = LEFT, None, NO_RUN, b"", 0, 0
         for member in members:
             cursor = member.cursor
             if cursor >= target or not member.ready:
@@ -319,13 +321,13 @@ class Room:
             elif (taken := member.write(data)) == size:
                 member.cursor = end
                 if end < target:
-                    self._again[member] = None
+                    self._unfinished[member] = None
             else:
-                member.cursor, rest = run.cut(taken)  # whole frames were taken, and one in part
+                member.cursor, rest = run.cut(taken)  # the transport took whole frames, and one in part
                 member.hold(rest)
 
     def _run(self, cursor: int, form: Callable[[bytes], bytes] | None) -> Run:
-        """Join the run at a cursor, unless it was; NO_RUN when the tail has moved on, and the log must be read."""
+        """Return the run at a cursor, joined once; NO_RUN if the tail has moved on and the log must be read."""
         run = self._runs.get((cursor, form))
         if run is None:
             if cursor + 1 >= self._tail.first:
@@ -340,8 +342,19 @@ class Room:
             self._runs[cursor, form] = run
         return run
 
-    def _acknowledge(self) -> None:
-        """Send what is due by now."""
+    # Acknowledging
+
+    def owes(self, member: Member) -> bool:
+        """Return True while a member waits for an acknowledgement."""
+        return member in self._acks
+
+    def acknowledge(self, member: Member, number: int, frame: bytes) -> None:
+        """Send a member a frame once it has the entry of this number, in the current epoch of the log."""
+        self._acks.setdefault(member, []).append((self._log.epoch, number, frame))
+        self.resume(member)
+
+    def _send_acks(self) -> None:
+        """Send each member the acknowledgements of entries that it has."""
         for member, acks in [*self._acks.items()]:
             due = [frame for epoch, number, frame in acks if epoch == self.epoch and number <= member.cursor]
             if len(due) == len(acks):
@@ -351,17 +364,19 @@ class Room:
             if due:
                 member.send_frame(b"".join(due))
 
+    # Refilling
+
     def _refill(self, member: Member) -> None:
-        """Serve a member that the tail overran from the log, or close it when that is too far."""
+        """Read the log for a member that the tail overran, or evict a member that is too far behind."""
         cursor = member.cursor
-        if cursor in self._refills_to_come:
-            self._again[member] = None
+        if cursor in self._next_refills:
+            self._unfinished[member] = None
             return
         if cursor in self._refilling:
             self._refilling[cursor][member] = None
             return
         if self.head - cursor > MAX_LAG:
-            self._overrun(member)
+            self._evict(member)
             return
         self._refilling[cursor] = {member: None}
         self._log.read(self.name, cursor, self._history).addCallbacks(
@@ -369,24 +384,24 @@ class Room:
         )
 
     def _refilled(self, page: Page, cursor: int) -> None:
-        """Serve those who wait at a cursor with the next pass."""
+        """Serve the members that wait at a cursor with the next pass."""
         waiting = [member for member in self._refilling.pop(cursor, ()) if member in self.members]
-        if not waiting or self.epoch != self._log.epoch:  # this room begins anew
+        if not waiting or self.epoch != self._log.epoch:  # the room is about to restart
             return
         if page.entries and page.entries[0].number == cursor + 1:
-            self._refills_to_come[cursor] = self._encode(page.entries)
-            self._again |= dict.fromkeys(waiting)
+            self._next_refills[cursor] = self._encode(page.entries)
+            self._unfinished |= dict.fromkeys(waiting)
             self._schedule()
             return
         for member in waiting:
-            self._overrun(member)
+            self._evict(member)
 
     def _not_refilled(self, failure: Failure, cursor: int) -> None:
         _logger.error("{room}: the log cannot be read: {error}", room=self.name, error=failure.value)
         for member in self._refilling.pop(cursor, ()):
             if member in self.members:
-                self._overrun(member)
+                self._evict(member)
 
-    def _overrun(self, member: Member) -> None:
-        _logger.info("{room}: a member {lag} messages behind is closed", room=self.name, lag=self.head - member.cursor)
+    def _evict(self, member: Member) -> None:
+        _logger.info("{room}: evicting a member {lag} entries behind", room=self.name, lag=self.head - member.cursor)
         member.evict()

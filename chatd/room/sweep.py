@@ -1,4 +1,4 @@
-"""Serving many without keeping the reactor from reading: a slice of a few milliseconds at a time."""
+"""One round over many members in slices of a few milliseconds, so that the reactor can read in between."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -7,15 +7,15 @@ from typing import Final, TypeVar
 from twisted.internet.interfaces import IReactorTime
 
 SLICE_SECONDS: Final = 0.008
-"""How long a slice may take."""
+"""The duration of a slice."""
 SLICE_MEMBERS: Final = 64
-"""How many are served between two looks at the clock."""
+"""The number of members served between two looks at the clock."""
 
 _T = TypeVar("_T")
 
 
 def sweep(members: Iterator[_T], serve: Callable[[Sequence[_T]], None], clock: IReactorTime) -> bool:
-    """Serve for one slice, and answer whether all were served; the iterator knows where to go on."""
+    """Serve members for one slice; return True if all were served.  The iterator holds the place to continue from."""
     deadline = clock.seconds() + SLICE_SECONDS
     while some := [*islice(members, SLICE_MEMBERS)]:
         serve(some)

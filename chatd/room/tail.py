@@ -1,7 +1,7 @@
 """The newest frames of a room, and runs of them joined for one write.
 
-A tail is a list of frames by number, bounded in bytes.  A run is what one member gets in one turn: the frames
-from its cursor on, up to a bound, joined once for all who stand at that cursor.
+A tail is a list of frames by number, bounded in bytes.  A run is the piece that one member gets in one turn: the
+frames after its cursor, up to a bound, joined once for all members at that cursor.
 
 This module is pure: bytes in, bytes out.
 """
@@ -11,11 +11,11 @@ from itertools import accumulate
 from typing import Final, NamedTuple
 
 TAIL_BYTES: Final = 4 << 20
-"""How much of a room's newest frames is kept in memory (the history is kept in any case)."""
+"""The size above which a tail drops its oldest frames; the history of a room is kept at any size."""
 RUN_BYTES: Final = 64 << 10
-"""How much one member is handed in one turn, so that those who lag do not each join a whole tail."""
+"""The size of the run for one member and turn, so that members behind do not each join a whole tail."""
 RUN_FRAMES: Final = RUN_BYTES // 64
-"""More frames than fit into RUN_BYTES, since none is that short: what is beyond need not be measured."""
+"""More frames than fit into RUN_BYTES, as every frame is longer than 64 bytes: further ones need not be measured."""
 
 
 class Run(NamedTuple):
@@ -23,14 +23,14 @@ class Run(NamedTuple):
 
     data: bytes
     size: int
-    """Of the data, in bytes."""
+    """The length of the data in bytes."""
     end: int
     """The number of the last frame."""
     pieces: Sequence[bytes]
 
     @classmethod
     def of(cls, after: int, pieces: Sequence[bytes]) -> "Run":
-        """Join frames, the first of which is numbered after + 1, up to RUN_BYTES, and at least one."""
+        """Join frames numbered from after + 1, at least one of them and at most RUN_BYTES."""
         if sum(map(len, pieces)) > RUN_BYTES:
             fit = sum(end <= RUN_BYTES for end in accumulate(map(len, pieces)))
             pieces = pieces[: max(fit, 1)]
@@ -38,10 +38,10 @@ class Run(NamedTuple):
         return cls(data, len(data), after + len(pieces), pieces)
 
     def cut(self, taken: int) -> tuple[int, bytes]:
-        """Where a transport stands that took so many bytes: the number of the frame that was cut, and its rest.
+        """Return the number of the frame in which a transport stopped after `taken` bytes, and the rest of that frame.
 
-        That rest must be sent before anything else may be.  If the cut fell between two frames it is the next
-        one, since only a transport with something to send tells when it can.
+        The rest must be sent before anything else.  A cut between two frames counts as the next frame, whole, because
+        a transport reports that it has space only after it held something.
         """
         ends = enumerate(accumulate(map(len, self.pieces)), self.end - len(self.pieces) + 1)
         number, end = next((number, end) for number, end in ends if end > taken)
@@ -52,23 +52,23 @@ NO_RUN: Final = Run(b"", 0, 0, ())
 
 
 class Tail:
-    """The newest frames of a room by number, bounded in bytes but never below `keep` messages."""
+    """The newest frames of a room by number, bounded in bytes but never below `keep` frames."""
 
     def __init__(self, head: int, keep: int) -> None:
         self.first = head + 1
-        """The number of the oldest frame held; the rest must be read from the log."""
+        """The number of the oldest frame held; older ones are in the log only."""
         self._keep = keep
         self._frames: list[bytes] = []
         self.bytes = 0
-        """How much is held."""
+        """The total size of the frames held."""
 
     @property
     def head(self) -> int:
-        """The number of the newest message."""
+        """The number of the newest frame."""
         return self.first + len(self._frames) - 1
 
     def extend(self, new: Sequence[bytes]) -> None:
-        """Add the next messages' frames, and let go of the oldest quarter when that makes it too much."""
+        """Add the frames that follow, and drop the oldest quarter while the tail is too large."""
         self._frames += new
         self.bytes += sum(map(len, new))
         while self.bytes > TAIL_BYTES and len(self._frames) > 2 * self._keep:
@@ -78,5 +78,5 @@ class Tail:
             self.first += old
 
     def between(self, after: int, until: int) -> Sequence[bytes]:
-        """The frames numbered after + 1 to until, all of which must be held."""
+        """Return the frames numbered after + 1 to until, all of which must be held."""
         return self._frames[after + 1 - self.first : until + 1 - self.first]

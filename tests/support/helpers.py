@@ -1,8 +1,9 @@
-"""Doubles that the tests share: small, in memory, and nothing happens in them unless a test says so."""
+"""Doubles that the tests share: small, in memory, and passive until a test acts on them."""
 
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from chatd.messages import Entry, Id, Post
 from chatd.room.log import LabelReused, LogUnavailable, Page
 from chatd.store.base import timestamp
 
-# Its assertions are explained as those of a test file are; this module is imported before it.
+# pytest explains failed assertions only in test files and in the modules named here.
 pytest.register_assert_rewrite("support.store_contract")
 
-# The same examples in every run, however slow the machine is, and nothing written beside the tests.
+# The same examples in every run and on every machine, and no file written beside the tests.
 REPEATABLE = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
 NEW_YEAR = 1_767_225_600.0
@@ -26,7 +27,7 @@ NEW_YEAR = 1_767_225_600.0
 
 
 class ManualTime:
-    """Seconds since 1970, which pass when the test says so."""
+    """Seconds since 1970 that pass only when the test advances them."""
 
     def __init__(self, now: float = NEW_YEAR) -> None:
         self.now = now
@@ -39,7 +40,7 @@ class ManualTime:
 
 
 class RecordingPoster:
-    """A Poster that writes down ("posted" or "duplicate", post, number) or ("refused", post, error)."""
+    """A Poster that records ("posted" or "duplicate", post, number) or ("refused", post, error)."""
 
     def __init__(self, events: list[tuple[Any, ...]] | None = None) -> None:
         self.events = [] if events is None else events
@@ -61,7 +62,7 @@ class RecordingPoster:
 
 
 class RecordingFollower:
-    """A Follower that writes down ("appended", room, entry) for each, ("trimmed", room, first) and ("interrupted",)."""
+    """A Follower that records ("appended", room, entry) for each, ("trimmed", room, first) and ("interrupted",)."""
 
     def __init__(self, events: list[tuple[Any, ...]] | None = None) -> None:
         self.events = [] if events is None else events
@@ -77,7 +78,7 @@ class RecordingFollower:
 
 
 class ImmediateWorker:
-    """A Worker that does at once what it is asked."""
+    """A Worker that runs each task at once."""
 
     def __init__(self) -> None:
         self.running = False
@@ -94,7 +95,7 @@ class ImmediateWorker:
 
 
 class HeldWorker(ImmediateWorker):
-    """A Worker that does what it is asked one by one, when the test says so."""
+    """A Worker that queues its tasks; the test runs them one by one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,23 +108,23 @@ class HeldWorker(ImmediateWorker):
         return answer
 
     def run(self) -> None:
-        """Do what was asked first of what is held, and answer."""
+        """Run the oldest task, and fire its Deferred."""
         work, answer = self.held.popleft()
         execute(work).chainDeferred(answer)
 
     def run_all(self) -> None:
-        """Do all, and what is asked meanwhile."""
+        """Run all tasks, and those added meanwhile."""
         while self.held:
             self.run()
 
     def stop(self) -> None:
-        # As a pool of threads does: what was asked is done first.
+        # A pool of threads finishes its tasks first too.
         self.run_all()
         super().stop()
 
 
 def result_of(deferred: "Deferred[Any]") -> Any:
-    """What a Deferred has fired with; raises what it has failed with."""
+    """Return the result of a Deferred; raises the exception it failed with."""
     results: list[Any] = []
     deferred.addBoth(results.append)
     assert results, "it has not fired"
@@ -152,7 +153,7 @@ def masked(payload, mask=MASK, first=0x81):
 
 
 def read_frames(data):
-    """The texts in a stream of a server's frames (RFC 6455, section 5.2)."""
+    """Return the JSON of each frame in a server's stream (RFC 6455, section 5.2)."""
     texts = []
     while data:
         size, begin = data[1], 2
@@ -168,14 +169,14 @@ def read_frames(data):
 
 
 def read_events(data):
-    """The JSON of each event in a stream of Server-Sent Events (HTML Living Standard, section 9.2)."""
+    """Return the JSON of each event in a stream of Server-Sent Events (HTML Living Standard, section 9.2)."""
     texts = []
     *events, rest = data.decode().split("\n\n")
     assert rest == "", "an event was cut"
     for event in events:
         fields = dict(line.split(": ", 1) for line in event.split("\n"))
         text = json.loads(fields["data"])
-        # What is no message has no id there, since the browser would take it for a cursor.
+        # Only entries have an id there, because browsers use it as the cursor.
         cursor = text["id"] if text["type"] in ("history", "message") else None
         assert (fields["event"], fields.get("id")) == (text["type"], cursor)
         texts.append(text)
@@ -183,7 +184,7 @@ def read_events(data):
 
 
 class Turns(Clock):
-    """A clock whose `turn` is the reactor's: what is put off to the next turn waits for it."""
+    """A clock whose `turn` is one turn of a reactor: calls scheduled in a turn wait for the next."""
 
     def turn(self):
         due = [call for call in self.calls if call.getTime() <= self.seconds()]
@@ -197,14 +198,38 @@ class Turns(Clock):
         for _ in range(count):
             self.turn()
 
+    @property
+    def idle(self):
+        """True if the next turn has nothing to do."""
+        return all(call.getTime() > self.seconds() for call in self.calls)
+
+
+def count_held(owner, *others):
+    """Count the items in all collections reachable from an object, except through `others`.
+
+    An object that forgets what it should holds as many items afterwards as before.
+    """
+    seen, todo, items = {id(other) for other in others}, [owner], 0
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, (type, ModuleType)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, (dict, list, tuple, set, frozenset, deque)):
+            items += len(one)
+            todo += [*one, *one.values()] if isinstance(one, dict) else one
+        else:
+            todo += getattr(one, "__dict__", {}).values()
+    return items
+
 
 def stamped(number):
-    """When a ScriptedLog's message of this number was posted, by which it can be known again."""
+    """Return the timestamp of the entry of this number in a ScriptedLog, which identifies it."""
     return timestamp(NEW_YEAR + number)
 
 
 def holds(history):
-    """The numbers of the messages in a history frame, which are those that its id says."""
+    """Return the numbers of the entries in a history frame, and check that its id agrees."""
     end, count = Id.parse(history["id"]).number, len(history["data"])
     numbers = [*range(end - count + 1, end + 1)]
     assert [entry["timestamp"] for entry in history["data"]] == [stamped(number) for number in numbers]
@@ -212,9 +237,9 @@ def holds(history):
 
 
 class ScriptedLog:
-    """A log of one room that says only what the test makes it say; reads wait until answered when `held`.
+    """A log of one room that the test drives; while it is `held`, reads wait for the test to answer them.
 
-    A page is of the epoch that the log has when it is answered, as everywhere.
+    A page belongs to the epoch at the time of the answer, as in every log.
     """
 
     epoch = "abcd"
@@ -248,29 +273,29 @@ class ScriptedLog:
         return Page(some, self.first, len(self.entries))
 
     def answer(self, page=None):
-        """Answer the read that waits longest, with the page as it is now."""
+        """Answer the oldest read with the current page, or with another one."""
         after, limit, reading = self.waiting.popleft()
         reading.callback(page or self.page(after, limit))
 
     def release(self):
-        """Answer all, and hold nothing any more."""
+        """Answer all reads, and stop holding."""
         self.held = False
         while self.waiting:
             self.answer()
 
     def fail(self):
-        """Fail the read that waits longest."""
+        """Fail the oldest read."""
         self.waiting.popleft()[2].errback(LogUnavailable("down"))
 
     def keep(self, count=1, text="x"):
-        """Append, and tell nobody yet."""
+        """Append entries without a notification."""
         head = len(self.entries)
         new = [Entry(number, "ann", text, stamped(number)) for number in range(head + 1, head + count + 1)]
         self.entries += new
         return new
 
     def say(self, count=1, text="x", room="main"):
-        """Append as the log of all nodes would: keep, then tell."""
+        """Append entries and notify the follower."""
         self.follower.appended(room, self.keep(count, text))
 
     def trim(self, first, room="main"):
@@ -278,19 +303,19 @@ class ScriptedLog:
         self.follower.trimmed(room, first)
 
     def miss(self, count=0, text="x"):
-        """Append so many that the followers are never told of, but for that."""
+        """Append entries whose notifications are lost, and interrupt the follower."""
         self.keep(count, text)
         self.follower.interrupted()
 
     def lose(self, kept=0, epoch="efgh"):
-        """Lose all but the first messages, and so be another history."""
+        """Lose all but the first entries, and begin another history."""
         self.epoch, self.entries = epoch, self.entries[:kept]
         self.first = min(self.first, kept + 1)
         self.follower.interrupted()
 
 
 class Reader:
-    """A member whose transport takes `space` bytes of messages, or everything."""
+    """A member whose transport takes `space` bytes of entries, or everything."""
 
     def __init__(self, space=None, *, events=(), name=None, form=None):
         self.cursor = 0
@@ -324,7 +349,7 @@ class Reader:
             self.held += told
 
     def drain(self, room, space=None):
-        """The transport is empty again: first the rest that it held goes out."""
+        """Empty the transport: the rest that it held goes out first."""
         self.writes.append(self.held)
         self.held = b""
         self.ready = True
@@ -337,12 +362,12 @@ class Reader:
 
     @property
     def texts(self):
-        """All that it has received."""
+        """Every frame received."""
         return (read_frames if self.form is None else read_events)(b"".join(self.writes))
 
     @property
     def numbers(self):
-        """Of the messages that it has received."""
+        """The number of every message received."""
         messages = [text for text in self.texts if text["type"] == "message"]
         numbers = [Id.parse(text["id"]).number for text in messages]
         assert [text["data"]["timestamp"] for text in messages] == [stamped(number) for number in numbers]
@@ -362,7 +387,7 @@ class Slow(Reader):
 
 
 def arrive(rooms, member=None, name="main", last=None):
-    """Open a room and join it, as a connection does; answers what gets (room, member, history), or the failure."""
+    """Open a room and join it as a connection does; return a list that gets (room, member, history) or a failure."""
     member = member or Reader()
     arrived = []
 
@@ -377,6 +402,6 @@ def arrive(rooms, member=None, name="main", last=None):
 
 
 def enter(rooms, member=None, name="main", last=None):
-    """Join a room, the log being at hand: (room, member, history)."""
+    """Join a room whose log answers at once; return (room, member, history)."""
     ((room, member, history),) = arrive(rooms, member, name, last)
     return room, member, history

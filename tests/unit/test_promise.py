@@ -26,11 +26,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.helpers import HEAD, REPEATABLE, ImmediateWorker, ManualTime, masked
+from support.helpers import HEAD, REPEATABLE, ImmediateWorker, ManualTime, Turns, masked
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, execute
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.task import Clock
 from twisted.internet.tcp import Connection
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
@@ -51,7 +50,7 @@ HISTORY = 3
 MAX_LAG = 12
 LOW = {
     "chatd.room.room.MAX_LAG": MAX_LAG,
-    "chatd.room.room.GREETINGS": 2,
+    "chatd.room.room.HISTORIES": 2,
     "chatd.room.room.RUNS": 2,
     "chatd.room.tail.TAIL_BYTES": 900,
     "chatd.room.tail.RUN_BYTES": 500,
@@ -62,21 +61,6 @@ WINDOW = 2
 """How many posts of a client wait to be acknowledged; fewer than are retained, else their labels are not."""
 ROUNDS, TURNS = 10, 1000
 """In how many rounds of how many turns everything must have settled in the end."""
-
-
-class Turns(Clock):
-    """A clock whose turns are those of a reactor: what is called for the next one is not called in this."""
-
-    def turn(self):
-        for call in [call for call in self.calls if call.getTime() <= self.seconds()]:
-            if call.active():
-                self.calls.remove(call)
-                call.called = 1
-                call.func(*call.args, **call.kw)
-
-    @property
-    def idle(self):
-        return all(call.getTime() > self.seconds() for call in self.calls)
 
 
 class Disk(ImmediateWorker):

@@ -62,13 +62,13 @@ class RedisLobby:
         self._line: RedisConnection | None = None
         self._ticks = 0
 
-    def follow(self, guest: LobbyListener) -> None:
+    def follow(self, listener: LobbyListener) -> None:
         """Lobby.follow."""
-        self._guests.append(guest)
+        self._guests.append(listener)
 
-    def report(self, room: str, here: Occupancy, typing: Sequence[str]) -> None:
+    def report(self, room: str, occupancy: Occupancy, typing: Sequence[str]) -> None:
         """Lobby.report."""
-        said = _write(here)
+        said = _write(occupancy)
         if said:
             self._here[room] = said
         else:
@@ -141,7 +141,7 @@ class RedisLobby:
                 _logger.info("node {node} is there no more", node=node)
                 self._others.discard(node)
                 for guest in self._guests:
-                    guest.gone(node)
+                    guest.node_left(node)
 
     def read(self, entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> None:
         """Take what has come in the stream."""
@@ -159,4 +159,4 @@ class RedisLobby:
         self._others.add(node)
         here = _read(said)
         for guest in self._guests:
-            guest.elsewhere(room, node, here)
+            guest.occupancy_changed(room, node, here)

@@ -33,7 +33,7 @@ def read(span, log):
         assert until <= log[1]
         return [*range(begin + 1, until + 1)]
 
-    frames, end, older, newer = span.excerpt(*log, between)
+    frames, end, older, newer = span.encode(*log, between)
     return frames, end, older, newer
 
 
@@ -120,7 +120,7 @@ def test_an_excerpt_takes_what_the_keeper_has_between_the_bounds(span):
         return [b"what", b"it", b"has"]
 
     begin, until = span.bounds(1, 10)
-    assert span.excerpt(1, 10, between) == EncodedPage(
+    assert span.encode(1, 10, between) == EncodedPage(
         [b"what", b"it", b"has"], until, older=begin >= 1, newer=until < 10
     )
     assert asked == [(begin, until)]

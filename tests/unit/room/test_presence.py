@@ -283,7 +283,7 @@ def test_they_are_told_of_more_names_than_are_shown_by_their_number(node, clock)
 def test_a_change_of_what_is_shown_here_alone_is_not_told_to_them(node, clock):
     ann = node.join(watcher("ann"))
     clock.turns()
-    node.presence.elsewhere("B", Occupancy(1, frozenset({"bob"})))
+    node.presence.remote_changed("B", Occupancy(1, frozenset({"bob"})))
     clock.advance(ROUND_SECONDS)
     assert len(node.reports) == 1
     assert ann.here == (2, {"ann", "bob"})
@@ -291,12 +291,12 @@ def test_a_change_of_what_is_shown_here_alone_is_not_told_to_them(node, clock):
 
 def test_watchers_are_told_the_sum_of_all_nodes(node, clock):
     ann = node.join(watcher("ann"))
-    node.presence.elsewhere("B", Occupancy(2, frozenset({"bob", "ann"})))
-    node.presence.elsewhere("C", Occupancy(1, frozenset({"cy"})))
+    node.presence.remote_changed("B", Occupancy(2, frozenset({"bob", "ann"})))
+    node.presence.remote_changed("C", Occupancy(1, frozenset({"cy"})))
     clock.turns()
     assert ann.told == [{"count": 4, "users": ["ann", "bob", "cy"]}]
     for here in (Occupancy(1, frozenset({"bob"})), Occupancy(0, frozenset()), None):
-        node.presence.elsewhere("B", here)
+        node.presence.remote_changed("B", here)
         clock.advance(ROUND_SECONDS)
     assert ann.told[1:] == [
         {"count": 3, "join": [], "leave": []},
@@ -315,10 +315,10 @@ def test_watchers_are_told_the_sum_of_all_nodes(node, clock):
 def test_too_many_names_at_all_nodes_together_are_only_counted(node, clock, others):
     ann = node.join(watcher("ann"))
     for name, here in enumerate(others):
-        node.presence.elsewhere(str(name), here)
+        node.presence.remote_changed(str(name), here)
     clock.turns()
     assert ann.told == [{"count": 1 + sum(here.members for here in others)}]
-    node.presence.elsewhere("0", None)
+    node.presence.remote_changed("0", None)
     clock.advance(ROUND_SECONDS)
     assert ann.here == (
         1 + sum(here.members for here in others[1:]),
@@ -329,13 +329,13 @@ def test_too_many_names_at_all_nodes_together_are_only_counted(node, clock, othe
 def test_who_types_is_told_here_and_to_the_others_once(node, clock):
     ann = node.join(watcher("ann", [TYPING]))
     node.presence.typing("bob")
-    node.presence.typing_elsewhere(["cy", "bob"])
+    node.presence.remote_typing(["cy", "bob"])
     clock.turns()
     assert node.reports == [(1, {"ann"}, ["bob"])]
     assert ann.typing == [["bob", "cy"]]
     clock.advance(ROUND_SECONDS)
     assert len(node.reports) == len(ann.typing) == 1
-    node.presence.typing_elsewhere([str(number) for number in range(MAX_TYPING + 1)])
+    node.presence.remote_typing([str(number) for number in range(MAX_TYPING + 1)])
     clock.advance(ROUND_SECONDS)
     assert ann.typing[1:] == [[str(number) for number in range(MAX_TYPING)]]
     assert len(node.reports) == 1
@@ -344,7 +344,7 @@ def test_who_types_is_told_here_and_to_the_others_once(node, clock):
 def test_who_types_elsewhere_is_nothing_to_a_room_where_nobody_watches(node, clock):
     node.join(Watcher("ann"))
     clock.turns()
-    node.presence.typing_elsewhere(["cy"])
+    node.presence.remote_typing(["cy"])
     assert clock.getDelayedCalls() == []
     clock.advance(ROUND_SECONDS)
     ann = node.join(watcher("bob", [TYPING]))

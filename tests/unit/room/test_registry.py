@@ -17,6 +17,7 @@ from support.helpers import (
     Slow,
     Turns,
     arrive,
+    count_held,
     enter,
     holds,
     read_frames,
@@ -113,12 +114,12 @@ def test_what_is_trimmed_while_a_room_is_loaded_is_shown_no_more(log, rooms):
     assert told(arrived[0][2]) == (None, "abcd-5", 2)
 
 
-def test_a_log_that_is_down_fails_all_who_wait_and_the_next_try_is_a_new_one(log, rooms):
+def test_a_log_that_is_down_fails_all_who_wait_and_the_next_try_is_a_new_one(log, rooms, clock):
     log.held = True
     arrived = [arrive(rooms), arrive(rooms)]
     log.fail()
     assert [failure.type for (failure,) in arrived] == [LogUnavailable, LogUnavailable]
-    assert rooms._missed == {}
+    assert count_held(rooms, log, clock) == 0
     log.release()
     assert enter(rooms)[2]["id"] == "abcd-0"
 
@@ -139,23 +140,23 @@ def test_a_room_is_forgotten_with_its_last_member(log, rooms):
     room, member, _ = enter(rooms)
     _, other, _ = enter(rooms)
     rooms.leave(room, member)
-    assert rooms._rooms == {"main": room}
+    assert [*rooms] == [room]
     rooms.leave(room, other)
-    assert rooms._rooms == {}
+    assert [*rooms] == []
     assert enter(rooms)[0] is not room
 
 
 def test_a_room_that_was_opened_and_not_joined_is_forgotten(rooms, clock):
     rooms.open("main")
-    assert rooms._rooms
+    assert len(rooms) == 1
     clock.turn()
-    assert rooms._rooms == {}
+    assert len(rooms) == 0
 
 
 def test_a_room_that_was_joined_is_not_forgotten_by_that(rooms, clock):
     room, _, _ = enter(rooms)
     clock.turns()
-    assert rooms._rooms == {"main": room}
+    assert [*rooms] == [room]
 
 
 def test_a_room_that_was_loaded_again_meanwhile_is_not_forgotten_for_the_old_one(log, rooms, clock):
@@ -163,7 +164,7 @@ def test_a_room_that_was_loaded_again_meanwhile_is_not_forgotten_for_the_old_one
     rooms.leave(old, member)
     new, _, _ = enter(rooms)
     clock.turns()
-    assert rooms._rooms == {"main": new}
+    assert [*rooms] == [new]
 
 
 def test_a_million_names_leave_nothing_behind(log, rooms, clock):
@@ -177,7 +178,7 @@ def test_a_million_names_leave_nothing_behind(log, rooms, clock):
         log.follower.appended(name, [])
         log.follower.trimmed(name, 1)
         clock.turn()
-    assert [rooms._rooms, rooms._missed, rooms._loads._waiting, rooms._recalls._waiting] == [{}] * 4
+    assert count_held(rooms, log, clock) == 0
     assert clock.getDelayedCalls() == []
 
 
@@ -213,18 +214,6 @@ def test_the_epoch_is_that_of_the_log(log, rooms):
     assert rooms.epoch == "abcd"
     log.epoch = "efgh"
     assert rooms.epoch == "efgh"
-
-
-def test_it_is_busy_while_some_member_has_more_to_get(log, rooms, clock):
-    assert not rooms.busy
-    enter(rooms)
-    enter(rooms, name="elsewhere")
-    clock.turns()
-    assert not rooms.busy
-    log.say()
-    assert rooms.busy
-    clock.turns()
-    assert not rooms.busy
 
 
 # At other nodes
@@ -279,10 +268,10 @@ def test_who_is_at_another_node_is_shown_in_that_room_alone_until_the_node_is_go
     if stale:
         log.miss()
     for room in ("main", "nowhere"):
-        lobby.guest.elsewhere(room, "B", Occupancy(2, frozenset({"bob"})))
+        lobby.guest.occupancy_changed(room, "B", Occupancy(2, frozenset({"bob"})))
         lobby.guest.typing(room, ["bob"])
     clock.advance(1)
-    lobby.guest.gone("B")
+    lobby.guest.node_left("B")
     clock.advance(1)
     alone = {"count": 1, "users": ["ann"]}
     assert shown(member) == [
@@ -411,14 +400,14 @@ def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clo
     herd = [arrive(rooms, last="abcd-3") for _ in range(3)]
     log.answer()
     clock.turns()
-    assert rooms._rooms == {}
+    assert len(rooms) == 0
     log.keep(2)
     log.answer()
     assert log.reads == [("main", None, 5), ("main", 3, 5), ("main", None, 5)]
     log.release()
     assert {told(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
     ((room, member, _), *_) = [*herd[0]]
-    assert rooms._rooms == {"main": room}
+    assert [*rooms] == [room]
     log.say()
     clock.turns(60)
     assert member.numbers == [*range(9, 16)]
@@ -432,7 +421,7 @@ def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(l
     arrived = [arrive(rooms, last="abcd-3"), arrive(rooms, last="abcd-3")]
     log.fail()
     assert [failure.type for (failure,) in arrived] == [LogUnavailable, LogUnavailable]
-    assert rooms._recalls._waiting == {}
+    assert len(log.waiting) == 0
     log.release()
     assert told(enter(rooms, last="abcd-3")[2]) == (True, "abcd-8", 5)
 
@@ -447,7 +436,7 @@ def test_a_log_that_goes_down_when_the_room_must_be_loaded_again_fails_who_comes
     log.answer()
     log.fail()
     assert arrived[0].type is LogUnavailable
-    assert [rooms._rooms, rooms._missed, rooms._loads._waiting, rooms._recalls._waiting] == [{}] * 4
+    assert count_held(rooms, log, clock) == 0
 
 
 # Pages
@@ -493,7 +482,7 @@ def test_a_page_that_goes_beyond_the_tail_is_read_from_the_log(log, clock):
 def test_a_page_of_a_room_that_nobody_is_in_is_read_from_the_log_and_loads_nothing(log, rooms, clock):
     log.keep(9)
     assert page(rooms, request(before=4)) == ([1, 2, 3], 3, False, True)
-    assert rooms._rooms == {}
+    assert len(rooms) == 0
     assert clock.getDelayedCalls() == []
 
 
@@ -824,7 +813,7 @@ def test_a_pass_that_was_going_on_is_over(log, rooms, clock):
     assert said(members[0]) == ["message abcd-1", "message abcd-2", "history efgh-1", "message efgh-2"]
     clock.turns()
     assert said(members[-1]) == ["history efgh-1", "message efgh-2"]
-    assert not rooms.busy
+    assert clock.idle
 
 
 def test_a_pass_goes_on_while_the_room_is_loaded_again(log, rooms, clock):
@@ -833,7 +822,6 @@ def test_a_pass_goes_on_while_the_room_is_loaded_again(log, rooms, clock):
     clock.turn()
     log.held = True
     log.miss(2)
-    assert rooms.busy
     clock.turns()
     assert [member.numbers for member in members] == [[1, 2]] * len(members)
     log.release()
@@ -1008,7 +996,7 @@ def test_who_leaves_meanwhile_is_told_nothing_and_the_room_is_forgotten_with_the
     log.answer()
     clock.turns()
     assert said(other) == ["history efgh-1"]
-    assert [rooms._rooms, rooms._stale, rooms._missed, rooms._loads._waiting] == [{}] * 4
+    assert count_held(rooms, log, clock) == 0
     assert clock.getDelayedCalls() == []
 
 
@@ -1023,7 +1011,7 @@ def test_who_leaves_as_it_is_told_leaves_nothing_behind(log, rooms, clock):
     log.lose(1)
     clock.turns()
     assert rooms.delivered == delivered == 2
-    assert (len(rooms), rooms._stale) == (0, {})
+    assert count_held(rooms, log, clock) == 0
 
 
 def test_what_is_trimmed_meanwhile_is_shown_no_more(log, rooms):
@@ -1236,7 +1224,7 @@ def test_nothing_that_is_counted_goes_back(log, rooms, clock):
         assert len([*rooms]) == len(rooms)
         seen.append((rooms.delivered, rooms.messages))
         assert [*seen] == sorted(seen)
-        return len(rooms), rooms.delivered, rooms.busy
+        return len(rooms), rooms.delivered, not clock.idle
 
     log.keep(5)
     room, member, _ = enter(rooms)
@@ -1269,9 +1257,9 @@ def test_what_is_served_while_the_room_waits_to_be_loaded_is_counted(log, rooms,
     log.held = True
     log.lose()
     member.drain(room)
-    assert rooms.busy
+    assert not clock.idle
     clock.turns()
-    assert (rooms.delivered, rooms.busy) == (3, False)
+    assert (rooms.delivered, clock.idle) == (3, True)
 
 
 # ... whatever happens
@@ -1469,7 +1457,6 @@ class ALogThatIsLost(RuleBasedStateMachine):
                 break
             self.clock.turn()
             self.clock.rightNow += RELOAD_SECONDS / 20
-        assert (self.rooms._stale, self.rooms._missed, self.rooms._loads._waiting) == ({}, {}, {})
         for client in [*self.clients]:
             if not client.here or client.member.overran:
                 self.clients.remove(client)
@@ -1478,8 +1465,11 @@ class ALogThatIsLost(RuleBasedStateMachine):
             assert [ack for ack in client.acks if ack.epoch == at.epoch] == client.acked(at.epoch)
             assert at == (self.log.epoch, len(self.log.entries))
             assert client.member.cursor == at.number
-        assert not self.rooms.busy
+        assert self.clock.idle
+        assert not self.log.waiting
         assert len(self.rooms) == bool(self.clients)
+        if not self.clients:
+            assert count_held(self.rooms, self.log, self.clock) == 0
 
 
 ALogThatIsLost.TestCase.settings = settings(

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.helpers import Reader, ScriptedLog, Slow, Turns, enter, holds, read_frames, stamped
+from support.helpers import Reader, ScriptedLog, Slow, Turns, count_held, enter, holds, read_frames, stamped
 
 from chatd.messages import Entry, Id
 from chatd.room.log import EncodedPage, Page, PageRange
 from chatd.room.presence import PRESENCE, TYPING
 from chatd.room.registry import Registry
-from chatd.room.room import GREETINGS, MAX_LAG, RUNS
+from chatd.room.room import HISTORIES, MAX_LAG, RUNS
 from chatd.room.sweep import SLICE_MEMBERS
 from chatd.transport import frames
 from chatd.transport.frames import ack_frame, event, message_frame
@@ -136,10 +136,10 @@ def test_a_room_tells_its_watchers_who_is_here(rooms, clock):
 @pytest.fixture
 def ten(clock):
     """A room of ten messages, of which a history frame holds four."""
-    log = ScriptedLog(10)
+    log = ScriptedLog()
     room, _, _ = enter(Registry(log, frames, clock, 4))
-    room._tail = type(room._tail)(0, 4)
-    room._tail.extend([message_frame("abcd", entry) for entry in log.entries])
+    log.say(10)
+    clock.turns()
     room.log = log
     return room
 
@@ -286,15 +286,31 @@ def test_an_encoded_history_is_forgotten_when_something_is_appended_or_trimmed(t
     assert again is not frame
     ten.log.say()
     assert read_frames(ten.join(Reader(), last)) != read_frames(again)
-    assert len(ten._greetings) == 1
 
 
-def test_encoded_histories_are_bounded(log, rooms):
+def test_history_cache_is_cleared_by_entries(log, rooms, clock):
     room, _, _ = enter(rooms)
-    log.say(GREETINGS * 3)
-    for number in range(GREETINGS * 3):
-        assert come_back(room, number)[1]["resumed"] is True
-        assert len(room._greetings) <= GREETINGS
+    log.say(3)
+    clock.turns()
+    before = count_held(room, log, clock)
+    for number in range(3):
+        room.leave(come_back(room, number)[0])
+    assert count_held(room, log, clock) > before
+    log.trim(1)
+    assert count_held(room, log, clock) == before
+
+
+def test_encoded_histories_are_bounded(log, rooms, clock):
+    room, _, _ = enter(rooms)
+    log.say(HISTORIES * 3)
+    clock.turns()
+    sizes = [count_held(room, log, clock)]
+    for number in range(HISTORIES * 3):
+        member, history = come_back(room, number)
+        assert history["resumed"] is True
+        rooms.leave(room, member)
+        sizes.append(count_held(room, log, clock))
+    assert max(sizes) == sizes[HISTORIES]
 
 
 # Reading back
@@ -304,7 +320,7 @@ def test_a_page_is_of_the_frames_that_were_sent(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.say(5)
     clock.turns()
-    excerpt = room.excerpt(PageRange(4, None, 2))
+    excerpt = room.page(PageRange(4, None, 2))
     assert excerpt == EncodedPage(excerpt.frames, 3, older=True, newer=True)
     assert b"".join(excerpt.frames) in member.writes[0]
 
@@ -312,24 +328,24 @@ def test_a_page_is_of_the_frames_that_were_sent(log, rooms, clock):
 def test_a_page_is_answered_as_far_as_the_tail_goes(log, clock):
     log.keep(10)
     room, _, _ = enter(Registry(log, frames, clock, 4))
-    assert room.excerpt(PageRange(None, None, 4)).end == 10
-    assert room.excerpt(PageRange(None, None, 5)) is None
-    assert room.excerpt(PageRange(None, 6, 1)).end == 7
-    assert room.excerpt(PageRange(None, 5, 1)) is None
-    assert room.excerpt(PageRange(9, None, 2)).end == 8
-    assert room.excerpt(PageRange(9, None, 3)) is None
+    assert room.page(PageRange(None, None, 4)).end == 10
+    assert room.page(PageRange(None, None, 5)) is None
+    assert room.page(PageRange(None, 6, 1)).end == 7
+    assert room.page(PageRange(None, 5, 1)) is None
+    assert room.page(PageRange(9, None, 2)).end == 8
+    assert room.page(PageRange(9, None, 3)) is None
 
 
 def test_a_page_beyond_the_head_is_the_logs_to_judge(log, rooms):
     log.keep(3)
     room, _, _ = enter(rooms)
-    assert room.excerpt(PageRange(5, None, 1)) is None
-    assert room.excerpt(PageRange(None, 4, 1)) is None
+    assert room.page(PageRange(5, None, 1)) is None
+    assert room.page(PageRange(None, 4, 1)) is None
 
 
 def test_a_page_shows_no_more_what_retention_removed(ten):
     ten.log.trim(8)
-    excerpt = ten.excerpt(PageRange(None, 1, 9))
+    excerpt = ten.page(PageRange(None, 1, 9))
     assert [len(excerpt.frames), excerpt.end, excerpt.older, excerpt.newer] == [3, 10, False, False]
 
 
@@ -393,11 +409,10 @@ def test_a_cut_event_is_completed_first(log, rooms, clock):
 
 
 def test_when_all_is_sent_nothing_is_left_to_do(log, rooms, clock):
-    room, _, _ = enter(rooms)
+    enter(rooms)
     log.say()
-    assert room.busy
+    assert not clock.idle
     clock.turns()
-    assert not room.busy
     assert clock.getDelayedCalls() == []
 
 
@@ -444,7 +459,7 @@ def test_a_long_pass_is_sliced_and_goes_on_where_it_stopped(log, rooms, clock):
     clock.turns()
     log.say()
     served = []
-    while rooms.busy:
+    while not clock.idle:
         clock.turn()
         served.append(sum(bool(member.writes) for member in members))
         assert len(served) < 10
@@ -468,7 +483,7 @@ def test_a_member_is_handed_a_bounded_run_in_one_turn(log, rooms, clock, monkeyp
     _, member, _ = enter(rooms)
     log.say(8)
     written = []
-    while rooms.busy:
+    while not clock.idle:
         clock.turn()
         written.append(len(member.writes))
     assert written == [1, 2, 3]
@@ -628,7 +643,7 @@ def test_who_has_left_is_told_nothing(log, rooms, clock):
     rooms.leave(room, member)
     clock.turns()
     assert member.writes == []
-    assert room._acks == {}
+    assert not room.owes(member)
 
 
 # As it is measured
@@ -651,7 +666,7 @@ def test_what_is_kept_and_who_stands_where(log, rooms, clock, short_tail):
     assert (room.head, count < 303, size) == (
         303,
         True,
-        sum(len(frame) for frame in room._tail.between(303 - count, 303)),
+        sum(len(message_frame("abcd", entry)) for entry in log.entries[-count:]),
     )
 
 
@@ -728,7 +743,7 @@ def stalled(log, rooms, clock, members, count=40):
     clock.turns()
     log.say(count - 1)
     clock.turns()
-    assert room._tail.first > members[0].cursor + 1
+    assert room.held[0] < room.head - members[0].cursor
     return room
 
 
@@ -754,12 +769,12 @@ def test_who_was_overrun_by_the_tail_is_caught_up_from_the_log(log, clock, short
 
 
 def test_while_the_log_is_read_for_a_member_it_is_read_once(log, clock, short_tail):
-    _, room, member = reading(log, clock)
+    _, _, member = reading(log, clock)
     reads = len(log.reads)
     log.say()
     clock.turns()
     assert len(log.reads) == reads
-    assert room.busy
+    assert clock.idle
     log.release()
     clock.turns(60)
     assert member.numbers == [*range(1, 42)]
@@ -805,7 +820,6 @@ def test_what_the_log_gives_during_a_pass_is_used_in_the_next(log, rooms, clock,
     clock.turn()
     reads = len(log.reads)
     log.answer()
-    assert room.busy
     clock.turn()
     while others[-1].numbers[-1] == 40:
         assert member.numbers == [1]
@@ -900,14 +914,14 @@ def test_who_is_too_far_behind_is_told_to_come_back(log, clock, short_tail, monk
 def test_a_log_that_does_not_give_the_next_message_closes_who_needs_it_rather_than_leave_a_gap(
     log, clock, short_tail, page
 ):
-    _, room, member = reading(log, clock)
+    _, _, member = reading(log, clock)
     reads = len(log.reads)
     log.answer(page(log))
     clock.turns()
     assert member.overran
     assert member.numbers == [1]
     assert len(log.reads) == reads
-    assert not room.busy
+    assert clock.idle
 
 
 def test_who_misses_what_retention_removed_is_told_to_come_back(log, clock, short_tail):
@@ -921,10 +935,10 @@ def test_who_misses_what_retention_removed_is_told_to_come_back(log, clock, shor
 
 
 def test_a_log_that_cannot_be_read_closes_who_needs_it(log, clock, short_tail, events):
-    _, room, member = reading(log, clock)
+    _, _, member = reading(log, clock)
     log.fail()
     assert member.overran
-    assert not room.busy
+    assert clock.idle
     assert [event["log_level"].name for event in events if event["log_namespace"] == "chatd.room.room"] == [
         "error",
         "info",
@@ -1108,24 +1122,23 @@ def test_an_acknowledgement_that_is_kept_is_told_without_another_message(log, ro
 
 
 def test_who_is_refilled_goes_on_in_the_history_that_is(log, clock, short_tail):
-    _, room, member = reading(log, clock)
+    _, _, member = reading(log, clock)
     log.lose(3)
     log.say(2)
-    assert room.busy
     log.release()
     clock.turns(60)
     assert told(member) == ["message abcd-1", "history efgh-5"]
-    assert not room.busy
+    assert clock.idle
     assert not member.overran
 
 
 def test_what_is_read_of_the_new_history_is_not_given_to_who_has_the_old(log, clock, short_tail):
-    _, room, member = reading(log, clock)
+    _, _, member = reading(log, clock)
     log.lose(30)
     log.answer()  # for the refill: messages 2 to 6, of another history
     clock.turns()
     assert told(member) == ["message abcd-1"]
-    assert not room.busy
+    assert clock.idle
     log.release()
     clock.turns()
     assert told(member) == ["message abcd-1", "history efgh-30"]
@@ -1152,11 +1165,12 @@ def test_one_that_comes_when_all_began_anew_gives_nobody_anything(log, clock, sh
     log.waiting.rotate(-1)
     log.answer()
     clock.turns()
+    held = count_held(room, log, clock)
     log.answer()
     clock.turns()
     assert told(member) == ["message abcd-1", "history efgh-30"]
-    assert (room._refills, room._refills_to_come, room._refilling) == ({}, {}, {})
-    assert not room.busy
+    assert clock.idle
+    assert count_held(room, log, clock) == held
     gc.collect()
     assert events == []
 
@@ -1168,16 +1182,19 @@ def test_what_was_read_for_the_next_pass_is_not_given_in_another_history(log, cl
     log.lose(30)
     clock.turns()
     assert told(member) == ["message abcd-1", "history efgh-30"]
-    assert (room._refills, room._refills_to_come) == ({}, {})
+    held = count_held(room, log, clock)
+    room.restart(log.page(None, 5))
+    member.writes.pop()
+    assert count_held(room, log, clock) == held
 
 
 def test_who_is_refilled_where_the_history_goes_on_gets_it_all(log, clock, short_tail):
-    _, room, member = reading(log, clock)
+    _, _, member = reading(log, clock)
     log.miss(5)
     log.release()
     clock.turns(80)
     assert member.numbers == [*range(1, 46)]
-    assert not room.busy
+    assert clock.idle
 
 
 def test_an_encoded_history_is_forgotten_with_the_history(log, rooms):
@@ -1186,7 +1203,6 @@ def test_an_encoded_history_is_forgotten_with_the_history(log, rooms):
     before = room.join(Reader()), room.join(Reader(), Id("abcd", 2))
     log.epoch = "efgh"
     room.restart(log.page(None, 100))
-    assert len(room._greetings) == 0
     after = room.join(Reader()), room.join(Reader(), Id("abcd", 2))
     assert [read_frames(frame)[0]["id"] for frame in (*before, *after)] == ["abcd-3", "abcd-3", "efgh-3", "efgh-3"]
     assert read_frames(after[1])[0]["resumed"] is False
@@ -1311,7 +1327,7 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
             assert [number for _, number in acks] == self.acks[member]
             for place, number in acks:
                 assert number <= joined or number in {number_of(text) for text in texts[:place]}
-        assert not self.rooms.busy
+        assert self.clock.idle
 
 
 OneRoomWithSlowReaders.TestCase.settings = settings(

@@ -151,7 +151,7 @@ class House:
                 or [*self.connections.pings]
                 or [*self.connections.closings]
             )
-            and not self.rooms._rooms
+            and len(self.rooms) == 0
         )
 
 
@@ -278,7 +278,7 @@ def test_a_page_holds_what_is_asked_for_and_says_whether_there_is_more(someone_i
     house = House(retain="8")
     member = WebSocket(house) if someone_is_there else None
     house.say(*map(str, range(3, 13)))
-    assert (member is not None) == bool(house.rooms._rooms)
+    assert (member is not None) == bool(len(house.rooms))
     asked = re.sub(r"\{(\d+)\}", lambda found: house.id(found[1]), query)
     response, body = house.get(f"/rooms/main/messages?{asked}".encode())
     document = content((response, body))
@@ -310,7 +310,7 @@ def test_following_the_links_from_one_end_gives_every_message_once(limit, someon
             break
         url = urljoin(url, links(response)[rel])
     assert seen == [*range(1, 22)]
-    assert (member is not None) == bool(house.rooms._rooms)
+    assert (member is not None) == bool(len(house.rooms))
 
 
 def test_an_empty_room_is_an_empty_page_and_reading_makes_no_room(house):
@@ -375,7 +375,7 @@ def test_a_page_at_an_id_that_the_log_never_had_is_404(house, query, someone_is_
     member = WebSocket(house) if someone_is_there else None
     asked = house.get(f"/rooms/main/messages?{query.format(house.epoch)}".encode())
     assert problem(asked, "UNKNOWN_ID") == (404, "there is no message of this id")
-    assert (member is not None) == bool(house.rooms._rooms)
+    assert (member is not None) == bool(len(house.rooms))
 
 
 @pytest.mark.parametrize("rest", ["", "/messages", "/messages/k7Q2xe-1", "/events"])
@@ -509,7 +509,7 @@ def test_a_message_that_is_not_in_the_log_is_404(someone_is_there, message):
     for number in (5, 12):
         kept = content(house.get(f"/rooms/main/messages/{house.id(number)}".encode()))
         assert kept["data"]["message"] == str(number)
-    assert (member is not None) == bool(house.rooms._rooms)
+    assert (member is not None) == bool(len(house.rooms))
 
 
 @pytest.mark.parametrize("message", ["1", "k7Q2xe", "k7Q2xe-01", "k7Q2xe-1%20", "..", "%2e%2e", "k7Q2xe-1%0a"])
@@ -1036,7 +1036,8 @@ def test_a_slow_reader_is_caught_up_from_the_log_when_the_tail_has_moved_on(hous
     stream.read()
     full(stream)
     house.say(*["x" * 500] * (MAX_LAG - 3))
-    assert house.rooms._rooms["main"]._tail.first > 3
+    (room,) = house.rooms
+    assert room.held[0] < room.head - 2
     empty(stream)
     house.turn()
     assert [event.id for event in stream.read()] == [house.id(number) for number in range(3, MAX_LAG)]
@@ -1057,7 +1058,7 @@ def test_a_reader_that_takes_nothing_is_told_to_come_back_and_at_last_dropped(ho
     assert stream.retries[1:] == [0]
     assert stream.connection.closing
     assert not stream.transport.disconnected
-    assert not house.rooms._rooms, "it is no member any more"
+    assert len(house.rooms) == 0, "it is no member any more"
     house.pass_time(STALL_SECONDS - 1)
     assert not stream.transport.disconnected
     house.pass_time(1)
@@ -1105,7 +1106,8 @@ def evict(house, stream):
     """The log is down just when a reader must be caught up from it."""
     full(stream)
     house.say(*["x" * 500] * (MAX_LAG - 3))
-    assert house.rooms._rooms["main"]._tail.first > 3, "so that the log is needed"
+    (room,) = house.rooms
+    assert room.held[0] < room.head - 2, "so that the log is needed"
     house.log.down = True
     empty(stream)
     house.turn()

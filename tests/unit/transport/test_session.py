@@ -189,7 +189,7 @@ def test_a_session_is_joined_from_its_join_to_its_leave(rooms, ann):
     ann.leave()
     assert not ann.joined
     assert ann.room is None
-    assert rooms._rooms == {}
+    assert len(rooms) == 0
 
 
 def test_a_session_that_has_not_joined_is_not():

@@ -1405,7 +1405,7 @@ def stall(client, clock, pass_time):
 
 def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, rooms, pass_time, stall):
     stall()
-    assert rooms._rooms == {}
+    assert len(rooms) == 0
     pass_time(STALL_SECONDS - 1)
     assert not client.transport.aborted
     client.transport.drain()
@@ -1451,7 +1451,7 @@ def test_a_close_is_answered_and_the_member_leaves(client, factory, rooms, conne
     client.joins()
     client.sends(masked(b"\x03\xe8", first=0x88))
     assert client.transport.disconnecting
-    assert rooms._rooms == {}
+    assert len(rooms) == 0
     client.goes()
     assert factory.getConnectionCount() == 0
     assert not connections.connected
@@ -1465,7 +1465,7 @@ def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, 
     client.goes(ConnectionLost)
     left = (connections.handshakes, connections.closings, connections.stalls, connections.pings)
     assert [[*deadlines] for deadlines in left] == [[], [], [], []]
-    assert rooms._rooms == {}
+    assert len(rooms) == 0
     assert factory.getConnectionCount() == 0
 
 
