@@ -262,9 +262,10 @@ class ScriptedLog:
     def read(self, room, after, limit):
         reading = Deferred()
         self.reads.append((room, after, limit))
-        self.waiting.append((after, limit, reading))
-        if not self.held:
-            self.answer()
+        if self.held:
+            self.waiting.append((after, limit, reading))
+        else:
+            reading.callback(self.page(after, limit))
         return reading
 
     def page(self, after, limit):
