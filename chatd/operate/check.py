@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
+from chatd.config import Settings, veiled
 from chatd.messages import Entry
 from chatd.room.log import MAIN
-from chatd.store.base import Retention, timestamp
+from chatd.store.base import timestamp
 from chatd.store.sqlite import FORMAT
 from chatd.transport.admission import room_pattern
 from chatd.transport.frames import history_frame, message_frame
@@ -50,29 +51,6 @@ DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 """Ports that are left out of an origin as browsers send it (RFC 6454, section 6.2)."""
 
 Address = IPv4Address | IPv6Address
-
-
-class Settings(NamedTuple):
-    """The options of a server, as far as rules ask for them."""
-
-    listen: tuple[str, ...]
-    """Endpoints, as they were given."""
-    admin: tuple[str, ...]
-    store: str
-    """Its URL."""
-    history: int
-    retain: Retention
-    rooms: tuple[str, ...]
-    """Patterns, as they were given."""
-    origin: tuple[str, ...]
-    rate: tuple[int, int]
-    ping: int
-    drain: int
-    proxy_hops: int
-    folder: Path
-    """The working directory that the server will have."""
-    password_file: Path | None = None
-    """Where the store's password is, if it is in a file."""
 
 
 class Server(NamedTuple):
@@ -180,11 +158,6 @@ def _address(host: str) -> Address | None:
         return None
 
 
-def veiled(url: str) -> str:
-    """A store's URL without its password."""
-    return re.sub(r"(?s)^([^:]*:/*(?:[^:@/]*:)?).*@", r"\1***@", url)
-
-
 def _collide(one: Address, other: Address) -> bool:
     """Whether one port cannot be listened on at both addresses."""
     return one == other or one.is_unspecified or other.is_unspecified
@@ -280,8 +253,8 @@ def _redis(settings: Settings, machine: Machine) -> Iterator[str]:
             "have Redis speak TLS, and give rediss://"
         )
     password = unquote(url.password) if url.password else None
-    if settings.password_file:
-        file = settings.folder / settings.password_file
+    if settings.store_password_file:
+        file = settings.folder / settings.store_password_file
         password = machine.secret(file)
         if password is None:
             yield f"CHATD_STORE_PASSWORD_FILE {file}: this user cannot read it: make it, or chown it"
@@ -301,6 +274,14 @@ def _redis(settings: Settings, machine: Machine) -> Iterator[str]:
         yield f"{said}: Redis refuses ({error}): correct the user, the password or the database"
     else:
         yield from (f"{said}: {line}" for line in _of_redis(facts, durable=DURABLE in host))
+
+
+def _config(settings: Settings, machine: Machine) -> Iterator[str]:
+    file = settings.config
+    if file is None or not urlsplit(settings.store).password or not machine.world_readable(file):
+        return
+    if settings.store in (machine.secret(file) or ""):
+        yield f"--config {file}: every user of this machine can read the password of Redis in it: chmod o= {file}"
 
 
 def _of_redis(facts: Mapping[str, str], *, durable: bool) -> Iterator[str]:
@@ -404,7 +385,7 @@ def _endpoints(settings: Settings) -> list[tuple[str, str, Endpoint]]:
 
 
 RULES: Final[tuple[Callable[[Settings, Machine], Iterator[str]], ...]] = (
-    *(_ports, _keys, _admin, _proxy, _store, _redis, _history, _rooms, _origins, _rate, _ping, _stop, _files),
+    *(_ports, _keys, _admin, _proxy, _store, _config, _redis, _history, _rooms, _origins, _rate, _ping, _stop, _files),
 )
 
 

@@ -44,11 +44,11 @@ from websockets.sync.client import connect
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 NAMES = [
     "admin",
+    "config",
     "drain",
     "history",
     "listen",
     "log-format",
-    "max-per-address",
     "origin",
     "ping",
     "proxy-hops",
@@ -57,6 +57,7 @@ NAMES = [
     "rooms",
     "seed",
     "store",
+    "store-password-file",
 ]
 
 
@@ -351,9 +352,12 @@ def test_a_store_that_cannot_be_opened_is_refused_in_one_line(tmp_path, store, r
 
 
 BAD_OPTIONS = [
-    (["--bogus"], "option --bogus not recognized"),
-    (["extra"], "Wrong number of arguments"),
-    (["--history"], "option --history requires argument"),
+    (["--bogus"], "there is no option --bogus: "),
+    (["--hist=5"], "there is no option --hist: did you mean --history?"),
+    (["--config=missing.toml"], "--config: missing.toml cannot be read (No such file or directory): "),
+    (["--config=broken.json"], "--config: broken.json is not TOML ("),
+    (["extra"], "unexpected argument 'extra': "),
+    (["--history"], "argument --history: expected one argument: "),
     (["--history=0"], "--history: '0' is not a whole number from 1 to 10000"),
     (["--history=10001"], "--history: '10001' is not a whole number from 1 to 10000"),
     (["--history=many"], "--history: 'many' is not a whole number from 1 to 10000"),
@@ -361,7 +365,7 @@ BAD_OPTIONS = [
     (["--retain=5w"], "--retain: '5w' is neither"),
     (["--rate=fast"], "--rate: 'fast' is not a whole number"),
     (["--rate=5:"], "--rate: '' is not a whole number"),
-    (["--max-per-address=-1"], "--max-per-address: '-1' is not a whole number"),
+    (["--max-per-address=1"], "there is no option --max-per-address: "),
     (["--drain=soon"], "--drain: 'soon' is not a whole number"),
     (["--log-format=xml"], "--log-format: 'xml' is neither text nor json"),
     (["--store=postgres:chat"], "--store: 'postgres:chat' is neither"),
@@ -388,9 +392,9 @@ def test_a_bad_option_is_refused_in_exactly_one_line(tmp_path, options, reason):
 
 
 def test_a_bad_value_in_the_environment_is_refused_by_the_name_of_its_option(tmp_path):
-    result = run(cwd=tmp_path, env=environment(CHATD_MAX_PER_ADDRESS="lots"))
+    result = run(cwd=tmp_path, env=environment(CHATD_PROXY_HOPS="lots"))
     assert result.returncode == 1
-    assert result.stderr == "chatd: --max-per-address: 'lots' is not a whole number from 0 to 1000000\n"
+    assert result.stderr == "chatd: --proxy-hops: 'lots' is not a whole number from 0 to 100\n"
 
 
 # Told what to do
@@ -399,22 +403,22 @@ def test_a_bad_value_in_the_environment_is_refused_by_the_name_of_its_option(tmp
 def test_help_names_each_option(tmp_path):
     result = run("--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert re.findall(r"^ +--([a-z-]+)=?  ", result.stdout, re.MULTILINE) == sorted(
-        [*NAMES, "check", "help", "version"]
-    )
+    found = re.findall(r"^  (?:-h, )?--([a-z-]+)", result.stdout, re.MULTILINE)
+    assert sorted(found) == sorted([*NAMES, "check", "help", "version"])
 
 
 def test_options_are_read_from_the_environment_and_the_command_line_wins(tmp_path):
     (tmp_path / "seed.json").write_text(
         json.dumps([{"username": "env", "message": f"{n}", "timestamp": "2024-01-01T00:00:00Z"} for n in range(4)])
     )
+    (tmp_path / "chatd.toml").write_text('retain = 3\nhistory = 3\nlisten = ["tcp:1"]')
     env = environment(
         CHATD_LISTEN=f"{LOOPBACK} {LOOPBACK}:backlog=50",
         CHATD_ADMIN=LOOPBACK,
         CHATD_STORE="sqlite:elsewhere.sqlite",
         CHATD_SEED="seed.json",
         CHATD_HISTORY="1",
-        CHATD_RETAIN="3",
+        CHATD_CONFIG="chatd.toml",
         CHATD_RATE="0",
         CHATD_DRAIN="2",
         CHATD_LOG_FORMAT="json",

@@ -11,7 +11,7 @@ from support.servers import ROOT
 from support.stack_role import role_faults, statement
 from support.stacks import attributes, of_type, plain, properties
 
-import chatd.tap
+import chatd.config
 
 # Attributes of an Application Load Balancer and of its target groups, with the range of what is a number, by the
 # reference of the Elastic Load Balancing API, LoadBalancerAttribute and TargetGroupAttribute, 2026.  CloudFormation
@@ -303,13 +303,14 @@ def user_data(template):
     return dict(line.split("=", 1) for line in "".join(texts).splitlines())
 
 
+PING = next(int(option.default) for option in chatd.config.OPTIONS if option.name == "ping")
 UNITS = [ROOT / "packer" / "files" / name for name in ("chatd.service.conf", "chatd@.service.conf")]
 
 
 def timing_faults(template, units=None, ping=None):
     """The pairs that are in the wrong order."""
     units = [path.read_text() for path in UNITS] if units is None else units
-    found = seconds(template, units, chatd.tap.Options()["ping"] if ping is None else ping)
+    found = seconds(template, units, PING if ping is None else ping)
     order = [
         ("drain", "the first stop time-out"),
         ("the last stop time-out", "deregistration delay"),

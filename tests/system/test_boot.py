@@ -11,7 +11,7 @@ import pytest
 from support import imds
 from support.imds import FILES, GROUP, INSTANCE, REGION, TARGET_GROUP, Cloud, settings, surroundings
 from support.servers import LONG
-from test_systemd import analyze, unit
+from support.units import analyze, unit
 
 boot = imds.load("chatd-boot")
 

@@ -553,7 +553,7 @@ def test_metadata_that_fail_are_trouble(cloud, status):
 @pytest.fixture(scope="module")
 def options():
     """With which an instance may be run, as far as they could keep its own client out."""
-    names = ("--rooms=main", "--rooms=launch", "--origin=https://chat.example", "--rate=1:1", "--max-per-address=1")
+    names = ("--rooms=main", "--rooms=launch", "--origin=https://chat.example", "--rate=1:1")
     return [*names, "--proxy-hops=1"]
 
 

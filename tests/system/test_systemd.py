@@ -21,16 +21,15 @@ from support.servers import (
     TWISTD,
     Lines,
     certificate_for,
-    environment,
-    need,
     numbered,
     post,
     stored,
     upgrade,
 )
+from support.units import analyze, unit
 
+from chatd.config import OPTIONS
 from chatd.operate.systemd import Notifier
-from chatd.tap import Options
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 EXPOSURE = 2.0
@@ -99,16 +98,6 @@ def test_a_queue_that_stays_full_does_not_hold_the_reactor_up(heard, events, mon
 # The units, by their text
 
 
-def unit(name):
-    """The settings of a unit: the values of each, as they come."""
-    settings = {}
-    for line in (UNITS / name).read_text().splitlines():
-        key, equals, value = line.partition("=")
-        if equals and not line.startswith("#"):
-            settings.setdefault(key, []).append(value)
-    return settings
-
-
 (COMMAND,) = unit("chatd.service")["ExecStart"]
 (COMMAND_OF_ONE,) = unit("chatd@.service")["ExecStart"]
 DRAIN = int(re.search(r"--drain (\d+)", COMMAND)[1])
@@ -144,7 +133,7 @@ def test_what_one_unit_says_the_other_says_too_but_for_what_they_are():
 def test_what_the_command_line_says_is_not_said_in_the_environment_too(name):
     service = unit(name)
     said = dict(word.split("=", 1) for value in service["Environment"] for word in shlex.split(value))
-    options = {f"CHATD_{name.upper().replace('-', '_')}" for name in (*Options.parsers, *Options.repeated)}
+    options = {option.variable for option in OPTIONS}
     given = {f"CHATD_{name.upper().replace('-', '_')}" for name in re.findall(r"--([a-z-]+) ", *service["ExecStart"])}
     assert {name for name in said if name.startswith("CHATD_")} <= options - given
     assert given <= options
@@ -165,19 +154,6 @@ def unit_file(request, tmp_path):
         return path
 
     return write
-
-
-def analyze(*arguments):
-    """What `systemd-analyze` says, and its exit code."""
-    result = subprocess.run(
-        [need("systemd-analyze"), *arguments],
-        env=environment(SYSTEMD_COLORS="0", SYSTEMD_EMOJI="0"),
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-        check=False,
-    )
-    return result.stdout + result.stderr, result.returncode
 
 
 def exposure(path):

@@ -1,0 +1,496 @@
+"""Every option of the server, declared once.
+
+The command line, the environment, the configuration file, `--help`, the checks of `--check` and the tables in the
+documentation all follow from OPTIONS.  For each option, the command line overrides the environment, which overrides
+the file, which overrides the default.
+
+`python -m chatd.config FILE...` rewrites the tables in Markdown files, between their markers.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
+
+from typing_extensions import override
+
+import chatd
+from chatd.messages import Entry
+from chatd.room.room import MAX_LAG
+from chatd.store.base import Retention
+from chatd.transport import frames
+from chatd.transport.admission import origin_pattern, room_pattern
+from chatd.transport.frames import FrameError
+
+_T = TypeVar("_T")
+HELP: Final = "`twistd chatd --help` explains every option"
+SEED: Final = Path(chatd.__file__).parent / "seed" / "messages.json"
+"""The messages that a new log begins with by default."""
+LOG_FORMATS: Final = "text", "json"
+MAX_RATE: Final = 1_000_000
+
+
+class ConfigError(Exception):
+    """Options that the server cannot start with.  The text is one line that names the option and the remedy."""
+
+
+# The values
+
+
+@dataclass(frozen=True)
+class Number:
+    """A parser of whole numbers within a range."""
+
+    least: int
+    most: int
+
+    def __call__(self, text: str) -> int:
+        """Parse a number; raise ValueError if it is outside the range."""
+        if not text.isascii() or not text.isdigit() or not self.least <= int(text) <= self.most:
+            raise ValueError(f"{text!r} is not a whole number from {self.least} to {self.most}")
+        return int(text)
+
+
+def parse_rate(text: str) -> tuple[int, int]:
+    """Parse N[:BURST]; the burst is twice the rate unless it is given."""
+    rate, colon, burst = text.partition(":")
+    number = Number(0, MAX_RATE)
+    return number(rate), number(burst) if colon else 2 * number(rate)
+
+
+def parse_store(url: str, *, password_elsewhere: bool = True) -> str:
+    """Check the URL of a store, and return it.
+
+    A Redis URL may name a user without a password only if the password is elsewhere.
+    """
+    kind, colon, rest = url.partition(":")
+    if (kind == "memory" and colon and not rest) or (kind == "sqlite" and rest):
+        return url
+    if kind not in ("redis", "rediss"):
+        raise ValueError(f"{veiled(url)!r} is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")
+    # Imported late: txredisapi imports the reactor, which twistd may not have installed yet.
+    from chatd.store.redis.link import RedisAddress
+
+    try:
+        RedisAddress.parse(url, password_elsewhere=password_elsewhere)
+    except ValueError as error:
+        raise ValueError(f"{veiled(url)!r} {error}") from None
+    return url
+
+
+def veiled(url: str) -> str:
+    """Return the URL of a store with its password replaced by asterisks."""
+    return re.sub(r"(?s)^([^:]*:/*(?:[^:@/]*:)?).*@", r"\1***@", url)
+
+
+def parse_seed(path: str) -> tuple[Entry, ...]:
+    """Read a file of messages for a new log."""
+    try:
+        return frames.parse_seed(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except FrameError as error:
+        raise ValueError(f"{path} {error}") from None
+
+
+def parse_log_format(text: str) -> str:
+    """Check the name of a log format, and return it."""
+    if text not in LOG_FORMATS:
+        raise ValueError(f"{text!r} is neither text nor json")
+    return text
+
+
+def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """Return a parser that returns the text itself if `check` accepts it."""
+
+    def parse(text: str) -> str:
+        check(text)
+        return text
+
+    return parse
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+class Settings(NamedTuple):
+    """The value of every option."""
+
+    listen: tuple[str, ...]
+    """Twisted server endpoints."""
+    admin: tuple[str, ...]
+    store: str
+    """A URL."""
+    store_password_file: Path | None
+    seed: tuple[Entry, ...]
+    history: int
+    retain: Retention
+    rooms: tuple[str, ...]
+    """Patterns as `room_pattern` reads them; none: any room."""
+    origin: tuple[str, ...]
+    """Patterns as `origin_pattern` reads them; none: any origin."""
+    rate: tuple[int, int]
+    """Frames a second, and the burst."""
+    proxy_hops: int
+    ping: int
+    """Seconds."""
+    drain: int
+    """Seconds."""
+    log_format: str
+    config: Path | None = None
+    """The configuration file that was read."""
+    folder: Path = Path()
+    """The working directory of the server."""
+
+
+# The options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option, whether it is given on the command line, in the environment or in a file."""
+
+    name: str
+    """Its name on the command line, without dashes in front, and its key in a file."""
+    metavar: str
+    default: str
+    help: str
+    """Its meaning, as a phrase with Markdown's backticks."""
+    parse: Callable[[str], Any]
+    """Turns a text into the value; raises ValueError for a wrong one."""
+    repeated: bool = False
+    """Whether the value is a tuple."""
+    shown: str = ""
+    """Stands for the default in the documentation."""
+
+    @property
+    def variable(self) -> str:
+        """Its name in the environment."""
+        return f"CHATD_{self.name.upper().replace('-', '_')}"
+
+    @property
+    def field(self) -> str:
+        """Its name in Settings."""
+        return self.name.replace("-", "_")
+
+    @property
+    def meaning(self) -> str:
+        """The help with the range, and whether the option may be repeated."""
+        allowed = f", {self.parse.least} to {self.parse.most}" if isinstance(self.parse, Number) else ""
+        return f"{self.help}{allowed}" + ("; may be repeated" if self.repeated else "")
+
+    def split(self, text: str) -> list[str]:
+        """Split a text from the environment: white space separates the values of a repeated option."""
+        return text.split() if self.repeated else [text]
+
+    def from_toml(self, value: object) -> list[str]:
+        """Return the texts of a value in a file; raise ValueError if it has the wrong type."""
+        items = value if self.repeated else [value]
+        scalar = str if self.repeated else (str, int)
+        if not isinstance(items, list) or not all(
+            isinstance(item, scalar) and not isinstance(item, bool) for item in items
+        ):
+            raise ValueError(f"the value has the wrong type: write a line like {self.toml}")
+        return [str(item) for item in items]
+
+    @property
+    def toml(self) -> str:
+        """A line of a file that sets the default, or an example if the default cannot be written."""
+        text = self.metavar if self.shown and not self.repeated else self.default
+        value = text.split() if self.repeated else int(text) if isinstance(self.parse, Number) else text
+        return f"{self.name} = {json.dumps(value)}"
+
+
+OPTIONS: Final = (
+    Option(
+        name="listen",
+        metavar="ENDPOINT",
+        default="tcp:8085:backlog=4096",
+        help="listen for clients at a Twisted server endpoint, such as `tcp:8085` or "
+        "`ssl:443:privateKey=key.pem:certKey=cert.pem`",
+        parse=str,
+        repeated=True,
+    ),
+    Option(
+        name="admin",
+        metavar="ENDPOINT",
+        default="tcp:8086:interface=127.0.0.1",
+        help="listen for operators: `/healthz`, `/readyz`, `/metrics` and `POST /drain`; empty: no admin port",
+        parse=str,
+        repeated=True,
+    ),
+    Option(
+        name="store",
+        metavar="URL",
+        default="sqlite:chatd.sqlite",
+        help="store messages in `sqlite:PATH`; in `redis[s]://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`, which many "
+        "nodes can share; or in `memory:`, which loses them on exit",
+        parse=parse_store,
+    ),
+    Option(
+        name="store-password-file",
+        metavar="FILE",
+        default="",
+        help="read the password for Redis from a file",
+        parse=_path,
+        shown="none",
+    ),
+    Option(
+        name="seed",
+        metavar="FILE",
+        default=str(SEED),
+        help="begin a new log with the messages in a file, which is a JSON list",
+        parse=parse_seed,
+        shown="two messages",
+    ),
+    Option(
+        name="history",
+        metavar="N",
+        default="100",
+        help="number of messages in a client's first frame",
+        parse=Number(1, MAX_LAG),
+    ),
+    Option(
+        name="retain",
+        metavar="N|Nd|all",
+        default="all",
+        help="keep the newest N messages of each room, or N days of messages, or all",
+        parse=Retention.parse,
+    ),
+    Option(
+        name="rooms",
+        metavar="PATTERN",
+        default="",
+        help="allow only rooms with names like `team-*`; `/` is the room `main`, so include it if `/` should work",
+        parse=_checked(room_pattern),
+        repeated=True,
+        shown="any",
+    ),
+    Option(
+        name="origin",
+        metavar="PATTERN",
+        default="",
+        help="allow only browser pages from `https://chat.example`, `https://*.example` or `*.example`",
+        parse=_checked(origin_pattern),
+        repeated=True,
+        shown="any",
+    ),
+    Option(
+        name="rate",
+        metavar="N[:BURST]",
+        default="20:40",
+        help="limit frames per second for each connection, and HTTP posts per second for each address; 0: no limit",
+        parse=parse_rate,
+    ),
+    Option(
+        name="proxy-hops",
+        metavar="N",
+        default="0",
+        help="number of trusted proxies that add to `X-Forwarded-For`",
+        parse=Number(0, 100),
+    ),
+    Option(
+        name="ping",
+        metavar="SECONDS",
+        default="25",
+        help="ping every client this often; clients must answer before the next ping",
+        parse=Number(1, 3600),
+    ),
+    Option(
+        name="drain",
+        metavar="SECONDS",
+        default="30",
+        help="time to move all clients to other servers when this one stops",
+        parse=Number(0, 3600),
+    ),
+    Option(
+        name="log-format",
+        metavar="text|json",
+        default="text",
+        help="format of the log: one event a line, as text or as a JSON object",
+        parse=parse_log_format,
+    ),
+)
+CONFIG: Final = Option(
+    name="config",
+    metavar="FILE",
+    default="",
+    help="read options from a TOML file, whose keys are the names of options",
+    parse=_path,
+    shown="none",
+)
+CHECK: Final = "check the options and this machine for problems, and exit"
+
+
+# Reading
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are ConfigErrors and whose options cannot be abbreviated."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog="twistd chatd",
+            usage="twistd [twistd options] chatd [options]",
+            description="A chat-room server over WebSocket that stores every message. Connect with: "
+            "npx wscat -c ws://localhost:8085/",
+            epilog="Every option that takes a value can also be given in the environment (CHATD_STORE for --store) or "
+            "in the configuration file (store). The command line overrides the environment, which overrides the file.",
+            allow_abbrev=False,
+        )
+        for option in (*OPTIONS, CONFIG):
+            text = f"{option.meaning} [default: {option.shown or option.default}]"
+            self.add_argument(
+                f"--{option.name}",
+                dest=option.name,
+                metavar=option.metavar,
+                action="append" if option.repeated else "store",
+                help=text.replace("`", "").replace("%", "%%"),
+            )
+        self.add_argument("--check", action="store_true", help=CHECK)
+        self.add_argument("--version", action="version", version=f"chatd {chatd.__version__}", help="print the version")
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: {HELP}")
+
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return what was given for each option, and None for the others."""
+        found, unknown = self.parse_known_args(words)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            if not word.startswith("-"):
+                raise ConfigError(f"unexpected argument {word!r}: {HELP}")
+            options = [f"--{option.name}" for option in (*OPTIONS, CONFIG)]
+            raise ConfigError(f"there is no option {word}: {_nearest(word, options) or HELP}")
+        return vars(found)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    """Return a question that names the most similar word, if there is one."""
+    near = [one for one in words if len(word) > len("--") and one.startswith(word)]
+    near += difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+class Given(NamedTuple):
+    """The texts that were given for one option, and where."""
+
+    option: Option
+    source: str
+    texts: list[str]
+
+    def values(self, parse: Callable[[str], _T]) -> dict[str, _T]:
+        """Return the value of each text; raise ConfigError for the first wrong one."""
+        try:
+            return {text: parse(text) for text in self.texts if text or not self.option.repeated}
+        except ValueError as error:
+            raise ConfigError(f"{self.source}: {error}") from None
+
+
+class Configuration:
+    """The options of one server, from every source.  The constructor raises ConfigError."""
+
+    def __init__(self, words: Sequence[str], environ: Mapping[str, str]) -> None:
+        given = Parser().read(words)
+        self.check: bool = given["check"]
+        """Whether to check only."""
+        word = given[CONFIG.name]
+        path = _path(environ.get(CONFIG.variable, "") if word is None else word)
+        file = {} if path is None else read_file(path)
+        self._given = {option.name: self._pick(option, given[option.name], environ, file) for option in OPTIONS}
+        self.settings = self._settings(path)
+
+    @staticmethod
+    def _pick(
+        option: Option, words: str | list[str] | None, environ: Mapping[str, str], file: dict[str, Given]
+    ) -> Given:
+        """Return what the source with the highest precedence gives for an option."""
+        source = f"--{option.name}"
+        if words is not None:
+            return Given(option, source, [words] if isinstance(words, str) else words)
+        text = environ.get(option.variable)
+        if text or (option.repeated and text is not None):
+            return Given(option, source, option.split(text))
+        return file.get(option.name, Given(option, source, option.split(option.default)))
+
+    def _settings(self, path: Path | None) -> Settings:
+        fields: dict[str, Any] = {}
+        for given in self._given.values():
+            values = tuple(given.values(given.option.parse).values())
+            fields[given.option.field] = values if given.option.repeated else values[0]
+        settings = Settings(**fields, config=path)
+        if not settings.listen:
+            raise ConfigError("--listen: give at least one server endpoint such as tcp:8085")
+        if settings.store_password_file is None:
+            self.each("store", lambda url: parse_store(url, password_elsewhere=False))
+        return settings
+
+    def each(self, name: str, make: Callable[[str], _T]) -> dict[str, _T]:
+        """Return what `make` makes of each text of an option; ConfigError if that raises ValueError."""
+        return self._given[name].values(make)
+
+
+def read_file(path: Path) -> dict[str, Given]:
+    """Read a configuration file; return its options by name."""
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config: {path} cannot be read ({error.strerror}): correct the path or its mode") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config: {path} is not TOML ({reason}): write lines like {OPTIONS[0].toml}") from None
+    options = {option.name: option for option in OPTIONS}
+    found = {}
+    for key, value in document.items():
+        if key not in options:
+            raise ConfigError(f"{path}: there is no option {key!r}: {_nearest(key, [*options]) or HELP}")
+        source = f"{path}: {key}"
+        try:
+            found[key] = Given(options[key], source, options[key].from_toml(value))
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    return found
+
+
+# The documentation
+
+
+def _table(*rows: Sequence[str]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the documentation, by the names in their markers."""
+    meanings = [
+        (f"`--{option.name} {option.metavar}`", option.shown or f"`{option.default}`", option.meaning)
+        for option in (*OPTIONS, CONFIG)
+    ]
+    names = [(f"`--{option.name}`", f"`{option.variable}`", f"`{option.toml}`") for option in OPTIONS]
+    return {
+        "options": _table(("option", "default", "meaning"), *meanings, ("`--check`", "", CHECK)),
+        "sources": _table(("command line", "environment", "file"), *names),
+    }
+
+
+def fill(page: str) -> str:
+    """Return a Markdown page with the tables between its markers up to date."""
+    found = tables()
+    return re.sub(
+        r"(?s)(<!-- (\w+): python -m chatd.config -->\n).*?(<!-- end of \2 -->)",
+        lambda marked: f"{marked[1]}{found[marked[2]]}\n{marked[3]}",
+        page,
+    )
+
+
+if __name__ == "__main__":  # pragma: no cover -- `fill` is tested
+    for place in map(Path, sys.argv[1:]):
+        place.write_text(fill(place.read_text("utf-8")), "utf-8")

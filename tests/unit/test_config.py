@@ -1,0 +1,419 @@
+"""The options: every source, every refusal, and the documentation that follows from them."""
+
+import json
+import pathlib
+import re
+import tomllib
+
+import pytest
+
+import chatd
+from chatd import config
+from chatd.config import ConfigError, Configuration, Settings, veiled
+from chatd.store.base import DAY, Retention
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NAMES = [option.name for option in config.OPTIONS]
+SEED = tuple(entry.number for entry in config.parse_seed(str(config.SEED)))
+
+
+def read(*words, **environ):
+    """The settings of a command line and an environment."""
+    return Configuration(words, environ).settings
+
+
+def refusal(*words, **environ):
+    """The line that a command line and an environment are refused with."""
+    with pytest.raises(ConfigError) as refused:
+        read(*words, **environ)
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a configuration file, and returns the words that name it."""
+
+    def write(text):
+        path = tmp_path / "chatd.toml"
+        path.write_text(text)
+        return f"--config={path}"
+
+    return write
+
+
+def test_defaults():
+    assert read()._replace(seed=()) == Settings(
+        listen=("tcp:8085:backlog=4096",),
+        admin=("tcp:8086:interface=127.0.0.1",),
+        store="sqlite:chatd.sqlite",
+        store_password_file=None,
+        seed=(),
+        history=100,
+        retain=Retention(),
+        rooms=(),
+        origin=(),
+        rate=(20, 40),
+        proxy_hops=0,
+        ping=25,
+        drain=30,
+        log_format="text",
+    )
+    assert SEED == (1, 2)
+
+
+def test_every_option_has_its_setting():
+    """Settings has one field for each option, in the same order."""
+    assert [option.field for option in config.OPTIONS] == [*Settings._fields[:-2]]
+
+
+VALUES = [
+    ("history", "1", 1),
+    ("history", "10000", 10_000),
+    ("retain", "5000", Retention(messages=5000)),
+    ("retain", "30d", Retention(seconds=30 * DAY)),
+    ("retain", "all", Retention()),
+    ("rate", "5", (5, 10)),
+    ("rate", "5:7", (5, 7)),
+    ("rate", "0", (0, 0)),
+    ("rate", "1000000:1000000", (1_000_000, 1_000_000)),
+    ("proxy-hops", "0", 0),
+    ("proxy-hops", "2", 2),
+    ("proxy-hops", "100", 100),
+    ("ping", "1", 1),
+    ("ping", "3600", 3600),
+    ("drain", "0", 0),
+    ("drain", "3600", 3600),
+    ("log-format", "text", "text"),
+    ("log-format", "json", "json"),
+    ("store", "memory:", "memory:"),
+    ("store", "sqlite:a:b", "sqlite:a:b"),
+    ("store", "redis://ann:secret@h:1/2", "redis://ann:secret@h:1/2"),
+    ("store-password-file", "password", pathlib.Path("password")),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), VALUES)
+def test_value_from_each_source(file, name, text, value):
+    field = name.replace("-", "_")
+    assert getattr(read(f"--{name}={text}"), field) == value
+    assert getattr(read(f"--{name}", text), field) == value
+    assert getattr(read(**{f"CHATD_{field.upper()}": text}), field) == value
+    assert getattr(read(file(f"{name} = {json.dumps(text)}")), field) == value
+    if text.isdigit():
+        assert getattr(read(file(f"{name} = {text}")), field) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        *(("history", text, "is not a whole number from 1 to 10000") for text in ("0", "10001", "-1", "1.5", "", "x")),
+        ("history", "\N{ARABIC-INDIC DIGIT THREE}", "is not a whole number from 1 to 10000"),
+        ("history", "\N{SUPERSCRIPT TWO}", "is not a whole number from 1 to 10000"),
+        *(
+            ("retain", text, "is neither a number of messages (5000) nor of days (30d) nor all")
+            for text in ("0", "30h", "ALL", "-5", "")
+        ),
+        *(("rate", text, "is not a whole number from 0 to 1000000") for text in ("x", "1000001", "")),
+        *(("proxy-hops", text, "is not a whole number from 0 to 100") for text in ("-1", "101", "1.5", "x", "")),
+        *(("ping", text, "is not a whole number from 1 to 3600") for text in ("0", "3601", "2.5", "x")),
+        ("drain", "3601", "is not a whole number from 0 to 3600"),
+        *(("log-format", text, "is neither text nor json") for text in ("xml", "JSON", "")),
+        *(
+            ("store", text, "is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")
+            for text in ("memory", "memory:x", "sqlite", "sqlite:", "chatd.sqlite", "redit://localhost/0", "")
+        ),
+    ],
+)
+def test_wrong_value(file, name, text, allowed):
+    """A wrong value is refused with the place where it was given and with what is allowed."""
+    assert refusal(f"--{name}={text}") == f"--{name}: {text!r} {allowed}"
+    if text:
+        assert refusal(**{f"CHATD_{name.upper().replace('-', '_')}": text}) == f"--{name}: {text!r} {allowed}"
+    assert refusal(file(f"{name} = {json.dumps(text)}")).endswith(f"chatd.toml: {name}: {text!r} {allowed}")
+
+
+@pytest.mark.parametrize("text", ["20:", ":40", "20:x", "20:40:60"])
+def test_rate_with_a_wrong_burst(text):
+    assert refusal("--rate", text).startswith("--rate: ")
+
+
+# The sources
+
+
+def test_order_of_the_sources(file):
+    """The command line overrides the environment, which overrides the file, which overrides the default."""
+    words = file('history = 2\nlisten = ["tcp:2"]\nping = 2')
+    environ = {"CHATD_HISTORY": "3", "CHATD_LISTEN": "tcp:3"}
+    assert read(words)[:6:5] == (("tcp:2",), 2)
+    assert read(words, **environ)[:6:5] == (("tcp:3",), 3)
+    settings = read(words, "--history=4", "--listen=tcp:4", **environ)
+    assert (settings.listen, settings.history) == (("tcp:4",), 4)
+    assert (settings.ping, settings.drain) == (2, 30)
+
+
+def test_empty_variables_are_unset():
+    assert read(CHATD_HISTORY="", CHATD_STORE="", CHATD_CONFIG="").history == 100
+
+
+def test_configuration_file_of_the_environment(file):
+    words = file("history = 7")
+    path = words.partition("=")[2]
+    assert read(CHATD_CONFIG=path).history == 7
+    assert read(CHATD_CONFIG=path).config == pathlib.Path(path)
+    assert read("--config=", CHATD_CONFIG=path).history == 100
+
+
+REPEATED = {
+    "listen": ("tcp:1", "tcp:2:interface=127.0.0.1"),
+    "admin": ("tcp:3", "tcp:4"),
+    "rooms": ("main", "team-*", "team-?"),
+    "origin": ("https://chat.example", "*.Example.ORG", "null"),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_options(file, name):
+    """A repeated option is given several times, or separated by white space, or as a list."""
+    texts = REPEATED[name]
+    assert getattr(read(*(f"--{name}={text}" for text in texts)), name) == texts
+    assert getattr(read(**{f"CHATD_{name.upper()}": "  ".join(texts) + "\n"}), name) == texts
+    assert getattr(read(file(f"{name} = {json.dumps(texts)}")), name) == texts
+    assert getattr(read(f"--{name}={texts[0]}", **{f"CHATD_{name.upper()}": texts[1]}), name) == (texts[0],)
+
+
+@pytest.mark.parametrize("name", ["admin", "rooms", "origin"])
+def test_empty_repeated_options(file, name):
+    assert getattr(read(f"--{name}="), name) == ()
+    assert getattr(read(**{f"CHATD_{name.upper()}": ""}), name) == ()
+    assert getattr(read(file(f"{name} = []")), name) == ()
+
+
+def test_server_without_a_port(file):
+    line = "--listen: give at least one server endpoint such as tcp:8085"
+    assert refusal("--listen=") == refusal(CHATD_LISTEN="") == refusal(file("listen = []")) == line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        *(
+            ("rooms", text, "is no pattern of room names such as team-*")
+            for text in ("Main", "/rooms/main", "[ab]", "a,b", "\N{CYRILLIC SMALL LETTER A}")
+        ),
+        *(
+            ("origin", text, "is no origin such as https://chat.example or *.example")
+            for text in ("chat.example", "*", "https://chat.example/", "wss://chat.example", "https://a.*.example")
+        ),
+    ],
+)
+def test_wrong_rooms_and_origins(name, text, fault):
+    line, good = f"--{name}: {text!r} {fault}", REPEATED[name][0]
+    assert refusal(f"--{name}={good}", f"--{name}={text}") == line
+    assert refusal(**{f"CHATD_{name.upper()}": f"{good} {text}"}) == line
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("history 5", "--config: PATH is not TOML (Expected '=' after a key"),
+        ("a = 1\na = 2", "--config: PATH is not TOML (Cannot overwrite a value"),
+        ("histroy = 5", "PATH: there is no option 'histroy': did you mean history?"),
+        ("log_format = 'json'", "PATH: there is no option 'log_format': did you mean log-format?"),
+        ("hist = 5", "PATH: there is no option 'hist': did you mean history?"),
+        ("check = true", "PATH: there is no option 'check': `twistd chatd --help` explains"),
+        ("[chatd]\nhistory = 5", "PATH: there is no option 'chatd': `twistd chatd --help` explains"),
+        ("history = true", "PATH: history: the value has the wrong type: write a line like history = 100"),
+        ("history = 5.0", "PATH: history: the value has the wrong type"),
+        ("history = [5]", "PATH: history: the value has the wrong type"),
+        ("store = ['redis://:hunter2@h']", "PATH: store: the value has the wrong type: write a line like store = "),
+        ("listen = 'tcp:1'", 'PATH: listen: the value has the wrong type: write a line like listen = ["tcp:8085:'),
+        ("listen = [1]", "PATH: listen: the value has the wrong type"),
+        ("rooms = {a = 1}", "PATH: rooms: the value has the wrong type: write a line like rooms = []"),
+        ("ping = -1", "PATH: ping: '-1' is not a whole number from 1 to 3600"),
+    ],
+)
+def test_wrong_file(file, text, line):
+    """A file with a fault is refused in one line that shows no value that could be secret."""
+    words = file(text)
+    found = refusal(words)
+    assert found.startswith(line.replace("PATH", words.partition("=")[2]))
+    assert "hunter2" not in found
+
+
+def test_file_that_cannot_be_read(tmp_path):
+    missing = tmp_path / "missing.toml"
+    line = "cannot be read (No such file or directory): correct the path or its mode"
+    assert refusal(f"--config={missing}") == refusal(CHATD_CONFIG=str(missing)) == f"--config: {missing} {line}"
+    assert refusal(f"--config={tmp_path}").startswith(f"--config: {tmp_path} cannot be read (Is a directory): ")
+    (tmp_path / "binary").write_bytes(b"\xff")
+    assert refusal(f"--config={tmp_path / 'binary'}").startswith(f"--config: {tmp_path / 'binary'} is not TOML (")
+
+
+# The store and the seed
+
+
+def test_redis_user_without_a_password(file):
+    """A URL may name a user alone if a file holds the password."""
+    url = "redis://ann@h"
+    line = f"--store: {'redis://***@h'!r} names a user and no password"
+    assert refusal(f"--store={url}").startswith(line)
+    assert read(f"--store={url}", CHATD_STORE_PASSWORD_FILE="p").store_password_file == pathlib.Path("p")
+    assert read(file(f'store = "{url}"\nstore-password-file = "p"')).store == url
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:s3cret@h:x", "redis://:***@h:x"),
+        ("redis://ann:s3cret@h/x", "redis://ann:***@h/x"),
+        ("rediss://:s3cret/@h", "rediss://:***@h"),
+        ("redis://s3cret@h", "redis://***@h"),
+        ("postgres://ann:s3cret@h", "postgres://ann:***@h"),
+    ],
+)
+def test_refused_store_hides_its_password(file, url, shown):
+    assert refusal(f"--store={url}").startswith(f"--store: {shown!r} ")
+    assert f"chatd.toml: store: {shown!r} " in refusal(file(f"store = {json.dumps(url)}"))
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
+        ("rediss://ann:secret@h", "rediss://ann:***@h"),
+        ("redis://secret@h", "redis://***@h"),
+        ("redis://:se/cret@h/0", "redis://:***@h/0"),
+        ("redis://:se@cr:e#t?@h", "redis://:***@h"),
+        ("redis://:se\ncret@h", "redis://:***@h"),
+        ("redis:/ann:secret@h", "redis:/ann:***@h"),
+        ("redis:secret@h", "redis:***@h"),
+        ("redis://h:1/0", "redis://h:1/0"),
+    ],
+)
+def test_url_without_its_password(url, shown):
+    assert veiled(url) == shown
+
+
+def test_seed_from_a_file(tmp_path):
+    path = tmp_path / "seed.json"
+    path.write_text('[{"username":"ann","message":"hi","timestamp":"2024-10-20T12:30:00Z"}]')
+    assert read(f"--seed={path}").seed == ((1, "ann", "hi", "2024-10-20T12:30:00Z"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[", "is not JSON: "),
+        ("{}", "must be a list of messages"),
+        ('[{"username":"ann"}]', 'message 1: "message" is required'),
+        ('[{"username":"ann","message":"hi"}]', 'message 1: "timestamp" must be a time such as 2024-10-20T12:30:00Z'),
+    ],
+)
+def test_wrong_seed(tmp_path, text, fault):
+    path = tmp_path / "seed.json"
+    path.write_text(text)
+    assert refusal(f"--seed={path}").startswith(f"--seed: {path} {fault}")
+
+
+def test_seed_that_cannot_be_read(tmp_path):
+    missing = tmp_path / "missing.json"
+    assert refusal(f"--seed={missing}") == f"--seed: {missing} cannot be read (No such file or directory)"
+    assert refusal(f"--seed={tmp_path}") == f"--seed: {tmp_path} cannot be read (Is a directory)"
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--colour=red"], "there is no option --colour: `twistd chatd --help` explains every option"),
+        (["--hist", "5"], "there is no option --hist: did you mean --history?"),
+        (["--histroy=5"], "there is no option --histroy: did you mean --history?"),
+        (["--ping=5", "--log_format=json"], "there is no option --log_format: did you mean --log-format?"),
+        (["--max-per-address=5"], "there is no option --max-per-address: "),
+        (["-p", "5"], "there is no option -p: `twistd chatd --help` explains every option"),
+        (["8085"], "unexpected argument '8085': `twistd chatd --help` explains every option"),
+        (["--store"], "argument --store: expected one argument: `twistd chatd --help` explains every option"),
+        (["--check=yes"], "argument --check: ignored explicit argument 'yes': "),
+    ],
+)
+def test_wrong_command_line(words, line):
+    """Options are never abbreviated, and an unknown one is refused with the most similar name."""
+    assert refusal(*words).startswith(line)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_option_is_abbreviated(name):
+    assert refusal(f"--{name[:-1]}=1").startswith(f"there is no option --{name[:-1]}: did you mean --{name[:2]}")
+
+
+def test_check_is_a_flag():
+    assert Configuration(["--check"], {}).check
+    assert not Configuration([], {"CHATD_CHECK": "1"}).check
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        read("--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"chatd {chatd.__version__}\n"
+
+
+def test_help_names_each_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        read("--help")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in (*config.OPTIONS, config.CONFIG):
+        assert f"--{option.name} {option.metavar} " in text
+        assert f"[default: {option.shown or option.default}]" in text
+    assert "1 to 10000 [default: 100]" in text
+    assert "CHATD_STORE for --store" in text
+    assert "--check" in text
+
+
+# The documentation
+
+
+@pytest.mark.parametrize(("page", "name"), [("README.md", "options"), ("docs/operations.md", "sources")])
+def test_documentation_is_up_to_date(page, name):
+    """`python -m chatd.config README.md docs/operations.md` writes the tables again."""
+    text = (ROOT / page).read_text("utf-8")
+    assert f"<!-- {name}: python -m chatd.config -->" in text
+    assert config.fill(text) == text
+
+
+def test_tables_are_filled_between_their_markers():
+    page = "before\n<!-- sources: python -m chatd.config -->\nold\n<!-- end of sources -->\nafter\n"
+    filled = config.fill(page)
+    assert filled.startswith(
+        "before\n<!-- sources: python -m chatd.config -->\n| command line | environment | file |\n"
+    )
+    assert filled.endswith("|\n<!-- end of sources -->\nafter\n")
+    assert "old" not in filled
+    assert config.fill(filled) == filled
+
+
+def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
+    """The lines that the documentation shows are those of a valid file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("[]")
+    lines = re.findall(r"`([a-z-]+ = [^`]+)` \|$", config.tables()["sources"], re.MULTILINE)
+    assert [*tomllib.loads("\n".join(lines))] == NAMES
+    settings = read(file("\n".join(lines)))
+    assert settings.store_password_file == pathlib.Path("FILE")
+    expected = read("--seed=FILE", "--store-password-file=FILE")
+    assert settings._replace(config=None) == expected
+
+
+def test_each_option_is_documented():
+    table = config.tables()["options"]
+    for option in (*config.OPTIONS, config.CONFIG):
+        assert f"| `--{option.name} {option.metavar.replace('|', chr(92) + '|')}` | " in table
+    assert "| `--check` | " in table
