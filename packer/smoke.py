@@ -1,5 +1,8 @@
-"""Join, post and read, as a client does: the smoke test of an image, in the machine that is baked."""
-# ruff: noqa: INP001, PLR2004, T201 -- a program by itself, which prints; the figures are those of RFC 6455
+"""Smoke test of an image, run on the machine that is baked: join a room, post a message and read it.
+
+It runs in the environment that chatd is installed in.
+"""
+# ruff: noqa: INP001, T201 -- a program by itself, which prints
 
 import base64
 import json
@@ -7,17 +10,19 @@ import socket
 from io import BufferedIOBase
 from typing import Any
 
+from chatd.transport.framing import FIN, LENGTH_16, Opcode, masked_frame
+
 MASK = b"\x5a\xa5\x3c\xc3"
 TEXT = "Is this thing on?"
 
 
 def frame(stream: BufferedIOBase) -> Any:
-    """The next text, which the server sends in one frame."""
+    """Read the next text, which the server sends in one frame."""
     kind, size = stream.read(2)
-    if kind != 0x81:
+    if kind != FIN | Opcode.TEXT:
         raise SystemExit(f"no text frame: {kind:#x}")
-    if size > 125:
-        size = int.from_bytes(stream.read(2 if size == 126 else 8))
+    if size >= LENGTH_16:
+        size = int.from_bytes(stream.read(2 if size == LENGTH_16 else 8))
     return json.loads(stream.read(size))
 
 
@@ -34,8 +39,7 @@ with socket.create_connection(("127.0.0.1", 8085), 30) as client, client.makefil
     if frame(stream)["type"] != "history":
         raise SystemExit("the first frame is no history")
     payload = json.dumps({"username": "smoke", "message": TEXT}).encode()
-    masked = bytes(byte ^ MASK[place % 4] for place, byte in enumerate(payload))
-    stream.write(bytes([0x81, 0x80 | len(payload)]) + MASK + masked)
+    stream.write(masked_frame(Opcode.TEXT, payload, MASK))
     stream.flush()
     answer = frame(stream)
     if answer["type"] != "message" or answer["data"]["message"] != TEXT:

@@ -39,9 +39,9 @@ from chatd.client.protocol import (
     Rejected,
     Stopped,
     read,
-    take_texts,
 )
 from chatd.messages import Entry, Id
+from chatd.transport.framing import take_texts
 
 CONNECT_SECONDS: Final = 10
 """How long a connection, and then its handshake, may take."""

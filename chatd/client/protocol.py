@@ -24,30 +24,6 @@ RATE_LIMIT_PAUSE_SECONDS: Final = 1.0
 WINDOW: Final = 16
 """How many posts wait for their answers at a time."""
 
-_SHORT, _LONG, _LONGEST, _TEXT = 2, 126, 127, 0x81
-
-
-def take_texts(data: bytes) -> tuple[list[bytes], int, bool]:
-    """The payloads of the whole, unmasked text frames at the beginning of what was received (RFC 6455, section 5.2).
-
-    Answers besides the offset at which the rest begins, and whether that may still become such a frame.
-    """
-    payloads: list[bytes] = []
-    start, end = 0, len(data)
-    while start + _SHORT <= end:
-        length, begin = data[start + 1], start + _SHORT
-        if data[start] != _TEXT or length > _LONGEST:
-            return payloads, start, False
-        if length >= _LONG:
-            begin += 8 if length == _LONGEST else 2
-            length = int.from_bytes(data[start + 2 : begin])
-        after = begin + length
-        if after > end:
-            break
-        payloads.append(data[begin:after])
-        start = after
-    return payloads, start, True
-
 
 class Fault(Exception):
     """The server did not keep its promise; the text says how."""

@@ -1,111 +1,88 @@
-"""The short way through RFC 6455, for the form that nearly every request and frame has.
+"""RFC 6455 frames as bytes: the only framing code of the server, the Python client and the scripts.
 
-A client asks for the upgrade in one plain way and then sends small, whole, masked text frames.
-Both are recognised here from their bytes alone, in a few microseconds, with no state.
-Whatever is not of that form, or not good, is answered by "not mine", never judged: it goes to
-Autobahn, which knows all the rest of the protocol and how to refuse.
+Clients send small, whole, masked text frames, and servers send whole, unmasked ones.  Both kinds are
+read here from their bytes alone, in a few microseconds and without state.  Every other frame, good or
+bad, is left to Autobahn, which knows the rest of the protocol.
 
 This module is pure: bytes in, values out.
 """
 
-import base64
-import hashlib
-import re
-from collections.abc import Sequence
+from enum import IntEnum
 from typing import Final, NamedTuple
 
-MAGIC: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-"""What a server appends to a client's key (RFC 6455, section 1.3)."""
 
-_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
-_REQUEST = re.compile(r"GET (/[!-~]*) HTTP/1\.1")
+class Opcode(IntEnum):
+    """The kinds of frames (RFC 6455, section 5.2)."""
 
-SHORT: Final = 6
-"""The length of the shortest header, with its mask."""
-FIN_TEXT: Final = 0x81
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+class CloseCode(IntEnum):
+    """The reasons for closing a connection (RFC 6455, section 7.4, and IANA's registry)."""
+
+    NORMAL = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED_DATA = 1003
+    ABNORMAL = 1006
+    """The connection ended without a close frame; never sent."""
+    INVALID_DATA = 1007
+    """A text message is not UTF-8."""
+    POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009
+    INTERNAL_ERROR = 1011
+    SERVICE_RESTART = 1012
+    TRY_AGAIN_LATER = 1013
+
+
+MAX_REASON: Final = 123
+"""The largest size in bytes of the reason in a close frame (section 5.5.1)."""
+
+FIN: Final = 0x80
+"""The bit of the first byte that marks the last frame of a message."""
 MASKED: Final = 0x80
-LONG: Final = 126
-"""The length that says that two more bytes of length follow."""
+"""The bit of the second byte that says that a mask precedes the payload."""
+LENGTH_16: Final = 126
+"""The length that says that the next two bytes hold the length."""
+LENGTH_64: Final = 127
+"""The length that says that the next eight bytes hold the length."""
+
+_TEXT: Final = FIN | Opcode.TEXT.value
+_SHORTEST_MASKED: Final = 6
+"""The size of the smallest masked frame: its header and its mask."""
+_SHORTEST: Final = 2
 
 
-class Upgrade(NamedTuple):
-    """A good opening handshake."""
+def take_masked_texts(data: bytes, max_size: int) -> tuple[list[bytes], int, bool]:
+    """Unmask the whole text frames that a client sent, at the beginning of `data`.
 
-    path: str
-    query: str
-    origin: str | None
-    """Of the page that a browser is on."""
-    key: str
-    protocols: Sequence[str]
-    """The subprotocols that the client offers."""
-
-
-def parse_upgrade(head: bytes) -> Upgrade | None:
-    """Read the head of a request, without the empty line; None unless it is a plain WebSocket handshake.
-
-    Plain are HTTP/1.1, each header once, version 13 and a key of the right form (RFC 6455, section 4.2.1).
-    """
-    first, *lines = head.decode("latin-1").split("\r\n")
-    request = _REQUEST.fullmatch(first)
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        headers[name.lower()] = value.strip()
-        if not colon:
-            return None
-    good = (
-        request is not None
-        and len(headers) == len(lines)
-        and "#" not in request[1]
-        and "host" in headers
-        and headers.get("upgrade", "").lower() == "websocket"
-        and "upgrade" in [token.strip() for token in headers.get("connection", "").lower().split(",")]
-        and headers.get("sec-websocket-version") == "13"
-        and _KEY.fullmatch(headers.get("sec-websocket-key", ""))
-    )
-    if not good or request is None:
-        return None
-    path, _, query = request[1].partition("?")
-    offered = headers.get("sec-websocket-protocol")
-    protocols = [name.strip() for name in offered.split(",")] if offered else []
-    return Upgrade(path, query, headers.get("origin"), headers["sec-websocket-key"], protocols)
-
-
-def switch(key: str, protocol: str | None, server: str) -> bytes:
-    """The answer to a good handshake (RFC 6455, section 4.2.2)."""
-    accept = base64.b64encode(hashlib.sha1(key.encode() + MAGIC, usedforsecurity=False).digest())
-    chosen = f"Sec-WebSocket-Protocol: {protocol}\r\n" if protocol else ""
-    return (
-        f"HTTP/1.1 101 Switching Protocols\r\nServer: {server}\r\nUpgrade: WebSocket\r\nConnection: Upgrade\r\n"
-        f"{chosen}Sec-WebSocket-Accept: {accept.decode()}\r\n\r\n"
-    ).encode()
-
-
-def take_texts(data: bytes, most: int) -> tuple[list[bytes], int, bool]:
-    """Unmask the whole text frames, of at most `most` bytes, at the beginning of what was received.
-
-    Answers their payloads, the offset at which the rest begins, and whether that rest may still become
-    such a frame when more comes.
+    Return their payloads, the offset of the rest, and whether the rest may become such a frame when
+    more bytes arrive.  A payload larger than `max_size` bytes ends the list.
     """
     payloads: list[bytes] = []
     integer = int.from_bytes
     start, end = 0, len(data)
-    while start + SHORT <= end:
+    while start + _SHORTEST_MASKED <= end:
         length = data[start + 1] - MASKED
-        if data[start] != FIN_TEXT or not 0 <= length <= LONG:
+        if data[start] != _TEXT or not 0 <= length <= LENGTH_16:
             return payloads, start, False
-        begin = start + SHORT
-        if length == LONG:
-            begin = start + 8
+        begin = start + _SHORTEST_MASKED
+        if length == LENGTH_16:
+            begin += 2
             if begin > end:
                 break
             length = int.from_bytes(data[start + 2 : start + 4])
-            if length < LONG or length > most:
+            if length < LENGTH_16 or length > max_size:
                 return payloads, start, False
         after = begin + length
         if after > end:
             break
-        # All bytes at once: as one integer each, payload and repeated mask (section 5.3).
+        # Unmask all bytes at once: payload and repeated mask as two integers (section 5.3).
         mask = data[begin - 4 : begin] * (length // 4 + 1)
         unmasked = integer(data[begin:after], "little") ^ integer(mask[:length], "little")
         payloads.append(unmasked.to_bytes(length, "little"))
@@ -113,17 +90,71 @@ def take_texts(data: bytes, most: int) -> tuple[list[bytes], int, bool]:
     return payloads, start, True
 
 
-def text_frame(payload: bytes) -> bytes:
-    """Wrap a text in one unmasked, unfragmented WebSocket frame (RFC 6455, section 5.2)."""
+def take_texts(data: bytes) -> tuple[list[bytes], int, bool]:
+    """Take the whole text frames that a server sent, at the beginning of `data`.
+
+    Return their payloads, the offset of the rest, and whether the rest may become such a frame when
+    more bytes arrive.
+    """
+    payloads: list[bytes] = []
+    start, end = 0, len(data)
+    while start + _SHORTEST <= end:
+        length, begin = data[start + 1], start + _SHORTEST
+        if data[start] != _TEXT or length > LENGTH_64:
+            return payloads, start, False
+        if length >= LENGTH_16:
+            begin += 8 if length == LENGTH_64 else 2
+            length = int.from_bytes(data[start + 2 : begin])
+        after = begin + length
+        if after > end:
+            break
+        payloads.append(data[begin:after])
+        start = after
+    return payloads, start, True
+
+
+class ServerFrame(NamedTuple):
+    """Where one unmasked frame stands in a stream."""
+
+    first: int
+    """The first byte: FIN, the reserved bits and the opcode."""
+    begin: int
+    """The offset of its payload."""
+    end: int
+    """The offset after its payload."""
+
+
+def server_frame_at(data: bytes, start: int) -> ServerFrame | None:
+    """Find the unmasked frame that begins at an offset; return None while it is incomplete."""
+    if len(data) < start + _SHORTEST:
+        return None
+    size, begin = data[start + 1], start + _SHORTEST
+    if size >= LENGTH_16:
+        begin += 8 if size == LENGTH_64 else 2
+        size = int.from_bytes(data[start + 2 : begin])
+    return ServerFrame(data[start], begin, begin + size) if begin + size <= len(data) else None
+
+
+def masked_frame(opcode: Opcode, payload: bytes, mask: bytes) -> bytes:
+    """Wrap a payload of less than 64 KiB in one frame of a client."""
     size = len(payload)
-    if size < 126:
+    length = bytes([MASKED | size]) if size < LENGTH_16 else bytes([MASKED | LENGTH_16]) + size.to_bytes(2)
+    repeated = (mask * (size // 4 + 1))[:size]
+    unmasked = int.from_bytes(payload) ^ int.from_bytes(repeated)
+    return bytes([FIN | opcode]) + length + mask + unmasked.to_bytes(size)
+
+
+def text_frame(payload: bytes) -> bytes:
+    """Wrap a text in one unmasked, unfragmented frame of a server (section 5.2)."""
+    size = len(payload)
+    if size < LENGTH_16:
         return b"\x81%c%b" % (size, payload)
-    if size < 65536:
+    if size < 1 << 16:
         return b"\x81\x7e" + size.to_bytes(2) + payload
     return b"\x81\x7f" + size.to_bytes(8) + payload
 
 
 def payload(frame: bytes) -> bytes:
-    """The text in a frame that text_frame made."""
+    """Return the text in a frame that text_frame made."""
     size = frame[1]
-    return frame[2 if size < 126 else 4 if size == 126 else 10 :]
+    return frame[2 if size < LENGTH_16 else 4 if size == LENGTH_16 else 10 :]

@@ -54,7 +54,8 @@ from chatd.transport.connections import (
     WEBSOCKET,
     Connections,
 )
-from chatd.transport.framing import Upgrade, parse_upgrade, switch, take_texts
+from chatd.transport.framing import take_masked_texts
+from chatd.transport.handshake import Upgrade, parse_upgrade, switch
 from chatd.transport.http import HTTP_1_1, PROBLEM, RETRY_AFTER_SECONDS, SERVER, ChatSite, problem
 from chatd.transport.session import SCHEMA, Session
 
@@ -266,7 +267,7 @@ class ChatConnection(Session, WebSocketServerProtocol):  # type: ignore[misc]  #
         if self.state == self.STATE_OPEN and not self.inside_message and self.current_frame is None:
             if self.data:
                 data = self.data + data
-            texts, rest, more = take_texts(data, MAX_MESSAGE)
+            texts, rest, more = take_masked_texts(data, MAX_MESSAGE)
             for text in texts:
                 self.received(text)
             self.data = data[rest:]

@@ -18,7 +18,7 @@ from chatd.client.client import CLOSE_SECONDS, CONNECT_SECONDS, SILENCE_SECONDS,
 from chatd.client.protocol import Backoff, Fault, Posted, Rejected, Stopped
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
-from chatd.transport.framing import MAGIC
+from chatd.transport.handshake import MAGIC
 
 # Addresses
 

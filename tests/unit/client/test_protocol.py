@@ -22,11 +22,10 @@ from chatd.client.protocol import (
     Rejected,
     Stopped,
     read,
-    take_texts,
 )
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
-from chatd.transport.framing import payload, text_frame
+from chatd.transport.framing import payload, take_texts, text_frame
 
 
 def entry(number):

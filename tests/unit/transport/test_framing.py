@@ -1,88 +1,21 @@
-"""The short way recognises the plain forms, and leaves everything else alone."""
+"""Whole text frames are read from their bytes; every other frame is left to Autobahn."""
 
 import pytest
 from autobahn.websocket.protocol import WebSocketServerProtocol
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import HEAD, MASK, masked
+from support.helpers import MASK, masked
 
-from chatd.transport.framing import MAGIC, Upgrade, parse_upgrade, switch, take_texts
-
-KEY = "dGhlIHNhbXBsZSBub25jZQ=="
-
-
-def test_a_plain_handshake_is_read():
-    assert parse_upgrade(HEAD) == Upgrade("/", "", None, KEY, [])
-
-
-def test_path_query_origin_and_offered_subprotocols_are_read():
-    head = HEAD.replace(b"GET / ", b"GET /rooms/a?x=1&x=2 ")
-    head += b"\r\nOrigin: https://chat.example\r\nSec-WebSocket-Protocol: chat.v1, other"
-    assert parse_upgrade(head) == Upgrade("/rooms/a", "x=1&x=2", "https://chat.example", KEY, ["chat.v1", "other"])
-
-
-@pytest.mark.parametrize("target", ["/rooms/%6dain?username=%d0%90&a=b+c?d", "/rooms/..?", "//x?x"])
-def test_path_and_query_are_left_as_they_are_written(target):
-    upgrade = parse_upgrade(HEAD.replace(b"GET / ", b"GET %b " % target.encode()))
-    path, _, query = target.partition("?")
-    assert (upgrade.path, upgrade.query) == (path, query)
-
-
-def test_an_origin_is_left_as_it_is_written():
-    assert parse_upgrade(HEAD + b"\r\nORIGIN:  HTTPS://Chat.Example  ").origin == "HTTPS://Chat.Example"
-    assert parse_upgrade(HEAD + b"\r\nOrigin:").origin == ""
-
-
-def test_names_and_values_are_read_whatever_their_case():
-    assert parse_upgrade(HEAD.replace(b"Upgrade: websocket", b"uPGRADE:WebSocket"))
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"GET", b"POST"),
-        (b"HTTP/1.1", b"HTTP/1.0"),
-        (b"GET / ", b"GET * "),
-        (b"GET / ", b"GET /#top "),
-        (b"GET / ", b"GET  / "),
-        (b"GET / ", b"GET http://localhost/ "),
-        (b"GET / ", b"GET /?username=\xd0\x90 "),
-        (b"Host: localhost:8085\r\n", b""),
-        (b"Upgrade: websocket", b"Upgrade: h2c"),
-        (b"Upgrade: websocket\r\n", b""),
-        (b"keep-alive, Upgrade", b"keep-alive"),
-        (b"Version: 13", b"Version: 8"),
-        (b"b25jZQ==", b"b25jZQ="),
-        (b"dGhlIHNhb", b"dGhl*HNhb"),
-        (b"Host: localhost", b"Host: a\r\nHost: localhost"),
-        (b"Host: localhost", b"Origin: null\r\nOrigin: null\r\nHost: localhost"),
-        (b"Host: localhost", b"no colon\r\nHost: localhost"),
-        (b"Host: localhost:8085", b"Host: localhost\r\n folded: more"),
-    ],
+from chatd.transport.framing import (
+    FIN,
+    CloseCode,
+    Opcode,
+    ServerFrame,
+    masked_frame,
+    server_frame_at,
+    take_masked_texts,
+    text_frame,
 )
-def test_any_other_head_is_left_to_autobahn(old, new):
-    head = HEAD.replace(old, new)
-    assert head != HEAD
-    if b"folded" in new:  # an obsolete line folding reads as a header of its own, which nobody asks for
-        assert parse_upgrade(head)
-    else:
-        assert parse_upgrade(head) is None
-
-
-def test_the_answer_is_that_of_the_rfcs_example():
-    answer = switch("dGhlIHNhbXBsZSBub25jZQ==", None, "chatd")
-    assert answer.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
-    assert b"\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
-    assert b"Sec-WebSocket-Protocol" not in answer
-    assert answer.endswith(b"\r\n\r\n")
-
-
-def test_the_answer_names_the_chosen_subprotocol():
-    assert b"\r\nSec-WebSocket-Protocol: chat.v1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", "chat.v1", "chatd")
-
-
-def test_the_magic_is_autobahns():
-    assert MAGIC == WebSocketServerProtocol._WS_MAGIC
 
 
 @given(st.lists(st.binary(max_size=400), max_size=5), st.binary(min_size=4, max_size=4), st.data())
@@ -92,7 +25,7 @@ def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(payloads, ma
     seen, kept = [], b""
     for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         kept += stream[begin:end]
-        texts, rest, more = take_texts(kept, 1000)
+        texts, rest, more = take_masked_texts(kept, 1000)
         assert more
         seen += texts
         kept = kept[rest:]
@@ -118,7 +51,7 @@ def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(payloads, ma
 )
 def test_any_other_frame_is_left_to_autobahn_with_all_that_follows(frame):
     stream = masked(b"one") + frame + masked(b"two")
-    texts, rest, more = take_texts(stream, 1000)
+    texts, rest, more = take_masked_texts(stream, 1000)
     assert texts == [b"one"]
     assert stream[rest:] == frame + masked(b"two")
     assert not more
@@ -127,5 +60,32 @@ def test_any_other_frame_is_left_to_autobahn_with_all_that_follows(frame):
 def test_half_a_long_header_may_become_a_frame():
     frame = masked(b"x" * 300)
     for size in range(len(frame)):
-        assert take_texts(frame[:size], 1000) == ([], 0, True)
-    assert take_texts(frame, 1000) == ([b"x" * 300], len(frame), True)
+        assert take_masked_texts(frame[:size], 1000) == ([], 0, True)
+    assert take_masked_texts(frame, 1000) == ([b"x" * 300], len(frame), True)
+
+
+SIZES = [0, 1, 3, 125, 126, 127, 65535]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("opcode", Opcode)
+def test_masked_frame(opcode, size):
+    """A client's frame is what the independent encoder of the tests makes."""
+    payload = bytes(range(256)) * 256
+    assert masked_frame(opcode, payload[:size], MASK) == masked(payload[:size], MASK, FIN | opcode)
+
+
+@pytest.mark.parametrize("size", [*SIZES, 65536, 100_000])
+def test_server_frame_at(size):
+    """A frame is found at its offset, once all of it has arrived."""
+    stream = b"x" + text_frame(b"a" * size)
+    begin = len(stream) - size
+    assert server_frame_at(stream + b"more", 1) == ServerFrame(FIN | Opcode.TEXT, begin, len(stream))
+    for cut in {1, 2, 3, begin - 1, begin, len(stream) - 1} - {len(stream)}:
+        assert server_frame_at(stream[:cut], 1) is None
+
+
+def test_close_codes_are_autobahns():
+    """The codes have the values that the protocol implementation gives them."""
+    theirs = set(WebSocketServerProtocol.CLOSE_STATUS_CODES_ALLOWED)
+    assert {*CloseCode} - {CloseCode.ABNORMAL} <= theirs

@@ -29,7 +29,7 @@ from chatd.transport import http as web
 from chatd.transport import websocket as protocol
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Connections
-from chatd.transport.framing import parse_upgrade
+from chatd.transport.handshake import parse_upgrade
 from chatd.transport.session import Session
 from chatd.transport.websocket import MAX_MESSAGE, ChatConnection, ChatFactory
 
