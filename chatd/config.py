@@ -332,7 +332,7 @@ CHECK: Final = "check the options and this machine for problems, and exit"
 # Reading
 
 
-class Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
     """A command line whose errors are ConfigErrors and whose options cannot be abbreviated."""
 
     def __init__(self) -> None:
@@ -399,7 +399,7 @@ class Configuration:
     """The options of one server, from every source.  The constructor raises ConfigError."""
 
     def __init__(self, words: Sequence[str], environ: Mapping[str, str]) -> None:
-        given = Parser().read(words)
+        given = OptionParser().read(words)
         self.check: bool = given["check"]
         """Whether to check only."""
         word = given[CONFIG.name]

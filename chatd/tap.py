@@ -85,7 +85,7 @@ class Options(usage.Options):
 
     @override
     def __str__(self) -> str:
-        return config.Parser().format_help()
+        return config.OptionParser().format_help()
 
 
 def _store(settings: config.Settings, reactor: Any) -> Store:

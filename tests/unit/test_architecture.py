@@ -23,7 +23,7 @@ LAYERS = (
     {"chatd.messages", "chatd.histogram"},
 )
 """The layers, top first: each imports only what is below it, and the parts of one layer do not import each other."""
-PURE = {"chatd.messages": set(), "chatd.room": {"twisted"}}
+PURE = {"chatd.messages": set(), "chatd.room": {"twisted", "typing_extensions"}}
 """The packages that need no input or output, and the libraries that they may import."""
 TWISTED_WITHOUT_REACTOR = {
     "twisted.internet.defer",

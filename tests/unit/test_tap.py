@@ -115,7 +115,7 @@ def test_options_from_the_environment_and_a_file(environ, tmp_path):
 
 
 def test_help_of_the_command():
-    assert str(tap.Options()) == config.Parser().format_help()
+    assert str(tap.Options()) == config.OptionParser().format_help()
 
 
 def test_endpoints_are_parsed_by_their_text():
