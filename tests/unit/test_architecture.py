@@ -31,8 +31,8 @@ TWISTED_WITHOUT_REACTOR = {
     "twisted.logger",
     "twisted.python.failure",
 }
-SINGULAR_AND_PLURAL = {"Connection"}
-"""Names that may exist with an `s` too: one client's connection, and the set of all connections."""
+SINGULAR_AND_PLURAL = {"Connection", "Option"}
+"""Names that may exist with an `s` too: one connection and the set of all; `Options` is twistd's word for a plugin's."""
 
 
 @pytest.fixture(scope="module")
