@@ -32,7 +32,7 @@ TWISTED_WITHOUT_REACTOR = {
     "twisted.python.failure",
 }
 SINGULAR_AND_PLURAL = {"Connection", "Option"}
-"""Names that may exist with an `s` too: one connection and the set of all; `Options` is twistd's word for a plugin's."""
+"""Names that may exist with an `s` too: one connection and the set of all; twistd itself names a class Options."""
 
 
 @pytest.fixture(scope="module")
