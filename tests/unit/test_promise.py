@@ -871,7 +871,8 @@ MET = {
     [(MemoryLog, MET), (SqliteLog, MET | {"status 503", "UNAVAILABLE post"})],
     ids=["memory", "sqlite"],
 )
-def test_everyone_has_the_log_each_message_once_and_in_order_whatever_happens(log, met, tmp_path, events):
+def test_promise(log, met, tmp_path, events):
+    """Each client has the log, each message once and in order, whatever happens."""
     seen = Counter()
     run_state_machine_as_test(lambda: Machine(log, tmp_path, seen), settings=EXAMPLES)
     assert met <= seen.keys()

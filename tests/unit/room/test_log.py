@@ -1,4 +1,4 @@
-"""Which messages a reader wants, and which of them a log has."""
+"""Page ranges: the entries that a reader wants, and those that a log holds."""
 
 import pytest
 from hypothesis import given
@@ -25,20 +25,20 @@ def after(number, limit=3):
     return PageRange(None, number, limit)
 
 
-def read(span, log):
-    """The numbers, the end, and what there is before and after, of the excerpt from a log of first and head."""
+def read(wanted, log):
+    """Return the numbers of a page, its end, and the flags for older and newer entries."""
 
     def between(begin, until):
         assert log[0] - 1 <= begin or begin == until
         assert until <= log[1]
         return [*range(begin + 1, until + 1)]
 
-    frames, end, older, newer = span.encode(*log, between)
+    frames, end, older, newer = wanted.encode(*log, between)
     return frames, end, older, newer
 
 
 @pytest.mark.parametrize(
-    ("span", "log", "excerpt"),
+    ("wanted", "log", "page"),
     [
         (newest(3), WHOLE, ([8, 9, 10], 10, True, False)),
         (newest(10), WHOLE, ([*range(1, 11)], 10, False, False)),
@@ -63,39 +63,41 @@ def read(span, log):
         (after(3, 1), WHOLE, ([4], 4, True, True)),
     ],
 )
-def test_a_page_is_of_the_newest_or_of_those_before_or_after_a_number(span, log, excerpt):
-    assert read(span, log) == excerpt
+def test_page_newest_before_and_after(wanted, log, page):
+    assert read(wanted, log) == page
 
 
 @pytest.mark.parametrize(
-    ("span", "log", "excerpt"),
+    ("wanted", "log", "page"),
     [
-        # Before the first there is nothing, whatever is named.
+        # Before the first entry the page is empty, whatever the number.
         (before(0), WHOLE, ([], 0, False, True)),
         (before(1), WHOLE, ([], 0, False, True)),
         (before(0), NEW, ([], 0, False, False)),
         (before(1), NEW, ([], 0, False, False)),
-        # After the newest there is nothing yet; what follows it will follow the page.
+        # After the newest entry the page is empty, and ends there.
         (after(10), WHOLE, ([], 10, True, False)),
         (after(10), EMPTIED, ([], 10, False, False)),
         (after(0), NEW, ([], 0, False, False)),
-        # The number before which nothing is kept any more.
+        # The number of the first stored entry, and earlier ones.
         (before(5), TRIMMED, ([], 4, False, True)),
         (before(3), TRIMMED, ([], 2, False, True)),
         (before(0), TRIMMED, ([], 0, False, True)),
         (before(5), EMPTIED, ([], 4, False, False)),
         (before(11), EMPTIED, ([], 10, False, False)),
-        # The entries after it begin with the oldest kept.
+        # The page begins with the oldest stored entry.
         (after(0), EMPTIED, ([], 10, False, False)),
         (after(5), EMPTIED, ([], 10, False, False)),
     ],
 )
-def test_the_number_of_an_empty_page_is_the_one_before_where_its_first_entry_would_be(span, log, excerpt):
-    assert read(span, log) == excerpt
+def test_empty_page_end(wanted, log, page):
+    """An empty page ends at the number before the place of its first entry."""
+    assert read(wanted, log) == page
 
 
 @pytest.mark.parametrize("log", [WHOLE, TRIMMED, NEW])
-def test_the_next_message_may_be_named_as_the_end_of_a_page_but_none_beyond_it(log):
+def test_page_before_next_number(log):
+    """A page may end before the number after the head, but no later number is known."""
     _, head = log
     assert read(before(head + 1, 99), log) == read(newest(99), log)
     with pytest.raises(UnknownId):
@@ -103,7 +105,8 @@ def test_the_next_message_may_be_named_as_the_end_of_a_page_but_none_beyond_it(l
 
 
 @pytest.mark.parametrize("log", [WHOLE, TRIMMED, EMPTIED, NEW])
-def test_nothing_comes_after_a_message_that_there_is_not(log):
+def test_page_after_unknown_number(log):
+    """A page after the head is empty; a page after a later number is an error."""
     _, head = log
     assert read(after(head), log)[:2] == ([], head)
     for number in (head + 1, head + 2, 10**15):
@@ -111,18 +114,17 @@ def test_nothing_comes_after_a_message_that_there_is_not(log):
             read(after(number), log)
 
 
-@pytest.mark.parametrize("span", [newest(3), before(8), after(3)])
-def test_an_excerpt_takes_what_the_keeper_has_between_the_bounds(span):
+@pytest.mark.parametrize("wanted", [newest(3), before(8), after(3)])
+def test_encode_asks_for_bounds(wanted):
+    """The frames of a page are exactly those between its bounds."""
     asked = []
 
     def between(begin, until):
         asked.append((begin, until))
-        return [b"what", b"it", b"has"]
+        return [b"some", b"frames"]
 
-    begin, until = span.bounds(1, 10)
-    assert span.encode(1, 10, between) == EncodedPage(
-        [b"what", b"it", b"has"], until, older=begin >= 1, newer=until < 10
-    )
+    begin, until = wanted.bounds(1, 10)
+    assert wanted.encode(1, 10, between) == EncodedPage([b"some", b"frames"], until, older=begin >= 1, newer=until < 10)
     assert asked == [(begin, until)]
 
 
@@ -134,22 +136,22 @@ def test_an_excerpt_takes_what_the_keeper_has_between_the_bounds(span):
     st.none() | st.integers(0, 25),
     st.integers(1, 9),
 )
-def test_a_page_is_what_a_look_through_the_whole_log_finds(head, trimmed, number, other, limit):
+def test_page_matches_full_scan(head, trimmed, number, other, limit):
     kept = [*range(min(trimmed, head) + 1, head + 1)]
-    span = PageRange(number, other if number is None else None, limit)
+    wanted = PageRange(number, other if number is None else None, limit)
     log = min(trimmed, head) + 1, head
-    if span.after is not None:
-        expected, known = [n for n in kept if n > span.after][:limit], span.after <= head
+    if wanted.after is not None:
+        expected, known = [n for n in kept if n > wanted.after][:limit], wanted.after <= head
     else:
-        expected = [n for n in kept if span.before is None or n < span.before][-limit:]
-        known = span.before is None or span.before <= head + 1
+        expected = [n for n in kept if wanted.before is None or n < wanted.before][-limit:]
+        known = wanted.before is None or wanted.before <= head + 1
     if not known:
         with pytest.raises(UnknownId):
-            read(span, log)
+            read(wanted, log)
         return
-    frames, end, older, newer = read(span, log)
+    frames, end, older, newer = read(wanted, log)
     assert frames == expected
-    assert end == (expected[-1] if expected else head if span.before is None else max(span.before - 1, 0))
+    assert end == (expected[-1] if expected else head if wanted.before is None else max(wanted.before - 1, 0))
     begin = end - len(expected)
     assert (older, newer) == (any(n <= begin for n in kept), any(n > end for n in kept))
 
@@ -162,13 +164,14 @@ def test_a_page_is_what_a_look_through_the_whole_log_finds(head, trimmed, number
     st.none() | st.integers(0, 25),
     st.integers(1, 9),
 )
-def test_a_log_that_is_read_from_the_start_of_a_span_answers_all_of_it(head, trimmed, number, other, limit):
-    span = PageRange(number, other if number is None else None, limit)
+def test_read_from_start_covers_range(head, trimmed, number, other, limit):
+    """One read of the log from `start` holds the whole range."""
+    wanted = PageRange(number, other if number is None else None, limit)
     first = min(trimmed, head) + 1
     kept = range(first, head + 1)
-    page = [*kept][-limit:] if span.start is None else [n for n in kept if n > span.start][:limit]
+    page = [*kept][-limit:] if wanted.start is None else [n for n in kept if n > wanted.start][:limit]
     try:
-        begin, until = span.bounds(first, head)
+        begin, until = wanted.bounds(first, head)
     except UnknownId:
         return
     assert [n for n in page if begin < n <= until] == [*range(begin + 1, until + 1)]

@@ -1,4 +1,4 @@
-"""Who is in a room is told to those who asked: first the whole, then what changed, at most once a second."""
+"""Presence: watchers get a snapshot, then deltas, at most once a second."""
 
 import itertools
 
@@ -16,7 +16,7 @@ BOTH = (PRESENCE, TYPING)
 
 
 class Watcher:
-    """A member; what it is told, and when."""
+    """A member that records the frames sent to it, and when."""
 
     def __init__(self, name=None, events=(), clock=None, seconds=0.0):
         self.name = name
@@ -34,7 +34,7 @@ class Watcher:
             self.clock.rightNow += self.seconds
 
     @property
-    def told(self):
+    def presence_frames(self):
         return [text["data"] for text in read_frames(b"".join(self.frames)) if text["type"] == "presence"]
 
     @property
@@ -43,9 +43,9 @@ class Watcher:
 
     @property
     def here(self):
-        """What it knows by the snapshots and deltas that it was told: the count, and the names."""
+        """The count and the names, computed from the snapshots and deltas received."""
         count, names = None, None
-        for data in self.told:
+        for data in self.presence_frames:
             count = data["count"]
             if "join" in data:
                 assert not names & {*data["join"]}
@@ -57,7 +57,7 @@ class Watcher:
 
 
 class Place:
-    """What of a room presence is about: who is there."""
+    """The part of a room that presence needs: its members."""
 
     def __init__(self, clock, report=None):
         self.clock = clock
@@ -94,61 +94,68 @@ def watcher(name=None, events=(PRESENCE,)):
 
 
 def slow_watchers(clock, count, events=(PRESENCE,)):
-    """Watchers so slow that a slice serves one batch of them."""
+    """Return watchers so slow that a slice serves one batch of them."""
     return [Watcher(None, events, clock, 0.001) for _ in range(count)]
 
 
-# What is told
+# Content
 
 
-def test_a_watcher_gets_the_whole_first_and_then_what_changed(place, clock):
+def test_snapshot_then_delta(place, clock):
     ann = place.join(watcher("ann"))
     place.join(Watcher("bob"), Watcher("cy"))
     clock.turns()
     place.join(Watcher("dee"))
     clock.advance(ROUND_SECONDS)
-    assert ann.told == [{"count": 3, "users": ["ann", "bob", "cy"]}, {"count": 4, "join": ["dee"], "leave": []}]
+    assert ann.presence_frames == [
+        {"count": 3, "users": ["ann", "bob", "cy"]},
+        {"count": 4, "join": ["dee"], "leave": []},
+    ]
     assert ann.here == (4, {"ann", "bob", "cy", "dee"})
 
 
-def test_what_left_and_came_in_one_second_is_one_delta_with_sorted_names(place, clock):
+def test_delta_merges_one_second(place, clock):
+    """All changes of one second are one delta with sorted names."""
     ann = place.join(watcher("ann"))
     bob = place.join(Watcher("bob"))
     clock.turns()
     place.leave(bob)
     place.join(Watcher("zoe"), Watcher("dee"))
     clock.advance(ROUND_SECONDS)
-    assert ann.told[1:] == [{"count": 3, "join": ["dee", "zoe"], "leave": ["bob"]}]
+    assert ann.presence_frames[1:] == [{"count": 3, "join": ["dee", "zoe"], "leave": ["bob"]}]
 
 
-def test_who_joins_later_gets_the_whole_while_the_others_get_what_changed(place, clock):
+def test_new_watcher_gets_snapshot(place, clock):
+    """A new watcher gets a snapshot while the others get a delta."""
     ann = place.join(watcher("ann"))
     clock.turns()
     bob = place.join(watcher("bob"))
     clock.advance(ROUND_SECONDS)
-    assert ann.told[1:] == [{"count": 2, "join": ["bob"], "leave": []}]
-    assert bob.told == [{"count": 2, "users": ["ann", "bob"]}]
+    assert ann.presence_frames[1:] == [{"count": 2, "join": ["bob"], "leave": []}]
+    assert bob.presence_frames == [{"count": 2, "users": ["ann", "bob"]}]
 
 
-def test_who_comes_and_goes_within_a_second_is_not_told_of(place, clock):
+def test_short_visit_is_not_sent(place, clock):
+    """A member that joins and leaves within one second appears in no frame."""
     ann = place.join(watcher("ann"))
     clock.turns()
     bob = place.join(Watcher("bob"))
     place.leave(bob)
     clock.advance(ROUND_SECONDS)
-    assert len(ann.told) == 1
+    assert len(ann.presence_frames) == 1
 
 
-def test_members_without_a_name_are_counted_and_not_named(place, clock):
+def test_nameless_members_are_counted(place, clock):
     one = place.join(watcher())
     place.join(Watcher())
     clock.turns()
     place.join(Watcher())
     clock.advance(ROUND_SECONDS)
-    assert one.told == [{"count": 2, "users": []}, {"count": 3, "join": [], "leave": []}]
+    assert one.presence_frames == [{"count": 2, "users": []}, {"count": 3, "join": [], "leave": []}]
 
 
-def test_a_name_joins_with_its_first_member_and_leaves_with_its_last(place, clock):
+def test_name_shared_by_members(place, clock):
+    """A name joins with its first member and leaves with its last."""
     ann = place.join(watcher("ann"))
     twins = Watcher("bob"), Watcher("bob")
     clock.turns()
@@ -160,7 +167,7 @@ def test_a_name_joins_with_its_first_member_and_leaves_with_its_last(place, cloc
     ):
         change()
         clock.advance(ROUND_SECONDS)
-    assert ann.told[1:] == [
+    assert ann.presence_frames[1:] == [
         {"count": 2, "join": ["bob"], "leave": []},
         {"count": 3, "join": [], "leave": []},
         {"count": 2, "join": [], "leave": []},
@@ -168,15 +175,15 @@ def test_a_name_joins_with_its_first_member_and_leaves_with_its_last(place, cloc
     ]
 
 
-def test_who_is_known_by_another_name_leaves_by_the_one_and_joins_by_the_other(place, clock):
+def test_rename_is_leave_and_join(place, clock):
     ann = place.join(watcher("ann"))
     clock.turns()
     place.rename(ann, "anna")
     clock.advance(ROUND_SECONDS)
-    assert ann.told[1:] == [{"count": 1, "join": ["anna"], "leave": ["ann"]}]
+    assert ann.presence_frames[1:] == [{"count": 1, "join": ["anna"], "leave": ["ann"]}]
 
 
-def test_a_change_that_changes_nothing_is_not_told(place, clock):
+def test_no_frame_without_change(place, clock):
     ann = place.join(watcher("ann"))
     clock.turns()
     place.presence.changed()
@@ -185,7 +192,8 @@ def test_a_change_that_changes_nothing_is_not_told(place, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_where_there_are_too_many_names_members_are_only_counted_and_then_all_are_named_again(place, clock):
+def test_above_max_users_only_count(place, clock):
+    """Above MAX_USERS names only the count is sent, and below it a snapshot again."""
     ann = place.join(watcher("n000"))
     place.join(*[Watcher(f"n{number:03}") for number in range(1, MAX_USERS)])
     clock.turns()
@@ -198,7 +206,7 @@ def test_where_there_are_too_many_names_members_are_only_counted_and_then_all_ar
     place.leave(another)
     clock.advance(ROUND_SECONDS)
     names = [f"n{number:03}" for number in range(MAX_USERS)]
-    assert ann.told == [
+    assert ann.presence_frames == [
         {"count": MAX_USERS, "users": names},
         {"count": MAX_USERS + 1},
         {"count": MAX_USERS + 2},
@@ -207,24 +215,25 @@ def test_where_there_are_too_many_names_members_are_only_counted_and_then_all_ar
     ]
 
 
-def test_above_that_other_names_are_no_news_as_long_as_they_are_as_many(place, clock):
+def test_rename_above_max_users_is_not_sent(place, clock):
     ann = place.join(watcher("ann"))
     others = [Watcher(f"n{number}") for number in range(MAX_USERS)]
     place.join(*others)
     clock.turns()
     place.rename(others[0], "another")
     clock.advance(ROUND_SECONDS)
-    assert ann.told == [{"count": MAX_USERS + 1}]
+    assert ann.presence_frames == [{"count": MAX_USERS + 1}]
 
 
-def test_many_members_of_few_names_are_named(place, clock):
+def test_max_users_counts_names(place, clock):
+    """MAX_USERS bounds the names, not the members."""
     ann = place.join(watcher("ann"))
     place.join(*[Watcher("bob") for _ in range(MAX_USERS)])
     clock.turns()
-    assert ann.told == [{"count": MAX_USERS + 1, "users": ["ann", "bob"]}]
+    assert ann.presence_frames == [{"count": MAX_USERS + 1, "users": ["ann", "bob"]}]
 
 
-def test_nobody_is_told_who_did_not_ask(place, clock):
+def test_only_watchers_get_presence(place, clock):
     member = place.join(Watcher("ann"))
     typist = place.join(watcher("bob", [TYPING]))
     place.join(watcher("cy"))
@@ -234,11 +243,11 @@ def test_nobody_is_told_who_did_not_ask(place, clock):
     assert [member.frames, typist.frames] == [[], []]
 
 
-# At other nodes
+# Other nodes
 
 
 class Node(Place):
-    """A room at one node, and what it says of it to the others."""
+    """A room at one node, with its reports to the other nodes."""
 
     def __init__(self, clock):
         self.reports = []
@@ -250,7 +259,8 @@ def node(clock):
     return Node(clock)
 
 
-def test_the_other_nodes_are_told_who_is_here_at_most_once_a_second_whether_anyone_watches_or_not(node, clock):
+def test_report_once_a_second(node, clock):
+    """The other nodes get a report at most once a second, even without watchers here."""
     node.join(Watcher("ann"))
     clock.turns()
     node.join(Watcher("bob"), Watcher())
@@ -263,7 +273,7 @@ def test_the_other_nodes_are_told_who_is_here_at_most_once_a_second_whether_anyo
     assert clock.getDelayedCalls() == []
 
 
-def test_they_are_told_at_once_that_nobody_is_here(node, clock):
+def test_report_empty_room_at_once(node, clock):
     ann, bob = Watcher("ann"), watcher("bob", BOTH)
     node.join(ann, bob)
     clock.turns()
@@ -274,13 +284,13 @@ def test_they_are_told_at_once_that_nobody_is_here(node, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_they_are_told_of_more_names_than_are_shown_by_their_number(node, clock):
+def test_report_count_above_max_users(node, clock):
     node.join(*[Watcher(f"n{number}") for number in range(MAX_USERS + 1)])
     clock.turns()
     assert node.reports == [(MAX_USERS + 1, None, [])]
 
 
-def test_a_change_of_what_is_shown_here_alone_is_not_told_to_them(node, clock):
+def test_remote_change_is_not_reported(node, clock):
     ann = node.join(watcher("ann"))
     clock.turns()
     node.presence.remote_changed("B", Occupancy(1, frozenset({"bob"})))
@@ -289,16 +299,16 @@ def test_a_change_of_what_is_shown_here_alone_is_not_told_to_them(node, clock):
     assert ann.here == (2, {"ann", "bob"})
 
 
-def test_watchers_are_told_the_sum_of_all_nodes(node, clock):
+def test_watchers_see_sum_of_nodes(node, clock):
     ann = node.join(watcher("ann"))
     node.presence.remote_changed("B", Occupancy(2, frozenset({"bob", "ann"})))
     node.presence.remote_changed("C", Occupancy(1, frozenset({"cy"})))
     clock.turns()
-    assert ann.told == [{"count": 4, "users": ["ann", "bob", "cy"]}]
+    assert ann.presence_frames == [{"count": 4, "users": ["ann", "bob", "cy"]}]
     for here in (Occupancy(1, frozenset({"bob"})), Occupancy(0, frozenset()), None):
         node.presence.remote_changed("B", here)
         clock.advance(ROUND_SECONDS)
-    assert ann.told[1:] == [
+    assert ann.presence_frames[1:] == [
         {"count": 3, "join": [], "leave": []},
         {"count": 2, "join": [], "leave": ["bob"]},
     ], "a name is here until it is at no node"
@@ -312,12 +322,12 @@ def test_watchers_are_told_the_sum_of_all_nodes(node, clock):
         [Occupancy(150, frozenset(map(str, range(150)))), Occupancy(50, frozenset(map(str, range(150, 200))))],
     ],
 )
-def test_too_many_names_at_all_nodes_together_are_only_counted(node, clock, others):
+def test_max_users_counts_all_nodes(node, clock, others):
     ann = node.join(watcher("ann"))
     for name, here in enumerate(others):
         node.presence.remote_changed(str(name), here)
     clock.turns()
-    assert ann.told == [{"count": 1 + sum(here.members for here in others)}]
+    assert ann.presence_frames == [{"count": 1 + sum(here.members for here in others)}]
     node.presence.remote_changed("0", None)
     clock.advance(ROUND_SECONDS)
     assert ann.here == (
@@ -326,7 +336,7 @@ def test_too_many_names_at_all_nodes_together_are_only_counted(node, clock, othe
     )
 
 
-def test_who_types_is_told_here_and_to_the_others_once(node, clock):
+def test_typing_is_sent_and_reported_once(node, clock):
     ann = node.join(watcher("ann", [TYPING]))
     node.presence.typing("bob")
     node.presence.remote_typing(["cy", "bob"])
@@ -341,7 +351,8 @@ def test_who_types_is_told_here_and_to_the_others_once(node, clock):
     assert len(node.reports) == 1
 
 
-def test_who_types_elsewhere_is_nothing_to_a_room_where_nobody_watches(node, clock):
+def test_remote_typing_without_watchers(node, clock):
+    """A room without watchers forgets who types at other nodes."""
     node.join(Watcher("ann"))
     clock.turns()
     node.presence.remote_typing(["cy"])
@@ -352,17 +363,18 @@ def test_who_types_elsewhere_is_nothing_to_a_room_where_nobody_watches(node, clo
     assert ann.typing == []
 
 
-# When it is told
+# Timing
 
 
-def test_nothing_is_told_in_the_turn_of_the_change(place, clock):
+def test_no_frame_in_turn_of_change(place, clock):
     ann = place.join(watcher("ann"))
     assert ann.frames == []
     clock.turn()
     assert len(ann.frames) == 1
 
 
-def test_a_room_is_told_at_most_once_a_second_and_soon_after_a_quiet_time(place, clock):
+def test_one_frame_a_second(place, clock):
+    """A room sends at most one frame a second, and at once after a quiet time."""
     ann = place.join(Watcher("ann", [PRESENCE], clock))
     for _ in range(32):
         clock.turns(3)
@@ -375,7 +387,7 @@ def test_a_room_is_told_at_most_once_a_second_and_soon_after_a_quiet_time(place,
     assert ann.times[5:] == [14.5]
 
 
-def test_thousands_who_join_at_once_are_told_once_each_with_the_same_bytes(place, clock):
+def test_crowd_shares_one_snapshot(place, clock):
     crowd = [watcher(f"n{number % 100}") for number in range(2000)]
     place.join(*crowd)
     clock.turns()
@@ -384,7 +396,8 @@ def test_thousands_who_join_at_once_are_told_once_each_with_the_same_bytes(place
     assert len({id(one.frames[0]) for one in crowd}) == 1
 
 
-def test_thousands_who_join_in_one_second_are_told_once_each_as_is_who_was_there(place, clock):
+def test_crowd_within_one_second(place, clock):
+    """Thousands of watchers that join in one second get one frame each."""
     ann = place.join(watcher("ann"))
     clock.turns()
     crowd = [watcher() for _ in range(2000)]
@@ -398,7 +411,7 @@ def test_thousands_who_join_in_one_second_are_told_once_each_as_is_who_was_there
     assert len({id(one.frames[0]) for one in crowd}) == 1
 
 
-def test_watchers_who_know_the_same_are_told_the_same_bytes(place, clock):
+def test_watchers_share_delta_bytes(place, clock):
     ann, bob = watcher("ann"), watcher("bob")
     place.join(ann, bob)
     clock.turns()
@@ -407,7 +420,7 @@ def test_watchers_who_know_the_same_are_told_the_same_bytes(place, clock):
     assert ann.frames[1] is bob.frames[1]
 
 
-def test_where_nobody_watches_nothing_is_done(place, clock):
+def test_no_timer_without_watchers(place, clock):
     members = [Watcher("ann"), Watcher("bob")]
     place.join(*members)
     place.rename(members[0], "anna")
@@ -416,14 +429,14 @@ def test_where_nobody_watches_nothing_is_done(place, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_where_nothing_changes_no_timer_is_left(place, clock):
+def test_no_timer_without_changes(place, clock):
     place.join(watcher("ann"), watcher("bob", BOTH))
     place.presence.typing("ann")
     clock.turns()
     assert clock.getDelayedCalls() == []
 
 
-def test_with_the_last_watcher_the_timer_goes(place, clock):
+def test_timer_stops_with_last_watcher(place, clock):
     ann, bob = watcher("ann"), Watcher("bob")
     place.join(ann, bob)
     clock.turns()
@@ -434,31 +447,32 @@ def test_with_the_last_watcher_the_timer_goes(place, clock):
     place.leave(bob)
 
 
-def test_who_watches_where_nobody_did_for_a_time_gets_the_whole(place, clock):
+def test_first_watcher_after_a_gap(place, clock):
+    """A watcher gets a snapshot if the room had no watcher for a while."""
     ann = place.join(watcher("ann"))
     clock.turns()
     place.leave(ann)
     place.join(Watcher("bob"))
     cy = place.join(watcher("cy"))
     clock.advance(ROUND_SECONDS)
-    assert cy.told == [{"count": 2, "users": ["bob", "cy"]}]
+    assert cy.presence_frames == [{"count": 2, "users": ["bob", "cy"]}]
 
 
-def test_leaving_and_coming_back_is_no_way_around_the_once_a_second(place, clock):
-    told = []
+def test_rejoin_keeps_one_frame_a_second(place, clock):
+    times = []
     for _ in range(20):
         ann = place.join(Watcher("ann", [PRESENCE], clock))
         clock.turns(3)
         place.leave(ann)
-        told += ann.times
+        times += ann.times
         clock.advance(0.25)
-    assert told == [0, 1, 2, 3, 4]
+    assert times == [0, 1, 2, 3, 4]
 
 
-# Who takes nothing
+# Full watchers
 
 
-def test_who_is_not_ready_is_told_nothing_and_gets_the_whole_when_ready_again(place, clock):
+def test_full_watcher_gets_snapshot_later(place, clock):
     ann, bob = watcher("ann"), watcher("bob")
     place.join(ann, bob)
     clock.turns()
@@ -467,26 +481,27 @@ def test_who_is_not_ready_is_told_nothing_and_gets_the_whole_when_ready_again(pl
     clock.advance(ROUND_SECONDS)
     place.join(Watcher("dee"))
     clock.advance(ROUND_SECONDS)
-    assert len(ann.told) == 1
+    assert len(ann.presence_frames) == 1
     ann.ready = True
     clock.advance(ROUND_SECONDS)
-    assert ann.told[1:] == [{"count": 4, "users": ["ann", "bob", "cy", "dee"]}]
-    assert len(bob.told) == 3
+    assert ann.presence_frames[1:] == [{"count": 4, "users": ["ann", "bob", "cy", "dee"]}]
+    assert len(bob.presence_frames) == 3
     clock.advance(ROUND_SECONDS)
     assert clock.getDelayedCalls() == []
 
 
-def test_who_is_not_ready_on_joining_gets_the_whole_when_ready(place, clock):
+def test_watcher_full_on_joining(place, clock):
     ann = watcher("ann")
     ann.ready = False
     place.join(ann)
     clock.turns()
     ann.ready = True
     clock.advance(ROUND_SECONDS)
-    assert ann.told == [{"count": 1, "users": ["ann"]}]
+    assert ann.presence_frames == [{"count": 1, "users": ["ann"]}]
 
 
-def test_who_was_not_ready_while_nothing_changed_has_missed_nothing(place, clock):
+def test_full_watcher_without_changes(place, clock):
+    """A watcher that was full while nothing changed gets a delta next."""
     ann, bob = watcher("ann"), watcher("bob")
     place.join(ann, bob)
     clock.turns()
@@ -496,10 +511,11 @@ def test_who_was_not_ready_while_nothing_changed_has_missed_nothing(place, clock
     ann.ready = True
     place.join(Watcher("cy"))
     clock.advance(ROUND_SECONDS)
-    assert ann.told[1:] == [{"count": 3, "join": ["cy"], "leave": []}]
+    assert ann.presence_frames[1:] == [{"count": 3, "join": ["cy"], "leave": []}]
 
 
-def test_who_is_never_ready_costs_one_look_a_second(place, clock):
+def test_watcher_that_stays_full(place, clock):
+    """A watcher that stays full costs one check a second."""
     ann, bob = watcher("ann"), watcher("bob")
     ann.ready = False
     place.join(ann, bob)
@@ -515,7 +531,8 @@ def test_who_is_never_ready_costs_one_look_a_second(place, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_who_stops_being_ready_with_the_first_of_two_frames_is_spared_the_second(place, clock):
+def test_watcher_full_after_first_frame(place, clock):
+    """A watcher that is full after the presence frame gets no typing frame."""
     ann = place.join(watcher("ann", BOTH))
 
     def send_frame(frame):
@@ -525,13 +542,13 @@ def test_who_stops_being_ready_with_the_first_of_two_frames_is_spared_the_second
     ann.send_frame = send_frame
     place.presence.typing("bob")
     clock.turns()
-    assert [len(ann.told), ann.typing] == [1, []]
+    assert [len(ann.presence_frames), ann.typing] == [1, []]
 
 
 # Slices
 
 
-def test_a_long_round_is_sliced_and_goes_on_where_it_stopped(place, clock):
+def test_long_round_is_sliced(place, clock):
     crowd = slow_watchers(clock, SLICE_MEMBERS * 3)
     place.join(*crowd)
     served = []
@@ -542,7 +559,7 @@ def test_a_long_round_is_sliced_and_goes_on_where_it_stopped(place, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_what_changes_during_a_round_is_told_in_the_next(place, clock):
+def test_change_during_round(place, clock):
     crowd = slow_watchers(clock, SLICE_MEMBERS * 2, BOTH)
     place.join(*crowd)
     place.presence.typing("ann")
@@ -552,16 +569,16 @@ def test_what_changes_during_a_round_is_told_in_the_next(place, clock):
     late = place.join(watcher("cy", BOTH))
     clock.turns()
     whole = {"count": len(crowd), "users": []}
-    assert [[one.told, one.typing] for one in crowd] == [[[whole], [["ann"]]]] * len(crowd)
+    assert [[one.presence_frames, one.typing] for one in crowd] == [[[whole], [["ann"]]]] * len(crowd)
     assert late.frames == []
     clock.advance(ROUND_SECONDS)
     clock.turns()
     change = {"count": len(crowd) + 2, "join": ["bob", "cy"], "leave": []}
-    assert [[one.told, one.typing] for one in crowd] == [[[whole, change], [["ann"], ["bob"]]]] * len(crowd)
-    assert late.told == [{"count": len(crowd) + 2, "users": ["bob", "cy"]}]
+    assert [[one.presence_frames, one.typing] for one in crowd] == [[[whole, change], [["ann"], ["bob"]]]] * len(crowd)
+    assert late.presence_frames == [{"count": len(crowd) + 2, "users": ["bob", "cy"]}]
 
 
-def test_who_leaves_during_a_round_is_told_nothing_any_more(place, clock):
+def test_leave_during_round(place, clock):
     crowd = slow_watchers(clock, SLICE_MEMBERS * 2)
     place.join(*crowd)
     clock.turn()
@@ -572,7 +589,7 @@ def test_who_leaves_during_a_round_is_told_nothing_any_more(place, clock):
     assert crowd[-2].here == (len(crowd) - 1, set())
 
 
-def test_a_round_ends_with_its_last_watcher(place, clock):
+def test_round_ends_with_last_watcher(place, clock):
     crowd = slow_watchers(clock, SLICE_MEMBERS * 2)
     place.join(*crowd)
     clock.turn()
@@ -582,10 +599,10 @@ def test_a_round_ends_with_its_last_watcher(place, clock):
     ann = place.join(watcher("ann"))
     clock.rightNow += ROUND_SECONDS
     clock.turn()
-    assert ann.told == [{"count": 1, "users": ["ann"]}]
+    assert ann.presence_frames == [{"count": 1, "users": ["ann"]}]
 
 
-def test_a_round_that_took_more_than_a_second_is_followed_by_the_next(place, clock):
+def test_round_longer_than_a_second(place, clock):
     crowd = [Watcher(None, [PRESENCE], clock, 0.02) for _ in range(SLICE_MEMBERS)]
     place.join(*crowd)
     clock.turn()
@@ -594,19 +611,20 @@ def test_a_round_that_took_more_than_a_second_is_followed_by_the_next(place, clo
     assert crowd[0].here == (len(crowd) + 1, {"bob"})
 
 
-# Who is typing
+# Typing
 
 
-def test_who_types_is_told_to_those_who_asked_for_that(place, clock):
+def test_typing_goes_to_subscribers(place, clock):
     ann, bob, cy = watcher("ann", [TYPING]), watcher("bob"), watcher("cy", BOTH)
     place.join(ann, bob, cy, Watcher("dee"))
     place.presence.typing("dee")
     clock.turns()
     assert [one.typing for one in (ann, bob, cy)] == [[["dee"]], [], [["dee"]]]
-    assert [len(one.told) for one in (ann, bob, cy)] == [0, 1, 1]
+    assert [len(one.presence_frames) for one in (ann, bob, cy)] == [0, 1, 1]
 
 
-def test_those_who_type_in_one_second_are_told_once_and_in_one_frame_of_the_same_bytes(place, clock):
+def test_typing_merges_one_second(place, clock):
+    """All users that type in one second are in one frame, shared by all watchers."""
     ann, bob = watcher(None, [TYPING]), watcher(None, [TYPING])
     place.join(ann, bob)
     clock.turns()
@@ -618,17 +636,17 @@ def test_those_who_type_in_one_second_are_told_once_and_in_one_frame_of_the_same
     assert ann.frames[0] is bob.frames[0]
 
 
-def test_typing_is_told_once_and_forgotten(place, clock):
+def test_typing_is_sent_once(place, clock):
     ann = place.join(watcher("ann", BOTH))
     place.presence.typing("bob")
     clock.turns()
     place.join(Watcher("cy"))
     clock.advance(ROUND_SECONDS)
-    assert [len(ann.told), ann.typing] == [2, [["bob"]]]
+    assert [len(ann.presence_frames), ann.typing] == [2, [["bob"]]]
     assert clock.getDelayedCalls() == []
 
 
-def test_of_those_who_type_only_some_are_named(place, clock):
+def test_typing_names_are_bounded(place, clock):
     ann = place.join(watcher("ann", [TYPING]))
     for number in range(MAX_TYPING * 2):
         place.presence.typing(f"n{number}")
@@ -636,15 +654,15 @@ def test_of_those_who_type_only_some_are_named(place, clock):
     assert ann.typing == [[f"n{number}" for number in range(MAX_TYPING)]]
 
 
-def test_typing_alone_is_no_news_of_who_is_here(place, clock):
+def test_typing_sends_no_presence(place, clock):
     ann = place.join(watcher("ann", BOTH))
     clock.turns()
     place.presence.typing("bob")
     clock.advance(ROUND_SECONDS)
-    assert [len(ann.told), ann.typing] == [1, [["bob"]]]
+    assert [len(ann.presence_frames), ann.typing] == [1, [["bob"]]]
 
 
-def test_who_is_not_ready_has_missed_who_typed(place, clock):
+def test_full_watcher_misses_typing(place, clock):
     ann = place.join(watcher("ann", [TYPING]))
     ann.ready = False
     place.presence.typing("bob")
@@ -655,7 +673,7 @@ def test_who_is_not_ready_has_missed_who_typed(place, clock):
     assert ann.frames == []
 
 
-def test_who_begins_to_watch_is_not_told_who_typed_before(place, clock):
+def test_new_watcher_misses_past_typing(place, clock):
     ann = place.join(watcher("ann", [TYPING]))
     clock.turns()
     place.presence.typing("bob")
@@ -666,11 +684,11 @@ def test_who_begins_to_watch_is_not_told_who_typed_before(place, clock):
     assert cy.typing == []
 
 
-# Whatever happens
+# Any order of events
 
 
-class WhoIsHere(RuleBasedStateMachine):
-    """After two quiet seconds a watcher that is ready knows who is here, by what it was told and nothing else."""
+class PresenceMachine(RuleBasedStateMachine):
+    """After two quiet seconds each ready watcher knows the members from the frames that it received."""
 
     @initialize(slow=st.booleans(), most=st.integers(1, 4))
     def begin(self, slow, most):
@@ -695,7 +713,7 @@ class WhoIsHere(RuleBasedStateMachine):
     def leave(self, which):
         member = which.choice([*self.place.members])
         self.place.leave(member)
-        member.ready = False  # so that it fails the test to tell it anything
+        member.ready = False  # sending it anything fails the test
 
     @rule(which=st.randoms(use_true_random=False), name=st.sampled_from("abcdef"))
     @precondition(lambda self: self.place.members)
@@ -730,7 +748,7 @@ class WhoIsHere(RuleBasedStateMachine):
             self.clock.turns(3)
 
     @rule()
-    def all_are_ready_and_two_seconds_pass(self):
+    def settle(self):
         for member in self.place.members:
             member.ready = True
         self.wait(8)
@@ -740,24 +758,24 @@ class WhoIsHere(RuleBasedStateMachine):
             if PRESENCE in member.events:
                 assert member.here == (len(self.place.members), names if len(names) <= self.most else None)
             else:
-                assert member.told == []
+                assert member.presence_frames == []
         assert self.clock.getDelayedCalls() == []
 
     @invariant()
-    def nobody_is_told_twice_in_a_second(self):
+    def one_frame_a_second_at_most(self):
         if hasattr(self, "place") and not self.slow:
             for member in self.place.members:
                 times = sorted({*member.times})
                 assert all(later - sooner >= ROUND_SECONDS for sooner, later in itertools.pairwise(times))
 
     @invariant()
-    def a_timer_is_there_only_while_someone_watches(self):
+    def timers_exist_only_with_watchers(self):
         if hasattr(self, "place"):
             watched = any(member.events for member in self.place.members)
             assert len(self.clock.getDelayedCalls()) <= watched
 
 
-WhoIsHere.TestCase.settings = settings(
+PresenceMachine.TestCase.settings = settings(
     max_examples=80, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
-TestWhoIsHere = WhoIsHere.TestCase
+TestPresenceMachine = PresenceMachine.TestCase

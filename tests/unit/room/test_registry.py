@@ -1,6 +1,6 @@
-"""The rooms by name: loaded for the first who joins, forgotten with the last who leaves, read back by page.
+"""The registry: rooms are loaded for the first member, forgotten with the last, and read by page.
 
-And loaded again where the log was interrupted: who is in them gets what was missed, or is told to begin anew.
+After an interruption of the log they are loaded again.  Their members get what they lack, or another history.
 """
 
 import gc
@@ -52,26 +52,26 @@ def rooms(log, clock):
 
 @pytest.fixture
 def short_tail(monkeypatch):
-    """A tail of a few frames, so that the log is needed soon."""
+    """Shorten the tail to a few frames, so that the log is needed soon."""
     monkeypatch.setattr("chatd.room.tail.TAIL_BYTES", 400)
 
 
-def told(history):
-    """What a history frame says of coming back, its id, and how many messages it holds."""
+def summary(history):
+    """Return the answer of a history frame to a resume, its id, and the number of its entries."""
     return history.get("resumed"), history["id"], len(history["data"])
 
 
 # Loading
 
 
-def test_a_room_is_read_from_the_log_for_the_first_who_comes(log, rooms):
+def test_first_member_loads_room(log, rooms):
     log.keep(3)
-    assert told(enter(rooms)[2]) == (None, "abcd-3", 3)
+    assert summary(enter(rooms)[2]) == (None, "abcd-3", 3)
     enter(rooms)
     assert log.reads == [("main", None, 100)]
 
 
-def test_the_first_to_come_waits_for_the_log_and_the_others_wait_with_it(log, rooms):
+def test_joins_share_one_load(log, rooms):
     log.held = True
     arrived = [arrive(rooms), arrive(rooms)]
     assert arrived == [[], []]
@@ -80,7 +80,7 @@ def test_the_first_to_come_waits_for_the_log_and_the_others_wait_with_it(log, ro
     assert arrived[0][0][0] is arrived[1][0][0]
 
 
-def test_rooms_are_loaded_each_for_itself(log, rooms):
+def test_rooms_load_separately(log, rooms):
     log.held = True
     one, other = arrive(rooms, name="one"), arrive(rooms, name="other")
     assert [name for name, _, _ in log.reads] == ["one", "other"]
@@ -90,7 +90,7 @@ def test_rooms_are_loaded_each_for_itself(log, rooms):
     assert one[0][0] is not other[0][0]
 
 
-def test_what_is_appended_while_a_room_is_loaded_is_neither_lost_nor_doubled(log, rooms, clock):
+def test_append_during_load(log, rooms, clock):
     log.held = True
     arrived = arrive(rooms)
     log.say()
@@ -98,23 +98,23 @@ def test_what_is_appended_while_a_room_is_loaded_is_neither_lost_nor_doubled(log
     log.say()
     log.answer(page)
     ((_, member, history),) = arrived
-    assert told(history) == (None, "abcd-2", 2)
+    assert summary(history) == (None, "abcd-2", 2)
     log.say()
     clock.turns()
     assert member.numbers == [3]
 
 
-def test_what_is_trimmed_while_a_room_is_loaded_is_shown_no_more(log, rooms):
+def test_trim_during_load(log, rooms):
     log.keep(5)
     log.held = True
     arrived = arrive(rooms)
     page = log.page(None, 100)
     log.trim(4)
     log.answer(page)
-    assert told(arrived[0][2]) == (None, "abcd-5", 2)
+    assert summary(arrived[0][2]) == (None, "abcd-5", 2)
 
 
-def test_a_log_that_is_down_fails_all_who_wait_and_the_next_try_is_a_new_one(log, rooms, clock):
+def test_failed_load_then_retry(log, rooms, clock):
     log.held = True
     arrived = [arrive(rooms), arrive(rooms)]
     log.fail()
@@ -124,19 +124,19 @@ def test_a_log_that_is_down_fails_all_who_wait_and_the_next_try_is_a_new_one(log
     assert enter(rooms)[2]["id"] == "abcd-0"
 
 
-def test_who_comes_again_when_told_that_the_log_is_down_begins_a_new_try(log, rooms):
+def test_retry_in_errback_of_load(log, rooms):
     log.held = True
     again = []
     rooms.open("main").addErrback(lambda _: again.append(arrive(rooms)))
     log.fail()
     log.release()
-    assert told(again[0][0][2]) == (None, "abcd-0", 0)
+    assert summary(again[0][0][2]) == (None, "abcd-0", 0)
 
 
 # Forgetting
 
 
-def test_a_room_is_forgotten_with_its_last_member(log, rooms):
+def test_last_leave_forgets_room(log, rooms):
     room, member, _ = enter(rooms)
     _, other, _ = enter(rooms)
     rooms.leave(room, member)
@@ -146,20 +146,20 @@ def test_a_room_is_forgotten_with_its_last_member(log, rooms):
     assert enter(rooms)[0] is not room
 
 
-def test_a_room_that_was_opened_and_not_joined_is_forgotten(rooms, clock):
+def test_unjoined_room_is_forgotten(rooms, clock):
     rooms.open("main")
     assert len(rooms) == 1
     clock.turn()
     assert len(rooms) == 0
 
 
-def test_a_room_that_was_joined_is_not_forgotten_by_that(rooms, clock):
+def test_joined_room_is_kept(rooms, clock):
     room, _, _ = enter(rooms)
     clock.turns()
     assert [*rooms] == [room]
 
 
-def test_a_room_that_was_loaded_again_meanwhile_is_not_forgotten_for_the_old_one(log, rooms, clock):
+def test_forgetting_old_room_keeps_new_one(log, rooms, clock):
     old, member, _ = enter(rooms)
     rooms.leave(old, member)
     new, _, _ = enter(rooms)
@@ -167,7 +167,7 @@ def test_a_room_that_was_loaded_again_meanwhile_is_not_forgotten_for_the_old_one
     assert [*rooms] == [new]
 
 
-def test_a_million_names_leave_nothing_behind(log, rooms, clock):
+def test_names_leave_nothing_behind(log, rooms, clock):
     for number in range(1000):  # in proportion
         name, last = f"r{number}", f"abcd-{number}"
         room, member, _ = enter(rooms, name=name, last=last)
@@ -185,23 +185,24 @@ def test_a_million_names_leave_nothing_behind(log, rooms, clock):
 # Following
 
 
-def test_messages_of_other_rooms_are_passed_over(log, rooms, clock):
+def test_entries_of_other_rooms_are_ignored(log, rooms, clock):
     _, member, _ = enter(rooms)
     log.say(room="elsewhere")
     log.trim(2, room="elsewhere")
     clock.turns()
     assert member.writes == []
-    assert told(enter(rooms)[2]) == (None, "abcd-0", 0)
+    assert summary(enter(rooms)[2]) == (None, "abcd-0", 0)
 
 
-def test_what_is_trimmed_is_shown_no_more(log, rooms):
+def test_trim_reaches_room(log, rooms):
     enter(rooms)
     log.say(5)
     log.trim(4)
-    assert told(enter(rooms)[2]) == (None, "abcd-5", 2)
+    assert summary(enter(rooms)[2]) == (None, "abcd-5", 2)
 
 
-def test_a_post_goes_to_the_log_and_nowhere_else(log, rooms, clock):
+def test_post_goes_to_log_only(log, rooms, clock):
+    """A room shows a post only when the log notifies it."""
     _, member, _ = enter(rooms)
     poster = object()
     rooms.post("main", Post("ann", "hi"), poster)
@@ -210,23 +211,23 @@ def test_a_post_goes_to_the_log_and_nowhere_else(log, rooms, clock):
     assert member.writes == []
 
 
-def test_the_epoch_is_that_of_the_log(log, rooms):
+def test_epoch_is_that_of_log(log, rooms):
     assert rooms.epoch == "abcd"
     log.epoch = "efgh"
     assert rooms.epoch == "efgh"
 
 
-# At other nodes
+# Other nodes
 
 
 class Lobby:
-    """A lobby that notes what is reported, and is the test's otherwise."""
+    """A lobby that records reports."""
 
     def __init__(self):
         self.reports = []
 
-    def follow(self, guest):
-        self.guest = guest
+    def follow(self, listener):
+        self.listener = listener
 
     def report(self, room, here, typing):
         self.reports.append((room, *here, [*typing]))
@@ -247,11 +248,11 @@ def watcher():
 
 
 def shown(member):
-    """What a member was shown of who is there, and who types."""
+    """Return the presence and typing frames that a member received."""
     return [text["data"] for text in member.texts if text["type"] in (PRESENCE, TYPING)]
 
 
-def test_the_lobby_is_told_who_is_in_which_room(node, clock, lobby):
+def test_lobby_gets_reports(node, clock, lobby):
     enter(node, Reader(name="ann"))
     room, _, _ = enter(node, Reader(name="bob"), name="kitchen")
     room.presence.typing("bob")
@@ -260,7 +261,7 @@ def test_the_lobby_is_told_who_is_in_which_room(node, clock, lobby):
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_who_is_at_another_node_is_shown_in_that_room_alone_until_the_node_is_gone(log, node, clock, lobby, stale):
+def test_remote_occupancy_until_node_leaves(log, node, clock, lobby, stale):
     _, member, _ = enter(node, watcher())
     _, other, _ = enter(node, watcher(), name="kitchen")
     clock.turns()
@@ -268,10 +269,10 @@ def test_who_is_at_another_node_is_shown_in_that_room_alone_until_the_node_is_go
     if stale:
         log.miss()
     for room in ("main", "nowhere"):
-        lobby.guest.occupancy_changed(room, "B", Occupancy(2, frozenset({"bob"})))
-        lobby.guest.typing(room, ["bob"])
+        lobby.listener.occupancy_changed(room, "B", Occupancy(2, frozenset({"bob"})))
+        lobby.listener.typing(room, ["bob"])
     clock.advance(1)
-    lobby.guest.node_left("B")
+    lobby.listener.node_left("B")
     clock.advance(1)
     alone = {"count": 1, "users": ["ann"]}
     assert shown(member) == [
@@ -283,27 +284,27 @@ def test_who_is_at_another_node_is_shown_in_that_room_alone_until_the_node_is_go
     assert shown(other) == [alone]
 
 
-# Coming back
+# Resuming
 
 
-def test_what_the_tail_holds_is_not_read_for_who_comes_back(log, rooms):
+def test_resume_from_tail_reads_nothing(log, rooms):
     log.keep(5)
     enter(rooms)
-    assert told(enter(rooms, last="abcd-2")[2]) == (True, "abcd-5", 3)
+    assert summary(enter(rooms, last="abcd-2")[2]) == (True, "abcd-5", 3)
     assert len(log.reads) == 1
 
 
-def test_who_missed_more_than_the_tail_holds_gets_it_from_the_log(log, clock):
+def test_resume_reads_backlog(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     _, member, history = enter(rooms, last="abcd-3")
-    assert told(history) == (True, "abcd-8", 5)
+    assert summary(history) == (True, "abcd-8", 5)
     clock.turns()
     assert member.numbers == [9, 10, 11, 12]
     assert log.reads[:2] == [("main", None, 5), ("main", 3, 5)]
 
 
-def test_the_log_is_read_once_for_many_who_come_back_with_the_same_id_at_once(log, clock):
+def test_resumes_share_one_backlog(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
@@ -312,11 +313,11 @@ def test_the_log_is_read_once_for_many_who_come_back_with_the_same_id_at_once(lo
     other = arrive(rooms, last="abcd-2")
     assert log.reads[1:] == [("main", 3, 5), ("main", 2, 5)]
     log.release()
-    assert {told(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
-    assert told(other[0][2]) == (True, "abcd-7", 5)
+    assert {summary(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
+    assert summary(other[0][2]) == (True, "abcd-7", 5)
 
 
-def test_who_come_back_at_once_where_the_room_must_be_loaded_share_that_too(log, clock):
+def test_resumes_share_load_and_backlog(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     log.held = True
@@ -324,50 +325,50 @@ def test_who_come_back_at_once_where_the_room_must_be_loaded_share_that_too(log,
     log.answer()
     assert log.reads == [("main", None, 5), ("main", 3, 5)]
     log.answer()
-    assert {told(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
+    assert {summary(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
 
 
-def test_a_log_that_is_ahead_of_the_room_knows_the_message_that_the_room_does_not(log, rooms, clock):
+def test_resume_with_log_ahead_of_room(log, rooms, clock):
     enter(rooms)
     new = log.keep(3)
     _, ahead, history = enter(rooms, last="abcd-3")
-    assert told(history) == (True, "abcd-3", 0)
+    assert summary(history) == (True, "abcd-3", 0)
     _, between, history = enter(rooms, last="abcd-1")
-    assert told(history) == (True, "abcd-3", 2)
+    assert summary(history) == (True, "abcd-3", 2)
     log.follower.appended("main", new)
     log.say(2)
     clock.turns()
     assert [ahead.numbers, between.numbers] == [[4, 5], [4, 5]]
 
 
-def test_a_message_that_the_log_does_not_know_either_is_of_the_future(log, rooms):
+def test_resume_beyond_log(log, rooms):
     enter(rooms)
     log.keep(3)
     _, _, history = enter(rooms, last="abcd-4")
-    assert told(history) == (False, "abcd-0", 0)
+    assert summary(history) == (False, "abcd-0", 0)
 
 
 @pytest.mark.parametrize("last", ["wxyz-3", "wxyz-99", "abcd-1"])
-def test_the_log_is_not_read_for_who_has_missed_what_is_gone(log, clock, last):
+def test_no_read_for_lost_entries(log, clock, last):
     log.keep(20)
     log.first = 4
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
-    assert told(enter(rooms, last=last)[2]) == (False, "abcd-20", 5)
+    assert summary(enter(rooms, last=last)[2]) == (False, "abcd-20", 5)
     assert len(log.reads) == 1
 
 
-def test_the_log_is_not_read_for_who_has_missed_too_much(log, clock, monkeypatch):
+def test_no_read_beyond_max_lag(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.room.MAX_LAG", 10)
     log.keep(20)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
-    assert told(enter(rooms, last="abcd-9")[2]) == (False, "abcd-20", 5)
+    assert summary(enter(rooms, last="abcd-9")[2]) == (False, "abcd-20", 5)
     assert len(log.reads) == 1
-    assert told(enter(rooms, last="abcd-10")[2]) == (True, "abcd-15", 5)
+    assert summary(enter(rooms, last="abcd-10")[2]) == (True, "abcd-15", 5)
 
 
-def test_what_is_trimmed_while_the_log_is_read_is_lost_for_who_comes_back(log, clock):
+def test_trim_during_backlog_read(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
@@ -376,10 +377,10 @@ def test_what_is_trimmed_while_the_log_is_read_is_lost_for_who_comes_back(log, c
     page = log.page(3, 5)
     log.trim(6)
     log.answer(page)
-    assert told(arrived[0][2]) == (False, "abcd-12", 5)
+    assert summary(arrived[0][2]) == (False, "abcd-12", 5)
 
 
-def test_what_is_appended_while_the_log_is_read_for_who_comes_back_follows(log, clock, short_tail):
+def test_append_during_backlog_read(log, clock, short_tail):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
@@ -389,11 +390,11 @@ def test_what_is_appended_while_the_log_is_read_for_who_comes_back_follows(log, 
     log.release()
     ((_, member, history),) = arrived
     clock.turns(60)
-    assert told(history) == (True, "abcd-8", 5)
+    assert summary(history) == (True, "abcd-8", 5)
     assert member.numbers == [*range(9, 16)]
 
 
-def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clock):
+def test_room_forgotten_during_backlog_read(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     log.held = True
@@ -405,7 +406,7 @@ def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clo
     log.answer()
     assert log.reads == [("main", None, 5), ("main", 3, 5), ("main", None, 5)]
     log.release()
-    assert {told(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
+    assert {summary(history) for ((_, _, history),) in herd} == {(True, "abcd-8", 5)}
     ((room, member, _), *_) = [*herd[0]]
     assert [*rooms] == [room]
     log.say()
@@ -413,7 +414,7 @@ def test_a_room_that_is_forgotten_while_the_log_is_read_is_loaded_again(log, clo
     assert member.numbers == [*range(9, 16)]
 
 
-def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(log, clock):
+def test_failed_backlog_read_then_retry(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
@@ -423,10 +424,10 @@ def test_a_log_that_is_down_fails_who_comes_back_and_the_next_try_is_a_new_one(l
     assert [failure.type for (failure,) in arrived] == [LogUnavailable, LogUnavailable]
     assert len(log.waiting) == 0
     log.release()
-    assert told(enter(rooms, last="abcd-3")[2]) == (True, "abcd-8", 5)
+    assert summary(enter(rooms, last="abcd-3")[2]) == (True, "abcd-8", 5)
 
 
-def test_a_log_that_goes_down_when_the_room_must_be_loaded_again_fails_who_comes_back(log, clock):
+def test_failed_reload_after_backlog_read(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     log.held = True
@@ -448,7 +449,7 @@ def request(before=None, after=None, limit=3):
 
 
 def page(rooms, asked):
-    """The numbers on a page, its end, and whether there is more before and after it."""
+    """Return the numbers on a page, its end, and the flags for older and newer entries."""
     frames, end, older, newer = result_of(rooms.page("main", asked))
     texts = read_frames(b"".join(frames))
     numbers = [Id.parse(text["id"]).number for text in texts]
@@ -456,7 +457,7 @@ def page(rooms, asked):
     return numbers, end, older, newer
 
 
-def test_a_page_is_answered_from_the_tail_without_the_log(log, rooms):
+def test_page_from_tail(log, rooms):
     log.keep(9)
     enter(rooms)
     assert page(rooms, request()) == ([7, 8, 9], 9, True, False)
@@ -467,7 +468,7 @@ def test_a_page_is_answered_from_the_tail_without_the_log(log, rooms):
     assert len(log.reads) == 1
 
 
-def test_a_page_that_goes_beyond_the_tail_is_read_from_the_log(log, clock):
+def test_page_from_log(log, clock):
     log.keep(9)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
@@ -479,19 +480,20 @@ def test_a_page_that_goes_beyond_the_tail_is_read_from_the_log(log, clock):
     assert log.reads[1:] == [("main", 3, 3), ("main", 3, 3), ("main", None, 6)]
 
 
-def test_a_page_of_a_room_that_nobody_is_in_is_read_from_the_log_and_loads_nothing(log, rooms, clock):
+def test_page_of_closed_room(log, rooms, clock):
+    """A page of a room without members is read from the log and opens no room."""
     log.keep(9)
     assert page(rooms, request(before=4)) == ([1, 2, 3], 3, False, True)
     assert len(rooms) == 0
     assert clock.getDelayedCalls() == []
 
 
-def test_a_page_of_a_room_that_never_was_is_empty(rooms):
+def test_page_of_unknown_room(rooms):
     for asked in (request(), request(before=0), request(before=1), request(after=0)):
         assert page(rooms, asked) == ([], 0, False, False)
 
 
-def test_a_page_waits_for_the_log(log, rooms):
+def test_page_waits_for_log(log, rooms):
     log.held = True
     log.keep(3)
     reading = rooms.page("main", request())
@@ -500,7 +502,7 @@ def test_a_page_waits_for_the_log(log, rooms):
     assert result_of(reading).end == 3
 
 
-def test_a_page_may_name_what_the_log_has_and_the_room_was_not_told_of_yet(log, rooms):
+def test_page_with_log_ahead_of_room(log, rooms):
     enter(rooms)
     log.keep(3)
     assert page(rooms, request(after=1)) == ([2, 3], 3, True, False)
@@ -509,7 +511,7 @@ def test_a_page_may_name_what_the_log_has_and_the_room_was_not_told_of_yet(log, 
 
 @pytest.mark.parametrize("someone", [True, False])
 @pytest.mark.parametrize("asked", [request(before=11), request(after=10), request(after=10**15)])
-def test_a_message_that_there_is_not_is_unknown(log, rooms, someone, asked):
+def test_page_from_unknown_number(log, rooms, someone, asked):
     log.keep(9)
     if someone:
         enter(rooms)
@@ -518,7 +520,7 @@ def test_a_message_that_there_is_not_is_unknown(log, rooms, someone, asked):
 
 
 @pytest.mark.parametrize("named", ["before", "after"])
-def test_a_message_of_another_epoch_is_unknown_and_the_log_is_not_read_for_it(log, rooms, named):
+def test_page_from_other_epoch(log, rooms, named):
     log.keep(9)
     asked = request()._replace(**{named: Id("wxyz", 5)})
     with pytest.raises(UnknownId):
@@ -526,7 +528,7 @@ def test_a_message_of_another_epoch_is_unknown_and_the_log_is_not_read_for_it(lo
     assert log.reads == []
 
 
-def test_a_log_that_is_down_fails_the_page(log, rooms):
+def test_page_with_log_down(log, rooms):
     log.held = True
     reading = rooms.page("main", request())
     log.fail()
@@ -536,13 +538,13 @@ def test_a_log_that_is_down_fails_the_page(log, rooms):
 
 @st.composite
 def kept(draw):
-    """How much a log holds: its first and its head, and how many messages the tail of its room holds."""
+    """Draw the first number and the head of a log, and the length of the history of its room."""
     head = draw(st.integers(0, 30))
     return draw(st.integers(1, head + 1)), head, draw(st.integers(1, 40))
 
 
 def two(held):
-    """The same log twice: with someone in the room, and with nobody."""
+    """Return two registries of equal logs: one with a member in the room, and one without."""
     first, head, history = held
     filled, empty = ScriptedLog(head), ScriptedLog(head)
     filled.first = empty.first = first
@@ -554,7 +556,7 @@ def two(held):
 @REPEATABLE
 @given(kept(), st.integers(1, 9))
 @example((4, 20, 5), 3)
-def test_whoever_pages_backwards_gets_every_message_that_is_retained_once(held, limit):
+def test_paging_backwards_covers_log(held, limit):
     first, head, _ = held
     for rooms in two(held):
         seen, asked = [], request(limit=limit)
@@ -572,7 +574,7 @@ def test_whoever_pages_backwards_gets_every_message_that_is_retained_once(held, 
 @REPEATABLE
 @given(kept(), st.integers(1, 9))
 @example((4, 20, 5), 3)
-def test_whoever_pages_forwards_gets_every_message_that_is_retained_once(held, limit):
+def test_paging_forwards_covers_log(held, limit):
     first, head, _ = held
     for rooms in two(held):
         seen, asked = [], request(after=0, limit=limit)
@@ -590,7 +592,7 @@ def test_whoever_pages_forwards_gets_every_message_that_is_retained_once(held, l
 
 @REPEATABLE
 @given(kept(), st.sampled_from(["before", "after"]), st.integers(0, 33), st.integers(1, 9))
-def test_the_tail_and_the_log_answer_alike(held, named, number, limit):
+def test_tail_and_log_give_same_page(held, named, number, limit):
     def answer(rooms):
         try:
             return page(rooms, request(**{named: number}, limit=limit))
@@ -603,7 +605,8 @@ def test_the_tail_and_the_log_answer_alike(held, named, number, limit):
 
 @REPEATABLE
 @given(kept(), st.integers(0, 33), st.integers(0, 9))
-def test_whoever_comes_back_gets_exactly_what_was_missed_or_is_told_that_it_is_gone(held, number, later):
+def test_resume_property(held, number, later):
+    """A client that resumes gets exactly what it missed, or learns that this is lost."""
     first, head, history = held
     log, clock = ScriptedLog(head), Turns()
     log.first = first
@@ -627,11 +630,11 @@ def test_whoever_comes_back_gets_exactly_what_was_missed_or_is_told_that_it_is_g
     assert member.cursor == head + later
 
 
-# Interrupted
+# Interruptions
 
 
-def said(member):
-    """What a member has received, such as ["message abcd-3", "history efgh-2"]; a history says what it stands for."""
+def received(member):
+    """Return the frames that a member received, such as ["message abcd-3", "history efgh-2"]."""
     for text in member.texts:
         if text["type"] == "history":
             assert text["resumed"] is False
@@ -639,7 +642,7 @@ def said(member):
     return [f"{text['type']} {text['id']}" for text in member.texts]
 
 
-def test_what_was_not_told_is_read_and_nobody_notices(log, rooms, clock):
+def test_interruption_reads_missed_entries(log, rooms, clock):
     log.keep(3)
     room, member, _ = enter(rooms)
     _, reader, _ = enter(rooms, Reader(form=event))
@@ -650,12 +653,12 @@ def test_what_was_not_told_is_read_and_nobody_notices(log, rooms, clock):
     clock.turns()
     log.say()
     clock.turns()
-    assert said(member) == said(reader) == [f"message abcd-{number}" for number in (4, 5, 6, 7)]
+    assert received(member) == received(reader) == [f"message abcd-{number}" for number in (4, 5, 6, 7)]
     assert enter(rooms)[0] is room
     assert clock.getDelayedCalls() == []
 
 
-def test_where_nothing_was_missed_nothing_happens(log, rooms, clock):
+def test_interruption_without_missed_entries(log, rooms, clock):
     log.keep(3)
     _, member, _ = enter(rooms)
     log.miss()
@@ -664,24 +667,24 @@ def test_where_nothing_was_missed_nothing_happens(log, rooms, clock):
     assert log.reads[1:] == [("main", 3, MAX_LAG)]
 
 
-@pytest.mark.parametrize("told", [0, 1, 2, 3])
-def test_what_is_appended_meanwhile_keeps_its_place_and_comes_once(log, rooms, clock, told):
+@pytest.mark.parametrize("notified", [0, 1, 2, 3])
+def test_append_during_reload(log, rooms, clock, notified):
     _, member, _ = enter(rooms)
     log.say()
     log.held = True
     log.miss(2)
     for number in range(3):
-        if number == told:
+        if number == notified:
             page = log.page(1, MAX_LAG)
         log.say()
     clock.turns()
-    assert member.numbers == [1], "it waits"
-    log.answer(page if told < 3 else None)
+    assert member.numbers == [1], "the rest waits"
+    log.answer(page if notified < 3 else None)
     clock.turns()
     assert member.numbers == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_room_that_nobody_is_in_is_not_read(log, rooms, clock):
+def test_interruption_of_empty_room(log, rooms, clock):
     room, member, _ = enter(rooms)
     rooms.open("opened")
     rooms.leave(room, member)
@@ -690,7 +693,7 @@ def test_a_room_that_nobody_is_in_is_not_read(log, rooms, clock):
     assert (len(log.reads), len(rooms)) == (reads, 0)
 
 
-def test_each_room_is_loaded_for_itself(log, rooms, clock):
+def test_rooms_reload_separately(log, rooms, clock):
     log.keep(2)
     members = [enter(rooms, name=name)[1] for name in ("one", "other")]
     log.held = True
@@ -704,36 +707,37 @@ def test_each_room_is_loaded_for_itself(log, rooms, clock):
     assert [member.numbers for member in members] == [[3], [3]]
 
 
-def test_who_is_told_nothing_for_too_long_begins_anew(log, clock, monkeypatch):
+def test_restart_after_long_interruption(log, clock, monkeypatch):
+    """Members restart with the newest entries if they missed more than MAX_LAG."""
     monkeypatch.setattr("chatd.room.registry.MAX_LAG", 4)
     rooms = Registry(log, frames, clock, 3)
     log.keep(2)
     _, member, _ = enter(rooms)
     log.miss(4)
     clock.turns()
-    assert said(member) == [f"message abcd-{number}" for number in (3, 4, 5, 6)]
+    assert received(member) == [f"message abcd-{number}" for number in (3, 4, 5, 6)]
     log.miss(5)
     assert log.reads[2:] == [("main", 6, 4), ("main", None, 3)]
     clock.turns()
-    assert said(member)[4:] == ["history abcd-11"]
+    assert received(member)[4:] == ["history abcd-11"]
     assert (len(member.texts[-1]["data"]), member.texts[-1]["more"]) == (3, True)
     log.say()
     clock.turns()
-    assert said(member)[5:] == ["message abcd-12"]
+    assert received(member)[5:] == ["message abcd-12"]
 
 
-def test_who_missed_what_was_removed_meanwhile_begins_anew(log, rooms, clock):
+def test_restart_if_missed_entries_are_trimmed(log, rooms, clock):
     log.keep(2)
     _, member, _ = enter(rooms)
     log.keep(3)
     log.first = 5
     log.miss()
     clock.turns()
-    assert said(member) == ["history abcd-5"]
+    assert received(member) == ["history abcd-5"]
     assert [len(member.texts[0]["data"]), "more" in member.texts[0]] == [1, False]
 
 
-def test_what_was_kept_is_not_missed_though_all_before_it_was_removed(log, rooms, clock):
+def test_no_restart_if_missed_entries_are_stored(log, rooms, clock):
     log.keep(2)
     _, member, _ = enter(rooms)
     log.keep(3)
@@ -741,10 +745,10 @@ def test_what_was_kept_is_not_missed_though_all_before_it_was_removed(log, rooms
     log.miss()
     clock.turns()
     assert member.numbers == [3, 4, 5]
-    assert told(enter(rooms)[2]) == (None, "abcd-5", 3)
+    assert summary(enter(rooms)[2]) == (None, "abcd-5", 3)
 
 
-def test_in_another_history_everyone_begins_anew_and_goes_on_from_there(log, rooms, clock):
+def test_new_epoch_restarts_members(log, rooms, clock):
     log.keep(5)
     room, member, _ = enter(rooms)
     _, reader, _ = enter(rooms, Reader(form=event))
@@ -755,12 +759,14 @@ def test_in_another_history_everyone_begins_anew_and_goes_on_from_there(log, roo
     clock.turns()
     log.say(2)
     clock.turns()
-    assert said(member) == said(reader) == ["message abcd-6", "history efgh-4", "message efgh-5", "message efgh-6"]
+    assert (
+        received(member) == received(reader) == ["message abcd-6", "history efgh-4", "message efgh-5", "message efgh-6"]
+    )
     assert [member.cursor, reader.cursor, room.head, room.epoch] == [6, 6, 6, "efgh"]
     assert reader.writes[1].startswith(b"event: history\nid: efgh-4\n")
 
 
-def test_so_they_do_when_that_is_as_long_and_when_it_is_longer_and_when_it_is_empty(log, rooms, clock):
+def test_new_epoch_of_any_length(log, rooms, clock):
     log.keep(2)
     _, member, _ = enter(rooms)
     log.lose(2, "efgh")
@@ -770,11 +776,11 @@ def test_so_they_do_when_that_is_as_long_and_when_it_is_longer_and_when_it_is_em
     clock.turns()
     log.lose(0, "mnop")
     clock.turns()
-    assert said(member) == ["history efgh-2", "history ijkl-5", "history mnop-0"]
+    assert received(member) == ["history efgh-2", "history ijkl-5", "history mnop-0"]
     assert [len(text["data"]) for text in member.texts] == [2, 5, 0]
 
 
-def test_what_the_other_history_goes_on_with_meanwhile_follows(log, rooms, clock):
+def test_append_and_trim_during_restart(log, rooms, clock):
     log.keep(5)
     _, member, _ = enter(rooms)
     log.held = True
@@ -785,11 +791,11 @@ def test_what_the_other_history_goes_on_with_meanwhile_follows(log, rooms, clock
     log.trim(2)
     log.answer(page)
     clock.turns()
-    assert said(member) == ["history efgh-2", "message efgh-3"]
-    assert told(enter(rooms)[2]) == (None, "efgh-3", 2)
+    assert received(member) == ["history efgh-2", "message efgh-3"]
+    assert summary(enter(rooms)[2]) == (None, "efgh-3", 2)
 
 
-def test_one_whose_transport_is_full_begins_anew_after_what_it_was_given(log, rooms, clock):
+def test_restart_of_full_member(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(10))
     log.say(3)
     clock.turns()
@@ -800,23 +806,23 @@ def test_one_whose_transport_is_full_begins_anew_after_what_it_was_given(log, ro
     clock.turns()
     member.drain(room)
     clock.turns()
-    assert said(member) == ["message abcd-1", "history efgh-1", "message efgh-2"]
+    assert received(member) == ["message abcd-1", "history efgh-1", "message efgh-2"]
 
 
-def test_a_pass_that_was_going_on_is_over(log, rooms, clock):
+def test_restart_ends_pass(log, rooms, clock):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
     log.say(2)
     clock.turn()
     log.lose(1)
     log.say()
     clock.turn()
-    assert said(members[0]) == ["message abcd-1", "message abcd-2", "history efgh-1", "message efgh-2"]
+    assert received(members[0]) == ["message abcd-1", "message abcd-2", "history efgh-1", "message efgh-2"]
     clock.turns()
-    assert said(members[-1]) == ["history efgh-1", "message efgh-2"]
+    assert received(members[-1]) == ["history efgh-1", "message efgh-2"]
     assert clock.idle
 
 
-def test_a_pass_goes_on_while_the_room_is_loaded_again(log, rooms, clock):
+def test_pass_continues_during_reload(log, rooms, clock):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
     log.say(2)
     clock.turn()
@@ -829,7 +835,7 @@ def test_a_pass_goes_on_while_the_room_is_loaded_again(log, rooms, clock):
     assert [member.numbers for member in members] == [[1, 2, 3, 4]] * len(members)
 
 
-def test_joined_runs_of_the_lost_history_are_given_to_nobody(log, rooms, clock):
+def test_restart_drops_joined_runs(log, rooms, clock):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
     log.say(2, "lost")
     clock.turn()
@@ -840,20 +846,20 @@ def test_joined_runs_of_the_lost_history_are_given_to_nobody(log, rooms, clock):
     assert [text["data"]["message"] for text in members[0].texts[3:]] == ["found", "found"]
 
 
-def test_the_history_is_shown_as_it_is_now(log, rooms):
+def test_join_after_new_epoch(log, rooms):
     log.keep(3)
     enter(rooms)
-    assert told(enter(rooms, last="abcd-3")[2]) == (True, "abcd-3", 0)
+    assert summary(enter(rooms, last="abcd-3")[2]) == (True, "abcd-3", 0)
     log.lose(3)
-    assert told(enter(rooms)[2]) == (None, "efgh-3", 3)
-    assert told(enter(rooms, last="abcd-3")[2]) == (False, "efgh-3", 3)
-    assert told(enter(rooms, last="efgh-3")[2]) == (True, "efgh-3", 0)
+    assert summary(enter(rooms)[2]) == (None, "efgh-3", 3)
+    assert summary(enter(rooms, last="abcd-3")[2]) == (False, "efgh-3", 3)
+    assert summary(enter(rooms, last="efgh-3")[2]) == (True, "efgh-3", 0)
 
 
-# ... with others who come, go, post and page meanwhile
+# Joins, leaves, posts and pages during an interruption
 
 
-def test_who_joins_meanwhile_waits_and_those_who_were_there_are_told_first(log, rooms, clock):
+def test_join_waits_for_restart(log, rooms, clock):
     log.keep(3)
     room, member, _ = enter(rooms)
     log.held = True
@@ -862,23 +868,23 @@ def test_who_joins_meanwhile_waits_and_those_who_were_there_are_told_first(log, 
     assert arrived == [[], []]
     assert len(log.reads) == 2
     log.answer()
-    assert said(member) == ["history efgh-1"]
-    assert [told(history) for ((_, _, history),) in arrived] == [(None, "efgh-1", 1)] * 2
+    assert received(member) == ["history efgh-1"]
+    assert [summary(history) for ((_, _, history),) in arrived] == [(None, "efgh-1", 1)] * 2
     assert {joined for ((joined, _, _),) in arrived} == {room}
     log.say()
     clock.turns()
     assert [newcomer.numbers for ((_, newcomer, _),) in arrived] == [[2], [2]]
-    assert said(member)[1:] == ["message efgh-2"]
+    assert received(member)[1:] == ["message efgh-2"]
 
 
-def test_who_comes_back_meanwhile_gets_what_it_missed_and_what_nobody_was_told(log, rooms, clock):
+def test_resume_waits_for_reload(log, rooms, clock):
     log.keep(3)
     enter(rooms)
     log.held = True
     log.miss(2)
     arrived = arrive(rooms, last="abcd-2")
     log.answer()
-    assert told(arrived[0][2]) == (True, "abcd-5", 3)
+    assert summary(arrived[0][2]) == (True, "abcd-5", 3)
     log.release()
 
 
@@ -886,17 +892,17 @@ def test_who_comes_back_meanwhile_gets_what_it_missed_and_what_nobody_was_told(l
     ("last", "history"),
     [("abcd-2", (False, "efgh-3", 3)), ("efgh-2", (True, "efgh-3", 1)), ("efgh-9", (False, "efgh-3", 3))],
 )
-def test_who_comes_back_meanwhile_resumes_in_the_history_that_is(log, rooms, clock, last, history):
+def test_resume_waits_for_restart(log, rooms, clock, last, history):
     log.keep(5)
     enter(rooms)
     log.held = True
     log.lose(3)
     arrived = arrive(rooms, last=last)
     log.release()
-    assert told(arrived[0][2]) == history
+    assert summary(arrived[0][2]) == history
 
 
-def test_who_came_back_to_the_lost_history_begins_anew_in_the_one_that_is(log, clock):
+def test_new_epoch_during_backlog_read(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
@@ -906,10 +912,10 @@ def test_who_came_back_to_the_lost_history_begins_anew_in_the_one_that_is(log, c
     log.answer()
     assert arrived == []
     log.answer()
-    assert told(arrived[0][2]) == (False, "efgh-11", 5)
+    assert summary(arrived[0][2]) == (False, "efgh-11", 5)
 
 
-def test_who_comes_back_when_it_happens_is_given_what_the_log_held(log, clock):
+def test_interruption_during_backlog_read(log, clock):
     log.keep(12)
     rooms = Registry(log, frames, clock, 5)
     enter(rooms)
@@ -921,11 +927,11 @@ def test_who_comes_back_when_it_happens_is_given_what_the_log_held(log, clock):
     log.release()
     clock.turns(60)
     ((_, member, history),) = arrived
-    assert told(history) == (True, "abcd-8", 5)
+    assert summary(history) == (True, "abcd-8", 5)
     assert member.numbers == [*range(9, 15)]
 
 
-def test_a_page_is_read_from_the_log_meanwhile(log, rooms):
+def test_page_during_reload(log, rooms):
     log.keep(3)
     enter(rooms)
     log.held = True
@@ -935,7 +941,7 @@ def test_a_page_is_read_from_the_log_meanwhile(log, rooms):
     assert result_of(reading).end == 5
 
 
-def test_a_page_is_of_the_history_that_is(log, rooms):
+def test_page_after_new_epoch(log, rooms):
     log.keep(5)
     enter(rooms)
     log.lose(4)
@@ -948,7 +954,7 @@ def test_a_page_is_of_the_history_that_is(log, rooms):
 
 
 @pytest.mark.parametrize("named", ["before", "after"])
-def test_a_message_of_the_history_that_is_lost_while_the_page_is_read_is_unknown(log, rooms, named):
+def test_new_epoch_during_page_from_id(log, rooms, named):
     log.keep(5)
     log.held = True
     asked = request()._replace(**{named: Id("abcd", 3)})
@@ -959,7 +965,7 @@ def test_a_message_of_the_history_that_is_lost_while_the_page_is_read_is_unknown
         result_of(reading)
 
 
-def test_the_newest_page_is_of_whatever_history_there_is_when_it_is_read(log, rooms):
+def test_new_epoch_during_newest_page(log, rooms):
     log.keep(5)
     log.held = True
     reading = rooms.page("main", request())
@@ -969,7 +975,7 @@ def test_the_newest_page_is_of_whatever_history_there_is_when_it_is_read(log, ro
     assert [text["id"] for text in read_frames(b"".join(frames))] == ["efgh-2", "efgh-3", "efgh-4"]
 
 
-def test_a_post_goes_to_the_log_meanwhile_and_comes_in_its_place(log, rooms, clock):
+def test_post_during_reload(log, rooms, clock):
     _, member, _ = enter(rooms)
     log.held = True
     log.miss(2)
@@ -982,7 +988,7 @@ def test_a_post_goes_to_the_log_meanwhile_and_comes_in_its_place(log, rooms, clo
     assert member.numbers == [1, 2, 3]
 
 
-def test_who_leaves_meanwhile_is_told_nothing_and_the_room_is_forgotten_with_the_last(log, rooms, clock):
+def test_leave_during_reload(log, rooms, clock):
     log.keep(3)
     room, one, _ = enter(rooms)
     _, other, _ = enter(rooms)
@@ -990,17 +996,17 @@ def test_who_leaves_meanwhile_is_told_nothing_and_the_room_is_forgotten_with_the
     log.lose(1)
     rooms.leave(room, one)
     log.answer()
-    assert (one.writes, said(other)) == ([], ["history efgh-1"])
+    assert (one.writes, received(other)) == ([], ["history efgh-1"])
     log.lose(1, "ijkl")
     rooms.leave(room, other)
     log.answer()
     clock.turns()
-    assert said(other) == ["history efgh-1"]
+    assert received(other) == ["history efgh-1"]
     assert count_held(rooms, log, clock) == 0
     assert clock.getDelayedCalls() == []
 
 
-def test_who_leaves_as_it_is_told_leaves_nothing_behind(log, rooms, clock):
+def test_leave_while_history_is_sent(log, rooms, clock):
     log.keep(3)
     _, first, _ = enter(rooms)
     _, last, _ = enter(rooms)
@@ -1014,7 +1020,7 @@ def test_who_leaves_as_it_is_told_leaves_nothing_behind(log, rooms, clock):
     assert count_held(rooms, log, clock) == 0
 
 
-def test_what_is_trimmed_meanwhile_is_shown_no_more(log, rooms):
+def test_trim_during_reload(log, rooms):
     log.keep(5)
     enter(rooms)
     log.held = True
@@ -1022,10 +1028,10 @@ def test_what_is_trimmed_meanwhile_is_shown_no_more(log, rooms):
     page = log.page(5, MAX_LAG)
     log.trim(4)
     log.answer(page)
-    assert told(enter(rooms)[2]) == (None, "abcd-7", 4)
+    assert summary(enter(rooms)[2]) == (None, "abcd-7", 4)
 
 
-def test_what_is_trimmed_in_a_room_that_waits_to_be_loaded_is_shown_no_more(log, rooms, clock):
+def test_trim_before_reload(log, rooms, clock):
     log.keep(5)
     enter(rooms)
     log.held = True
@@ -1034,24 +1040,25 @@ def test_what_is_trimmed_in_a_room_that_waits_to_be_loaded_is_shown_no_more(log,
     log.trim(4)
     log.release()
     clock.advance(RELOAD_SECONDS)
-    assert told(enter(rooms)[2]) == (None, "abcd-7", 4)
+    assert summary(enter(rooms)[2]) == (None, "abcd-7", 4)
 
 
-def test_what_was_trimmed_in_the_lost_history_is_not_hidden_in_the_next(log, rooms):
+def test_trim_of_lost_history_is_dropped(log, rooms):
     log.keep(9)
     log.held = True
     arrived = arrive(rooms)
     log.trim(8)
-    log.first = 1  # a replica that had not heard of it
+    log.first = 1  # a replica that lacks the trim
     log.lose(5)
     log.release()
-    assert told(arrived[0][2]) == (None, "efgh-5", 5)
+    assert summary(arrived[0][2]) == (None, "efgh-5", 5)
 
 
-# ... again, and when the log is down
+# Repeated interruptions, and a log that is down
 
 
-def test_a_load_that_fails_is_tried_again_and_meanwhile_what_was_there_is_served(log, rooms, clock):
+def test_failed_reload_is_retried(log, rooms, clock):
+    """While a reload fails, members are served what the room has."""
     room, member, _ = enter(rooms, Reader(10))
     log.say(3)
     clock.turns()
@@ -1077,21 +1084,21 @@ def test_a_load_that_fails_is_tried_again_and_meanwhile_what_was_there_is_served
     assert clock.getDelayedCalls() == []
 
 
-def test_who_comes_when_a_load_has_failed_begins_another_for_all(log, rooms, clock):
+def test_join_after_failed_reload(log, rooms, clock):
     log.keep(1)
     _, member, _ = enter(rooms)
     log.held = True
     log.lose()
     log.fail()
     log.release()
-    assert told(enter(rooms)[2]) == (None, "efgh-0", 0)
-    assert said(member) == ["history efgh-0"]
+    assert summary(enter(rooms)[2]) == (None, "efgh-0", 0)
+    assert received(member) == ["history efgh-0"]
     reads = len(log.reads)
     clock.advance(RELOAD_SECONDS)
     assert len(log.reads) == reads
 
 
-def test_for_all_rooms_there_is_one_next_try_however_often_it_was_interrupted(log, rooms, clock):
+def test_one_retry_for_all_rooms(log, rooms, clock):
     for name in ("one", "other"):
         enter(rooms, name=name)
     clock.turns()
@@ -1109,7 +1116,7 @@ def test_for_all_rooms_there_is_one_next_try_however_often_it_was_interrupted(lo
     assert len(clock.getDelayedCalls()) == 1
 
 
-def test_a_room_that_all_have_left_is_not_loaded_again(log, rooms, clock):
+def test_no_retry_for_empty_room(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.say(2)
     clock.turns()
@@ -1123,7 +1130,7 @@ def test_a_room_that_all_have_left_is_not_loaded_again(log, rooms, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_but_it_is_for_who_waits_for_it(log, rooms, clock):
+def test_retry_for_empty_room_with_waiting_join(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.held = True
     log.miss(2)
@@ -1132,11 +1139,11 @@ def test_but_it_is_for_who_waits_for_it(log, rooms, clock):
     arrived = arrive(rooms)
     clock.advance(RELOAD_SECONDS)
     log.answer()
-    assert told(arrived[0][2]) == (None, "abcd-2", 2)
+    assert summary(arrived[0][2]) == (None, "abcd-2", 2)
     assert arrived[0][0] is room
 
 
-def test_what_was_read_before_the_last_interruption_is_read_again(log, rooms, clock):
+def test_interruption_during_reload(log, rooms, clock):
     log.keep(1)
     _, member, _ = enter(rooms)
     log.held = True
@@ -1154,7 +1161,7 @@ def test_what_was_read_before_the_last_interruption_is_read_again(log, rooms, cl
     assert member.numbers == [2, 3, 4, 5, 6]
 
 
-def test_also_for_the_first_who_comes(log, rooms, clock):
+def test_interruption_during_load(log, rooms, clock):
     log.held = True
     arrived = arrive(rooms)
     page = log.page(None, 100)
@@ -1163,10 +1170,10 @@ def test_also_for_the_first_who_comes(log, rooms, clock):
     log.answer(page)
     assert arrived == []
     log.answer()
-    assert told(arrived[0][2]) == (None, "abcd-3", 3)
+    assert summary(arrived[0][2]) == (None, "abcd-3", 3)
 
 
-def test_what_was_told_of_the_lost_history_does_not_follow_the_next(log, rooms, clock):
+def test_new_epoch_during_load(log, rooms, clock):
     log.held = True
     arrived = arrive(rooms)
     log.say(3)
@@ -1175,10 +1182,10 @@ def test_what_was_told_of_the_lost_history_does_not_follow_the_next(log, rooms, 
     log.release()
     ((_, member, history),) = arrived
     clock.turns()
-    assert (told(history), member.writes) == ((None, "efgh-2", 2), [])
+    assert (summary(history), member.writes) == ((None, "efgh-2", 2), [])
 
 
-def test_two_histories_lost_one_after_the_other_are_one_fresh_start(log, rooms, clock):
+def test_two_new_epochs_are_one_restart(log, rooms, clock):
     log.keep(3)
     _, member, _ = enter(rooms)
     log.held = True
@@ -1190,10 +1197,10 @@ def test_two_histories_lost_one_after_the_other_are_one_fresh_start(log, rooms, 
     assert member.writes == []
     log.release()
     clock.turns()
-    assert said(member) == ["history ijkl-1"]
+    assert received(member) == ["history ijkl-1"]
 
 
-def test_the_log_may_be_lost_while_what_was_not_told_is_read(log, rooms, clock):
+def test_new_epoch_during_reload(log, rooms, clock):
     log.keep(3)
     _, member, _ = enter(rooms)
     log.held = True
@@ -1201,10 +1208,10 @@ def test_the_log_may_be_lost_while_what_was_not_told_is_read(log, rooms, clock):
     log.lose(1)
     log.release()
     clock.turns()
-    assert said(member) == ["history efgh-1"]
+    assert received(member) == ["history efgh-1"]
 
 
-def test_a_fault_that_is_not_the_logs_is_not_hidden(log, rooms, events):
+def test_unexpected_error_is_logged(log, rooms, events):
     enter(rooms)
     log.held = True
     log.miss()
@@ -1213,10 +1220,10 @@ def test_a_fault_that_is_not_the_logs_is_not_hidden(log, rooms, events):
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
 
 
-# ... as it is counted
+# Counters during an interruption
 
 
-def test_nothing_that_is_counted_goes_back(log, rooms, clock):
+def test_counters_never_decrease(log, rooms, clock):
     seen = []
 
     def look():
@@ -1250,7 +1257,7 @@ def test_nothing_that_is_counted_goes_back(log, rooms, clock):
     assert look() == (0, 4, False)
 
 
-def test_what_is_served_while_the_room_waits_to_be_loaded_is_counted(log, rooms, clock):
+def test_delivery_during_reload_is_counted(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(10))
     log.say(3)
     clock.turns()
@@ -1262,11 +1269,11 @@ def test_what_is_served_while_the_room_waits_to_be_loaded_is_counted(log, rooms,
     assert (rooms.delivered, clock.idle) == (3, True)
 
 
-# ... whatever happens
+# Any order of events
 
 
 class Recorded:
-    """A client, and all that it is given: what it begins with, and what follows."""
+    """A client with all that it received: its history, and what followed."""
 
     def __init__(self, rooms, member, last=None):
         self.member = member
@@ -1282,14 +1289,14 @@ class Recorded:
         return self.arrived[0][0]
 
     def follow(self, logs, lag, removed):
-        """Hold it all to the logs by epoch; answers the id of its last message."""
+        """Check everything against the logs by epoch, and return the id of its last entry."""
         history = self.arrived[0][2]
         at, acks = self._begin(history, logs), []
         for text in self.member.texts:
             kind, place = text["type"], Id.parse(text["id"])
             if kind == "history":
                 assert text["resumed"] is False
-                # In the same history only if it had gone on too far, or was removed.
+                # In the same history this happens only if the client lacks too much, or entries were trimmed.
                 assert place.epoch != at.epoch or place.number > at.number + lag or at.number + 1 < removed
                 at = self._begin(text, logs)
             elif kind == "message":
@@ -1300,11 +1307,11 @@ class Recorded:
                 assert place.epoch == at.epoch
                 assert place.number <= at.number, "after its message"
                 acks.append(place)
-        assert acks == [ack for ack in self.acks if ack in acks], "in order, and once"
+        assert acks == [ack for ack in self.acks if ack in acks], "in order, and once each"
         return at
 
     def acked(self, epoch):
-        """Which of its posts in a history were acknowledged to it."""
+        """Return the ids of its acknowledged posts in one history."""
         acks = [Id.parse(text["id"]) for text in self.member.texts if text["type"] == "ack"]
         return [ack for ack in acks if ack.epoch == epoch]
 
@@ -1317,10 +1324,10 @@ class Recorded:
         return Id(epoch, end)
 
 
-class ALogThatIsLost(RuleBasedStateMachine):
-    """However often the log is interrupted or lost, each client has, in each history, a run without gap or double.
+class LostLogMachine(RuleBasedStateMachine):
+    """However often the log is interrupted or lost, each client has a gapless run of each history, once.
 
-    A history is a list of texts, each of which is written once, so that none is taken for that of another.
+    Every text is appended once, so that an entry of one history never equals one of another.
     """
 
     LAG = 8
@@ -1353,7 +1360,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 4))
     def keep(self, number):
-        """The log has it, and tells it later."""
+        """Append entries, and notify later."""
         self.write(number)
 
     @rule()
@@ -1385,7 +1392,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
 
     @rule(which=st.randoms(use_true_random=False), ahead=st.integers(0, 2))
     @precondition(lambda self: self.away)
-    def come_back(self, which, ahead):
+    def rejoin(self, which, ahead):
         last = self.away.pop(which.randrange(len(self.away)))
         self.clients.append(Recorded(self.rooms, Reader(), f"{last.epoch}-{last.number + ahead}"))
 
@@ -1439,14 +1446,14 @@ class ALogThatIsLost(RuleBasedStateMachine):
         self.away.append(client.follow(self.logs, self.LAG, self.removed))
 
     @invariant()
-    def what_is_counted_does_not_go_back(self):
+    def counters_never_decrease(self):
         if hasattr(self, "rooms"):
             assert self.rooms.delivered >= self.delivered
             self.delivered = self.rooms.delivered
             assert len(self.rooms) == len([*self.rooms]) <= 1
 
     @rule()
-    def all_settles(self):
+    def settle(self):
         self.send_frame()
         self.log.release()
         for _ in range(400):
@@ -1472,7 +1479,7 @@ class ALogThatIsLost(RuleBasedStateMachine):
             assert count_held(self.rooms, self.log, self.clock) == 0
 
 
-ALogThatIsLost.TestCase.settings = settings(
+LostLogMachine.TestCase.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
-TestALogThatIsLost = ALogThatIsLost.TestCase
+TestLostLogMachine = LostLogMachine.TestCase

@@ -37,7 +37,7 @@ def rooms(log, clock):
 
 @pytest.fixture
 def short_tail(monkeypatch):
-    """A tail of a few frames, so that the log is needed soon."""
+    """Shorten the tail to a few frames, so that the log is needed soon."""
     monkeypatch.setattr("chatd.room.tail.TAIL_BYTES", 400)
 
 
@@ -48,7 +48,7 @@ def number_of(text):
 # Joining
 
 
-def test_who_joins_gets_the_newest_messages_oldest_first(clock):
+def test_join_newest_entries(clock):
     log = ScriptedLog()
     for number in range(1, 8):
         log.keep(1, f"m{number}")
@@ -62,12 +62,12 @@ def test_who_joins_gets_the_newest_messages_oldest_first(clock):
     assert member.cursor == 7
 
 
-def test_an_empty_room_begins_with_a_cursor_too(rooms):
+def test_join_empty_room(rooms):
     assert enter(rooms)[2] == {"type": "history", "id": "abcd-0", "data": []}
 
 
 @pytest.mark.parametrize(("first", "more"), [(1, True), (4, True), (5, False), (6, False), (8, False)])
-def test_more_is_said_only_when_the_log_holds_older_messages(log, clock, first, more):
+def test_history_more_only_with_older_entries(log, clock, first, more):
     log.keep(7)
     log.first = first
     _, _, history = enter(Registry(log, frames, clock, 3))
@@ -76,7 +76,8 @@ def test_more_is_said_only_when_the_log_holds_older_messages(log, clock, first, 
     assert len(history["data"]) == min(3, 8 - first)
 
 
-def test_the_history_ends_where_the_messages_that_follow_begin(log, rooms, clock):
+def test_messages_follow_history(log, rooms, clock):
+    """The first message frame is the entry after the last one of the history."""
     room, first, _ = enter(rooms)
     log.say(3)
     _, second, history = enter(rooms)
@@ -88,20 +89,20 @@ def test_the_history_ends_where_the_messages_that_follow_begin(log, rooms, clock
     assert room.head == 5
 
 
-def test_who_join_at_one_head_share_one_encoded_history(log, rooms):
+def test_history_is_shared_at_one_head(log, rooms):
     room, _, _ = enter(rooms)
     log.say()
     assert room.join(Reader()) is room.join(Reader())
 
 
-def test_the_history_goes_on_growing_with_the_room(log, clock):
+def test_history_grows_with_room(log, clock):
     rooms = Registry(log, frames, clock, 3)
     enter(rooms)
     log.say(5)
     assert [len(enter(rooms)[2]["data"]), enter(rooms)[2]["more"]] == [3, True]
 
 
-def test_the_history_shows_no_more_what_retention_removed(log, rooms):
+def test_history_without_trimmed_entries(log, rooms):
     enter(rooms)
     log.say(5)
     assert len(enter(rooms)[2]["data"]) == 5
@@ -113,7 +114,7 @@ def test_the_history_shows_no_more_what_retention_removed(log, rooms):
     assert [history["id"], len(history["data"]), "more" in history] == ["abcd-5", 0, False]
 
 
-def test_a_room_tells_its_watchers_who_is_here(rooms, clock):
+def test_room_sends_presence(rooms, clock):
     room, ann, _ = enter(rooms, Reader(events=[PRESENCE, TYPING], name="ann"))
     clock.turns()
     _, bob, _ = enter(rooms, Reader(name="bob"))
@@ -130,12 +131,12 @@ def test_a_room_tells_its_watchers_who_is_here(rooms, clock):
     assert bob.writes == []
 
 
-# Coming back
+# Resuming
 
 
 @pytest.fixture
 def ten(clock):
-    """A room of ten messages, of which a history frame holds four."""
+    """Return a room of ten entries, of which a history frame holds four."""
     log = ScriptedLog()
     room, _, _ = enter(Registry(log, frames, clock, 4))
     log.say(10)
@@ -144,8 +145,8 @@ def ten(clock):
     return room
 
 
-def come_back(room, number, missed=None, epoch="abcd", member=None):
-    """Join with the last message that the member has; answers the member and what its history frame says."""
+def rejoin(room, number, missed=None, epoch="abcd", member=None):
+    """Join after an entry; return the member and its history frame."""
     member = member or Reader()
     (history,) = read_frames(room.join(member, Id(epoch, number), missed))
     holds(history)
@@ -153,57 +154,60 @@ def come_back(room, number, missed=None, epoch="abcd", member=None):
 
 
 @pytest.mark.parametrize(("last", "end"), [(0, 4), (1, 5), (5, 9), (6, 10), (8, 10), (10, 10)])
-def test_who_comes_back_gets_exactly_what_was_missed_the_oldest_first_and_the_rest_as_messages(ten, clock, last, end):
-    member, history = come_back(ten, last)
+def test_resume(ten, clock, last, end):
+    """A client that resumes gets the oldest missed entries in the history, and the rest as messages."""
+    member, history = rejoin(ten, last)
     clock.turns()
     assert history["resumed"] is True
     assert [history["id"], len(history["data"])] == [f"abcd-{end}", end - last]
     assert member.numbers == [*range(end + 1, 11)]
 
 
-def test_who_comes_back_with_nothing_missed_gets_the_cursor_again(ten, clock):
-    member, history = come_back(ten, 10)
+def test_resume_at_head(ten, clock):
+    member, history = rejoin(ten, 10)
     assert history == {"type": "history", "id": "abcd-10", "resumed": True, "data": []}
     ten.log.say()
     clock.turns()
     assert member.numbers == [11]
 
 
-def test_the_cursor_of_an_empty_room_is_a_valid_one(rooms, log):
+def test_resume_in_empty_room(rooms, log):
     room, _, _ = enter(rooms)
-    assert come_back(room, 0)[1] == {"type": "history", "id": "abcd-0", "resumed": True, "data": []}
+    assert rejoin(room, 0)[1] == {"type": "history", "id": "abcd-0", "resumed": True, "data": []}
     log.say(2)
-    history = come_back(room, 0)[1]
+    history = rejoin(room, 0)[1]
     assert [history["resumed"], history["id"], len(history["data"])] == [True, "abcd-2", 2]
 
 
 def fresh(history):
-    """Whether this is a fresh start with the newest of ten messages."""
+    """Return True for a history with the newest of ten entries that resumes nothing."""
     assert history["data"]
     return [history["resumed"], history["id"], len(history["data"])] == [False, "abcd-10", 4]
 
 
-def test_who_has_a_message_of_another_epoch_starts_afresh(ten, clock):
-    member, history = come_back(ten, 8, epoch="wxyz")
+def test_resume_from_other_epoch(ten, clock):
+    """An id of another epoch gets the newest entries with `"resumed":false`."""
+    member, history = rejoin(ten, 8, epoch="wxyz")
     assert fresh(history)
     assert history["more"] is True
     clock.turns()
     assert member.numbers == []
 
 
-def test_who_has_a_message_of_the_future_starts_afresh(ten):
-    assert fresh(come_back(ten, 11)[1])
+def test_resume_beyond_head(ten):
+    assert fresh(rejoin(ten, 11)[1])
 
 
-def test_who_has_a_message_that_is_beyond_what_the_log_holds_too_starts_afresh(ten):
-    assert fresh(come_back(ten, 11, Page([], 1, 10))[1])
+def test_resume_beyond_head_of_log(ten):
+    assert fresh(rejoin(ten, 11, Page([], 1, 10))[1])
 
 
-def test_who_has_a_message_of_the_log_that_the_room_was_not_told_of_is_not_of_the_future(ten, clock):
+def test_resume_from_id_the_room_has_not_seen(ten, clock):
+    """The log may be ahead of the room; its entries are then taken once."""
     entries = ten.log.keep(3)
-    member, history = come_back(ten, 12, Page(entries[2:], 1, 13))
+    member, history = rejoin(ten, 12, Page(entries[2:], 1, 13))
     assert [history["resumed"], history["id"], member.cursor] == [True, "abcd-13", 13]
-    other, history = come_back(ten, 13, Page([], 1, 13))
+    other, history = rejoin(ten, 13, Page([], 1, 13))
     assert history == {"type": "history", "id": "abcd-13", "resumed": True, "data": []}
     ten.appended(entries)
     ten.log.say()
@@ -211,63 +215,65 @@ def test_who_has_a_message_of_the_log_that_the_room_was_not_told_of_is_not_of_th
     assert [member.numbers, other.numbers] == [[14], [14]]
 
 
-def test_who_has_the_message_before_the_oldest_that_is_kept_has_lost_nothing(ten):
+def test_resume_just_before_first(ten):
     ten.log.trim(6)
-    assert come_back(ten, 5)[1]["resumed"] is True
+    assert rejoin(ten, 5)[1]["resumed"] is True
 
 
-def test_who_misses_what_retention_removed_starts_afresh(ten):
+def test_resume_from_trimmed_entries(ten):
     ten.log.trim(6)
-    assert fresh(come_back(ten, 4)[1])
+    assert fresh(rejoin(ten, 4)[1])
 
 
-def test_who_misses_what_retention_removed_in_the_log_alone_starts_afresh(ten):
-    assert fresh(come_back(ten, 4, Page(ten.log.entries[5:9], 6, 10))[1])
+def test_resume_from_entries_trimmed_in_log_only(ten):
+    assert fresh(rejoin(ten, 4, Page(ten.log.entries[5:9], 6, 10))[1])
 
 
-def test_who_misses_all_of_an_emptied_log_starts_afresh_with_nothing(ten):
+def test_resume_in_emptied_log(ten):
     ten.log.trim(11)
-    assert come_back(ten, 4)[1] == {"type": "history", "id": "abcd-10", "resumed": False, "data": []}
-    assert come_back(ten, 10)[1]["resumed"] is True
+    assert rejoin(ten, 4)[1] == {"type": "history", "id": "abcd-10", "resumed": False, "data": []}
+    assert rejoin(ten, 10)[1]["resumed"] is True
 
 
-def test_who_has_missed_too_much_starts_afresh(ten, monkeypatch):
+def test_resume_beyond_max_lag(ten, monkeypatch):
     assert MAX_LAG == 10_000
     monkeypatch.setattr("chatd.room.room.MAX_LAG", 6)
-    assert come_back(ten, 4)[1]["resumed"] is True
-    assert fresh(come_back(ten, 3)[1])
-    # ... also when it is too much in the log alone.
-    assert fresh(come_back(ten, 4, Page(ten.log.entries[4:8], 1, 11))[1])
+    assert rejoin(ten, 4)[1]["resumed"] is True
+    assert fresh(rejoin(ten, 3)[1])
+    # The same holds if it is too much in the log only.
+    assert fresh(rejoin(ten, 4, Page(ten.log.entries[4:8], 1, 11))[1])
 
 
 @pytest.mark.parametrize("last", range(11))
 @pytest.mark.parametrize("first", [1, 4])
-def test_more_is_never_said_to_who_has_come_back(ten, last, first):
+def test_resumed_history_never_has_more(ten, last, first):
     ten.log.trim(first)
-    history = come_back(ten, last)[1]
+    history = rejoin(ten, last)[1]
     assert not (history["resumed"] and "more" in history)
     assert history["resumed"] == (last >= first - 1)
 
 
-def test_what_the_tail_does_not_hold_any_more_is_taken_from_what_the_log_held(log, clock, short_tail):
+def test_resume_from_backlog(log, clock, short_tail):
+    """A room whose tail is too short takes the entries from the backlog."""
     log.keep(10)
     room, _, _ = enter(Registry(log, frames, clock, 4))
-    member, history = come_back(room, 2, log.page(2, 4))
+    member, history = rejoin(room, 2, log.page(2, 4))
     clock.turns()
     assert [history["resumed"], history["id"], len(history["data"])] == [True, "abcd-6", 4]
     assert member.numbers == [7, 8, 9, 10]
 
 
-def test_where_nobody_asked_the_log_the_whole_follows(log, clock):
+def test_resume_without_backlog(log, clock):
+    """Without a backlog the history is empty, and all entries follow as messages."""
     log.keep(10)
     room, _, _ = enter(Registry(log, frames, clock, 4))
-    member, history = come_back(room, 2)
+    member, history = rejoin(room, 2)
     clock.turns()
     assert [history["resumed"], history["id"], history["data"]] == [True, "abcd-2", []]
     assert member.numbers == [*range(3, 11)]
 
 
-def test_a_herd_that_comes_back_with_one_id_shares_one_encoded_history(ten):
+def test_resumed_history_is_shared(ten):
     def joined(number, epoch="abcd"):
         return ten.join(Reader(), Id(epoch, number))
 
@@ -278,7 +284,7 @@ def test_a_herd_that_comes_back_with_one_id_shares_one_encoded_history(ten):
 
 
 @pytest.mark.parametrize("last", [None, Id("abcd", 8), Id("wxyz", 1)])
-def test_an_encoded_history_is_forgotten_when_something_is_appended_or_trimmed(ten, last):
+def test_history_is_encoded_again_after_changes(ten, last):
     frame = ten.join(Reader(), last)
     assert ten.join(Reader(), last) is frame
     ten.log.trim(2)
@@ -288,35 +294,35 @@ def test_an_encoded_history_is_forgotten_when_something_is_appended_or_trimmed(t
     assert read_frames(ten.join(Reader(), last)) != read_frames(again)
 
 
-def test_history_cache_is_cleared_by_entries(log, rooms, clock):
+def test_changes_clear_cached_histories(log, rooms, clock):
     room, _, _ = enter(rooms)
     log.say(3)
     clock.turns()
     before = count_held(room, log, clock)
     for number in range(3):
-        room.leave(come_back(room, number)[0])
+        room.leave(rejoin(room, number)[0])
     assert count_held(room, log, clock) > before
     log.trim(1)
     assert count_held(room, log, clock) == before
 
 
-def test_encoded_histories_are_bounded(log, rooms, clock):
+def test_cached_histories_are_bounded(log, rooms, clock):
     room, _, _ = enter(rooms)
     log.say(HISTORIES * 3)
     clock.turns()
     sizes = [count_held(room, log, clock)]
     for number in range(HISTORIES * 3):
-        member, history = come_back(room, number)
+        member, history = rejoin(room, number)
         assert history["resumed"] is True
         rooms.leave(room, member)
         sizes.append(count_held(room, log, clock))
     assert max(sizes) == sizes[HISTORIES]
 
 
-# Reading back
+# Pages
 
 
-def test_a_page_is_of_the_frames_that_were_sent(log, rooms, clock):
+def test_page_shares_frames_of_messages(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.say(5)
     clock.turns()
@@ -325,7 +331,7 @@ def test_a_page_is_of_the_frames_that_were_sent(log, rooms, clock):
     assert b"".join(excerpt.frames) in member.writes[0]
 
 
-def test_a_page_is_answered_as_far_as_the_tail_goes(log, clock):
+def test_page_within_tail(log, clock):
     log.keep(10)
     room, _, _ = enter(Registry(log, frames, clock, 4))
     assert room.page(PageRange(None, None, 4)).end == 10
@@ -336,14 +342,14 @@ def test_a_page_is_answered_as_far_as_the_tail_goes(log, clock):
     assert room.page(PageRange(9, None, 3)) is None
 
 
-def test_a_page_beyond_the_head_is_the_logs_to_judge(log, rooms):
+def test_page_beyond_head_is_left_to_log(log, rooms):
     log.keep(3)
     room, _, _ = enter(rooms)
     assert room.page(PageRange(5, None, 1)) is None
     assert room.page(PageRange(None, 4, 1)) is None
 
 
-def test_a_page_shows_no_more_what_retention_removed(ten):
+def test_page_without_trimmed_entries(ten):
     ten.log.trim(8)
     excerpt = ten.page(PageRange(None, 1, 9))
     assert [len(excerpt.frames), excerpt.end, excerpt.older, excerpt.newer] == [3, 10, False, False]
@@ -352,7 +358,8 @@ def test_a_page_shows_no_more_what_retention_removed(ten):
 # The flush
 
 
-def test_nothing_is_sent_before_the_next_turn_and_all_that_came_in_one_turn_is_one_write(log, rooms, clock):
+def test_one_write_for_each_turn(log, rooms, clock):
+    """Entries of one turn leave in one write, in the next turn."""
     members = [enter(rooms)[1] for _ in range(3)]
     log.say()
     log.say(2)
@@ -362,14 +369,14 @@ def test_nothing_is_sent_before_the_next_turn_and_all_that_came_in_one_turn_is_o
     assert [len(member.writes) for member in members] == [1, 1, 1]
 
 
-def test_members_at_one_cursor_are_handed_the_same_bytes(log, rooms, clock):
+def test_members_at_one_cursor_share_bytes(log, rooms, clock):
     one, other = enter(rooms)[1], enter(rooms)[1]
     log.say(2)
     clock.turn()
     assert one.writes[0] is other.writes[0]
 
 
-def test_members_of_another_form_get_the_same_messages_in_that(log, rooms, clock):
+def test_form_of_event_stream(log, rooms, clock):
     member, reader = enter(rooms)[1], enter(rooms, Reader(form=event))[1]
     log.say(3)
     clock.turns()
@@ -378,7 +385,7 @@ def test_members_of_another_form_get_the_same_messages_in_that(log, rooms, clock
     assert reader.writes[0].startswith(b'event: message\nid: abcd-1\ndata: {"type":"message"')
 
 
-def test_a_run_is_joined_once_for_each_cursor_and_form(log, rooms, clock):
+def test_run_is_joined_once_for_cursor_and_form(log, rooms, clock):
     members = {}
     for begin in (0, 1):
         for form in (None, event, None, event):
@@ -398,7 +405,7 @@ def test_a_run_is_joined_once_for_each_cursor_and_form(log, rooms, clock):
     assert len(set.union(*runs.values())) == 4
 
 
-def test_a_cut_event_is_completed_first(log, rooms, clock):
+def test_cut_event_is_completed_first(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(FRAME + 50, form=event))
     log.say(3)
     clock.turns()
@@ -408,7 +415,7 @@ def test_a_cut_event_is_completed_first(log, rooms, clock):
     assert member.numbers == [1, 2, 3]
 
 
-def test_when_all_is_sent_nothing_is_left_to_do(log, rooms, clock):
+def test_idle_after_all_is_sent(log, rooms, clock):
     enter(rooms)
     log.say()
     assert not clock.idle
@@ -416,7 +423,7 @@ def test_when_all_is_sent_nothing_is_left_to_do(log, rooms, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_what_the_room_knows_is_passed_over(log, rooms, clock):
+def test_known_entries_are_ignored(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.say(2)
     room.appended(log.entries)
@@ -424,7 +431,7 @@ def test_what_the_room_knows_is_passed_over(log, rooms, clock):
     assert member.numbers == [1, 2]
 
 
-def test_who_left_is_sent_nothing(log, rooms, clock):
+def test_leave_before_flush(log, rooms, clock):
     room, member, _ = enter(rooms)
     enter(rooms)
     log.say()
@@ -433,7 +440,7 @@ def test_who_left_is_sent_nothing(log, rooms, clock):
     assert member.writes == []
 
 
-def test_who_leaves_during_a_pass_is_sent_nothing_any_more(log, rooms, clock):
+def test_leave_during_pass(log, rooms, clock):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
     log.say()
     clock.turn()
@@ -442,7 +449,7 @@ def test_who_leaves_during_a_pass_is_sent_nothing_any_more(log, rooms, clock):
     assert [len(members[-2].writes), members[-1].writes] == [1, []]
 
 
-def test_who_leaves_with_more_to_get_is_sent_nothing_any_more(log, rooms, clock):
+def test_leave_while_behind(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(0))
     enter(rooms)
     log.say(2)
@@ -454,7 +461,7 @@ def test_who_leaves_with_more_to_get_is_sent_nothing_any_more(log, rooms, clock)
     assert member.numbers == [1]
 
 
-def test_a_long_pass_is_sliced_and_goes_on_where_it_stopped(log, rooms, clock):
+def test_long_pass_is_sliced(log, rooms, clock):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 3 - 1)]
     clock.turns()
     log.say()
@@ -466,7 +473,7 @@ def test_a_long_pass_is_sliced_and_goes_on_where_it_stopped(log, rooms, clock):
     assert served[:3] == [SLICE_MEMBERS, SLICE_MEMBERS * 2, len(members)]
 
 
-def test_messages_that_come_during_a_pass_reach_all_in_the_next(log, rooms, clock):
+def test_entries_during_pass(log, rooms, clock):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 2)]
     log.say()
     clock.turn()  # half of them
@@ -478,7 +485,7 @@ def test_messages_that_come_during_a_pass_reach_all_in_the_next(log, rooms, cloc
     assert newcomer.numbers == []
 
 
-def test_a_member_is_handed_a_bounded_run_in_one_turn(log, rooms, clock, monkeypatch):
+def test_one_bounded_run_for_each_turn(log, rooms, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.tail.RUN_BYTES", 3 * FRAME)
     _, member, _ = enter(rooms)
     log.say(8)
@@ -491,18 +498,18 @@ def test_a_member_is_handed_a_bounded_run_in_one_turn(log, rooms, clock, monkeyp
     assert [len(read_frames(data)) for data in member.writes] == [3, 3, 2]
 
 
-def test_so_is_a_member_that_comes_back_and_is_ready_again_in_the_same_turn(log, clock, monkeypatch):
+def test_one_run_after_join_and_resume_in_one_turn(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.tail.RUN_BYTES", 3 * FRAME)
     room, _, _ = enter(Registry(log, frames, clock, 1))
     log.say(9)
     clock.turns()
-    member, _ = come_back(room, 0)
+    member, _ = rejoin(room, 0)
     room.resume(member)
     clock.turn()
     assert member.numbers == [2, 3, 4]
 
 
-def test_a_frame_above_the_bound_is_still_sent(log, rooms, clock, monkeypatch):
+def test_frame_larger_than_run(log, rooms, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.tail.RUN_BYTES", 1)
     _, member, _ = enter(rooms)
     log.say(2)
@@ -518,11 +525,11 @@ def acknowledged(room, member, number, label=None):
 
 
 def kinds(member):
-    """What a member has received, such as ["message 1", "ack 1"]."""
+    """Return the frames that a member received, such as ["message 1", "ack 1"]."""
     return [f"{text['type']} {number_of(text)}" for text in member.texts]
 
 
-def test_who_posted_is_told_after_the_message_itself(log, rooms, clock):
+def test_ack_follows_message(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.say()
     acknowledged(room, member, 1)
@@ -532,7 +539,7 @@ def test_who_posted_is_told_after_the_message_itself(log, rooms, clock):
     assert clock.getDelayedCalls() == []
 
 
-def test_several_acknowledgements_are_told_at_once_and_in_order(log, rooms, clock):
+def test_acks_are_joined_in_order(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.say(3)
     for number in (1, 2, 3):
@@ -542,7 +549,7 @@ def test_several_acknowledgements_are_told_at_once_and_in_order(log, rooms, cloc
     assert len(member.writes) == 2
 
 
-def test_who_has_the_message_already_is_told_in_the_next_turn(log, rooms, clock):
+def test_ack_of_delivered_entry(log, rooms, clock):
     log.keep(2)
     room, member, _ = enter(rooms)
     clock.turns()
@@ -553,7 +560,7 @@ def test_who_has_the_message_already_is_told_in_the_next_turn(log, rooms, clock)
 
 
 @pytest.mark.parametrize("place", [0, SLICE_MEMBERS * 3 - 1])
-def test_who_posted_is_told_after_the_message_in_a_sliced_pass_too(log, rooms, clock, place):
+def test_ack_follows_message_in_sliced_pass(log, rooms, clock, place):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 3)]
     room, member = enter(rooms)[0], members[place]
     log.say()
@@ -562,7 +569,7 @@ def test_who_posted_is_told_after_the_message_in_a_sliced_pass_too(log, rooms, c
     assert kinds(member) == ["message 1", "ack 1"]
 
 
-def test_who_posted_after_his_slice_is_told_with_the_next_pass(log, rooms, clock):
+def test_ack_after_slice_waits_for_next_pass(log, rooms, clock):
     members = [enter(rooms, Slow(clock))[1] for _ in range(SLICE_MEMBERS * 3)]
     room = enter(rooms)[0]
     log.say()
@@ -576,7 +583,7 @@ def test_who_posted_after_his_slice_is_told_with_the_next_pass(log, rooms, clock
     assert kinds(members[-1]) == ["message 1", "message 2", "ack 2"]
 
 
-def test_who_is_not_ready_is_told_when_it_has_caught_up(log, rooms, clock):
+def test_ack_waits_for_full_member(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(0))
     log.say(2)
     clock.turns()
@@ -590,7 +597,7 @@ def test_who_is_not_ready_is_told_when_it_has_caught_up(log, rooms, clock):
     assert kinds(member) == ["message 1", "message 2", "message 3", "ack 3"]
 
 
-def test_behind_the_frame_that_was_cut_an_acknowledgement_keeps_its_place(log, rooms, clock):
+def test_ack_follows_cut_frame(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(FRAME + 1))
     log.say(2)
     acknowledged(room, member, 1)
@@ -600,7 +607,7 @@ def test_behind_the_frame_that_was_cut_an_acknowledgement_keeps_its_place(log, r
     assert kinds(member) == ["message 1", "message 2", "ack 1", "ack 2"]
 
 
-def test_of_several_only_those_whose_message_was_given_are_told(log, rooms, clock, monkeypatch):
+def test_acks_only_for_delivered_entries(log, rooms, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.tail.RUN_BYTES", 2 * FRAME)
     room, member, _ = enter(rooms)
     log.say(4)
@@ -610,7 +617,7 @@ def test_of_several_only_those_whose_message_was_given_are_told(log, rooms, cloc
     assert kinds(member) == [f"{kind} {n}" for a in (1, 3) for kind in ("message", "ack") for n in (a, a + 1)]
 
 
-def test_one_that_lags_holds_up_nobodys_acknowledgement_but_its_own(log, rooms, clock):
+def test_slow_member_delays_only_own_ack(log, rooms, clock):
     room, slow, _ = enter(rooms, Reader(0))
     _, fast, _ = enter(rooms)
     log.say(3)
@@ -624,7 +631,7 @@ def test_one_that_lags_holds_up_nobodys_acknowledgement_but_its_own(log, rooms, 
     assert kinds(slow) == ["message 1", "message 2", "message 3", "ack 2"]
 
 
-def test_who_is_refilled_from_the_log_is_told_when_it_has_caught_up(log, clock, short_tail):
+def test_ack_after_refill(log, clock, short_tail):
     _, room, member = reading(log, clock)
     log.say()
     acknowledged(room, member, 41)
@@ -635,7 +642,7 @@ def test_who_is_refilled_from_the_log_is_told_when_it_has_caught_up(log, clock, 
     assert kinds(member)[-2:] == ["message 41", "ack 41"]
 
 
-def test_who_has_left_is_told_nothing(log, rooms, clock):
+def test_leave_drops_acks(log, rooms, clock):
     room, member, _ = enter(rooms)
     enter(rooms)
     log.say()
@@ -646,10 +653,10 @@ def test_who_has_left_is_told_nothing(log, rooms, clock):
     assert not room.owes(member)
 
 
-# As it is measured
+# Measures
 
 
-def test_what_is_kept_and_who_stands_where(log, rooms, clock, short_tail):
+def test_measures(log, rooms, clock, short_tail):
     room, member, _ = enter(rooms)
     log.say(3)
     enter(rooms)
@@ -673,7 +680,7 @@ def test_what_is_kept_and_who_stands_where(log, rooms, clock, short_tail):
 # Slow members
 
 
-def test_a_frame_that_is_cut_is_completed_first_and_nothing_else_is_kept(log, rooms, clock):
+def test_cut_frame_is_completed_first(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(FRAME + 5))
     log.say(4)
     clock.turns()
@@ -688,7 +695,7 @@ def test_a_frame_that_is_cut_is_completed_first_and_nothing_else_is_kept(log, ro
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
-def test_a_cut_between_two_frames_holds_the_next_one_and_no_more(log, rooms, clock, taken):
+def test_cut_between_frames_holds_one(log, rooms, clock, taken):
     room, member, _ = enter(rooms, Reader(taken * FRAME))
     log.say(3)
     clock.turns()
@@ -699,7 +706,7 @@ def test_a_cut_between_two_frames_holds_the_next_one_and_no_more(log, rooms, clo
     assert member.numbers == [1, 2, 3]
 
 
-def test_a_slow_member_does_not_hold_up_the_others(log, rooms, clock):
+def test_slow_member_does_not_delay_others(log, rooms, clock):
     enter(rooms, Reader(0))
     fast = enter(rooms)[1]
     for _ in range(5):
@@ -708,14 +715,14 @@ def test_a_slow_member_does_not_hold_up_the_others(log, rooms, clock):
     assert fast.numbers == [1, 2, 3, 4, 5]
 
 
-def test_a_member_that_resumes_with_nothing_to_get_costs_nothing(rooms, clock):
+def test_resume_at_head_schedules_nothing(rooms, clock):
     room, member, _ = enter(rooms)
     clock.turns()
     room.resume(member)
     assert clock.getDelayedCalls() == []
 
 
-def test_many_cursors_do_not_pile_up_joined_runs(log, rooms, clock):
+def test_joined_runs_are_bounded(log, rooms, clock):
     members = []
     for _ in range(RUNS * 2):
         room, member, _ = enter(rooms, Reader(0))
@@ -732,11 +739,11 @@ def test_many_cursors_do_not_pile_up_joined_runs(log, rooms, clock):
     assert [member.numbers for member in members] == [[*range(begin, 2 * RUNS + 1)] for begin in range(1, 2 * RUNS + 1)]
 
 
-# Refilled from the log
+# Refills
 
 
 def stalled(log, rooms, clock, members, count=40):
-    """A room whose tail has moved on past members that took nothing."""
+    """Return a room whose tail has moved past members that took nothing."""
     for member in members:
         room, _, _ = enter(rooms, member)
     log.say()
@@ -748,7 +755,7 @@ def stalled(log, rooms, clock, members, count=40):
 
 
 def reading(log, clock):
-    """A member that was overrun and for which the log is being read."""
+    """Return a member that the tail overran, while the log is read for it."""
     rooms, member = Registry(log, frames, clock, 5), Reader(0)
     room = stalled(log, rooms, clock, [member])
     log.held = True
@@ -757,7 +764,7 @@ def reading(log, clock):
     return rooms, room, member
 
 
-def test_who_was_overrun_by_the_tail_is_caught_up_from_the_log(log, clock, short_tail):
+def test_refill_from_log(log, clock, short_tail):
     member = Reader(0)
     room = stalled(log, Registry(log, frames, clock, 5), clock, [member])
     reads = len(log.reads)
@@ -768,7 +775,7 @@ def test_who_was_overrun_by_the_tail_is_caught_up_from_the_log(log, clock, short
     assert clock.getDelayedCalls() == []
 
 
-def test_while_the_log_is_read_for_a_member_it_is_read_once(log, clock, short_tail):
+def test_one_read_for_each_refill(log, clock, short_tail):
     _, _, member = reading(log, clock)
     reads = len(log.reads)
     log.say()
@@ -780,7 +787,7 @@ def test_while_the_log_is_read_for_a_member_it_is_read_once(log, clock, short_ta
     assert member.numbers == [*range(1, 42)]
 
 
-def test_members_at_one_cursor_share_one_read_and_one_run(log, clock, short_tail):
+def test_refill_is_shared(log, clock, short_tail):
     members = [Reader(0), Reader(0, form=event), Reader(0), Reader(0, form=event)]
     room = stalled(log, Registry(log, frames, clock, 5), clock, members)
     reads = len(log.reads)
@@ -799,7 +806,7 @@ def test_members_at_one_cursor_share_one_read_and_one_run(log, clock, short_tail
     assert [member.numbers for member in members] == [[*range(1, 41)]] * 4
 
 
-def test_members_at_one_cursor_share_one_read_of_a_log_that_answers_at_once_too(log, clock, short_tail):
+def test_refill_is_shared_with_immediate_log(log, clock, short_tail):
     members = [Reader(0) for _ in range(9)]
     room = stalled(log, Registry(log, frames, clock, 5), clock, members)
     reads = len(log.reads)
@@ -810,7 +817,7 @@ def test_members_at_one_cursor_share_one_read_of_a_log_that_answers_at_once_too(
     assert len({*log.reads[reads:]}) == len(log.reads[reads:])
 
 
-def test_what_the_log_gives_during_a_pass_is_used_in_the_next(log, rooms, clock, short_tail):
+def test_refill_during_pass_is_used_in_next(log, rooms, clock, short_tail):
     rooms = Registry(log, frames, clock, 5)
     member, others = Reader(0), [Slow(clock) for _ in range(SLICE_MEMBERS * 3)]
     room = stalled(log, rooms, clock, [member, *others])
@@ -832,7 +839,7 @@ def test_what_the_log_gives_during_a_pass_is_used_in_the_next(log, rooms, clock,
     assert member.numbers == [*range(1, 42)]
 
 
-def test_a_page_of_the_log_that_is_longer_than_a_run_is_given_piece_by_piece(log, clock, short_tail, monkeypatch):
+def test_refill_longer_than_run(log, clock, short_tail, monkeypatch):
     _, _, member = reading(log, clock)
     monkeypatch.setattr("chatd.room.tail.RUN_BYTES", 2 * FRAME)
     log.release()
@@ -841,7 +848,8 @@ def test_a_page_of_the_log_that_is_longer_than_a_run_is_given_piece_by_piece(log
     assert max(len(read_frames(data)) for data in member.writes) == 2
 
 
-def test_a_log_that_gives_more_than_the_room_was_told_of_is_not_told_twice(log, clock, short_tail):
+def test_refill_ahead_of_room(log, clock, short_tail):
+    """Entries that a refill delivers before the notification are sent once."""
     _, _, member = reading(log, clock)
     new = log.keep(2)
     log.answer(Page(log.entries[1:], 1, 42))
@@ -853,7 +861,7 @@ def test_a_log_that_gives_more_than_the_room_was_told_of_is_not_told_twice(log, 
     assert member.numbers == [*range(1, 44)]
 
 
-def test_a_member_that_stalls_again_while_the_log_is_read_loses_nothing(log, clock, short_tail):
+def test_member_stalls_during_refill(log, clock, short_tail):
     _, room, member = reading(log, clock)
     member.ready = False
     log.release()
@@ -867,7 +875,7 @@ def test_a_member_that_stalls_again_while_the_log_is_read_loses_nothing(log, clo
     assert member.numbers == [*range(1, 41)]
 
 
-def test_who_left_while_the_log_was_read_is_sent_nothing(log, clock, short_tail):
+def test_leave_during_refill(log, clock, short_tail):
     rooms, room, member = reading(log, clock)
     rooms.leave(room, member)
     writes = len(member.writes)
@@ -877,7 +885,7 @@ def test_who_left_while_the_log_was_read_is_sent_nothing(log, clock, short_tail)
     assert not member.overran
 
 
-def test_one_that_left_while_the_log_was_read_does_not_take_it_from_the_other(log, clock, short_tail):
+def test_leave_during_shared_refill(log, clock, short_tail):
     rooms, members = Registry(log, frames, clock, 5), [Reader(0), Reader(0)]
     room = stalled(log, rooms, clock, members)
     log.held = True
@@ -890,7 +898,7 @@ def test_one_that_left_while_the_log_was_read_does_not_take_it_from_the_other(lo
     assert [member.numbers for member in members] == [[1], [*range(1, 41)]]
 
 
-def test_who_is_too_far_behind_is_told_to_come_back(log, clock, short_tail, monkeypatch):
+def test_evict_beyond_max_lag(log, clock, short_tail, monkeypatch):
     monkeypatch.setattr("chatd.room.room.MAX_LAG", 30)
     member = Reader(0)
     room = stalled(log, Registry(log, frames, clock, 5), clock, [member])
@@ -904,16 +912,14 @@ def test_who_is_too_far_behind_is_told_to_come_back(log, clock, short_tail, monk
 @pytest.mark.parametrize(
     "page",
     [
-        lambda log: log.page(19, 5),  # what comes next was removed
-        lambda log: log.page(2, 5),  # one is missing
-        lambda log: Page(log.entries[:5], 1, 40),  # what it has
+        lambda log: log.page(19, 5),  # the next entry was trimmed
+        lambda log: log.page(2, 5),  # one entry is missing
+        lambda log: Page(log.entries[:5], 1, 40),  # entries that the member has
         lambda log: Page([], 41, 40),
         lambda log: Page([], 1, 1),  # a log that lost writes
     ],
 )
-def test_a_log_that_does_not_give_the_next_message_closes_who_needs_it_rather_than_leave_a_gap(
-    log, clock, short_tail, page
-):
+def test_evict_rather_than_leave_a_gap(log, clock, short_tail, page):
     _, _, member = reading(log, clock)
     reads = len(log.reads)
     log.answer(page(log))
@@ -924,7 +930,7 @@ def test_a_log_that_does_not_give_the_next_message_closes_who_needs_it_rather_th
     assert clock.idle
 
 
-def test_who_misses_what_retention_removed_is_told_to_come_back(log, clock, short_tail):
+def test_evict_after_trim(log, clock, short_tail):
     member = Reader(0)
     room = stalled(log, Registry(log, frames, clock, 5), clock, [member])
     log.trim(20)
@@ -934,7 +940,7 @@ def test_who_misses_what_retention_removed_is_told_to_come_back(log, clock, shor
     assert member.numbers == [1]
 
 
-def test_a_log_that_cannot_be_read_closes_who_needs_it(log, clock, short_tail, events):
+def test_evict_if_log_cannot_be_read(log, clock, short_tail, events):
     _, _, member = reading(log, clock)
     log.fail()
     assert member.overran
@@ -945,28 +951,28 @@ def test_a_log_that_cannot_be_read_closes_who_needs_it(log, clock, short_tail, e
     ]
 
 
-def test_a_log_that_cannot_be_read_closes_nobody_who_has_left(log, clock, short_tail):
+def test_failed_refill_after_leave(log, clock, short_tail):
     rooms, room, member = reading(log, clock)
     rooms.leave(room, member)
     log.fail()
     assert not member.overran
 
 
-# Begun anew
+# Restarts
 
 
-def told(member):
-    """What a member has received, such as ["message abcd-1", "ack abcd-1", "history efgh-0"]."""
+def received(member):
+    """Return the frames that a member received, such as ["message abcd-1", "history efgh-0"]."""
     return [f"{text['type']} {text['id']}" for text in member.texts]
 
 
 def acked(log, room, member, number):
-    """Acknowledge the message of this number in the log as it is now."""
+    """Acknowledge the entry of this number in the current epoch of the log."""
     place = Id(log.epoch, number)
     room.acknowledge(member, number, ack_frame(place, f"c{place}", duplicate=False))
 
 
-def test_a_page_continues_a_room_if_it_ends_it_without_a_gap_in_the_same_history(log, rooms):
+def test_page_continues_room(log, rooms):
     log.keep(5)
     room, _, _ = enter(rooms)
     assert room.continues(Page([], 1, 5))
@@ -985,16 +991,17 @@ def test_a_page_continues_a_room_if_it_ends_it_without_a_gap_in_the_same_history
     assert not room.continues(Page([], 1, 5))
 
 
-def test_until_then_what_a_room_has_is_of_the_history_that_it_was_loaded_from(log, rooms, clock):
+def test_epoch_of_room_until_restart(log, rooms, clock):
+    """Until a restart, the frames of a room have the epoch that it was loaded with."""
     room, member, _ = enter(rooms)
     log.epoch = "efgh"
     room.appended(log.keep(2))
     clock.turns()
-    assert told(member) == ["message abcd-1", "message abcd-2"]
-    assert come_back(room, 1)[1]["id"] == "abcd-2"
+    assert received(member) == ["message abcd-1", "message abcd-2"]
+    assert rejoin(room, 1)[1]["id"] == "abcd-2"
 
 
-def test_all_members_are_told_the_newest_messages_and_stand_at_the_newest(log, clock):
+def test_restart_sends_history_to_all(log, clock):
     log.keep(9)
     rooms = Registry(log, frames, clock, 3)
     room, member, _ = enter(rooms)
@@ -1008,7 +1015,7 @@ def test_all_members_are_told_the_newest_messages_and_stand_at_the_newest(log, c
     assert room.delivered == 0
 
 
-def test_the_others_are_not_told_of_what_one_is_told_as_it_leaves(log, rooms):
+def test_leave_during_restart(log, rooms):
     log.keep(4)
     room, first, _ = enter(rooms)
     _, last, _ = enter(rooms)
@@ -1019,19 +1026,19 @@ def test_the_others_are_not_told_of_what_one_is_told_as_it_leaves(log, rooms):
     assert room.delivered == 0
 
 
-def test_acknowledgements_of_the_lost_history_are_dropped(log, rooms, clock):
+def test_restart_drops_old_acks(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.say(2)
     acked(log, room, member, 1)
     acked(log, room, member, 2)
     log.lose(2)
     clock.turns()
-    assert told(member) == ["history efgh-2"]
+    assert received(member) == ["history efgh-2"]
     assert not room.owes(member)
     assert clock.getDelayedCalls() == []
 
 
-def test_an_acknowledgement_of_the_new_history_comes_after_it_though_the_room_is_still_in_the_old(log, rooms, clock):
+def test_ack_of_new_history_waits_for_restart(log, rooms, clock):
     log.keep(9)
     room, member, _ = enter(rooms)
     log.held = True
@@ -1043,11 +1050,11 @@ def test_an_acknowledgement_of_the_new_history_comes_after_it_though_the_room_is
     assert room.owes(member)
     log.answer()
     clock.turns()
-    assert told(member) == ["history efgh-2", "ack efgh-2"]
+    assert received(member) == ["history efgh-2", "ack efgh-2"]
     assert not room.owes(member)
 
 
-def test_and_after_its_message_if_that_is_not_in_the_history(log, rooms, clock):
+def test_ack_of_new_history_follows_message(log, rooms, clock):
     log.keep(9)
     room, member, _ = enter(rooms)
     log.held = True
@@ -1057,10 +1064,10 @@ def test_and_after_its_message_if_that_is_not_in_the_history(log, rooms, clock):
     acked(log, room, member, 2)
     log.answer(page)
     clock.turns()
-    assert told(member) == ["history efgh-1", "message efgh-2", "ack efgh-2"]
+    assert received(member) == ["history efgh-1", "message efgh-2", "ack efgh-2"]
 
 
-def test_of_several_only_those_of_the_history_that_is_are_told(log, rooms, clock):
+def test_acks_of_current_epoch_only(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(0))
     log.say(2)
     acked(log, room, member, 1)
@@ -1077,10 +1084,10 @@ def test_of_several_only_those_of_the_history_that_is_are_told(log, rooms, clock
     clock.turns()
     member.drain(room)
     clock.turns()
-    assert told(member) == ["message abcd-1", "ack abcd-1", "history ijkl-2", "ack ijkl-2"]
+    assert received(member) == ["message abcd-1", "ack abcd-1", "history ijkl-2", "ack ijkl-2"]
 
 
-def test_an_acknowledgement_that_is_due_is_told_while_one_of_the_new_history_waits(log, rooms, clock):
+def test_due_ack_before_ack_of_new_history(log, rooms, clock):
     room, member, _ = enter(rooms, Reader(0))
     log.say(2)
     acked(log, room, member, 2)
@@ -1091,13 +1098,13 @@ def test_an_acknowledgement_that_is_due_is_told_while_one_of_the_new_history_wai
     acked(log, room, member, 2)
     member.drain(room)
     clock.turns()
-    assert told(member) == ["message abcd-1", "message abcd-2", "ack abcd-2"]
+    assert received(member) == ["message abcd-1", "message abcd-2", "ack abcd-2"]
     log.release()
     clock.turns()
-    assert told(member)[3:] == ["history efgh-2", "ack efgh-2"]
+    assert received(member)[3:] == ["history efgh-2", "ack efgh-2"]
 
 
-def test_an_acknowledgement_is_not_dropped_where_the_history_goes_on(log, clock, monkeypatch):
+def test_restart_keeps_acks_of_same_epoch(log, clock, monkeypatch):
     monkeypatch.setattr("chatd.room.registry.MAX_LAG", 2)
     rooms = Registry(log, frames, clock, 1)
     room, member, _ = enter(rooms, Reader(0))
@@ -1108,43 +1115,43 @@ def test_an_acknowledgement_is_not_dropped_where_the_history_goes_on(log, clock,
     clock.turns()
     member.drain(room)
     clock.turns()
-    assert told(member) == ["message abcd-1", "history abcd-5", "ack abcd-2"]
+    assert received(member) == ["message abcd-1", "history abcd-5", "ack abcd-2"]
 
 
-def test_an_acknowledgement_that_is_kept_is_told_without_another_message(log, rooms, clock):
+def test_kept_ack_needs_no_further_entry(log, rooms, clock):
     room, member, _ = enter(rooms)
     log.epoch = "efgh"
     acked(log, room, member, 1)
     clock.turns()
     room.restart(Page([], 2, 1))
     clock.turns()
-    assert told(member) == ["history efgh-1", "ack efgh-1"]
+    assert received(member) == ["history efgh-1", "ack efgh-1"]
 
 
-def test_who_is_refilled_goes_on_in_the_history_that_is(log, clock, short_tail):
+def test_restart_during_refill(log, clock, short_tail):
     _, _, member = reading(log, clock)
     log.lose(3)
     log.say(2)
     log.release()
     clock.turns(60)
-    assert told(member) == ["message abcd-1", "history efgh-5"]
+    assert received(member) == ["message abcd-1", "history efgh-5"]
     assert clock.idle
     assert not member.overran
 
 
-def test_what_is_read_of_the_new_history_is_not_given_to_who_has_the_old(log, clock, short_tail):
+def test_refill_from_new_history_is_dropped(log, clock, short_tail):
     _, _, member = reading(log, clock)
     log.lose(30)
-    log.answer()  # for the refill: messages 2 to 6, of another history
+    log.answer()  # the refill: entries 2 to 6 of another history
     clock.turns()
-    assert told(member) == ["message abcd-1"]
+    assert received(member) == ["message abcd-1"]
     assert clock.idle
     log.release()
     clock.turns()
-    assert told(member) == ["message abcd-1", "history efgh-30"]
+    assert received(member) == ["message abcd-1", "history efgh-30"]
 
 
-def test_a_read_that_fails_when_all_began_anew_closes_nobody(log, clock, short_tail, events):
+def test_failed_refill_after_restart(log, clock, short_tail, events):
     _, _, member = reading(log, clock)
     log.lose(3)
     log.waiting.rotate(-1)
@@ -1154,12 +1161,12 @@ def test_a_read_that_fails_when_all_began_anew_closes_nobody(log, clock, short_t
     assert not member.overran
     log.say()
     clock.turns()
-    assert told(member) == ["message abcd-1", "history efgh-3", "message efgh-4"]
+    assert received(member) == ["message abcd-1", "history efgh-3", "message efgh-4"]
     gc.collect()
     assert [event["log_format"] for event in events] == ["{room}: the log cannot be read: {error}"]
 
 
-def test_one_that_comes_when_all_began_anew_gives_nobody_anything(log, clock, short_tail, events):
+def test_late_refill_after_restart(log, clock, short_tail, events):
     _, room, member = reading(log, clock)
     log.lose(30)
     log.waiting.rotate(-1)
@@ -1168,27 +1175,27 @@ def test_one_that_comes_when_all_began_anew_gives_nobody_anything(log, clock, sh
     held = count_held(room, log, clock)
     log.answer()
     clock.turns()
-    assert told(member) == ["message abcd-1", "history efgh-30"]
+    assert received(member) == ["message abcd-1", "history efgh-30"]
     assert clock.idle
     assert count_held(room, log, clock) == held
     gc.collect()
     assert events == []
 
 
-def test_what_was_read_for_the_next_pass_is_not_given_in_another_history(log, clock, short_tail):
+def test_restart_drops_refills(log, clock, short_tail):
     _, room, member = reading(log, clock)
     log.answer()
     log.held = False
     log.lose(30)
     clock.turns()
-    assert told(member) == ["message abcd-1", "history efgh-30"]
+    assert received(member) == ["message abcd-1", "history efgh-30"]
     held = count_held(room, log, clock)
     room.restart(log.page(None, 5))
     member.writes.pop()
     assert count_held(room, log, clock) == held
 
 
-def test_who_is_refilled_where_the_history_goes_on_gets_it_all(log, clock, short_tail):
+def test_refill_after_reload(log, clock, short_tail):
     _, _, member = reading(log, clock)
     log.miss(5)
     log.release()
@@ -1197,7 +1204,7 @@ def test_who_is_refilled_where_the_history_goes_on_gets_it_all(log, clock, short
     assert clock.idle
 
 
-def test_an_encoded_history_is_forgotten_with_the_history(log, rooms):
+def test_restart_clears_cached_histories(log, rooms):
     log.keep(3)
     room, _, _ = enter(rooms)
     before = room.join(Reader()), room.join(Reader(), Id("abcd", 2))
@@ -1208,13 +1215,13 @@ def test_an_encoded_history_is_forgotten_with_the_history(log, rooms):
     assert read_frames(after[1])[0]["resumed"] is False
 
 
-# Whatever happens
+# Any order of events
 
 
-class OneRoomWithSlowReaders(RuleBasedStateMachine):
-    """Whatever members and transports do, each client has received a run of the log without gap or double.
+class SlowReadersMachine(RuleBasedStateMachine):
+    """Whatever members and transports do, each client receives a gapless run of the log, once.
 
-    A client is what comes back as another member: all that its members received, in turn.
+    A client that reconnects is another member; what its members received is one run.
     """
 
     @initialize(tail=st.integers(200, 2000), history=st.integers(1, 5))
@@ -1227,7 +1234,7 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
         self.clock, self.log = Turns(), ScriptedLog()
         self.rooms = Registry(self.log, frames, self.clock, history)
         self.members = {}
-        """The room of each, and what its client has had before it: a number, or None."""
+        """The room of each member, and the number of the last entry of its history."""
         self.acks = {}
         self.away = []
 
@@ -1235,7 +1242,7 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
         if hasattr(self, "patch"):
             self.patch.undo()
 
-    def come(self, member, had):
+    def enter(self, member, had):
         self.log.held, held = False, self.log.held
         room, _, history = enter(self.rooms, member, last=None if had is None else f"abcd-{had}")
         self.log.held = held
@@ -1247,7 +1254,7 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
 
     @rule(space=st.none() | st.integers(0, 600), form=st.sampled_from([None, event]))
     def join(self, space, form):
-        self.come(Reader(space, form=form), None)
+        self.enter(Reader(space, form=form), None)
 
     @rule(count=st.integers(1, 9))
     def say(self, count):
@@ -1256,7 +1263,7 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
     @rule(which=st.randoms(use_true_random=False), count=st.integers(1, 3))
     @precondition(lambda self: any(member.form is None for member in self.members))
     def post(self, which, count):
-        # A reader of events posts over HTTP, and so is acknowledged there.
+        # Readers of events post over HTTP and get the acknowledgement there.
         member = which.choice([member for member in self.members if member.form is None])
         for _ in range(count):
             self.log.say()
@@ -1295,21 +1302,21 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
         assert numbers == [*range(joined + 1, joined + 1 + len(numbers))]
         self.rooms.leave(room, member)
         if away:
-            # The last message is had if it came whole.
+            # The last message counts if it arrived whole.
             self.away.append((member.form, joined + len(numbers) - cut))
 
     @rule(which=st.randoms(use_true_random=False), space=st.none() | st.integers(0, 600))
     @precondition(lambda self: self.away)
-    def come_back(self, which, space):
+    def rejoin(self, which, space):
         form, had = self.away.pop(which.randrange(len(self.away)))
-        self.come(Reader(space, form=form), had)
+        self.enter(Reader(space, form=form), had)
 
     @invariant()
-    def nobody_is_closed(self):
+    def nobody_is_evicted(self):
         assert not any(member.overran for member in getattr(self, "members", ()))
 
     @rule()
-    def all_catch_up(self):
+    def settle(self):
         self.log.release()
         for _ in range(400):
             for member, (room, _) in self.members.items():
@@ -1330,7 +1337,7 @@ class OneRoomWithSlowReaders(RuleBasedStateMachine):
         assert self.clock.idle
 
 
-OneRoomWithSlowReaders.TestCase.settings = settings(
+SlowReadersMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
-TestOneRoomWithSlowReaders = OneRoomWithSlowReaders.TestCase
+TestSlowReadersMachine = SlowReadersMachine.TestCase

@@ -1,4 +1,4 @@
-"""A slice serves for a few milliseconds, and the next one goes on where it stopped."""
+"""Sweeps: a slice serves for a few milliseconds, and the next one continues."""
 
 import pytest
 from twisted.internet.task import Clock
@@ -11,14 +11,14 @@ def clock():
     return Clock()
 
 
-def test_who_can_be_served_in_one_slice_is(clock):
+def test_all_served_in_one_slice(clock):
     served = []
     assert sweep(iter(range(1000)), served.append, clock)
     assert [len(some) for some in served] == [SLICE_MEMBERS] * (1000 // SLICE_MEMBERS) + [1000 % SLICE_MEMBERS]
     assert [member for some in served for member in some] == [*range(1000)]
 
 
-def test_a_slice_ends_when_its_time_is_over_and_the_next_one_goes_on_there(clock):
+def test_next_slice_continues(clock):
     members, served, slices = iter(range(SLICE_MEMBERS * 5)), [], []
 
     def serve(some):
@@ -31,7 +31,8 @@ def test_a_slice_ends_when_its_time_is_over_and_the_next_one_goes_on_there(clock
     assert served == [*range(SLICE_MEMBERS * 5)]
 
 
-def test_every_slice_serves_someone_however_slow_that_is(clock):
+def test_slow_slice_makes_progress(clock):
+    """Each slice serves one batch, even if that takes longer than a slice."""
     members, served = iter(range(SLICE_MEMBERS * 3)), []
 
     def serve(some):
@@ -42,5 +43,5 @@ def test_every_slice_serves_someone_however_slow_that_is(clock):
     assert len(served) == 3
 
 
-def test_nobody_is_served_at_once(clock):
+def test_sweep_without_members(clock):
     assert sweep(iter(()), pytest.fail, clock)

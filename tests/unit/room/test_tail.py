@@ -1,4 +1,4 @@
-"""The newest frames, bounded, and runs of them that can be cut anywhere."""
+"""Tails and runs: the newest frames, bounded, and joined pieces that can be cut anywhere."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,11 +14,11 @@ FRAMES = st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=9)
 # A run
 
 
-def test_a_run_joins_frames_and_knows_the_number_of_its_last():
+def test_run_joins_frames():
     assert Run.of(7, [b"aa", b"bbb", b"c"]) == Run(b"aabbbc", 6, 10, [b"aa", b"bbb", b"c"])
 
 
-def test_a_run_is_cut_at_the_frame_that_its_bytes_fall_in():
+def test_run_cut_finds_frame():
     run = Run.of(7, [b"aa", b"bbb", b"c"])
     assert [run.cut(taken) for taken in range(6)] == [
         (8, b"aa"),
@@ -32,7 +32,8 @@ def test_a_run_is_cut_at_the_frame_that_its_bytes_fall_in():
 
 @REPEATABLE
 @given(FRAMES, st.integers(0, 5), st.data())
-def test_what_was_taken_and_the_rest_are_whole_frames_up_to_the_one_that_was_cut(frames, after, data):
+def test_run_cut_keeps_frames_whole(frames, after, data):
+    """The bytes taken and the rest are whole frames up to the one that was cut."""
     run = Run.of(after, frames)
     taken = data.draw(st.integers(0, run.size - 1))
     number, rest = run.cut(taken)
@@ -40,14 +41,15 @@ def test_what_was_taken_and_the_rest_are_whole_frames_up_to_the_one_that_was_cut
     assert len(rest) <= len(frames[number - after - 1])
 
 
-def test_a_run_is_bounded_in_bytes_but_never_empty(monkeypatch):
+def test_run_is_bounded_but_never_empty(monkeypatch):
     monkeypatch.setattr(tail, "RUN_BYTES", 5)
     assert Run.of(0, [b"aa", b"bbb", b"c"]) == Run(b"aabbb", 5, 2, [b"aa", b"bbb"])
     assert Run.of(0, [b"aa", b"bbbb", b"c"]) == Run(b"aa", 2, 1, [b"aa"])
     assert Run.of(0, [b"a" * 6, b"b"]) == Run(b"a" * 6, 6, 1, [b"a" * 6])
 
 
-def test_the_frames_that_are_looked_at_for_a_run_are_more_than_it_holds():
+def test_run_frames_exceed_run_bytes():
+    """RUN_FRAMES of the shortest frames fill a run."""
     shortest = message_frame("abcd", Entry(1, "a", "m", "2024-10-20T12:30:00Z"))
     for frame in (shortest, event(shortest)):
         assert len(Run.of(0, [frame] * RUN_FRAMES).pieces) < RUN_FRAMES
@@ -57,13 +59,13 @@ def test_the_frames_that_are_looked_at_for_a_run_are_more_than_it_holds():
 # The tail
 
 
-def test_an_empty_tail_knows_the_head_that_it_goes_on_from():
+def test_empty_tail_has_head():
     assert [Tail(7, 4).head, Tail(7, 4).first, Tail(7, 4).between(7, 7)] == [7, 8, []]
 
 
 @given(st.lists(FRAMES, max_size=9), st.integers(0, 9), st.data())
 @REPEATABLE
-def test_a_tail_answers_by_number(batches, head, data):
+def test_tail_returns_frames_by_number(batches, head, data):
     held = Tail(head, 100)
     for batch in batches:
         held.extend(batch)
@@ -74,7 +76,7 @@ def test_a_tail_answers_by_number(batches, head, data):
     assert held.between(after, until) == frames[after - head : until - head]
 
 
-def test_the_tail_lets_go_of_the_oldest_but_never_of_the_history(monkeypatch):
+def test_tail_drops_oldest_but_keeps_history(monkeypatch):
     monkeypatch.setattr(tail, "TAIL_BYTES", 100)
     held = Tail(0, 4)
     for number in range(1, 101):
@@ -85,7 +87,7 @@ def test_the_tail_lets_go_of_the_oldest_but_never_of_the_history(monkeypatch):
         assert min(number, 4) <= len(kept) <= 9
 
 
-def test_a_tail_whose_frames_are_long_still_keeps_the_history(monkeypatch):
+def test_tail_of_long_frames_keeps_history(monkeypatch):
     monkeypatch.setattr(tail, "TAIL_BYTES", 10)
     held = Tail(0, 4)
     held.extend([b"x" * 30] * 8)
@@ -94,7 +96,7 @@ def test_a_tail_whose_frames_are_long_still_keeps_the_history(monkeypatch):
     assert [held.head, held.first] == [9, 4]
 
 
-def test_a_batch_above_the_bound_is_let_go_of_at_once(monkeypatch):
+def test_tail_drops_oversized_batch(monkeypatch):
     monkeypatch.setattr(tail, "TAIL_BYTES", 100)
     held = Tail(0, 4)
     held.extend([b"x" * 30] * 1000)
