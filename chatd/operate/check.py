@@ -17,7 +17,7 @@ from chatd.config import Settings, veiled
 from chatd.messages import Entry
 from chatd.room.log import MAIN
 from chatd.store.base import timestamp
-from chatd.store.sqlite import FORMAT
+from chatd.store.sqlite_file import FORMAT
 from chatd.transport.admission import room_pattern
 from chatd.transport.frames import history_frame, message_frame
 

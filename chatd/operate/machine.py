@@ -24,7 +24,7 @@ from typing import Final
 from urllib.parse import quote
 
 from chatd.operate.check import Address, RedisRefused, Server, Unreached
-from chatd.store.sqlite import APPLICATION_ID
+from chatd.store.sqlite_file import APPLICATION_ID
 
 LISTENING: Final = "0A"
 """The state of a socket in /proc/net/tcp."""

@@ -1,29 +1,31 @@
-"""What the stores have in common.
+"""The interface and the shared parts of all stores.
 
-A store keeps the logs of all rooms.  What a room needs of one is `chatd.log.Log`; here is
-the rest: how it is opened and closed, the epoch, the time, and how much is retained.
+A store keeps the logs of all rooms.  `chatd.room.log.Log` is the part of it that a room needs.  This module adds the
+rest: opening and closing, the epoch, the time, and how much is retained.
 """
 
 import datetime as dt
 import re
 import secrets
 import string
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from twisted.internet.defer import Deferred
+from typing_extensions import override
 
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
-from chatd.room.log import MAIN, LabelReused, Log, Poster
+from chatd.room.log import MAIN, Follower, LabelReused, Log, Poster
 from chatd.room.presence import Lobby
 
 DAY: Final = 86_400
-"""Seconds."""
+"""Seconds in a day."""
 MILLISECOND: Final = 0.001
-"""The grain of timestamps."""
+"""The resolution of timestamps, in seconds."""
 SEED_ROOM: Final = MAIN
-"""The room that a new log's seed is written to."""
+"""The room that receives the seed of a new log."""
 
 
 class StoreError(Exception):
@@ -31,78 +33,94 @@ class StoreError(Exception):
 
 
 class Retention(NamedTuple):
-    """How much of a room is kept; both None: everything."""
+    """The most messages, or the greatest age, that a store keeps of each room; without either, everything."""
 
     messages: int | None = None
     seconds: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Retention":
-        """Read `all`, a number of messages (`5000`) or of days (`30d`); ValueError for anything else."""
+        """Read `all`, a number of messages (`5000`) or of days (`30d`); raise ValueError for anything else."""
         if re.fullmatch(r"[1-9][0-9]{0,11}", text):
             return cls(messages=int(text))
-        if re.fullmatch(r"[1-9][0-9]{0,4}d", text):  # more days would go back to before the calendar
+        if re.fullmatch(r"[1-9][0-9]{0,4}d", text):  # more days would precede the calendar
             return cls(seconds=int(text[:-1]) * DAY)
         if text == "all":
             return cls()
         raise ValueError(f"{text!r} is neither a number of messages (5000) nor of days (30d) nor all")
 
 
-class Store(Log, Protocol):
-    """A log with a life: opened before the first client, closed after the last."""
+class Store(Log):
+    """A log that is opened before the first client and closed after the last.
 
-    @property
-    def lobby(self) -> Lobby | None:
-        """Where the nodes that share it tell one another who is there; None if it is one node's."""
+    Stores derive from this class and call `__init__`.  They notify `_followers`, and they
+    note in `_faults` each kind of operation that failed when it was last tried.
+    """
+
+    lobby: Lobby | None = None
+    """How the nodes that share this store exchange presence; None if only one node can use it."""
+
+    def __init__(self, commits: Histogram) -> None:
+        self.commits = commits
+        """Duration of commits in seconds, including failed ones; empty in a store that has no commits."""
+        self._followers: list[Follower] = []
+        self._faults: dict[str, str] = {}
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it now, in words; None while it keeps and gives what it is asked."""
+        """A description of the store's current fault; None while reads and writes succeed."""
+        return "; ".join(self._faults.values()) or None
 
-    @property
-    def commits(self) -> Histogram:
-        """How long commits took, in seconds, failed ones too; where there are none, none."""
+    @override
+    def follow(self, follower: Follower) -> None:
+        self._followers.append(follower)
 
+    @abstractmethod
     def usage(self) -> Mapping[str, int]:
-        """How large it is, in `messages` or `bytes`, and how many `free_bytes` there are besides, if that is known."""
+        """Return the store's size as `messages` or `bytes`, and the `free_bytes` beside it, if they are known."""
 
+    @abstractmethod
     def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
-        """Open it, and write the seed into a log that did not exist; fires when it can be read.
+        """Open the store, and write the seed if the log is new; fire when the log can be read.
 
-        StoreError, at once, if it never can.
+        Raises StoreError at once if it can never be opened.
         """
 
+    @abstractmethod
     def trim(self) -> "Deferred[None]":
-        """Remove what is retained no longer, in rooms where nothing is posted too."""
+        """Remove what is no longer retained, including in rooms that receive no posts."""
 
+    @abstractmethod
     def settled(self) -> "Deferred[None]":
-        """Fires when all that was appended until now is kept or refused, and told."""
+        """Fire when every post appended until now is stored or refused, and its poster notified."""
 
+    @abstractmethod
     def abandon(self) -> None:
-        """Refuse all that is on its way, in doubt: nobody can wait for it any more."""
+        """Refuse all posts in flight with InDoubt, because nobody can wait for them any longer."""
 
+    @abstractmethod
     def close(self) -> "Deferred[None]":
-        """Settle, and let go of the log."""
+        """Settle, and release the log."""
 
 
 def new_epoch() -> str:
-    """A word that no log had before: 6 of 62 characters, drawn at random."""
+    """Draw a word that no log had before: 6 random characters of [0-9A-Za-z]."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(6))
 
 
 def timestamp(seconds: float) -> str:
-    """A time in seconds since 1970 as RFC 3339 has it, in UTC and milliseconds."""
+    """Format seconds since 1970 as RFC 3339, in UTC with milliseconds."""
     moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def instant(text: str) -> float:
-    """What timestamp() wrote, or another time of RFC 3339, in seconds since 1970."""
+    """Parse an RFC 3339 timestamp, such as timestamp() writes, to seconds since 1970."""
     return dt.datetime.fromisoformat(text).timestamp()
 
 
-def tell_again(post: Post, number: int, poster: Poster, *, same: bool) -> None:
-    """Tell the poster of a label that was used before whether it was for the `same` message."""
+def answer_retry(post: Post, number: int, poster: Poster, *, same: bool) -> None:
+    """Answer a post whose label was used before, for the `same` message or for another."""
     if same:
         poster.posted(post, number, duplicate=True)
     else:
@@ -110,9 +128,9 @@ def tell_again(post: Post, number: int, poster: Poster, *, same: bool) -> None:
 
 
 class Stamp:
-    """The time of messages: that of the clock, except that it never goes back.
+    """The clock of a log: the wall clock, except that it never goes back.
 
-    `now` gives seconds since 1970; `last` is the newest timestamp there is.
+    `now` returns seconds since 1970; `last` is the newest timestamp in the log.
     """
 
     def __init__(self, now: Callable[[], float], last: str | None) -> None:
@@ -121,7 +139,7 @@ class Stamp:
         self._text = timestamp(self._last)
 
     def __call__(self) -> str:
-        """The timestamp of a message that is appended now."""
+        """Return the timestamp of a message appended now."""
         now = self._now()
         if now - self._last >= MILLISECOND:
             self._last = now

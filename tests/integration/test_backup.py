@@ -18,7 +18,7 @@ from contextlib import closing
 import pytest
 from support.servers import LONG, ROOT, TEXT, Raw, Server, environment, frame, numbered, post, program, stored
 
-from chatd.store import base, sqlite
+from chatd.store import base, sqlite_file
 
 SCRIPTS = ROOT / "scripts"
 PYTHON = (sys.executable, "-S", "-B")
@@ -210,7 +210,7 @@ def test_a_backup_says_what_is_in_it(store, tmp_path):
         "path": "two",
         "bytes": (tmp_path / "two").stat().st_size,
         "epoch": epoch,
-        "readable_since": sqlite.READABLE_SINCE,
+        "readable_since": sqlite_file.READABLE_SINCE,
         "rooms": 1,
         "messages": 5,
     }
@@ -324,7 +324,7 @@ def test_each_restore_is_another_log(store, tmp_path):
         assert one == {
             "path": f"{number}.sqlite",
             "epoch": stored(tmp_path / one["path"])[0],
-            "readable_since": sqlite.READABLE_SINCE,
+            "readable_since": sqlite_file.READABLE_SINCE,
             "rooms": 1,
             "messages": 5,
             "epoch_before": stored(store)[0],
@@ -381,7 +381,7 @@ def test_a_store_of_another_format_is_restored_as_it_is(store, tmp_path):
     change(store, "UPDATE log SET written = 77")  # newer, and says that this server can read it
     run("restore", "chatd.sqlite", "new.sqlite", cwd=tmp_path)
     with closing(sqlite3.connect(tmp_path / "new.sqlite")) as db:
-        assert db.execute("SELECT written, readable_since FROM log").fetchone() == (77, sqlite.READABLE_SINCE)
+        assert db.execute("SELECT written, readable_since FROM log").fetchone() == (77, sqlite_file.READABLE_SINCE)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
@@ -406,8 +406,8 @@ def test_what_root_restores_belongs_to_whom_it_belonged(store, tmp_path):
 
 def test_the_scripts_know_what_the_server_knows(scripts, monkeypatch):
     restore = scripts("restore")
-    assert restore.FORMAT == sqlite.FORMAT
-    assert sys.modules["storefiles"].APPLICATION_ID == sqlite.APPLICATION_ID
+    assert restore.FORMAT == sqlite_file.FORMAT
+    assert sys.modules["storefiles"].APPLICATION_ID == sqlite_file.APPLICATION_ID
     drawn = []
     monkeypatch.setattr(secrets, "choice", lambda letters: drawn.append(letters) or letters[len(drawn) % 62])
     restore.new_epoch()
@@ -434,7 +434,7 @@ def damage(path):
     path.write_bytes(data)
 
 
-NEWER = f"UPDATE log SET readable_since = {sqlite.FORMAT + 1}"
+NEWER = f"UPDATE log SET readable_since = {sqlite_file.FORMAT + 1}"
 DAMAGES = {
     "text": (
         lambda path: path.write_text("messages: none\n" * 1000),
@@ -472,7 +472,7 @@ def test_a_backup_of_a_newer_format_is_refused(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     line = run("restore", "copy", "new.sqlite", cwd=tmp_path, code=1)
     assert line == (
-        f"restore: copy was written by a newer chatd, in a way that needs format {sqlite.FORMAT + 1}: "
+        f"restore: copy was written by a newer chatd, in a way that needs format {sqlite_file.FORMAT + 1}: "
         "restore it with that version\n"
     )
     assert not (tmp_path / "new.sqlite").exists()

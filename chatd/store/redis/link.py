@@ -1,8 +1,8 @@
-"""The way to a Redis: where its primary is, and connections that have said who they are and end when it is silent.
+"""Connections to Redis: find the primary, connect, authenticate, and drop connections that fall silent.
 
-txredisapi speaks the protocol (RESP); its pool, which gives up for ever after one refused password, is left
-out.  A connection that has asked and is not answered in time is dropped, and all that waits on it fails:
-whoever asked comes again by a new one.
+txredisapi implements the protocol (RESP).  Its connection pool is not used, because it gives up for ever after one
+rejected password.  When a reply is overdue the connection is dropped, and all its requests fail.  The session
+(`chatd.store.redis.session`) then dials a new one.
 """
 
 import hashlib
@@ -26,35 +26,36 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.python.failure import Failure
+from typing_extensions import override
 
 CONNECT_SECONDS: Final = 5
-"""How long a connection may take to come about."""
+"""The time limit for connecting."""
 REPLY_SECONDS: Final = 5
-"""How long a reply may take."""
+"""The time limit for a reply."""
 PORT: Final = 6379
 
 Refusal = txredisapi.ResponseError
-"""What Redis says no with; nothing was changed."""
+"""An error reply of Redis: nothing was changed."""
 Lost = (txredisapi.ConnectionError, ConnectError, ConnectionLost, DNSLookupError, DeferredTimeoutError, OSError)
-"""What becomes of a connection; whether something was changed cannot be told."""
+"""A connection failed: requests in flight may or may not have had an effect."""
 TlsErrors = (SSL.Error, VerificationError)
 
-# Redis 6.2 says the code in the midst of the text when a command in a script is refused.
+# If a command in a script is refused, Redis 6.2 puts the code in the middle of the text.
 _CODE = re.compile(r"(?:^|[ -])(?!ERR\b)([A-Z]{3,})\b")
 _MOVED = re.compile(r"MOVED \d+ (.*):(\d+)")
 
 
 class Script:
-    """A Lua script of this package, which Redis runs in one piece."""
+    """A Lua script of this package, which Redis runs atomically."""
 
     def __init__(self, name: str) -> None:
         lua = importlib.resources.files("chatd").joinpath("store/redis/lua")
         self.text = b"\n".join(lua.joinpath(f"{part}.lua").read_bytes() for part in ("prelude", name))
-        self.sha = hashlib.sha1(self.text).hexdigest()  # noqa: S324 -- the name that Redis knows it by
+        self.sha = hashlib.sha1(self.text).hexdigest()  # noqa: S324 -- the name that Redis gives it
 
 
 class RedisAddress(NamedTuple):
-    """Where a Redis is, and how to be let in."""
+    """The address of a Redis, and the credentials for it."""
 
     host: str
     port: int
@@ -65,9 +66,9 @@ class RedisAddress(NamedTuple):
 
     @classmethod
     def parse(cls, url: str, *, password_elsewhere: bool = False) -> "RedisAddress":
-        """Read `redis[s]://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`; ValueError for anything else.
+        """Read `redis[s]://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`; raise ValueError for anything else.
 
-        If the password is elsewhere the URL may name a user alone.
+        With `password_elsewhere` the URL may name a user without a password.
         """
         try:
             parts = urlsplit(url)
@@ -88,13 +89,13 @@ class RedisAddress(NamedTuple):
 
 
 def code_of(refusal: Failure) -> str:
-    """What names a Refusal, such as READONLY."""
+    """Return the code of a Refusal, such as READONLY."""
     found = _CODE.search(str(refusal.value))
     return found[1] if found else "ERR"
 
 
 class RedisConnection(txredisapi.HiredisProtocol):
-    """One connection."""
+    """One connection, with a time limit for replies."""
 
     transport: Any
     callLater: Any
@@ -105,12 +106,12 @@ class RedisConnection(txredisapi.HiredisProtocol):
         self._clock = clock
         self._since = 0.0
         self.reason: Failure | None = None
-        """Why it ended, when it has."""
+        """Why the connection ended; None while it is open."""
         self.patience: float = REPLY_SECONDS
-        """How long the next reply may take, in seconds."""
+        """The time limit for the next reply, in seconds."""
 
     def ask(self, *words: str | bytes | int) -> "Deferred[Any]":
-        """Send a command; answers the reply, or fails with a Refusal or one of Lost."""
+        """Send a command; fire with the reply, or fail with a Refusal or one of Lost."""
         if not self.replyQueue.waiting:
             self._since = self._clock.seconds()
         try:
@@ -120,48 +121,50 @@ class RedisConnection(txredisapi.HiredisProtocol):
         return asked
 
     def run(self, script: Script, keys: list[str], *args: str | bytes | int) -> "Deferred[Any]":
-        """Run a script that has been loaded."""
+        """Run a script that `dial` has loaded."""
         return self.ask("EVALSHA", script.sha, len(keys), *keys, *args)
 
+    @override
     def dataReceived(self, data: bytes, unpause: bool = False) -> None:
-        """Something has come."""
         try:
             super().dataReceived(data, unpause)
         except txredisapi.InvalidData:
-            self.replyReceived(txredisapi.ConnectionError("no Redis speaks like that"))
+            self.replyReceived(txredisapi.ConnectionError("the server is no Redis"))
             self.drop()
 
+    @override
     def _build_command(self, *words: str | bytes | int, **_: Any) -> bytes:
-        """A command's bytes, which txredisapi would take longer to compose than Redis to obey."""
+        # txredisapi takes longer to pack a command than Redis takes to run it; hiredis does not.
         packed: bytes = hiredis.pack_command(cast(Any, words))
         return packed
 
+    @override
     def tryConvertData(self, data: Any) -> Any:
-        """What has come, as it is."""
-        return data
+        return data  # replies stay bytes
 
+    @override
     def replyReceived(self, reply: Any) -> None:
-        """A reply has come."""
         self._since = self._clock.seconds()
         super().replyReceived(reply)
 
+    @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """It has ended: all that was asked fails."""
         self.reason = reason
         super().connectionLost(reason)
 
+    @override
     def whenDisconnected(self) -> "Deferred[Any]":
-        """Fires when it has ended, also if that was before."""
+        # txredisapi's never fires if the connection has already ended.
         return super().whenDisconnected() if self.reason is None else succeed(self)
 
-    def look(self) -> None:
-        """Drop the connection if a reply is overdue; to be called once a second."""
+    def drop_if_overdue(self) -> None:
+        """Drop the connection if a reply is overdue; call this once a second."""
         if self.replyQueue.waiting and self._clock.seconds() - self._since > self.patience:
             self.drop()
 
     def drop(self) -> "Deferred[Any]":
-        """Let go of it; what is asked fails.  Fires when it is gone."""
-        if self.reason is None:  # Twisted's TLS cannot be aborted when it has ended
+        """Abort the connection, which fails all requests; fire when it is closed."""
+        if self.reason is None:  # Twisted cannot abort a TLS connection that has ended
             self.transport.abortConnection()
         return self.whenDisconnected()
 
@@ -172,35 +175,36 @@ class _Factory(Factory):
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
 
+    @override
     def buildProtocol(self, addr: Any) -> Any:
         return RedisConnection(self._clock)
 
 
 class Link:
-    """Makes connections to the primary."""
+    """Dials connections to the primary."""
 
     def __init__(self, address: RedisAddress, reactor: Any, password_file: pathlib.Path | None = None) -> None:
         self.address = address
         self.clock: IReactorTime = reactor
         self._reactor = reactor
         self._password_file = password_file
-        self._primary: tuple[str, int] | None = None
-        """Where it has moved to, as the one at the address, or a later one, said."""
+        self.primary: tuple[str, int] | None = None
+        """Host and port of the primary, if Redis has named another server than the one at `address`."""
 
     @inlineCallbacks
     def dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, RedisConnection]:
-        """Connect, say who we are, and load scripts; fails with a Refusal, or one of Lost or TlsErrors."""
+        """Connect, authenticate, and load scripts; fail with a Refusal, or one of Lost or TlsErrors."""
         factory = _Factory(self.clock)
         try:
             connection = yield self._endpoint().connect(factory)
         except Exception:
-            self._primary = None  # it may be found at the address again
+            self.primary = None  # start again from the address
             raise
         try:
             greeted = self._greet(connection, scripts)
             yield greeted.addTimeout(REPLY_SECONDS, self.clock)
         except Exception:
-            self._primary = None
+            self.primary = None
             with suppress(CancelledError):
                 yield connection.drop()
             if connection.reason is not None and connection.reason.check(*TlsErrors):
@@ -209,7 +213,7 @@ class Link:
         return connection  # type: ignore[no-any-return]
 
     def _endpoint(self) -> Any:
-        host, port = self._primary or (self.address.host, self.address.port)
+        host, port = self.primary or (self.address.host, self.address.port)
         endpoint = HostnameEndpoint(self._reactor, host, port, timeout=CONNECT_SECONDS)
         return wrapClientTLS(optionsForClientTLS(host), endpoint) if self.address.tls else endpoint
 
@@ -221,7 +225,7 @@ class Link:
         if password is not None:
             user = [self.address.username] if self.address.username else []
             yield connection.ask("AUTH", *user, password)
-        if self.address.database:  # a cluster knows no SELECT
+        if self.address.database:  # a cluster has no SELECT
             yield connection.ask("SELECT", self.address.database)
         for script in scripts:
             yield connection.ask("SCRIPT", "LOAD", script.text)
@@ -230,18 +234,18 @@ class Link:
     def refused(
         self, connection: RedisConnection, refusal: txredisapi.ResponseError
     ) -> Generator["Deferred[Any]", Any, None]:
-        """Find out where the primary is, if that is why something was refused."""
+        """Find the primary, if a request was refused because this server is not the primary."""
         moved = _MOVED.search(str(refusal))
         if moved:
-            host = moved[1] or (self._primary or self.address)[0]  # since Redis 7 an empty host is the same one
-            self._primary = host, int(moved[2])
+            host = moved[1] or (self.primary or self.address)[0]  # since Redis 7 an empty host means the same host
+            self.primary = host, int(moved[2])
         elif code_of(Failure(refusal)) == "READONLY":
             role = yield connection.ask("ROLE")
-            self._primary = (role[1].decode(), role[2]) if role[0] == b"slave" else None
+            self.primary = (role[1].decode(), role[2]) if role[0] == b"slave" else None
 
 
 def why(failure: Failure) -> str:
-    """What has failed, in a few words."""
+    """Describe a failure in a few words, without credentials."""
     error = failure.value
     if isinstance(error, txredisapi.ResponseError):
         return str(error)

@@ -1,8 +1,8 @@
-"""Who is in the rooms at which node, told through Redis.
+"""Presence between nodes: which node has which members in a room.
 
-Each node keeps what it has said in a hash of the room, and says it once more in a stream that all nodes read along
-with the feed.  It is nothing that must not be lost: a node says it again when it comes back to Redis, and one that
-has not been heard of for a while is taken to be dead, with all who are at it.
+Each node keeps its own members in a hash of the room, and publishes changes in a stream that all nodes read beside the
+feed.  Presence may be lost without harm: a node publishes it again in each session.  Nodes
+that send no heartbeat for a while count as dead, and their members with them.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,11 @@ import orjson
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from typing_extensions import override
 
-from chatd.room.presence import LobbyListener, Occupancy
+from chatd.room.presence import Lobby, LobbyListener, Occupancy
 from chatd.store.base import new_epoch
+from chatd.store.redis.keys import NO_ENTRY
 from chatd.store.redis.link import Lost, RedisConnection, Refusal, Script
 
 ANNOUNCE: Final = Script("announce")
@@ -22,96 +24,96 @@ STREAM: Final = "{chatd}:presence"
 KEEP: Final = 10_000
 """About how many entries the stream keeps."""
 LIVE_SECONDS: Final = 15
-"""How long a node is taken to live after it was heard of."""
+"""How long a node counts as alive after a heartbeat."""
 BEAT_SECONDS: Final = 5
-"""How often a node is heard of."""
+"""The time between heartbeats."""
 
 _logger = Logger()
 
 
-def _write(here: Occupancy) -> bytes:
-    """What is said of who is there; nothing if nobody is."""
+def _encode(here: Occupancy) -> bytes:
+    """Encode an occupancy; an empty room is empty bytes."""
     users = None if here.users is None else sorted(here.users)
     return orjson.dumps([here.members, users]) if here.members else b""
 
 
-def _read(said: bytes) -> Occupancy:
-    if not said:
+def _decode(data: bytes) -> Occupancy:
+    if not data:
         return Occupancy(0, frozenset())
-    members, users = orjson.loads(said)
+    members, users = orjson.loads(data)
     return Occupancy(members, None if users is None else frozenset(users))
 
 
-class RedisLobby:
-    """Implements chatd.presence.Lobby.
+class RedisLobby(Lobby):
+    """A lobby in Redis.
 
-    What is reported goes out once a second, when the store calls `tick`.
+    Reports are published once a second, when the session calls `tick`.
     """
 
     def __init__(self) -> None:
         self.node = new_epoch()
-        """Stands for this process."""
-        self.seen = b"0-0"
-        """The newest entry of the stream that was read."""
-        self._guests: list[LobbyListener] = []
+        """The name of this process."""
+        self.seen = NO_ENTRY
+        """The id of the newest entry of the stream that was read."""
+        self._listeners: list[LobbyListener] = []
         self._here: dict[str, bytes] = {}
-        """What was said last, by room."""
+        """The occupancy last reported, by room."""
         self._dirty: dict[str, dict[str, None]] = {}
-        """The rooms of which something is to be said, and who types there."""
+        """The rooms to publish, each with the users that type there."""
         self._others: set[str] = set()
         self._line: RedisConnection | None = None
         self._ticks = 0
 
+    @override
     def follow(self, listener: LobbyListener) -> None:
-        """Lobby.follow."""
-        self._guests.append(listener)
+        self._listeners.append(listener)
 
+    @override
     def report(self, room: str, occupancy: Occupancy, typing: Sequence[str]) -> None:
-        """Lobby.report."""
-        said = _write(occupancy)
-        if said:
-            self._here[room] = said
+        data = _encode(occupancy)
+        if data:
+            self._here[room] = data
         else:
             self._here.pop(room, None)
         self._dirty.setdefault(room, {}).update(dict.fromkeys(typing))
 
-    def come(self, line: RedisConnection) -> "Deferred[None]":
-        """A session has begun: read the stream from here on, and say all again."""
+    def connected(self, line: RedisConnection) -> "Deferred[None]":
+        """Begin with a new session: read the stream from its end, and publish every room again."""
         self._dirty |= {room: {} for room in self._here if room not in self._dirty}
         return line.ask("XREVRANGE", STREAM, "+", "-", "COUNT", 1).addCallback(self._begin, line)
 
     def _begin(self, newest: Sequence[Any], line: RedisConnection) -> None:
-        self.seen = newest[0][0] if newest else b"0-0"
+        self.seen = newest[0][0] if newest else NO_ENTRY
         self._line = line
-        self._say(line)
+        self._publish(line)
 
-    def left(self) -> None:
-        """The session has ended."""
+    def disconnected(self) -> None:
+        """Stop publishing, because the session has ended."""
         self._line = None
 
     def close(self) -> "Deferred[Any]":
-        """Say what there is still to say, which is that nobody is here, and go; fires when that has been heard."""
+        """Publish what is left, normally that every room is empty, and remove this node; fire when Redis replies."""
         if self._line is None:
             return succeed(None)
-        self._say(self._line)
+        self._publish(self._line)
         return self._line.ask("DEL", self._key(self.node)).addErrback(self._failed)
 
     def tick(self) -> None:
-        """Say what is to be said, and see who lives; to be called once a second."""
+        """Publish what was reported, and send and check heartbeats; call this once a second."""
         if self._line is None:
             return
-        self._say(self._line)
+        self._publish(self._line)
         self._ticks += 1
         if self._ticks % BEAT_SECONDS == 0:
             self._beat(self._line)
 
-    def _say(self, line: RedisConnection) -> None:
+    def _publish(self, line: RedisConnection) -> None:
         dirty, self._dirty = self._dirty, {}
         for room, typing in dirty.items():
             keys = [STREAM, f"{{chatd}}:here:{room}", self._key(self.node)]
             typed = orjson.dumps([*typing]) if typing else b""
-            said = self._here.get(room, b""), typed, LIVE_SECONDS * 1000, KEEP
-            line.run(ANNOUNCE, keys, self.node, room, *said).addCallbacks(
+            arguments = self._here.get(room, b""), typed, LIVE_SECONDS * 1000, KEEP
+            line.run(ANNOUNCE, keys, self.node, room, *arguments).addCallbacks(
                 self._answered, self._failed, callbackArgs=(room,)
             )
 
@@ -120,15 +122,15 @@ class RedisLobby:
         return f"{{chatd}}:node:{node}"
 
     def _answered(self, others: Sequence[bytes], room: str) -> None:
-        for node, said in zip(others[::2], others[1::2], strict=True):
-            self._elsewhere(room, node.decode(), said)
+        for node, data in zip(others[::2], others[1::2], strict=True):
+            self._elsewhere(room, node.decode(), data)
 
     def _failed(self, failure: Failure) -> None:
-        """It is said again in the next session, or with the next change."""
+        """Ignore an error of Redis: the next session or the next change publishes the room again."""
         failure.trap(Refusal, *Lost)
 
     def _beat(self, line: RedisConnection) -> None:
-        """Say that this node lives, and see which of the others do."""
+        """Send this node's heartbeat, and check those of the others."""
         line.ask("SET", self._key(self.node), "1", "PX", LIVE_SECONDS * 1000).addErrback(self._failed)
         if self._others:
             others = sorted(self._others)
@@ -138,25 +140,25 @@ class RedisLobby:
     def _counted(self, lives: Sequence[bytes | None], others: Sequence[str]) -> None:
         for node, life in zip(others, lives, strict=True):
             if life is None:
-                _logger.info("node {node} is there no more", node=node)
+                _logger.info("node {node} is gone", node=node)
                 self._others.discard(node)
-                for guest in self._guests:
-                    guest.node_left(node)
+                for listener in self._listeners:
+                    listener.node_left(node)
 
     def read(self, entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> None:
-        """Take what has come in the stream."""
-        for stream_id, (_, name, _, room, _, said, _, typed) in entries:
+        """Read the next entries of the stream, and notify the listeners."""
+        for stream_id, (_, name, _, room, _, data, _, typed) in entries:
             self.seen = stream_id
             node = name.decode()
             if node == self.node:
                 continue
-            self._elsewhere(room.decode(), node, said)
+            self._elsewhere(room.decode(), node, data)
             if typed:
-                for guest in self._guests:
-                    guest.typing(room.decode(), orjson.loads(typed))
+                for listener in self._listeners:
+                    listener.typing(room.decode(), orjson.loads(typed))
 
-    def _elsewhere(self, room: str, node: str, said: bytes) -> None:
+    def _elsewhere(self, room: str, node: str, data: bytes) -> None:
         self._others.add(node)
-        here = _read(said)
-        for guest in self._guests:
-            guest.occupancy_changed(room, node, here)
+        here = _decode(data)
+        for listener in self._listeners:
+            listener.occupancy_changed(room, node, here)

@@ -6,37 +6,25 @@ import itertools
 import socket
 
 import pytest
-from support import loops
-from support.helpers import ManualTime, RecordingFollower, RecordingPoster
-from support.redises import LOCAL, Cluster, Hasty, Proxy, Redis, each_binary, turn, until, wait_in
-from support.store_contract import SEED, TIMESTAMP, DurableStoreContract
+from support.helpers import ManualTime, RecordingPoster
+from support.redises import LOCAL, Cluster, FastClock, Proxy, Redis, WatchedLink, each_binary, turn, until, wait_in
+from support.store_contract import SEED, TIMESTAMP, DurableStoreContract, StrictFollower
 from twisted.logger import LogLevel
 
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable, Page
-from chatd.store.base import DAY, Retention
-from chatd.store.redis import store as redis_module
+from chatd.store.base import DAY, Retention, instant
+from chatd.store.redis import session as redis_session
+from chatd.store.redis import store as redis_store
 from chatd.store.redis.link import Link, RedisAddress
-from chatd.store.redis.store import FORMAT, RedisStore
+from chatd.store.redis.session import FORMAT
+from chatd.store.redis.store import RedisStore
 
 DATABASES = 1000
 """Each log is in one of its own."""
 LOG, HEADS, FEED = "{chatd}:log", "{chatd}:heads", "{chatd}:feed"
 EXACT = {"stream-node-max-entries": 1}
 """The feed is trimmed by whole nodes of a stream."""
-
-
-@pytest.fixture
-def loop():
-    with loops.reactor() as loop:
-        loop.startRunning(installSignalHandlers=False)
-        yield loop
-        loop.fireSystemEvent("shutdown")  # its threads look up names
-
-
-@each_binary
-def binary(request):
-    return request.param
 
 
 @each_binary
@@ -53,33 +41,32 @@ class TestRedisStore(DurableStoreContract):
     def wait(self, deferred):
         return wait_in(self.loop, deferred)
 
-    def link(self, redis):
-        return Link(RedisAddress.parse(redis.url), self.loop)
+    @pytest.fixture
+    def links(self):
+        """The link of each store."""
+        return {}
 
     @pytest.fixture
-    def make(self, redis):
+    def make(self, redis, links):
         databases = iter(range(DATABASES))
 
         def make(retain, now):
             url = redis.url.rpartition("/")[0]
-            return RedisStore(Link(RedisAddress.parse(f"{url}/{next(databases)}"), self.loop), retain, now)
+            link = Link(RedisAddress.parse(f"{url}/{next(databases)}"), self.loop)
+            store = RedisStore(link, retain, now)
+            links[store] = link
+            return store
 
         return make
 
     @pytest.fixture
-    def again(self):
-        return lambda store, retain, now: RedisStore(store._link, retain, now)
+    def again(self, links):
+        def again(store, retain, now):
+            reopened = RedisStore(links[store], retain, now)
+            links[reopened] = links[store]
+            return reopened
 
-
-class Follower(RecordingFollower):
-    """... and ("interrupted",)."""
-
-    def appended(self, room, entries):
-        assert entries
-        super().appended(room, entries)
-
-    def interrupted(self):
-        self.events.append(("interrupted",))
+        return again
 
 
 class Node:
@@ -87,14 +74,15 @@ class Node:
 
     def __init__(self, loop, link, retain="all", now=None, seed=SEED):
         self.loop = loop
+        self.link = link
         self.store = RedisStore(link, Retention.parse(retain), now)
         self.events = []
-        self.store.follow(Follower(self.events))
+        self.store.follow(StrictFollower(self.events))
         self.opened = self.store.open(seed)
 
     def up(self):
         """Wait until it is well, and does what it is asked."""
-        until(self.loop, lambda: self.store.fault is None and self.store._asking is not None, self.store.fault)
+        until(self.loop, lambda: self.store.fault is None, self.store.fault)
         return self
 
     def down(self):
@@ -168,8 +156,8 @@ UNAVAILABLE, DOUBT = ("refused", LogUnavailable), ("refused", InDoubt)
 @pytest.fixture
 def brisk(monkeypatch):
     """Less patience than in earnest."""
-    monkeypatch.setattr(redis_module, "SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr(redis_module, "SESSION_BACKOFF_SECONDS", (0.02, 0.2))
+    monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(redis_session, "SESSION_BACKOFF_SECONDS", (0.02, 0.2))
 
 
 @pytest.fixture
@@ -179,8 +167,8 @@ def node(loop, brisk, events):
     readers = {*loop.getReaders()}
 
     def make(url, *, at_once=False, link=None, times=5, **options):
-        link = link or Link(RedisAddress.parse(url), loop)
-        link.clock = Hasty(loop, times)
+        link = link or WatchedLink(url, loop)
+        link.clock = FastClock(loop, times)
         nodes.append(Node(loop, link, **options))
         if not at_once:
             wait_in(loop, nodes[-1].opened)
@@ -195,19 +183,6 @@ def node(loop, brisk, events):
     assert loop.getWriters() == []
     gc.collect()  # what failed unheard is logged when it goes
     assert [event for event in events if event["log_level"] == LogLevel.critical] == []
-
-
-@pytest.fixture
-def one(tmp_path):
-    """A server where it does not matter which."""
-    with Redis(tmp_path / "one") as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(one):
-    with Proxy(one.port) as proxy:
-        yield proxy
 
 
 def durable(folder, **options):
@@ -296,7 +271,7 @@ def test_the_time_is_that_of_redis(one, node):
     seconds, micros = map(int, one.call("TIME"))
     entry = node.read().entries[-1]
     assert TIMESTAMP.fullmatch(entry.timestamp)
-    assert 0 <= seconds + micros / 1e6 - redis_module.instant(entry.timestamp) < 5
+    assert 0 <= seconds + micros / 1e6 - instant(entry.timestamp) < 5
 
 
 def test_all_nodes_stamps_go_up_even_if_their_clocks_differ(one, node):
@@ -352,7 +327,7 @@ def test_days_are_those_of_the_messages_and_not_of_who_trims(one, node):
 
 @pytest.mark.parametrize("small", [1, 512], ids=["a table", "a list"])
 def test_all_of_many_rooms_are_trimmed_a_few_at_a_time(tmp_path, node, monkeypatch, small):
-    monkeypatch.setattr(redis_module, "ROOMS", 3)
+    monkeypatch.setattr(redis_store, "ROOMS", 3)
     with Redis(tmp_path / "data", hash_max_ziplist_entries=small) as redis:
         time = ManualTime()
         node = node(redis.url, retain="1d", now=time)
@@ -524,7 +499,7 @@ def test_who_reads_a_log_that_was_deleted_is_refused_and_then_reads_the_new_one(
 @pytest.fixture
 def patient(monkeypatch):
     """The feed may be silent for as long as it likes, so that it is something else that tells."""
-    monkeypatch.setattr(redis_module, "SILENCE_SECONDS", 100)
+    monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 100)
 
 
 def test_a_post_is_not_kept_in_a_history_that_the_node_does_not_know(one, node, patient):
@@ -558,31 +533,19 @@ def test_a_feed_that_names_another_history_is_not_told(one, node, patient):
     node.up()
 
 
-class Split(Link):
-    """Its feed comes by a way of its own."""
-
-    def __init__(self, asking, feed, loop):
-        super().__init__(RedisAddress.parse(asking), loop)
-        self._asking, self._feed = map(RedisAddress.parse, (asking, feed))
-
-    def dial(self, *scripts):
-        self.address = self._asking if scripts else self._feed
-        return super().dial(*scripts)
-
-
 @pytest.fixture
 def untold(node, loop):
     """What makes a node to which posts are answered, and the feed does not come."""
 
     def make(redis, asking, feed):
-        made = node(None, link=Split(asking, feed.url(), loop), times=1)
+        made = node(None, link=WatchedLink(asking, loop, feed.url()), times=1)
         made.post("a")
         feed.stall()
         posters = made.start("b", "c", label=True)
         until(loop, lambda: redis.call("HGET", HEADS, "main") == b"5")
         pages = []
         made.store.read("main", None, 10).addBoth(pages.append)
-        until(loop, lambda: len(made.store._due) == 3)
+        until(loop, lambda: made.link.answered)
         assert all(poster.events == [] for poster in posters)
         assert pages == []
         return made, posters, pages
@@ -651,12 +614,12 @@ def test_what_was_given_up_is_not_told_again_when_the_feed_comes(one, untold):
 def test_a_page_that_is_ahead_of_the_feed_waits_for_it(one, node, loop):
     # Else a client might see a message of which this node would not know that it is lost, if it is.
     with Proxy(one.port) as feed:
-        far, near = node(None, link=Split(one.url, feed.url(), loop), times=1), node(one.url)
+        far, near = node(None, link=WatchedLink(one.url, loop, feed.url()), times=1), node(one.url)
         feed.stall()
         near.post("a")
         pages = []
         far.store.read("main", None, 10).addCallback(pages.append)
-        until(loop, lambda: far.store._due)
+        until(loop, lambda: far.link.answered)
         assert pages == []
         feed.go_on()
         until(loop, lambda: pages)
@@ -677,12 +640,12 @@ def test_what_was_given_up_and_is_answered_then_is_told_to_nobody_who_posted(one
 def test_what_is_trimmed_while_the_feed_does_not_come_is_not_waited_for_for_ever(one, node, loop):
     with Proxy(one.port) as feed:
         time = ManualTime()
-        node = node(None, link=Split(one.url, feed.url(), loop), retain="1d", now=time, times=1)
+        node = node(None, link=WatchedLink(one.url, loop, feed.url()), retain="1d", now=time, times=1)
         node.post("a")
         feed.stall()
         time.advance(2 * DAY)
         trimmed = node.store.trim()
-        until(loop, lambda: node.store._due)
+        until(loop, lambda: node.link.answered)
         feed.cut()
         wait_in(loop, trimmed)
 
@@ -709,7 +672,7 @@ def test_after_a_cut_the_tail_goes_on_where_it_was(one, proxy, node):
 
 
 def test_who_missed_more_than_the_feed_keeps_reads_anew_and_goes_on(tmp_path, binary, node, monkeypatch):
-    monkeypatch.setattr(redis_module, "FEED", 5)
+    monkeypatch.setattr(redis_store, "FEED_LENGTH", 5)
     with Redis(tmp_path / "data", binary=binary, **EXACT) as redis, Proxy(redis.port) as proxy:
         far, near = node(proxy.url()), node(redis.url)
         epoch = far.store.epoch
@@ -731,7 +694,7 @@ def test_who_missed_more_than_the_feed_keeps_reads_anew_and_goes_on(tmp_path, bi
 
 
 def test_who_missed_just_what_the_feed_keeps_goes_on(tmp_path, node, monkeypatch):
-    monkeypatch.setattr(redis_module, "FEED", 5)
+    monkeypatch.setattr(redis_store, "FEED_LENGTH", 5)
     with Redis(tmp_path / "data", **EXACT) as redis, Proxy(redis.port) as proxy:
         far, near = node(proxy.url()), node(redis.url)
         far.post("a")
@@ -822,10 +785,10 @@ def test_a_node_that_is_cut_off_has_each_post_once_when_it_is_back(one, proxy, n
 
 def test_the_asking_connection_may_end_while_the_feed_is_begun(one, node, loop):
     with Proxy(one.port) as asking, Proxy(one.port) as feed:
-        node = node(None, link=Split(asking.url(), feed.url(), loop), at_once=True, times=1)
+        node = node(None, link=WatchedLink(asking.url(), loop, feed.url()), at_once=True, times=1)
         feed.stall()
-        until(loop, lambda: node.store._lines)
-        line = node.store._lines[0]
+        until(loop, lambda: node.link.lines)
+        (line,) = node.link.lines
         asking.cut()
         until(loop, lambda: line.reason is not None)
         feed.go_on()
@@ -990,11 +953,11 @@ def test_somebody_elses_key_keeps_out_what_belongs_there_and_nothing_else(tmp_pa
         else:
             head = 0
             redis.call("SET", key, "mine")
-        asking = node.store._asking
+        sessions = len(node.link.lines)
         assert node.post("x", room="other", label=True) == [UNAVAILABLE]
         assert "WRONGTYPE" in node.store.fault
         assert node.post("a") == [("posted", 3)]
-        assert node.store._asking is asking
+        assert len(node.link.lines) == sessions
         redis.call("DEL", key)
         # It has taken no number.
         assert node.post("x", room="other", label=True) == [("posted", head + 1)]
@@ -1017,12 +980,12 @@ def test_a_log_that_cannot_be_trimmed_goes_on(one, node, events):
     one.call("RENAME", "{chatd}:room:other", "{chatd}:away")
     one.call("SET", "{chatd}:room:other", "mine")
     wait_in(node.loop, node.store.trim())
-    assert any(event["log_format"].startswith("old messages are not removed") for event in events)
+    assert any(event["log_format"].startswith("old messages were not removed") for event in events)
     assert node.post("a") == [("posted", 3)]
 
 
 def test_only_so_many_posts_are_on_their_way(one, node, monkeypatch):
-    monkeypatch.setattr(redis_module, "MAX_PENDING", 5)
+    monkeypatch.setattr(redis_store, "MAX_PENDING", 5)
     node = node(one.url)
     outcomes = node.post(*map(str, range(7)))
     assert outcomes == [("posted", number) for number in range(3, 8)] + [UNAVAILABLE] * 2
@@ -1040,27 +1003,26 @@ def test_a_fault_is_logged_when_its_words_change_and_not_else(tmp_path, node, ev
         assert len(logged) <= 2  # that it was lost, and that it cannot be reached
         redis.start()
         first.up()
-        assert events[-1]["log_format"] == "the log at {address} is there again"
+        assert events[-1]["log_format"] == "reconnected to the log at {address}"
 
 
 def test_what_nobody_foresaw_is_logged_once_and_the_node_goes_on(one, node, events):
     node = node(one.url)
-    error = ZeroDivisionError("what nobody foresaw")
-    node.store.lobby.tick, tick = lambda: None, node.store.lobby.tick
+    error = ZeroDivisionError("unexpected")
 
     def broken(*_):
         raise error
 
-    node.store._come = broken
-    node.fails("what nobody foresaw")
+    node.link.dial = broken
+    one.call("CLIENT", "KILL", "TYPE", "normal")
+    node.fails("unexpected")
     for _ in range(10):
         turn(node.loop)
     failures = [event for event in events if event.get("log_failure")]
     assert [failure["log_failure"].value for failure in failures] == [error]
     for failure in failures:
         events.remove(failure)
-    del node.store._come
-    node.store.lobby.tick = tick
+    del node.link.dial
     node.up()
     assert node.post("a") == [("posted", 3)]
 
@@ -1179,7 +1141,7 @@ def test_it_is_closed_while_a_server_lets_nobody_in(node):
 
 
 def test_it_is_closed_while_it_waits_to_come_again(tmp_path, node, monkeypatch):
-    monkeypatch.setattr(redis_module, "SESSION_BACKOFF_SECONDS", (1000, 1000))
+    monkeypatch.setattr(redis_session, "SESSION_BACKOFF_SECONDS", (1000, 1000))
     with Redis(tmp_path / "data") as redis:
         redis.kill()
         node = node(redis.url, at_once=True)
@@ -1189,8 +1151,16 @@ def test_it_is_closed_while_it_waits_to_come_again(tmp_path, node, monkeypatch):
 
 def test_it_is_closed_in_the_turn_in_which_the_session_ends(one, node):
     node = node(one.url)
-    node.store._drop()
-    node.close()
+    closed = []
+
+    class Closing(RecordingPoster):
+        def refused(self, post, error):
+            closed.append(node.store.close())
+
+    one.call("HSET", LOG, "epoch", "other")
+    node.store.append("main", Post("ann", "a"), Closing())
+    until(node.loop, lambda: closed)
+    wait_in(node.loop, closed[0])
 
 
 def test_it_is_closed_while_the_connections_of_a_session_that_failed_are_going(one, node):
@@ -1216,7 +1186,7 @@ def test_what_is_given_up_is_told_at_once_and_then_it_is_closed(one, proxy, node
     node.store.abandon()
     assert [*map(outcome, posters)] == [DOUBT, DOUBT]
     assert node.store.settled().called
-    node.store.lobby.left()  # which would have its farewell heard
+    node.store.lobby.disconnected()  # which would have its farewell heard
     node.close()
 
 

@@ -4,8 +4,7 @@ import contextlib
 import socket
 
 import pytest
-from support import loops
-from support.redises import LOCAL, Hasty, Proxy, Redis, each_binary, free_port, turn, wait_in
+from support.redises import LOCAL, FastClock, Proxy, Redis, each_binary, free_port, turn, wait_in
 from support.servers import certificate_for
 from twisted.internet import defer
 from twisted.internet.error import ConnectError, ConnectionDone, DNSLookupError
@@ -20,27 +19,12 @@ from chatd.store.redis.link import Link, Lost, RedisAddress, RedisConnection, Re
 
 
 @pytest.fixture
-def loop():
-    with loops.reactor() as loop:
-        loop.startRunning(installSignalHandlers=False)
-        yield loop
-        loop.fireSystemEvent("shutdown")  # its threads look up names
-
-
-@pytest.fixture
-def one(tmp_path):
-    """A server where it does not matter which."""
-    with Redis(tmp_path / "one") as server:
-        yield server
-
-
-@pytest.fixture
 def link(loop):
     """What makes links, in a hurry; nothing is left of them in the end."""
 
     def make(url, **options):
         made = Link(RedisAddress.parse(url), loop, **options)
-        made.clock = Hasty(loop)
+        made.clock = FastClock(loop)
         return made
 
     yield make
@@ -178,7 +162,7 @@ def test_a_script_is_known_by_what_redis_knows_it_by(one):
     for name in ("open", "append", "page", "trim"):
         script = Script(name)
         assert one.call("SCRIPT", "LOAD", script.text) == script.sha.encode()
-        assert script.text.startswith(b"-- What the scripts have in common")
+        assert script.text.startswith(b"-- The code that the scripts share")
 
 
 # A connection
@@ -206,7 +190,7 @@ class Line:
 
     def look(self, seconds):
         self.clock.advance(seconds)
-        self.connection.look()
+        self.connection.drop_if_overdue()
         return self.dropped
 
 
@@ -291,7 +275,7 @@ def test_what_is_no_redis_is_dropped(line):
     line.ask("PING")
     line.connection.dataReceived(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     assert line.dropped
-    assert why(line.answers[0]) == "no Redis speaks like that"
+    assert why(line.answers[0]) == "the server is no Redis"
     line.end()
     assert len(line.answers) == 2
 
@@ -416,7 +400,7 @@ def says(loop):
     ("said", "words"),
     [
         (b"-LOADING Redis is loading the dataset in memory\r\n", "LOADING Redis is loading the dataset in memory"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no Redis speaks like that"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the server is no Redis"),
         (b"", "it does not answer"),
     ],
 )
@@ -536,14 +520,14 @@ class Told:
 def test_a_refusal_may_say_where_the_primary_is(loop, text, role, primary):
     link = Link(RedisAddress.parse("redis://h"), loop)
     wait_in(loop, link.refused(Told(role), Refusal(text)))
-    assert link._primary == primary
+    assert link.primary == primary
 
 
 def test_a_port_at_the_same_host_is_that_of_the_one_who_said_it(loop):
     link = Link(RedisAddress.parse("redis://h"), loop)
     for text, primary in [("MOVED 1 h2:7000", ("h2", 7000)), ("MOVED 1 :7001", ("h2", 7001))]:
         wait_in(loop, link.refused(Told(), Refusal(text)))
-        assert link._primary == primary
+        assert link.primary == primary
 
 
 def test_a_primary_that_cannot_be_reached_is_looked_for_at_the_address_again(one, link, dial, says):

@@ -1,10 +1,7 @@
 """Who is in which room at which node, told through a real Redis; time is turned on by hand."""
 
 import pytest
-from support import loops
-from support.redises import Redis, each_binary
-from test_store_redis import wait_in
-from twisted.internet.defer import Deferred
+from support.redises import Redis, WatchedLink, each_binary, until, wait_in
 
 from chatd.room.presence import Occupancy
 from chatd.store.base import Retention
@@ -17,11 +14,12 @@ ANN, BOB = Occupancy(1, frozenset({"ann"})), Occupancy(2, frozenset({"bob", "bo"
 NOBODY = Occupancy(0, frozenset())
 
 
-class LobbyListener:
+class RecordingListener:
     """One node of the rooms, by what it was told."""
 
-    def __init__(self, store):
+    def __init__(self, store, link):
         self.store = store
+        self.link = link
         self.told = []
         store.lobby.follow(self)
 
@@ -29,13 +27,13 @@ class LobbyListener:
     def node(self):
         return self.store.lobby.node
 
-    def elsewhere(self, room, node, here):
+    def occupancy_changed(self, room, node, here):
         self.told.append((room, node, here))
 
     def typing(self, room, usernames):
         self.told.append((room, usernames))
 
-    def gone(self, node):
+    def node_left(self, node):
         self.told.append(node)
 
 
@@ -49,8 +47,9 @@ class Nodes:
 
     def add(self):
         """One more, which is open."""
-        store = RedisStore(Link(RedisAddress.parse(self.server.url), self.loop), Retention())
-        guest = LobbyListener(store)
+        link = WatchedLink(self.server.url, self.loop)
+        store = RedisStore(link, Retention())
+        guest = RecordingListener(store, link)
         self.wait(store.open(()))
         self.open.append(guest)
         return guest
@@ -59,17 +58,7 @@ class Nodes:
         return wait_in(self.loop, deferred)
 
     def until(self, predicate):
-        """Run the reactor until something holds."""
-        held = Deferred()
-
-        def look():
-            if predicate():
-                held.callback(None)
-            else:
-                self.loop.callLater(0.005, look)
-
-        look()
-        self.wait(held)
+        until(self.loop, predicate)
 
     def hears(self, guest, *told):
         """Wait for what a node is told next."""
@@ -79,7 +68,7 @@ class Nodes:
 
     def answered(self, guest):
         """Wait until a node has been answered all that it asked."""
-        self.until(lambda: not guest.store._asking.replyQueue.waiting)
+        self.until(lambda: guest.link.answered)
 
     def close(self, guest):
         self.open.remove(guest)
@@ -88,16 +77,8 @@ class Nodes:
     def kill(self, guest):
         """Let a node go without a word."""
         self.open.remove(guest)
-        guest.store.lobby._line = None
+        guest.store.lobby.disconnected()
         self.wait(guest.store.close())
-
-
-@pytest.fixture
-def loop():
-    with loops.reactor() as loop:
-        loop.startRunning(installSignalHandlers=False)
-        yield loop
-        loop.fireSystemEvent("shutdown")
 
 
 @each_binary

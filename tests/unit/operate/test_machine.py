@@ -25,7 +25,8 @@ from chatd.operate import machine
 from chatd.operate.check import RedisRefused, Server, Unreached
 from chatd.operate.machine import ThisMachine
 from chatd.store.base import Retention
-from chatd.store.sqlite import READABLE_SINCE, SqliteStore
+from chatd.store.sqlite import SqliteStore
+from chatd.store.sqlite_file import READABLE_SINCE
 
 HERE = ThisMachine()
 

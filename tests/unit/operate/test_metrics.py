@@ -538,15 +538,15 @@ def test_commits_are_timed_from_their_beginning_to_their_end(sqlite):
 
 
 def test_a_store_that_fails_is_down_until_it_does_not(sqlite, monkeypatch):
-    commit = sqlite.store._commit
-    monkeypatch.setattr(sqlite.store, "_commit", lambda batch: 1 / 0)
+    commit = sqlite.store.file.commit
+    monkeypatch.setattr(sqlite.store.file, "commit", lambda posts: 1 / 0)
     poster = RecordingPoster()
     assert sqlite.scrape()("chatd_store_up") == 1
     sqlite.rooms.post("main", Post("ann", "hi"), poster)
     sqlite.writer.run()
     scrape = sqlite.scrape()
     assert (scrape("chatd_store_up"), scrape("chatd_commit_seconds_count"), scrape("chatd_messages_total")) == (0, 1, 0)
-    monkeypatch.setattr(sqlite.store, "_commit", commit)
+    monkeypatch.setattr(sqlite.store.file, "commit", commit)
     sqlite.rooms.post("main", Post("ann", "hi"), poster)
     sqlite.writer.run()
     scrape = sqlite.scrape()

@@ -5,7 +5,7 @@ from support.helpers import NEW_YEAR, ManualTime, RecordingPoster
 
 from chatd.messages import Post
 from chatd.room.log import LabelReused
-from chatd.store.base import DAY, Retention, Stamp, instant, new_epoch, tell_again, timestamp
+from chatd.store.base import DAY, Retention, Stamp, answer_retry, instant, new_epoch, timestamp
 
 
 def test_all_retains_everything():
@@ -107,13 +107,13 @@ def test_stamps_never_go_back_in_steps_below_a_millisecond():
 
 def test_a_label_that_was_used_for_the_same_message_is_told_as_a_duplicate_of_it():
     poster, post = RecordingPoster(), Post("ann", "hi", "l")
-    tell_again(post, 7, poster, same=True)
+    answer_retry(post, 7, poster, same=True)
     assert poster.events == [("duplicate", post, 7)]
 
 
 def test_a_label_that_was_used_for_another_message_is_told_as_reused():
     poster, post = RecordingPoster(), Post("ann", "hi", "l")
-    tell_again(post, 7, poster, same=False)
+    answer_retry(post, 7, poster, same=False)
     ((what, about, error),) = poster.events
     assert (what, about, type(error)) == ("refused", post, LabelReused)
 

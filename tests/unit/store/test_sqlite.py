@@ -1,5 +1,4 @@
 import fcntl
-import itertools
 import os
 import queue
 import shutil
@@ -14,9 +13,10 @@ from twisted.logger import capturedLogs, formatEvent
 
 from chatd.messages import Post
 from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
-from chatd.store import sqlite
+from chatd.store import sqlite, sqlite_file
 from chatd.store.base import DAY, Retention, StoreError
-from chatd.store.sqlite import APPLICATION_ID, FORMAT, ROWS, SqliteStore, ThreadWorker
+from chatd.store.sqlite import SqliteStore, ThreadWorker
+from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS
 
 ALL = Retention()
 
@@ -25,16 +25,25 @@ class TestSqliteStore(DurableStoreContract):
     worker = ImmediateWorker
 
     @pytest.fixture
-    def make(self, tmp_path):
-        paths = (tmp_path / f"{number}.sqlite" for number in itertools.count())
-        return lambda retain, now: SqliteStore(next(paths), retain, now, self.worker(), self.worker())
+    def paths(self):
+        """The file of each store."""
+        return {}
 
     @pytest.fixture
-    def again(self):
-        return lambda store, retain, now: SqliteStore(store._path, retain, now, self.worker(), self.worker())
+    def make(self, tmp_path, paths):
+        return lambda retain, now: self.build(tmp_path / f"{len(paths)}.sqlite", retain, now, paths)
+
+    @pytest.fixture
+    def again(self, paths):
+        return lambda store, retain, now: self.build(paths[store], retain, now, paths)
+
+    def build(self, path, retain, now, paths):
+        store = SqliteStore(path, retain, now, self.worker(), self.worker())
+        paths[store] = path
+        return store
 
 
-class TestSqliteStoreThatGathers(TestSqliteStore):
+class TestSqliteStoreInBatches(TestSqliteStore):
     gathers = True
 
     @pytest.fixture(autouse=True)
@@ -56,32 +65,51 @@ def path(tmp_path):
     return tmp_path / "chat.sqlite"
 
 
+class Connections(list):
+    """Every connection that was made, oldest first; a store that is open has made two."""
+
+    @property
+    def writer(self):
+        """The newest store's connection for writing."""
+        return self[-2]
+
+    @property
+    def reader(self):
+        """The newest store's connection for reading."""
+        return self[-1]
+
+
 @pytest.fixture
-def opened(path, monkeypatch):
-    """What opens a store; all are closed in the end, and whether they opened or failed, nothing of them stays open."""
-    stores, connections, paths = [], [], set()
-    connect = sqlite3.connect
+def connections(monkeypatch):
+    made, connect = Connections(), sqlite3.connect
 
     def noted_connect(*args, **options):
-        connections.append(connect(*args, **options))
-        return connections[-1]
+        made.append(connect(*args, **options))
+        return made[-1]
 
     monkeypatch.setattr(sqlite3, "connect", noted_connect)
+    return made
+
+
+@pytest.fixture
+def opened(path, connections):
+    """Opens stores and closes them after the test; no connection and no lock may be left."""
+    stores, paths = [], set()
 
     def build(where=path, *, retain=ALL, now=None, writer=None, reader=None, seed=()):
         paths.add(where)
-        workers = writer or ImmediateWorker(), reader or ImmediateWorker()
-        store = SqliteStore(where, retain, now or ManualTime(), *workers)
+        writer = writer or ImmediateWorker()
+        store = SqliteStore(where, retain, now or ManualTime(), writer, reader or ImmediateWorker())
         store.open(seed)
-        stores.append(store)
+        stores.append((store, writer))
         return store
 
     yield build
-    for store in stores:
-        if store._writer.running:
+    for store, writer in stores:
+        if writer.running:
             closed = store.close()
-            if isinstance(store._writer, HeldWorker):
-                store._writer.run_all()
+            if isinstance(writer, HeldWorker):
+                writer.run_all()
             result_of(closed)
     for connection in connections:
         with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
@@ -217,37 +245,55 @@ def test_a_log_that_began_without_a_seed_gets_none_later(opened):
     assert page(opened(seed=SEED)) == Page([], first=1, head=0)
 
 
-def test_whoever_dies_while_the_log_is_created_leaves_none(opened, path, tmp_path, monkeypatch):
-    deaths = []
+def watch(monkeypatch, prepare):
+    """Call a function with each new connection."""
+    connect = sqlite3.connect
 
-    def dying(work):
-        def die(*args):
-            deaths.append(copy_of(path, tmp_path / f"{len(deaths)}"))
-            work(*args)
-            deaths.append(copy_of(path, tmp_path / f"{len(deaths)}"))
+    def watched_connect(*args, **options):
+        connection = connect(*args, **options)
+        prepare(connection)
+        return connection
 
-        return die
+    monkeypatch.setattr(sqlite3, "connect", watched_connect)
 
+
+def copies_of(path, folder, monkeypatch, work):
+    """Copy the files before each statement that some work runs; return the copies."""
+    copies = []
     with monkeypatch.context() as patch:
-        for name in ("_insert", "_set_head"):
-            patch.setattr(SqliteStore, name, dying(getattr(SqliteStore, name)))
-        epochs = {opened(seed=SEED).epoch}
-    assert len(deaths) == 4
-    for where in deaths:
+        watch(
+            patch,
+            lambda connection: connection.set_trace_callback(
+                lambda _: copies.append(copy_of(path, folder / f"{len(copies)}"))
+            ),
+        )
+        work()
+    return copies
+
+
+def test_a_crash_during_creation_leaves_no_log(opened, path, tmp_path, monkeypatch):
+    """Whatever statement the crash precedes, the next process finds the whole log or none."""
+    stores = []
+    copies = copies_of(path, tmp_path, monkeypatch, lambda: stores.append(opened(seed=SEED)))
+    assert len(copies) > 10
+    known = [None]
+    for where in copies:
         store = opened(where, seed=SEED)
         assert page(store) == Page([*SEED], first=1, head=2)
-        epochs.add(store.epoch)
-    assert len(epochs) == 5  # each drew its own: there was no log
+        known.append(store.epoch == stores[0].epoch)
+    assert known[1:] == sorted(known[1:])
+    assert {*known[1:]} == {False, True}
 
 
-@pytest.mark.parametrize("name", ["_insert", "_set_head"])
-def test_a_fault_while_the_log_is_created_leaves_none(opened, monkeypatch, name):
-    def failing(*_):
-        raise RuntimeError("for the test")
+@pytest.mark.parametrize("table", ["log", "messages", "rooms"])
+def test_a_fault_during_creation_leaves_no_log(opened, monkeypatch, table):
+    def deny(action, name, *_):
+        denied = action == sqlite3.SQLITE_INSERT and name == table
+        return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
 
     with monkeypatch.context() as patch:
-        patch.setattr(SqliteStore, name, failing)
-        with pytest.raises(RuntimeError, match="for the test"):
+        watch(patch, lambda connection: connection.set_authorizer(deny))
+        with pytest.raises(StoreError, match="not authorized"):
             opened(seed=SEED)
     assert page(opened(seed=SEED)) == Page([*SEED], first=1, head=2)
 
@@ -266,7 +312,7 @@ def test_nothing_is_told_before_the_commit(opened):
     assert poster.numbers == [1]
 
 
-def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(opened):
+def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(opened, connections):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one")
@@ -277,7 +323,7 @@ def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(open
     assert poster.numbers == [1]
     assert len(writer.held) == 1  # at once, without waiting for more
     commits = []
-    store._write_to.set_trace_callback(commits.append)
+    connections.writer.set_trace_callback(commits.append)
     writer.run()
     assert commits.count("COMMIT") == 1
     assert poster.numbers == [1, 2, 3, 1]
@@ -306,13 +352,13 @@ def test_a_batch_is_told_room_by_room_and_each_room_in_order(opened):
 @pytest.mark.parametrize(
     ("size", "statements"), [(1, 1), (2, 1), (3, 2), (ROWS - 1, 8), (ROWS, 1), (ROWS + 1, 2), (600, 5), (1000, 7)]
 )
-def test_a_batch_of_any_size_is_inserted_whole_and_by_few_statements(opened, size, statements):
+def test_a_batch_of_any_size_is_inserted_whole_and_by_few_statements(opened, size, statements, connections):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "before", *map(str, range(size)))
     writer.run()
     ran = []
-    store._write_to.set_trace_callback(ran.append)
+    connections.writer.set_trace_callback(ran.append)
     writer.run()
     assert poster.numbers == [*range(1, size + 2)]
     assert [(entry.number, entry.message) for entry in page(store).entries] == [
@@ -322,7 +368,7 @@ def test_a_batch_of_any_size_is_inserted_whole_and_by_few_statements(opened, siz
     assert len([statement for statement in ran if statement.startswith("INSERT INTO messages")]) == statements
 
 
-def test_more_posts_than_may_wait_are_refused(opened, monkeypatch):
+def test_more_posts_than_may_wait_are_refused(opened, monkeypatch, disk):
     monkeypatch.setattr(sqlite, "MAX_PENDING", 2)
     writer = HeldWorker()
     store = opened(writer=writer)
@@ -340,9 +386,9 @@ def test_ten_thousand_posts_may_wait():
     assert sqlite.MAX_PENDING == 10_000
 
 
-def test_both_connections_write_ahead_and_sync_before_a_commit_returns(opened):
-    store = opened()
-    for connection in (store._write_to, store._read_from):
+def test_both_connections_write_ahead_and_sync_before_a_commit_returns(opened, connections):
+    opened()
+    for connection in connections:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
@@ -350,15 +396,15 @@ def test_both_connections_write_ahead_and_sync_before_a_commit_returns(opened):
 def test_a_follower_that_fails_is_logged_and_does_not_stop_the_log(opened):
     class Failing(RecordingFollower):
         def appended(self, room, entries):
-            raise ZeroDivisionError
+            if entries[0].number == 1:
+                raise ZeroDivisionError
 
     store = opened()
     store.follow(Failing())
     with capturedLogs() as events:
         post(store, "one")
-    assert [event["log_format"] for event in events] == ["what was committed could not be told"]
+    assert [event["log_format"] for event in events] == ["a follower or poster failed after a commit"]
     assert events[0]["log_failure"].type is ZeroDivisionError
-    store._followers.clear()
     assert post(store, "two").numbers == [2]
     result_of(store.settled())
 
@@ -366,16 +412,23 @@ def test_a_follower_that_fails_is_logged_and_does_not_stop_the_log(opened):
 # When it cannot be kept
 
 
-def fill(store):
-    """Let the file grow no more, as if the disk were full."""
-    store._write_to.execute("PRAGMA max_page_count = 1")  # which is taken as: what it has now
+@pytest.fixture
+def disk(connections):
+    """A disk that the tests can fill."""
+
+    class Disk:
+        @staticmethod
+        def fill():
+            connections.writer.execute("PRAGMA max_page_count = 1")  # SQLite takes this as the current size
+
+        @staticmethod
+        def clear():
+            connections.writer.execute("PRAGMA max_page_count = 1000000")
+
+    return Disk
 
 
-def make_room(store):
-    store._write_to.execute("PRAGMA max_page_count = 1000000")
-
-
-def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(opened):
+def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(opened, disk):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
     store.follow(follower)
@@ -384,41 +437,41 @@ def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(
     post(store, "else", room="other", poster=poster)
     writer.run()
     assert first.numbers == [1]
-    fill(store)
+    disk.fill()
     with capturedLogs() as events:
         writer.run()
     assert poster.numbers == []
     assert poster.refusals == ["database or disk is full"] * 100
     assert [event[1].message for event in poster.events] == ["x" * 500] * 99 + ["else"]
-    assert [formatEvent(event) for event in events] == ["100 posts are not kept: database or disk is full"]
+    assert [formatEvent(event) for event in events] == ["100 posts were not stored: database or disk is full"]
     # Nobody was told, and nothing is there; what was before can be read.
     assert len(follower.events) == 1
     assert texts(store) == ["one"]
     assert page(store, "other") == Page([], first=1, head=0)
     # When there is room again it goes on, with the next number.
-    make_room(store)
+    disk.clear()
     poster = post(store, "two", "three")
     writer.run_all()
     assert poster.numbers == [2, 3]
     assert texts(store) == ["one", "two", "three"]
 
 
-def test_single_posts_are_kept_until_the_disk_is_full_and_again_when_there_is_room(opened):
+def test_single_posts_are_kept_until_the_disk_is_full_and_again_when_there_is_room(opened, disk):
     store = opened()
-    fill(store)
+    disk.fill()
     poster = RecordingPoster()
     while not poster.refusals:
         post(store, "x" * 500, poster=poster)
     kept = len(poster.numbers)
     assert poster.numbers == [*range(1, kept + 1)]
     assert page(store).head == len(page(store).entries) == kept
-    make_room(store)
+    disk.clear()
     assert post(store, "more").numbers == [kept + 1]
 
 
-def test_posts_are_refused_while_another_process_holds_the_file(opened, path):
+def test_posts_are_refused_while_another_process_holds_the_file(opened, path, connections):
     store = opened()
-    store._write_to.execute("PRAGMA busy_timeout = 0")
+    connections.writer.execute("PRAGMA busy_timeout = 0")
     post(store, "one")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -436,14 +489,14 @@ def test_a_log_that_cannot_be_read_says_so(opened, path):
             page(store, after=after)
 
 
-def test_a_read_is_of_one_instant_and_leaves_no_transaction_open(opened):
+def test_a_read_is_of_one_instant_and_leaves_no_transaction_open(opened, connections):
     store = opened(seed=SEED)
     ran = []
-    store._read_from.set_trace_callback(ran.append)
+    connections.reader.set_trace_callback(ran.append)
     page(store)
     page(store, after=1)
     assert [statement for statement in ran if not statement.startswith("SELECT")] == ["BEGIN", "COMMIT"] * 2
-    assert not store._read_from.in_transaction
+    assert not connections.reader.in_transaction
 
 
 def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(opened, path):
@@ -456,7 +509,7 @@ def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(op
     run_sql(path, "CREATE TRIGGER t BEFORE DELETE ON messages WHEN old.room = 'b' BEGIN SELECT RAISE(ABORT, 'no'); END")
     with capturedLogs() as events:
         result_of(store.trim())
-    assert [formatEvent(event) for event in events] == ["old messages are not removed: no"]
+    assert [formatEvent(event) for event in events] == ["old messages were not removed: no"]
     # Not the room a either: nobody would be told of it later.
     assert follower.events == []
     assert [texts(store, room) for room in "ab"] == [["one"], ["one"]]
@@ -478,21 +531,21 @@ def test_a_log_that_keeps_and_gives_what_it_is_asked_is_well(opened):
     assert store.fault is None
 
 
-def test_a_commit_that_failed_is_the_logs_fault_until_one_succeeds(opened):
+def test_a_commit_that_failed_is_the_logs_fault_until_one_succeeds(opened, disk):
     store = opened()
-    fill(store)
+    disk.fill()
     assert store.fault is None, "which is not known before it is tried"
     while not post(store, "x" * 500).refusals:
         assert store.fault is None
     assert store.fault == "the log cannot be written: database or disk is full"
     page(store)
     assert store.fault == "the log cannot be written: database or disk is full"
-    make_room(store)
+    disk.clear()
     post(store, "one")
     assert store.fault is None
 
 
-def test_the_fault_is_known_when_the_posters_are_told_and_over_when_they_are(opened):
+def test_the_fault_is_known_when_the_posters_are_told_and_over_when_they_are(opened, connections):
     heard = []
 
     class Asking(RecordingPoster):
@@ -503,9 +556,9 @@ def test_the_fault_is_known_when_the_posters_are_told_and_over_when_they_are(ope
             heard.append(store.fault)
 
     store = opened()
-    store._write_to.execute("PRAGMA query_only = 1")
+    connections.writer.execute("PRAGMA query_only = 1")
     post(store, "one", poster=Asking())
-    store._write_to.execute("PRAGMA query_only = 0")
+    connections.writer.execute("PRAGMA query_only = 0")
     post(store, "two", poster=Asking())
     assert heard == ["the log cannot be written: attempt to write a readonly database", None]
 
@@ -628,7 +681,7 @@ def test_a_folder_that_may_not_be_written_is_refused(opened, path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite.os, "open", forbidden)
+        patch.setattr(os, "open", forbidden)
         assert " cannot be written (Permission denied): make it writable for this user, " in refused(opened, path)
 
 
@@ -651,7 +704,7 @@ def test_the_file_of_a_lock_that_another_has_is_closed_again(opened, path, monke
         return files[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite.os, "open", noted)
+        patch.setattr(os, "open", noted)
         refused(opened, path)
     assert len(files) == 1
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -670,7 +723,7 @@ def test_the_lock_is_free_again_after_an_opening_that_failed(opened, path):
 
 def test_a_new_log_says_its_format_and_whose_it_is(opened, path):
     opened()
-    assert run_sql(path, "SELECT written, readable_since FROM log") == [(FORMAT, sqlite.READABLE_SINCE)]
+    assert run_sql(path, "SELECT written, readable_since FROM log") == [(FORMAT, sqlite_file.READABLE_SINCE)]
     assert run_sql(path, "PRAGMA application_id") == [(APPLICATION_ID,)]
     assert APPLICATION_ID.to_bytes(4, "big") == b"chat"
 
@@ -797,20 +850,12 @@ def test_an_upgrade_that_fails_leaves_the_log_as_it_was(opened, old):
     assert page(opened()) == Page([*SEED], first=1, head=2)
 
 
-def test_whoever_dies_while_the_log_is_upgraded_leaves_an_old_one_or_a_new_one(opened, old, tmp_path, monkeypatch):
-    deaths, connect = [], sqlite3.connect
-
-    def watched_connect(*args, **options):
-        connection = connect(*args, **options)
-        connection.set_trace_callback(lambda _: deaths.append(copy_of(old, tmp_path / f"{len(deaths)}")))
-        return connection
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sqlite3, "connect", watched_connect)
-        result_of(opened().close())
-    assert len(deaths) > 5  # before each statement
+def test_a_crash_during_the_upgrade(opened, old, tmp_path, monkeypatch):
+    """The crash leaves either the old format or the new one, whole."""
+    copies = copies_of(old, tmp_path, monkeypatch, lambda: result_of(opened().close()))
+    assert len(copies) > 5
     written = []
-    for where in deaths:
+    for where in copies:
         written += run_sql(where, "SELECT written FROM log")
         assert ("label" in [column[0] for column in columns(where)]) == (written[-1] == (2,))
         survivor = opened(where)
@@ -844,22 +889,22 @@ def test_code_of_format_1_goes_on_with_an_upgraded_log(opened, old):
 def test_newer_code_says_that_it_wrote_here_and_code_of_format_1_leaves_that(opened, old, monkeypatch):
     result_of(opened().close())
     assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
-    monkeypatch.setattr(sqlite, "FORMAT", 1)
+    monkeypatch.setattr(sqlite_file, "FORMAT", 1)
     assert page(opened()) == Page([*SEED], first=1, head=2)  # after a rollback
     assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
 
 
 def test_this_is_format_2_which_code_of_format_1_can_read():
-    assert (FORMAT, sqlite.READABLE_SINCE) == (2, 1)
+    assert (FORMAT, sqlite_file.READABLE_SINCE) == (2, 1)
 
 
 # Labels
 
 
-def test_a_label_is_looked_up_by_the_index(opened, path):
+def test_a_label_is_looked_up_by_the_index(opened, path, connections):
     store = opened()
     ran = []
-    store._write_to.set_trace_callback(ran.append)
+    connections.writer.set_trace_callback(ran.append)
     post(store, "hi", label="l")
     (lookup,) = [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
     for _, _, _, step in run_sql(path, f"EXPLAIN QUERY PLAN {lookup}"):
@@ -882,21 +927,21 @@ def test_the_file_itself_keeps_a_label_from_being_used_twice(opened, path):
     run_sql(path, "UPDATE messages SET label = NULL", twice)
 
 
-def test_a_label_is_not_looked_for_when_there_is_none(opened):
+def test_a_label_is_not_looked_for_when_there_is_none(opened, connections):
     store = opened()
     ran = []
-    store._write_to.set_trace_callback(ran.append)
+    connections.writer.set_trace_callback(ran.append)
     post(store, "hi")
     assert not [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
 
 
-def test_a_duplicate_writes_nothing(opened):
+def test_a_duplicate_writes_nothing(opened, connections):
     store = opened(retain=Retention(messages=5))
     post(store, "hi", label="l")
-    before = store._write_to.total_changes
+    before = connections.writer.total_changes
     assert post(store, "hi", label="l").events[0][::2] == ("duplicate", 1)
     assert isinstance(post(store, "else", label="l").events[0][2], LabelReused)
-    assert store._write_to.total_changes == before
+    assert connections.writer.total_changes == before
 
 
 def test_a_duplicate_of_what_is_not_yet_on_the_disk_is_told_after_the_commit(opened):
@@ -926,7 +971,7 @@ def test_what_a_poster_was_told_is_a_duplicate_in_the_file_already(opened, path,
         assert texts(survivor) == ["hi"]
 
 
-def test_a_post_that_could_not_be_kept_leaves_no_label(opened):
+def test_a_post_that_could_not_be_kept_leaves_no_label(opened, disk):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
     store.follow(follower)
@@ -934,12 +979,12 @@ def test_a_post_that_could_not_be_kept_leaves_no_label(opened):
     poster = post(store, *["x" * 500] * 99)
     post(store, "hi", "hi", "else", label="l", poster=poster)
     writer.run()
-    fill(store)
+    disk.fill()
     with capturedLogs():
         writer.run()
     assert poster.refusals == ["database or disk is full"] * 102
     assert {type(event[2]) for event in poster.events} == {LogUnavailable}  # not the reuse: the first was not kept
-    make_room(store)
+    disk.clear()
     # The label is free: for the same post again, and for any other.
     retried = post(store, "else", "else", "hi", label="l")
     writer.run_all()
@@ -950,7 +995,7 @@ def test_a_post_that_could_not_be_kept_leaves_no_label(opened):
     assert [event[2].number for event in follower.events] == [1, 2]
 
 
-def test_a_post_that_too_many_waited_before_leaves_no_label(opened, monkeypatch):
+def test_a_post_that_too_many_waited_before_leaves_no_label(opened, monkeypatch, disk):
     monkeypatch.setattr(sqlite, "MAX_PENDING", 1)
     writer = HeldWorker()
     store = opened(writer=writer)
@@ -962,10 +1007,10 @@ def test_a_post_that_too_many_waited_before_leaves_no_label(opened, monkeypatch)
     assert poster.numbers == [3]
 
 
-def test_a_duplicate_is_answered_when_the_disk_is_full(opened):
+def test_a_duplicate_is_answered_when_the_disk_is_full(opened, disk):
     store = opened()
     post(store, "hi", label="l")
-    fill(store)
+    disk.fill()
     poster = RecordingPoster()
     while not poster.refusals:
         post(store, "x" * 500, poster=poster)
@@ -1107,7 +1152,7 @@ def test_what_was_asked_before_the_close_is_answered(opened):
     assert result_of(trimming) is None
 
 
-def test_the_workers_are_started_only_by_an_opening_that_succeeds(opened, path):
+def test_the_workers_are_started_only_by_an_opening_that_succeeds(opened, path, disk):
     path.write_text("hello")
     writer, reader = ImmediateWorker(), ImmediateWorker()
     with pytest.raises(StoreError):
@@ -1134,7 +1179,7 @@ def stuck(opened):
     return store, writer, follower, poster
 
 
-def test_what_is_given_up_is_refused_at_once_in_the_order_in_which_it_came(stuck):
+def test_what_is_given_up_is_refused_at_once_in_the_order_in_which_it_came(stuck, disk):
     store, _, follower, poster = stuck
     with capturedLogs() as events:
         store.abandon()
@@ -1144,7 +1189,7 @@ def test_what_is_given_up_is_refused_at_once_in_the_order_in_which_it_came(stuck
     ]
     assert poster.refusals == [IN_DOUBT] * 3
     assert follower.events == []
-    assert [formatEvent(event) for event in events] == ["3 posts are not waited for any more"]
+    assert [formatEvent(event) for event in events] == ["3 posts abandoned: the disk has not answered"]
 
 
 def test_a_commit_that_is_on_its_way_goes_on_and_is_told_to_those_who_follow_and_not_to_who_posted(stuck):
@@ -1295,19 +1340,33 @@ class QueueReactor:
         return result_of(deferred)
 
 
+class StoppableWorker(ThreadWorker):
+    """A ThreadWorker that may be stopped at any time, also twice."""
+
+    running = False
+
+    def start(self):
+        super().start()
+        self.running = True
+
+    def stop(self):
+        if self.running:
+            self.running = False
+            super().stop()
+
+
 @pytest.fixture
 def thread_worker():
-    """What makes a ThreadWorker of a reactor; all are ended, else a test that fails would never end."""
+    """Makes ThreadWorkers and stops them, because a failed test would otherwise never end."""
     workers = []
 
     def build(reactor):
-        workers.append(ThreadWorker(reactor, "for-the-test"))
+        workers.append(StoppableWorker(reactor, "for-the-test"))
         return workers[-1]
 
     yield build
     for worker in workers:
-        if worker._pool.started and not worker._pool.joined:
-            worker.stop()
+        worker.stop()
 
 
 @pytest.fixture

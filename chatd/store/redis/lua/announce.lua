@@ -1,13 +1,13 @@
--- Tell the other nodes who is in a room at this one, and who types there.
+-- Publish this node's occupancy of a room, and the users that type there.
 --
--- {chatd}:here:ROOM hash: by node, who is there
--- {chatd}:node:NODE string: there for as long as the node lives
--- {chatd}:presence  stream: what nodes have told lately
+-- {chatd}:here:ROOM hash: the occupancy of the room by node
+-- {chatd}:node:NODE string: exists while the node is alive
+-- {chatd}:presence  stream: the latest changes
 --
 -- KEYS: the stream, the room's hash, the node's key
--- ARGV: the node, the room, who is there ('' if nobody), who types ('' if nobody), how long the node is taken to live
---       if it says no more, in milliseconds; about how many entries the stream keeps
--- Answers: by turns, each other node that lives and who is there.
+-- ARGV: the node; the room; its occupancy ('' if the room is empty); the users that type ('' if there are none);
+--       how many milliseconds the node counts as alive; about how many entries the stream keeps
+-- Returns: each other live node and its occupancy of the room, in turn.
 
 local node, room, here, typing, live, keep = unpack(ARGV)
 redis.call('SET', KEYS[3], '1', 'PX', live)

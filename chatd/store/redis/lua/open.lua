@@ -1,15 +1,15 @@
--- Come to the log, or come back: create it if it is not there, and see whether it is still the one that was known.
+-- Open the log: create it if it does not exist, and check that it is still the one that the node knows.
 --
 -- KEYS: the log, the heads, the feed, the room of the seed
--- ARGV: an epoch that no log had; the format of this code, and the oldest that reads what it writes;
---       the epoch that is known ('' at first), and the newest entry of the feed that is known ('0-0': none);
---       the seed: for each message its username, text, timestamp, and that in microseconds
--- Answers: the epoch, which is the new one if what was known is there no more; readable_since and written; and the
+-- ARGV: an epoch that no log had; the format of the node's code; the oldest format that reads what it writes;
+--       the epoch, and the newest entry of the feed, as the node knows them ('' and '0-0' at first);
+--       the seed: for each message its username, text, timestamp, and the timestamp in microseconds
+-- Returns: the epoch, which is the new one if the log has lost the known entry; readable_since; written; and the
 --          newest entry of the feed.
 
 local fresh, format, readable, known, seen = unpack(ARGV)
 local epoch = redis.call('HGET', LOG, 'epoch')
--- Nothing is undone: see first whether all can be written.
+-- Redis does not roll back: first check that every key can be written.
 redis.call('HLEN', HEADS)
 redis.call('XLEN', FEED)
 
@@ -30,7 +30,7 @@ if not epoch then
 end
 
 if epoch == known and seen ~= '0-0' and #redis.call('XRANGE', FEED, seen, seen) == 0 then
-    -- Either it has left the feed with those before it, or it was lost, and its number is used again.
+    -- Either the feed has dropped it together with all older entries, or it was lost and its number was reused.
     local oldest = redis.call('XRANGE', FEED, '-', '+', 'COUNT', 1)[1]
     if not oldest or parts(oldest[1]) <= parts(seen) then
         epoch = fresh
@@ -39,7 +39,7 @@ if epoch == known and seen ~= '0-0' and #redis.call('XRANGE', FEED, seen, seen) 
 end
 
 local written = math.max(tonumber(redis.call('HGET', LOG, 'written')), tonumber(format))
--- A write in any case, so that a replica refuses.
+-- Always write, so that a replica refuses.
 redis.call('HSET', LOG, 'written', written)
 local newest = redis.call('XREVRANGE', FEED, '+', '-', 'COUNT', 1)[1]
 return { epoch, redis.call('HGET', LOG, 'readable_since'), text(written), newest and newest[1] or '0-0' }

@@ -1,9 +1,9 @@
--- Read some of a room, in one instant.
+-- Read a page of a room, in one instant.
 --
 -- KEYS: the log, the heads, the feed, the room's stream
--- ARGV: the room; the number after which to read ('' for the newest); how many at most
--- Answers: the epoch, the number of the feed's newest entry, the numbers of the oldest message kept and of the newest
---          ever, and the entries, oldest first (newest first where the newest were asked for).
+-- ARGV: the room; the number after which to read ('' for the newest); the most entries to return
+-- Returns: the epoch; the number of the feed's newest entry; the numbers of the oldest message kept and of the newest
+--          ever appended; and the entries, oldest first (but newest first if the newest were requested).
 
 local room, after, limit = unpack(ARGV)
 local stream = KEYS[4]

@@ -1,21 +1,21 @@
--- What the scripts have in common; each is sent with this before it.
+-- The code that the scripts share; it precedes each script.
 --
 -- {chatd}:log       hash: epoch, written, readable_since; seq, the number of the feed's newest entry; stamped, its time
--- {chatd}:heads     hash: the number of the newest message of each room, which stays when that is trimmed
--- {chatd}:room:NAME stream: the messages of a room, under N-MICROSECONDS, N being 1, 2, 3 ... without gaps
--- {chatd}:feed      stream: what happened in all rooms, in one order, under SEQ-MICROSECONDS
--- {chatd}:label:SHA string: the number of the message that has this label, and what was said
+-- {chatd}:heads     hash: the number of the newest message of each room, which stays when that message is trimmed
+-- {chatd}:room:NAME stream: the messages of a room, with ids N-MICROSECONDS; N is 1, 2, 3 ... without gaps
+-- {chatd}:feed      stream: the changes of all rooms, in one order, with ids SEQ-MICROSECONDS
+-- {chatd}:label:SHA string: the number of the message that has this label, and the digest of its text
 --
--- The time is in each id, so that an entry which was lost and another that took its number are told apart.
+-- Each id contains the time, so that a lost entry differs from the one that reuses its number.
 
 local LOG, HEADS, FEED = KEYS[1], KEYS[2], KEYS[3]
 
--- Numbers as they are: Lua itself writes large ones with an exponent.
+-- Format a number in full: Lua itself writes large ones with an exponent.
 local function text(number)
     return string.format('%.0f', number)
 end
 
--- The time in microseconds, which never goes back; `given` stands for the clock's if it is not empty.
+-- Return the time in microseconds, which never goes back; `given`, if not empty, replaces the clock.
 local function time(given, stamped)
     local now = tonumber(given)
     if not now then
@@ -25,29 +25,29 @@ local function time(given, stamped)
     return math.max(now, tonumber(stamped) or 0)
 end
 
--- The number, and the time, of an entry.
+-- Return the number and the time in an entry's id.
 local function parts(id)
     local number, micros = string.match(id, '^(%d+)-(%d+)$')
     return tonumber(number), tonumber(micros)
 end
 
--- The number of the oldest message that a room keeps.
+-- Return the number of the oldest message that a room keeps.
 local function first(stream, head)
     local entry = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
     return entry and parts(entry[1]) or head + 1
 end
 
--- Tell of something in the feed, which keeps about `keep` entries; answers its number there.  Each entry names the
--- epoch, so that whoever reads on where the feed went back notices.
-local function tell(keep, micros, epoch, ...)
+-- Append an entry to the feed, which keeps about `keep` entries; return its number.  Each entry names the
+-- epoch, so that nodes notice a feed that went back.
+local function announce(keep, micros, epoch, ...)
     local seq = redis.call('HINCRBY', LOG, 'seq', 1)
     redis.call('HSET', LOG, 'stamped', text(micros))
     redis.call('XADD', FEED, 'MAXLEN', '~', keep, text(seq) .. '-' .. text(micros), 'e', epoch, ...)
     return seq
 end
 
--- Remove what is retained no longer: all but the newest `keep` messages, and those from before `oldest`, in
--- microseconds; 0: all are kept.  Answers whether any was removed.
+-- Remove all but the newest `keep` messages, and those from before `oldest` in microseconds; 0 keeps all.
+-- Return whether any message was removed.
 local function trim(stream, keep, oldest)
     local removed = 0
     if keep > 0 then

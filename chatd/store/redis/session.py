@@ -1,0 +1,246 @@
+"""Sessions with Redis, one after the other, for as long as the store is open.
+
+A session is two connections.  One carries posts and reads, many in flight at once; the other
+waits for the feed.  If either fails, both are dropped, and the posts in flight are in doubt.  The next session starts
+after a pause.
+
+Each session begins with a check: is the newest entry of the feed that this node has read still there?  Redis may
+have lost it, in a failover or because a backup was restored, and may have reused its number.  Then the epoch
+is replaced, once for all nodes, and each node makes its followers reread.  The check is repeated whenever the feed
+is silent for a while.  Every entry of the feed also names its epoch.
+"""
+
+import random
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, inlineCallbacks, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeoutError
+from twisted.internet.task import LoopingCall, deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from chatd.messages import Entry
+from chatd.store.base import SEED_ROOM, StoreError, instant, new_epoch
+from chatd.store.redis.feed import EpochChanged, Feed
+from chatd.store.redis.keys import FEED, KEYS, MICROSECONDS, room_key
+from chatd.store.redis.link import REPLY_SECONDS, Link, Lost, RedisConnection, Refusal, Script, TlsErrors, code_of, why
+from chatd.store.redis.lobby import ANNOUNCE, STREAM, RedisLobby
+
+FORMAT: Final = 1
+"""The format this code writes; it reads every log whose `readable_since` is not higher."""
+READABLE_SINCE: Final = 1
+"""The oldest format whose code can read and write what this code writes."""
+RUN: Final = 1000
+"""The most entries that one read of the feed returns."""
+SILENCE_SECONDS: Final = 2.0
+"""How long the feed may be silent before the log is checked again."""
+FAREWELL_SECONDS: Final = 1.0
+"""The time limit for telling the other nodes that this one leaves."""
+SESSION_BACKOFF_SECONDS: Final = 0.1, 1.0
+"""The pause before the next session: the first, doubled after each failure, and the longest."""
+
+OPEN: Final = Script("open")
+_PASSING: Final = frozenset({"OOM", "MISCONF", "NOREPLICAS", "BUSY", "WRONGTYPE", "NOPERM"})
+"""Refusals that a new session would not cure."""
+
+_logger = Logger()
+
+
+class RedisSession:
+    """Keeps a session with Redis, and starts the next one when it fails.
+
+    `scripts` are those that the store runs.  `prepare` runs before the first session is ready.
+    `faults` belongs to the store; this class keeps `session` and `write` in it.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        feed: Feed,
+        faults: dict[str, str],
+        scripts: Sequence[Script],
+        prepare: Callable[[RedisConnection], "Deferred[Any]"],
+    ) -> None:
+        self.lobby = RedisLobby()
+        self.line: RedisConnection | None = None
+        """The connection for posts and reads; None while there is no session."""
+        self.clock = link.clock
+        self._link = link
+        self._feed = feed
+        self._faults = faults
+        self._scripts = scripts
+        self._prepare = prepare
+        self._lines: list[RedisConnection] = []
+        self._ticks = LoopingCall(self._tick)
+        self._pause = SESSION_BACKOFF_SECONDS[0]
+        self._closing = False
+        self._ended: Deferred[None] = succeed(None)
+        faults["session"] = "it is not open yet"
+
+    def start(self, seed: Sequence[Entry]) -> "Deferred[None]":
+        """Start the first session; fire when it is there, however many attempts that takes."""
+        opened: Deferred[None] = Deferred()
+        self._ticks.clock = self.clock
+        self._ticks.start(1, now=False)
+        self._ended = self._run(seed, opened)
+        return opened
+
+    def stop(self) -> "Deferred[None]":
+        """Tell the other nodes that this one leaves, end the session, and start no other."""
+        farewell = self.lobby.close().addTimeout(FAREWELL_SECONDS, self.clock)
+        return farewell.addErrback(lambda failure: failure.trap(DeferredTimeoutError)).addCallback(self._stop)
+
+    def _stop(self, _: object) -> "Deferred[None]":
+        self._closing = True
+        if self._ticks.running:
+            self._ticks.stop()
+        self.drop()
+        self._ended.cancel()
+        return self._ended
+
+    def _tick(self) -> None:
+        for line in self._lines:
+            line.drop_if_overdue()
+        self.lobby.tick()
+
+    def drop(self) -> "Deferred[Any]":
+        """End the session, which fails all requests; fire when the connections are closed."""
+        self._faults.setdefault("session", f"there is no connection to the log at {self._link.address}")
+        self.line = None
+        self.lobby.disconnected()
+        self._feed.give_up()
+        return DeferredList([line.drop() for line in self._lines])
+
+    # Faults
+
+    def refused(self, refusal: Failure) -> None:
+        """Note that Redis refused a write."""
+        self._unwritable(refusal.value)
+        self.unreadable(refusal)
+
+    def unreadable(self, refusal: Failure) -> None:
+        """End the session after a refusal, unless a new session would not help."""
+        if code_of(refusal) not in _PASSING:
+            self.drop()
+
+    def writable(self) -> None:
+        """Note that Redis accepted a write."""
+        self._faults.pop("write", None)
+
+    def _unwritable(self, error: object) -> None:
+        words = f"the log at {self._link.address} cannot be written ({error})"
+        self._report("write", words, "posts are refused until it can")
+
+    def _failed(self, failure: Failure) -> None:
+        if self._closing:
+            return
+        if failure.check(StoreError):
+            words = str(failure.value)
+        else:
+            words = f"the log at {self._link.address} cannot be reached ({why(failure)})"
+        new = self._report("session", words, "start it, or name another with --store; retrying")
+        if new and not failure.check(*Lost, *TlsErrors, Refusal, StoreError):
+            _logger.failure("unexpected error in the Redis session", failure)
+
+    def _report(self, what: str, words: str, remedy: str) -> bool:
+        """Note a fault, and log it if it is new; return whether it is."""
+        if self._faults.get(what) == words:
+            return False
+        self._faults[what] = words
+        _logger.error("{fault}: {remedy}", fault=words, remedy=remedy)
+        return True
+
+    # One session after the other
+
+    @inlineCallbacks
+    def _run(self, seed: Sequence[Entry], opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
+        while not self._closing:
+            try:
+                yield self._session(seed, opened)
+            except (EpochChanged, CancelledError):
+                pass
+            except Exception:  # noqa: BLE001 -- the store must retry after any error
+                self._failed(Failure())
+            with suppress(CancelledError):
+                yield self.drop()
+            self._lines.clear()
+            if not self._closing:
+                with suppress(CancelledError):
+                    yield deferLater(self.clock, self._pause * random.uniform(0.5, 1))  # noqa: S311 -- no secret
+                self._pause = min(2 * self._pause, SESSION_BACKOFF_SECONDS[1])
+
+    @inlineCallbacks
+    def _session(self, seed: Sequence[Entry], opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
+        """Connect, check the log, and read its feed until something fails."""
+        line = yield self._dial(OPEN, *self._scripts, ANNOUNCE)
+        yield self._check(line, seed)
+        if not opened.called:
+            yield self._prepare(line)
+            self._feed.seen = yield self._check(line, seed)
+        feed = yield self._dial()
+        feed.patience = SILENCE_SECONDS + REPLY_SECONDS
+        line.whenDisconnected().addCallback(lambda _: feed.drop())
+        yield self.lobby.connected(line)
+        self.line = line
+        self._pause = SESSION_BACKOFF_SECONDS[0]
+        if self._faults.pop("session", None) and opened.called:
+            _logger.info("reconnected to the log at {address}", address=self._link.address)
+        if not opened.called:
+            opened.callback(None)
+        yield self._follow(line, feed, seed)
+
+    @inlineCallbacks
+    def _follow(
+        self, line: RedisConnection, feed: RedisConnection, seed: Sequence[Entry]
+    ) -> Generator["Deferred[Any]", Any, None]:
+        """Read the feed and the lobby's stream, and check the log whenever the feed is silent."""
+        block = int(SILENCE_SECONDS * 1000)
+        heard = self.clock.seconds()
+        while True:
+            before = self._feed.seen
+            cursors = before, self.lobby.seen
+            reply = yield feed.ask("XREAD", "COUNT", RUN, "BLOCK", block, "STREAMS", FEED, STREAM, *cursors)
+            for stream, entries in reply or ():
+                if stream == STREAM.encode():
+                    self.lobby.read(entries)
+                else:
+                    self._feed.take(entries)
+            if self._feed.seen != before:
+                heard = self.clock.seconds()
+            elif reply is None or self.clock.seconds() - heard >= SILENCE_SECONDS:
+                yield self._check(line, seed)
+                heard = self.clock.seconds()
+
+    @inlineCallbacks
+    def _dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, RedisConnection]:
+        line = yield self._link.dial(*scripts)
+        self._lines.append(line)
+        return line  # type: ignore[no-any-return]
+
+    @inlineCallbacks
+    def _check(self, line: RedisConnection, seed: Sequence[Entry]) -> Generator["Deferred[Any]", Any, bytes]:
+        """Check that the log is the one this node knows, and adopt its epoch; create a log if it does not exist.
+
+        Returns the newest entry of the feed.
+        """
+        words: list[str | bytes | int] = [new_epoch(), FORMAT, READABLE_SINCE, self._feed.epoch, self._feed.seen]
+        for _, *fields, stamp in seed:
+            words += [*fields, stamp, round(instant(stamp) * MICROSECONDS)]
+        try:
+            epoch, readable, written, newest = yield line.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
+        except Refusal as refusal:
+            if line is self.line and code_of(Failure()) in _PASSING:
+                self._unwritable(refusal)
+                return self._feed.seen
+            yield self._link.refused(line, refusal)
+            raise
+        self.writable()
+        if int(readable) > FORMAT:
+            raise StoreError(
+                f"the log at {self._link.address} was written by a newer chatd, in format {int(written)}, which format "
+                f"{FORMAT} cannot read: run that version again"
+            )
+        self._feed.adopt(epoch.decode(), newest)
+        return newest  # type: ignore[no-any-return]

@@ -1,0 +1,19 @@
+"""Fixtures that the tests of the stores share."""
+
+import os
+import pathlib
+import tempfile
+
+import pytest
+
+MEMORY = pathlib.Path("/dev/shm")
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder in memory where there is one: each commit waits for a sync, and a disk makes that slow."""
+    if not os.access(MEMORY, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="chatd-", dir=MEMORY) as folder:
+        yield pathlib.Path(folder)
