@@ -487,16 +487,8 @@ def test_stop_continues_the_drain_of_the_admin_port(reactor):
 
 
 def test_failing_store_is_degraded_and_ready(reactor, monkeypatch):
-    stores = []
-
-    class Store(MemoryStore):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            stores.append(self)
-
-    monkeypatch.setattr(tap, "MemoryStore", Store)
+    monkeypatch.setattr(MemoryStore, "fault", "the log is tired")
     start()
-    stores[0].fault = "the log is tired"
     for _, factory, *_ in reactor.tcpServers:
         answer = Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received
         assert answer.startswith(b"HTTP/1.1 200 ")

@@ -6,7 +6,7 @@ to one more stream, the *feed* of all rooms.  Every node reads the feed and lear
 including its own.  All clients of all nodes therefore see one order.
 
 - `link`: finds the primary and connects to it.
-- `session`: keeps two connections open, and notices when the log is another one or went back.
+- `redis_session`: keeps two connections open, and notices when the log is another one or went back.
 - `feed`: reads the feed, and holds back acknowledgements and pages until the feed has reached them.
 - `lobby`: shares presence between the nodes.
 - `store`: posts and reads; implements `chatd.store.base.Store`.

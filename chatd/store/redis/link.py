@@ -2,7 +2,7 @@
 
 txredisapi implements the protocol (RESP).  Its connection pool is not used, because it gives up for ever after one
 rejected password.  When a reply is overdue the connection is dropped, and all its requests fail.  The session
-(`chatd.store.redis.session`) then dials a new one.
+(`chatd.store.redis.redis_session`) then dials a new one.
 """
 
 import hashlib

@@ -33,7 +33,7 @@ from chatd.store.redis.keys import (
 )
 from chatd.store.redis.link import Link, Lost, RedisConnection, Refusal, Script, why
 from chatd.store.redis.lobby import RedisLobby
-from chatd.store.redis.session import RedisSession
+from chatd.store.redis.redis_session import RedisSession
 
 MAX_PENDING: Final = 10_000
 """The most posts that may be in flight; more are refused."""

@@ -14,10 +14,10 @@ from twisted.logger import LogLevel
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable, Page
 from chatd.store.base import DAY, Retention, instant
-from chatd.store.redis import session as redis_session
+from chatd.store.redis import redis_session
 from chatd.store.redis import store as redis_store
 from chatd.store.redis.link import Link, RedisAddress
-from chatd.store.redis.session import FORMAT
+from chatd.store.redis.redis_session import FORMAT
 from chatd.store.redis.store import RedisStore
 
 DATABASES = 1000
