@@ -1,4 +1,4 @@
-"""The machine as it is seen: files of the kernel's as they are on several, and this one's folders, locks and stores."""
+"""What the machine reports: files of several kernels, and the folders, locks and stores of this machine."""
 
 import fcntl
 import math
@@ -6,23 +6,18 @@ import os
 import pathlib
 import resource
 import shutil
-import socket
 import sqlite3
 import struct
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from support.helpers import ImmediateWorker, ManualTime, result_of
-from support.redises import Proxy, Redis, each_binary
-from support.servers import certificate_for
 
 from chatd.messages import Post
 from chatd.operate import machine
-from chatd.operate.check import RedisRefused, Server, Unreached
 from chatd.operate.machine import ThisMachine
 from chatd.store.base import Retention
 from chatd.store.sqlite import SqliteStore
@@ -33,20 +28,46 @@ HERE = ThisMachine()
 
 @pytest.fixture
 def proc(tmp_path):
-    """Writes files of a /proc, and answers the machine that has it."""
+    """Writes files of a /proc, and returns a machine with it."""
 
-    def write(**files):
+    def write(*, environ=os.environ, timeout=machine.timeout_of, **files):
         for name, text in files.items():
             path = tmp_path / "proc" / name.replace("__", "/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        return ThisMachine(tmp_path / "proc")
+        return ThisMachine(tmp_path / "proc", environ, timeout)
 
     return write
 
 
-def test_the_limit_of_open_files_is_that_of_this_process():
+def test_open_files_is_the_soft_limit_of_the_process():
     assert HERE.open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """The limits of open files, which this process does not change."""
+    limits = [1024, 4096]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("before", "count", "answer", "after"),
+    [
+        ((1024, 4096), 1024, None, (1024, 4096)),
+        ((1024, 4096), 1025, None, (1025, 4096)),
+        ((1024, 4096), 4096, None, (4096, 4096)),
+        ((1024, 4096), 4097, 4096, (1024, 4096)),
+        ((1024, resource.RLIM_INFINITY), 1 << 20, None, (1 << 20, resource.RLIM_INFINITY)),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1 << 20, None, (resource.RLIM_INFINITY,) * 2),
+    ],
+)
+def test_file_limit_is_raised_up_to_the_hard_limit(limits, before, count, answer, after):
+    limits[:] = before
+    assert machine.raise_file_limit(count) == answer
+    assert tuple(limits) == after
 
 
 # systemd
@@ -56,14 +77,14 @@ UNIT = "0::/system.slice/chatd.service\n"
 
 
 def stop_seconds(proc, cgroup=UNIT, said="1min 30s\n", environ=("INVOCATION_ID",)):
-    """What is made of what systemd says, and of which unit it was asked."""
+    """The time-out that is read from an answer of systemd, and the units that systemd was asked about."""
     asked = []
 
     def timeout(unit):
         asked.append(unit)
         return said
 
-    there = ThisMachine(proc(self__cgroup=cgroup)._proc, dict.fromkeys(environ, "x"), timeout)
+    there = proc(self__cgroup=cgroup, environ=dict.fromkeys(environ, "x"), timeout=timeout)
     return there.stop_seconds(), asked
 
 
@@ -81,7 +102,7 @@ def stop_seconds(proc, cgroup=UNIT, said="1min 30s\n", environ=("INVOCATION_ID",
         ("[not set]", None),
     ],
 )
-def test_the_time_to_stop_is_read_as_systemd_writes_it(proc, said, seconds):
+def test_stop_timeout_in_the_format_of_systemd(proc, said, seconds):
     found, asked = stop_seconds(proc, said=said)
     assert found == (None if seconds is None else pytest.approx(seconds))
     assert asked == ["chatd.service"]
@@ -95,7 +116,7 @@ def test_the_time_to_stop_is_read_as_systemd_writes_it(proc, said, seconds):
         "0::/chat.slice/chatd.service",
     ],
 )
-def test_the_unit_is_told_by_the_control_group(proc, cgroup):
+def test_unit_of_the_control_group(proc, cgroup):
     assert stop_seconds(proc, cgroup) == (90, ["chatd.service"])
 
 
@@ -108,13 +129,13 @@ def test_the_unit_is_told_by_the_control_group(proc, cgroup):
         ("0::/\n", ("INVOCATION_ID",)),
     ],
 )
-def test_what_is_no_service_of_the_machines_has_no_time_to_stop(proc, cgroup, environ):
+def test_process_outside_a_system_service_has_no_timeout(proc, cgroup, environ):
     assert stop_seconds(proc, cgroup, environ=environ) == (None, [])
 
 
-def test_systemctl_is_asked(tmp_path, monkeypatch):
+def test_timeout_from_systemctl(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.timeout_of("chatd.service") == ""  # there is none
+    assert machine.timeout_of("chatd.service") == ""
     command = tmp_path / "systemctl"
     command.write_text('#!/bin/sh\necho "$@"\n')
     command.chmod(0o755)
@@ -125,22 +146,22 @@ def test_systemctl_is_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "readable"), [(0o644, True), (0o604, True), (0o640, False), (0o600, False)])
-def test_who_may_read_a_key(tmp_path, mode, readable):
+def test_world_readable_key(tmp_path, mode, readable):
     key = tmp_path / "key.pem"
     key.touch()
     key.chmod(mode)
     assert HERE.world_readable(key) is readable
 
 
-def test_a_key_that_is_not_there_is_read_by_nobody(tmp_path):
+def test_missing_key_is_not_readable(tmp_path):
     assert not HERE.world_readable(tmp_path / "key.pem")
 
 
-def test_what_of_a_store_cannot_be_written(tmp_path, monkeypatch):
+def test_unwritable_part_of_a_store(tmp_path, monkeypatch):
     store = tmp_path / "chatd.sqlite"
     assert HERE.unwritable(store) is None
     assert HERE.unwritable(tmp_path / "missing" / "chatd.sqlite") == tmp_path / "missing"
-    denied = set()  # root may write all, so that access cannot be tested by modes
+    denied = set()  # modes do not stop root
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) not in denied)
     for suffix in ("-shm", "-wal", "-lock", ""):
         path = tmp_path / f"chatd.sqlite{suffix}"
@@ -153,7 +174,7 @@ def test_what_of_a_store_cannot_be_written(tmp_path, monkeypatch):
     assert HERE.unwritable(store) == tmp_path
 
 
-def test_whether_a_server_has_a_store(tmp_path):
+def test_locked_store(tmp_path):
     store = tmp_path / "chatd.sqlite"
     lock = tmp_path / "chatd.sqlite-lock"
     assert not HERE.locked(store)
@@ -163,7 +184,7 @@ def test_whether_a_server_has_a_store(tmp_path):
     with lock.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert HERE.locked(store)
-        fcntl.flock(held, fcntl.LOCK_SH)  # someone else who looks
+        fcntl.flock(held, fcntl.LOCK_SH)  # another check
         assert not HERE.locked(store)
 
 
@@ -185,7 +206,7 @@ def run_sql(path, *statements):
             db.execute(statement)
 
 
-def test_since_when_a_store_can_be_read(tmp_path):
+def test_format_of_a_store(tmp_path):
     path = tmp_path / "a ?b.sqlite"
     with opened(path):
         pass
@@ -196,13 +217,13 @@ def test_since_when_a_store_can_be_read(tmp_path):
     assert (names(tmp_path), path.read_bytes()) == ([path.name, f"{path.name}-lock"], before)
 
 
-def test_where_no_store_is_yet_none_is_made(tmp_path):
+def test_missing_store_is_not_created(tmp_path):
     path = tmp_path / "chatd.sqlite"
     assert HERE.readable_since(path) is None
     assert names(tmp_path) == []
     path.touch()
     assert HERE.readable_since(path) is None
-    run_sql(path, "PRAGMA user_version = 1")  # a file of SQLite's in which nothing is: it becomes a store
+    run_sql(path, "PRAGMA user_version = 1")  # an empty database becomes a store
     assert HERE.readable_since(path) is None
     with opened(path):
         pass
@@ -210,26 +231,26 @@ def test_where_no_store_is_yet_none_is_made(tmp_path):
 
 
 @pytest.mark.parametrize("statements", [["CREATE TABLE t (x)"], ["PRAGMA application_id = 7"]])
-def test_another_programs_file_is_no_store(tmp_path, statements):
+def test_database_of_another_program(tmp_path, statements):
     path = tmp_path / "chatd.sqlite"
     run_sql(path, *statements)
     assert HERE.readable_since(path) == 0
 
 
-def test_what_is_no_file_of_sqlites_is_no_store(tmp_path):
+def test_file_that_is_no_database(tmp_path):
     path = tmp_path / "chatd.sqlite"
     path.write_text("messages: none\n" * 1000)
     assert HERE.readable_since(path) == 0
-    assert HERE.readable_since(tmp_path) is None  # the server says so when it starts
+    assert HERE.readable_since(tmp_path) is None  # the server reports it when it starts
 
 
-def test_of_a_store_that_is_all_in_its_log_yet_nothing_is_said(tmp_path):
+def test_store_that_is_in_its_write_ahead_log(tmp_path):
     path, folder = tmp_path / "chatd.sqlite", tmp_path / "killed"
     folder.mkdir()
     with opened(path) as store:
         store.append("main", Post("ann", "hi", None), type("Poster", (), {"posted": lambda *_, **__: None})())
         for suffix in ("", "-wal"):
-            shutil.copy(f"{path}{suffix}", folder)  # as kill -9 would leave them
+            shutil.copy(f"{path}{suffix}", folder)  # the state after kill -9
     assert (folder / "chatd.sqlite-wal").stat().st_size
     assert HERE.readable_since(folder / "chatd.sqlite") is None
     assert names(folder) == ["chatd.sqlite", "chatd.sqlite-wal"]
@@ -252,7 +273,7 @@ MOUNTS = """\
     ("folder", "kind"),
     [("", "nfs4"), ("other", "nfs4"), ("with space/below", "tmpfs"), ("withspace", "nfs4"), ("covered", "btrfs")],
 )
-def test_the_file_system_is_that_of_the_nearest_mount(proc, tmp_path, folder, kind):
+def test_file_system_of_the_nearest_mount(proc, tmp_path, folder, kind):
     there = proc(self__mountinfo=MOUNTS.format(folder=tmp_path / "data"))
     assert there.file_system(tmp_path / "data" / folder) == kind
     assert there.file_system(tmp_path) == "ext4"
@@ -260,16 +281,22 @@ def test_the_file_system_is_that_of_the_nearest_mount(proc, tmp_path, folder, ki
     assert there.file_system(tmp_path / "link") == kind
 
 
-def test_how_much_is_free(tmp_path):
+@pytest.mark.parametrize("mounts", ["", "22 27 0:21 / /proc rw,relatime - proc proc rw\n"])
+def test_file_system_without_a_mount_at_the_root(proc, tmp_path, mounts):
+    """A container may not see the mount of its root: the file system is then unknown."""
+    assert proc(self__mountinfo=mounts).file_system(tmp_path) == ""
+
+
+def test_free_space(tmp_path):
     assert HERE.free(tmp_path) == pytest.approx(shutil.disk_usage(tmp_path).free, abs=1 << 30)
 
 
-def test_this_machine_can_be_looked_at(tmp_path):
-    assert HERE.file_system(tmp_path)
+def test_this_machine(tmp_path):
+    assert isinstance(HERE.file_system(tmp_path), str)  # "" in some containers
     assert HERE.may_listen(65_535)
 
 
-def test_what_cannot_be_read_is_in_order(tmp_path):
+def test_missing_proc_is_in_order(tmp_path):
     nothing = ThisMachine(tmp_path / "no-proc", {"INVOCATION_ID": "x"})
     assert nothing.stop_seconds() is None
     assert nothing.file_system(tmp_path) == ""
@@ -281,11 +308,11 @@ def test_what_cannot_be_read_is_in_order(tmp_path):
 
 
 def words(packed):
-    """An address as /proc/net writes it: words of 32 bits in the machine's order."""
+    """An address as /proc/net prints it: words of 32 bits in the byte order of the machine."""
     return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed))
 
 
-def test_which_addresses_are_listened_on(proc):
+def test_addresses_that_listen_on_a_port(proc):
     head = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
     rest = "00000000:00000000 00:00000000 00000000 0 0 1061 1"
     lines = {"tcp": head, "tcp6": head}
@@ -304,13 +331,6 @@ def test_which_addresses_are_listened_on(proc):
     assert there.listening(8087) == []
 
 
-def test_a_real_port_is_found():
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        port = server.getsockname()[1]
-        assert HERE.listening(port) == [ip_address("127.0.0.1")]
-    assert HERE.listening(port) == []
-
-
 @pytest.mark.parametrize(
     ("capabilities", "first", "port", "may"),
     [
@@ -321,7 +341,7 @@ def test_a_real_port_is_found():
         ("fffffffffffffbff", "1024\n", 1, False),
     ],
 )
-def test_who_may_listen_on_a_port(proc, capabilities, first, port, may):
+def test_privileged_ports(proc, capabilities, first, port, may):
     there = proc(
         self__status=f"Name:\tpython\nCapPrm:\t0000000000000400\nCapEff:\t{capabilities}\nCapBnd:\tffffffffffffffff\n",
         sys__net__ipv4__ip_unprivileged_port_start=first,
@@ -329,7 +349,7 @@ def test_who_may_listen_on_a_port(proc, capabilities, first, port, may):
     assert there.may_listen(port) is may
 
 
-def test_a_relative_store_is_looked_for_where_the_process_is(tmp_path, monkeypatch):
+def test_relative_store_is_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert HERE.unwritable(Path("chatd.sqlite")) is None
     with opened(tmp_path / "chatd.sqlite"):
@@ -337,119 +357,10 @@ def test_a_relative_store_is_looked_for_where_the_process_is(tmp_path, monkeypat
     assert HERE.readable_since(Path("chatd.sqlite")) == READABLE_SINCE
 
 
-# A Redis
+# The process
 
 
-def server(port, *auth, tls=False, database=0, host="127.0.0.1"):
-    return Server(host, port, tls, auth, database)
-
-
-@each_binary
-def redis(request, tmp_path):
-    with Redis(tmp_path / "redis", binary=request.param, appendonly=True, fsync="always") as redis:
-        yield redis
-
-
-def test_what_a_redis_says_of_itself(redis, tmp_path):
-    said = HERE.ask(server(redis.port, database=3))
-    assert (said["role"], said["aof_enabled"], said["appendfsync"]) == ("master", "1", "always")
-    assert said["maxmemory_policy"] == "noeviction"
-    assert tuple(map(int, said["redis_version"].split(".")[:2])) >= (6, 2)
-    with Redis(tmp_path / "replica", binary=redis.binary, replica_of=redis, maxmemory_policy="volatile-lru") as replica:
-        said = HERE.ask(server(replica.port, host="localhost"))
-    assert (said["role"], said["master_host"], said["master_port"]) == ("slave", "127.0.0.1", str(redis.port))
-    assert (said["aof_enabled"], said["maxmemory_policy"]) == ("0", "volatile-lru")
-
-
-def test_a_user_is_told_what_he_may_ask(redis):
-    redis.call("ACL", "SETUSER", "none", "on", ">a b", "~*")
-    redis.call("ACL", "SETUSER", "some", "on", ">a b", "~*", "+info")
-    assert HERE.ask(server(redis.port, "none", "a b")) == {}
-    said = HERE.ask(server(redis.port, "some", "a b"))
-    assert said["role"] == "master"
-    assert "appendfsync" not in said
-
-
-@pytest.mark.parametrize(
-    ("auth", "database", "words"),
-    [
-        ((), 0, "NOAUTH Authentication required"),
-        (("wrong",), 0, "WRONGPASS invalid username-password pair or user is disabled"),
-        (("nobody", "right"), 0, "WRONGPASS invalid username-password pair or user is disabled"),
-        (("right",), 99, "ERR DB index is out of range"),
-    ],
-)
-def test_a_redis_that_does_not_let_us_in_says_why(tmp_path, auth, database, words):
-    with Redis(tmp_path / "redis", password="right") as redis:
-        assert HERE.ask(server(redis.port, "right"))["role"] == "master"
-        with pytest.raises(RedisRefused) as refused:
-            HERE.ask(server(redis.port, *auth, database=database))
-    assert str(refused.value) == words
-
-
-@contextmanager
-def says(reply):
-    """A server that answers so, to whatever it is asked, and hangs up."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-
-        def serve():
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(1 << 16)
-                connection.sendall(reply)
-
-        with ThreadPoolExecutor(1) as thread:
-            served = thread.submit(serve)
-            yield listening.getsockname()[1]
-            served.result()
-
-
-def test_what_a_refusal_says_more_is_not_repeated():
-    line = b"-ERR unknown command `AUTH`, with args beginning with: `secret`\r\n"
-    with says(line) as port, pytest.raises(RedisRefused) as refused:
-        HERE.ask(server(port, "secret"))
-    assert str(refused.value) == "ERR unknown command `AUTH`"
-
-
-@pytest.mark.parametrize(
-    ("reply", "words"),
-    [(b"", "it hung up"), (b"HTTP/1.1 400 Bad Request\r\n", "what is there is no Redis, or speaks TLS")],
-)
-def test_what_is_no_redis_is_not_reached(reply, words):
-    with says(reply) as port, pytest.raises(Unreached) as unreached:
-        HERE.ask(server(port))
-    assert str(unreached.value) == words
-
-
-def unreached(port, **named):
-    with pytest.raises(Unreached) as unreached:
-        HERE.ask(server(port, **named))
-    return str(unreached.value)
-
-
-def test_where_none_can_be_reached_it_is_said_why(monkeypatch):
-    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
-        port = listening.getsockname()[1]
-        monkeypatch.setattr(machine, "REDIS_SECONDS", 0.01)
-        assert unreached(port) == "it does not answer"
-    assert unreached(port) == "Connection refused"
-    assert unreached(port, host="a" * 64) == "it is no name of a machine"
-    assert unreached(port, host="chatd.invalid")  # in the words of the resolver
-
-
-def test_by_tls_the_certificate_must_be_trusted_and_of_that_name(tmp_path, monkeypatch):
-    certificate_for(tmp_path)
-    with Redis(tmp_path / "redis") as redis, Proxy(redis.port, tls=tmp_path) as proxy:
-        assert unreached(proxy.port, tls=True) == "no TLS: self-signed certificate"
-        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
-        assert HERE.ask(server(proxy.port, tls=True))["role"] == "master"
-        other = "no TLS: Hostname mismatch, certificate is not valid for 'localhost'"
-        assert unreached(proxy.port, tls=True, host="localhost") == other
-    with says(b"-ERR no TLS here\r\n") as port:
-        assert unreached(port, tls=True).startswith("no TLS: ")
-
-
-def test_a_password_is_the_line_of_its_file(tmp_path):
+def test_password_file(tmp_path):
     path = tmp_path / "password"
     assert HERE.secret(path) is None
     path.write_bytes("p\u00e4ss\r\n".encode())
@@ -458,7 +369,7 @@ def test_a_password_is_the_line_of_its_file(tmp_path):
     assert HERE.secret(path) is None
 
 
-def test_the_command_line_is_that_of_the_process(proc, tmp_path):
+def test_command_line_of_the_process(proc, tmp_path):
     assert pathlib.Path(sys.executable).name in HERE.command_line()
     assert proc(self__cmdline="a\0--store=b\0").command_line() == "a\0--store=b\0"
     (tmp_path / "proc/self/cmdline").write_bytes(b"\xff")
