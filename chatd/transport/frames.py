@@ -37,6 +37,9 @@ _WORDS: Final = {
     "string": '"{name}" must be a string',
     "integer": '"{name}" must be an integer',
 }
+_NOT_JSON: Final = "Invalid JSON format."
+_HINTS: Final = {_NOT_JSON: 'Send a JSON object such as {"username":"ann","message":"hi"}'}
+"""How to correct a frame, by the words of its error."""
 _CONFLICT: Final = '"value" contains a conflict between optional exclusive peers [before, after]'
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,3})?Z")
 _LABEL = re.compile(r"[!-~]{1,64}")
@@ -154,7 +157,7 @@ def _load(text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        raise FrameError("Invalid JSON format.") from None
+        raise FrameError(_NOT_JSON) from None
 
 
 def _refuse(form: Form, document: object) -> NoReturn:
@@ -260,8 +263,9 @@ def error_frame(
     message: str, code: Code | None = None, label: str | None = None, retry_after: float | None = None
 ) -> bytes:
     """The WebSocket frame that tells one client why its frame was refused; `retry_after` is in seconds."""
-    document = {"type": "error", "message": message, "code": code, "label": label, "retry_after": retry_after}
-    return text_frame(orjson.dumps({name: value for name, value in document.items() if value is not None}))
+    optional = {"hint": _HINTS.get(message), "code": code, "label": label, "retry_after": retry_after}
+    document = {"type": "error", "message": message}
+    return text_frame(orjson.dumps(document | {name: value for name, value in optional.items() if value is not None}))
 
 
 def presence_frame(count: int, **names: Sequence[str]) -> bytes:

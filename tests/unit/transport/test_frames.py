@@ -1166,8 +1166,18 @@ def test_a_history_of_a_hundred_of_the_longest_messages_is_still_one_frame():
     assert len(json.loads(frame.payload)["data"]) == 100
 
 
-def test_an_error_frame_is_these_bytes():
-    assert frames.error_frame("Invalid JSON format.") == b'\x81\x31{"type":"error","message":"Invalid JSON format."}'
+def test_error_frame_bytes():
+    """The wire format of an error is these bytes."""
+    assert frames.error_frame("Rate limit exceeded") == b'\x81\x30{"type":"error","message":"Rate limit exceeded"}'
+
+
+def test_error_frame_hint():
+    """Only the error for a frame that is not JSON shows what to send, and what it shows is a good frame."""
+    error = json.loads(frames.payload(frames.error_frame("Invalid JSON format.")))
+    assert list(error) == ["type", "message", "hint"]
+    words, example = re.fullmatch(r"(.*?)(\{.*\})", error["hint"]).groups()
+    assert words == "Send a JSON object such as "
+    assert frames.parse(example.encode()) == Post("ann", "hi", None)
 
 
 def test_an_error_frame_may_have_a_code_a_label_and_a_time_to_wait():

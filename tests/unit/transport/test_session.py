@@ -826,7 +826,8 @@ def test_a_refused_frame_is_answered_with_what_is_wrong_and_changes_nothing(cloc
 )
 def test_what_is_no_json_is_answered_and_changes_nothing(log, ann, text):
     ann.received(text)
-    assert ann.hears() == [{"type": "error", "message": "Invalid JSON format."}]
+    hint = 'Send a JSON object such as {"username":"ann","message":"hi"}'
+    assert ann.hears() == [{"type": "error", "message": "Invalid JSON format.", "hint": hint}]
     assert ann.joined
     assert log.messages == []
 
