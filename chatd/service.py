@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final
 
 from twisted.application.service import Service
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, DeferredList, inlineCallbacks, maybeDeferred, succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import (
@@ -36,6 +37,16 @@ TRIM_SECONDS: Final = 600
 """How often rooms in which nothing is posted are trimmed."""
 
 _log = Logger()
+
+
+def page_url(endpoint: str, address: object) -> str | None:
+    """Return the URL of the page on a port, for a browser on this machine, or None if the port is not TCP."""
+    if not isinstance(address, (IPv4Address, IPv6Address)):
+        return None
+    host = f"[{address.host}]" if isinstance(address, IPv6Address) else address.host
+    if host in ("0.0.0.0", "[::]"):  # noqa: S104 -- all interfaces
+        host = "localhost"
+    return f"{'https' if endpoint.startswith('ssl:') else 'http'}://{host}:{address.port}/"
 
 
 class Readiness:
@@ -88,6 +99,7 @@ class ChatService(Service):
         self._store = store
         self._seed = seed
         self._ports: list[IListeningPort] = []
+        self._urls: list[str] = []
         self._admin_ports: list[IListeningPort] = []
         self._ports_to_open = [(text, endpoint, factory, self._ports) for text, endpoint in listen.items()]
         self._admin_ports_to_open = [
@@ -164,6 +176,9 @@ class ChatService(Service):
             return
         ports.append(port)
         _log.info("listening on {endpoint}", endpoint=text)
+        url = page_url(text, port.getHost())
+        if ports is self._ports and url:
+            self._urls.append(url)
         opened = len(self._ports) == len(self._ports_to_open)
         if (
             opened
@@ -172,6 +187,8 @@ class ChatService(Service):
         ):
             self._readiness.why_not = None
             _log.info("ready, with the log {epoch}", epoch=self._store.epoch)
+            for one in self._urls:
+                _log.info("Open {url}", url=one)
             self._notify(READY="1", STATUS="ready")
 
     def _not_listening(self, failure: Failure, text: str, faults: list[str]) -> None:

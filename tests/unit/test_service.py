@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from twisted.application.service import Application, IServiceCollection, MultiService
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamServerEndpoint
@@ -14,7 +15,7 @@ from zope.interface import implementer
 
 from chatd.messages import Entry
 from chatd.operate.systemd import Notifier
-from chatd.service import LOOK_SECONDS, TRIM_SECONDS, ChatService, Readiness
+from chatd.service import LOOK_SECONDS, TRIM_SECONDS, ChatService, Readiness, page_url
 from chatd.store.base import StoreError
 
 SEED = (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),)
@@ -96,6 +97,10 @@ class Port:
         self.journal = journal
         self.text = text
         self.stopped = None
+        self.host = IPv4Address("TCP", "0.0.0.0", int(text.split(":")[1]))
+
+    def getHost(self):
+        return self.host
 
     def stopListening(self):
         self.journal.append(f"stop {self.text}")
@@ -317,7 +322,33 @@ def test_it_says_where_it_listens_and_on_which_log(server, events):
         "listening on tcp:9085",
         "listening on tcp:8086",
         "ready, with the log k7Q2",
+        "Open http://localhost:8085/",
+        "Open http://localhost:9085/",
     ]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "host", "url"),
+    [
+        ("tcp:0", IPv4Address("TCP", "0.0.0.0", 40085), "http://localhost:40085/"),
+        ("tcp6:0", IPv6Address("TCP", "::", 40085), "http://localhost:40085/"),
+        ("tcp:0", IPv4Address("TCP", "127.0.0.1", 40085), "http://127.0.0.1:40085/"),
+        ("tcp6:0", IPv6Address("TCP", "::1", 40085), "http://[::1]:40085/"),
+        ("ssl:443", IPv4Address("TCP", "0.0.0.0", 443), "https://localhost:443/"),
+        ("unix:/run/chatd", UNIXAddress("/run/chatd"), None),
+    ],
+)
+def test_url_of_a_port(endpoint, host, url):
+    """The URL has the port that the kernel gave, and a host that a browser on this machine reaches."""
+    assert page_url(endpoint, host) == url
+
+
+def test_port_without_a_page(server, events):
+    """No URL is logged for a port that is not TCP."""
+    for endpoint in server.listen.values():
+        endpoint.port.host = UNIXAddress("/run/chatd")
+    server.service.startService()
+    assert [event["log_format"] for event in events][-1].startswith("ready")
 
 
 def test_a_store_that_cannot_be_opened_ends_the_process_with_its_line_and_opens_no_port(server):
