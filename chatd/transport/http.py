@@ -138,7 +138,8 @@ def page(request: Request, path: str) -> bytes:
     host = (request.getHeader(b"host") or b"localhost").decode(errors="replace")
     url = html.escape(f"{scheme}://{host}{path}")
     body = _PAGE.replace("{url}", url).replace("{version}", chatd.__version__).encode()
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    # The page's example connects by WebSocket to this host, which 'self' includes (CSP Level 3).
+    policy = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'"
     return answer(request, HTTPStatus.OK, body, "text/html; charset=utf-8", content_security_policy=policy)
 
 

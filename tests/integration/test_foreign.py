@@ -12,6 +12,7 @@ import sys
 import aiohttp
 import pytest
 import websockets
+from support.browser import Page
 from support.servers import LONG, NODE, ROOT, Lines, Server, environment, need, numbered, stored
 from websockets.sync.client import connect
 
@@ -134,9 +135,7 @@ def test_a_client_of_another_subprotocol_is_served_all_the_same(tmp_path):
 
 # The README
 
-KINDS = ["python", "node", "wscat", "browser"]
-BROWSER = "import WebSocket from 'ws';\nglobalThis.WebSocket = WebSocket;\n"
-"""What makes Node 20 a browser, as far as a chat needs one."""
+KINDS = ["python", "node", "wscat"]
 
 
 def snippets():
@@ -155,12 +154,12 @@ def command_of(kind, code, folder):
         assert "npx wscat" in code
         return "sh", "-euc", code.replace("npx wscat", f"'{node}' '{need('wscat')}'")
     (folder / "node_modules").symlink_to(pathlib.Path(need("ws")).parent)
-    (folder / "example.mjs").write_text((BROWSER if kind == "browser" else "") + code, "utf-8")
+    (folder / "example.mjs").write_text(code, "utf-8")
     return node, "example.mjs"
 
 
 def test_the_readme_has_one_example_of_each_kind():
-    assert sorted(kind for kind, _ in snippets()) == sorted([*KINDS, "resume", "curl"])
+    assert sorted(kind for kind, _ in snippets()) == sorted([*KINDS, "browser", "resume", "curl"])
 
 
 def example(kind):
@@ -226,11 +225,37 @@ def test_the_readmes_example_prints_the_history_posts_a_message_and_prints_it(ki
                 assert number == 3
                 lines.wait(re.escape("Hi Alice!"))
                 lines.wait(re.escape(message))
-                if kind != "browser":
-                    assert process.wait(LONG) == 0
+                assert process.wait(LONG) == 0
             finally:
                 process.kill()
                 process.wait(LONG)
                 lines.close()
         with pytest.raises(TimeoutError):
             other.recv(0)
+
+
+@pytest.mark.parametrize("source", ["README", "page"])
+def test_example_in_a_browser(source, tmp_path):
+    """The example works in the console of the server's own page, under that page's policy."""
+    with Server(tmp_path) as server, connect(server.url) as other:
+        other.recv(LONG)
+        host = f"localhost:{server.port}"
+        with Page(tmp_path / "profile", f"http://{host}/") as page:
+            if source == "README":
+                code = example("browser").replace("localhost:8085", host)
+            else:
+                code = page.run("document.querySelectorAll('pre')[1].textContent")
+            assert f"ws://{host}/" in code
+            page.run(code)
+            ((number, username, message),) = numbered(json.loads(other.recv(LONG)))
+            history, posted = page.wait(2)
+            assert numbered(history) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
+            assert numbered(posted) == [(number, username, message)] == [(3, username, message)]
+
+
+def test_page_reaches_no_other_host(tmp_path):
+    """The page's policy lets its scripts connect to its own host alone."""
+    with Server(tmp_path) as server, Page(tmp_path / "profile", f"http://localhost:{server.port}/") as page:
+        page.run(f"new WebSocket('ws://127.0.0.1:{server.port}/').onerror = () => console.log({{}})")
+        page.wait(1)
+    assert any("Content Security Policy" in text for text in page.refused)
