@@ -1,4 +1,4 @@
-"""The protocol's documents: true to their own standards, to each other, to the program and to the page made of them."""
+"""The documents of the protocol agree with their standards, each other, the program and the generated page."""
 
 import copy
 import functools
@@ -48,7 +48,7 @@ REGISTRY = Registry(retrieve=retrieve)
 
 
 def validator(schema, file):
-    """A validator for a schema that stands in one of the files, which its references are relative to."""
+    """Return a validator for a schema in one of the files; references are relative to that file."""
     resolver = REGISTRY.resolver((SCHEMAS / file).as_uri())
     return jsonschema.Draft202012Validator(schema, registry=REGISTRY, _resolver=resolver)
 
@@ -58,12 +58,12 @@ def faults(schema, file, document):
 
 
 def frame_faults(kind, document):
-    """What is wrong with a server's frame of that type."""
+    """List the faults of a server's frame of that type."""
     return faults(ASYNCAPI["components"]["messages"][kind]["payload"], "asyncapi.json", document)
 
 
 def walk(node, place=""):
-    """All objects in a document, with a JSON pointer to each; what is given as an example is no part of it."""
+    """Yield all objects in a document, each after its JSON pointer; examples are left out."""
     if isinstance(node, dict):
         yield place, node
         for key, value in node.items():
@@ -75,7 +75,7 @@ def walk(node, place=""):
 
 
 def schemas(file):
-    """The schemas in a file, not those inside of others."""
+    """Return the schemas in a file that are not inside other schemas."""
     document = read(file)
     if file == "asyncapi.json":
         binding = document["components"]["channelBindings"]["chat"]["ws"]
@@ -104,7 +104,7 @@ def openapi_meta_schema():
     return jsonschema.Draft202012Validator(json.loads(text))
 
 
-def test_the_websocket_document_is_asyncapi_and_a_broken_one_is_not():
+def test_websocket_document_is_asyncapi():
     meta = asyncapi_meta_schema()
     assert [error.message for error in meta.iter_errors(ASYNCAPI)] == []
     for break_it in (
@@ -118,7 +118,7 @@ def test_the_websocket_document_is_asyncapi_and_a_broken_one_is_not():
         assert not meta.is_valid(broken)
 
 
-def test_the_http_document_is_openapi_and_a_broken_one_is_not():
+def test_http_document_is_openapi():
     meta = openapi_meta_schema()
     assert [error.message for error in meta.iter_errors(OPENAPI)] == []
     for break_it in (
@@ -133,7 +133,7 @@ def test_the_http_document_is_openapi_and_a_broken_one_is_not():
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_schema_is_one_whichever_draft_it_is_read_by(file):
+def test_schema_is_valid_in_each_draft(file):
     for schema in schemas(file):
         jsonschema.Draft202012Validator.check_schema(schema)
         if file != "openapi.json":  # AsyncAPI reads by draft 7
@@ -143,7 +143,7 @@ def test_each_schema_is_one_whichever_draft_it_is_read_by(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_reference_leads_somewhere(file):
+def test_each_reference_resolves(file):
     references = [(place, node["$ref"]) for place, node in walk(read(file)) if "$ref" in node]
     assert bool(references) == (file in ("asyncapi.json", "openapi.json"))
     resolver = REGISTRY.resolver((SCHEMAS / file).as_uri())
@@ -152,7 +152,7 @@ def test_each_reference_leads_somewhere(file):
         assert reference.partition("#")[0] in ("", *(f"./{name}" for name in FILES)), place
 
 
-def test_what_is_defined_is_used():
+def test_each_definition_is_used():
     used = {
         reference.lstrip("./") if "#" not in reference else f"{reference.partition('#')[0].lstrip('./') or file}{tail}"
         for file in FILES
@@ -169,7 +169,7 @@ def test_what_is_defined_is_used():
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_example_fits_its_schema(file):
+def test_each_example_is_valid(file):
     seen = 0
     for place, node in walk(read(file)):
         schema = node.get("schema", {}) if "example" in node else node
@@ -180,13 +180,13 @@ def test_each_example_fits_its_schema(file):
     assert seen
 
 
-def test_an_example_that_does_not_fit_would_be_found():
+def test_invalid_example_is_found():
     assert faults(ASYNCAPI["components"]["schemas"]["Id"], "asyncapi.json", "k7Q2xe-01")
     assert faults(OPENAPI["components"]["schemas"]["Problem"], "openapi.json", {"title": "?", "status": 400})
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_schema_of_an_object_is_strict(file):
+def test_object_schemas_are_closed(file):
     objects = [
         (place, node)
         for schema in schemas(file)
@@ -200,13 +200,13 @@ def test_each_schema_of_an_object_is_strict(file):
 
 
 OPEN = {ASYNCAPI["components"]["channelBindings"]["chat"]["ws"][name]["description"] for name in ("query", "headers")}
-"""A handshake's query and headers may have more than is named."""
+"""The query and the headers of a handshake may have other keys."""
 
 
-# What clients send
+# Frames from the client
 
 
-def test_what_clients_send_has_one_source():
+def test_client_frames_have_one_source():
     messages = ASYNCAPI["components"]["messages"]
     assert {name: messages[name]["payload"] for name in messages if name not in SENT} == {
         name: {"$ref": f"./{file}"} for name, file in RECEIVED.items()
@@ -223,7 +223,7 @@ def test_what_clients_send_has_one_source():
 
 
 @pytest.mark.parametrize("channel", ["main", "room"])
-def test_each_channel_has_all_messages_and_each_is_said_or_heard_there(channel):
+def test_each_channel_has_all_messages(channel):
     messages = [*ASYNCAPI["components"]["messages"]]
     assert [*ASYNCAPI["channels"][channel]["messages"]] == messages
     said = set()
@@ -233,7 +233,7 @@ def test_each_channel_has_all_messages_and_each_is_said_or_heard_there(channel):
     assert said == {f"#/channels/{channel}/messages/{name}" for name in messages}
 
 
-def test_limits_and_patterns_are_those_of_the_program():
+def test_limits_and_patterns_match_the_program():
     shared, parameters = ASYNCAPI["components"]["schemas"], OPENAPI["components"]["parameters"]
     assert shared["Code"]["enum"] == [*Code]
     assert shared["History"]["then"]["properties"]["data"]["maxItems"] == frames.PAGE_LIMIT
@@ -250,10 +250,10 @@ def test_limits_and_patterns_are_those_of_the_program():
     assert ids == {f"^{domain._ID.pattern.replace('({4', '{4').replace('([0-9A-Za-z]{4,16})', '[0-9A-Za-z]{4,16}')}$"}
 
 
-# What the server sends
+# Frames from the server
 
 
-def test_a_servers_message_is_found_by_the_type_of_the_frame():
+def test_type_of_a_frame_names_its_message():
     messages, shared = ASYNCAPI["components"]["messages"], ASYNCAPI["components"]["schemas"]
     assert [name for name in messages if name not in RECEIVED] == SENT
     for name, message in messages.items():
@@ -285,7 +285,7 @@ MADE = [
 
 
 @pytest.mark.parametrize("frame", [frames.payload(frame).decode() for frame in MADE])
-def test_what_the_program_makes_fits_and_nothing_undocumented_would(frame):
+def test_encoded_frames_are_documented_exactly(frame):
     document = json.loads(frame)
     kind = document["type"]
     assert frame_faults(kind, document) == []
@@ -336,7 +336,7 @@ NO_NAMES = [f"n{number}" for number in range(201)]
     ],
     ids=lambda document: json.dumps(document)[:90],
 )
-def test_what_the_rules_exclude_does_not_fit(document):
+def test_forbidden_frame_is_invalid(document):
     assert frame_faults(document["type"], document)
 
 
@@ -349,7 +349,7 @@ def resolved(reference):
 
 
 def answers():
-    """All responses, each with where it is and the status that it is for."""
+    """Yield all responses, each after its place and its status."""
     for path, item in OPENAPI["paths"].items():
         for method, operation in item.items():
             if method != "parameters":
@@ -359,7 +359,7 @@ def answers():
         yield "anything", status, resolved(reference)
 
 
-def test_what_can_be_got_can_be_asked_about_and_other_methods_are_405():
+def test_get_comes_with_head_options_and_405():
     for path, item in OPENAPI["paths"].items():
         assert ("head" in item) == ("get" in item), path
         assert "405" in item["x-other-methods"], path
@@ -372,7 +372,7 @@ def test_what_can_be_got_can_be_asked_about_and_other_methods_are_405():
     assert len({*names}) == len(names)
 
 
-def test_every_refusal_but_that_of_readiness_is_a_problem_of_its_status():
+def test_each_http_error_is_a_problem():
     for place, status, response in answers():
         if status >= "400" and place.partition(" ")[2] != "/readyz":
             ((kind, media),) = response["content"].items()
@@ -383,7 +383,7 @@ def test_every_refusal_but_that_of_readiness_is_a_problem_of_its_status():
             assert faults(media["schema"], "openapi.json", problem), place
 
 
-def test_who_is_to_come_back_is_told_when_and_who_posted_where_it_is():
+def test_required_headers_of_answers():
     required = {"429": "Retry-After", "405": "Allow", "201": "Location"}
     for place, status, response in answers():
         headers = {
@@ -398,7 +398,7 @@ def test_who_is_to_come_back_is_told_when_and_who_posted_where_it_is():
         )
 
 
-def test_a_page_over_http_carries_no_label_and_a_new_post_is_no_duplicate():
+def test_http_answers_exclude_label_and_duplicate():
     responses = OPENAPI["components"]["responses"]
 
     def fits(name, document):
@@ -425,7 +425,7 @@ def check(*options):
     return subprocess.run([SCRIPT, "--check", *options], capture_output=True, text=True, timeout=LONG, check=False)
 
 
-def test_the_page_is_what_is_made_of_the_schemas():
+def test_page_is_up_to_date():
     result = check()
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -436,7 +436,7 @@ def page(tmp_path):
 
 
 @pytest.mark.parametrize("old", ["| 1009 |", "GET /healthz", "| `data.users` | array", "503 | The log"])
-def test_a_stale_page_is_told_and_mended(page, old):
+def test_stale_page_is_found_and_renewed(page, old):
     text = PAGE.read_text("utf-8")
     assert old in text
     page.write_text(text.replace(old, "", 1), "utf-8")
@@ -446,26 +446,26 @@ def test_a_stale_page_is_told_and_mended(page, old):
     assert page.read_text("utf-8") == text
 
 
-def test_a_page_that_lacks_a_part_is_refused(page):
+def test_page_without_a_part_is_rejected(page):
     page.write_text(PAGE.read_text("utf-8").replace("<!-- generated: closes -->", ""), "utf-8")
     result = check(page)
     assert result.returncode == 1
     assert "closes" in result.stderr
 
 
-def test_the_script_says_what_it_does():
+def test_help_of_the_script():
     result = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, timeout=LONG, check=True)
     assert "--check" in result.stdout
 
 
 def rows(heading):
-    """The cells of the table with this heading."""
+    """Return the cells of the table with this heading."""
     _, table = PAGE.read_text("utf-8").split(heading, 1)
     lines = table.lstrip("\n").split("\n\n", 1)[0].splitlines()[1:]
     return [[cell.strip(" `").replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def test_the_errors_that_the_page_lists_are_those_that_are_sent():
+def test_page_lists_the_errors_that_are_sent():
     errors = rows("| fault | a frame that has it | `message` |")
     assert len(errors) == 14
     for fault, sent, message in errors:
