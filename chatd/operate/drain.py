@@ -150,12 +150,12 @@ class Drain:
         for client in some:
             client.finish()
         yield from self._settle(lambda: bool(self._clients.connected))
-        waiting = {client: client.head for client in some if client in self._clients.connected}
+        waiting = {client: client.member.head for client in some if client in self._clients.connected}
         enough = self._clock.seconds() + FULL_SECONDS
         while waiting:
             late = self._late() or self._clock.seconds() >= enough
             for client, head in [*waiting.items()]:
-                if late or not client.has_pending(head):
+                if late or not client.member.has_pending(head):
                     del waiting[client]
                     self._tell(client)
             if waiting:

@@ -20,8 +20,7 @@ from chatd.room.log import MAIN
 from chatd.room.presence import EVENTS
 from chatd.transport.frames import is_username
 
-NOTHING: Final[frozenset[str]] = frozenset()
-"""Of the events."""
+NO_EVENTS: Final[frozenset[str]] = frozenset()
 MAX_ADDRESSES: Final = 10_000
 """How many addresses are remembered, at least, before those that are owed nothing are forgotten."""
 
@@ -42,6 +41,11 @@ class HttpError(Exception):
         super().__init__(detail)
         self.status = status
         self.code = code
+
+
+def server_stopping() -> HttpError:
+    """Make the error for clients that may not join any more."""
+    return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is about to stop", Code.UNAVAILABLE)
 
 
 class JoinRequest(NamedTuple):
@@ -99,7 +103,7 @@ class Admission:
         self.check_origin(origin)
         room = self.room(path)
         if not query:
-            return JoinRequest(room, None, NOTHING, None)
+            return JoinRequest(room, None, NO_EVENTS, None)
         last, events, username = (query.get(name, [None])[-1] for name in ("last_event_id", "events", "username"))
         return JoinRequest(room, last_id(last), _events(events), _username(username))
 
@@ -113,7 +117,7 @@ def last_id(text: str | None) -> Id | None:
 
 
 def _events(text: str | None) -> frozenset[str]:
-    events = frozenset(text.split(",")) if text else NOTHING
+    events = frozenset(text.split(",")) if text else NO_EVENTS
     if not events <= EVENTS:
         raise HttpError(HTTPStatus.BAD_REQUEST, f"events: choose of {', '.join(sorted(EVENTS))}")
     return events

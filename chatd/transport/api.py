@@ -17,30 +17,27 @@ from io import BytesIO
 from math import ceil
 from typing import Any, Final, cast
 
-from twisted.internet.interfaces import IPushProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import Request
 from twisted.web.server import NOT_DONE_YET
-from zope.interface import implementer
 
 from chatd.messages import Code, Id, PageRequest, Post
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
-from chatd.room.registry import JoinTicket, Registry
-from chatd.room.room import Room
-from chatd.transport.admission import Addresses, Admission, HttpError, last_id, read_query
-from chatd.transport.connections import ABNORMAL, EVENT_STREAM, OVERLOADED, RESTART, Connections
+from chatd.room.registry import Registry
+from chatd.transport.admission import Addresses, Admission, HttpError, last_id, read_query, server_stopping
+from chatd.transport.connections import Connections
 from chatd.transport.frames import (
     FrameError,
     ack_frame,
-    event,
     history_frame,
     is_label,
     page_request,
     parse_post,
 )
 from chatd.transport.framing import payload
-from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, SERVER, ChatResource, answer, page, problem
+from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, answer, page, problem
+from chatd.transport.sse import EventStream
 
 PREFLIGHT_SECONDS: Final = 7200
 """How long a browser may remember what a page may ask."""
@@ -75,10 +72,6 @@ class Reply:
     def failed(self, failure: Failure) -> None:
         """Answer with what a failure means for the client."""
         self.refuse(_meaning(failure))
-
-
-def _stopping() -> HttpError:
-    return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is about to stop", Code.UNAVAILABLE)
 
 
 def _retry(refused: HttpError) -> dict[str, str]:
@@ -123,144 +116,6 @@ class Posting:
             self._reply.refuse(HttpError(status, f"the message {why}", Code.UNAVAILABLE))
 
 
-@implementer(IPushProducer)
-class EventStream:
-    """A reader of Server-Sent Events: implements chatd.room.Member and chatd.clients.Client."""
-
-    carrier = EVENT_STREAM
-    form = staticmethod(event)
-    connection = 0
-    cursor = 0
-    ready = True
-
-    def __init__(
-        self, request: Request, rooms: Registry, connections: Connections, events: frozenset[str], name: str | None
-    ) -> None:
-        self._request = request
-        self._channel = cast(Any, request.channel)
-        self._rooms = rooms
-        self._clients = connections
-        self._room: Room | None = None
-        self._open = True
-        self._code = ABNORMAL
-        self.events = events
-        self.name = name
-        address = request.getClientAddress()
-        self.peer = f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
-        self._channel.when_lost = self._gone
-
-    @property
-    def joined(self) -> bool:
-        """Client.joined."""
-        return self._room is not None
-
-    def join(self, opening: JoinTicket) -> None:
-        """Begin the stream with the history, and be a member, unless there is nobody any more, or no more to come."""
-        if not self._open:
-            return
-        if self._clients.stopping:
-            raise _stopping()
-        room = self._room = opening.room
-        self._left = room.name
-        request = self._request
-        request.setHeader("server", SERVER)
-        request.setHeader("content-type", "text/event-stream")
-        request.setHeader("cache-control", "no-store")
-        request.setHeader("x-accel-buffering", "no")  # else nginx would keep it back
-        request.registerProducer(self, streaming=True)
-        self._clients.add(self)
-        history = opening.join(self)
-        request.write(b"retry: %d\n\n%b" % (RETRY_AFTER_SECONDS * 1000, event(history)))
-        _log.info(
-            "#{connection} {peer} joined {room} for events",
-            connection=self.connection,
-            peer=self.peer,
-            room=room.name,
-        )
-
-    def write(self, data: bytes) -> int:
-        """Member.write: what the transport does not take, it buffers."""
-        self._request.write(data)
-        return len(data)
-
-    def hold(self, rest: bytes) -> None:
-        """Member.hold: write() takes all."""
-        raise NotImplementedError
-
-    def send_frame(self, frame: bytes) -> None:
-        """Member.tell."""
-        self._request.write(event(frame))
-
-    def ping(self) -> bool:
-        """Client.ping: a comment; who does not read it stalls in the end."""
-        if self.ready:
-            self._request.write(b":\n\n")
-        return True
-
-    def pauseProducing(self) -> None:
-        """IPushProducer: the transport is full."""
-        self.ready = False
-        self._clients.stalls.add(self)
-
-    def resumeProducing(self) -> None:
-        """IPushProducer: the transport takes more."""
-        self.ready = True
-        self._clients.stalls.discard(self)
-        if self._room is not None:
-            self._room.resume(self)
-
-    def stopProducing(self) -> None:
-        """IPushProducer: the transport is gone; _gone follows."""
-
-    def evict(self) -> None:
-        """Member.overrun: it comes back by itself, with its last id."""
-        self._end(OVERLOADED, b"retry: 0\n\n")
-
-    @property
-    def head(self) -> int:
-        """Client.head."""
-        return 0 if self._room is None else self._room.head
-
-    def has_pending(self, head: int) -> bool:
-        """Client.owed."""
-        return self._room is not None and self.cursor < head
-
-    def finish(self) -> None:
-        """Client.finish: nothing is read from it anyway."""
-
-    def restart(self, retry_after: float) -> None:
-        """Client.restart."""
-        self._end(RESTART, b"retry: %d\n\n" % (retry_after * 1000))
-
-    def _end(self, code: int, farewell: bytes) -> None:
-        self._leave()
-        if self._open:
-            self._open = False
-            self._code = code
-            self._clients.pings.discard(self)
-            if self.ready:
-                self._clients.closings.add(self)
-            self._request.write(farewell)
-            self._request.unregisterProducer()
-            self._channel.persistent = False
-            self._request.finish()
-
-    def abort(self) -> None:
-        """Client.abort."""
-        self._channel.transport.abortConnection()
-
-    def _leave(self) -> None:
-        room, self._room = self._room, None
-        if room is not None:
-            self._rooms.leave(room, self)
-
-    def _gone(self) -> None:
-        self._open = False
-        self._leave()
-        if self._clients.remove(self, self._code):
-            _log.info("#{connection} {peer} left {room}", connection=self.connection, peer=self.peer, room=self._left)
-
-
 class Api(ChatResource):
     """Everything below /rooms, and the page at /."""
 
@@ -269,7 +124,7 @@ class Api(ChatResource):
     def __init__(self, rooms: Registry, connections: Connections, admission: Admission, addresses: Addresses) -> None:
         super().__init__()
         self._rooms = rooms
-        self._clients = connections
+        self._connections = connections
         self._admission = admission
         self._addresses = addresses
 
@@ -295,8 +150,8 @@ class Api(ChatResource):
 
     def _route(self, request: Request) -> Any:
         """Call what answers this method on this path, which is taken as it is written."""
-        if self._clients.stopping:
-            raise _stopping()
+        if self._connections.stopping:
+            raise server_stopping()
         path, _, query = request.uri.decode("latin-1").partition("?")
         match = _ROUTE.fullmatch(path)
         if match is None:
@@ -420,7 +275,7 @@ class Api(ChatResource):
             body = answer(request, HTTPStatus.OK, b"", "text/event-stream")
             request.responseHeaders.removeHeader(b"content-length")
             return body
-        stream = EventStream(request, self._rooms, self._clients, visit.events, visit.username)
+        stream = EventStream(request, self._rooms, self._connections, visit)
         reply = Reply(request)
         self._rooms.open(visit.room, last).addCallback(stream.join).addErrback(reply.failed)
         return NOT_DONE_YET

@@ -1,8 +1,7 @@
-"""Everyone who is connected, whatever carries them: their deadlines, and their end.
+"""All connected clients, over every transport: their deadlines, and how they end.
 
-No connection has a timer.  Once a second all are looked at for handshakes that were not finished, for those who are
-due a ping or did not answer the last one, for transports that have taken nothing for too long, and for closes
-that were not answered.
+No connection has a timer.  Once a second all are checked for unfinished handshakes, for pings that are due
+or unanswered, for transports that have taken nothing for too long, and for unanswered closes.
 """
 
 from collections import Counter
@@ -14,92 +13,83 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from chatd.transport.deadlines import Deadlines
+from chatd.transport.membership import Membership
 
 HANDSHAKE_SECONDS: Final = 10
-"""How long a client may take to send its request, however it trickles in."""
+"""The time in which a client must send its whole request."""
 PING_SECONDS: Final = 25
-"""How often a client is pinged unless it is told otherwise, below every load balancer's idle limit; the next ping is
-its deadline."""
+"""The default time between pings, below the idle limit of every load balancer; a pong is due by the next ping."""
 STALL_SECONDS: Final = 40
-"""How long a transport may take nothing before its client is told to come back, and again before it is dropped."""
+"""The time after which a transport that takes nothing is closed, and after which it is then dropped."""
 CLOSE_SECONDS: Final = 5
-"""How long a client may take to answer a close."""
+"""The time in which a client must answer a close."""
 
 WEBSOCKET, EVENT_STREAM = CARRIERS = "websocket", "events"
-"""What can carry a client."""
-UNSUPPORTED, ABNORMAL, NOT_UTF8, POLICY, RESTART, OVERLOADED = 1003, 1006, 1007, 1008, 1012, 1013
-"""Close codes (RFC 6455, section 7.4); ABNORMAL is that there was none."""
+"""The kinds of connections."""
 
 _log = Logger()
 
 
 class Connection(Protocol):
-    """One connection."""
+    """One connected client."""
 
-    connection: int
-    """Its number in this process, for the log; 0 until its handshake was answered."""
+    number: int
+    """The number of the connection in this process, for the log; 0 until its handshake is answered."""
 
     @property
     def peer(self) -> str:
-        """Where it is, as `HOST:PORT`."""
+        """The address of the client, as `HOST:PORT`."""
 
     @property
     def carrier(self) -> str:
-        """One of CARRIERS."""
+        """The kind of connection, one of CARRIERS."""
 
     @property
-    def joined(self) -> bool:
-        """Whether it is a member of a room, and so not closing."""
+    def member(self) -> Membership:
+        """The place of the client in its room."""
 
     def ping(self) -> bool:
-        """See to it that it lives; answers whether it answered the last time."""
+        """Ask the client for a sign of life, and return whether it answered the last time."""
 
     def evict(self) -> None:
-        """Close it: it is too slow."""
-
-    @property
-    def head(self) -> int:
-        """The number of the newest message in its room; 0 if it is in none."""
-
-    def has_pending(self, head: int) -> bool:
-        """Whether it waits for the message of this number, or for an answer to what it said."""
+        """Close the connection, because the client is too slow."""
 
     def finish(self) -> None:
-        """Read no more from it."""
+        """Read no more from the client."""
 
     def restart(self, retry_after: float) -> None:
-        """Ask it to come back in so many seconds, and begin to close it."""
+        """Ask the client to reconnect after so many seconds, and begin to close the connection."""
 
     def abort(self) -> None:
-        """End it without any handshake."""
+        """End the connection without a closing handshake."""
 
 
 class Connections:
-    """All of them; each is pinged every `ping` seconds."""
+    """The set of all connections, which pings each of them every `ping` seconds."""
 
     def __init__(self, clock: IReactorTime, ping: float = PING_SECONDS) -> None:
         self.connected: set[Connection] = set()
-        """Those whose handshake was answered."""
+        """The connections whose handshake was answered."""
         self.closes: Counter[tuple[str, int]] = Counter()
-        """How many of those are gone, by carrier and close code."""
+        """The number of ended connections, by carrier and close code."""
         self.handshakes: Deadlines[Connection] = Deadlines(HANDSHAKE_SECONDS, clock)
         self.closings: Deadlines[Connection] = Deadlines(CLOSE_SECONDS, clock)
         self.stalls: Deadlines[Connection] = Deadlines(STALL_SECONDS, clock)
         self.pings: Deadlines[Connection] = Deadlines(ping, clock)
         self._numbers = count(1)
         self.stopping = False
-        """Whether no more may join."""
+        """Whether no client may join any more."""
         self._empty: list[Deferred[None]] = []
 
     def add(self, client: Connection) -> None:
-        """A client has joined a room."""
+        """Add a client that joins a room."""
         self.handshakes.discard(client)
-        client.connection = next(self._numbers)
+        client.number = next(self._numbers)
         self.connected.add(client)
         self.pings.add(client)
 
     def remove(self, client: Connection, code: int) -> bool:
-        """A connection is gone, with a close code; answers whether its handshake had been answered."""
+        """Remove a connection that has ended with a close code, and return whether its handshake was answered."""
         for deadlines in (self.handshakes, self.closings, self.stalls, self.pings):
             deadlines.discard(client)
         if client not in self.connected:
@@ -113,13 +103,13 @@ class Connections:
         return True
 
     def check_deadlines(self) -> None:
-        """Do what is due; to be called once a second."""
+        """Act on the deadlines that are over; to be called once a second."""
         for client in self.handshakes.expired():
             self._drop(client, "sent no whole request")
         for client in self.closings.expired():
             self._drop(client, "did not answer the close")
         for client in self.stalls.expired():
-            if client.joined:
+            if client.member.joined:
                 client.evict()
                 self.stalls.add(client)
             else:
@@ -133,19 +123,19 @@ class Connections:
     def _drop(self, client: Connection, why: str) -> None:
         _log.info(
             "#{connection} {peer} is dropped: it {why} in time",
-            connection=client.connection,
+            connection=client.number,
             peer=client.peer,
             why=why,
         )
         client.abort()
 
     def abort(self) -> None:
-        """Drop those that are left, and the unfinished handshakes."""
+        """Drop all remaining connections and unfinished handshakes."""
         for client in [*self.connected, *self.handshakes]:
             client.abort()
 
     def empty(self) -> "Deferred[None]":
-        """Fires when there is no connection."""
+        """Return a Deferred that fires when there is no connection."""
         if not self.connected:
             return succeed(None)
         empty: Deferred[None] = Deferred()

@@ -1,19 +1,20 @@
-"""What a client's frames mean: it posts, it reads back, it types, in the room that it is in.
+"""The meaning of one client's frames: it posts, pages and types in the room that it is in.
 
-A session judges what has come, hands posts to the log, and answers: with an acknowledgement, a page or an error.
-It is one client's, whatever carries it; the transport is whoever inherits from it.
+A session checks each frame, hands posts to the log, and answers with an acknowledgement, a page or an
+error.  A WebSocket connection holds one session.
 
-One that does not read its answers is not read either: while a page is fetched, or answers wait to be taken, nothing
-more is read, and what has come already is held until then.
+A client that does not read its answers is not read either.  While a page is being fetched, or while
+answers wait in the transport, the session reads nothing more, and holds the frames that have arrived.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
+from enum import Flag, auto
 from math import ceil
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from typing_extensions import override
 
 from chatd.messages import Code, Id, PageRequest, Post, Typing
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
@@ -21,19 +22,51 @@ from chatd.room.registry import Registry
 from chatd.room.room import Room
 from chatd.transport.admission import Rate
 from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse
+from chatd.transport.membership import Membership, MemberTransport
 
 SCHEMA: Final = "schema"
-"""Stands for the code of an error that has none, which is what breaks its schema."""
+"""The key of errors without a code in the count of refused frames: those that break their schema."""
 NOT_STORED: Final = "The message was not stored; try again."
+"""The error sent to the poster when the store fails; Code.UNAVAILABLE."""
 IN_DOUBT: Final = "The message may not have been stored; try again with the same label."
-"""What is said to who posted, when the log fails; Code.UNAVAILABLE."""
+"""The error sent to the poster when the store fails and may have stored the post; Code.UNAVAILABLE."""
 
 _log = Logger()
 _T = TypeVar("_T")
 
 
+class Pause(Flag):
+    """The reasons for reading nothing from a client.
+
+    Each reason is set and cleared on its own.  Frames that arrive meanwhile are held while a HOLDING reason
+    is set.  The transport is read again when no reason is left.
+    """
+
+    NONE = 0
+    FETCHING = auto()
+    """A page is being read from the log."""
+    BLOCKED = auto()
+    """Answers wait in the transport."""
+    FINISHED = auto()
+    """The server drains, and reads no more."""
+    HOLDING = FETCHING | BLOCKED
+
+
+class SessionTransport(MemberTransport, Protocol):
+    """The transport of a session."""
+
+    def stop_reading(self) -> None:
+        """Read no more from the client."""
+
+    def read_on(self) -> None:
+        """Read from the client again."""
+
+    def fail_not_text(self) -> None:
+        """Fail the connection, because a text frame is not UTF-8."""
+
+
 def _is_text(text: bytes) -> bool:
-    """Whether something that is no good frame is at least UTF-8."""
+    """Whether the payload of a refused frame is at least UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError:
@@ -41,93 +74,35 @@ def _is_text(text: bytes) -> bool:
     return True
 
 
-class Session:
-    """Implements chatd.log.Poster, and the half of chatd.room.Member that is no transport."""
+class Session(Membership):
+    """A membership whose client sends frames; it receives the outcome of its posts (chatd.room.log.Poster)."""
 
-    rooms: Registry
-    refusals: Counter[str]
-    """How many frames were refused, by the code of the error."""
-    rate: Rate | None = None
-    """How fast it may send; None: as it likes."""
-    due = 0.0
-    connection = 0
-    cursor = 0
-    ready = True
-    room: Room | None = None
-    left = ""
-    """The name of the room that it was in."""
-    events: frozenset[str] = frozenset()
-    name: str | None = None
-    form: Callable[[bytes], bytes] | None = None
-    unread = False
-    """Whether nothing is read from the client, because its answers wait."""
-    _paging = False
-    """Whether nothing is, because a page is fetched for it."""
-    _held: deque[bytes] | None = None
-    """What came with that and waits."""
-    _finished = False
-    """Whether nothing more is to be read from the client."""
+    __slots__ = ("_held", "_pauses", "_rate", "_refusals", "due")
+    _transport: SessionTransport
 
-    # What its transport does
+    def __init__(
+        self, transport: SessionTransport, rooms: Registry, refusals: Counter[str], rate: Rate | None = None
+    ) -> None:
+        super().__init__(transport, rooms)
+        self._refusals = refusals
+        """Counts the refused frames, by the code of the error."""
+        self._rate = rate
+        """The rate limit, if there is one,"""
+        self.due = 0.0
+        """... and the state that it keeps of this client (admission.Paced)."""
+        self._pauses = Pause.NONE
+        self._held: deque[bytes] | None = None
+        """Frames that arrived while a HOLDING reason was set."""
 
-    @property
-    def peer(self) -> str:
-        """Where the client is, for the log."""
-        raise NotImplementedError
-
-    def send_frame(self, frame: bytes) -> None:
-        """Send a frame, after what was sent before."""
-        raise NotImplementedError
-
-    def write(self, data: bytes) -> int:
-        """Member.write."""
-        raise NotImplementedError
-
-    def hold(self, rest: bytes) -> None:
-        """Member.hold."""
-        raise NotImplementedError
-
-    def evict(self) -> None:
-        """Member.overrun."""
-        raise NotImplementedError
-
-    def stop_reading(self) -> None:
-        """Take no more from the transport."""
-        raise NotImplementedError
-
-    def read_on(self) -> None:
-        """Take more again."""
-        raise NotImplementedError
-
-    def not_text(self) -> None:
-        """What came is not UTF-8: end the connection."""
-        raise NotImplementedError
-
-    # Being there
-
-    @property
-    def joined(self) -> bool:
-        """Whether it is a member of a room."""
-        return self.room is not None and self in self.room.members
-
-    @property
-    def head(self) -> int:
-        """Client.head."""
-        return 0 if self.room is None else self.room.head
-
+    @override
     def has_pending(self, head: int) -> bool:
-        """Client.owed."""
         if self.room is None:
             return False
-        return self.cursor < head or self._paging or bool(self._held) or self.room.owes(self)
+        return super().has_pending(head) or (Pause.FETCHING in self._pauses or bool(self._held) or self.room.owes(self))
 
-    def finish(self) -> None:
-        """Client.finish."""
-        self._finished = True
-        self.stop_reading()
-
+    @override
     def leave(self) -> None:
-        """Leave the room; what had come by then is still posted."""
+        """Leave the room; posts that are held are still appended to the log."""
         room = self.room
         if room is None:
             return
@@ -142,28 +117,53 @@ class Session:
                     continue
                 break
             if isinstance(frame, Post):
-                self.rooms.post(room.name, frame, self)
-        self.room, self.left = None, room.name
-        if self in room.members:
-            self.rooms.leave(room, self)
+                self._rooms.post(room.name, frame, self)
+        super().leave()
 
-    # What comes
+    # Reading
+
+    @property
+    def finished(self) -> bool:
+        """Whether a drain has ended the reading."""
+        return Pause.FINISHED in self._pauses
+
+    def finish(self) -> None:
+        """Read no more from the client, for good."""
+        self._pause(Pause.FINISHED)
+
+    def block(self) -> None:
+        """Read no more until the transport has taken the answers that wait in it."""
+        self._pause(Pause.BLOCKED)
+
+    def _pause(self, reason: Pause) -> None:
+        self._pauses |= reason
+        self._transport.stop_reading()
+
+    def _go_on(self, reason: Pause) -> None:
+        """Clear a reason, handle what was held until the next reason, and read on if there is none."""
+        self._pauses &= ~reason
+        while self._held and not self._pauses & Pause.HOLDING:
+            self._take(self._held.popleft())
+        if self._pauses is Pause.NONE:
+            self._transport.read_on()
+
+    @override
+    def resume(self) -> None:
+        self.ready = True
+        if self._pauses is not Pause.NONE and Pause.BLOCKED in self._pauses:
+            self._go_on(Pause.BLOCKED)
+        super().resume()
+
+    # Frames
 
     def received(self, text: bytes) -> None:
-        """A text has come."""
-        if self.unread or self._paging:
-            if self._held is None:
-                self._held = deque()
-            self._held.append(text)
-        else:
+        """Handle the text of a frame, or hold it."""
+        if self._pauses is Pause.NONE or not self._pauses & Pause.HOLDING:
             self._take(text)
-
-    def go_on(self) -> None:
-        """What was waited for is there: take what was held, and read on unless something must be waited for again."""
-        while self._held and not (self.unread or self._paging):
-            self._take(self._held.popleft())
-        if not (self.unread or self._paging or self._finished):
-            self.read_on()
+            return
+        if self._held is None:
+            self._held = deque()
+        self._held.append(text)
 
     def _take(self, text: bytes) -> None:
         room = self.room
@@ -177,56 +177,55 @@ class Session:
             return
         if wait:
             if not isinstance(frame, Typing):
-                self._hurry(wait, frame.label)
+                self._limit(wait, frame.label)
         elif isinstance(frame, Post):
             if frame.username != self.name:
                 self.name = frame.username
                 room.presence.changed()
-            self.rooms.post(room.name, frame, self)
+            self._rooms.post(room.name, frame, self)
         elif isinstance(frame, PageRequest):
             self._page(room, frame)
         else:
             room.presence.typing(frame.username)
 
     def _wait(self) -> float:
-        """Take a frame's token; answers 0.0, or in how many seconds there is one."""
-        return 0.0 if self.rate is None else self.rate.take(self)
+        """Take a token of the rate limit; return 0.0, or the seconds until the next token."""
+        return 0.0 if self._rate is None else self._rate.take(self)
 
     def _refuse(self, text: bytes, error: FrameError, wait: float) -> None:
         if not _is_text(text):
             self._held = None
-            self.not_text()
+            self._transport.fail_not_text()
             return
         _log.info(
             "#{connection} {peer} in {room} sent what is refused",
-            connection=self.connection,
-            peer=self.peer,
-            room=self.room and self.room.name,
+            connection=self._transport.number,
+            peer=self._transport.peer,
+            room=self.room_name,
         )
         if wait:
-            self._hurry(wait, error.label)
+            self._limit(wait, error.label)
         else:
             self._err(str(error), None, error.label)
 
-    def _hurry(self, wait: float, label: str | None) -> None:
+    def _limit(self, wait: float, label: str | None) -> None:
         self._err("Rate limit exceeded", Code.RATE_LIMITED, label, ceil(wait * 1000) / 1000)
 
     def _err(self, message: str, code: Code | None, label: str | None, retry_after: float | None = None) -> None:
-        self.refusals[code or SCHEMA] += 1
+        self._refusals[code or SCHEMA] += 1
         self.send_frame(error_frame(message, code, label, retry_after))
 
     def _page(self, room: Room, request: PageRequest) -> None:
-        reading = self.rooms.page(room.name, request)
+        reading = self._rooms.page(room.name, request)
         if not reading.called:
-            self._paging = True
-            self.stop_reading()
+            self._pause(Pause.FETCHING)
         answered = reading.addCallbacks(self._paged, self._not_paged, callbackArgs=(request,), errbackArgs=(request,))
         answered.addBoth(self._page_done)
 
     def _paged(self, page: EncodedPage, request: PageRequest) -> None:
         if self.room is not None:
             more = page.older if request.after is None else page.newer
-            self.send_frame(history_frame(self.rooms.epoch, page.end, page.frames, more=more, label=request.label))
+            self.send_frame(history_frame(self._rooms.epoch, page.end, page.frames, more=more, label=request.label))
 
     def _not_paged(self, failure: Failure, request: PageRequest) -> None:
         failure.trap(UnknownId, LogUnavailable)
@@ -239,26 +238,24 @@ class Session:
         self._err("The log cannot be read now; try again.", Code.UNAVAILABLE, request.label)
 
     def _page_done(self, result: _T) -> _T:
-        if self._paging:
-            self._paging = False
-            self.go_on()
+        if Pause.FETCHING in self._pauses:
+            self._go_on(Pause.FETCHING)
         return result
 
-    # What became of it
+    # chatd.room.log.Poster
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
-        """Poster.posted: who gave a label is told, after the message itself."""
+        """Poster.posted: acknowledge a post with a label, after the message itself."""
         room = self.room
         if post.label is None or room is None:
             return
-        ack = ack_frame(Id(self.rooms.epoch, number), post.label, duplicate=duplicate)
+        ack = ack_frame(Id(self._rooms.epoch, number), post.label, duplicate=duplicate)
         if duplicate:
             self.send_frame(ack)
             return
         room.acknowledge(self, number, ack)
         if not self.ready:
-            self.unread = True
-            self.stop_reading()
+            self.block()
 
     def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
         """Poster.refused."""

@@ -147,7 +147,7 @@ def install(report):
 
         return checked
 
-    _watch_connections(protocol.ChatConnection, watching(check_stream))
+    _watch_connections(protocol.WebSocketConnection, watching(check_stream))
     _watch_requests(web.ChatSite.requestFactory, watching(check_answer), watching(check_event))
     _watch_channels(web._Channel, watching(check_answer))
 

@@ -305,7 +305,8 @@ def test_closes_are_by_code_whoever_chose_it(house):
 
 def test_readers_of_events_go_without_a_code_or_by_the_one_that_a_websocket_would_have_got(house):
     left, slow, asked = house.stream(), house.stream(), house.stream()
-    members = dict(zip((left, slow, asked), [*next(iter(house.rooms)).members], strict=True))
+    streams = sorted(house.connections.connected, key=lambda one: one.number)
+    members = dict(zip((left, slow, asked), streams, strict=True))
     members[slow].evict()
     members[asked].restart(1.0)
     for stream in members:

@@ -1167,7 +1167,7 @@ def test_a_drain_ends_a_stream_with_its_time_to_come_back(house, version):
 
 def test_a_stream_is_owed_the_messages_until_it_was_sent_them_although_it_takes_nothing_for_a_while(house):
     stream = house.stream()
-    (client,) = house.connections.connected
+    (client,) = (each.member for each in house.connections.connected)
     assert (client.head, client.has_pending(2)) == (2, False)
     house.say("hi")
     assert (client.head, client.has_pending(3)) == (3, True)

@@ -11,10 +11,10 @@ class Connection:
 
     peer = "192.0.2.7:4321"
     carrier = "websocket"
+    member = property(lambda self: self)
     joined = True
     answers = True
-
-    connection = 0
+    number = 0
 
     def __init__(self):
         self.journal = []

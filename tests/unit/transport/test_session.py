@@ -20,6 +20,7 @@ from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 from chatd.transport import frames
 from chatd.transport.admission import Rate
+from chatd.transport.membership import GONE
 from chatd.transport.session import Session
 
 PAGE = {"type": "history"}
@@ -65,28 +66,30 @@ class Log(MemoryStore):
             super().append(room, post, poster)
 
 
-class Person(Session):
-    """A session over a string."""
+class Person:
+    """A client over a transport that is a string; what it is not, its session is."""
 
+    number = 0
     peer = "192.0.2.7:4321"
 
     def __init__(self, rooms, room="main", *, rate=None, events=frozenset(), name=None):
-        self.rooms, self.rate, self.events, self.name = rooms, rate, events, name
         self.refusals = Counter()
         self.sent = b""
         self.reading = True
         self.ended = False
-        opening = result_of(rooms.open(room))
-        self.room = opening.room
-        opening.join(self)
+        self.session = Session(self, rooms, self.refusals, rate)
+        self.session.events, self.session.name = events, name
+        self.session.join(result_of(rooms.open(room)))
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
 
     # The transport
 
     def send_frame(self, frame):
         self.sent += frame
-        if not self.ready:
-            self.unread = True
-            self.stop_reading()
+        if not self.session.ready:
+            self.session.block()
 
     def write(self, data):
         self.sent += data
@@ -98,9 +101,9 @@ class Person(Session):
     def read_on(self):
         self.reading = True
 
-    def not_text(self):
+    def fail_not_text(self):
         self.ended = True
-        self.leave()
+        self.session.leave()
 
     # The person
 
@@ -118,15 +121,22 @@ class Person(Session):
         return frames
 
     def stalls(self):
-        self.ready = False
+        self.session.pause()
+
+    def takes_one_answer(self):
+        """Have room for what waits, and be full again with the next answer."""
+        pause = self.send_frame
+
+        def send_frame(frame):
+            self.session.pause()
+            pause(frame)
+
+        self.send_frame = send_frame
+        self.takes_again()
+        del self.send_frame
 
     def takes_again(self):
-        self.ready = True
-        if self.unread:
-            self.unread = False
-            self.go_on()
-        if self.joined:
-            self.room.resume(self)
+        self.session.resume()
 
 
 @pytest.fixture
@@ -185,7 +195,7 @@ def kinds(frames):
 
 def test_a_session_is_joined_from_its_join_to_its_leave(rooms, ann):
     assert ann.joined
-    assert ann in ann.room.members
+    assert ann.session in ann.room.members
     ann.leave()
     assert not ann.joined
     assert ann.room is None
@@ -193,8 +203,9 @@ def test_a_session_is_joined_from_its_join_to_its_leave(rooms, ann):
 
 
 def test_a_session_that_has_not_joined_is_not():
-    assert not Session().joined
-    Session().leave()
+    session = Session(GONE, None, Counter())
+    assert not session.joined
+    session.leave()
 
 
 def test_one_that_left_can_leave_again_and_what_comes_then_is_nothing(log, ann):
@@ -203,13 +214,6 @@ def test_one_that_left_can_leave_again_and_what_comes_then_is_nothing(log, ann):
     ann.posts("too late")
     assert log.messages == []
     assert ann.hears() == []
-
-
-def test_one_that_left_its_room_in_another_way_can_leave(rooms, ann):
-    rooms.leave(ann.room, ann)
-    assert not ann.joined
-    ann.leave()
-    assert ann.room is None
 
 
 # Acknowledgements
@@ -375,8 +379,7 @@ def test_what_was_held_is_taken_only_up_to_the_next_answer_that_waits(clock, log
     ann.posts("1")
     ann.received(b"nonsense")
     ann.posts("2")
-    ann.unread = False  # and still it takes nothing
-    ann.go_on()
+    ann.takes_one_answer()
     assert log.messages == ["1"]
     assert not ann.reading
     ann.takes_again()
@@ -632,7 +635,7 @@ def test_nothing_that_follows_what_is_not_utf_8_is_posted_when_the_client_leaves
 
 
 def test_the_head_is_that_of_the_room(ann, bob, clock):
-    assert (Session().head, ann.head) == (0, 0)
+    assert (Session(GONE, None, Counter()).head, ann.head) == (0, 0)
     bob.posts("1", "2")
     assert (ann.head, ann.cursor) == (2, 0)
     ann.leave()
@@ -644,7 +647,7 @@ def test_who_is_in_no_room_is_owed_nothing(ann):
     assert ann.has_pending(1)
     ann.leave()
     assert not ann.has_pending(1)
-    assert not Session().has_pending(1)
+    assert not Session(GONE, None, Counter()).has_pending(1)
 
 
 def test_messages_are_owed_until_they_were_handed_over(clock, ann, bob):
@@ -679,8 +682,6 @@ def test_what_came_with_a_page_and_waits_is_owed_its_answers_too(clock, log, pag
     paging.send_frame(b"")  # so that its answers are not read
     paging.posts("6", label="a")
     log.answer()
-    paging.ready = True
-    assert not paging._paging
     assert paging.has_pending(paging.cursor)
     paging.takes_again()
     assert log.messages == [*"123456"]

@@ -5,7 +5,6 @@ from http import HTTPStatus
 
 import pytest
 import txaio
-from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from support.helpers import HEAD, masked, read_frames, result_of
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import Deferred, succeed
@@ -28,10 +27,10 @@ from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport import websocket as protocol
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
+from chatd.transport.autobahn_adapter import MAX_FRAGMENTS, MAX_MESSAGE
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Connections
 from chatd.transport.handshake import parse_upgrade
-from chatd.transport.session import Session
-from chatd.transport.websocket import MAX_MESSAGE, ChatConnection, ChatFactory
+from chatd.transport.websocket import ChatFactory
 
 HANDSHAKE = HEAD + b"\r\n\r\n"
 PAGE = {"type": "history"}
@@ -226,79 +225,6 @@ def client(factory):
     return Client(factory)
 
 
-# What Autobahn would give each connection
-
-
-def test_a_connection_has_all_that_autobahn_would_have_given_it(factory):
-    theirs = WebSocketServerProtocol()
-    theirs.factory = factory
-    theirs._connectionMade()
-    ours = Client(factory).protocol
-    own = {"is_closed", "is_open", "utf8validator", "trafficStats", "_transport_details"}
-    for name, value in vars(theirs).items():
-        assert hasattr(ours, name), name
-        if callable(value):
-            assert getattr(ours, name)(None) == value(None), name
-        elif name not in own:
-            assert getattr(ours, name) == value, name
-
-
-def test_a_connection_that_waits_has_little_of_its_own(client):
-    client.joins()
-    assert set(vars(client.protocol)) <= {
-        *("factory", "transport", "connected", "state", "data", "room", "cursor", "ready", "_socket", "connection"),
-    }
-
-
-def test_no_connection_is_counted_before_the_first(factory):
-    assert factory.getConnectionCount() == 0
-
-
-def names_of(*classes):
-    return {name for each in classes for name in {*vars(each), *each.__annotations__}} - {
-        *("__module__", "__doc__", "__annotations__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"),
-        *("__implemented__", "__provides__", "__providedBy__"),
-    }
-
-
-def used():
-    """A connection of Autobahn's own that has been through a handshake, a message and a close."""
-    theirs = WebSocketServerProtocol()
-    theirs.factory = WebSocketServerFactory()
-    theirs.makeConnection(StringTransport())
-    theirs.dataReceived(HANDSHAKE + masked(b"hi") + masked(b"", first=0x01) + masked(b"\x03\xe8", first=0x88))
-    theirs.connectionLost(Failure(ConnectionDone()))
-    return theirs
-
-
-def test_ours_shadows_nothing_of_autobahns_by_accident():
-    theirs = used()
-    assert {name for name in names_of(ChatConnection, Session) if hasattr(theirs, name)} == {
-        *("_fail_connection", "connectionLost", "connectionMade", "dataReceived", "failHandshake", "onClose"),
-        *("onConnect", "onMessage"),
-        *("onMessageFrameBegin", "onOpen", "onPong", "processHandshake", "sendCloseFrame", "sendData", "__init__"),
-        *("factory", "transport", "peer", "is_closed", "is_open", "utf8validator"),
-        *("current_frame", "inside_message", "websocket_version"),
-    }
-
-
-def test_a_connection_is_of_a_session_what_its_transport_does_and_nothing_else():
-    assert names_of(ChatConnection) & names_of(Session) == {
-        *("peer", "send_frame", "write", "hold", "evict", "stop_reading", "read_on", "not_text"),
-    }
-
-
-def test_nothing_of_a_session_is_hidden_by_what_autobahn_sets_on_its_connections(factory):
-    assert names_of(Session) & {*vars(used())} == {"peer"}
-    assert names_of(Session) & {*vars(factory.protocol)} == {"rooms", "rate", "refusals"}
-
-
-def test_ours_shadows_nothing_of_autobahns_factory_by_accident(factory):
-    ours = {*names_of(ChatFactory), *("connections", "admission", "site", "protocol")}
-    assert {name for name in ours if hasattr(WebSocketServerFactory(), name)} == {"__init__", "noisy", "protocol"}
-    assert {"connections", "admission", "site"} <= {*vars(factory)}
-
-
 # Joining
 
 
@@ -415,7 +341,7 @@ def refusal(client, handshake):
     problem = json.loads(body)
     assert head.startswith(b"HTTP/1.1 %d " % problem["status"])
     assert client.transport.disconnecting
-    assert client.protocol.room is None
+    assert client.protocol.session.room is None
     return problem["status"], problem["detail"]
 
 
@@ -493,7 +419,7 @@ def test_a_connection_that_served_requests_becomes_a_websocket_behind_their_answ
     assert head.startswith(UPGRADED)
     assert b"chat.v1" in head
     assert [frame["type"] for frame in read_frames(frames)] == ["history", "message"]
-    assert client.now.name == "ann"
+    assert client.now.session.name == "ann"
     assert factory.getConnectionCount() == 2
     assert connections.connected == {client.now, other.now}
     assert [*connections.handshakes] == []
@@ -564,7 +490,7 @@ def test_a_handshake_whose_header_is_folded_goes_the_same_way(client):
     # It is no upgrade to the WebSocket side until the web site has put it into one line.
     client.sends(HANDSHAKE.replace(b"Upgrade: websocket", b"Upgrade:\r\n websocket"))
     assert written(client).startswith(UPGRADED)
-    assert client.now.room is not None
+    assert client.now.session.room is not None
 
 
 def test_it_has_as_long_as_any_other_when_the_log_is_slow(held, clock, server, connections, pass_time):
@@ -598,7 +524,7 @@ def test_a_client_comes_into_the_room_that_the_path_names(factory, clock, way, r
     clock.advance(0)
     assert [frame["data"]["message"] for frame in here.reads()] == ["hi"]
     assert elsewhere.reads() == []
-    assert here.protocol.room.name == room
+    assert here.protocol.session.room.name == room
 
 
 def test_the_root_is_the_room_main(factory, clock, way):
@@ -829,7 +755,7 @@ def test_who_gave_up_while_the_room_was_loaded_does_not_join(held, waiting, cloc
     assert waiting.transport.aborted
     held.answer()
     assert waiting.transport.read() == b""
-    assert waiting.protocol.room is None
+    assert waiting.protocol.session.room is None
     assert not connections.connected
 
 
@@ -903,7 +829,7 @@ def test_two_messages_in_fragments_do_not_mix(factory, clock):
         (masked(b'{"username":"\xff"}'), 1007),
         (masked(b"\xff", first=0x01), 1007),
         (masked(b"x" * (MAX_MESSAGE + 1)), 1009),
-        (masked(b"", first=0x01) + masked(b"", first=0x00) * protocol.MAX_FRAGMENTS, 1008),
+        (masked(b"", first=0x01) + masked(b"", first=0x00) * MAX_FRAGMENTS, 1008),
         (b"\x81\x05hello", 1002),
         (masked(b"x", first=0x83), 1002),
         (masked(b"x", first=0xC1), 1002),
@@ -958,7 +884,7 @@ def test_who_breaks_the_protocol_when_it_is_to_close_is_dropped(client, events):
     client.sends(b"\x81\x05hello")
     assert client.transport.read() == b""
     assert client.transport.disconnecting
-    assert [(room, code) for _, _, room, code, _ in failures(events)] == [(None, 1002)]
+    assert [(room, code) for _, _, room, code, _ in failures(events)] == [("main", 1002)]
 
 
 def test_who_is_gone_is_failed_no_more(client, events):
@@ -1276,7 +1202,7 @@ def test_a_full_socket_is_left_alone_until_it_is_empty(client, clock):
     clock.advance(0)
     client.posts("2")
     clock.advance(0)
-    assert not client.protocol.ready
+    assert not client.protocol.session.ready
     assert len(client.transport.socket.sent) == 10
     client.transport.drain()
     clock.advance(0)
@@ -1299,10 +1225,10 @@ def test_what_autobahn_sends_is_buffered_when_the_socket_does_not_take_it(client
     client.joins()
     client.transport.socket.space = 2
     client.sends(masked(b"ping", first=0x89))
-    assert not client.protocol.ready
+    assert not client.protocol.session.ready
     client.transport.drain()
     assert client.transport.read() == b"\x8a\x04ping"
-    assert client.protocol.ready
+    assert client.protocol.session.ready
 
 
 @pytest.mark.parametrize("nonsense", [masked(b"nonsense"), masked(b"ping", first=0x89)], ids=["errors", "pongs"])
@@ -1597,7 +1523,7 @@ def full(factory, clock):
     clock.advance(0)
     client.posts("2", label="a")
     clock.advance(0)
-    assert not client.protocol.ready
+    assert not client.protocol.session.ready
     return client, other
 
 

@@ -1,0 +1,288 @@
+"""Everything that chatd relies on in Autobahn beyond its documented interface, each use with its reason.
+
+Autobahn speaks WebSocket (RFC 6455).  `AutobahnConnection` is its protocol class, changed in three ways.
+
+- A connection costs little.  Autobahn gives each connection some sixty attributes, three Deferreds and a
+  validator before anything has arrived: 6 KB, and most of the time that a connection takes to make.  Here
+  they belong to the class, and a connection that needs one of its own makes it then.
+- Whole, masked text frames, which are nearly all that clients send, are read by `framing`.  Autobahn
+  reads the others and refuses the invalid ones.
+- The subclass sees what it needs to see through the hooks at the top of the class, and every answer that
+  Autobahn sends goes through `sendData`.
+
+The unit tests fail if Autobahn drops or renames a name that is used here.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from http import HTTPStatus
+from typing import Any, Final, Generic, TypeVar
+
+import txaio
+from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from autobahn.util import encode_truncate
+from autobahn.websocket.types import ConnectionDeny, ConnectionRequest
+from autobahn.websocket.utf8validator import Utf8Validator
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from typing_extensions import override
+
+from chatd.transport.admission import HttpError
+from chatd.transport.framing import MAX_REASON, CloseCode, take_masked_texts
+
+MAX_MESSAGE: Final = 16 << 10
+"""The largest size of a posted frame in bytes: 530 code points, each escaped in twelve bytes, fit twice."""
+MAX_FRAGMENTS: Final = 128
+"""The largest number of WebSocket frames in one message."""
+
+_T = TypeVar("_T", bound="AutobahnConnection")
+
+
+class _Ignored:
+    """Stands for the Deferreds of a connection's opening and end, which nothing here waits for."""
+
+    def callback(self, result: object) -> None:
+        """Do nothing."""
+
+
+class AutobahnConnection(WebSocketServerProtocol):
+    """Autobahn's server protocol, which calls the hooks of a subclass."""
+
+    transport: Any  # Twisted's transports have more than ITransport names
+
+    # Autobahn fires these Deferreds.
+    is_closed = is_open = _Ignored()
+    # Autobahn's own handshake sets these; the short one of our subclass leaves them as they are.
+    current_frame: Any = None
+    inside_message = False
+    websocket_version = 13
+    fragments = 0
+    """The number of frames so far in the message that is being received."""
+
+    def __init__(self) -> None:
+        """Set no attribute: see AutobahnFactory."""
+
+    # Hooks
+
+    def request_received(self, data: bytes) -> None:
+        """Handle the bytes of a request received so far."""
+        raise NotImplementedError
+
+    def admit(self, path: str, query: str, origin: str | None, protocols: Sequence[str]) -> "Deferred[str | None]":
+        """Judge a valid handshake; the result is the subprotocol chosen, or HttpError."""
+        raise NotImplementedError
+
+    def refusal(self, status: HTTPStatus, reason: str, headers: Sequence[tuple[str, object]]) -> bytes:
+        """Compose the answer that refuses a handshake."""
+        raise NotImplementedError
+
+    def text_received(self, text: bytes) -> None:
+        """Handle the text of a message."""
+        raise NotImplementedError
+
+    def failing(self, code: int, reason: str) -> None:
+        """Take note that the connection is about to be failed."""
+        raise NotImplementedError
+
+    def close_begins(self) -> None:
+        """Take note that a close frame is about to be sent, by whichever end began the closing handshake."""
+        raise NotImplementedError
+
+    def close_sent(self) -> None:
+        """Take note that a close frame was sent that the client has to answer."""
+        raise NotImplementedError
+
+    def closed(self, code: int) -> None:
+        """Take note that the connection is gone; the code is ABNORMAL if no close frame was exchanged."""
+        raise NotImplementedError
+
+    # State
+
+    @property
+    def is_connecting(self) -> bool:
+        """Whether the handshake is unfinished."""
+        return bool(self.state == self.STATE_CONNECTING)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the closing handshake has begun."""
+        return bool(self.state == self.STATE_CLOSING)
+
+    @property
+    def peer(self) -> str:  # type: ignore[override]  # Autobahn composes and stores it for each connection
+        """The address of the client, as `HOST:PORT`."""
+        peer = self.transport.getPeer()
+        return f"{peer.host}:{peer.port}" if hasattr(peer, "port") else str(peer)
+
+    @cached_property
+    def utf8validator(self) -> Any:  # type: ignore[override]  # Autobahn makes one for each connection
+        """Check messages that arrive in several frames."""
+        return Utf8Validator()
+
+    # Opening
+
+    @override
+    def connectionMade(self) -> None:
+        # Not Autobahn's, which would set all attributes; its connectionLost decrements the count.
+        self.factory.countConnections += 1
+
+    @override
+    def processHandshake(self) -> None:
+        self.request_received(self.data)
+
+    def autobahn_handshake(self) -> None:
+        """Let Autobahn read the request: it calls onConnect, or refuses it."""
+        super().processHandshake()
+
+    def keep(self, rest: bytes) -> None:
+        """Keep the bytes that follow a handshake until read_kept()."""
+        self.data = rest
+
+    def opened(self) -> None:
+        """Take note that a handshake that Autobahn has not read was answered."""
+        self.state = self.STATE_OPEN
+
+    def read_kept(self) -> None:
+        """Read the frames that followed the handshake."""
+        if self.data:
+            self.consumeData()
+
+    def release_transport(self) -> bytes:
+        """Forget the connection, which another protocol continues, and return what was received."""
+        self.factory.countConnections -= 1
+        self.state = self.STATE_CLOSED  # nothing that arrives late is read
+        return self.data
+
+    @override
+    def onConnect(  # type: ignore[override]  # Autobahn accepts a Deferred too
+        self, request: ConnectionRequest
+    ) -> "Deferred[str | None]":
+        # Autobahn decodes the path and the query; chatd reads them as they were sent.
+        path, _, query = self.http_request_uri.partition("?")
+        admitted = maybeDeferred(self.admit, path, query, request.headers.get("origin"), request.protocols)
+        return admitted.addErrback(_denied)
+
+    @override
+    def failHandshake(self, reason: str, code: int = 400, responseHeaders: Any = None) -> None:
+        if self.state != self.STATE_CLOSED:
+            self.sendData(self.refusal(HTTPStatus(code), reason, responseHeaders or []))
+            self.wasClean = True  # else Autobahn logs a warning
+            self.dropConnection()
+
+    # Receiving
+
+    @override
+    def dataReceived(self, data: bytes) -> None:
+        # Autobahn's state must be between two frames, and between two messages.
+        if self.state == self.STATE_OPEN and not self.inside_message and self.current_frame is None:
+            if self.data:
+                data = self.data + data
+            texts, rest, more = take_masked_texts(data, MAX_MESSAGE)
+            for text in texts:
+                self.text_received(text)
+            self.data = data[rest:]
+            if self.data and not more:
+                self.consumeData()
+        else:
+            self._dataReceived(data)
+
+    @override
+    def onMessageFrameBegin(self, length: int) -> None:
+        super().onMessageFrameBegin(length)
+        # Empty fragments would pass every limit in bytes.
+        self.fragments += 1
+        if self.fragments > MAX_FRAGMENTS and not self.failedByMe:
+            self.fail(CloseCode.POLICY_VIOLATION, f"a message came in more than {MAX_FRAGMENTS} frames")
+
+    @override
+    def onMessage(self, payload: bytes, isBinary: bool) -> None:
+        self.fragments = 0
+        if isBinary:
+            self.fail(CloseCode.UNSUPPORTED_DATA, "only text frames are understood")
+        else:
+            self.text_received(payload)
+
+    # Closing
+
+    def fail(self, code: int, reason: str) -> None:
+        """Fail the connection (RFC 6455, section 7.1.7)."""
+        if self.state == self.STATE_CLOSED:
+            return
+        self.failing(code, reason)
+        self.failedByMe = True
+        if self.state == self.STATE_CLOSING:
+            self.dropConnection()
+        else:
+            self.sendCloseFrame(code, encode_truncate(reason, MAX_REASON))
+
+    @override
+    def _fail_connection(self, code: int = CloseCode.POLICY_VIOLATION, reason: str = "") -> None:
+        # Autobahn calls this for each violation of the protocol, and would log a line without a name.
+        self.fail(code, reason)
+
+    @override
+    def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
+        # Autobahn's public sendClose accepts neither 1012 nor 1013.
+        self.close_begins()
+        super().sendCloseFrame(code, reasonUtf8, isReply)
+        if self.state == self.STATE_CLOSING and not isReply:
+            self.close_sent()
+
+    def drop(self) -> None:
+        """End the connection without a closing handshake."""
+        self.wasClean = True  # else Autobahn logs a warning
+        self.dropConnection(abort=True)
+
+    @override
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        # Not Autobahn's, which composes lines for debugging and then calls this.
+        self._connectionLost(reason)  # type: ignore[arg-type]  # so annotated there by mistake
+
+    @override
+    def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
+        self.closed((self.localCloseCode if self.closedByMe else code) or CloseCode.ABNORMAL)
+
+
+def _denied(failure: Failure) -> None:
+    """Give Autobahn a refusal in its own type."""
+    failure.trap(HttpError)
+    refused: Any = failure.value
+    raise ConnectionDeny(refused.status.value, str(refused)) from None
+
+
+class AutobahnFactory(WebSocketServerFactory, Generic[_T]):
+    """Autobahn's factory, whose connections share the attributes that Autobahn would give to each."""
+
+    def __init__(self, connection: type[_T], server: str, reactor: IReactorTime) -> None:
+        # The few timers of Autobahn follow the same clock.
+        txaio.config.loop = reactor  # type: ignore[attr-defined]
+        super().__init__(server=server, reactor=reactor)
+        self.setProtocolOptions(
+            failByDrop=False,  # clients that err are told why
+            maxFramePayloadSize=MAX_MESSAGE,
+            maxMessagePayloadSize=MAX_MESSAGE,
+            openHandshakeTimeout=0,  # connections.Connections has all deadlines
+            closeHandshakeTimeout=0,
+            allowNullOrigin=True,
+        )
+        self.protocol = self._lean(connection)
+
+    def _lean(self, connection: type[_T]) -> type[_T]:
+        """Derive the class of the connections, which has what Autobahn sets on each of them.
+
+        All values are the same until a connection gets one of its own, so they are taken from a connection
+        that is made in Autobahn's way.
+        """
+        blank = WebSocketServerProtocol()
+        blank.factory = self
+        blank._connectionMade()  # noqa: SLF001 -- Autobahn's connectionMade calls it
+        self.countConnections = 0
+        shared = {
+            # A function must not become a method.
+            name: staticmethod(value) if callable(value) else value
+            for name, value in vars(blank).items()
+            if name not in vars(AutobahnConnection)
+        }
+        return type(connection.__name__, (connection,), shared)

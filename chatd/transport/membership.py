@@ -1,0 +1,142 @@
+"""The place of one client in a room: the state that the room reads, and how the client joins and leaves.
+
+A WebSocket connection and an event stream are transports.  Each holds one membership, and the membership
+is what the room, the presence and the drain know.
+"""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from chatd.room.registry import JoinTicket, Registry
+from chatd.room.room import Room
+from chatd.transport.admission import NO_EVENTS
+
+
+class MemberTransport(Protocol):
+    """The transport of one member."""
+
+    number: int
+    """The number of the connection in this process, for the log."""
+
+    @property
+    def peer(self) -> str:
+        """The address of the client, as `HOST:PORT`."""
+
+    def write(self, data: bytes) -> int:
+        """Hand bytes to the transport, and return how many it took."""
+
+    def hold(self, rest: bytes) -> None:
+        """Keep the rest of a frame that write() cut, and pause the member until it is sent."""
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame that is not an entry, after everything sent before."""
+
+    def evict(self) -> None:
+        """Close the connection, because the client is too slow."""
+
+
+class Membership:
+    """Implements chatd.room.room.Member on top of a transport."""
+
+    __slots__ = ("_rooms", "_transport", "cursor", "events", "form", "name", "ready", "room", "room_name", "write")
+
+    def __init__(
+        self, transport: MemberTransport, rooms: Registry, form: Callable[[bytes], bytes] | None = None
+    ) -> None:
+        self._rooms = rooms
+        self._transport = transport
+        # A pass over the members reads the cursor, this bit and the form of each, and calls write.  So the bit
+        # is a plain attribute, and write is the method of the transport itself.
+        self.ready = True
+        self.write = transport.write
+        self.form = form
+        self.cursor = 0
+        self.events = NO_EVENTS
+        self.name: str | None = None
+        self.room: Room | None = None
+        """The room, from join() to leave()."""
+        self.room_name = ""
+        """The name of the room, also after leave()."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether the client is in a room, and so is not closing."""
+        return self.room is not None
+
+    @property
+    def head(self) -> int:
+        """The number of the newest entry in the room; 0 outside of a room."""
+        return 0 if self.room is None else self.room.head
+
+    def has_pending(self, head: int) -> bool:
+        """Whether the client has yet to get the entry of this number, or an answer to a frame that it sent."""
+        return self.room is not None and self.cursor < head
+
+    def join(self, ticket: JoinTicket) -> bytes:
+        """Join the room of a ticket, and return the history frame that must be sent first."""
+        frame = ticket.join(self)
+        self.room = ticket.room
+        self.room_name = ticket.room.name
+        return frame
+
+    def pause(self) -> None:
+        """Send nothing more, because the transport is full."""
+        self.ready = False
+
+    def resume(self) -> None:
+        """Send again, because the transport takes more."""
+        self.ready = True
+        if self.room is not None:
+            self.room.resume(self)
+
+    def leave(self) -> None:
+        """Leave the room, if the client is in one."""
+        room, self.room = self.room, None
+        if room is not None:
+            self._rooms.leave(room, self)
+
+    def detach(self) -> None:
+        """Leave the room and let go of the transport, which is gone.
+
+        No cycle of references remains for the garbage collector.
+        """
+        self.leave()
+        self._transport = GONE
+        self.write = GONE.write
+
+    # chatd.room.room.Member
+
+    def hold(self, rest: bytes) -> None:
+        """Member.hold."""
+        self._transport.hold(rest)
+
+    def send_frame(self, frame: bytes) -> None:
+        """Member.send_frame."""
+        self._transport.send_frame(frame)
+
+    def evict(self) -> None:
+        """Member.evict."""
+        self._transport.evict()
+
+
+class _Gone:
+    """The transport of a client that is gone: it takes every call and does nothing."""
+
+    number = 0
+    peer = ""
+
+    def write(self, data: bytes) -> int:
+        return len(data)
+
+    def hold(self, rest: bytes = b"") -> None:
+        """Do nothing."""
+
+    send_frame = hold
+
+    def evict(self) -> None:
+        """Do nothing."""
+
+    stop_reading = read_on = fail_not_text = evict
+
+
+GONE: Final = _Gone()

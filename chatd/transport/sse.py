@@ -1,0 +1,132 @@
+"""A reader of Server-Sent Events (HTML Living Standard, section 9.2): a member of a room over plain HTTP.
+
+It has a cursor in the room as WebSocket members have, and gets the same messages.  Only the form around
+the JSON differs.
+"""
+
+from typing import Any, cast
+
+from twisted.internet.interfaces import IPushProducer
+from twisted.logger import Logger
+from twisted.web.http import Request
+from zope.interface import implementer
+
+from chatd.room.registry import JoinTicket, Registry
+from chatd.transport.admission import JoinRequest, server_stopping
+from chatd.transport.connections import EVENT_STREAM, Connections
+from chatd.transport.frames import event
+from chatd.transport.framing import CloseCode
+from chatd.transport.http import RETRY_AFTER_SECONDS, SERVER
+from chatd.transport.membership import Membership
+
+_log = Logger()
+
+
+@implementer(IPushProducer)
+class EventStream:
+    """The transport of one reader (MemberTransport), and one of the Connections."""
+
+    carrier = EVENT_STREAM
+    number = 0
+
+    def __init__(self, request: Request, rooms: Registry, connections: Connections, wanted: JoinRequest) -> None:
+        self._request = request
+        self._channel = cast(Any, request.channel)
+        self._connections = connections
+        self._open = True
+        self._code = CloseCode.ABNORMAL
+        self.member = Membership(self, rooms, event)
+        self.member.events = wanted.events
+        self.member.name = wanted.username
+        address = request.getClientAddress()
+        self.peer = f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
+        self._channel.when_lost = self._gone
+
+    def join(self, ticket: JoinTicket) -> None:
+        """Begin the stream with the history and join the room, unless the client or the server is leaving."""
+        if not self._open:
+            return
+        if self._connections.stopping:
+            raise server_stopping()
+        request = self._request
+        request.setHeader("server", SERVER)
+        request.setHeader("content-type", "text/event-stream")
+        request.setHeader("cache-control", "no-store")
+        request.setHeader("x-accel-buffering", "no")  # else nginx holds the events back
+        request.registerProducer(self, streaming=True)
+        self._connections.add(self)
+        history = self.member.join(ticket)
+        request.write(b"retry: %d\n\n%b" % (RETRY_AFTER_SECONDS * 1000, event(history)))
+        _log.info(
+            "#{connection} {peer} joined {room} for events",
+            connection=self.number,
+            peer=self.peer,
+            room=self.member.room_name,
+        )
+
+    def write(self, data: bytes) -> int:
+        """MemberTransport.write: what the transport does not take, it buffers."""
+        self._request.write(data)
+        return len(data)
+
+    def hold(self, rest: bytes) -> None:
+        """MemberTransport.hold: write() takes all."""
+        raise NotImplementedError
+
+    def send_frame(self, frame: bytes) -> None:
+        """MemberTransport.send_frame."""
+        self._request.write(event(frame))
+
+    def ping(self) -> bool:
+        """Connection.ping: send a comment; a client that does not read it stalls in the end."""
+        if self.member.ready:
+            self._request.write(b":\n\n")
+        return True
+
+    def pauseProducing(self) -> None:
+        """IPushProducer: the transport is full."""
+        self.member.pause()
+        self._connections.stalls.add(self)
+
+    def resumeProducing(self) -> None:
+        """IPushProducer: the transport takes more."""
+        self._connections.stalls.discard(self)
+        self.member.resume()
+
+    def stopProducing(self) -> None:
+        """IPushProducer: the transport is gone; _gone() follows."""
+
+    def evict(self) -> None:
+        """MemberTransport.evict: the client reconnects by itself, with its last id."""
+        self._end(CloseCode.TRY_AGAIN_LATER, b"retry: 0\n\n")
+
+    def finish(self) -> None:
+        """Connection.finish: nothing is read from the client anyway."""
+
+    def restart(self, retry_after: float) -> None:
+        """Connection.restart."""
+        self._end(CloseCode.SERVICE_RESTART, b"retry: %d\n\n" % (retry_after * 1000))
+
+    def _end(self, code: CloseCode, farewell: bytes) -> None:
+        self.member.leave()
+        if self._open:
+            self._open = False
+            self._code = code
+            self._connections.pings.discard(self)
+            if self.member.ready:
+                self._connections.closings.add(self)
+            self._request.write(farewell)
+            self._request.unregisterProducer()
+            self._channel.persistent = False
+            self._request.finish()
+
+    def abort(self) -> None:
+        """Connection.abort."""
+        self._channel.transport.abortConnection()
+
+    def _gone(self) -> None:
+        self._open = False
+        self.member.detach()
+        if self._connections.remove(self, self._code):
+            room = self.member.room_name
+            _log.info("#{connection} {peer} left {room}", connection=self.number, peer=self.peer, room=room)
