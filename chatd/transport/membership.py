@@ -45,12 +45,13 @@ class Membership:
     ) -> None:
         self._rooms = rooms
         self._transport = transport
-        # A pass over the members reads the cursor, this bit and the form of each, and calls write.  So the bit
-        # is a plain attribute, and write is the method of the transport itself.
+        # A pass over the members reads the cursor, the form and `ready` of each, and calls write.  So `ready`
+        # is a plain attribute, which the transport clears when it is full, and write is the method of the
+        # transport itself.
+        self.cursor = 0
+        self.form = form
         self.ready = True
         self.write = transport.write
-        self.form = form
-        self.cursor = 0
         self.events = NO_EVENTS
         self.name: str | None = None
         self.room: Room | None = None
@@ -78,10 +79,6 @@ class Membership:
         self.room = ticket.room
         self.room_name = ticket.room.name
         return frame
-
-    def pause(self) -> None:
-        """Send nothing more, because the transport is full."""
-        self.ready = False
 
     def resume(self) -> None:
         """Send again, because the transport takes more."""

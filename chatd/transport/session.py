@@ -152,7 +152,8 @@ class Session(Membership):
         self.ready = True
         if self._pauses is not Pause.NONE and Pause.BLOCKED in self._pauses:
             self._go_on(Pause.BLOCKED)
-        super().resume()
+        if self.room is not None:  # as in the base class, which would be one more call for each resume
+            self.room.resume(self)
 
     # Frames
 

@@ -85,7 +85,7 @@ class EventStream:
 
     def pauseProducing(self) -> None:
         """IPushProducer: the transport is full."""
-        self.member.pause()
+        self.member.ready = False
         self._connections.stalls.add(self)
 
     def resumeProducing(self) -> None:

@@ -227,7 +227,8 @@ class WebSocketConnection(AutobahnConnection):
 
     def hold(self, rest: bytes) -> None:
         """MemberTransport.hold."""
-        self.pauseProducing()
+        self.session.ready = False
+        self.factory.connections.stalls.add(self)
         self.transport.write(rest)
 
     @override
@@ -254,15 +255,16 @@ class WebSocketConnection(AutobahnConnection):
 
     def pauseProducing(self) -> None:
         """IPushProducer: the transport is full."""
-        self.session.pause()
+        self.session.ready = False
         self.factory.connections.stalls.add(self)
 
     def resumeProducing(self) -> None:
         """IPullProducer: the transport is empty."""
-        self.factory.connections.stalls.discard(self)
-        if self.is_closing:  # the close frame is sent by now
-            self.factory.connections.closings.add(self)
-        self.session.resume()
+        session, connections = self.session, self.factory.connections
+        connections.stalls.discard(self)
+        if session.room is None and self.is_closing:  # the close frame is sent by now
+            connections.closings.add(self)
+        session.resume()
 
     def stopProducing(self) -> None:
         """IPullProducer: the transport is gone; closed() follows."""

@@ -121,14 +121,14 @@ class Person:
         return frames
 
     def stalls(self):
-        self.session.pause()
+        self.session.ready = False
 
     def takes_one_answer(self):
         """Have room for what waits, and be full again with the next answer."""
         pause = self.send_frame
 
         def send_frame(frame):
-            self.session.pause()
+            self.session.ready = False
             pause(frame)
 
         self.send_frame = send_frame
