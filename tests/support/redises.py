@@ -28,7 +28,7 @@ import time
 from urllib.parse import quote
 
 import pytest
-from support.needs import missing, remedy
+from support.needs import need
 from support.servers import LONG, Lines
 from twisted.python.failure import Failure
 
@@ -216,7 +216,7 @@ class Redis:
         """Start, or restart on the same port with the same data; return when it accepts connections."""
         assert not self.running
         if self.binary is None:
-            missing(f"redis is missing: {remedy('redis')}")
+            need("redis")
         self.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, ATTEMPTS + 1):
             port = self.port or free_port()

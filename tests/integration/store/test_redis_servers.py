@@ -6,8 +6,7 @@ import ssl
 import time
 
 import pytest
-from support import redises, servers
-from support.needs import missing
+from support import needs, redises, servers
 from support.redises import Client, Cluster, Proxy, Redis, Refused
 from support.servers import certificate_for
 
@@ -21,6 +20,7 @@ def redis(tmp_path, binary):
 @pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
 def test_without_a_server_tests_are_skipped(tmp_path, monkeypatch, ci, outcome):
     """Continuous integration has a server, so there the test fails instead."""
+    monkeypatch.setattr(needs, "find", lambda tool: None)
     monkeypatch.setattr(redises.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CI", ci)

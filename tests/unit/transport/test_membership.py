@@ -41,7 +41,7 @@ class Transport:
 def rooms():
     store = MemoryStore(Retention(), lambda: 1_800_000_000.0)
     store.open(())
-    return Registry(store, Clock(), frames, 100)
+    return Registry(store, frames, Clock(), 100)
 
 
 @pytest.fixture
