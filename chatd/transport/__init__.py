@@ -1,1 +1,1 @@
-"""What carries a room to its clients: WebSocket, HTTP and Server-Sent Events."""
+"""The transports between a room and its clients: WebSocket, HTTP and Server-Sent Events."""

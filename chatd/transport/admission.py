@@ -1,11 +1,11 @@
-"""Who may come in, to which room, and how fast they may speak.
+"""The operator's rules for connecting: which rooms exist, which pages may connect, and how fast clients may send.
 
-What a client asks for when it comes is the same whatever carries it: the path names the room, the query
-the last message it has, what it wants to be told and under which name it is here, and a browser adds the origin of the
-page that it is on.  All of it is judged here, and refused with an HTTP status.
+A client asks for the same things over every transport.  The path names the room.  The query names the last
+message that the client has, the events that it wants and its username.  A browser adds the origin of its
+page.  All of that is checked here, and refused with an HTTP status.
 
-The rate limit is the generic cell rate algorithm (ITU-T I.371): a client is one number, the time at
-which it would be owed nothing more.
+The rate limit is the generic cell rate algorithm (ITU-T I.371): the state of a client is one number, the
+time at which its whole burst is available again.
 """
 
 import re
@@ -22,10 +22,10 @@ from chatd.transport.frames import is_username
 
 NO_EVENTS: Final[frozenset[str]] = frozenset()
 MAX_ADDRESSES: Final = 10_000
-"""How many addresses are remembered, at least, before those that are owed nothing are forgotten."""
+"""The number of addresses in memory above which idle ones are removed."""
 
 ROUNDING: Final = 1e-6
-"""Seconds that may be lost in adding up fractions."""
+"""The seconds that sums of fractions may lose."""
 
 _PATH = re.compile(r"/rooms/([a-z0-9][a-z0-9_-]{0,63})")
 _ROOMS = re.compile(r"[a-z0-9_*?-]+")
@@ -35,7 +35,7 @@ _ORIGIN = re.compile(
 
 
 class HttpError(Exception):
-    """A request that is refused, with a status and one line that says why."""
+    """A refused request: a status, and the reason in one line."""
 
     def __init__(self, status: HTTPStatus, detail: str, code: Code | None = None) -> None:
         super().__init__(detail)
@@ -49,25 +49,25 @@ def server_stopping() -> HttpError:
 
 
 class JoinRequest(NamedTuple):
-    """What a client that comes in asks for, found good."""
+    """The request of a client that connects, validated."""
 
     room: str
     last: Id | None
-    """The last message that it has."""
+    """The id of the last message that the client has."""
     events: frozenset[str]
-    """What it wants to be told besides messages."""
+    """The events that it wants besides messages."""
     username: str | None
 
 
 def room_pattern(text: str) -> str:
-    """Read a pattern of room names, such as `team-*`, as a regular expression; ValueError if it is none."""
+    """Read a pattern of room names, such as `team-*`, as a regular expression; raise ValueError if it is invalid."""
     if not _ROOMS.fullmatch(text):
         raise ValueError(f"{text!r} is no pattern of room names such as team-*")
     return translate(text)
 
 
 def origin_pattern(text: str) -> str:
-    """Read an origin (RFC 6454), or all below a domain, as a regular expression.
+    """Read an origin (RFC 6454), or a pattern for a domain, as a regular expression.
 
     `https://chat.example` is that one; `https://*.example` every host below, and `*.example` by either scheme.
     """
@@ -78,7 +78,7 @@ def origin_pattern(text: str) -> str:
 
 
 class Admission:
-    """The operator's rules: which rooms there may be, and which pages may connect; none given: any."""
+    """The rules for rooms and for the origins of pages; an empty list allows all."""
 
     def __init__(self, rooms: Sequence[str] = (), origins: Sequence[str] = ()) -> None:
         self._rooms = [re.compile(pattern) for pattern in rooms]
@@ -86,7 +86,7 @@ class Admission:
         self.any_origin = not origins
 
     def room(self, path: str) -> str:
-        """The room that a path names: `/rooms/NAME` as it is written, and `/`; Refused with 404 if there is none."""
+        """Return the room that a path names, `/rooms/NAME` as written or `/`; raise HttpError 404 for others."""
         match = _PATH.fullmatch(path)
         name = match[1] if match else MAIN if path == "/" else None
         if name is None or (self._rooms and not any(pattern.match(name) for pattern in self._rooms)):
@@ -94,12 +94,12 @@ class Admission:
         return name
 
     def check_origin(self, origin: str | None) -> None:
-        """Refuse with 403 what a page elsewhere asks; who is no browser says no origin and is let in."""
+        """Refuse pages of other origins with HttpError 403; requests without an Origin header are allowed."""
         if origin is not None and self._origins and not any(pattern.match(origin) for pattern in self._origins):
             raise HttpError(HTTPStatus.FORBIDDEN, "this page may not connect here")
 
     def visit(self, path: str, query: Mapping[str, Sequence[str]], origin: str | None) -> JoinRequest:
-        """Judge what a client that comes in asks for; raises Refused.  Unknown keys of the query are ignored."""
+        """Validate the request of a client that connects, or raise HttpError; ignore unknown keys of the query."""
         self.check_origin(origin)
         room = self.room(path)
         if not query:
@@ -109,7 +109,7 @@ class Admission:
 
 
 def last_id(text: str | None) -> Id | None:
-    """Read the id of the last message that a client has, if it names one; Refused with 400 when it is no id."""
+    """Read the id of the last message that a client has, if it names one; raise HttpError 400 if it is invalid."""
     try:
         return Id.parse(text) if text else None
     except ValueError as error:
@@ -130,7 +130,7 @@ def _username(text: str | None) -> str | None:
 
 
 def read_query(query: str) -> dict[str, list[str]]:
-    """Read a URL's query; Refused with 400 when it is not UTF-8 in percents (RFC 3986, section 2.5)."""
+    """Read the query of a URL; raise HttpError 400 if it is not percent-encoded UTF-8 (RFC 3986, section 2.5)."""
     try:
         return parse_qs(query.encode("ascii").decode(), errors="strict") if query else {}
     except ValueError:
@@ -138,14 +138,14 @@ def read_query(query: str) -> dict[str, list[str]]:
 
 
 class Paced(Protocol):
-    """Who is held to a rate."""
+    """A client under a rate limit."""
 
     due: float
-    """When it would be owed nothing more; 0.0 at first."""
+    """The time at which its whole burst is available again; 0.0 at first."""
 
 
 class Rate:
-    """So many frames a second, and `burst` at once; `now` gives seconds, from any beginning."""
+    """A rate limit of `rate` frames a second and `burst` at once; `now` returns seconds since any instant."""
 
     def __init__(self, rate: float, burst: int, now: Callable[[], float]) -> None:
         self._interval = 1 / rate
@@ -153,9 +153,9 @@ class Rate:
         self._now = now
 
     def take(self, who: Paced) -> float:
-        """Let someone send one more frame; answers 0.0, or in how many seconds it may, if not now."""
+        """Count one more frame of a client; return 0.0, or the seconds until the frame is allowed."""
         now = self._now()
-        # Nobody owes more than one frame above the burst, whatever was done to the clock.
+        # A clock that jumps does not lock a client out for longer than one frame above the burst.
         due = min(max(who.due, now), now + self._tolerance + self._interval + ROUNDING)
         wait = due - now - self._tolerance
         if wait > ROUNDING:
@@ -169,7 +169,7 @@ class _Address:
 
 
 class Addresses:
-    """Holds addresses to a rate, as far as they are owed something; no rate: no limit.
+    """The rate limits of addresses; None sets no limit.
 
     `hops` proxies stand before the server and are trusted to add to `X-Forwarded-For` (RFC 7239, section 7.4).
     """
@@ -182,7 +182,7 @@ class Addresses:
         self._most = MAX_ADDRESSES
 
     def take(self, peer: str, forwarded: str | None) -> float:
-        """Let the address behind a connection send one more; answers as Rate.take does."""
+        """Count one more request of the address behind a connection; return as Rate.take does."""
         if self._rate is None:
             return 0.0
         entries = [entry.strip() for entry in forwarded.split(",")] if forwarded else []

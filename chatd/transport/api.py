@@ -1,13 +1,10 @@
-"""The rooms over HTTP, for those who have no WebSocket: the same messages, by the same ids and the same checks.
+"""The rooms over plain HTTP, with the ids and the checks that WebSocket clients know.
 
-GET  /rooms/NAME                what a person needs to know to connect (an upgrade never comes here)
+GET  /rooms/NAME                the page that explains how to connect (handshakes never arrive here)
 GET  /rooms/NAME/messages       a page of the log: ?before=ID, ?after=ID, ?limit=N
 GET  /rooms/NAME/messages/ID    one message
-POST /rooms/NAME/messages       post; Idempotency-Key is the label
-GET  /rooms/NAME/events         Server-Sent Events: a member of the room like any other
-
-A reader of events has a cursor in the room's tail as WebSocket members have, and is written the same messages; only
-what stands around the JSON differs.
+POST /rooms/NAME/messages       post a message; Idempotency-Key is the label
+GET  /rooms/NAME/events         Server-Sent Events: see chatd.transport.sse
 """
 
 import re
@@ -40,7 +37,7 @@ from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, ans
 from chatd.transport.sse import EventStream
 
 PREFLIGHT_SECONDS: Final = 7200
-"""How long a browser may remember what a page may ask."""
+"""The time for which a browser may cache the answer to a preflight request."""
 
 _ROUTE = re.compile(r"/|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<id>[^/]+)|/events)?")
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
@@ -49,7 +46,7 @@ _log = Logger()
 
 
 class Reply:
-    """The answer to one request, which may come later than its client has patience."""
+    """The answer to one request, whose client may have disconnected by then."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -60,7 +57,7 @@ class Reply:
         self._gone = True
 
     def send(self, status: HTTPStatus, body: bytes, kind: str = "application/json", **headers: str) -> None:
-        """Answer, if the client is still there."""
+        """Send the answer, if the client is still connected."""
         if not self._gone:
             self._request.write(answer(self._request, status, body, kind, **headers))
             self._request.finish()
@@ -70,7 +67,7 @@ class Reply:
         self.send(refused.status, problem(refused.status, str(refused), refused.code), PROBLEM, **_retry(refused))
 
     def failed(self, failure: Failure) -> None:
-        """Answer with what a failure means for the client."""
+        """Answer with the HTTP error of a failure."""
         self.refuse(_meaning(failure))
 
 
@@ -79,7 +76,7 @@ def _retry(refused: HttpError) -> dict[str, str]:
 
 
 def _meaning(failure: Failure) -> HttpError:
-    """What a failure means for the client."""
+    """Return the HTTP error of a failure."""
     if isinstance(failure.value, HttpError):
         return failure.value
     if failure.check(UnknownId):
@@ -90,7 +87,7 @@ def _meaning(failure: Failure) -> HttpError:
 
 
 class Posting:
-    """A post that is on its way: implements chatd.log.Poster."""
+    """A post in flight, whose outcome is the answer to a request (chatd.room.log.Poster)."""
 
     def __init__(self, reply: Reply, path: str, epoch: Callable[[], str]) -> None:
         self._reply = reply
@@ -98,14 +95,12 @@ class Posting:
         self._epoch = epoch
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
-        """Poster.posted."""
         message = Id(self._epoch(), number)
         status = HTTPStatus.OK if duplicate else HTTPStatus.CREATED
         body = payload(ack_frame(message, post.label, duplicate=duplicate)) + b"\n"
         self._reply.send(status, body, location=f"{self._path}/messages/{message}")
 
     def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
-        """Poster.refused."""
         if isinstance(error, LabelReused):
             status, code, why = HTTPStatus.UNPROCESSABLE_ENTITY, Code.LABEL_REUSED, "it was given to another message"
             self._reply.refuse(HttpError(status, f"Idempotency-Key: {why}", code))
@@ -117,7 +112,7 @@ class Posting:
 
 
 class Api(ChatResource):
-    """Everything below /rooms, and the page at /."""
+    """All resources below /rooms, and the page at /."""
 
     isLeaf = True
 
@@ -129,7 +124,7 @@ class Api(ChatResource):
         self._addresses = addresses
 
     def render(self, request: Request) -> Any:
-        """Find what a request is for, and say no with a problem."""
+        """Route a request, and answer an HttpError with a problem."""
         try:
             self._allow(request)
             return self._route(request)
@@ -138,7 +133,7 @@ class Api(ChatResource):
             return answer(request, refused.status, body, PROBLEM, **_retry(refused))
 
     def _allow(self, request: Request) -> None:
-        """Judge the origin, and let the page that it is of read the answer (Fetch, section 3.2)."""
+        """Check the origin, and let its page read the answer (Fetch, section 3.2)."""
         origin = _header(request, b"origin")
         if not self._admission.any_origin:
             request.setHeader("vary", "Origin")
@@ -149,7 +144,7 @@ class Api(ChatResource):
             request.setHeader("access-control-expose-headers", "Link, Location, Retry-After")
 
     def _route(self, request: Request) -> Any:
-        """Call what answers this method on this path, which is taken as it is written."""
+        """Call the handler of this method and path; the path is not decoded."""
         if self._connections.stopping:
             raise server_stopping()
         path, _, query = request.uri.decode("latin-1").partition("?")
@@ -177,7 +172,7 @@ class Api(ChatResource):
         return found()
 
     def _preflight(self, request: Request, resource: dict[str, Callable[[], Any]]) -> int:
-        """What a page may ask (Fetch, section 3.2.3)."""
+        """Answer a preflight request (Fetch, section 3.2.3)."""
         request.setHeader("allow", _methods(resource))
         if _header(request, b"origin"):
             request.setHeader("access-control-allow-methods", _methods(resource))
@@ -189,7 +184,7 @@ class Api(ChatResource):
     # Reading
 
     def _page(self, request: Request, room: str, query: str) -> int:
-        """A page, with links to those before and after it (RFC 8288)."""
+        """Answer with a page and links to its neighbours (RFC 8288)."""
         asked: dict[str, Any] = {
             name: values[-1] for name, values in read_query(query).items() if name in ("before", "after", "limit")
         }
@@ -211,7 +206,7 @@ class Api(ChatResource):
         return NOT_DONE_YET
 
     def _links(self, excerpt: EncodedPage, limit: int) -> list[str]:
-        """Where the pages before and after this one are, if the log has them."""
+        """Compose the links to the pages before and after this one, if the log has them."""
         epoch, links = self._rooms.epoch, []
         if excerpt.older:
             first = Id(epoch, excerpt.end - len(excerpt.frames) + 1)
@@ -221,7 +216,7 @@ class Api(ChatResource):
         return links
 
     def _message(self, request: Request, room: str, text: str) -> int:
-        """One message."""
+        """Answer with one message."""
         try:
             wanted = Id.parse(text)
         except ValueError as error:
@@ -242,7 +237,7 @@ class Api(ChatResource):
     # Posting
 
     def _post(self, request: Request, room: str) -> int:
-        """Post, and answer where the message is."""
+        """Post a message, and answer with its location."""
         address = request.getClientAddress()
         peer = str(getattr(address, "host", address))
         wait = self._addresses.take(peer, _header(request, b"x-forwarded-for"))
@@ -250,7 +245,7 @@ class Api(ChatResource):
             request.setHeader("retry-after", str(ceil(wait)))
             raise HttpError(HTTPStatus.TOO_MANY_REQUESTS, "Rate limit exceeded", Code.RATE_LIMITED)
         if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
-            # No form can send this type, so that a page elsewhere must ask first.
+            # No HTML form sends this type, so pages of other origins need a preflight request.
             raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
         try:
             post = parse_post(cast(BytesIO, request.content).read())
@@ -268,7 +263,7 @@ class Api(ChatResource):
     # Events
 
     def _events(self, request: Request, path: str, query: str) -> Any:
-        """A stream of events."""
+        """Answer with a stream of events."""
         visit = self._admission.visit(path, read_query(query), None)
         last = last_id(_header(request, b"last-event-id")) or visit.last
         if request.method == b"HEAD":
@@ -282,7 +277,7 @@ class Api(ChatResource):
 
 
 def _header(request: Request, name: bytes) -> str | None:
-    """A header as it was sent, with all its lines; Twisted's own way takes it for UTF-8."""
+    """Return a header as it was sent, with all its lines; Twisted would decode it as UTF-8."""
     values = request.requestHeaders.getRawHeaders(name)
     return b", ".join(values).decode("latin-1") if values else None
 

@@ -95,19 +95,19 @@ class AutobahnConnection(WebSocketServerProtocol):
         raise NotImplementedError
 
     def closed(self, code: int) -> None:
-        """Take note that the connection is gone; the code is ABNORMAL if no close frame was exchanged."""
+        """Take note that the connection has ended; the code is ABNORMAL if no close frame was exchanged."""
         raise NotImplementedError
 
     # State
 
     @property
     def is_connecting(self) -> bool:
-        """Whether the handshake is unfinished."""
+        """True until the handshake is finished."""
         return bool(self.state == self.STATE_CONNECTING)
 
     @property
     def is_closing(self) -> bool:
-        """Whether the closing handshake has begun."""
+        """True while the closing handshake is under way."""
         return bool(self.state == self.STATE_CLOSING)
 
     @property
@@ -260,7 +260,7 @@ class AutobahnFactory(WebSocketServerFactory, Generic[_T]):
         txaio.config.loop = reactor  # type: ignore[attr-defined]
         super().__init__(server=server, reactor=reactor)
         self.setProtocolOptions(
-            failByDrop=False,  # clients that err are told why
+            failByDrop=False,  # a client that breaks the protocol gets the reason
             maxFramePayloadSize=MAX_MESSAGE,
             maxMessagePayloadSize=MAX_MESSAGE,
             openHandshakeTimeout=0,  # connections.Connections has all deadlines

@@ -78,7 +78,7 @@ class Connections:
         self.pings: Deadlines[Connection] = Deadlines(ping, clock)
         self._numbers = count(1)
         self.stopping = False
-        """Whether no client may join any more."""
+        """True if new clients are refused."""
         self._empty: list[Deferred[None]] = []
 
     def add(self, client: Connection) -> None:

@@ -1,7 +1,7 @@
-"""Many deadlines of one length, for the price of a dictionary entry each.
+"""Many deadlines of one length, at the cost of a dictionary entry each.
 
-Those that are added last expire last, so a dictionary in order of insertion is all the queue that is
-needed, and one look every second serves any number of connections: no timer belongs to any.
+Deadlines that are added last expire last.  So a dictionary in order of insertion is the whole queue, and one
+check every second serves any number of connections without timers.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class Deadlines(Generic[_T]):
-    """Who has to have done something `delay` seconds after it was added."""
+    """A set whose items expire `delay` seconds after they were added."""
 
     def __init__(self, delay: float, clock: IReactorTime) -> None:
         self._delay = delay
@@ -21,20 +21,20 @@ class Deadlines(Generic[_T]):
         self._due: dict[_T, float] = {}
 
     def __iter__(self) -> Iterator[_T]:
-        """Those who are waited for, as they are now."""
+        """Iterate over a copy of the items."""
         return iter([*self._due])
 
     def add(self, who: _T) -> None:
-        """Begin someone's time, anew if it has begun."""
+        """Add an item, or restart its time."""
         self._due.pop(who, None)
         self._due[who] = self._clock.seconds() + self._delay
 
     def discard(self, who: _T) -> None:
-        """Wait no longer for someone."""
+        """Remove an item, if it is in the set."""
         self._due.pop(who, None)
 
     def expired(self) -> Iterator[_T]:
-        """Take out, and answer, those whose time is over."""
+        """Remove and yield the items whose time is over."""
         now = self._clock.seconds()
         while self._due:
             who = next(iter(self._due))

@@ -1,14 +1,12 @@
-"""The words of the wire: JSON text from and to typed frames.
+"""The JSON of the wire: text from and to typed frames.
 
-`schemas/` is the single source of what a client may send: `message.json` for a post, `page.json` and
-`typing.json` for the frames that carry a `type`.  A frame is judged twice at most: a compiled
-validator says yes or no in a fraction of a microsecond, and only a frame that it refuses is read again by
-the slow one, which knows why.  A property test holds the two to one opinion.
+`schemas/` is the single source of the frames that clients may send: `message.json` for a post, `page.json`
+and `typing.json` for the frames with a `type`.  A compiled validator accepts or refuses a frame in a fraction
+of a microsecond.  A slow one then finds the reason for a refusal.  A property test checks that the two agree.
 
-What leaves is encoded once, whoever reads it: a message becomes its WebSocket frame here, and
-that frame is all that a room keeps of it.  A server's frames are not masked, so the bytes are
-the same for every client (RFC 6455, section 5.1).  A reader of Server-Sent Events gets the same JSON,
-taken out of the frame again.
+Every message is encoded once, for all readers.  It becomes its WebSocket frame here, and a room keeps nothing
+else of it.  The frames of a server are not masked, so the bytes are the same for every client (RFC 6455,
+section 5.1).  Readers of Server-Sent Events get the same JSON, taken out of the frame again.
 
 This module is pure: bytes in, values out.
 """
@@ -46,7 +44,7 @@ _LABEL = re.compile(r"[!-~]{1,64}")
 
 
 class FrameError(ValueError):
-    """A frame that is refused; its text is the one that clients know.
+    """A refused frame; the text of the error is sent to the client.
 
     `label` is the frame's, if it has a good one, so that the client knows which was meant.
     """
@@ -57,7 +55,7 @@ class FrameError(ValueError):
 
 
 def _pattern(_: object, pattern: str, instance: object, __: object) -> Iterator[jsonschema.ValidationError]:
-    """`pattern` as JSON Schema means it: `$` is the end of the text, not also the place before a last newline."""
+    """Check `pattern` as JSON Schema defines it: `$` does not match before a final newline."""
     if isinstance(instance, str) and not re.search(pattern.replace("$", r"\Z"), instance):
         yield jsonschema.ValidationError("")
 
@@ -66,7 +64,7 @@ _Explainer: Any = extend(jsonschema.Draft202012Validator, {"pattern": _pattern})
 
 
 class Form:
-    """One kind of frame that clients send: `schemas/NAME.json`, and what it has against a document."""
+    """One kind of frame that clients send, as `schemas/NAME.json` defines it."""
 
     def __init__(self, name: str) -> None:
         text = importlib.resources.files("chatd").joinpath(f"schemas/{name}.json").read_bytes()
@@ -76,11 +74,11 @@ class Form:
         self._explainer = _Explainer(self.schema)
 
     def explain(self, document: object) -> str | None:
-        """Say what is wrong: the first fault in the schema's property order, unknown keys last; None if nothing is."""
+        """Name the first fault in the order of the schema's properties, unknown keys last, or return None."""
         if not isinstance(document, dict):
             return '"value" must be of type object'
-        # The schemas ask of a value no more than its type: what is inside is left out, since the explainer
-        # would quote it, however deep it is.
+        # The schemas check no more than the type of a nested value.  Its content is left out, because the explainer
+        # would quote it at any depth.
         shallow = {
             name: type(value)() if isinstance(value, (dict, list)) else value for name, value in document.items()
         }
@@ -105,17 +103,17 @@ class Form:
 
 MESSAGE: Final = Form("message")
 FORMS: Final = {"history": Form("page"), "typing": Form("typing")}
-"""By the `type` of the frames that have one."""
+"""The kinds of frames with a `type`, by that type."""
 PAGE_LIMIT: Final[int] = FORMS["history"].schema["properties"]["limit"]["maximum"]
-"""How many messages a page holds at most."""
+"""The largest number of messages in a page."""
 PAGE_DEFAULT: Final[int] = FORMS["history"].schema["properties"]["limit"]["default"]
-"""How many it holds if the client does not say."""
+"""The number of messages in a page by default."""
 
 _accepts = MESSAGE.accepts
 
 
 def parse(text: bytes) -> Post | PageRequest | Typing:
-    """Read what a client sent over WebSocket.
+    """Parse the text of a frame.
 
     Raises FrameError when it is not JSON (RFC 8259: neither NaN nor a lone surrogate is; of
     duplicate keys the last counts) or not what its schema asks for.
@@ -136,7 +134,7 @@ def parse(text: bytes) -> Post | PageRequest | Typing:
 
 
 def parse_post(text: bytes) -> Post:
-    """Read what is posted where nothing else can be asked; raises FrameError as parse does."""
+    """Parse a post over HTTP; raises FrameError as parse does."""
     document = _load(text)
     if not _accepts(document):
         _refuse(MESSAGE, document)
@@ -170,17 +168,17 @@ def _label(document: object) -> str | None:
 
 
 def is_label(value: object) -> bool:
-    """Whether something is a good label: 1 to 64 visible ASCII characters."""
+    """Check that a value is a label: 1 to 64 visible ASCII characters."""
     return isinstance(value, str) and _LABEL.fullmatch(value) is not None
 
 
 def is_username(value: str) -> bool:
-    """Whether the schema takes this for a username."""
+    """Check a username against the schema."""
     return FORMS["typing"].accepts({"type": "typing", "username": value})
 
 
 def parse_seed(text: bytes) -> tuple[Entry, ...]:
-    """Read the messages that a new log begins with: a list of `{"username", "message", "timestamp"}`, oldest first.
+    """Parse the messages of a new log: a list of `{"username", "message", "timestamp"}`, oldest first.
 
     Raises FrameError with the place and the reason.
     """
@@ -207,7 +205,7 @@ def parse_seed(text: bytes) -> tuple[Entry, ...]:
 
 
 def _seconds(timestamp: str) -> float:
-    """Seconds since 1970, or 0 for a time that no calendar has."""
+    """Return the seconds since 1970, or 0 for a time that does not exist."""
     try:
         return dt.datetime.fromisoformat(timestamp).timestamp()
     except ValueError:
@@ -215,7 +213,7 @@ def _seconds(timestamp: str) -> float:
 
 
 def message_frame(epoch: str, entry: Entry) -> bytes:
-    """The WebSocket frame that carries one message to every member."""
+    """Encode the frame that carries one message to every member."""
     number, username, message, timestamp = entry
     data = orjson.dumps({"username": username, "message": message, "timestamp": timestamp})
     return text_frame(b'{"type":"message","id":"%b-%d","data":%b}' % (epoch.encode(), number, data))
@@ -230,12 +228,12 @@ def history_frame(
     resumed: bool | None = None,
     label: str | None = None,
 ) -> bytes:
-    """The WebSocket frame with which a member begins, or which answers a page.
+    """Encode the first frame of a member, or a page.
 
-    `messages` are the frames of message_frame, oldest first, the last of them numbered `number`.
-    `more` says that the log holds older ones (or newer, for a page that goes forward); `resumed` answers a
-    client that named the last message it has; `label` is that of a page's request.  What is
-    encoded already is not encoded again.
+    The messages are frames of message_frame, oldest first, and the last of them has the number `number`.
+    With `more`, the log holds older ones (or newer ones, for a page that goes forward).  `resumed` answers a
+    client that named its last message.  `label` is the label of the page request.  Encoded messages are not
+    encoded again.
     """
     said = b""
     if more:
@@ -249,7 +247,7 @@ def history_frame(
 
 
 def ack_frame(message: Id, label: str | None, *, duplicate: bool) -> bytes:
-    """The WebSocket frame that tells one client that its post is in the log, or was."""
+    """Encode the frame that acknowledges a post; `duplicate` means that it was stored before."""
     document: dict[str, object] = {"type": "ack"}
     if label is not None:
         document["label"] = label
@@ -262,19 +260,19 @@ def ack_frame(message: Id, label: str | None, *, duplicate: bool) -> bytes:
 def error_frame(
     message: str, code: Code | None = None, label: str | None = None, retry_after: float | None = None
 ) -> bytes:
-    """The WebSocket frame that tells one client why its frame was refused; `retry_after` is in seconds."""
+    """Encode the frame that refuses a frame of one client; `retry_after` is in seconds."""
     optional = {"hint": _HINTS.get(message), "code": code, "label": label, "retry_after": retry_after}
     document = {"type": "error", "message": message}
     return text_frame(orjson.dumps(document | {name: value for name, value in optional.items() if value is not None}))
 
 
 def presence_frame(count: int, **names: Sequence[str]) -> bytes:
-    """The WebSocket frame that says how many are here, and who: all `users`, or those that `join` and `leave`."""
+    """Encode the number of members with their names: all `users`, or those that `join` and `leave`."""
     return text_frame(orjson.dumps({"type": "presence", "data": {"count": count, **names}}))
 
 
 def typing_frame(users: Sequence[str]) -> bytes:
-    """The WebSocket frame that says who is typing."""
+    """Encode the names of the users that are typing."""
     return text_frame(orjson.dumps({"type": "typing", "data": {"users": users}}))
 
 
@@ -282,7 +280,7 @@ _TYPE_AND_ID = re.compile(rb'\{"type":"([a-z]+)"(?:,"id":"([^"]+)")?')
 
 
 def event(frame: bytes) -> bytes:
-    """The same frame as a Server-Sent Event (HTML Living Standard, section 9.2.5): its type, its id, its JSON."""
+    """Convert a frame to a Server-Sent Event (HTML Living Standard, section 9.2.5): its type, its id, its JSON."""
     text = payload(frame)
     match = _TYPE_AND_ID.match(text)
     kind, number = match.groups() if match else (b"message", None)

@@ -46,11 +46,11 @@ MAX_REASON: Final = 123
 FIN: Final = 0x80
 """The bit of the first byte that marks the last frame of a message."""
 MASKED: Final = 0x80
-"""The bit of the second byte that says that a mask precedes the payload."""
+"""The bit of the second byte that marks a masked payload."""
 LENGTH_16: Final = 126
-"""The length that says that the next two bytes hold the length."""
+"""The length field of a frame whose length is in the next two bytes."""
 LENGTH_64: Final = 127
-"""The length that says that the next eight bytes hold the length."""
+"""The length field of a frame whose length is in the next eight bytes."""
 
 _TEXT: Final = FIN | Opcode.TEXT.value
 _SHORTEST_MASKED: Final = 6
@@ -114,7 +114,7 @@ def take_texts(data: bytes) -> tuple[list[bytes], int, bool]:
 
 
 class ServerFrame(NamedTuple):
-    """Where one unmasked frame stands in a stream."""
+    """The position of one unmasked frame in a stream."""
 
     first: int
     """The first byte: FIN, the reserved bits and the opcode."""

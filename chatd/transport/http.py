@@ -1,13 +1,13 @@
-"""HTTP on the WebSocket port and on the admin port: what a person, a load balancer or a script asks.
+"""HTTP on the WebSocket port and on the admin port, for people, load balancers and scripts.
 
-GET /         what this is and how to connect, for a person
+GET /         a page that explains how to connect
 GET /healthz  200: the process answers
 GET /readyz   200: send clients here; 503 and why not, otherwise
-GET /metrics  what chatd.metrics tells Prometheus (on the admin port)
-POST /drain   send all clients elsewhere, and stay (on the admin port)
-/rooms/...    the rooms, for those who have no WebSocket: see chatd.api
+GET /metrics  the metrics for Prometheus (on the admin port)
+POST /drain   send all clients elsewhere, and keep running (on the admin port)
+/rooms/...    the rooms over HTTP: see chatd.transport.api
 
-What is refused is refused with a problem (RFC 9457), here and at the WebSocket handshake.
+Refused requests and WebSocket handshakes are answered with a problem (RFC 9457).
 """
 
 import html
@@ -31,37 +31,37 @@ import chatd
 from chatd.messages import Code
 
 HTTP_SECONDS: Final = 75
-"""How long a request may take to come in, and a connection to be idle: longer than a load balancer keeps it."""
+"""The time in which a request must arrive, and the idle limit: longer than that of a load balancer."""
 MAX_BODY: Final = 16 << 10
-"""Bytes of a request's body: what a WebSocket message may have."""
+"""The largest size of a request body in bytes, as for WebSocket messages."""
 
 RETRY_AFTER_SECONDS: Final = 2
-"""When to try again a server whose log is down, and how long a reader of events waits before it comes back."""
+"""The Retry-After of a 503, and the time after which a reader of events reconnects."""
 
 SERVER: Final = f"chatd/{chatd.__version__}"
 HTTP_1_1: Final = b"http/1.1"
-"""By its name in TLS."""
+"""The name of HTTP/1.1 in TLS (ALPN)."""
 PROBLEM: Final = "application/problem+json"
-"""The media type of what problem() answers."""
+"""The media type of problem()."""
 
 TEXT: Final = "text/plain; charset=utf-8"
 METRICS: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""The media type of Prometheus's text."""
+"""The media type of the text format of Prometheus."""
 
 _PAGE: Final = importlib.resources.files("chatd").joinpath("static/index.html").read_text("utf-8")
 
 Ready = Callable[[], tuple[bool, str]]
-"""Answers whether clients should be sent here, and how it is, in words."""
+"""Returns whether clients should be sent here, and the state in words."""
 
 
 def problem(status: HTTPStatus, detail: str, code: Code | None = None) -> bytes:
-    """A problem's details (RFC 9457): the status, one line that says why, and the code that a frame would have."""
+    """Encode a problem (RFC 9457): the status, the reason in one line, and the code that an error frame has."""
     document = {"title": status.phrase, "status": status.value, "detail": detail}
     return orjson.dumps(document | ({"code": code} if code else {})) + b"\n"
 
 
 def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "application/json", **headers: str) -> bytes:
-    """Prepare an answer, and give its body; of a header's name, `_` stands for `-`."""
+    """Set the head of an answer and return its body; `_` in the name of a header stands for `-`."""
     request.setResponseCode(status.value, status.phrase.encode())
     request.setHeader("server", SERVER)
     if kind:
@@ -76,14 +76,14 @@ def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "appli
 
 
 class ChatResource(Resource):
-    """A resource whose refusals are problems."""
+    """A resource that answers errors with problems."""
 
     def getChild(self, path: bytes, request: Request) -> Resource:
-        """Nothing is below it that was not put there."""
+        """Return a 404: only children that were put exist."""
         return _Missing()
 
     def render(self, request: Request) -> Any:
-        """Call render_METHOD, if there is one; HEAD is as GET, without the body."""
+        """Call render_METHOD, if it exists; HEAD is GET without the body."""
         method = request.method.decode("latin-1")
         render = getattr(self, f"render_{'GET' if method == 'HEAD' else method}", None)
         if render is None:
@@ -97,15 +97,15 @@ class ChatResource(Resource):
 
 
 class _Missing(ChatResource):
-    """What is not there."""
+    """A path that does not exist."""
 
     def render(self, request: Request) -> bytes:
-        """404."""
+        """Answer with 404."""
         return answer(request, HTTPStatus.NOT_FOUND, problem(HTTPStatus.NOT_FOUND, "there is nothing here"), PROBLEM)
 
 
 class Text(ChatResource):
-    """Answers GET and HEAD with a line of text."""
+    """A resource that is one line of text."""
 
     def __init__(self, text: Callable[[], tuple[HTTPStatus, str]], kind: str = TEXT) -> None:
         super().__init__()
@@ -113,13 +113,13 @@ class Text(ChatResource):
         self._kind = kind
 
     def render_GET(self, request: Request) -> bytes:
-        """The text, with its status."""
+        """Answer with the text and its status."""
         status, text = self._text()
         return answer(request, status, text.encode() + b"\n", self._kind)
 
 
 class Command(ChatResource):
-    """Does something for who posts to it, and says at once how it stands."""
+    """A resource that runs an action on POST and answers at once with the state."""
 
     def __init__(self, act: Callable[[], object], state: Callable[[], str]) -> None:
         super().__init__()
@@ -127,13 +127,13 @@ class Command(ChatResource):
         self._state = state
 
     def render_POST(self, request: Request) -> bytes:
-        """Do it; 202."""
+        """Run the action, and answer with 202."""
         self._act()
         return answer(request, HTTPStatus.ACCEPTED, self._state().encode() + b"\n", TEXT)
 
 
 def page(request: Request, path: str) -> bytes:
-    """The page for people, naming the address of a room on the host that it was asked for at."""
+    """Answer with the page for people, which names the WebSocket URL of a room on the host of the request."""
     scheme = "wss" if request.isSecure() else "ws"
     host = (request.getHeader(b"host") or b"localhost").decode(errors="replace")
     url = html.escape(f"{scheme}://{host}{path}")
@@ -144,61 +144,61 @@ def page(request: Request, path: str) -> bytes:
 
 
 class _Request(SiteRequest):
-    """A request whose answer has just the headers that it is given."""
+    """A request whose answer has only the headers that a resource sets."""
 
     defaultContentType = None  # what Twisted takes for none
     channel: "_Channel"
 
     def process(self) -> None:
-        """The whole request is there."""
+        """Handle the whole request."""
         self.channel.asked = True
         super().process()
 
 
 class _Channel(HTTPChannel):
-    """An HTTP connection on which each request has one absolute deadline, not one that every byte puts off."""
+    """An HTTP connection on which each request has one deadline, which bytes that arrive do not extend."""
 
     transport: Any
     site: "ChatSite"
     _refused = False
     asked = False
-    """Whether a request is being answered."""
+    """True while a request waits for its answer."""
     when_lost: Callable[[], None] | None = None
-    """To be called when the connection is gone."""
+    """A function to call when the connection has ended."""
 
     def connectionMade(self) -> None:
-        """A connection is there."""
+        """Add the connection to those of the site."""
         super().connectionMade()
         self.site.channels.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The connection is gone."""
+        """Remove the connection from those of the site."""
         super().connectionLost(reason)
         self.site.gone(self)
         if self.when_lost is not None:
             self.when_lost()
 
     def requestDone(self, request: Request) -> None:
-        """A request was answered: wait for the next, unless there is to be none."""
+        """Wait for the next request after an answer, unless the site is closing."""
         self.asked = False
         if self.site.closing:
             self.persistent = False
         super().requestDone(request)
 
     def resetTimeout(self) -> None:
-        """Called for each byte that comes in; the time-out set at the request's beginning stands."""
+        """Keep the timeout that was set when the request began; Twisted calls this for all bytes that arrive."""
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes have come; those that come after a refusal, as they may under TLS, are passed over."""
+        """Read bytes; ignore those that arrive after a refusal, as they may under TLS."""
         if not self._refused:
             super().dataReceived(data)
 
     def _respondToBadRequestAndDisconnect(self) -> None:
-        """Twisted found a request not to be HTTP."""
+        """Refuse a request that is not HTTP."""
         self._refuse(HTTPStatus.BAD_REQUEST, "this is no HTTP request")
 
     def allHeadersReceived(self) -> None:
-        """A request's head is there: a body must be announced, and be small, for none is spooled to the disk."""
+        """Check the head of a request: a body must have a small Content-Length, so that none is spooled to the disk."""
         if self.site.upgrade is not None and self._is_upgrade():
             self._give_back(self.site.upgrade)
         elif self.length is None:
@@ -209,29 +209,29 @@ class _Channel(HTTPChannel):
             super().allHeadersReceived()
 
     def allContentReceived(self) -> None:
-        """A whole request is there."""
+        """Handle a whole request, unless it was refused."""
         if not self._refused:
             super().allContentReceived()
 
     def _is_upgrade(self) -> bool:
-        """Whether the request asks for a WebSocket, as it may on a connection that a proxy has kept."""
+        """Check for a WebSocket handshake, which a proxy may send on a connection that it has kept."""
         wanted = self.requests[-1].requestHeaders.getRawHeaders(b"upgrade", [])
         return any(b"websocket" in value.lower() for value in wanted)
 
     def _give_back(self, upgrade: Callable[[Any, bytes], None]) -> None:
-        """Let the WebSocket side have this connection, with the request as it came."""
+        """Let the WebSocket factory continue this connection, with the request as it arrived."""
         headers = self.requests[-1].requestHeaders.getAllRawHeaders()
         lines = [b"%b: %b\r\n" % (name, value) for name, values in headers for value in values]
         head = b"%b %b %b\r\n%b\r\n" % (self._command, self._path, self._version, b"".join(lines))
         self._refused = True
         self.setTimeout(None)
         cast(Any, self._networkProducer).unregisterProducer()
-        self._networkProducer.resumeProducing()  # nobody else would, if its answers are not out yet
+        self._networkProducer.resumeProducing()  # else it stays paused while answers wait to be sent
         self.site.gone(self)
         upgrade(self.transport, head + self.clearLineBuffer())
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
-        """Refuse a request whose body is not read, and so end the connection."""
+        """Refuse a request without reading its body, and close the connection."""
         body = problem(status, detail)
         self._refused = True
         self.site.refused[str(status.value)] += 1
@@ -245,7 +245,7 @@ class _Channel(HTTPChannel):
 
 
 class ChatSite(Site):
-    """The resources, served without a line of log for each health check."""
+    """The HTTP site, which logs no line for each request."""
 
     noisy = False
     requestFactory = _Request
@@ -254,22 +254,22 @@ class ChatSite(Site):
     def __init__(self, resource: IResource, reactor: IReactorTime) -> None:
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
         self.refused: Counter[str] = Counter()
-        """How many requests were answered with a problem, by status."""
+        """The number of requests answered with a problem, by status."""
         self.channels: set[_Channel] = set()
-        """The connections."""
+        """The open connections."""
         self.upgrade: Callable[[Any, bytes], None] | None = None
-        """Takes a connection that asks for a WebSocket after other requests, and the bytes that it begins with."""
+        """Continues a connection that begins a WebSocket handshake after other requests, from these bytes on."""
         self.closing = False
-        """Whether each is to be closed when it was answered."""
+        """True if each connection closes after its answer."""
         self._empty: list[Deferred[None]] = []
 
     @property
     def asked(self) -> bool:
-        """Whether any connection waits for an answer."""
+        """True while a connection waits for an answer."""
         return any(channel.asked for channel in self.channels)
 
     def close(self) -> "Deferred[None]":
-        """Close the connections, but each that has asked for something with its answer; fires when none is left."""
+        """Close idle connections now and the others after their answers; fire when none is left."""
         self.closing = True
         for channel in [*self.channels]:
             if not channel.asked:
@@ -281,12 +281,12 @@ class ChatSite(Site):
         return empty
 
     def abort(self) -> None:
-        """Drop the connections that are left."""
+        """Drop the remaining connections."""
         for channel in [*self.channels]:
             channel.transport.abortConnection()
 
     def gone(self, channel: _Channel) -> None:
-        """A connection is gone."""
+        """Remove a connection that has ended."""
         self.channels.discard(channel)
         if not self.channels:
             waiting, self._empty = self._empty, []
@@ -294,23 +294,23 @@ class ChatSite(Site):
                 empty.callback(None)
 
     def acceptableProtocols(self) -> list[bytes]:
-        """IProtocolNegotiationFactory: what is spoken under TLS (RFC 7301)."""
+        """IProtocolNegotiationFactory: the protocols under TLS (RFC 7301)."""
         return [HTTP_1_1]
 
     def startFactory(self) -> None:
-        """Start no clock for lines of an access log."""
+        """Start no timer for an access log."""
 
     def stopFactory(self) -> None:
-        """Likewise."""
+        """Stop no timer: startFactory() started none."""
 
     def log(self, request: Request) -> None:
-        """Log nothing, and count what was refused."""
+        """Log nothing, and count refused requests."""
         if request.responseHeaders.getRawHeaders("content-type") == [PROBLEM]:
             self.refused[str(request.code)] += 1
 
 
 def site(ready: Ready, reactor: IReactorTime, resources: Mapping[str, IResource]) -> ChatSite:
-    """The HTTP side of a port: health, and these resources by the first part of their path."""
+    """Make the site of a port: health checks, and these resources by the first part of their path."""
 
     def readiness() -> tuple[HTTPStatus, str]:
         well, words = ready()
@@ -325,7 +325,7 @@ def site(ready: Ready, reactor: IReactorTime, resources: Mapping[str, IResource]
 
 
 def admin(ready: Ready, reactor: IReactorTime, *, drain: Callable[[], object], metrics: Callable[[], str]) -> ChatSite:
-    """The HTTP side of the admin port."""
+    """Make the site of the admin port."""
     resources = {
         "": Text(lambda: (HTTPStatus.OK, "chatd admin: GET /healthz /readyz /metrics, POST /drain")),
         "metrics": Text(lambda: (HTTPStatus.OK, metrics()), METRICS),

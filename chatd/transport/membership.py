@@ -61,7 +61,7 @@ class Membership:
 
     @property
     def joined(self) -> bool:
-        """Whether the client is in a room, and so is not closing."""
+        """True while the client is in a room; it leaves before its connection closes."""
         return self.room is not None
 
     @property
@@ -70,7 +70,7 @@ class Membership:
         return 0 if self.room is None else self.room.head
 
     def has_pending(self, head: int) -> bool:
-        """Whether the client has yet to get the entry of this number, or an answer to a frame that it sent."""
+        """Return whether the client has yet to get the entry of this number, or an answer to its own frames."""
         return self.room is not None and self.cursor < head
 
     def join(self, ticket: JoinTicket) -> bytes:
@@ -93,7 +93,7 @@ class Membership:
             self._rooms.leave(room, self)
 
     def detach(self) -> None:
-        """Leave the room and let go of the transport, which is gone.
+        """Leave the room and let go of the transport, which has ended.
 
         No cycle of references remains for the garbage collector.
         """
@@ -104,20 +104,17 @@ class Membership:
     # chatd.room.room.Member
 
     def hold(self, rest: bytes) -> None:
-        """Member.hold."""
         self._transport.hold(rest)
 
     def send_frame(self, frame: bytes) -> None:
-        """Member.send_frame."""
         self._transport.send_frame(frame)
 
     def evict(self) -> None:
-        """Member.evict."""
         self._transport.evict()
 
 
 class _Gone:
-    """The transport of a client that is gone: it takes every call and does nothing."""
+    """The transport of a client that has disconnected: it takes every call and does nothing."""
 
     number = 0
     peer = ""

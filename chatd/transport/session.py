@@ -66,7 +66,7 @@ class SessionTransport(MemberTransport, Protocol):
 
 
 def _is_text(text: bytes) -> bool:
-    """Whether the payload of a refused frame is at least UTF-8."""
+    """Check that the payload of a refused frame is at least UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError:
@@ -124,7 +124,7 @@ class Session(Membership):
 
     @property
     def finished(self) -> bool:
-        """Whether a drain has ended the reading."""
+        """True if a drain has ended the reading."""
         return Pause.FINISHED in self._pauses
 
     def finish(self) -> None:
@@ -140,7 +140,7 @@ class Session(Membership):
         self._transport.stop_reading()
 
     def _go_on(self, reason: Pause) -> None:
-        """Clear a reason, handle what was held until the next reason, and read on if there is none."""
+        """Clear a reason, handle held frames until the next reason, and read on if no reason is set."""
         self._pauses &= ~reason
         while self._held and not self._pauses & Pause.HOLDING:
             self._take(self._held.popleft())
@@ -246,7 +246,7 @@ class Session(Membership):
     # chatd.room.log.Poster
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
-        """Poster.posted: acknowledge a post with a label, after the message itself."""
+        """Acknowledge a post with a label, after the message itself."""
         room = self.room
         if post.label is None or room is None:
             return
@@ -259,7 +259,6 @@ class Session(Membership):
             self.block()
 
     def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
-        """Poster.refused."""
         if self.room is None:
             return
         if isinstance(error, LabelReused):

@@ -74,7 +74,6 @@ class EventStream:
         raise NotImplementedError
 
     def send_frame(self, frame: bytes) -> None:
-        """MemberTransport.send_frame."""
         self._request.write(event(frame))
 
     def ping(self) -> bool:
@@ -94,7 +93,7 @@ class EventStream:
         self.member.resume()
 
     def stopProducing(self) -> None:
-        """IPushProducer: the transport is gone; _gone() follows."""
+        """IPushProducer: the transport has ended; _gone() follows."""
 
     def evict(self) -> None:
         """MemberTransport.evict: the client reconnects by itself, with its last id."""
@@ -104,7 +103,6 @@ class EventStream:
         """Connection.finish: nothing is read from the client anyway."""
 
     def restart(self, retry_after: float) -> None:
-        """Connection.restart."""
         self._end(CloseCode.SERVICE_RESTART, b"retry: %d\n\n" % (retry_after * 1000))
 
     def _end(self, code: CloseCode, farewell: bytes) -> None:
@@ -121,7 +119,6 @@ class EventStream:
             self._request.finish()
 
     def abort(self) -> None:
-        """Connection.abort."""
         self._channel.transport.abortConnection()
 
     def _gone(self) -> None:

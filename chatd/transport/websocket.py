@@ -7,7 +7,7 @@ A connection holds a session: the session gets the frames that arrive, and the c
 room and the session hand over.
 
 An idle TCP socket is written to at once, which costs one system call where Twisted's buffered write costs
-three.  What the socket does not take goes to Twisted's buffer.  From then on everything does, until the
+three.  The rest goes to Twisted's buffer.  From then on everything does, until the
 buffer is empty and the transport, which has the connection as its pull producer, asks for more.  Other
 transports (TLS, a proxy protocol) have buffers of their own, and pause and resume the connection as a
 streaming producer.
@@ -62,13 +62,12 @@ class WebSocketConnection(AutobahnConnection):
     admitted: tuple[JoinRequest, JoinTicket]
     """The request and the ticket, from the admission until the client joins."""
     _unanswered = False
-    """Whether a ping waits for its pong."""
+    """True while a ping waits for its pong."""
     _socket: socket | None = None
     """The socket, if it may be written to at once."""
 
     @property
     def member(self) -> Session:
-        """Connection.member."""
         return self.session
 
     # Opening
@@ -198,15 +197,12 @@ class WebSocketConnection(AutobahnConnection):
         self.session.received(text)
 
     def stop_reading(self) -> None:
-        """SessionTransport.stop_reading."""
         self.transport.pauseProducing()
 
     def read_on(self) -> None:
-        """SessionTransport.read_on."""
         self.transport.resumeProducing()
 
     def finish(self) -> None:
-        """Connection.finish."""
         self.session.finish()
 
     @override
@@ -216,7 +212,6 @@ class WebSocketConnection(AutobahnConnection):
     # Writing
 
     def write(self, data: bytes) -> int:
-        """MemberTransport.write."""
         if self._socket is None:
             self.transport.write(data)
             return len(data)
@@ -226,7 +221,6 @@ class WebSocketConnection(AutobahnConnection):
             return 0
 
     def hold(self, rest: bytes) -> None:
-        """MemberTransport.hold."""
         self.session.ready = False
         self.factory.connections.stalls.add(self)
         self.transport.write(rest)
@@ -242,11 +236,9 @@ class WebSocketConnection(AutobahnConnection):
             self.hold(data[taken:])
 
     def send_frame(self, frame: bytes) -> None:
-        """MemberTransport.send_frame."""
         self.sendData(frame)
 
     def ping(self) -> bool:
-        """Connection.ping."""
         if self._unanswered:
             return False
         self._unanswered = True
@@ -267,16 +259,14 @@ class WebSocketConnection(AutobahnConnection):
         session.resume()
 
     def stopProducing(self) -> None:
-        """IPullProducer: the transport is gone; closed() follows."""
+        """IPullProducer: the transport has ended; closed() follows."""
 
     # Closing
 
     def evict(self) -> None:
-        """MemberTransport.evict."""
         self.close(CloseCode.TRY_AGAIN_LATER, "too slow: reconnect")
 
     def restart(self, retry_after: float) -> None:
-        """Connection.restart."""
         self.close(CloseCode.SERVICE_RESTART, f"retry_after={retry_after:.1f}")
 
     def close(self, code: CloseCode, reason: str) -> None:
@@ -286,11 +276,9 @@ class WebSocketConnection(AutobahnConnection):
             self.read_on()
 
     def fail_not_text(self) -> None:
-        """SessionTransport.fail_not_text."""
         self.fail(CloseCode.INVALID_DATA, "a text frame is not UTF-8")
 
     def abort(self) -> None:
-        """Connection.abort."""
         self.drop()
 
     @override
