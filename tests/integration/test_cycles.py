@@ -277,7 +277,8 @@ async def run(folder):
     return place
 
 
-def test_after_ten_thousand_cuts_and_twenty_kills_nothing_is_lost_doubled_or_out_of_order(tmp_path, capsys):
+def test_ten_thousand_cuts_and_twenty_kills(tmp_path, capsys):
+    """Nothing is lost, stored twice or out of order."""
     place = asyncio.run(run(tmp_path))
     assert len(place.epochs) == 1
     lost = doubled = entries = 0

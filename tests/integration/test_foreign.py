@@ -183,7 +183,8 @@ def run_example(command, folder):
     return done.stdout
 
 
-def test_the_readmes_client_that_loses_nothing_is_acknowledged_once(tmp_path):
+def test_readme_client_that_loses_nothing(tmp_path):
+    """Its post is acknowledged once."""
     with Server(tmp_path) as server:
         code = example("resume").replace("localhost:8085", f"127.0.0.1:{server.port}")
         lines = run_example((sys.executable, "-c", code), tmp_path).splitlines()
@@ -204,7 +205,8 @@ def test_the_readmes_example_over_http_reads_posts_and_follows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_readmes_example_prints_the_history_posts_a_message_and_prints_it(kind, tmp_path):
+def test_readme_example(kind, tmp_path):
+    """It prints the history, posts a message and prints it."""
     code = example(kind)
     assert "localhost:8085" in code
     with Server(tmp_path) as server, connect(server.url) as other:

@@ -155,7 +155,7 @@ async def all_pages(session, server):
 
 
 @asynchronous
-async def test_members_over_websocket_readers_of_events_and_pages_see_one_order(tmp_path):
+async def test_all_transports_have_one_order(tmp_path):
     async with sessions() as session:
         readers = [Reader(session, kind) for kind in ("events", "websocket") * 3]
         with Server(tmp_path) as server:
@@ -182,7 +182,8 @@ KILLS = 4
 
 
 @asynchronous
-async def test_after_a_kill_readers_resume_and_retries_are_duplicates_so_that_nothing_is_lost_or_doubled(tmp_path):
+async def test_resume_and_retry_after_a_kill(tmp_path):
+    """Nothing is lost, and nothing is stored twice."""
     async with sessions() as session:
         readers = [Reader(session, kind) for kind in ("events", "websocket") * 2]
         acknowledged = {}
@@ -260,7 +261,7 @@ def say(connection, room, message="hi", **headers):
     return ask(connection, "POST", f"/rooms/{room}/messages", body, Content_Type="application/json", **headers)
 
 
-def test_one_connection_posts_is_sent_to_the_message_and_pages_back(connection):
+def test_post_read_and_page_on_one_connection(connection):
     sock = None
     for number in range(1, 6):
         answer, document = say(connection, "pages", f"{number}")
@@ -288,7 +289,8 @@ def test_a_room_has_a_page_on_the_port_that_it_names(connection, common):
 
 
 @pytest.mark.parametrize("size", [17 << 10, 1 << 20])
-def test_a_body_that_is_too_large_is_refused_and_the_server_goes_on(common, size):
+def test_body_too_large(common, size):
+    """It is refused, and the server keeps running."""
     head = f"POST /rooms/main/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}"
     with Raw(common.port) as client:
         client.send(f"{head}\r\nExpect: 100-continue\r\n\r\n".encode())
@@ -356,7 +358,8 @@ class Events(Raw):
         return self.parser.events
 
 
-def test_a_drain_ends_a_stream_in_order_and_its_reader_resumes_at_the_next_server(tmp_path):
+def test_stream_resumes_at_the_next_server(tmp_path):
+    """A drain ends the stream in order."""
     with Server(tmp_path) as server, Raw(server.port) as member:
         member.join()
         with Events(server.port, "main") as reader:
@@ -382,7 +385,7 @@ def test_a_drain_ends_a_stream_in_order_and_its_reader_resumes_at_the_next_serve
             assert numbered(history) == [(303, "ann", "after")]
 
 
-def test_a_reader_of_events_that_stalled_gets_every_message_in_order(tmp_path):
+def test_stalled_stream_gets_every_message(tmp_path):
     count = 9000
     with Server(tmp_path, "--store=memory:") as server, Raw(server.port) as ann:
         ann.join()
@@ -407,7 +410,7 @@ def test_readers_that_come_and_go_leave_nothing_behind(tmp_path):
         server.stop()
 
 
-def test_posts_are_limited_by_the_address_that_a_trusted_proxy_saw(tmp_path):
+def test_rate_by_the_address_of_a_trusted_proxy(tmp_path):
     with (
         Server(tmp_path, "--rate=1:3", "--proxy-hops=1") as server,
         contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONG)) as connection,
@@ -422,7 +425,8 @@ def test_posts_are_limited_by_the_address_that_a_trusted_proxy_saw(tmp_path):
         assert say(connection, "main", X_Forwarded_For="192.0.2.1, 192.0.2.2")[0].status == 201
 
 
-def test_over_tls_posts_and_events_are_as_elsewhere_and_a_body_too_large_hurts_nobody(tmp_path):
+def test_http_over_tls(tmp_path):
+    """Posts, events and a body that is too large behave as on plain TCP."""
     arguments, trust = certificate_for(tmp_path)
     with Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}") as server:
 
@@ -494,7 +498,7 @@ TRANSPORTS = pytest.mark.parametrize("transport", ["tcp", "ssl"])
 
 @TRANSPORTS
 @pytest.mark.parametrize("pieces", [1, 7, 1000])
-def test_a_connection_that_has_served_a_request_can_become_a_websocket(tmp_path, pieces, transport):
+def test_upgrade_after_a_request(tmp_path, pieces, transport):
     # As those of proxies that keep them do.
     with kept(tmp_path, transport) as (server, client, other):
         request = upgrade("/rooms/team?username=ann")
@@ -514,7 +518,7 @@ def test_a_connection_that_has_served_a_request_can_become_a_websocket(tmp_path,
 
 @TRANSPORTS
 @pytest.mark.parametrize("more", [0, 100], ids=["", "and more requests than are read at once"])
-def test_it_becomes_one_behind_answers_that_its_client_has_not_read_yet(tmp_path, more, transport):
+def test_upgrade_behind_unread_answers(tmp_path, more, transport):
     with Server(tmp_path) as server, Raw(server.port) as writer:
         writer.join()
         for number in range(200):

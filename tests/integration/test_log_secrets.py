@@ -318,7 +318,8 @@ REFUSED = r"127\.0\.0\.1:\d+ refused: \d{3} "
 """A handshake: nobody has joined, and so nobody has a number."""
 
 
-def test_nothing_that_was_said_and_no_name_and_no_token_is_in_the_log(run):
+def test_log_has_no_secrets(run):
+    """No text, name or token of a client is in the log."""
     assert run.secret.found("\n".join(run.log)) == []
 
 
@@ -336,7 +337,7 @@ def test_every_way_to_say_something_left_its_trace(run):
         assert re.search(pattern, whole)
 
 
-def test_each_line_about_a_client_has_the_number_of_its_connection(run):
+def test_lines_about_clients_have_a_number(run):
     bare, peers = [], {}
     for sentence, fields in of_clients(run):
         found = re.match(r"#([1-9]\d*) (127\.0\.0\.1:\d+) ", sentence)

@@ -244,7 +244,8 @@ class Visitor(asyncio.Protocol):
 
 
 @asynchronous
-async def test_what_was_read_before_a_sigterm_is_in_the_log_and_acknowledged_and_all_else_can_be_said_again(tmp_path):
+async def test_posts_around_a_sigterm(tmp_path):
+    """Posts that were read are stored and acknowledged; the others can be retried."""
     with Server(tmp_path, "--drain=2", "--history=10000") as server:
         people = [await Visitor.comes(server.port, window=16, name=f"p{index}") for index in range(8)]
         await asyncio.gather(*(person.until(100) for person in people))
@@ -287,7 +288,8 @@ def in_flight(member):
     assert member.frame() == (PONG, b"read")
 
 
-def test_clients_are_told_when_the_disk_has_what_they_said_however_slow_it_is(tmp_path):
+def test_slow_disk_during_a_drain(tmp_path):
+    """Posts are acknowledged before the close, however slow the disk is."""
     with Server(tmp_path) as server, Member(server.port) as ann, Member(server.port) as bob:
         with locked(tmp_path / "chatd.sqlite"):
             in_flight(ann)
@@ -306,7 +308,8 @@ def test_clients_are_told_when_the_disk_has_what_they_said_however_slow_it_is(tm
     assert [row[2] for row in stored(tmp_path / "chatd.sqlite")[1][2:]] == [f"{number}" for number in range(COUNT)]
 
 
-def test_what_cannot_be_kept_any_more_is_refused_before_the_close(tmp_path):
+def test_failing_store_during_a_drain(tmp_path):
+    """Posts are refused before the close."""
     with Server(tmp_path) as server, Member(server.port) as ann:
         with locked(tmp_path / "chatd.sqlite") as db:
             in_flight(ann)
@@ -329,7 +332,8 @@ def in_doubt(text):
     return text["label"]
 
 
-def test_what_the_disk_has_not_answered_in_time_is_refused_in_doubt_before_the_close(tmp_path):
+def test_hung_disk_during_a_drain(tmp_path):
+    """Posts are refused as in doubt before the close."""
     labels = [f"{number}" for number in range(COUNT)]
     with Server(tmp_path) as server, Member(server.port) as ann, Member(server.port) as bob:
         with locked(tmp_path / "chatd.sqlite"):
@@ -414,7 +418,8 @@ def test_a_post_over_http_that_is_on_its_way_is_answered(tmp_path, members, drai
     ("budget", "stop"), [(2, signal.SIGTERM), (3600, signal.SIGINT)], ids=["by the limit", "in a hurry"]
 )
 @pytest.mark.parametrize("members", [0, 1])
-def test_a_post_over_http_that_the_disk_has_not_answered_in_time_is_refused_in_doubt(tmp_path, members, budget, stop):
+def test_http_post_on_a_hung_disk(tmp_path, members, budget, stop):
+    """The post is refused as in doubt."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, f"--drain={budget}"))
         people = [stack.enter_context(Member(server.port)) for _ in range(members)]
@@ -441,7 +446,8 @@ def ask_on(deaf):
         deaf.sendall(b"GET /rooms/main/messages HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
 
 
-def test_who_does_not_read_its_answers_is_dropped_at_the_end_of_the_budget(tmp_path):
+def test_unread_answers_at_the_end_of_the_drain(tmp_path):
+    """The client is dropped."""
     with Server(tmp_path, "--drain=2") as server, contextlib.closing(socket.socket()) as deaf:
         with Member(server.port) as ann:
             ann.send(b"".join(said("x" * 500, f"{number}") for number in range(100)))
@@ -461,7 +467,7 @@ def test_who_does_not_read_its_answers_is_dropped_at_the_end_of_the_budget(tmp_p
 # Signals and commands
 
 
-def test_a_server_that_was_drained_stays_unready_until_it_is_told_to_stop(tmp_path):
+def test_drained_server_stays_unready(tmp_path):
     with Server(tmp_path, "--drain=2", admin=LOOPBACK) as server:
         kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONG)
         with contextlib.closing(kept), Member(server.port) as early:
@@ -494,7 +500,8 @@ def test_a_server_that_was_drained_stays_unready_until_it_is_told_to_stop(tmp_pa
         assert len(re.findall(DRAINED, server.log.text)) == 1
 
 
-def test_a_sigterm_while_it_drains_on_demand_ends_it_when_it_has_drained_and_hurries_nobody(tmp_path):
+def test_sigterm_during_a_requested_drain(tmp_path):
+    """The server ends when it has drained, at the same pace."""
     with Server(tmp_path, "--drain=2", admin=LOOPBACK) as server, Member(server.port) as member:
         assert ask(server.admin_port, "POST", "/drain")[0] == 202
         server.terminate()
@@ -541,7 +548,8 @@ def test_in_a_hurry_all_go_now_and_come_back_over_ten_seconds(tmp_path, signals)
         assert [*numbered(history), *(numbered(text)[0] for text in reader)] == [*SEED, *kept]
 
 
-def test_a_log_that_fails_while_it_serves_is_told_and_takes_nobody_away(tmp_path):
+def test_failing_store_while_serving(tmp_path):
+    """The failure is reported, and clients stay."""
     with Server(tmp_path, admin=LOOPBACK) as server, Member(server.port) as ann:
         with contextlib.closing(sqlite3.connect(tmp_path / "chatd.sqlite", isolation_level=None)) as db:
             db.execute("ALTER TABLE messages RENAME TO elsewhere")
@@ -653,7 +661,8 @@ def most_in_a_second(moments):
 
 @pytest.mark.usefixtures("_many_files")
 @asynchronous
-async def test_two_thousand_clients_move_to_a_second_node_as_a_stream_and_nothing_is_lost(tmp_path):
+async def test_two_thousand_clients_move(tmp_path):
+    """They move to a second node at an even pace, and nothing is lost."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()

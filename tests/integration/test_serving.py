@@ -138,7 +138,8 @@ def burst(server, names, seen, receipts, epoch):
         return clients[0].history, sum(client.sent for client in clients), received
 
 
-def test_what_any_client_saw_is_in_the_log_once_and_in_order_after_fifty_kills(tmp_path, capsys):
+def test_fifty_kills(tmp_path, capsys):
+    """Every message that a client saw is stored once and in order."""
     chance = random.Random(1)
     path = tmp_path / "chatd.sqlite"
     seen = {number: (username, message) for number, username, message in SEED}
@@ -197,7 +198,8 @@ def test_a_memory_store_forgets_all_and_begins_a_new_history(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_retaining_five_messages_gives_a_history_of_five_whose_numbers_go_on(tmp_path):
+def test_retain_five_messages(tmp_path):
+    """The history has five messages, and the numbers continue."""
     for last, more in ((10, 8), (12, 2)):
         with Server(tmp_path, "--retain=5") as server, Raw(server.port) as client:
             client.join()
@@ -223,7 +225,8 @@ def test_a_short_history_says_that_there_is_more(tmp_path):
 POSTS = 500
 
 
-def test_on_sigterm_what_was_sent_is_committed_and_delivered_and_clients_are_told_to_come_back(tmp_path):
+def test_sigterm(tmp_path):
+    """Posts are stored and delivered, and clients are asked to reconnect."""
     with Server(tmp_path) as server, Raw(server.port) as sender, Raw(server.port) as reader:
         for client in (sender, reader):
             client.join()
@@ -247,7 +250,7 @@ def test_on_sigterm_what_was_sent_is_committed_and_delivered_and_clients_are_tol
     assert [row[:3] for row in stored(tmp_path / "chatd.sqlite")[1]] == SEED + want
 
 
-def test_with_nobody_there_it_stops_at_once(tmp_path):
+def test_stop_without_clients(tmp_path):
     with Server(tmp_path, "--drain=3600") as server:
         assert get(server.port, "/healthz")[0] == 200
         server.stop()
@@ -260,7 +263,7 @@ def test_with_nobody_there_it_stops_at_once(tmp_path):
         server.stopped()
 
 
-def test_a_client_that_does_not_answer_the_close_is_not_waited_for_longer_than_the_drain(tmp_path):
+def test_unanswered_close_does_not_extend_the_drain(tmp_path):
     with Server(tmp_path, "--drain=1") as server, Raw(server.port) as client:
         client.join()
         server.terminate()
@@ -295,7 +298,8 @@ def test_it_runs_as_a_daemon_with_a_pid_file_and_a_log_file(tmp_path):
 # Not started
 
 
-def test_a_second_server_on_one_store_ends_with_one_line_that_says_why(tmp_path):
+def test_second_server_on_one_store(tmp_path):
+    """It ends with one line that gives the reason."""
     with Server(tmp_path) as server:
         result = run("--listen", LOOPBACK, "--admin=", cwd=tmp_path)
         line = only_line(result)
@@ -391,7 +395,8 @@ def test_a_bad_option_is_refused_in_exactly_one_line(tmp_path, options, reason):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "wrong.json"]
 
 
-def test_a_bad_value_in_the_environment_is_refused_by_the_name_of_its_option(tmp_path):
+def test_invalid_value_in_the_environment(tmp_path):
+    """The error names the option."""
     result = run(cwd=tmp_path, env=environment(CHATD_PROXY_HOPS="lots"))
     assert result.returncode == 1
     assert result.stderr == "chatd: --proxy-hops: 'lots' is not a whole number from 0 to 100\n"
@@ -407,7 +412,7 @@ def test_help_names_each_option(tmp_path):
     assert sorted(found) == sorted([*NAMES, "check", "help", "version"])
 
 
-def test_options_are_read_from_the_environment_and_the_command_line_wins(tmp_path):
+def test_command_line_wins_over_environment(tmp_path):
     (tmp_path / "seed.json").write_text(
         json.dumps([{"username": "env", "message": f"{n}", "timestamp": "2024-01-01T00:00:00Z"} for n in range(4)])
     )
@@ -440,7 +445,8 @@ SECRET = "xyzzy-plugh"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_the_log_tells_who_came_and_what_was_refused_but_never_what_was_said(tmp_path, log_format):
+def test_log_quotes_no_message(tmp_path, log_format):
+    """The log has joins and refusals, and no text of a message."""
     with Server(tmp_path, f"--log-format={log_format}", admin=LOOPBACK) as server:
         with Raw(server.port) as client:
             client.join()
@@ -519,7 +525,8 @@ def fill(client, ballast):
     return None
 
 
-def test_a_full_disk_refuses_posts_and_nothing_else_and_when_there_is_room_again_all_goes_on(tmp_path, small_disk):
+def test_full_disk(tmp_path, small_disk):
+    """Only posts are refused, until the disk has room again."""
     ballast = small_disk / "ballast"
     with Server(tmp_path, f"--store=sqlite:{small_disk}/chatd.sqlite", "--history=10000") as server:
         with Raw(server.port) as client, Raw(server.port) as other:
@@ -558,7 +565,8 @@ def test_a_full_disk_refuses_posts_and_nothing_else_and_when_there_is_room_again
     assert [row[0] for row in stored(small_disk / "chatd.sqlite")[1]] == list(range(1, head + 1))
 
 
-def test_a_server_killed_with_a_full_disk_has_lost_nothing_and_starts_again_on_it(tmp_path, small_disk):
+def test_kill_with_a_full_disk(tmp_path, small_disk):
+    """Nothing is lost, and the server starts on the full disk."""
     ballast = small_disk / "ballast"
     store = f"--store=sqlite:{small_disk}/chatd.sqlite"
     with Server(tmp_path, store) as server, Raw(server.port) as client:
@@ -580,7 +588,7 @@ def certificate(tmp_path):
     return certificate_for(tmp_path)
 
 
-def test_over_tls_a_foreign_client_joins_posts_and_gets_back_a_big_burst(tmp_path, certificate):
+def test_big_burst_over_tls(tmp_path, certificate):
     arguments, trust = certificate
     with Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}") as server:
         url = f"wss://127.0.0.1:{server.port}/"
@@ -605,7 +613,8 @@ def test_over_tls_a_foreign_client_joins_posts_and_gets_back_a_big_burst(tmp_pat
 SLOW = 10
 
 
-def test_those_who_do_not_read_take_no_memory_and_delay_nobody(tmp_path):
+def test_clients_that_do_not_read(tmp_path):
+    """They take no memory and delay no other client."""
     said = [f"{number} " + "x" * 480 for number in range(15_000)]
     with Server(tmp_path, "--store=memory:", "--history=2") as server, contextlib.ExitStack() as stack:
         slow = [stack.enter_context(Raw(server.port)) for _ in range(SLOW)]
@@ -694,7 +703,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_text_that_is_no_message_gets_its_error_and_closes_nothing(server, what):
+def test_invalid_text(server, what):
+    """It gets its error, and the connection stays open."""
     payload, answer = REFUSED[what]
     with Raw(server.port) as client:
         client.join()
@@ -704,7 +714,8 @@ def test_a_text_that_is_no_message_gets_its_error_and_closes_nothing(server, wha
         assert client.frame() == (PONG, b"still there")
 
 
-def test_an_integer_of_ten_thousand_digits_is_refused_and_closes_nothing(server):
+def test_integer_of_ten_thousand_digits(server):
+    """It is refused, and the connection stays open."""
     with Raw(server.port) as client:
         client.join()
         client.send(frame(TEXT, b'{"username":%b,"message":"hi"}' % (b"9" * 10_000)))
@@ -761,7 +772,8 @@ def test_a_breach_of_the_protocol_is_closed_with_its_code(server, what):
     [(b"\x03", 1002), (b"\x03\xed", 1002), (b"\x0b\xb8\xff", 1007)],
     ids=["of one byte", "with a code that nobody may send", "with a reason that is not UTF-8"],
 )
-def test_a_close_frame_that_is_none_ends_the_connection_and_the_log_says_why(server, payload, code):
+def test_invalid_close_frame(server, payload, code):
+    """The connection ends, and the log has the reason."""
     with Raw(server.port) as client:
         client.join()
         port = client.socket.getsockname()[1]
@@ -777,14 +789,14 @@ def test_a_close_is_answered_with_a_close(server):
         assert client.closed() == 1000
 
 
-def test_a_message_in_a_hundred_thousand_frames_is_closed_as_such(server):
+def test_message_in_a_hundred_thousand_frames(server):
     with Raw(server.port) as client:
         client.join()
         fragments(client)
         assert client.closed() in (1008, 1009)
 
 
-def test_a_message_in_some_fragments_with_pings_between_and_one_byte_at_a_time_is_a_message(common_room, server):
+def test_fragments_with_pings_byte_by_byte(common_room, server):
     _, good, _ = common_room
     data = frame(TEXT, b'{"username":"ann",', fin=False) + frame(PING, b"!") + frame(0, b'"message":"hi"}')
     with Raw(server.port) as client:
@@ -859,7 +871,7 @@ def test_plain_http_gets_a_page_and_health_on_both_ports(server):
         assert get(port, "/nowhere")[0] == 404
 
 
-def test_the_admin_port_lets_nobody_chat(server):
+def test_no_chat_on_the_admin_port(server):
     with Raw(server.admin_port) as client:
         client.send(upgrade())
         assert client.head()[0] == 200

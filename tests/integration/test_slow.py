@@ -58,7 +58,8 @@ def test_a_client_that_stalled_gets_every_message_in_order(tmp_path, store):
         assert stalled.wakes() == ([*range(3, count + 4)], None)
 
 
-def test_a_client_that_is_too_far_behind_gets_what_it_can_without_a_gap_and_is_told_to_come_back(tmp_path):
+def test_client_too_far_behind(tmp_path):
+    """It gets messages without a gap and is then asked to reconnect."""
     # The kernel takes up to 4 MiB for a client that does not read, and that much it is not behind.
     count = MAX_LAG + 2 * (4 << 20) // len(MESSAGE)
     with Server(tmp_path, "--store=memory:") as server, Raw(server.port) as ann, Stalled(server.port) as stalled:
@@ -73,7 +74,8 @@ def test_a_client_that_is_too_far_behind_gets_what_it_can_without_a_gap_and_is_t
             assert history["id"] == f"{server.epoch}-{count + 2}"
 
 
-def test_stalled_clients_keep_nobody_waiting_and_hold_no_memory(tmp_path):
+def test_stalled_clients(tmp_path):
+    """They delay no other client and hold no memory."""
     with Server(tmp_path, "--store=memory:") as server, Raw(server.port) as ann:
         ann.join()
         posts(ann, MAX_LAG)  # the tail and the store are full

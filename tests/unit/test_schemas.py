@@ -104,7 +104,8 @@ def openapi_meta_schema():
     return jsonschema.Draft202012Validator(json.loads(text))
 
 
-def test_websocket_document_is_asyncapi():
+def test_asyncapi_document_is_valid():
+    """A broken document fails the same check."""
     meta = asyncapi_meta_schema()
     assert [error.message for error in meta.iter_errors(ASYNCAPI)] == []
     for break_it in (
@@ -223,7 +224,8 @@ def test_client_frames_have_one_source():
 
 
 @pytest.mark.parametrize("channel", ["main", "room"])
-def test_each_channel_has_all_messages(channel):
+def test_channels_have_every_message(channel):
+    """Each channel has all messages, and each message is sent or received."""
     messages = [*ASYNCAPI["components"]["messages"]]
     assert [*ASYNCAPI["channels"][channel]["messages"]] == messages
     said = set()
@@ -285,7 +287,8 @@ MADE = [
 
 
 @pytest.mark.parametrize("frame", [frames.payload(frame).decode() for frame in MADE])
-def test_encoded_frames_are_documented_exactly(frame):
+def test_frames_fit_their_schemas(frame):
+    """Frames of the program fit, and undocumented ones do not."""
     document = json.loads(frame)
     kind = document["type"]
     assert frame_faults(kind, document) == []
@@ -359,7 +362,8 @@ def answers():
         yield "anything", status, resolved(reference)
 
 
-def test_get_comes_with_head_options_and_405():
+def test_methods_of_the_http_document():
+    """GET implies HEAD and OPTIONS, and other methods are 405."""
     for path, item in OPENAPI["paths"].items():
         assert ("head" in item) == ("get" in item), path
         assert "405" in item["x-other-methods"], path
@@ -372,7 +376,8 @@ def test_get_comes_with_head_options_and_405():
     assert len({*names}) == len(names)
 
 
-def test_each_http_error_is_a_problem():
+def test_errors_are_problems():
+    """Every error but that of /readyz is a problem with its status."""
     for place, status, response in answers():
         if status >= "400" and place.partition(" ")[2] != "/readyz":
             ((kind, media),) = response["content"].items()
@@ -383,7 +388,8 @@ def test_each_http_error_is_a_problem():
             assert faults(media["schema"], "openapi.json", problem), place
 
 
-def test_required_headers_of_answers():
+def test_documented_headers():
+    """503 and 429 have Retry-After, and posts have a Location."""
     required = {"429": "Retry-After", "405": "Allow", "201": "Location"}
     for place, status, response in answers():
         headers = {
@@ -398,7 +404,8 @@ def test_required_headers_of_answers():
         )
 
 
-def test_http_answers_exclude_label_and_duplicate():
+def test_http_pages_and_new_posts():
+    """Pages have no label, and new posts are not duplicates."""
     responses = OPENAPI["components"]["responses"]
 
     def fits(name, document):

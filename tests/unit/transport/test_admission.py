@@ -91,7 +91,8 @@ def test_the_operator_says_which_rooms_there_may_be(patterns, yes, no):
         assert refusal(f"/rooms/{name}", rooms=patterns) == HTTPStatus.NOT_FOUND
 
 
-def test_where_there_may_be_no_main_there_is_none_at_the_root_either():
+def test_root_without_room_main():
+    """The path / is refused when the patterns exclude the room main."""
     assert refusal("/", rooms=["team-*"]) == HTTPStatus.NOT_FOUND
     assert visit("/", rooms=["ma*"]).room == "main"
 
@@ -178,7 +179,7 @@ def test_one_of_several_origins_is_enough():
     assert refusal("/", "https://c.example", **rules) == HTTPStatus.FORBIDDEN
 
 
-def test_who_says_no_origin_is_no_browser_and_let_in():
+def test_requests_without_origin_are_allowed():
     assert visit("/", None, origins=["https://chat.example"])
 
 
@@ -304,7 +305,8 @@ def test_unknown_events_are_400(text):
         ("a%26b%3Dc", "a&b=c"),
     ],
 )
-def test_a_username_is_1_to_30_code_points_of_percent_encoded_utf_8(text, username):
+def test_username_of_a_join_request(text, username):
+    """A username is 1 to 30 code points of percent-encoded UTF-8."""
     assert visit(f"/?username={text}").username == username
 
 
@@ -332,7 +334,8 @@ def burst(rate, who, most=1000):
 
 @pytest.mark.parametrize("size", [1, 2, 40])
 @pytest.mark.parametrize("a_second", [1, 3, 7, 20, 1000])
-def test_a_burst_goes_through_at_once_and_then_one_each_so_many_seconds(a_second, size):
+def test_burst_then_steady_rate(a_second, size):
+    """A burst is allowed at once, and then one frame per interval."""
     now = ManualTime()
     rate, who = Rate(a_second, size, now), paced()
     assert burst(rate, who) == size
@@ -345,7 +348,8 @@ def test_a_burst_goes_through_at_once_and_then_one_each_so_many_seconds(a_second
         assert burst(rate, who) == 1
 
 
-def test_who_waits_long_has_the_whole_burst_again_and_no_more():
+def test_burst_recovers_after_idle_time():
+    """An idle client has its whole burst again, and no more."""
     now = ManualTime()
     rate, who = Rate(2, 5, now), paced()
     assert burst(rate, who) == 5
@@ -378,7 +382,8 @@ def test_a_clock_that_begins_at_zero_will_do():
     assert burst(Rate(1, 3, ManualTime(0.0)), paced()) == 3
 
 
-def test_a_clock_that_is_set_back_makes_nobody_wait_longer_than_for_one():
+def test_rate_after_the_clock_is_set_back():
+    """No client waits longer than for one frame after the clock is set back."""
     now = ManualTime()
     rate, who = Rate(20, 40, now), paced()
     burst(rate, who)
@@ -392,7 +397,8 @@ def test_a_clock_that_is_set_back_makes_nobody_wait_longer_than_for_one():
     size=st.integers(1, 50),
     pauses=st.lists(st.floats(0, 2), min_size=1, max_size=60),
 )
-def test_in_no_stretch_of_time_do_more_go_through_than_the_burst_and_the_rate(a_second, size, pauses):
+def test_rate_holds_over_every_interval(a_second, size, pauses):
+    """No interval allows more frames than the burst and the rate."""
     now = ManualTime()
     rate, who = Rate(a_second, size, now), paced()
     taken = []
@@ -427,7 +433,8 @@ def test_each_address_has_a_rate_of_its_own(addresses, now):
     assert limit.take("192.0.2.1", None) == 0.0
 
 
-def test_without_a_rate_there_is_no_limit_and_nothing_is_remembered(now):
+def test_addresses_without_a_rate(now):
+    """Without a rate there is no limit, and no address is stored."""
     limit = Addresses(None, 0, now)
     assert {limit.take("192.0.2.1", None) for _ in range(100)} == {0.0}
     assert limit._addresses == {}
@@ -468,7 +475,8 @@ def test_behind_one_proxy_each_client_has_a_rate_of_its_own(addresses):
     assert limit.take("proxy", "203.0.113.10") == 0.0
 
 
-def test_addresses_that_are_owed_nothing_are_forgotten_when_there_are_many(addresses, now, monkeypatch):
+def test_idle_addresses_are_removed(addresses, now, monkeypatch):
+    """Idle addresses are removed when there are many addresses."""
     monkeypatch.setattr(admission, "MAX_ADDRESSES", 10)
     limit = addresses(0)
     for number in range(100):
@@ -477,7 +485,8 @@ def test_addresses_that_are_owed_nothing_are_forgotten_when_there_are_many(addre
         assert len(limit._addresses) <= 10
 
 
-def test_an_address_that_is_owed_something_is_remembered_however_many_there_are(addresses, now, monkeypatch):
+def test_busy_addresses_are_kept(addresses, now, monkeypatch):
+    """An address within its limit stays in memory, however many there are."""
     monkeypatch.setattr(admission, "MAX_ADDRESSES", 2)
     limit = addresses(0)
     for number in range(5):
@@ -495,7 +504,8 @@ def test_an_app_or_an_address_may_be_an_origin(origin):
         rules.check_origin(f"{origin}1")
 
 
-def test_addresses_are_searched_for_those_owed_nothing_ever_more_rarely(monkeypatch):
+def test_address_scans_become_rarer(monkeypatch):
+    """The limit for the next scan doubles with the number of busy addresses."""
     monkeypatch.setattr(admission, "MAX_ADDRESSES", 4)
     now = ManualTime()
     addresses = Addresses(Rate(1, 1, now), 0, now)

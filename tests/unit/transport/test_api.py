@@ -274,7 +274,8 @@ def test_messages_are_the_newest_as_the_history_frame_has_them(house):
         ("utm_source=mail&label=x&type=typing", range(5, 13), False, set()),
     ],
 )
-def test_a_page_holds_what_is_asked_for_and_says_whether_there_is_more(someone_is_there, query, want, more, rels):
+def test_page_content_and_more(someone_is_there, query, want, more, rels):
+    """A page has the messages that its query names, and whether more exist."""
     house = House(retain="8")
     member = WebSocket(house) if someone_is_there else None
     house.say(*map(str, range(3, 13)))
@@ -292,7 +293,7 @@ def test_a_page_holds_what_is_asked_for_and_says_whether_there_is_more(someone_i
 @pytest.mark.parametrize("limit", [1, 3, 7, 100])
 @pytest.mark.parametrize("someone_is_there", [False, True])
 @pytest.mark.parametrize("rel", ["prev", "next"])
-def test_following_the_links_from_one_end_gives_every_message_once(limit, someone_is_there, rel):
+def test_links_visit_every_message_once(limit, someone_is_there, rel):
     house = House(history=2)
     member = WebSocket(house) if someone_is_there else None
     house.say(*map(str, range(3, 22)))
@@ -313,7 +314,8 @@ def test_following_the_links_from_one_end_gives_every_message_once(limit, someon
     assert (member is not None) == bool(len(house.rooms))
 
 
-def test_an_empty_room_is_an_empty_page_and_reading_makes_no_room(house):
+def test_page_of_an_empty_room(house):
+    """The page is empty, and reading it creates no room."""
     for path in (b"/rooms/empty/messages", b"/rooms/empty/messages?after=%b-0" % house.epoch.encode()):
         response, body = house.get(path)
         assert content((response, body)) == {"type": "history", "id": house.id(0), "data": []}
@@ -461,7 +463,8 @@ def test_a_room_that_the_operator_does_not_have_is_404():
 
 
 @pytest.mark.parametrize("path", ["/rooms/main/messages", "/rooms/main/messages/{}-1", "/rooms/main/events"])
-def test_while_the_log_is_down_readers_are_told_when_to_try_again(house, path):
+def test_page_while_the_log_is_down(house, path):
+    """Readers get a 503 with Retry-After."""
     house.log.down = True
     response, body = house.get(path.format(house.epoch).encode())
     assert problem((response, body), "UNAVAILABLE") == (503, "the log cannot be read now")
@@ -471,7 +474,8 @@ def test_while_the_log_is_down_readers_are_told_when_to_try_again(house, path):
     assert house.get(b"/rooms/main/messages")[0].status == 200
 
 
-def test_who_leaves_while_a_page_is_read_is_written_nothing(house):
+def test_client_leaves_during_a_page_read(house):
+    """Nothing is written to a client that has disconnected."""
     house.log.held = []
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/main/messages")
@@ -521,7 +525,8 @@ def test_an_address_that_names_no_id_is_404(house, message):
 # Posting
 
 
-def test_a_post_is_acknowledged_with_its_id_when_it_is_in_the_log(house):
+def test_post_is_acknowledged_once_stored(house):
+    """The answer has the id of the stored message."""
     house.log.held = []
     connection = house.connect()
     connection.begin(b"POST", b"/rooms/team-1/messages", JSON, body=b'{"username":"ann","message":"hi"}')
@@ -534,7 +539,8 @@ def test_a_post_is_acknowledged_with_its_id_when_it_is_in_the_log(house):
     assert house.forgotten
 
 
-def test_a_post_whose_client_left_is_in_the_log(house):
+def test_post_of_a_disconnected_client(house):
+    """The post of a client that disconnected is stored."""
     house.log.held = []
     connection = house.connect()
     connection.begin(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"hi"}')
@@ -597,7 +603,8 @@ def test_a_key_and_a_label_that_differ_are_refused(house):
     assert problem(refused) == (400, 'Idempotency-Key and "label" differ')
 
 
-def test_a_key_that_was_given_to_another_message_is_422_and_is_its_users_and_rooms_own(house):
+def test_reused_key(house):
+    """A reused key is a 422; each user has keys of its own in each room."""
     key = b'Idempotency-Key: "a"'
     assert house.post(key, username="ann", message="hi")[0].status == 201
     refused = house.post(key, username="ann", message="ho")
@@ -637,7 +644,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("body", REFUSED)
-def test_what_is_no_message_is_refused_with_the_words_of_websocket(house, body):
+def test_invalid_post_gets_the_words_of_websocket(house, body):
     asked = house.ask(b"POST", b"/rooms/main/messages", JSON, b"Idempotency-Key: a", body=body)
     assert problem(asked) == (400, REFUSED[body])
     assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
@@ -650,7 +657,8 @@ def test_what_is_no_message_is_refused_with_the_words_of_websocket(house, body):
     assert house.post(b"Idempotency-Key: a", username="ann", message="hi")[0].status == 201, "the key is free"
 
 
-def test_a_message_of_the_greatest_length_escaped_as_far_as_it_goes_is_taken(house):
+def test_longest_message_fully_escaped(house):
+    """The largest valid message is accepted when every character is escaped."""
     body = json.dumps({"username": "\N{GRINNING FACE}" * 30, "message": "\N{GRINNING FACE}" * 500}).encode()
     assert len(body) > 6000
     assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=body)[0].status == 201
@@ -685,11 +693,13 @@ def test_what_a_form_can_send_or_is_no_json_is_415(house, kind):
         b"application/json ;x",
     ],
 )
-def test_a_media_type_may_have_parameters_and_is_not_case_sensitive(house, kind):
+def test_media_type_with_parameters(house, kind):
+    """A media type may have parameters and is case-insensitive."""
     assert house.post(kind=b"Content-Type: " + kind, username="ann", message="hi")[0].status == 201
 
 
-def test_a_body_that_is_too_large_is_413_and_one_of_unsaid_length_is_411(house):
+def test_body_too_large_or_without_length(house):
+    """A body that is too large is a 413; one without a length is a 411."""
     for length, status in ((b"Content-Length: 16385", 413), (b"Transfer-Encoding: chunked", 411)):
         assert problem(house.ask(b"POST", b"/rooms/main/messages", JSON, length))[0] == status
     padded = b'{"username":"ann","message":"hi"}'.ljust(web.MAX_BODY)
@@ -701,7 +711,8 @@ def test_a_post_to_no_room_is_404(house):
         assert problem(house.post(path=path, username="ann", message="hi"))[0] == 404
 
 
-def test_while_the_log_is_down_a_post_is_refused_and_the_same_key_may_be_used_again(house):
+def test_post_while_the_log_is_down(house):
+    """The post is refused, and its key may be used again."""
     key = b'Idempotency-Key: "a"'
     house.log.down = True
     response, body = house.post(key, username="ann", message="hi")
@@ -712,7 +723,8 @@ def test_while_the_log_is_down_a_post_is_refused_and_the_same_key_may_be_used_ag
     assert content(house.post(key, username="ann", message="hi"))["duplicate"] is True
 
 
-def test_a_post_that_is_given_up_may_have_been_stored_and_its_key_tells(house):
+def test_post_in_doubt(house):
+    """A post in doubt may be stored, and a retry with its key finds out."""
     kept = []
     house.log.append, append = lambda *said: kept.append(said), house.log.append
     key = b'Idempotency-Key: "a"'
@@ -752,7 +764,8 @@ def statuses(house, *senders):
     return answered
 
 
-def test_posts_are_limited_by_address_and_the_answer_says_when_to_go_on():
+def test_posts_are_limited_by_address():
+    """The answer to a limited post has Retry-After."""
     house = House(rate=(0.5, 2))
     assert statuses(house, *[("10.0.0.1",)] * 3, ("10.0.0.2",)) == [201, 201, 429, 201]
     response, body = house.post(transport=from_address("10.0.0.1")[0], username="ann", message="hi")
@@ -788,18 +801,20 @@ def test_what_is_refused_costs_as_much():
         (1, [("10.0.0.1", b"9.9.9.9", b"1.1.1.1"), ("10.0.0.1", b"8.8.8.8", b"1.1.1.1")], [201, 429]),
     ],
 )
-def test_behind_proxies_the_address_is_the_one_that_the_first_trusted_saw(hops, senders, want):
+def test_address_behind_trusted_proxies(hops, senders, want):
+    """The address is the one that the first trusted proxy saw."""
     assert statuses(House(rate=(1, 1), hops=hops), *senders) == want
 
 
-def test_those_who_come_by_a_unix_socket_are_one_address():
+def test_unix_socket_is_one_address():
     house = House(rate=(1, 1))
     for status in (201, 429):
         transport = Transport(peerAddress=UNIXAddress(None))
         assert house.post(transport=transport, username="ann", message="hi")[0].status == status
 
 
-def test_what_is_posted_reaches_all_members_with_one_id_and_labels_are_shared(house):
+def test_post_reaches_all_transports(house):
+    """All members get one id, and labels are shared between the transports."""
     member, reader = WebSocket(house), house.stream()
     member.read(), reader.read()
     document = content(house.post(b'Idempotency-Key: "a"', username="ann", message="hi"), 201)
@@ -824,7 +839,8 @@ def test_what_is_posted_reaches_all_members_with_one_id_and_labels_are_shared(ho
 # Events
 
 
-def test_a_stream_begins_with_the_time_to_retry_and_the_history_and_goes_on_with_messages(house):
+def test_stream_begins_with_retry_and_history(house):
+    """A stream has the retry time, the history and then the messages."""
     stream = house.stream()
     (history,) = stream.read()
     assert stream.status == 200
@@ -852,7 +868,7 @@ def test_the_first_bytes_of_a_stream_are_the_retry(house):
 
 
 @pytest.mark.parametrize("query", ["", "?last_event_id={}-1", "?last_event_id=Other1-1", "?last_event_id={}-9"])
-def test_the_data_of_an_event_is_the_text_of_the_websocket_frame_byte_for_byte(query):
+def test_event_data_equals_the_websocket_text(query):
     house = House(history=2)
     house.say("\N{SNOWMAN}\n\r\n\u2028\u2029\0 data: x", "</script>")
     query = query.format(house.epoch)
@@ -871,7 +887,8 @@ def test_the_data_of_an_event_is_the_text_of_the_websocket_frame_byte_for_byte(q
 @pytest.mark.parametrize("someone_is_there", [False, True])
 @pytest.mark.parametrize("how", ["header", "query", "both"])
 @pytest.mark.parametrize("last", [0, 1, 4, 7, 8, 9])
-def test_who_comes_back_with_its_last_id_gets_what_it_missed_once(someone_is_there, how, last):
+def test_stream_resumes_from_its_last_id(someone_is_there, how, last):
+    """A reader that reconnects gets every missed message once."""
     house = House(history=3)
     member = WebSocket(house) if someone_is_there else None
     house.say(*map(str, range(3, 10)))
@@ -896,7 +913,8 @@ def test_who_comes_back_with_its_last_id_gets_what_it_missed_once(someone_is_the
 
 
 @pytest.mark.parametrize("last", ["Other1-1", "{}-3", "{}-9999999999999999"])
-def test_who_cannot_be_told_what_it_missed_begins_anew_and_knows_it(house, last):
+def test_stream_resume_from_unknown_id(house, last):
+    """A reader with an unknown id starts over, and the history says so."""
     stream = house.stream(b"/rooms/main/events", b"Last-Event-ID: " + last.format(house.epoch).encode())
     (history,) = stream.read()
     assert history.json["resumed"] is False
@@ -904,7 +922,8 @@ def test_who_cannot_be_told_what_it_missed_begins_anew_and_knows_it(house, last)
     assert said(history.json) == ["Hello!", "Hi Alice!"]
 
 
-def test_who_missed_what_is_no_longer_kept_or_too_much_begins_anew():
+def test_stream_resume_too_far_back():
+    """A reader that missed trimmed or too many messages starts over."""
     house = House(retain="5", history=2)
     house.say(*map(str, range(3, 11)))
     for last, resumed in ((4, False), (5, True)):
@@ -941,7 +960,7 @@ def test_what_cannot_be_asked_of_a_stream_is_refused(house, query, words):
     assert problem(house.get(f"/rooms/main/events?{query}".encode())) == (400, words)
 
 
-def test_who_asks_for_presence_and_typing_is_told_without_ids(house):
+def test_presence_and_typing_events_have_no_id(house):
     stream = house.stream(b"/rooms/main/events?events=presence,typing&username=eve")
     other = house.stream(b"/rooms/main/events?username=dee")
     member = WebSocket(house)
@@ -965,7 +984,7 @@ def test_who_asks_for_presence_and_typing_is_told_without_ids(house):
     assert "presence" not in [event.kind for event in other.read()]
 
 
-def test_who_posts_over_http_is_not_present(house):
+def test_http_posters_are_not_present(house):
     stream = house.stream(b"/rooms/main/events?events=presence")
     house.turn()
     stream.read()
@@ -996,7 +1015,8 @@ def empty(stream):
     stream.transport.producer.resumeProducing()
 
 
-def test_a_slow_reader_is_given_nothing_and_then_all_that_it_missed(house):
+def test_full_stream_catches_up(house):
+    """A full transport gets nothing, and then every missed message."""
     stream = house.stream(b"/rooms/main/events?events=presence,typing")
     house.turn()
     stream.read()
@@ -1032,7 +1052,8 @@ def test_a_reader_that_is_slow_from_the_first_byte_loses_nothing(house):
     assert [event.json["data"]["message"] for event in stream.read()] == [*"abc"]
 
 
-def test_a_slow_reader_is_caught_up_from_the_log_when_the_tail_has_moved_on(house):
+def test_full_stream_is_refilled_from_the_log(house):
+    """A reader that the tail overran gets the missed messages from the log."""
     stream = house.stream()
     stream.read()
     full(stream)
@@ -1045,7 +1066,7 @@ def test_a_slow_reader_is_caught_up_from_the_log_when_the_tail_has_moved_on(hous
     assert not stream.ended
 
 
-def test_a_reader_that_takes_nothing_is_told_to_come_back_and_at_last_dropped(house, events):
+def test_stalled_stream_is_evicted_then_dropped(house, events):
     stream = house.stream()
     stream.read()
     full(stream)
@@ -1072,7 +1093,8 @@ def test_a_reader_that_takes_nothing_is_told_to_come_back_and_at_last_dropped(ho
     assert (history.json["resumed"], said(history.json)) == (True, ["missed"])
 
 
-def test_a_reader_that_was_told_to_come_back_and_then_reads_is_gone_without_more(house):
+def test_evicted_stream_that_reads_again(house):
+    """An evicted reader that reads again gets nothing more and ends."""
     stream = house.stream()
     full(stream)
     house.pass_time(STALL_SECONDS)
@@ -1095,7 +1117,8 @@ def test_a_stream_ends_once(house):
     assert house.forgotten
 
 
-def test_a_transport_that_says_after_its_end_that_it_takes_more_is_not_heard(house):
+def test_resume_after_the_end_of_a_stream(house):
+    """A transport that resumes after the end of its stream gets nothing."""
     stream = house.stream()
     full(stream)
     stream.connection.lose()
@@ -1127,7 +1150,8 @@ def test_a_reader_that_cannot_be_caught_up_is_told_to_come_back(house):
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-def test_an_ended_stream_that_its_reader_does_not_let_go_is_written_nothing_more_and_dropped(house, version):
+def test_ended_stream_held_open_is_dropped(house, version):
+    """A stream whose reader does not close it gets nothing more and is dropped."""
     # Its last bytes stay in the transport's buffer, which is not so full that it would stall.
     stream = house.stream(version=version)
     other = house.stream(b"/rooms/other/events")
@@ -1165,7 +1189,8 @@ def test_a_drain_ends_a_stream_with_its_time_to_come_back(house, version):
     assert house.forgotten
 
 
-def test_a_stream_is_owed_the_messages_until_it_was_sent_them_although_it_takes_nothing_for_a_while(house):
+def test_pending_messages_of_a_stalled_stream(house):
+    """Messages are pending until they are sent, also while the transport is full."""
     stream = house.stream()
     (client,) = (each.member for each in house.connections.connected)
     assert (client.head, client.has_pending(2)) == (2, False)
@@ -1206,7 +1231,7 @@ def test_a_drain_leaves_none_behind_that_does_not_go(house, events):
     assert [event for event in events if event.get("log_failure")] == []
 
 
-def test_who_comes_back_after_a_drain_resumes(house):
+def test_stream_resumes_after_a_drain(house):
     stream = house.stream()
     house.say("hi")
     house.turn()
@@ -1242,7 +1267,8 @@ def test_while_the_server_stops_all_is_503(house, method, path):
     assert response.headers["retry-after"] == RETRY
 
 
-def test_a_stream_whose_room_is_loaded_when_the_server_stops_is_503(house):
+def test_stop_during_the_load_of_a_room(house):
+    """A stream whose room is being loaded when the server stops is a 503."""
     house.log.held = []
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/main/events")
@@ -1255,7 +1281,8 @@ def test_a_stream_whose_room_is_loaded_when_the_server_stops_is_503(house):
     assert house.forgotten
 
 
-def test_a_reader_that_leaves_while_its_room_is_loaded_is_forgotten_with_the_room(house, events):
+def test_reader_leaves_during_the_load_of_a_room(house, events):
+    """Neither the reader nor the room remains."""
     house.log.held = []
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/main/events")
@@ -1267,7 +1294,8 @@ def test_a_reader_that_leaves_while_its_room_is_loaded_is_forgotten_with_the_roo
     assert house.forgotten
 
 
-def test_readers_that_come_while_the_room_is_loaded_get_what_was_posted_meanwhile(house):
+def test_posts_during_the_load_of_a_room(house):
+    """Readers that wait for a room get what was posted meanwhile."""
     house.log.held = []
     streams = [house.stream() for _ in range(3)]
     held, house.log.held = house.log.held, None
@@ -1280,7 +1308,7 @@ def test_readers_that_come_while_the_room_is_loaded_get_what_was_posted_meanwhil
         assert numbers(history.json) + [int(event.id.partition("-")[2]) for event in messages] == [1, 2, 3]
 
 
-def test_a_connection_whose_stream_could_not_begin_may_ask_again(house):
+def test_connection_is_usable_after_a_refused_stream(house):
     house.log.down = True
     connection = house.connect()
     assert problem(connection.ask(b"GET", b"/rooms/main/events"), "UNAVAILABLE")[0] == 503
@@ -1341,7 +1369,8 @@ def test_a_request_behind_a_stream_waits_and_hurts_nobody(house):
     assert house.log._rooms["main"].head == 3
 
 
-def test_a_stream_behind_a_stream_does_not_begin_when_that_is_told_to_come_back(house):
+def test_pipelined_stream_after_an_eviction(house):
+    """A stream pipelined behind an evicted one does not begin."""
     stream = house.stream()
     stream.connection.begin(b"GET", b"/rooms/main/events")
     full(stream)
@@ -1389,7 +1418,7 @@ REQUESTS = [
 
 @pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
 @pytest.mark.parametrize("origin", [[], [b"Origin: https://chat.example"], [b"Origin: null"]])
-def test_where_any_origin_may_connect_any_page_may_read_answers_and_errors(house, method, path, status, origin):
+def test_any_page_may_read_without_origin_rules(house, method, path, status, origin):
     response, _ = house.ask(method, path, *origin)
     assert response.status == status
     assert cors(response) == {"allow-origin": "*", "expose-headers": EXPOSED}
@@ -1397,7 +1426,8 @@ def test_where_any_origin_may_connect_any_page_may_read_answers_and_errors(house
 
 
 @pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
-def test_where_some_origins_may_connect_their_pages_may_read_answers_and_errors(method, path, status):
+def test_allowed_pages_may_read_answers(method, path, status):
+    """Pages of allowed origins may read answers and errors."""
     house = House(origins=["https://chat.example", "*.team.example"])
     for origin in ("https://chat.example", "http://a.team.example:8080"[:-5]):
         response, _ = house.ask(method, path, b"Origin: " + origin.encode())
@@ -1423,7 +1453,8 @@ def test_where_some_origins_may_connect_their_pages_may_read_answers_and_errors(
         b"",
     ],
 )
-def test_a_page_of_another_origin_is_403_and_may_not_read_even_that(method, path, origin):
+def test_page_of_another_origin(method, path, origin):
+    """It gets a 403 that it may not read."""
     house = House(origins=["https://chat.example"])
     response, body = house.ask(method, path, JSON, b"Origin: " + origin, body=b'{"username":"a","message":"b"}')
     assert problem((response, body)) == (403, "this page may not connect here")
@@ -1505,7 +1536,8 @@ def test_a_page_may_read_that_its_body_is_refused(house, length):
     ],
 )
 @pytest.mark.parametrize("method", [b"POST", b"PUT", b"PATCH", b"DELETE", b"TRACE", b"get", b"_"])
-def test_other_methods_are_405_which_names_those_that_are_allowed(house, events, method, path, allowed):
+def test_other_methods_are_405(house, events, method, path, allowed):
+    """The answer names the allowed methods."""
     if method.decode() in allowed:
         return
     response, body = house.ask(method, path, JSON, body=b'{"username":"ann","message":"hi"}')
@@ -1542,7 +1574,8 @@ def test_HEAD_answers_what_GET_does_without_the_body(house, path):
     assert head.headers["content-length"] == str(len(body.encode()))
 
 
-def test_HEAD_of_a_stream_has_its_kind_and_no_length_and_joins_nobody(house):
+def test_head_of_a_stream(house):
+    """HEAD has the media type and no length, and joins no room."""
     response, body = house.ask(b"HEAD", b"/rooms/main/events")
     assert (response.status, body) == (200, "")
     assert response.headers["content-type"] == "text/event-stream"
@@ -1563,7 +1596,8 @@ def test_a_room_has_a_page_that_names_its_address(house, path, named):
 
 @pytest.mark.parametrize("header", ["Origin", "X-Forwarded-For", "Content-Type", "Idempotency-Key", "Last-Event-ID"])
 @pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
-def test_a_header_that_is_not_utf_8_is_refused_or_passed_over_and_nothing_is_logged(events, header, origins):
+def test_header_that_is_not_utf_8(events, header, origins):
+    """It is refused or ignored, and nothing is logged."""
     house = House(origins=origins, rate=(1, 9), hops=1)
     bad = header.encode() + b": \xff"
     for path in (b"/", b"/rooms/main/messages", b"/rooms/main/events?last_event_id=x"):

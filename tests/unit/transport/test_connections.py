@@ -65,13 +65,13 @@ def reasons(events):
 # Coming and going
 
 
-def test_there_is_nobody_at_first(connections):
+def test_no_connections_at_first(connections):
     assert connections.connected == set()
     assert not connections.stopping
     assert connections.closes == {}
 
 
-def test_who_joins_is_connected_and_its_handshake_is_waited_for_no_longer(connections, client):
+def test_add_ends_the_handshake_deadline(connections, client):
     connections.handshakes.add(client)
     connections.add(client)
     assert connections.connected == {client}
@@ -79,7 +79,7 @@ def test_who_joins_is_connected_and_its_handshake_is_waited_for_no_longer(connec
     assert [*connections.pings] == [client]
 
 
-def test_of_who_goes_nothing_is_left(connections, client, pass_time):
+def test_remove_leaves_no_trace(connections, client, pass_time):
     connections.add(client)
     for deadlines in (connections.handshakes, connections.closings, connections.stalls):
         deadlines.add(client)
@@ -89,19 +89,20 @@ def test_of_who_goes_nothing_is_left(connections, client, pass_time):
     assert client.journal == []
 
 
-def test_who_goes_before_its_handshake_was_answered_was_never_there(connections, client):
+def test_remove_during_the_handshake(connections, client):
+    """It is not counted as a close."""
     connections.handshakes.add(client)
     assert not connections.remove(client, 1000)
     assert [*connections.handshakes] == []
 
 
-def test_who_has_gone_is_not_there_a_second_time(connections, client):
+def test_remove_twice(connections, client):
     connections.add(client)
     assert connections.remove(client, 1000)
     assert not connections.remove(client, 1000)
 
 
-def test_who_is_gone_is_counted_by_what_carried_it_and_by_its_close_code(connections):
+def test_closes_are_counted_by_carrier_and_code(connections):
     for carrier, code in [("websocket", 1000), ("websocket", 1012), ("events", 1012), ("websocket", 1000)]:
         client = Connection()
         client.carrier = carrier
@@ -111,7 +112,7 @@ def test_who_is_gone_is_counted_by_what_carried_it_and_by_its_close_code(connect
     assert connections.closes == {("websocket", 1000): 2, ("websocket", 1012): 1, ("events", 1012): 1}
 
 
-def test_who_is_pinged_how_often_is_for_the_operator_to_say(clock):
+def test_ping_interval_is_an_option(clock):
     connections = Connections(clock, 3)
     client = Connection()
     connections.add(client)
@@ -124,7 +125,7 @@ def test_who_is_pinged_how_often_is_for_the_operator_to_say(clock):
 # Looking
 
 
-def test_a_handshake_that_takes_too_long_is_dropped_and_that_is_said_once(connections, client, pass_time, events):
+def test_slow_handshake_is_dropped_and_logged_once(connections, client, pass_time, events):
     connections.handshakes.add(client)
     pass_time(HANDSHAKE_SECONDS - 1)
     assert client.journal == []
@@ -135,7 +136,7 @@ def test_a_handshake_that_takes_too_long_is_dropped_and_that_is_said_once(connec
     ]
 
 
-def test_who_answers_is_pinged_again_and_again(connections, client, pass_time):
+def test_answered_pings_continue(connections, client, pass_time):
     connections.add(client)
     pass_time(PING_SECONDS - 1)
     assert client.journal == []
@@ -156,7 +157,7 @@ def test_drop_after_an_unanswered_ping(connections, client, pass_time, events):
     assert reasons(events) == ["did not answer a ping"]
 
 
-def test_who_takes_nothing_is_told_to_come_back_and_then_dropped(connections, client, pass_time, events):
+def test_stalled_client_is_evicted_then_dropped(connections, client, pass_time, events):
     connections.stalls.add(client)
     pass_time(STALL_SECONDS - 1)
     assert client.journal == []
@@ -169,14 +170,14 @@ def test_who_takes_nothing_is_told_to_come_back_and_then_dropped(connections, cl
     assert reasons(events) == ["took nothing"]
 
 
-def test_who_takes_nothing_and_is_closing_already_is_dropped_at_once(connections, client, pass_time):
+def test_stalled_client_that_is_closing_is_dropped(connections, client, pass_time):
     client.joined = False
     connections.stalls.add(client)
     pass_time(STALL_SECONDS)
     assert client.journal == ["abort"]
 
 
-def test_who_takes_something_again_stays(connections, client, pass_time):
+def test_client_that_reads_again_stays(connections, client, pass_time):
     connections.stalls.add(client)
     pass_time(STALL_SECONDS - 1)
     connections.stalls.discard(client)
@@ -184,7 +185,8 @@ def test_who_takes_something_again_stays(connections, client, pass_time):
     assert client.journal == []
 
 
-def test_who_does_not_answer_a_close_is_dropped(connections, client, pass_time, events):
+def test_unanswered_close(connections, client, pass_time, events):
+    """The client is dropped."""
     connections.closings.add(client)
     pass_time(CLOSE_SECONDS - 1)
     assert client.journal == []
@@ -207,7 +209,8 @@ def test_each_has_deadlines_of_its_own(connections, pass_time):
 # The end
 
 
-def test_who_does_not_answer_a_close_is_dropped_however_full_its_transport_is(connections, client, pass_time):
+def test_unanswered_close_of_a_full_transport(connections, client, pass_time):
+    """The client is dropped, however full its transport is."""
     connections.add(client)
     connections.stalls.add(client)
     connections.closings.add(client)
@@ -223,11 +226,11 @@ def test_abort_drops_what_is_left_and_unfinished_handshakes(connections):
     assert (joined.journal, unfinished.journal) == (["abort"], ["abort"])
 
 
-def test_nobody_is_there_at_once_when_there_is_none(connections):
+def test_empty_fires_at_once_without_connections(connections):
     assert connections.empty().called
 
 
-def test_empty_fires_for_all_who_asked_when_the_last_is_gone_and_only_once(connections):
+def test_empty_fires_once_for_every_caller(connections):
     first, last = Connection(), Connection()
     connections.add(first)
     connections.add(last)

@@ -14,12 +14,12 @@ def deadlines(clock):
     return Deadlines(5, clock)
 
 
-def test_nobody_is_waited_for_at_first(deadlines):
+def test_no_deadlines_at_first(deadlines):
     assert list(deadlines) == []
     assert list(deadlines.expired()) == []
 
 
-def test_a_deadline_is_over_when_its_delay_has_passed_and_not_before(deadlines, clock):
+def test_deadline_expires_after_its_delay(deadlines, clock):
     deadlines.add("ann")
     clock.advance(4.999)
     assert list(deadlines.expired()) == []
@@ -27,7 +27,7 @@ def test_a_deadline_is_over_when_its_delay_has_passed_and_not_before(deadlines, 
     assert list(deadlines.expired()) == ["ann"]
 
 
-def test_who_has_expired_is_told_once(deadlines, clock):
+def test_expired_items_are_yielded_once(deadlines, clock):
     deadlines.add("ann")
     clock.advance(6)
     assert list(deadlines.expired()) == ["ann"]
@@ -44,7 +44,7 @@ def test_the_first_to_be_added_are_the_first_to_expire(deadlines, clock):
     assert list(deadlines) == ["cy"]
 
 
-def test_who_is_discarded_does_not_expire(deadlines, clock):
+def test_discarded_items_do_not_expire(deadlines, clock):
     deadlines.add("ann")
     deadlines.add("bob")
     deadlines.discard("ann")
@@ -52,12 +52,13 @@ def test_who_is_discarded_does_not_expire(deadlines, clock):
     assert list(deadlines.expired()) == ["bob"]
 
 
-def test_who_is_not_waited_for_can_be_discarded(deadlines):
+def test_discard_of_an_unknown_item(deadlines):
     deadlines.discard("ann")
     assert list(deadlines) == []
 
 
-def test_who_is_added_again_has_the_whole_time_again_and_waits_behind_the_others(deadlines, clock):
+def test_added_again_restarts_the_time(deadlines, clock):
+    """An item that is added again has its whole time and expires last."""
     deadlines.add("ann")
     deadlines.add("bob")
     clock.advance(3)
@@ -69,7 +70,7 @@ def test_who_is_added_again_has_the_whole_time_again_and_waits_behind_the_others
     assert list(deadlines.expired()) == ["ann"]
 
 
-def test_who_has_expired_can_be_added_again_at_once(deadlines, clock):
+def test_expired_item_can_be_added_at_once(deadlines, clock):
     deadlines.add("ann")
     clock.advance(5)
     for who in deadlines.expired():
@@ -79,7 +80,7 @@ def test_who_has_expired_can_be_added_again_at_once(deadlines, clock):
     assert list(deadlines.expired()) == ["ann"]
 
 
-def test_one_who_is_discarded_because_another_has_expired_does_not_expire(deadlines, clock):
+def test_discard_while_expired_items_are_yielded(deadlines, clock):
     deadlines.add("ann")
     deadlines.add("bob")
     clock.advance(5)

@@ -62,7 +62,7 @@ def test_a_post_has_a_username_and_a_message():
     assert parse(b'{"username":"ann","message":"hi"}') == Post("ann", "hi")
 
 
-def test_the_order_of_the_keys_and_the_blanks_between_them_do_not_matter():
+def test_key_order_and_whitespace_do_not_matter():
     assert parse(b' {\r\n\t"message" : "hi",\n"username":"ann" } ') == Post("ann", "hi")
 
 
@@ -81,7 +81,7 @@ def test_escaped_control_characters_are_kept():
     assert parse(rb'{"username":"\u0000","message":"\u0007\n\u001b"}') == Post("\0", "\a\n\x1b")
 
 
-def test_an_escaped_pair_of_surrogates_is_the_character_that_it_stands_for():
+def test_escaped_surrogate_pair():
     assert parse(rb'{"username":"ann","message":"\ud83d\udc4b"}') == Post("ann", "👋")
 
 
@@ -178,7 +178,7 @@ def test_an_ill_formed_label_is_refused_and_not_echoed(label, fault):
 
 
 @bad_labels
-def test_an_ill_formed_label_is_not_echoed_whatever_else_is_wrong(label, fault):
+def test_invalid_label_is_not_echoed(label, fault):
     for text in (
         post_json(username="", label=label),
         page_json(limit=0, label=label),
@@ -317,7 +317,7 @@ def test_a_page_request_may_ask_for_the_newest_messages():
     assert parse(b'{"type":"history"}') == PageRequest(before=None, after=None, limit=50, label=None)
 
 
-def test_a_page_request_may_ask_for_what_was_before_or_after_a_message():
+def test_page_request_with_before_or_after():
     assert parse(b'{"type":"history","before":"k7Q2-1001","limit":50,"label":"h1"}') == PageRequest(
         before=Id("k7Q2", 1001), after=None, limit=50, label="h1"
     )
@@ -326,7 +326,7 @@ def test_a_page_request_may_ask_for_what_was_before_or_after_a_message():
     )
 
 
-def test_a_page_request_asks_for_messages_before_or_after_not_both():
+def test_page_request_with_before_and_after():
     assert refusal(page_json(before="k7Q2-1", after="k7Q2-1")) == f"Validation error: {CONFLICT}"
     assert refusal(page_json(before="k7Q2-1", after="p9Zx-2", limit=1, label="h1")) == f"Validation error: {CONFLICT}"
 
@@ -375,7 +375,7 @@ def test_any_other_limit_is_refused(limit, fault):
     assert refusal(b'{"type":"history","limit":%b}' % limit) == f'Validation error: "limit" {fault}'
 
 
-def test_a_page_has_at_most_a_hundred_messages_and_fifty_if_nothing_is_said():
+def test_page_limit_and_default():
     assert (frames.PAGE_LIMIT, frames.PAGE_DEFAULT) == (100, 50)
 
 
@@ -398,7 +398,7 @@ def test_a_page_can_be_asked_for_without_json():
     assert caught.value.label == "h1"
 
 
-def test_typing_names_who_types():
+def test_parse_typing():
     assert parse(b'{"type":"typing","username":"ann"}') == Typing("ann")
 
 
@@ -513,7 +513,7 @@ def test_what_is_not_json_is_refused(text):
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"username":"ann","message":['])
-def test_a_hundred_thousand_brackets_are_refused_like_any_other_nonsense(opening):
+def test_deeply_nested_brackets(opening):
     assert refusal(opening * 100_000) == "Invalid JSON format."
 
 
@@ -531,7 +531,7 @@ def test_a_huge_integer_is_a_number_like_any_other(digits):
     assert refusal(b'{"username":"ann","message":' + digits + b"}") == 'Validation error: "message" must be a string'
 
 
-def test_a_number_that_no_double_can_hold_is_refused_as_infinity_is():
+def test_number_beyond_a_double():
     assert refusal(b"9" * 310) == "Invalid JSON format."
     assert refusal(b'{"username":"ann","message":' + b"9" * 10_000 + b"}") == "Invalid JSON format."
 
@@ -571,7 +571,7 @@ def test_an_unknown_key_is_named_as_it_was_written(name):
 
 @pytest.mark.parametrize("depth", [100, 1000])
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
-def test_a_value_is_refused_with_the_same_words_however_deep_it_is(depth, opening, closing):
+def test_error_does_not_depend_on_depth(depth, opening, closing):
     deep = opening * depth + b"0" + closing * depth
     assert refusal(b'{"username":"ann","message":' + deep + b"}") == 'Validation error: "message" must be a string'
     assert refusal(b'{"username":' + deep + b',"message":"hi"}') == 'Validation error: "username" must be a string'
@@ -632,7 +632,8 @@ def test_a_value_is_refused_with_the_same_words_however_deep_it_is(depth, openin
         (b'{"zeta":1,"username":"ann","alpha":1,"type":"typing"}', '"zeta" is not allowed'),
     ],
 )
-def test_of_several_faults_the_first_in_the_schemas_order_is_told_and_unknown_keys_last(text, first):
+def test_first_of_several_faults(text, first):
+    """The first fault in the order of the schema is named, unknown keys last."""
     assert refusal(text) == f"Validation error: {first}"
 
 
@@ -741,7 +742,7 @@ def fault_of(form, document):
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
-def test_the_fast_validator_and_the_slow_one_agree_on_every_document(form):
+def test_validators_agree_on_every_document(form):
     @REPEATABLE
     @given(documents)
     @example({"username": "a" * 30, "message": "😀" * 500, "label": "~" * 64})
@@ -786,7 +787,8 @@ def answer_of(document):
 @REPEATABLE
 @given(documents)
 @example({"type": "history", "zeta": 1, "": 2})
-def test_every_document_is_read_as_what_it_is_or_refused_with_its_first_fault_and_its_label(document):
+def test_parse_agrees_with_the_model(document):
+    """Every document is parsed, or refused with its first fault and its label."""
     expected = answer_of(document)
     if isinstance(expected, str):
         label = document.get("label") if isinstance(document, dict) else None
@@ -796,7 +798,7 @@ def test_every_document_is_read_as_what_it_is_or_refused_with_its_first_fault_an
 
 @REPEATABLE
 @given(documents)
-def test_without_a_type_it_makes_no_difference_whether_anything_but_a_post_may_be_sent(document):
+def test_parse_and_parse_post_agree_without_type(document):
     if isinstance(document, dict):
         document.pop("type", None)
     text = orjson.dumps(document)
@@ -874,7 +876,7 @@ def test_the_schemas_name_the_limits():
     }
 
 
-def test_a_label_and_a_username_are_described_alike_wherever_they_are():
+def test_schemas_share_label_and_username():
     rules = {"type", "minLength", "maxLength", "pattern"}
     for name, forms in (("label", ("message", "history")), ("username", ("message", "typing"))):
         one, two = (ALL_FORMS[form].schema["properties"][name] for form in forms)
@@ -915,7 +917,8 @@ def test_every_keyword_of_a_schema_has_words(form):
 # The seed
 
 
-def test_the_seed_is_the_two_messages_that_every_new_log_begins_with():
+def test_default_seed():
+    """The seed is the two messages that every new log begins with."""
     assert parse_seed(SEED_FILE.read_bytes()) == (
         Entry(1, "Alice", "Hello!", "2024-10-20T12:30:00Z"),
         Entry(2, "Bob", "Hi Alice!", "2024-10-20T12:31:00Z"),
@@ -1001,7 +1004,7 @@ def test_a_fault_of_the_seed_is_told_with_its_place():
         "0000-01-01T00:00:00Z",
     ],
 )
-def test_a_seed_whose_timestamp_is_none_is_refused(timestamp):
+def test_seed_with_an_invalid_timestamp(timestamp):
     with pytest.raises(FrameError) as refused:
         parse_seed(seed_json(timestamp))
     assert str(refused.value) == 'message 1: "timestamp" must be a time such as 2024-10-20T12:30:00Z'
@@ -1064,7 +1067,7 @@ def test_a_message_frame_is_these_bytes():
     )
 
 
-def test_text_in_a_message_frame_is_utf_8_and_escaped_only_where_json_asks_for_it():
+def test_message_frame_escapes_only_as_json_requires():
     assert (
         read_frame(frames.message_frame("k7Q2xY", BOB)).payload
         == (
@@ -1100,11 +1103,12 @@ def test_the_history_of_an_empty_room_has_the_number_0():
     assert frames.history_frame("k7Q2", 0, []) == b'\x81\x2a{"type":"history","id":"k7Q2-0","data":[]}'
 
 
-def test_the_history_of_a_room_where_all_was_trimmed_keeps_its_number():
+def test_history_of_a_fully_trimmed_room():
+    """The history is empty and keeps the number of the head."""
     assert frames.history_frame("k7Q2", 12, [], more=False) == b'\x81\x2b{"type":"history","id":"k7Q2-12","data":[]}'
 
 
-def test_a_history_frame_says_whether_it_goes_on_where_the_client_stopped():
+def test_history_frame_with_resumed():
     ann = frames.message_frame("k7Q2", ANN)
     data = b'"data":[{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"}]}'
     assert frames.payload(frames.history_frame("k7Q2", 7, [ann], resumed=True)) == (
@@ -1159,7 +1163,8 @@ def test_a_history_holds_exactly_the_data_of_its_messages(entry):
     assert both == {"type": "history", "id": message["id"], "more": True, "data": [expected, expected]}
 
 
-def test_a_history_of_a_hundred_of_the_longest_messages_is_still_one_frame():
+def test_history_of_the_longest_messages():
+    """A history of a hundred of the longest messages is one frame."""
     longest = Entry(1, "\0" * 30, "\0" * 500, "2026-01-01T00:00:00.000Z")  # six bytes for each \u0000
     frame = read_frame(history("k7Q2xY", 100, [longest] * 100, more=True))
     assert frame.header == 10
@@ -1180,7 +1185,7 @@ def test_error_frame_hint():
     assert frames.parse(example.encode()) == Post("ann", "hi", None)
 
 
-def test_an_error_frame_may_have_a_code_a_label_and_a_time_to_wait():
+def test_error_frame_with_code_label_and_retry_after():
     for error, text in [
         (frames.error_frame("Try again later", Code.UNAVAILABLE), b'"Try again later","code":"UNAVAILABLE"}'),
         (frames.error_frame("why", label="c82"), b'"why","label":"c82"}'),
@@ -1222,7 +1227,8 @@ def test_an_ack_frame_may_do_without_a_label():
     assert frames.payload(frames.ack_frame(Id("k7Q2", 7), None, duplicate=False)) == b'{"type":"ack","id":"k7Q2-7"}'
 
 
-def test_a_presence_frame_says_who_is_here_or_who_came_and_went():
+def test_presence_frame():
+    """A presence frame has all users, or those that joined and left."""
     assert frames.presence_frame(3, users=["ann", "Боб", 'c"y']) == (
         b"\x81\x46" + '{"type":"presence","data":{"count":3,"users":["ann","Боб","c\\"y"]}}'.encode()
     )
@@ -1235,7 +1241,7 @@ def test_a_presence_frame_says_who_is_here_or_who_came_and_went():
     )
 
 
-def test_a_typing_frame_says_who_types():
+def test_typing_frame():
     assert frames.typing_frame(["ann", "bob"]) == b'\x81\x30{"type":"typing","data":{"users":["ann","bob"]}}'
     assert frames.payload(frames.typing_frame([])) == b'{"type":"typing","data":{"users":[]}}'
 

@@ -19,7 +19,7 @@ from chatd.transport.framing import (
 
 
 @given(st.lists(st.binary(max_size=400), max_size=5), st.binary(min_size=4, max_size=4), st.data())
-def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(payloads, mask, data):
+def test_frames_of_a_stream_cut_anywhere(payloads, mask, data):
     stream = b"".join(masked(payload, mask) for payload in payloads)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=4)))
     seen, kept = [], b""
@@ -49,7 +49,8 @@ def test_frames_come_out_as_they_went_in_wherever_the_stream_is_cut(payloads, ma
     ],
     ids=["binary", "fragment", "continuation", "rsv", "ping", "close", "unmasked", "long-winded", "too-big", "huge"],
 )
-def test_any_other_frame_is_left_to_autobahn_with_all_that_follows(frame):
+def test_other_frames_are_left_to_autobahn(frame):
+    """Any other frame ends the list, with all bytes that follow it."""
     stream = masked(b"one") + frame + masked(b"two")
     texts, rest, more = take_masked_texts(stream, 1000)
     assert texts == [b"one"]

@@ -80,7 +80,7 @@ def test_a_problem_has_the_code_of_the_frame_that_says_the_same():
 # What is answered
 
 
-def test_the_page_says_how_to_connect_to_the_address_it_was_asked_for_at(connection):
+def test_page_names_the_requested_address(connection):
     response, page = connection.ask(b"GET", b"/", b"Host: chat.example:8085")
     assert response.status == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -91,14 +91,14 @@ def test_the_page_says_how_to_connect_to_the_address_it_was_asked_for_at(connect
     assert "{version}" not in page
 
 
-def test_the_page_names_wss_to_those_who_came_by_tls(clock):
+def test_page_over_tls_names_wss(clock):
     connection = Connection(clients_site(clock), SecureTransport())
     _, page = connection.ask(b"GET", b"/", b"Host: chat.example")
     assert "wss://chat.example/" in page
     assert "ws://chat.example/" not in page
 
 
-def test_the_page_names_localhost_to_those_who_name_no_host(connection):
+def test_page_without_a_host_header(connection):
     assert "ws://localhost/" in connection.ask(b"GET", b"/")[1]
 
 
@@ -190,14 +190,14 @@ def test_a_drain_is_asked_for_and_answered_at_once(drains, body):
     assert asked == ["drain"]
 
 
-def test_who_asks_for_a_drain_again_is_told_how_far_it_is(drains):
+def test_second_drain_request_gets_the_progress(drains):
     connection, asked = drains
     assert [connection.ask(b"POST", b"/drain")[1] for _ in range(2)] == ["draining\n", "drained\n"]
     assert asked == ["drain"] * 2
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS"])
-def test_nobody_drains_by_looking(drains, method):
+def test_get_does_not_drain(drains, method):
     connection, asked = drains
     response, _ = connection.ask(method, b"/drain", b"Content-Length: 0")
     assert response.status == 405
@@ -259,7 +259,8 @@ def test_the_admin_port_has_no_rooms(admin, path):
 
 @pytest.mark.parametrize("path", [b"/healthz", b"/readyz"])
 @pytest.mark.parametrize("method", [b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE", b"get", b"_"])
-def test_other_methods_are_405_which_names_those_that_are_allowed(connection, admin, method, path):
+def test_other_methods_are_405(connection, admin, method, path):
+    """The answer names the allowed methods."""
     for port in (connection, admin):
         response, body = port.ask(method, path, b"Content-Length: 0")
         assert problem(response, body) == (405, f"{method.decode()} is not for this")
@@ -296,7 +297,7 @@ def test_a_body_that_is_announced_is_read(connection, size):
     assert not connection.closing
 
 
-def test_a_body_may_come_byte_by_byte_and_the_next_request_behind_it(connection):
+def test_body_byte_by_byte_and_pipelined_request(connection):
     connection.begin(b"POST", b"/rooms", b"Content-Length: 5")
     for byte in b"hello":
         assert connection.transport.value() == b""
@@ -317,7 +318,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("length", REFUSED)
 @pytest.mark.parametrize("expect", [[], [b"Expect: 100-continue"]], ids=["", "expected"])
-def test_a_body_that_is_too_large_or_of_unsaid_length_is_refused_before_it_comes(connection, length, expect):
+def test_body_is_refused_before_it_arrives(connection, length, expect):
+    """A body that is too large or has no length is refused by its head."""
     connection.begin(b"POST", b"/rooms", b"Host: x", length, *expect)
     response, body = connection.response()
     assert problem(response, body) == REFUSED[length]
@@ -337,7 +339,7 @@ def test_what_still_comes_of_a_refused_body_is_passed_over(connection, length):
     assert connection.transport.value() == answered
 
 
-def test_who_asks_whether_to_send_a_body_that_will_be_read_is_told_to_go_on(connection):
+def test_expect_100_continue(connection):
     connection.begin(b"POST", b"/rooms", b"Content-Length: 5", b"Expect: 100-continue")
     assert connection.transport.value() == b"HTTP/1.1 100 Continue\r\n\r\n"
     connection.transport.clear()
@@ -361,7 +363,8 @@ def test_who_asks_whether_to_send_a_body_that_will_be_read_is_told_to_go_on(conn
         b"GET /healthz HTTP/1.1\r\n" + b"A: b\r\n" * 501,
     ],
 )
-def test_a_request_that_is_no_http_is_a_problem_too_and_ends_the_connection(connection, events, head):
+def test_request_that_is_not_http(connection, events, head):
+    """It is answered with a problem, and the connection ends."""
     connection.send(head + b"\r\n")
     response, body = connection.response()
     assert problem(response, body)[0] == 400
@@ -382,7 +385,7 @@ def test_a_form_is_no_business_of_the_site(connection):
 # The end
 
 
-def test_who_wants_to_know_is_told_that_the_connection_is_gone(clock):
+def test_callback_on_connection_lost(clock):
     connection = Connection(admin_site(clock))
     connection.lose()
     connection = Connection(admin_site(clock))
@@ -450,7 +453,8 @@ def test_a_site_without_connections_is_closed_at_once(closing):
     assert closing.over == [None, None]
 
 
-def test_connections_that_wait_for_their_next_request_are_closed_and_all_are_waited_for(closing):
+def test_close_idle_connections_at_once(closing):
+    """Idle connections close at once, and close() waits for all."""
     kept, silent, half = closing.connect(), closing.connect(), closing.connect()
     assert kept.ask(b"GET", b"/healthz")[1] == "ok\n"
     assert not kept.closing
@@ -466,7 +470,7 @@ def test_connections_that_wait_for_their_next_request_are_closed_and_all_are_wai
     assert closing.later.requests == [], "half a post is none"
 
 
-def test_a_request_that_is_on_its_way_has_its_whole_answer_before_the_connection_is_closed(closing):
+def test_close_after_the_answer_in_flight(closing):
     connection = closing.posts()
     closing.close()
     assert not connection.closing
@@ -480,7 +484,8 @@ def test_a_request_that_is_on_its_way_has_its_whole_answer_before_the_connection
     assert closing.over == [None]
 
 
-def test_of_requests_behind_one_another_the_one_that_is_on_its_way_is_answered(closing):
+def test_close_with_pipelined_requests(closing):
+    """The request in flight is answered, and those behind it are not."""
     connection = closing.posts()
     connection.begin(b"POST", b"/later", body=b"next")
     closing.close()
@@ -506,7 +511,8 @@ def test_the_next_request_of_a_connection_is_on_its_way_too(closing):
     assert connection.closing
 
 
-def test_who_comes_when_it_is_closed_is_answered_once(closing):
+def test_request_while_the_site_closes(closing):
+    """It is answered, and then the connection closes."""
     first = closing.posts()
     closing.close()
     late = closing.connect()
@@ -528,7 +534,7 @@ def test_what_is_refused_before_its_body_comes_is_closed_already(closing):
     assert closing.over == [None]
 
 
-def test_those_who_are_left_are_dropped_whatever_they_wait_for(closing):
+def test_abort_drops_every_connection(closing):
     connections = [closing.posts(), closing.connect(), closing.posts()]
     closing.close()
     closing.later.answer(b"not read")
@@ -540,7 +546,8 @@ def test_those_who_are_left_are_dropped_whatever_they_wait_for(closing):
     assert closing.site.channels == set()
 
 
-def test_an_answer_without_content_has_neither_its_type_nor_its_length(closing):
+def test_answer_without_content(closing):
+    """A 204 has neither a media type nor a length."""
     connection = closing.posts()
     (request,) = closing.later.requests
     request.write(web.answer(request, HTTPStatus.NO_CONTENT, b"", ""))
@@ -625,7 +632,8 @@ def test_a_request_for_a_websocket_is_given_back_as_it_came(upgrading, clock, re
 
 @pytest.mark.parametrize("rest", [b"\x81\x80\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\r\n", bytes(20_000)])
 @pytest.mark.parametrize("more", [b"Y: 1", b"Content-Length: 5", b"Content-Length: 0", b"Transfer-Encoding: chunked"])
-def test_what_comes_with_it_is_given_back_as_it_is_and_what_comes_later_is_not_the_sites(upgrading, rest, more):
+def test_upgrade_passes_on_later_bytes(upgrading, rest, more):
+    """Bytes behind a handshake are passed on, and later bytes do not reach the site."""
     connection = upgrading.connect()
     connection.ask(b"GET", b"/healthz")
     connection.send(handshake(more) + rest)
@@ -691,7 +699,7 @@ def test_it_is_read_on_however_much_came_behind_a_request(upgrading, full):
     assert upgrading.taken(connection)[1] == bytes(20_000)
 
 
-def test_who_became_a_websocket_is_not_waited_for(upgrading):
+def test_close_ignores_upgraded_connections(upgrading):
     one, other = upgrading.connect(), upgrading.posts()
     one.send(handshake())
     upgrading.close()

@@ -208,7 +208,8 @@ def test_a_session_that_has_not_joined_is_not():
     session.leave()
 
 
-def test_one_that_left_can_leave_again_and_what_comes_then_is_nothing(log, ann):
+def test_leave_twice(log, ann):
+    """Frames that arrive afterwards are ignored."""
     ann.leave()
     ann.leave()
     ann.posts("too late")
@@ -219,7 +220,8 @@ def test_one_that_left_can_leave_again_and_what_comes_then_is_nothing(log, ann):
 # Acknowledgements
 
 
-def test_a_post_with_a_label_is_acknowledged_after_the_message_and_to_its_poster_alone(clock, ann, bob):
+def test_ack_follows_the_message(clock, ann, bob):
+    """The poster alone gets the acknowledgement, after the message."""
     ann.posts("hi", label="c81f")
     assert ann.hears() == []
     clock.advance(0)
@@ -260,7 +262,7 @@ def test_a_label_comes_back_as_it_was(clock, ann, label):
     assert ann.hears()[1]["label"] == label
 
 
-def test_a_retry_is_acknowledged_at_once_with_the_first_id_and_nobody_else_hears_of_it(clock, log, ann, bob):
+def test_retry_is_acknowledged_with_the_first_id(clock, log, ann, bob):
     ann.posts("hi", label="a")
     ann.posts("more")
     clock.advance(0)
@@ -281,7 +283,8 @@ def test_a_retry_over_another_connection_is_known_too(clock, log, ann, rooms):
     assert log.messages == ["hi"]
 
 
-def test_a_label_of_another_message_is_an_error_and_nothing_is_posted(clock, log, ann):
+def test_reused_label(clock, log, ann):
+    """It is an error, and nothing is stored."""
     ann.posts("hi", label="a")
     clock.advance(0)
     ann.hears()
@@ -307,7 +310,8 @@ def test_labels_are_of_one_user_in_one_room(clock, rooms, ann):
     assert kinds(other.hears()) == ["3", "ack a"]
 
 
-def test_a_post_that_was_not_stored_says_so_with_its_label_and_may_be_sent_again(clock, log, ann, bob):
+def test_post_while_the_log_is_down(clock, log, ann, bob):
+    """The error has the label, and the post may be sent again."""
     log.full = True
     ann.posts("hi", label="a")
     ann.posts("no label")
@@ -333,7 +337,8 @@ def test_a_post_that_may_have_been_stored_says_so_with_its_label(ann, bob):
     assert bob.hears() == []
 
 
-def test_who_has_left_is_told_nothing_of_what_became_of_its_posts(ann):
+def test_outcome_of_posts_after_leaving(ann):
+    """A client that has left gets no answers."""
     ann.leave()
     ann.refused(Post("ann", "hi", "a"), InDoubt("late"))
     ann.posted(Post("ann", "hi", "a"), 1)
@@ -342,7 +347,8 @@ def test_who_has_left_is_told_nothing_of_what_became_of_its_posts(ann):
     assert ann.hears() == []
 
 
-def test_acknowledgements_wait_with_their_messages_for_a_client_that_takes_nothing_and_it_is_not_read(clock, ann):
+def test_acks_of_a_full_transport_wait(clock, ann):
+    """Acknowledgements wait with their messages, and the client is not read."""
     ann.stalls()
     ann.posts("1", label="a")
     assert not ann.reading
@@ -355,7 +361,7 @@ def test_acknowledgements_wait_with_their_messages_for_a_client_that_takes_nothi
     assert kinds(ann.hears()) == ["1", "2", "ack a", "ack b"]
 
 
-def test_who_does_not_read_its_answers_is_not_read(clock, log, ann):
+def test_unread_answers_stop_the_reading(clock, log, ann):
     ann.stalls()
     ann.received(b"nonsense")
     assert not ann.reading
@@ -366,14 +372,14 @@ def test_who_does_not_read_its_answers_is_not_read(clock, log, ann):
     assert ann.reading
 
 
-def test_who_stalls_without_waiting_for_answers_is_still_read(log, ann):
+def test_full_transport_without_answers_is_read(log, ann):
     ann.stalls()
     ann.posts("hi")
     assert ann.reading
     assert log.messages == ["hi"]
 
 
-def test_what_was_held_is_taken_only_up_to_the_next_answer_that_waits(clock, log, ann):
+def test_held_frames_until_the_next_waiting_answer(clock, log, ann):
     ann.stalls()
     ann.received(b"nonsense")
     ann.posts("1")
@@ -452,7 +458,7 @@ def test_the_label_of_a_page_is_no_key_of_a_post(old, clock, log, ann):
 @pytest.mark.parametrize(
     "request_", [{"before": "p9Zx-1"}, {"after": "p9Zx-1"}, {"before": "k7Q2-7"}, {"after": "k7Q2-6"}]
 )
-def test_an_id_that_no_message_has_or_had_is_an_error_with_the_label(old, ann, request_):
+def test_page_from_unknown_id(old, ann, request_):
     ann.says(PAGE | request_ | {"label": "h1"})
     assert ann.hears() == [
         {
@@ -465,7 +471,8 @@ def test_an_id_that_no_message_has_or_had_is_an_error_with_the_label(old, ann, r
     assert ann.reading
 
 
-def test_a_log_that_cannot_be_read_is_an_error_with_the_label_and_is_logged(old, log, ann, events):
+def test_page_while_the_log_is_down(old, log, ann, events):
+    """It is an error with the label, and is logged."""
     log.slow = True
     ann.says(PAGE | {"label": "h1"})
     log.fail()
@@ -486,7 +493,8 @@ def test_a_log_that_cannot_be_read_is_an_error_with_the_label_and_is_logged(old,
     assert kinds(ann.hears()) == [[*"12345"]]
 
 
-def test_a_fault_in_reading_the_log_is_reported_and_stops_nothing(old, log, ann, events):
+def test_unexpected_error_of_a_page_read(old, log, ann, events):
+    """It is logged, and the session continues."""
     log.slow = True
     ann.says(PAGE)
     ann.posts("6")
@@ -513,7 +521,8 @@ def test_while_a_page_is_fetched_nothing_more_is_read(log, paging):
     assert paging.reading
 
 
-def test_what_came_with_a_page_request_is_held_and_taken_in_order_after_the_answer(clock, log, paging, bob):
+def test_frames_behind_a_page_request_are_held(clock, log, paging, bob):
+    """They are handled in order after the answer."""
     paging.posts("6", label="a")
     paging.received(b"nonsense")
     paging.posts("7")
@@ -526,7 +535,7 @@ def test_what_came_with_a_page_request_is_held_and_taken_in_order_after_the_answ
     assert kinds(bob.hears()) == ["6", "7"]
 
 
-def test_what_was_held_is_posted_once_also_when_the_client_leaves_later(log, paging):
+def test_held_posts_are_stored_once(log, paging):
     paging.posts("6")
     log.answer()
     paging.posts("7")
@@ -561,9 +570,8 @@ def test_messages_of_others_still_come_while_a_page_is_fetched(clock, log, pagin
 
 
 @pytest.mark.parametrize("outcome", ["answer", "fail"])
-def test_who_leaves_while_a_page_is_fetched_has_posted_what_had_come_once_and_is_told_nothing(
-    clock, log, paging, bob, outcome
-):
+def test_leave_during_a_page_read(clock, log, paging, bob, outcome):
+    """Held posts are stored once, and the client gets no answers."""
     paging.posts("6", label="a")
     paging.received(b"nonsense")
     paging.says(PAGE, {"type": "typing", "username": "ann"})
@@ -577,7 +585,7 @@ def test_who_leaves_while_a_page_is_fetched_has_posted_what_had_come_once_and_is
     assert kinds(bob.hears()) == ["6", "7"]
 
 
-def test_who_leaves_before_the_page_that_has_no_such_id_is_told_nothing(old, log, ann):
+def test_leave_before_an_unknown_id_is_found(old, log, ann):
     log.slow = True
     ann.says(PAGE | {"after": "k7Q2-9"})
     ann.leave()
@@ -585,13 +593,15 @@ def test_who_leaves_before_the_page_that_has_no_such_id_is_told_nothing(old, log
     assert ann.hears() == []
 
 
-def test_who_is_being_closed_while_a_page_is_fetched_is_read_again_since_it_must_answer_the_close(log, paging):
+def test_close_during_a_page_read(log, paging):
+    """The client is read again, since it must answer the close."""
     paging.leave()
     log.answer()
     assert paging.reading
 
 
-def test_an_answer_that_is_not_read_keeps_what_is_held_behind_a_page(clock, log, paging):
+def test_held_frames_wait_for_the_answers(clock, log, paging):
+    """Frames are held behind a page until the client reads its answers."""
     paging.stalls()
     paging.posts("6")
     log.answer()
@@ -602,7 +612,8 @@ def test_an_answer_that_is_not_read_keeps_what_is_held_behind_a_page(clock, log,
     assert paging.reading
 
 
-def test_a_page_that_is_fetched_keeps_what_is_held_although_the_answers_are_read_again(log, paging):
+def test_held_frames_wait_for_the_page(log, paging):
+    """Frames are held for the page after the client reads its answers again."""
     paging.stalls()
     paging.send_frame(b"")
     paging.posts("6")
@@ -614,7 +625,8 @@ def test_a_page_that_is_fetched_keeps_what_is_held_although_the_answers_are_read
     assert paging.reading
 
 
-def test_nothing_that_follows_what_is_not_utf_8_is_posted_although_it_was_held(log, paging):
+def test_held_posts_after_invalid_utf_8(log, paging):
+    """Nothing after a text that is not UTF-8 is posted."""
     paging.posts("6")
     paging.received(b'{"username":"ann","message":"\xff"}')
     paging.posts("after the fault")
@@ -623,7 +635,8 @@ def test_nothing_that_follows_what_is_not_utf_8_is_posted_although_it_was_held(l
     assert log.messages == [*"123456"]
 
 
-def test_nothing_that_follows_what_is_not_utf_8_is_posted_when_the_client_leaves(log, paging):
+def test_leave_with_invalid_utf_8_held(log, paging):
+    """Held posts before it are stored, and those after it are not."""
     paging.posts("6")
     paging.received(b'{"username":"ann","message":"\xff"}')
     paging.posts("after the fault")
@@ -642,7 +655,7 @@ def test_the_head_is_that_of_the_room(ann, bob, clock):
     assert ann.head == 0
 
 
-def test_who_is_in_no_room_is_owed_nothing(ann):
+def test_nothing_pending_outside_of_a_room(ann):
     ann.posts("1", label="a")
     assert ann.has_pending(1)
     ann.leave()
@@ -690,7 +703,7 @@ def test_what_came_with_a_page_and_waits_is_owed_its_answers_too(clock, log, pag
     assert not paging.has_pending(6)
 
 
-def test_who_takes_nothing_for_a_while_is_owed_it_all_the_same(clock, ann, bob):
+def test_pending_while_the_transport_is_full(clock, ann, bob):
     assert not bob.has_pending(0)
     ann.stalls()
     ann.posts("1", label="a")
@@ -709,14 +722,14 @@ def test_who_takes_nothing_for_a_while_is_owed_it_all_the_same(clock, ann, bob):
     assert not bob.has_pending(1)
 
 
-def test_who_was_given_all_is_owed_nothing_however_full_its_transport_is(clock, ann):
+def test_nothing_pending_after_everything_was_sent(clock, ann):
     ann.posts("1", label="a")
     clock.advance(0)
     ann.stalls()
     assert not ann.has_pending(1)
 
 
-def test_who_is_finished_is_read_no_more(clock, ann):
+def test_finished_session_is_not_read(clock, ann):
     ann.finish()
     assert not ann.reading
     ann.stalls()
@@ -726,7 +739,8 @@ def test_who_is_finished_is_read_no_more(clock, ann):
 
 
 @pytest.mark.parametrize("outcome", ["answer", "fail"])
-def test_who_is_finished_while_a_page_is_fetched_gets_it_and_has_posted_what_came_with_it(clock, log, paging, outcome):
+def test_finish_during_a_page_read(clock, log, paging, outcome):
+    """The client gets the page, and its held posts are stored."""
     paging.posts("6", label="a")
     paging.finish()
     getattr(log, outcome)()
@@ -812,7 +826,8 @@ ID_PATTERN = "/^[0-9A-Za-z]{4,16}-(0|[1-9][0-9]{0,15})$/"
         *((document, '"value" must be of type object') for document in ([], "hi", 1, None, [{"username": "ann"}])),
     ],
 )
-def test_a_refused_frame_is_answered_with_what_is_wrong_and_changes_nothing(clock, ann, bob, document, fault):
+def test_refused_frame(clock, ann, bob, document, fault):
+    """It is answered with the fault and changes nothing."""
     ann.says(document)
     assert ann.hears() == [{"type": "error", "message": f"Validation error: {fault}"}]
     assert ann.reading
@@ -853,7 +868,8 @@ def test_an_error_echoes_a_label_that_is_well_formed(ann, document, label):
     assert error.get("label") == label
 
 
-def test_what_is_not_utf_8_ends_the_connection_and_is_not_answered(log, ann):
+def test_invalid_utf_8(log, ann):
+    """It ends the connection and is not answered."""
     ann.received(b'{"username":"ann","message":"\xff"}')
     assert ann.ended
     ann.posts("too late")
@@ -880,7 +896,7 @@ def present(frames):
     return [frame["data"] for frame in frames if frame["type"] == "presence"]
 
 
-def test_who_did_not_ask_never_gets_a_frame_of_presence_or_typing(clock, rooms, ann):
+def test_no_events_without_asking(clock, rooms, ann):
     watcher = Person(rooms, events=EVENTS)
     ann.says(type="typing", username="ann")
     ann.posts("hi")
@@ -890,7 +906,7 @@ def test_who_did_not_ask_never_gets_a_frame_of_presence_or_typing(clock, rooms, 
     assert {frame["type"] for frame in watcher.hears()} == {"message", "presence", "typing"}
 
 
-def test_who_types_is_told_to_those_who_asked_and_nothing_is_kept(clock, log, rooms, ann):
+def test_typing_reaches_watchers_and_is_not_stored(clock, log, rooms, ann):
     watcher = Person(rooms, events=frozenset({"typing"}))
     ann.says(type="typing", username="ann")
     clock.advance(0)
@@ -899,14 +915,15 @@ def test_who_types_is_told_to_those_who_asked_and_nothing_is_kept(clock, log, ro
     assert log.messages == []
 
 
-def test_typing_makes_nobody_known_by_another_name(clock, rooms, ann):
+def test_typing_does_not_change_the_name(clock, rooms, ann):
     watcher = Person(rooms, events=EVENTS, name="watcher")
     ann.says(type="typing", username="someone")
     clock.advance(0)
     assert present(watcher.hears()) == [{"count": 2, "users": ["watcher"]}]
 
 
-def test_a_member_is_known_by_the_name_it_posted_last_and_until_then_by_the_one_it_came_with(clock, rooms):
+def test_name_of_a_member(clock, rooms):
+    """A member has the name of its last post, and until then that of its request."""
     watcher = Person(rooms, events=frozenset({"presence"}))
     someone = Person(rooms, name="someone")
     clock.advance(0)
@@ -952,14 +969,15 @@ def test_a_burst_goes_through_and_then_one_each_half_second(clock, log, hasty):
     assert [frame["retry_after"] for frame in hasty.hears()] == [0.5]
 
 
-def test_each_connection_has_its_own_limit_although_they_share_a_rate(rooms, clock, log):
+def test_rate_is_per_connection(rooms, clock, log):
     rate = Rate(1, 2, clock.seconds)
     for _ in range(2):
         Person(rooms, rate=rate).posts("1", "2", "3")
     assert log.messages == ["1", "2"] * 2
 
 
-def test_a_limited_post_echoes_its_label_and_may_be_sent_again_with_it(clock, log, hasty):
+def test_limited_post_echoes_its_label(clock, log, hasty):
+    """The post may be sent again with its label."""
     hasty.posts(*"123")
     hasty.posts("4", label="a")
     assert hasty.hears() == [LIMITED | {"label": "a", "retry_after": 0.5}]
@@ -999,7 +1017,8 @@ def test_what_is_no_json_costs_one_too_and_is_limited(hasty):
     assert kinds(hasty.hears()) == ["Invalid JSON format."] * 3 + ["RATE_LIMITED"]
 
 
-def test_a_refused_frame_that_is_limited_is_told_so_and_its_label(hasty):
+def test_refused_frame_above_the_rate(hasty):
+    """It is answered with the rate limit and its label."""
     hasty.posts(*"123")
     hasty.says(username="ann", label="c82")
     hasty.says(PAGE | {"label": "h1"})
@@ -1011,7 +1030,7 @@ def test_a_refused_frame_that_is_limited_is_told_so_and_its_label(hasty):
     ]
 
 
-def test_what_is_not_utf_8_ends_the_connection_although_it_is_limited(hasty):
+def test_invalid_utf_8_above_the_rate(hasty):
     hasty.posts(*"123")
     hasty.received(b"\xff")
     assert hasty.ended
@@ -1041,7 +1060,7 @@ def test_what_was_held_costs_as_much(old, clock, log, hasty):
     assert kinds(hasty.hears()) == [[*"12345"], "RATE_LIMITED", "RATE_LIMITED"]
 
 
-def test_leaving_while_a_page_is_fetched_is_no_way_round_the_limit(old, clock, log, hasty):
+def test_rate_applies_to_held_posts_of_a_leaver(old, clock, log, hasty):
     log.slow = True
     hasty.says(PAGE)
     hasty.posts(*"6789")
@@ -1051,7 +1070,8 @@ def test_leaving_while_a_page_is_fetched_is_no_way_round_the_limit(old, clock, l
 
 @REPEATABLE
 @given(a_second=st.integers(1, 1000), pause=st.floats(0, 1))
-def test_who_waits_as_long_as_it_is_told_gets_through_and_is_told_no_more_than_that(a_second, pause):
+def test_retry_after_is_exact(a_second, pause):
+    """A client that waits for retry_after is served, and less is too little."""
     clock, log = Clock(), Log()
     person = Person(Registry(log, frames, clock, 1), rate=Rate(a_second, 1, clock.seconds))
     person.posts("1")

@@ -267,7 +267,8 @@ def test_there_are_two_ways_through_a_handshake():
     assert parse_upgrade(long().removesuffix(b"\r\n\r\n")) is None
 
 
-def test_a_good_handshake_of_another_form_is_autobahns_and_joins_too(client, clock):
+def test_handshake_of_another_form(client, clock):
+    """Autobahn accepts it, and the client joins."""
     client.sends(long("/", b"Sec-WebSocket-Protocol: chat.v1"))
     answer, _, rest = client.transport.read().partition(b"\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 101 ")
@@ -320,7 +321,8 @@ def test_a_handshake_that_is_refused_is_told_why(client, events, old, new, code)
         (b"Upgrade: websocket", b"Upgrade: websocket, secret\r\nAuthorization: secret"),
     ],
 )
-def test_a_refused_handshake_is_logged_with_nothing_that_is_in_it(client, events, old, new):
+def test_log_of_a_refused_handshake(client, events, old, new):
+    """The line quotes nothing of the request."""
     handshake = HANDSHAKE.replace(old, new)
     assert handshake != HANDSHAKE
     client.sends(handshake)
@@ -345,7 +347,8 @@ def refusal(client, handshake):
     return problem["status"], problem["detail"]
 
 
-def test_a_version_of_websocket_that_is_not_spoken_is_refused_with_those_that_are(client):
+def test_unsupported_websocket_version(client):
+    """The answer names the supported versions."""
     client.sends(HANDSHAKE.replace(b"Version: 13", b"Version: 99"))
     assert b"\r\nSec-WebSocket-Version: " in client.transport.read().partition(b"\r\n\r\n")[0]
 
@@ -400,9 +403,8 @@ def written(client):
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
 @pytest.mark.parametrize("cut", [(requests, pieces) for requests in (1, 3) for pieces in (1, 7, 1000)])
-def test_a_connection_that_served_requests_becomes_a_websocket_behind_their_answers(
-    factory, clock, way, transport, cut
-):
+def test_upgrade_after_plain_requests(factory, clock, way, transport, cut):
+    """The WebSocket's bytes follow the answers to the requests."""
     requests, pieces = cut
     connections = factory.connections
     client, other = Client(factory, transport()), Client(factory)
@@ -432,7 +434,7 @@ def test_a_connection_that_served_requests_becomes_a_websocket_behind_their_answ
     assert factory.site.channels == set()
 
 
-def test_it_is_told_when_its_transport_is_full_as_those_are_that_buffer(factory, clock):
+def test_buffered_transport_pauses_the_connection(factory, clock):
     client = Client(factory)
     client.sends(HEALTH + HANDSHAKE)
     written(client)
@@ -465,7 +467,8 @@ def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, connections):
     ("handshake", "status"),
     [(short("/nowhere"), 404), (long("/?username=%ff"), 400), (short().replace(b"13", b"7"), 400)],
 )
-def test_a_handshake_that_is_refused_there_is_told_why_and_ends_it(factory, connections, handshake, status):
+def test_refused_upgrade_after_plain_requests(factory, connections, handshake, status):
+    """It gets the reason, and the connection ends."""
     client = Client(factory)
     client.sends(HEALTH + handshake)
     _, _, answer = written(client).partition(b"ok\n")
@@ -477,7 +480,7 @@ def test_a_handshake_that_is_refused_there_is_told_why_and_ends_it(factory, conn
     assert factory.getConnectionCount() == 0
 
 
-def test_who_comes_so_while_the_server_stops_is_told_when_to_come_again(factory, connections, way):
+def test_upgrade_after_plain_requests_while_stopping(factory, connections, way):
     client = Client(factory)
     client.sends(HEALTH)
     connections.stopping = True
@@ -486,7 +489,7 @@ def test_who_comes_so_while_the_server_stops_is_told_when_to_come_again(factory,
     assert client.transport.disconnecting
 
 
-def test_a_handshake_whose_header_is_folded_goes_the_same_way(client):
+def test_folded_upgrade_header(client):
     # It is no upgrade to the WebSocket side until the web site has put it into one line.
     client.sends(HANDSHAKE.replace(b"Upgrade: websocket", b"Upgrade:\r\n websocket"))
     assert written(client).startswith(UPGRADED)
@@ -573,7 +576,7 @@ def test_the_operator_says_which_rooms_there_may_be(server, way, target, status)
         ("nonsense&last_event_id=k7Q2-2", True, ["3"]),
     ],
 )
-def test_who_names_its_last_message_gets_what_it_missed_if_that_is_there(factory, way, last, resumed, messages):
+def test_resume_from_the_last_id(factory, way, last, resumed, messages):
     writer = Client(factory)
     writer.joins()
     for message in "123":
@@ -623,7 +626,7 @@ def test_a_client_is_known_by_the_name_that_it_came_with(client, clock, way, que
     assert client.reads() == [{"type": "presence", "data": {"count": 1, "users": [name]}}]
 
 
-def test_what_others_do_reaches_only_those_who_asked(factory, clock, way):
+def test_events_reach_only_watchers(factory, clock, way):
     asked, asked_half, not_asked = (Client(factory) for _ in range(3))
     asked.joins(way("/?events=presence,typing&username=ann"))
     asked_half.joins(way("/?events=typing"))
@@ -676,7 +679,7 @@ def test_where_null_is_not_named_a_page_of_no_origin_may_not(server, way):
     assert refusal(Client(server(origins=["https://chat.example"])), way("/", b"Origin: null"))[0] == 403
 
 
-def test_who_says_no_origin_is_no_browser_and_let_in(server, way):
+def test_handshake_without_origin_is_allowed(server, way):
     assert Client(server(origins=["https://chat.example"])).joins(way())
 
 
@@ -724,7 +727,7 @@ def waiting(request, held, clock, server):
     return client
 
 
-def test_while_the_room_is_loaded_nothing_more_is_read_from_the_client(held, waiting):
+def test_load_of_a_room_stops_the_reading(held, waiting):
     assert waiting.transport.producerState == "paused"
     assert waiting.transport.read() == b""
     held.answer()
@@ -732,7 +735,7 @@ def test_while_the_room_is_loaded_nothing_more_is_read_from_the_client(held, wai
     assert waiting.transport.read().startswith(b"HTTP/1.1 101 ")
 
 
-def test_frames_right_behind_the_handshake_are_read_when_the_room_is_loaded(held, clock, server, way):
+def test_frames_behind_the_handshake_wait_for_the_room(held, clock, server, way):
     client = Client(server(Registry(held, frames, clock, 100)))
     client.sends(way() + masked(b'{"username":"ann","message":"hi"}'))
     held.answer()
@@ -749,7 +752,8 @@ def test_a_log_that_is_down_is_503_and_when_to_try_again(held, waiting, events):
     assert "the log cannot be read: {error}" in [event["log_format"] for event in events]
 
 
-def test_who_gave_up_while_the_room_was_loaded_does_not_join(held, waiting, clock, connections):
+def test_handshake_timeout_during_the_load_of_a_room(held, waiting, clock, connections):
+    """The client does not join."""
     clock.advance(HANDSHAKE_SECONDS)
     connections.check_deadlines()
     assert waiting.transport.aborted
@@ -796,7 +800,7 @@ def test_it_does_not_matter_how_frames_are_cut(client, clock):
     assert [frame["data"]["message"] for frame in client.reads()] == ["1", "2"]
 
 
-def test_a_message_in_fragments_with_a_ping_between_is_put_together(client, clock):
+def test_fragmented_message_with_a_ping_between(client, clock):
     client.joins()
     text = '{"username":"ann","message":"жук"}'.encode()
     client.sends(masked(text[:29], first=0x01))
@@ -842,7 +846,7 @@ def test_two_messages_in_fragments_do_not_mix(factory, clock):
         *("long-ping", "close-code"),
     ],
 )
-def test_what_no_client_may_send_closes_with_a_code_and_is_not_posted(client, clock, frame, code):
+def test_protocol_violations_close_with_a_code(client, clock, frame, code):
     client.joins()
     client.sends(frame + masked(b'{"username":"ann","message":"too late"}'))
     assert client.reads_close() == code
@@ -861,7 +865,8 @@ def failures(events):
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_who_breaks_the_protocol_is_told_why_and_may_answer(factory, events, pass_time, transport):
+def test_protocol_violation_gets_a_reason(factory, events, pass_time, transport):
+    """The client may answer the close."""
     client = Client(factory, transport())
     client.joins()
     why = "why " + "\N{WAVING HAND SIGN}" * 50
@@ -877,7 +882,8 @@ def test_who_breaks_the_protocol_is_told_why_and_may_answer(factory, events, pas
     assert client.transport.disconnecting
 
 
-def test_who_breaks_the_protocol_when_it_is_to_close_is_dropped(client, events):
+def test_protocol_violation_while_closing(client, events):
+    """The client is dropped."""
     client.joins()
     client.protocol.restart(0.5)
     assert client.reads_close() == 1012
@@ -887,7 +893,7 @@ def test_who_breaks_the_protocol_when_it_is_to_close_is_dropped(client, events):
     assert [(room, code) for _, _, room, code, _ in failures(events)] == [("main", 1002)]
 
 
-def test_who_is_gone_is_failed_no_more(client, events):
+def test_fail_after_the_connection_is_lost(client, events):
     client.joins()
     client.goes()
     client.protocol._fail_connection()
@@ -896,7 +902,7 @@ def test_who_is_gone_is_failed_no_more(client, events):
 
 
 @pytest.mark.parametrize("payload", [b"\x03\xe8secret\xff", b"\x00\x01secret"])
-def test_of_a_close_that_breaks_the_protocol_nothing_is_logged_but_that(client, events, payload):
+def test_log_of_an_invalid_close_frame(client, events, payload):
     client.joins()
     client.sends(masked(payload, first=0x88))
     assert client.transport.read()[0] == 0x88
@@ -935,7 +941,8 @@ def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_a_post_with_a_label_is_acknowledged_after_its_message_and_to_its_poster_alone(factory, clock, way, transport):
+def test_ack_follows_the_message(factory, clock, way, transport):
+    """The poster alone gets the acknowledgement, after the message."""
     ann, bob = Client(factory, transport()), Client(factory, transport())
     ann.joins(way())
     bob.joins(way())
@@ -950,7 +957,7 @@ def test_a_post_with_a_label_is_acknowledged_after_its_message_and_to_its_poster
     assert [frame["code"] for frame in ann.reads()] == ["LABEL_REUSED"]
 
 
-def test_messages_sent_again_after_a_connection_broke_are_there_once(factory, clock, store):
+def test_retries_after_a_lost_connection_are_stored_once(factory, clock, store):
     ann = Client(factory)
     ann.joins()
     ann.posts("1", label="a")
@@ -982,7 +989,8 @@ def in_pieces(payload):
     ],
     ids=lambda big: f"{big[0]}-{len(big[1])}",
 )
-def test_what_is_too_big_is_1009_whatever_it_is_in_and_what_came_before_is_not_lost(client, clock, store, big, frame):
+def test_message_too_big(client, clock, store, big, frame):
+    """It closes with 1009 in every form, and earlier posts are not lost."""
     client.joins()
     client.posts("before")
     text = json.dumps({"username": "ann", "message": "hi"} | dict([big])).encode()
@@ -1067,7 +1075,8 @@ H1 = PAGE | {"label": "h1"}
 POST = {"username": "ann", "message": "4", "label": "a"}
 
 
-def test_while_a_page_is_fetched_nothing_more_is_read_and_what_came_with_it_waits_for_its_turn(held, clock, pager):
+def test_page_read_stops_the_reading(held, clock, pager):
+    """Frames that arrived with the request wait for their turn."""
     text = json.dumps(POST | {"message": "5", "label": "b"}).encode()
     pager.sends(
         masked(json.dumps(H1).encode())
@@ -1100,7 +1109,8 @@ def test_while_a_page_is_fetched_nothing_more_is_read_and_what_came_with_it_wait
     ]
 
 
-def test_who_closes_while_a_page_is_fetched_has_posted_what_came_before_once(held, clock, pager):
+def test_client_closes_during_a_page_read(held, clock, pager):
+    """Posts that arrived before are stored once."""
     pager.sends(masked(json.dumps(H1).encode()) + masked(json.dumps(POST).encode()) + masked(b"\x03\xe8", first=0x88))
     assert pager.reads_close() == 1000
     assert said(held) == ["1", "2", "3", "4"]
@@ -1111,9 +1121,8 @@ def test_who_closes_while_a_page_is_fetched_has_posted_what_came_before_once(hel
     assert said(held) == ["1", "2", "3", "4"]
 
 
-def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_before_once(
-    held, clock, pager, connections
-):
+def test_connection_lost_during_a_page_read(held, clock, pager, connections):
+    """Posts that arrived before are stored once."""
     pager.says(H1, POST)
     pager.goes(ConnectionLost)
     assert said(held) == ["1", "2", "3", "4"]
@@ -1125,7 +1134,8 @@ def test_a_connection_that_breaks_while_a_page_is_fetched_has_posted_what_came_b
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, pager, connections, pass_time, finished):
+def test_close_during_a_page_read(held, pager, connections, pass_time, finished):
+    """The client can answer the close."""
     pager.says(H1, POST)
     if finished:
         pager.protocol.finish()
@@ -1139,7 +1149,8 @@ def test_who_is_closed_while_its_page_is_fetched_can_answer_the_close(held, page
     assert connections.empty().called
 
 
-def test_a_log_that_is_down_is_an_error_and_the_connection_goes_on(held, clock, pager):
+def test_post_while_the_log_is_down(held, clock, pager):
+    """It is an error, and the connection continues."""
     pager.says(H1, POST)
     held.fail()
     assert [(frame["code"], frame["label"]) for frame in pager.reads()] == [("UNAVAILABLE", "h1")]
@@ -1147,7 +1158,7 @@ def test_a_log_that_is_down_is_an_error_and_the_connection_goes_on(held, clock, 
     assert [frame["type"] for frame in pager.reads()] == ["message", "ack"]
 
 
-def test_who_does_not_take_its_pages_is_not_read(archive, held):
+def test_unread_pages_stop_the_reading(archive, held):
     client = Client(archive)
     client.joins()
     client.transport.socket.space = 10
@@ -1160,7 +1171,7 @@ def test_who_does_not_take_its_pages_is_not_read(archive, held):
     assert [frame["label"] for frame in client.reads()] == ["h1", "h1"]
 
 
-def test_pages_that_wait_for_the_log_and_for_their_reader_wait_for_both(archive, held):
+def test_page_waits_for_the_log_and_the_reader(archive, held):
     client = Client(archive)
     client.joins()
     held.slow = True
@@ -1182,7 +1193,7 @@ def test_pages_that_wait_for_the_log_and_for_their_reader_wait_for_both(archive,
 # Sending
 
 
-def test_who_does_not_read_its_acknowledgements_is_not_read(client, clock):
+def test_unread_acks_stop_the_reading(client, clock):
     client.joins()
     client.transport.socket.space = 0
     client.posts("1", label="a")
@@ -1209,7 +1220,7 @@ def test_a_full_socket_is_left_alone_until_it_is_empty(client, clock):
     assert [frame["data"]["message"] for frame in client.reads()] == ["1", "2"]
 
 
-def test_what_autobahn_sends_keeps_its_place_behind_what_is_buffered(client, clock):
+def test_answer_of_autobahn_behind_buffered_bytes(client, clock):
     client.joins()
     client.transport.socket.space = 10
     client.posts("1")
@@ -1221,7 +1232,8 @@ def test_what_autobahn_sends_keeps_its_place_behind_what_is_buffered(client, clo
     assert read_frames(data[:-6])[0]["data"]["message"] == "1"
 
 
-def test_what_autobahn_sends_is_buffered_when_the_socket_does_not_take_it(client):
+def test_answer_of_autobahn_to_a_full_socket(client):
+    """It is buffered."""
     client.joins()
     client.transport.socket.space = 2
     client.sends(masked(b"ping", first=0x89))
@@ -1232,7 +1244,7 @@ def test_what_autobahn_sends_is_buffered_when_the_socket_does_not_take_it(client
 
 
 @pytest.mark.parametrize("nonsense", [masked(b"nonsense"), masked(b"ping", first=0x89)], ids=["errors", "pongs"])
-def test_who_does_not_read_his_answers_is_not_read(client, nonsense):
+def test_unread_answers_stop_the_reading(client, nonsense):
     client.joins()
     client.transport.socket.space = 0
     client.sends(nonsense)
@@ -1296,7 +1308,7 @@ def test_half_a_handshake_and_silence_is_dropped(client, pass_time, events):
     assert "sent no whole request" in [event.get("why") for event in events]
 
 
-def test_who_answers_pings_stays(client, pass_time):
+def test_answered_pings(client, pass_time):
     client.joins()
     for _ in range(4):
         pass_time(PING_SECONDS)
@@ -1305,7 +1317,8 @@ def test_who_answers_pings_stays(client, pass_time):
     assert not client.transport.aborted
 
 
-def test_who_does_not_answer_a_ping_is_dropped_at_the_next(client, pass_time):
+def test_unanswered_ping(client, pass_time):
+    """The client is dropped at the next ping."""
     client.joins()
     pass_time(PING_SECONDS)
     assert not client.transport.aborted
@@ -1329,7 +1342,7 @@ def stall(client, clock, pass_time):
     return stall
 
 
-def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(client, rooms, pass_time, stall):
+def test_stalled_client_that_reads_is_evicted(client, rooms, pass_time, stall):
     stall()
     assert len(rooms) == 0
     pass_time(STALL_SECONDS - 1)
@@ -1343,7 +1356,7 @@ def test_who_took_nothing_for_too_long_and_then_reads_is_told_to_come_back(clien
     assert client.transport.aborted
 
 
-def test_who_takes_nothing_even_then_is_dropped(client, pass_time, stall, events):
+def test_evicted_client_that_stays_full_is_dropped(client, pass_time, stall, events):
     stall()
     pass_time(STALL_SECONDS)
     assert client.transport.aborted
@@ -1363,7 +1376,8 @@ def test_a_transport_that_takes_something_has_all_its_time_again(client, clock, 
     assert not client.transport.aborted
 
 
-def test_who_does_not_answer_a_close_is_dropped(client, pass_time):
+def test_unanswered_close(client, pass_time):
+    """The client is dropped."""
     client.joins()
     client.protocol.restart(0.5)
     pass_time(CLOSE_SECONDS)
@@ -1395,13 +1409,14 @@ def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, 
     assert factory.getConnectionCount() == 0
 
 
-def test_a_connection_that_never_asked_for_anything_leaves_nothing_behind(client, connections, events):
+def test_connection_without_a_request(client, connections, events):
+    """It leaves no trace."""
     client.goes(ConnectionLost)
     assert [*connections.handshakes] == []
     assert [event for event in events if event["log_namespace"] == "chatd.transport.websocket"] == []
 
 
-def test_joining_refusals_and_leaving_are_logged_without_what_was_said(client, events):
+def test_log_lines_quote_no_message(client, events):
     client.joins()
     client.sends(masked(b'{"username":"ann","secret":"tell nobody"}'))
     client.goes()
@@ -1434,7 +1449,7 @@ def test_a_socket_without_the_option_of_no_delay_is_served(factory):
     ("seconds", "reason"), [(0, b"0.0"), (0.04, b"0.0"), (0.7, b"0.7"), (0.96, b"1.0"), (9.98, b"10.0")]
 )
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_who_is_sent_elsewhere_is_told_when_to_come_back(factory, connections, transport, seconds, reason):
+def test_restart_names_the_time_to_reconnect(factory, connections, transport, seconds, reason):
     client = Client(factory, transport())
     client.joins()
     gone = connections.empty()
@@ -1450,7 +1465,8 @@ def test_who_is_sent_elsewhere_is_told_when_to_come_back(factory, connections, t
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_who_is_finished_is_read_no_more_until_it_is_to_answer_the_close(factory, transport):
+def test_finished_client_answers_the_close(factory, transport):
+    """It is not read until it must answer the close."""
     client = Client(factory, transport())
     client.joins()
     client.protocol.finish()
@@ -1460,7 +1476,7 @@ def test_who_is_finished_is_read_no_more_until_it_is_to_answer_the_close(factory
     assert client.transport.producerState == "producing"
 
 
-def test_what_a_client_said_that_was_not_read_before_its_close_is_not_posted_after_it(client, rooms, store):
+def test_frames_after_the_close_are_not_posted(client, rooms, store):
     client.joins()
     client.protocol.finish()
     client.protocol.restart(0.5)
@@ -1470,7 +1486,8 @@ def test_what_a_client_said_that_was_not_read_before_its_close_is_not_posted_aft
     assert store._room("main").head == 0
 
 
-def test_who_does_not_take_its_answers_when_it_is_finished_is_not_read_when_it_takes_them(factory, clock):
+def test_finished_client_that_takes_its_answers(factory, clock):
+    """It is not read again."""
     client = Client(factory)
     client.joins()
     client.transport.socket.space = 0
@@ -1528,9 +1545,8 @@ def full(factory, clock):
 
 
 @pytest.mark.parametrize("hurried", [False, True])
-def test_whose_transport_is_full_for_a_moment_at_its_release_has_its_acknowledgement_before_its_close(
-    full, clock, drain, hurried
-):
+def test_drain_of_a_briefly_full_transport(full, clock, drain, hurried):
+    """The acknowledgement precedes the close."""
     client, other = full
     drain(8, hurried=hurried)
     clock.pump([TICK_SECONDS] * (10 if hurried else 130))  # both were released
@@ -1543,7 +1559,8 @@ def test_whose_transport_is_full_for_a_moment_at_its_release_has_its_acknowledge
 
 
 @pytest.mark.parametrize("hurried", [False, True])
-def test_whose_transport_stays_full_is_told_all_the_same_behind_what_it_has_not_taken(full, clock, drain, hurried):
+def test_drain_of_a_full_transport(full, clock, drain, hurried):
+    """The close follows what the client has not taken."""
     client, _ = full
     drain(8, hurried=hurried)
     clock.pump([TICK_SECONDS] * (25 if hurried else 145))
@@ -1551,7 +1568,7 @@ def test_whose_transport_stays_full_is_told_all_the_same_behind_what_it_has_not_
     assert last_words(client.transport.read()) == ["message"], "what it posted, it can post again with its label"
 
 
-def test_who_is_told_twice_to_come_back_is_told_once(client):
+def test_restart_twice_sends_one_close(client):
     client.joins()
     client.protocol.evict()
     client.protocol.finish()
@@ -1568,7 +1585,8 @@ def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, connections
     assert unfinished.transport.aborted
 
 
-def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, connections, way):
+def test_handshake_while_stopping(client, connections, way):
+    """It is a 503 with Retry-After."""
     connections.stopping = True
     client.sends(way())
     answer = client.transport.read()
@@ -1576,7 +1594,8 @@ def test_who_comes_while_the_server_stops_is_told_when_to_come_again(client, con
     assert b"\r\nRetry-After: 2\r\n" in answer
 
 
-def test_who_waits_for_the_log_when_the_server_stops_is_told_too(held, waiting, connections):
+def test_stop_during_the_load_of_a_room(held, waiting, connections):
+    """A client that waits for the log gets a 503."""
     connections.stopping = True
     held.answer()
     assert waiting.transport.read().startswith(b"HTTP/1.1 503 ")
