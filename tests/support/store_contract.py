@@ -1,8 +1,8 @@
-"""What every store must do: one body of tests, run over each of them.
+"""The contract of all stores: tests that run over each of them.
 
-A store's test module subclasses StoreContract and gives `make`; one that needs a reactor overrides
-`wait` too.  One whose log outlives the process subclasses DurableStoreContract, and gives `again`.  Nothing
-here knows where a store keeps its messages.
+The test module of a store subclasses StoreContract and provides `make`; it overrides `wait` if the store needs a
+reactor.  If the log outlives the process, it subclasses DurableStoreContract and provides `again`.  These tests
+do not know where a store keeps its messages.
 """
 
 import re
@@ -27,7 +27,7 @@ REUSED = ("refused", LabelReused)
 
 
 class StrictFollower(RecordingFollower):
-    """One that is never to be told of nothing; what it does not accept is told to no poster either."""
+    """A follower that rejects empty notifications."""
 
     def appended(self, room, entries):
         assert entries
@@ -35,7 +35,7 @@ class StrictFollower(RecordingFollower):
 
 
 class Bench:
-    """A store that is open, the time, one who follows it, and one who posts."""
+    """An open store with a clock and a follower; its methods post and read."""
 
     def __init__(self, make, wait, retain, seed):
         self.wait = wait
@@ -46,14 +46,14 @@ class Bench:
         self.store.follow(StrictFollower(self.events))
 
     def reopen(self, again, retain="all"):
-        """Close the store, and open another over the same log."""
+        """Close the store, and open another one over the same log."""
         self.wait(self.store.close())
         self.store = again(self.store, Retention.parse(retain), self.now)
         self.wait(self.store.open(()))
         self.store.follow(StrictFollower(self.events))
 
     def post(self, room, *texts):
-        """Post texts one after the other; answers their numbers."""
+        """Post texts one after the other; return their numbers."""
         poster = RecordingPoster()
         for text in texts:
             self.store.append(room, Post("ann", text), poster)
@@ -61,19 +61,19 @@ class Bench:
         assert poster.refusals == []
         return poster.numbers
 
-    def say(self, room, *posts):
-        """Post one after the other; answers what became of each: ("posted", 7), ("duplicate", 7) or REUSED."""
-        return [outcome for post in posts for outcome in self.say_at_once((room, post))]
+    def send(self, room, *posts):
+        """Append posts one after the other; return the outcomes: ("posted", 7), ("duplicate", 7) or REUSED."""
+        return [outcome for post in posts for outcome in self.send_at_once((room, post))]
 
-    def say_at_once(self, *said):
-        """Post each (room, post) before any is settled; answers what became of each."""
-        posters = [RecordingPoster() for _ in said]
-        for (room, post), poster in zip(said, posters, strict=True):
+    def send_at_once(self, *sent):
+        """Append each (room, post) before any is settled; return the outcomes."""
+        posters = [RecordingPoster() for _ in sent]
+        for (room, post), poster in zip(sent, posters, strict=True):
             self.store.append(room, post, poster)
         self.wait(self.store.settled())
         outcomes = []
-        for (_, post), poster in zip(said, posters, strict=True):
-            ((what, about, number),) = poster.events  # each is told once
+        for (_, post), poster in zip(sent, posters, strict=True):
+            ((what, about, number),) = poster.events  # each gets one outcome
             assert about is post
             outcomes.append((what, type(number) if what == "refused" else number))
         return outcomes
@@ -87,28 +87,28 @@ class Bench:
     def trim(self):
         self.wait(self.store.trim())
 
-    def told(self):
-        """What the follower was told since it was last asked."""
+    def new_events(self):
+        """Return the follower's events since the last call."""
         events, self.events[:] = [*self.events], []
         return events
 
 
 class StoreContract:
     gathers = False
-    """Whether all that is appended while a commit is under way goes into the next, and is trimmed after that."""
+    """True if posts that arrive during a commit share the next one, and are trimmed after it."""
 
     @pytest.fixture
     def make(self):
-        """What makes a new store, over a new log, of a Retention and a clock."""
+        """A function that makes a new store over a new log, from a Retention and a clock."""
         raise NotImplementedError
 
     def wait(self, deferred):
-        """The result of what was asked of the store."""
+        """Return the result of a Deferred of the store."""
         return result_of(deferred)
 
     @pytest.fixture
     def bench(self, make):
-        """What makes a Bench; all are closed in the end."""
+        """A function that makes a Bench; the fixture closes all of them."""
         benches = []
 
         def build(retain="all", seed=()):
@@ -121,32 +121,36 @@ class StoreContract:
 
     # A new log
 
-    def test_the_epoch_is_4_to_16_characters_and_every_log_has_its_own(self, bench):
+    def test_every_log_draws_an_epoch(self, bench):
+        """An epoch has 4 to 16 characters of [0-9A-Za-z], and no two logs share one."""
         epochs = [bench().store.epoch for _ in range(3)]
         assert all(re.fullmatch("[0-9A-Za-z]{4,16}", epoch) for epoch in epochs)
         assert len({*epochs}) == 3
 
-    def test_the_epoch_stays_while_messages_come_and_go(self, bench):
+    def test_epoch_is_stable(self, bench):
+        """Appending and trimming do not change the epoch."""
         log = bench(retain="1")
         epoch = log.store.epoch
         log.post("main", "one", "two")
         log.trim()
         assert log.store.epoch == epoch
 
-    def test_a_new_log_begins_with_the_seed_in_the_room_main(self, bench):
+    def test_new_log_begins_with_the_seed(self, bench):
+        """The seed goes to the room main and to no other."""
         log = bench(seed=SEED)
         assert log.read("main") == Page([*SEED], first=1, head=2)
         assert log.read("other") == Page([], first=1, head=0)
 
-    def test_the_first_message_after_the_seed_has_the_next_number(self, bench):
+    def test_first_number_after_the_seed(self, bench):
         log = bench(seed=SEED)
         assert log.post("main", "hi") == [3]
         assert log.post("other", "hi") == [1]
 
-    def test_a_log_without_a_seed_is_empty(self, bench):
+    def test_log_without_a_seed_is_empty(self, bench):
         assert bench().read("main") == Page([], first=1, head=0)
 
-    def test_a_seed_that_is_not_retained_is_not_to_be_read(self, bench):
+    def test_seed_is_trimmed(self, bench):
+        """Retention applies to the seed, and its numbers are not reused."""
         assert bench(retain="1", seed=SEED).read("main") == Page([SEED[1]], first=2, head=2)
         old = bench(retain="30d", seed=SEED)
         assert old.read("main") == Page([], first=3, head=2)
@@ -154,7 +158,8 @@ class StoreContract:
 
     # Appending
 
-    def test_numbers_begin_with_1_and_have_no_gaps(self, bench):
+    def test_numbers_are_dense(self, bench):
+        """Numbers begin at 1 and have no gaps."""
         assert bench().post("main", *"abcde") == [1, 2, 3, 4, 5]
 
     def test_each_room_has_its_own_numbers(self, bench):
@@ -163,16 +168,16 @@ class StoreContract:
         assert numbers == [1, 1, 2, 1, 3, 2, 3, 2]
         assert {room: log.read(room).head for room in "abcd"} == {"a": 3, "b": 3, "c": 2, "d": 0}
 
-    def test_an_entry_is_what_was_posted_with_its_number_and_time(self, bench):
+    def test_entry_is_the_post_with_number_and_time(self, bench):
         log = bench()
         log.post("main", "hi")
         entry = Entry(1, "ann", "hi", "2026-01-01T00:00:00.000Z")
-        assert log.told() == [("appended", "main", entry)]
+        assert log.new_events() == [("appended", "main", entry)]
         assert log.read("main") == Page([entry], first=1, head=1)
         assert isinstance(log.read("main").entries[0], Entry)
 
     @pytest.mark.parametrize("text", ["a\0b", "\0", "'; --", "%s", "😀" * 500, "\u0301", "\r\n", " ", "007", "1.0"])
-    def test_any_text_is_kept_as_it_is(self, bench, text):
+    def test_text_is_stored_unchanged(self, bench, text):
         log = bench()
         poster = RecordingPoster()
         log.store.append("main", Post(text[:30], text), poster)
@@ -180,7 +185,7 @@ class StoreContract:
         assert poster.numbers == [1]
         assert [entry[1:3] for entry in log.read("main").entries] == [(text[:30], text)]
 
-    def test_the_followers_are_told_in_order_and_before_the_poster(self, bench):
+    def test_followers_are_notified_before_the_poster(self, bench):
         log = bench()
         poster = RecordingPoster(log.events)
         posts = [Post("ann", text) for text in "abc"]
@@ -188,7 +193,7 @@ class StoreContract:
             log.store.append("main", post, poster)
         self.wait(log.store.settled())
         followed, heard = [], []
-        for what, *event in log.told():
+        for what, *event in log.new_events():
             if what == "appended":
                 followed.append(event[1].number)
             else:
@@ -197,19 +202,20 @@ class StoreContract:
         assert followed == [1, 2, 3]
         assert heard == [(post, number) for number, post in enumerate(posts, 1)]
 
-    def test_every_follower_is_told_of_every_room_the_same(self, bench):
+    def test_every_follower_gets_the_same(self, bench):
+        """A follower gets every room's events from the moment it follows."""
         log = bench(retain="2")
         log.post("a", "before")
         second = RecordingFollower()
         log.store.follow(second)
-        log.told()
+        log.new_events()
         for room in "abcabcabc":
             log.post(room, "hi")
-        told = log.told()
-        assert second.events == told  # and not of what was before
-        assert len([event for event in told if event[0] == "appended"]) == 9
+        notified = log.new_events()
+        assert second.events == notified  # but not the events before it followed
+        assert len([event for event in notified if event[0] == "appended"]) == 9
 
-    def test_a_log_that_nobody_follows_keeps_what_is_posted(self, make):
+    def test_log_without_followers(self, make):
         store = make(Retention(), ManualTime())
         self.wait(store.open(()))
         poster = RecordingPoster()
@@ -219,7 +225,7 @@ class StoreContract:
         assert self.wait(store.read("main", None, 10)).head == 1
         self.wait(store.close())
 
-    def test_a_poster_may_post_again_when_it_is_told(self, bench):
+    def test_poster_posts_from_its_callback(self, bench):
         log = bench()
 
         class Insistent(RecordingPoster):
@@ -236,13 +242,14 @@ class StoreContract:
 
     # Time
 
-    def test_a_timestamp_is_the_time_in_utc_to_the_millisecond(self, bench):
+    def test_timestamp_is_utc_in_milliseconds(self, bench):
         log = bench()
         log.now.now = NEW_YEAR + 86_399.25
         log.post("main", "hi")
         assert log.read("main").entries[0].timestamp == "2026-01-01T23:59:59.250Z"
 
-    def test_timestamps_never_go_back_even_when_the_clock_does(self, bench):
+    def test_timestamps_never_go_back(self, bench):
+        """A clock that is set back stops the timestamps until it has caught up."""
         log = bench(seed=SEED)
         for step in (5, -3600, 1, 3600, -1, 0.5, -(10**9), 2, 10**9, 60):
             log.now.advance(step)
@@ -250,10 +257,10 @@ class StoreContract:
         stamps = [entry.timestamp for entry in log.read("main").entries[len(SEED) :]]
         assert stamps == sorted(stamps)
         assert stamps[0] == "2026-01-01T00:00:05.000Z"
-        assert stamps[-1] == timestamp(log.now())  # and go on when it has caught up
+        assert stamps[-1] == timestamp(log.now())  # the clock has caught up
         assert all(TIMESTAMP.fullmatch(stamp) for stamp in stamps)
 
-    def test_a_message_is_not_older_than_the_seed(self, bench):
+    def test_message_is_not_older_than_the_seed(self, bench):
         log = bench(seed=SEED)
         log.now.now = 0
         log.post("main", "hi")
@@ -261,14 +268,14 @@ class StoreContract:
 
     # Reading
 
-    def test_the_newest_messages_are_read_oldest_first(self, bench):
+    def test_read_newest_in_order(self, bench):
         log = bench()
         log.post("main", *"abcde")
         page = log.read("main", limit=3)
         assert [(entry.number, entry.message) for entry in page.entries] == [(3, "c"), (4, "d"), (5, "e")]
         assert (page.first, page.head) == (1, 5)
 
-    def test_all_messages_are_read_when_the_limit_allows_it(self, bench):
+    def test_read_all(self, bench):
         log = bench()
         log.post("main", *"abc")
         assert log.texts("main", limit=3) == log.texts("main", limit=4) == ["a", "b", "c"]
@@ -286,7 +293,7 @@ class StoreContract:
             (10**15, 2, ""),
         ],
     )
-    def test_the_oldest_messages_after_a_number_are_read(self, bench, after, limit, texts):
+    def test_read_after_a_number(self, bench, after, limit, texts):
         log = bench()
         log.post("main", *"abcde")
         page = log.read("main", after, limit)
@@ -295,7 +302,7 @@ class StoreContract:
         assert (page.first, page.head) == (1, 5)
 
     @pytest.mark.parametrize("after", [None, 0, 7])
-    def test_a_room_that_nobody_ever_posted_to_is_empty(self, bench, after):
+    def test_read_unknown_room(self, bench, after):
         log = bench()
         log.post("main", "hi")
         assert log.read("other", after) == Page([], first=1, head=0)
@@ -305,40 +312,42 @@ class StoreContract:
         log.read("other")
         assert log.post("other", "hi") == [1]
         log.trim()
-        assert [event[0] for event in log.told()] == ["appended"]
+        assert [event[0] for event in log.new_events()] == ["appended"]
 
     # Retention
 
-    def test_only_so_many_messages_are_kept(self, bench):
+    def test_retention_by_number(self, bench):
         log = bench(retain="3")
         assert log.post("main", *"abcde") == [1, 2, 3, 4, 5]
         page = log.read("main")
         assert [(entry.number, entry.message) for entry in page.entries] == [(3, "c"), (4, "d"), (5, "e")]
         assert (page.first, page.head) == (3, 5)
 
-    def test_a_read_after_a_number_that_is_kept_no_more_begins_with_the_first_that_is(self, bench):
+    def test_read_after_a_trimmed_number(self, bench):
+        """The page begins with the oldest message that is left."""
         log = bench(retain="3")
         log.post("main", *"abcde")
         assert log.texts("main", after=0, limit=2) == log.texts("main", after=1, limit=2) == ["c", "d"]
         assert log.texts("main", after=3, limit=2) == ["d", "e"]
 
-    def test_the_followers_are_told_which_message_is_the_first_now(self, bench):
+    def test_followers_learn_the_first_number(self, bench):
         log = bench(retain="2")
         log.post("main", *"ab")
-        assert [event for event in log.told() if event[0] == "trimmed"] == []
+        assert [event for event in log.new_events() if event[0] == "trimmed"] == []
         log.post("main", "c")
-        told = log.told()
-        assert told == [("appended", "main", log.read("main").entries[-1]), ("trimmed", "main", 2)]
+        notified = log.new_events()
+        assert notified == [("appended", "main", log.read("main").entries[-1]), ("trimmed", "main", 2)]
         log.post("main", "d")
-        assert log.told()[-1] == ("trimmed", "main", 3)
+        assert log.new_events()[-1] == ("trimmed", "main", 3)
 
-    def test_every_room_has_its_own_share(self, bench):
+    def test_retention_counts_each_room(self, bench):
         log = bench(retain="2")
         for room in "abbaabbb":
             log.post(room, room)
         assert [log.read(room)[1:] for room in "ab"] == [(2, 3), (4, 5)]
 
-    def test_only_so_many_days_are_kept(self, bench):
+    def test_retention_by_days(self, bench):
+        """A message is removed when it is older than the limit, to the second."""
         log = bench(retain="2d")
         log.post("main", "one")
         log.now.advance(DAY)
@@ -346,129 +355,133 @@ class StoreContract:
         log.now.advance(DAY)
         log.post("main", "three")  # "one" is two days old to the second, and not older
         assert log.texts("main") == ["one", "two", "three"]
-        log.told()
+        log.new_events()
         log.now.advance(1)
         log.post("main", "four")
         assert log.texts("main") == ["two", "three", "four"]
-        assert log.told()[-1] == ("trimmed", "main", 2)
+        assert log.new_events()[-1] == ("trimmed", "main", 2)
 
-    def test_trimming_reaches_rooms_in_which_nothing_is_posted(self, bench):
+    def test_trim_reaches_quiet_rooms(self, bench):
         log = bench(retain="1d")
         log.post("quiet", "one", "two")
         log.now.advance(DAY / 2)
         log.post("quiet", "three")
         log.post("busy", "one")
         log.now.advance(DAY / 2 + 1)
-        log.told()
+        log.new_events()
         log.trim()
-        assert log.told() == [("trimmed", "quiet", 3)]
+        assert log.new_events() == [("trimmed", "quiet", 3)]
         assert log.texts("quiet") == ["three"]
         assert log.texts("busy") == ["one"]
 
-    def test_trimming_tells_nothing_when_nothing_is_removed(self, bench):
+    def test_trim_without_effect_is_silent(self, bench):
         for retain in ("all", "5", "1d"):
             log = bench(retain=retain)
             log.trim()
             log.post("main", "one")
-            log.told()
+            log.new_events()
             log.trim()
-            assert log.told() == []
+            assert log.new_events() == []
 
-    def test_everything_is_kept_if_nothing_else_is_asked_for(self, bench):
+    def test_retention_is_unlimited_by_default(self, bench):
         log = bench(seed=SEED)
         log.now.advance(10_000 * DAY)
         log.post("main", "hi")
         log.trim()
         assert log.read("main").first == 1
 
-    def test_numbers_are_not_used_again_after_everything_was_trimmed(self, bench):
+    def test_numbers_continue_after_everything_was_trimmed(self, bench):
         log = bench(retain="1d")
         log.post("main", "one", "two")
         log.now.advance(2 * DAY)
-        log.told()
+        log.new_events()
         log.trim()
-        assert log.told() == [("trimmed", "main", 3)]
+        assert log.new_events() == [("trimmed", "main", 3)]
         for after in (None, 0, 2):
             assert log.read("main", after) == Page([], first=3, head=2)
         log.trim()
-        assert log.told() == []
+        assert log.new_events() == []
         assert log.post("main", "three") == [3]
-        assert [event[0] for event in log.told()] == ["appended"]
+        assert [event[0] for event in log.new_events()] == ["appended"]
         assert log.read("main")[1:] == (3, 3)
 
     # Labels
 
-    def test_a_post_with_a_label_is_kept_like_any_other(self, bench):
+    def test_labelled_post_is_stored(self, bench):
         log = bench()
-        assert log.say("main", Post("ann", "hi", "c81f")) == [("posted", 1)]
+        assert log.send("main", Post("ann", "hi", "c81f")) == [("posted", 1)]
         entry = Entry(1, "ann", "hi", "2026-01-01T00:00:00.000Z")
-        assert log.told() == [("appended", "main", entry)]
+        assert log.new_events() == [("appended", "main", entry)]
         assert log.read("main") == Page([entry], first=1, head=1)
 
-    def test_a_label_is_shown_to_nobody(self, bench):
+    def test_label_is_never_shown(self, bench):
         log = bench()
-        log.say("main", Post("ann", "hi", "secret"), Post("ann", "hi", "secret"))
+        log.send("main", Post("ann", "hi", "secret"), Post("ann", "hi", "secret"))
         assert Entry._fields == ("number", "username", "message", "timestamp")
-        shown = repr([*log.told(), log.read("main"), log.read("main", after=0)])
+        shown = repr([*log.new_events(), log.read("main"), log.read("main", after=0)])
         assert "ann" in shown
         assert "secret" not in shown
 
-    def test_the_same_post_with_the_same_label_is_a_duplicate_of_the_first_however_often_it_comes(self, bench):
+    def test_retry_is_a_duplicate(self, bench):
         log = bench()
-        assert log.say("main", *[Post("ann", "hi", "l")] * 4) == [("posted", 1)] + [("duplicate", 1)] * 3
+        assert log.send("main", *[Post("ann", "hi", "l")] * 4) == [("posted", 1)] + [("duplicate", 1)] * 3
         assert log.texts("main") == ["hi"]
-        assert log.say("main", Post("ann", "more", "m")) == [("posted", 2)]
+        assert log.send("main", Post("ann", "more", "m")) == [("posted", 2)]
 
-    def test_a_follower_is_told_nothing_of_a_duplicate_or_a_reuse(self, bench):
+    def test_followers_see_no_duplicate(self, bench):
         log = bench(retain="2")
-        log.say("main", Post("ann", "hi", "l"))
-        log.told()
-        log.say("main", Post("ann", "hi", "l"), Post("ann", "else", "l"))
-        assert log.told() == []
+        log.send("main", Post("ann", "hi", "l"))
+        log.new_events()
+        log.send("main", Post("ann", "hi", "l"), Post("ann", "else", "l"))
+        assert log.new_events() == []
 
-    def test_a_duplicate_changes_neither_the_message_nor_its_time(self, bench):
+    def test_duplicate_changes_nothing(self, bench):
         log = bench()
-        log.say("main", Post("ann", "hi", "l"))
+        log.send("main", Post("ann", "hi", "l"))
         before = log.read("main")
         log.now.advance(60)
-        assert log.say("main", Post("ann", "hi", "l"), Post("ann", "else", "l")) == [("duplicate", 1), REUSED]
+        assert log.send("main", Post("ann", "hi", "l"), Post("ann", "else", "l")) == [("duplicate", 1), REUSED]
         assert log.read("main") == before
 
-    def test_a_duplicate_is_known_whatever_was_posted_since(self, bench):
+    def test_late_duplicate(self, bench):
         log = bench(seed=SEED)
         first = Post("ann", "hi", "l")
-        said = [first, Post("ann", "hi"), Post("bob", "hi", "l"), Post("ann", "hi", "m"), Post("ann", "more")]
-        assert log.say("main", *said) == [("posted", number) for number in range(3, 8)]
-        assert log.say("main", first, said[3], said[2]) == [("duplicate", 3), ("duplicate", 6), ("duplicate", 5)]
+        sent = [first, Post("ann", "hi"), Post("bob", "hi", "l"), Post("ann", "hi", "m"), Post("ann", "more")]
+        assert log.send("main", *sent) == [("posted", number) for number in range(3, 8)]
+        assert log.send("main", first, sent[3], sent[2]) == [
+            ("duplicate", 3),
+            ("duplicate", 6),
+            ("duplicate", 5),
+        ]
 
-    def test_a_duplicate_that_comes_while_the_first_is_not_yet_kept_is_one_too(self, bench):
+    def test_duplicate_of_a_post_in_flight(self, bench):
         log = bench()
         before, twice = ("main", Post("bob", "before")), ("main", Post("ann", "hi", "l"))
-        assert log.say_at_once(before, twice, twice, twice) == [("posted", 1), ("posted", 2)] + [("duplicate", 2)] * 2
+        assert log.send_at_once(before, twice, twice, twice) == [("posted", 1), ("posted", 2)] + [("duplicate", 2)] * 2
         assert log.texts("main") == ["before", "hi"]
-        assert [event[:2] for event in log.told()] == [("appended", "main")] * 2
+        assert [event[:2] for event in log.new_events()] == [("appended", "main")] * 2
 
-    def test_the_same_label_with_another_message_is_refused_and_not_kept(self, bench):
+    def test_reused_label_is_refused(self, bench):
         log = bench()
         first = Post("ann", "hi", "l")
         for other in ("hi ", "Hi", "h", "", "hi\0", "hi\n"):
-            assert log.say("main", first, Post("ann", other, "l")) in (
+            assert log.send("main", first, Post("ann", other, "l")) in (
                 [("posted", 1), REUSED],
                 [("duplicate", 1), REUSED],
             )
         assert log.texts("main") == ["hi"]
-        assert log.say("main", first) == [("duplicate", 1)]  # it remains the first one's
+        assert log.send("main", first) == [("duplicate", 1)]  # the label still belongs to the first post
 
-    def test_a_refused_post_takes_no_number(self, bench):
+    def test_refused_post_takes_no_number(self, bench):
         log = bench()
-        said = [Post("ann", "hi", "l"), Post("ann", "else", "l"), Post("ann", "else", "m"), Post("ann", "else")]
-        assert log.say("main", *said) == [("posted", 1), REUSED, ("posted", 2), ("posted", 3)]
+        sent = [Post("ann", "hi", "l"), Post("ann", "else", "l"), Post("ann", "else", "m"), Post("ann", "else")]
+        assert log.send("main", *sent) == [("posted", 1), REUSED, ("posted", 2), ("posted", 3)]
         assert [entry.number for entry in log.read("main").entries] == [1, 2, 3]
 
-    def test_a_reuse_that_comes_while_the_first_is_not_yet_kept_is_refused_too(self, bench):
+    def test_reused_label_of_a_post_in_flight(self, bench):
         log = bench()
-        said = [Post("bob", "before"), Post("ann", "hi", "l"), Post("ann", "else", "l"), Post("ann", "hi", "l")]
-        outcomes = log.say_at_once(*[("main", post) for post in said])
+        sent = [Post("bob", "before"), Post("ann", "hi", "l"), Post("ann", "else", "l"), Post("ann", "hi", "l")]
+        outcomes = log.send_at_once(*[("main", post) for post in sent])
         assert outcomes == [("posted", 1), ("posted", 2), REUSED, ("duplicate", 2)]
         assert log.texts("main") == ["before", "hi"]
 
@@ -487,26 +500,30 @@ class StoreContract:
             ("main", "ann", None),
         ],
     )
-    def test_a_label_is_one_users_in_one_room(self, bench, room, username, label):
+    def test_label_belongs_to_a_user_and_a_room(self, bench, room, username, label):
         log = bench()
         first, other = ("main", Post("ann", "hi", "7")), (room, Post(username, "hi", label))
         number = 2 if room == "main" else 1
-        assert log.say_at_once(first, other) == [("posted", 1), ("posted", number)]
+        assert log.send_at_once(first, other) == [("posted", 1), ("posted", number)]
         again = ("duplicate", number) if label else ("posted", 3)
-        assert log.say_at_once(other, first) == [again, ("duplicate", 1)]
+        assert log.send_at_once(other, first) == [again, ("duplicate", 1)]
 
-    def test_labels_differ_by_their_case(self, bench):
+    def test_labels_are_case_sensitive(self, bench):
         log = bench()
-        assert log.say("main", Post("ann", "hi", "c81f"), Post("ann", "ho", "C81F")) == [("posted", 1), ("posted", 2)]
+        assert log.send("main", Post("ann", "hi", "c81f"), Post("ann", "ho", "C81F")) == [
+            ("posted", 1),
+            ("posted", 2),
+        ]
 
-    def test_usernames_that_only_look_equal_are_two(self, bench):
+    def test_usernames_are_compared_by_code_point(self, bench):
         log = bench()
         posts = [Post(name, "hi", "l") for name in ("é", "e\u0301", "e")]
-        assert log.say("main", *posts) == [("posted", 1), ("posted", 2), ("posted", 3)]
-        assert log.say("main", *posts) == [("duplicate", 1), ("duplicate", 2), ("duplicate", 3)]
+        assert log.send("main", *posts) == [("posted", 1), ("posted", 2), ("posted", 3)]
+        assert log.send("main", *posts) == [("duplicate", 1), ("duplicate", 2), ("duplicate", 3)]
 
     @pytest.mark.parametrize("mark", [*":;,.-_/|!#=\"'{}"])
-    def test_a_room_a_username_and_a_label_are_never_taken_for_one_another(self, bench, mark):
+    def test_room_username_and_label_do_not_run_together(self, bench, mark):
+        """No separator makes two different combinations equal."""
         log = bench()
         posts = [
             Post(f"a{mark}b", "hi", "c"),
@@ -514,27 +531,27 @@ class StoreContract:
             Post("a", "hi", f"{mark}b{mark}c"),
             Post(f"a{mark}b{mark}", "hi", "c"),
         ]
-        assert log.say("main", *posts) == [("posted", number) for number in (1, 2, 3, 4)]
-        assert log.say("main", *posts) == [("duplicate", number) for number in (1, 2, 3, 4)]
+        assert log.send("main", *posts) == [("posted", number) for number in (1, 2, 3, 4)]
+        assert log.send("main", *posts) == [("duplicate", number) for number in (1, 2, 3, 4)]
         for room, username in (("r", f"a{mark}b"), ("r-a", "b"), ("r_a", "b"), ("r", "a-b!"), ("r", "a_b!")):
-            assert log.say(room, Post(username, "hi", "c"))[0][0] == "posted"
+            assert log.send(room, Post(username, "hi", "c"))[0][0] == "posted"
 
     @pytest.mark.parametrize(
         "text", ["'", '"', "%s", "'; --", "\\", "{}", "$1", ":label", "?", "[x]", "*", "~" * 30, "0", "null", "NaN"]
     )
-    def test_any_username_and_any_label_are_taken_as_they_are(self, bench, text):
+    def test_usernames_and_labels_are_not_interpreted(self, bench, text):
         log = bench()
         label = text.replace(" ", "_")
         posts = [Post(text, "hi", label), Post(text, "ho", f"{label}!"), Post(f"{text}!", "hi", label)]
-        assert log.say("main", *posts) == [("posted", 1), ("posted", 2), ("posted", 3)]
-        assert log.say("main", *posts) == [("duplicate", 1), ("duplicate", 2), ("duplicate", 3)]
-        assert log.say("main", Post(text, "else", label)) == [REUSED]
+        assert log.send("main", *posts) == [("posted", 1), ("posted", 2), ("posted", 3)]
+        assert log.send("main", *posts) == [("duplicate", 1), ("duplicate", 2), ("duplicate", 3)]
+        assert log.send("main", Post(text, "else", label)) == [REUSED]
 
     @pytest.mark.parametrize("username", ["a\0b", "\0", "😀" * 30, "\n", " ", "\x7f", "\u2028"])
-    def test_the_longest_label_of_any_user_is_known_again(self, bench, username):
+    def test_longest_label(self, bench, username):
         log = bench()
         post = Post(username, "\0", "~" * 64)
-        assert log.say("main", post, post, post._replace(label="~" * 63)) == [
+        assert log.send("main", post, post, post._replace(label="~" * 63)) == [
             ("posted", 1),
             ("duplicate", 1),
             ("posted", 2),
@@ -543,22 +560,23 @@ class StoreContract:
     def test_posts_without_a_label_are_never_duplicates(self, bench):
         log = bench()
         same = Post("ann", "hi")
-        assert log.say("main", same, same) == [("posted", 1), ("posted", 2)]
-        assert log.say_at_once(*[("main", same)] * 3) == [("posted", 3), ("posted", 4), ("posted", 5)]
-        assert log.say("main", Post("ann", "hi", "l"), same) == [("posted", 6), ("posted", 7)]
+        assert log.send("main", same, same) == [("posted", 1), ("posted", 2)]
+        assert log.send_at_once(*[("main", same)] * 3) == [("posted", 3), ("posted", 4), ("posted", 5)]
+        assert log.send("main", Post("ann", "hi", "l"), same) == [("posted", 6), ("posted", 7)]
 
-    def test_the_seed_has_no_labels(self, bench):
+    def test_seed_has_no_labels(self, bench):
         log = bench(seed=SEED)
-        assert log.say("main", Post("Alice", "Hello!", "l"), Post("Alice", "Hello!", "m")) == [
+        assert log.send("main", Post("Alice", "Hello!", "l"), Post("Alice", "Hello!", "m")) == [
             ("posted", 3),
             ("posted", 4),
         ]
 
-    def test_a_batch_of_new_posts_duplicates_and_reuses_in_several_rooms_is_told_to_each_poster_as_it_is(self, bench):
+    def test_mixed_batch(self, bench):
+        """New posts, duplicates and reused labels in several rooms: each poster gets its own outcome."""
         log = bench()
-        assert log.say("a", Post("ann", "old", "o"), Post("ann", "old", "p")) == [("posted", 1), ("posted", 2)]
-        log.told()
-        said = [
+        assert log.send("a", Post("ann", "old", "o"), Post("ann", "old", "p")) == [("posted", 1), ("posted", 2)]
+        log.new_events()
+        sent = [
             ("b", Post("ann", "first"), ("posted", 1)),
             ("a", Post("ann", "old", "o"), ("duplicate", 1)),
             ("a", Post("ann", "new", "n"), ("posted", 3)),
@@ -573,23 +591,23 @@ class StoreContract:
             ("c", Post("ann", "last", "z"), ("posted", 2)),
             ("a", Post("ann", "old", "p"), ("duplicate", 2)),
         ]
-        assert log.say_at_once(*[(room, post) for room, post, _ in said]) == [outcome for *_, outcome in said]
-        told = [(room, entry.number, entry.message) for _, room, entry in log.told()]
-        new = [(room, number, post.message) for room, post, (what, number) in said if what == "posted"]
+        assert log.send_at_once(*[(room, post) for room, post, _ in sent]) == [outcome for *_, outcome in sent]
+        notified = [(room, entry.number, entry.message) for _, room, entry in log.new_events()]
+        new = [(room, number, post.message) for room, post, (what, number) in sent if what == "posted"]
         for room, numbers in {"a": [1, 2, 3, 4, 5], "b": [1, 2], "c": [1, 2]}.items():
-            assert [event for event in told if event[0] == room] == [event for event in new if event[0] == room]
+            assert [event for event in notified if event[0] == room] == [event for event in new if event[0] == room]
             assert [entry.number for entry in log.read(room).entries] == numbers
-        assert len(told) == len(new)
+        assert len(notified) == len(new)
 
-    def test_each_of_many_labels_in_one_batch_is_that_of_its_own_message(self, bench):
+    def test_many_labels_in_one_batch(self, bench):
         log = bench()
-        said = [("main", Post("ann", f"text {number}", f"l{number}" if number % 3 else None)) for number in range(600)]
-        assert log.say_at_once(*said) == [("posted", number) for number in range(1, 601)]
-        labelled = [(number, one) for number, one in enumerate(said, 1) if one[1].label]
-        assert log.say_at_once(*[one for _, one in labelled]) == [("duplicate", number) for number, _ in labelled]
+        sent = [("main", Post("ann", f"text {number}", f"l{number}" if number % 3 else None)) for number in range(600)]
+        assert log.send_at_once(*sent) == [("posted", number) for number in range(1, 601)]
+        labelled = [(number, one) for number, one in enumerate(sent, 1) if one[1].label]
+        assert log.send_at_once(*[one for _, one in labelled]) == [("duplicate", number) for number, _ in labelled]
         assert log.read("main").head == 600
 
-    def test_a_poster_may_retry_when_it_is_told(self, bench):
+    def test_poster_retries_from_its_callback(self, bench):
         log = bench()
 
         class Doubtful(RecordingPoster):
@@ -604,94 +622,96 @@ class StoreContract:
             self.wait(log.store.settled())
         assert poster.events == [("posted", post, 1), ("duplicate", post, 1)]
 
-    def test_a_poster_is_told_of_a_duplicate_after_the_followers_of_the_first(self, bench):
+    def test_duplicate_is_answered_after_the_followers(self, bench):
         log = bench()
         poster = RecordingPoster(log.events)
         for post in (Post("bob", "before"), *[Post("ann", "hi", "l")] * 2):
             log.store.append("main", post, poster)
         self.wait(log.store.settled())
-        told = [event for event in log.told() if event[1] != Post("bob", "before")]
-        assert told.index(("appended", "main", log.read("main").entries[1])) < told.index(
+        notified = [event for event in log.new_events() if event[1] != Post("bob", "before")]
+        assert notified.index(("appended", "main", log.read("main").entries[1])) < notified.index(
             ("duplicate", Post("ann", "hi", "l"), 2)
         )
 
-    def test_a_label_is_forgotten_with_its_message_and_may_be_used_again(self, bench):
+    def test_label_is_forgotten_with_its_message(self, bench):
         log = bench(retain="2")
         posts = [Post("ann", text, text) for text in "abc"]
-        log.say("main", *posts)
-        assert log.say("main", posts[1], posts[2]) == [("duplicate", 2), ("duplicate", 3)]
-        assert log.say("main", Post("ann", "else", "a")) == [("posted", 4)]
-        # It is that of the new message now.
-        assert log.say("main", Post("ann", "else", "a"), posts[0]) == [("duplicate", 4), REUSED]
+        log.send("main", *posts)
+        assert log.send("main", posts[1], posts[2]) == [("duplicate", 2), ("duplicate", 3)]
+        assert log.send("main", Post("ann", "else", "a")) == [("posted", 4)]
+        # The label belongs to the new message now.
+        assert log.send("main", Post("ann", "else", "a"), posts[0]) == [("duplicate", 4), REUSED]
         assert log.texts("main") == ["c", "else"]
 
-    def test_a_label_is_kept_while_other_messages_are_trimmed(self, bench):
+    def test_label_survives_the_trim_of_others(self, bench):
         log = bench(retain="3")
-        log.say("main", Post("ann", "a"), Post("ann", "b", "b"))
-        log.say("main", *[Post("bob", text) for text in "cd"])
+        log.send("main", Post("ann", "a"), Post("ann", "b", "b"))
+        log.send("main", *[Post("bob", text) for text in "cd"])
         assert log.read("main").first == 2
-        assert log.say("main", Post("ann", "b", "b")) == [("duplicate", 2)]
-        log.say("main", Post("bob", "e"))
-        assert log.say("main", Post("ann", "b", "b")) == [("posted", 6)]
+        assert log.send("main", Post("ann", "b", "b")) == [("duplicate", 2)]
+        log.send("main", Post("bob", "e"))
+        assert log.send("main", Post("ann", "b", "b")) == [("posted", 6)]
 
-    def test_the_same_labels_of_other_users_and_rooms_are_kept_when_one_is_forgotten(self, bench):
+    def test_trim_forgets_one_users_label_only(self, bench):
         log = bench(retain="2")
-        log.say("other", Post("ann", "hi", "l"))
-        log.say("main", Post("ann", "hi", "l"), Post("bob", "hi", "l"), Post("ann", "more"))
-        assert log.say("main", Post("bob", "hi", "l")) == [("duplicate", 2)]
-        assert log.say("other", Post("ann", "hi", "l")) == [("duplicate", 1)]
-        assert log.say("main", Post("ann", "hi", "l")) == [("posted", 4)]
+        log.send("other", Post("ann", "hi", "l"))
+        log.send("main", Post("ann", "hi", "l"), Post("bob", "hi", "l"), Post("ann", "more"))
+        assert log.send("main", Post("bob", "hi", "l")) == [("duplicate", 2)]
+        assert log.send("other", Post("ann", "hi", "l")) == [("duplicate", 1)]
+        assert log.send("main", Post("ann", "hi", "l")) == [("posted", 4)]
 
-    def test_duplicates_and_reuses_push_nothing_out(self, bench):
+    def test_duplicates_trim_nothing(self, bench):
         log = bench(retain="2")
         log.post("main", "before")
-        log.say("main", *[Post("ann", "hi", "l")] * 5, *[Post("ann", "else", "l")] * 5)
+        log.send("main", *[Post("ann", "hi", "l")] * 5, *[Post("ann", "else", "l")] * 5)
         assert log.texts("main") == ["before", "hi"]
 
-    def test_a_label_is_forgotten_when_its_message_is_too_old_and_trimmed(self, bench):
+    def test_label_is_forgotten_with_an_old_message(self, bench):
         log = bench(retain="2d")
         old, young = Post("ann", "hi", "old"), Post("ann", "hi", "young")
-        log.say("main", old)
+        log.send("main", old)
         log.now.advance(DAY)
-        log.say("main", young)
+        log.send("main", young)
         log.now.advance(DAY)
-        assert log.say("main", old) == [("duplicate", 1)]  # two days old to the second, and not older
+        assert log.send("main", old) == [("duplicate", 1)]  # two days old to the second, and not older
         log.now.advance(1)
         log.trim()
-        assert log.say("main", Post("ann", "else", "old"), young) == [("posted", 3), ("duplicate", 2)]
+        assert log.send("main", Post("ann", "else", "old"), young) == [("posted", 3), ("duplicate", 2)]
 
-    def test_what_is_posted_next_makes_the_label_of_a_message_too_old_free(self, bench):
+    def test_next_post_frees_an_old_label(self, bench):
         log = bench(retain="1d")
-        log.say("main", Post("ann", "hi", "l"))
+        log.send("main", Post("ann", "hi", "l"))
         log.now.advance(DAY + 1)
         log.post("main", "next")
-        assert log.say("main", Post("ann", "else", "l")) == [("posted", 3)]
+        assert log.send("main", Post("ann", "else", "l")) == [("posted", 3)]
 
-    def test_a_retry_alone_trims_nothing(self, bench):
+    def test_retry_trims_nothing(self, bench):
+        """A message that is too old keeps its label until something trims it."""
         log = bench(retain="1d")
-        log.say("main", Post("ann", "hi", "l"), Post("ann", "more"))
+        log.send("main", Post("ann", "hi", "l"), Post("ann", "more"))
         log.now.advance(DAY + 1)
-        log.told()
-        # Whatever is too old by now: the message is there, and so is its label, until something is trimmed.
+        log.new_events()
+        # The message is too old, but it and its label stay until something trims them.
         for _ in range(2):
-            assert log.say("main", Post("ann", "hi", "l"), Post("ann", "else", "l")) == [("duplicate", 1), REUSED]
-        assert log.told() == []
+            assert log.send("main", Post("ann", "hi", "l"), Post("ann", "else", "l")) == [("duplicate", 1), REUSED]
+        assert log.new_events() == []
         assert log.read("main").first == 1
         log.trim()
-        assert log.told() == [("trimmed", "main", 3)]
-        assert log.say("main", Post("ann", "hi", "l")) == [("posted", 3)]
+        assert log.new_events() == [("trimmed", "main", 3)]
+        assert log.send("main", Post("ann", "hi", "l")) == [("posted", 3)]
 
-    def test_all_labels_are_forgotten_when_everything_was_trimmed(self, bench):
+    def test_labels_are_forgotten_when_everything_is_trimmed(self, bench):
         log = bench(retain="1d")
         posts = [Post("ann", text, text) for text in "abc"]
-        log.say("main", *posts)
+        log.send("main", *posts)
         log.now.advance(2 * DAY)
         log.trim()
-        assert log.say("main", *posts) == [("posted", 4), ("posted", 5), ("posted", 6)]
+        assert log.send("main", *posts) == [("posted", 4), ("posted", 5), ("posted", 6)]
 
-    # Giving up
+    # Abandoning
 
-    def test_what_is_given_up_is_told_once_and_said_again_is_in_the_log_once(self, bench):
+    def test_abandon_then_retry(self, bench):
+        """Each abandoned post is answered once, and its retry is stored once."""
         log = bench()
         log.post("main", "before")
         posts = [(room, Post("ann", f"{number}", f"l{number}")) for room in ("main", "other") for number in range(3)]
@@ -706,15 +726,15 @@ class StoreContract:
             ((what, about, outcome),) = poster.events
             assert about is post
             assert what == "posted" or (what == "refused" and isinstance(outcome, InDoubt))
-        for posted, poster in zip(log.say_at_once(*posts), posters, strict=True):
+        for posted, poster in zip(log.send_at_once(*posts), posters, strict=True):
             if poster.numbers:
                 assert posted == ("duplicate", *poster.numbers)
             assert posted[0] in ("duplicate", "posted")
         assert log.texts("main")[1:] == log.texts("other") == ["0", "1", "2"]
-        told = [(room, entry.number) for what, room, entry in log.told() if what == "appended"]
-        assert sorted(told) == [("main", 1), *(("main", n) for n in (2, 3, 4)), *(("other", n) for n in (1, 2, 3))]
+        notified = [(room, entry.number) for what, room, entry in log.new_events() if what == "appended"]
+        assert sorted(notified) == [("main", 1), *(("main", n) for n in (2, 3, 4)), *(("other", n) for n in (1, 2, 3))]
 
-    def test_nothing_that_is_in_the_log_is_given_up_and_what_comes_after_is_kept(self, bench):
+    def test_abandon_spares_stored_and_later_posts(self, bench):
         log = bench()
         poster = RecordingPoster()
         log.store.append("main", Post("ann", "one"), poster)
@@ -724,7 +744,7 @@ class StoreContract:
         assert poster.refusals == []
         assert log.post("main", "two", "three") == [2, 3]
 
-    def test_a_log_that_was_given_up_can_be_closed(self, bench):
+    def test_close_after_abandon(self, bench):
         log = bench()
         poster = RecordingPoster()
         log.store.append("main", Post("ann", "one"), poster)
@@ -732,7 +752,7 @@ class StoreContract:
         self.wait(log.store.close())
         assert len(poster.events) == 1
 
-    # All of it at once, against a list
+    # Any sequence of operations, against a list
 
     rooms = st.sampled_from(["main", "a", "b"])
     operations = st.lists(
@@ -744,8 +764,10 @@ class StoreContract:
         max_size=40,
     )
 
-    def test_a_store_is_a_list_for_each_room_however_it_is_used(self, make):
-        # Written inside, since each store's class is to have examples of its own.
+    def test_store_equals_a_list_for_each_room(self, make):
+        """For any sequence of operations, the store behaves like the Model below."""
+
+        # Defined here, so that each store's class gets its own examples.
         @settings(REPEATABLE, max_examples=40)
         @given(st.sampled_from(["all", "1", "3", "1d", "2d"]), st.sampled_from([(), SEED]), self.operations)
         def check(retain, seed, steps):
@@ -764,7 +786,7 @@ class StoreContract:
                     page, expected = log.read(*what), model.read(*what)
                     assert [entry[:3] for entry in page.entries] == [entry[:3] for entry in expected.entries]
                     assert page[1:] == expected[1:]
-            # Who followed knows what is in the log, and so needs never to read what it was told.
+            # The follower's events add up to the log, so that it need not read what it has seen.
             for room in ("main", "a", "b"):
                 followed = before if room == "main" else []
                 for event, where, what in log.events:
@@ -783,8 +805,8 @@ class StoreContract:
         Post, st.sampled_from(["ann", "bob"]), st.sampled_from(["hi", "ho"]), st.sampled_from([None, "l", "m"])
     )
     label_steps = (
-        st.tuples(st.just("say"), st.lists(st.tuples(st.sampled_from(["main", "a"]), posts), min_size=1, max_size=6))
-        | st.tuples(st.just("say"), st.lists(st.tuples(st.just("main"), posts), min_size=1, max_size=6))
+        st.tuples(st.just("send"), st.lists(st.tuples(st.sampled_from(["main", "a"]), posts), min_size=1, max_size=6))
+        | st.tuples(st.just("send"), st.lists(st.tuples(st.just("main"), posts), min_size=1, max_size=6))
         | st.tuples(st.just("again"), st.none())
         | st.tuples(st.just("pass"), st.sampled_from([1, DAY // 2, DAY, 3 * DAY]))
         | st.tuples(st.just("trim"), st.none())
@@ -796,11 +818,11 @@ class StoreContract:
         def check(retain, steps):
             log = Bench(make, self.wait, Retention.parse(retain), SEED)
             model = Model(Retention.parse(retain), SEED, log.now, gathers=self.gathers)
-            said = []
+            sent = []
             for step, what in steps:
-                if step in ("say", "again"):
-                    said = what or said
-                    assert log.say_at_once(*said) == model.say_at_once(*said)
+                if step in ("send", "again"):
+                    sent = what or sent
+                    assert log.send_at_once(*sent) == model.send_at_once(*sent)
                 elif step == "pass":
                     log.now.advance(what)
                 elif step == "trim":
@@ -817,45 +839,47 @@ class StoreContract:
 
         check()
 
-    def test_every_label_is_known_while_its_message_is_kept_however_they_are_used(self, make):
+    def test_labels_equal_the_model(self, make):
+        """For any sequence of labelled posts, outcomes equal those of the Model below."""
         self.check_labels(make, self.label_steps)
 
 
 class DurableStoreContract(StoreContract):
     @pytest.fixture
     def again(self):
-        """What makes a new store, over the log of one that is closed, of that one, a Retention and a clock."""
+        """A function that makes a store over the log of a closed one, from that store, a Retention and a clock."""
         raise NotImplementedError
 
     def test_labels_outlive_the_process(self, bench, again):
         log = bench()
         first = Post("ann", "hi", "l")
-        log.say("main", first)
-        log.say("other", first, Post("bob", "hi", "l"))
-        log.told()
+        log.send("main", first)
+        log.send("other", first, Post("bob", "hi", "l"))
+        log.new_events()
         log.reopen(again)
-        assert log.say("main", first, Post("ann", "else", "l"), Post("bob", "hi", "l")) == [
+        assert log.send("main", first, Post("ann", "else", "l"), Post("bob", "hi", "l")) == [
             ("duplicate", 1),
             REUSED,
             ("posted", 2),
         ]
         log.reopen(again)
-        assert log.say("other", Post("bob", "hi", "l"), Post("bob", "hi", "m")) == [("duplicate", 2), ("posted", 3)]
+        assert log.send("other", Post("bob", "hi", "l"), Post("bob", "hi", "m")) == [("duplicate", 2), ("posted", 3)]
 
-    def test_what_is_trimmed_when_the_log_is_opened_again_frees_its_labels(self, bench, again):
+    def test_trim_at_opening_frees_labels(self, bench, again):
         log = bench()
         posts = [Post("ann", text, text) for text in "abc"]
-        log.say("main", *posts)
+        log.send("main", *posts)
         log.reopen(again, "2")
-        assert log.say("main", posts[1], posts[2]) == [("duplicate", 2), ("duplicate", 3)]
-        assert log.say("main", Post("ann", "else", "a")) == [("posted", 4)]
+        assert log.send("main", posts[1], posts[2]) == [("duplicate", 2), ("duplicate", 3)]
+        assert log.send("main", Post("ann", "else", "a")) == [("posted", 4)]
 
-    def test_every_label_is_known_while_its_message_is_kept_however_they_are_used(self, make, again):
+    def test_labels_equal_the_model(self, make, again):
+        """For any sequence of labelled posts, outcomes equal those of the Model below."""
         self.check_labels(make, self.label_steps | st.tuples(st.just("reopen"), st.none()), again)
 
 
 class Model:
-    """A log as simple as it can be: what was ever appended, and a number below which it is forgotten."""
+    """The simplest log: all entries ever appended, and the number of the first one that is kept."""
 
     def __init__(self, retain, seed, now, *, gathers=False):
         self.gathers = gathers
@@ -868,11 +892,11 @@ class Model:
         self.trim()
 
     def post(self, room, text):
-        ((_, number),) = self.say_at_once((room, Post("ann", text)))
+        ((_, number),) = self.send_at_once((room, Post("ann", text)))
         return number
 
-    def say_at_once(self, *said):
-        commits = (said[:1], said[1:]) if self.gathers else ((one,) for one in said)
+    def send_at_once(self, *sent):
+        commits = (sent[:1], sent[1:]) if self.gathers else ((one,) for one in sent)
         outcomes = []
         for commit in commits:
             outcomes += [self._append(room, post) for room, post in commit]

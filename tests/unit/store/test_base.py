@@ -8,17 +8,17 @@ from chatd.room.log import LabelReused
 from chatd.store.base import DAY, Retention, Stamp, answer_retry, instant, new_epoch, timestamp
 
 
-def test_all_retains_everything():
+def test_retain_all():
     assert Retention.parse("all") == Retention(None, None) == Retention()
 
 
 @pytest.mark.parametrize("messages", [1, 5000, 999_999_999_999])
-def test_a_number_retains_so_many_messages(messages):
+def test_retain_messages(messages):
     assert Retention.parse(str(messages)) == Retention(messages=messages)
 
 
 @pytest.mark.parametrize("days", [1, 30, 99_999])
-def test_a_number_and_d_retains_so_many_days(days):
+def test_retain_days(days):
     assert Retention.parse(f"{days}d") == Retention(seconds=days * 86_400)
 
 
@@ -26,12 +26,12 @@ def test_a_number_and_d_retains_so_many_days(days):
     "text",
     ["", "0", "0d", "-1", "+1", "1.5", "05", "d", "30 d", " 30", "30\n", "30h", "30D", "ALL", "1e3", "1_000", "1٣"],
 )
-def test_any_other_retention_is_refused_by_name(text):
+def test_invalid_retention_is_named(text):
     with pytest.raises(ValueError, match=re.escape(f"{text!r} is neither a number of messages (5000)")):
         Retention.parse(text)
 
 
-def test_more_days_than_the_calendar_goes_back_are_refused():
+def test_retention_before_the_calendar():
     # Else the first message would fail, since the oldest time to keep could not be written.
     assert timestamp(NEW_YEAR - Retention.parse("99999d").seconds).startswith("1752-")
     with pytest.raises(ValueError, match="neither"):
@@ -40,11 +40,11 @@ def test_more_days_than_the_calendar_goes_back_are_refused():
         Retention.parse("1000000000000")
 
 
-def test_a_day_has_86400_seconds():
+def test_day_has_86400_seconds():
     assert DAY == 24 * 60 * 60
 
 
-def test_an_epoch_is_a_short_word_and_never_the_same():
+def test_epochs_are_short_and_distinct():
     epochs = [new_epoch() for _ in range(1000)]
     assert all(re.fullmatch("[0-9A-Za-z]{4,16}", epoch) for epoch in epochs)
     assert len({*epochs}) == 1000
@@ -61,11 +61,11 @@ def test_an_epoch_is_a_short_word_and_never_the_same():
         (1_709_164_800, "2024-02-29T00:00:00.000Z"),
     ],
 )
-def test_a_timestamp_is_in_utc_and_in_milliseconds(seconds, text):
+def test_timestamp_is_utc_in_milliseconds(seconds, text):
     assert timestamp(seconds) == text
 
 
-def test_a_stamp_is_the_time_of_the_clock():
+def test_stamp_follows_the_clock():
     now = ManualTime()
     stamp = Stamp(now, None)
     assert stamp() == "2026-01-01T00:00:00.000Z"
@@ -73,7 +73,7 @@ def test_a_stamp_is_the_time_of_the_clock():
     assert stamp() == "2026-01-01T00:00:01.250Z"
 
 
-def test_a_stamp_stands_still_while_the_clock_goes_back():
+def test_stamp_waits_for_a_clock_that_went_back():
     now = ManualTime()
     stamp = Stamp(now, None)
     stamp()
@@ -86,7 +86,7 @@ def test_a_stamp_stands_still_while_the_clock_goes_back():
 
 
 @pytest.mark.parametrize("last", ["2026-01-01T00:00:10.123Z", "2026-01-01T00:00:10Z"])
-def test_a_stamp_does_not_go_back_behind_the_newest_message_of_the_log(last):
+def test_stamp_is_not_older_than_the_log(last):
     now = ManualTime()
     stamp = Stamp(now, last)
     assert stamp() == last.replace("10Z", "10.000Z")
@@ -94,7 +94,7 @@ def test_a_stamp_does_not_go_back_behind_the_newest_message_of_the_log(last):
     assert stamp() == "2026-01-01T00:00:11.000Z"
 
 
-def test_stamps_never_go_back_in_steps_below_a_millisecond():
+def test_stamps_with_steps_below_a_millisecond():
     now = ManualTime()
     stamp = Stamp(now, None)
     stamps = []
@@ -105,13 +105,13 @@ def test_stamps_never_go_back_in_steps_below_a_millisecond():
     assert stamps[-1] > stamps[0]
 
 
-def test_a_label_that_was_used_for_the_same_message_is_told_as_a_duplicate_of_it():
+def test_retry_with_the_same_message():
     poster, post = RecordingPoster(), Post("ann", "hi", "l")
     answer_retry(post, 7, poster, same=True)
     assert poster.events == [("duplicate", post, 7)]
 
 
-def test_a_label_that_was_used_for_another_message_is_told_as_reused():
+def test_retry_with_another_message():
     poster, post = RecordingPoster(), Post("ann", "hi", "l")
     answer_retry(post, 7, poster, same=False)
     ((what, about, error),) = poster.events
@@ -119,5 +119,5 @@ def test_a_label_that_was_used_for_another_message_is_told_as_reused():
 
 
 @pytest.mark.parametrize("text", ["2026-01-01T00:00:00.000Z", "1970-01-01T00:00:00.001Z", "2099-12-31T23:59:59.999Z"])
-def test_an_instant_is_what_its_timestamp_says(text):
+def test_instant_is_the_inverse_of_timestamp(text):
     assert timestamp(instant(text)) == text

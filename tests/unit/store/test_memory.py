@@ -12,7 +12,7 @@ from chatd.store.memory import MemoryStore
 
 
 def growth(work):
-    """The bytes that are allocated when the same work is done a second time, under other names."""
+    """Return by how many bytes memory grows when work is repeated under other names."""
     work("warm-up")
     tracemalloc.start()
     try:
@@ -30,22 +30,22 @@ class TestMemoryStore(StoreContract):
     def make(self):
         return MemoryStore
 
-    def test_nothing_outlives_it(self, bench):
+    def test_messages_are_lost_with_the_store(self, bench):
         first = bench(seed=SEED)
         first.post("main", "hi")
         second = bench(seed=SEED)
         assert second.read("main").head == 2
         assert second.store.epoch != first.store.epoch
 
-    def test_a_post_is_done_on_return(self, bench):
+    def test_append_completes_at_once(self, bench):
         log = bench()
         poster = RecordingPoster()
         log.store.append("main", Post("ann", "hi"), poster)
         assert poster.numbers == [1]
-        assert log.told()
+        assert log.new_events()
 
     def test_reading_a_room_takes_no_memory(self, bench):
-        """Otherwise one client could fill the memory by reading many rooms."""
+        """Clients cannot fill the memory by reading many rooms."""
         log = bench()
 
         def read_rooms(kind):
@@ -54,38 +54,38 @@ class TestMemoryStore(StoreContract):
 
         assert growth(read_rooms) < 10_000
 
-    def test_it_is_always_settled(self, bench):
+    def test_always_settled(self, bench):
         assert result_of(bench().store.settled()) is None
 
-    def test_nothing_is_ever_given_up(self, bench):
+    def test_abandon_has_no_effect(self, bench):
         log = bench()
         poster = RecordingPoster()
         log.store.append("main", Post("ann", "hi"), poster)
         log.store.abandon()
         assert [event[0] for event in poster.events] == ["posted"]
 
-    def test_its_size_is_how_many_messages_it_has(self, bench):
+    def test_usage_counts_messages(self, bench):
         log = bench()
         before = log.store.usage()["messages"]
         log.post("main", "hi", "ho")
         log.post("other", "hi")
         assert log.store.usage() == {"messages": before + 3}
 
-    def test_nothing_is_ever_wrong_with_it(self, bench):
+    def test_never_at_fault(self, bench):
         log = bench()
         log.post("main", "hi")
         assert log.store.fault is None
 
-    def test_it_keeps_ten_thousand_messages_a_room_if_nothing_else_is_asked_for(self):
+    def test_default_number_of_messages(self):
         assert memory.KEEP == 10_000
 
     @pytest.mark.parametrize("retain", ["all", "30d"])
-    def test_the_memory_that_a_room_takes_is_bounded(self, bench, monkeypatch, retain):
+    def test_memory_of_a_room_is_bounded(self, bench, monkeypatch, retain):
         monkeypatch.setattr(memory, "KEEP", 3)
         log = bench(retain=retain)
         log.post("main", *"abcde")
         assert log.texts("main") == [*"cde"]
-        assert log.told()[-1] == ("trimmed", "main", 3)
+        assert log.new_events()[-1] == ("trimmed", "main", 3)
 
     @pytest.mark.parametrize("retain", ["3", "1d"])
     def test_labels_are_dropped_with_their_messages(self, retain):
@@ -102,7 +102,7 @@ class TestMemoryStore(StoreContract):
 
         assert growth(post_labelled) < 10_000
 
-    def test_more_than_ten_thousand_are_kept_if_that_is_asked_for(self, monkeypatch):
+    def test_retention_may_exceed_the_default(self, monkeypatch):
         monkeypatch.setattr(memory, "KEEP", 3)
         store = MemoryStore(Retention(messages=5), ManualTime())
         store.open(())
@@ -110,10 +110,10 @@ class TestMemoryStore(StoreContract):
             store.append("main", Post("ann", text), RecordingPoster())
         assert result_of(store.read("main", None, 100))[1:] == (2, 6)
 
-    def test_a_room_of_which_all_is_too_old_is_emptied_message_by_message(self, bench):
+    def test_room_with_only_old_messages(self, bench):
         log = bench(retain="1d")
         log.post("main", *"abc")
         log.now.advance(DAY + 1)
         log.post("main", "d")
         assert log.texts("main") == ["d"]
-        assert log.told()[-1] == ("trimmed", "main", 4)
+        assert log.new_events()[-1] == ("trimmed", "main", 4)

@@ -66,7 +66,7 @@ def path(tmp_path):
 
 
 class Connections(list):
-    """Every connection that was made, oldest first; a store that is open has made two."""
+    """All connections, oldest first; an open store has made two."""
 
     @property
     def writer(self):
@@ -93,7 +93,7 @@ def connections(monkeypatch):
 
 @pytest.fixture
 def opened(path, connections):
-    """Opens stores and closes them after the test; no connection and no lock may be left."""
+    """Opens stores and closes them after the test, which may leave no connection and no lock."""
     stores, paths = [], set()
 
     def build(where=path, *, retain=ALL, now=None, writer=None, reader=None, seed=()):
@@ -122,7 +122,7 @@ def opened(path, connections):
 
 
 def post(store, *texts, room="main", label=None, poster=None):
-    """Post texts; answers the poster that hears of them all."""
+    """Post texts; return their poster."""
     poster = poster or RecordingPoster()
     for text in texts:
         store.append(room, Post("ann", text, label), poster)
@@ -138,13 +138,13 @@ def texts(store, room="main"):
 
 
 def run_sql(path, *statements):
-    """What someone else does with the file; answers the rows of the last statement."""
+    """Run statements as another process would; return the rows of the last one."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         return [db.execute(statement).fetchall() for statement in statements][-1]
 
 
 def copy_of(path, folder):
-    """The files as they are in this instant: what the next process would find if this one were killed now."""
+    """Copy the files as the next process would find them if this one were killed now."""
     folder.mkdir()
     for file in path.parent.glob(f"{path.name}*"):
         if not file.name.endswith(("-lock", "-shm")):
@@ -152,10 +152,10 @@ def copy_of(path, folder):
     return folder / path.name
 
 
-# What stays
+# Durability
 
 
-def test_the_epoch_the_messages_and_the_numbers_outlive_the_process(opened):
+def test_log_outlives_the_process(opened):
     store = opened(seed=SEED)
     post(store, "one", "two")
     post(store, "else", room="other")
@@ -168,19 +168,20 @@ def test_the_epoch_the_messages_and_the_numbers_outlive_the_process(opened):
     assert post(again, "else", room="other").numbers == [2]
 
 
-def test_timestamps_do_not_go_back_from_one_process_to_the_next(opened):
+def test_timestamps_after_a_restart(opened):
+    """A clock that was set back between two processes does not move timestamps back."""
     now = ManualTime()
     store = opened(now=now)
     post(store, "one")
     result_of(store.close())
     now.advance(-3600)
     store = opened(now=now)
-    for room in ("main", "other"):  # nor from one room to another: it is one log
+    for room in ("main", "other"):  # the rooms share one clock
         post(store, "two", room=room)
         assert page(store, room).entries[-1].timestamp == "2026-01-01T00:00:00.000Z"
 
 
-def test_numbers_are_not_used_again_after_everything_was_trimmed_and_the_log_opened_again(opened):
+def test_numbers_after_a_trim_and_a_restart(opened):
     now = ManualTime()
     store = opened(retain=Retention(seconds=DAY), now=now)
     post(store, "one", "two")
@@ -192,7 +193,7 @@ def test_numbers_are_not_used_again_after_everything_was_trimmed_and_the_log_ope
 
 
 @pytest.mark.parametrize("retain", [Retention(messages=2), Retention(seconds=DAY)])
-def test_what_is_retained_no_longer_is_removed_when_the_log_is_opened(opened, retain):
+def test_opening_trims(opened, retain):
     now = ManualTime()
     store = opened(now=now)
     post(store, "one", "two")
@@ -202,7 +203,9 @@ def test_what_is_retained_no_longer_is_removed_when_the_log_is_opened(opened, re
     assert texts(opened(retain=retain, now=now)) == ["three", "four"]
 
 
-def test_what_anyone_is_told_is_in_the_file_already(opened, path, tmp_path):
+def test_notified_messages_are_on_disk(opened, path, tmp_path):
+    """Followers and posters are notified only after the commit."""
+
     class Killing(RecordingPoster, RecordingFollower):
         def appended(self, room, entries):
             super().appended(room, entries)
@@ -225,13 +228,13 @@ def test_what_anyone_is_told_is_in_the_file_already(opened, path, tmp_path):
 # The seed
 
 
-def test_the_seed_is_written_once_and_never_again(opened):
+def test_seed_is_written_once(opened):
     result_of(opened(seed=SEED).close())
     assert page(opened(seed=SEED)) == Page([*SEED], first=1, head=2)
 
 
 @pytest.mark.parametrize("posts", [0, 1])
-def test_the_seed_is_not_written_again_after_it_was_trimmed(opened, posts):
+def test_seed_is_not_written_again_after_a_trim(opened, posts):
     store = opened(retain=Retention(seconds=DAY), seed=SEED)
     post(store, *["hi"] * posts)
     result_of(store.close())
@@ -240,7 +243,7 @@ def test_the_seed_is_not_written_again_after_it_was_trimmed(opened, posts):
     assert page(store)[1:] == (3, 2 + posts)
 
 
-def test_a_log_that_began_without_a_seed_gets_none_later(opened):
+def test_no_seed_for_an_existing_log(opened):
     result_of(opened().close())
     assert page(opened(seed=SEED)) == Page([], first=1, head=0)
 
@@ -271,7 +274,7 @@ def copies_of(path, folder, monkeypatch, work):
     return copies
 
 
-def test_a_crash_during_creation_leaves_no_log(opened, path, tmp_path, monkeypatch):
+def test_crash_during_creation(opened, path, tmp_path, monkeypatch):
     """Whatever statement the crash precedes, the next process finds the whole log or none."""
     stores = []
     copies = copies_of(path, tmp_path, monkeypatch, lambda: stores.append(opened(seed=SEED)))
@@ -286,7 +289,7 @@ def test_a_crash_during_creation_leaves_no_log(opened, path, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("table", ["log", "messages", "rooms"])
-def test_a_fault_during_creation_leaves_no_log(opened, monkeypatch, table):
+def test_fault_during_creation_leaves_no_log(opened, monkeypatch, table):
     def deny(action, name, *_):
         denied = action == sqlite3.SQLITE_INSERT and name == table
         return sqlite3.SQLITE_DENY if denied else sqlite3.SQLITE_OK
@@ -301,7 +304,7 @@ def test_a_fault_during_creation_leaves_no_log(opened, monkeypatch, table):
 # Group commit
 
 
-def test_nothing_is_told_before_the_commit(opened):
+def test_notifications_wait_for_the_commit(opened):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
     store.follow(follower)
@@ -312,7 +315,8 @@ def test_nothing_is_told_before_the_commit(opened):
     assert poster.numbers == [1]
 
 
-def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(opened, connections):
+def test_group_commit(opened, connections):
+    """Posts that arrive during a commit share the next one."""
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one")
@@ -321,7 +325,7 @@ def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(open
     assert len(writer.held) == 1
     writer.run()
     assert poster.numbers == [1]
-    assert len(writer.held) == 1  # at once, without waiting for more
+    assert len(writer.held) == 1  # the next commit begins at once
     commits = []
     connections.writer.set_trace_callback(commits.append)
     writer.run()
@@ -331,7 +335,7 @@ def test_what_is_posted_while_a_commit_runs_goes_into_the_next_one_together(open
     assert texts(store) == ["one", "two", "three"]
 
 
-def test_a_batch_is_told_room_by_room_and_each_room_in_order(opened):
+def test_batch_notifies_room_by_room(opened):
     writer = HeldWorker()
     store, follower = opened(writer=writer, retain=Retention(messages=2)), RecordingFollower()
     store.follow(follower)
@@ -339,11 +343,11 @@ def test_a_batch_is_told_room_by_room_and_each_room_in_order(opened):
     for room in "abababa":
         post(store, room, room=room, poster=poster)
     writer.run_all()
-    told = [(event, room, what if event == "trimmed" else what.number) for event, room, what in follower.events]
-    assert [event for event in told if event[1] == "a"] == [("appended", "a", n) for n in (1, 2, 3, 4)] + [
+    notified = [(event, room, what if event == "trimmed" else what.number) for event, room, what in follower.events]
+    assert [event for event in notified if event[1] == "a"] == [("appended", "a", n) for n in (1, 2, 3, 4)] + [
         ("trimmed", "a", 3)
     ]
-    assert [event for event in told if event[1] == "b"] == [("appended", "b", n) for n in (1, 2, 3)] + [
+    assert [event for event in notified if event[1] == "b"] == [("appended", "b", n) for n in (1, 2, 3)] + [
         ("trimmed", "b", 2)
     ]
     assert poster.numbers == [1, 1, 1, 2, 2, 3, 3, 4]
@@ -352,7 +356,7 @@ def test_a_batch_is_told_room_by_room_and_each_room_in_order(opened):
 @pytest.mark.parametrize(
     ("size", "statements"), [(1, 1), (2, 1), (3, 2), (ROWS - 1, 8), (ROWS, 1), (ROWS + 1, 2), (600, 5), (1000, 7)]
 )
-def test_a_batch_of_any_size_is_inserted_whole_and_by_few_statements(opened, size, statements, connections):
+def test_batch_uses_few_statements(opened, size, statements, connections):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "before", *map(str, range(size)))
@@ -368,11 +372,11 @@ def test_a_batch_of_any_size_is_inserted_whole_and_by_few_statements(opened, siz
     assert len([statement for statement in ran if statement.startswith("INSERT INTO messages")]) == statements
 
 
-def test_more_posts_than_may_wait_are_refused(opened, monkeypatch, disk):
+def test_too_many_pending_posts(opened, monkeypatch, disk):
     monkeypatch.setattr(sqlite, "MAX_PENDING", 2)
     writer = HeldWorker()
     store = opened(writer=writer)
-    poster = post(store, "one", "two", "three", "four")  # the first is under way, two wait
+    poster = post(store, "one", "two", "three", "four")  # the first is being committed, two wait
     assert poster.refusals == ["too many posts wait for the disk"]
     assert poster.events[0][1] == Post("ann", "four")
     writer.run_all()
@@ -382,18 +386,18 @@ def test_more_posts_than_may_wait_are_refused(opened, monkeypatch, disk):
     assert texts(store) == ["one", "two", "three", "five"]
 
 
-def test_ten_thousand_posts_may_wait():
+def test_limit_of_pending_posts():
     assert sqlite.MAX_PENDING == 10_000
 
 
-def test_both_connections_write_ahead_and_sync_before_a_commit_returns(opened, connections):
+def test_connections_use_wal_and_full_sync(opened, connections):
     opened()
     for connection in connections:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
-def test_a_follower_that_fails_is_logged_and_does_not_stop_the_log(opened):
+def test_failing_follower_is_logged(opened):
     class Failing(RecordingFollower):
         def appended(self, room, entries):
             if entries[0].number == 1:
@@ -409,7 +413,7 @@ def test_a_follower_that_fails_is_logged_and_does_not_stop_the_log(opened):
     result_of(store.settled())
 
 
-# When it cannot be kept
+# Failing commits
 
 
 @pytest.fixture
@@ -428,7 +432,7 @@ def disk(connections):
     return Disk
 
 
-def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(opened, disk):
+def test_failed_batch_is_rolled_back(opened, disk):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
     store.follow(follower)
@@ -444,11 +448,11 @@ def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(
     assert poster.refusals == ["database or disk is full"] * 100
     assert [event[1].message for event in poster.events] == ["x" * 500] * 99 + ["else"]
     assert [formatEvent(event) for event in events] == ["100 posts were not stored: database or disk is full"]
-    # Nobody was told, and nothing is there; what was before can be read.
+    # No follower was notified, nothing was stored, and older entries can be read.
     assert len(follower.events) == 1
     assert texts(store) == ["one"]
     assert page(store, "other") == Page([], first=1, head=0)
-    # When there is room again it goes on, with the next number.
+    # With free space again, posting continues with the next number.
     disk.clear()
     poster = post(store, "two", "three")
     writer.run_all()
@@ -456,7 +460,7 @@ def test_a_batch_that_cannot_be_kept_is_refused_whole_and_leaves_nothing_behind(
     assert texts(store) == ["one", "two", "three"]
 
 
-def test_single_posts_are_kept_until_the_disk_is_full_and_again_when_there_is_room(opened, disk):
+def test_full_disk(opened, disk):
     store = opened()
     disk.fill()
     poster = RecordingPoster()
@@ -469,19 +473,19 @@ def test_single_posts_are_kept_until_the_disk_is_full_and_again_when_there_is_ro
     assert post(store, "more").numbers == [kept + 1]
 
 
-def test_posts_are_refused_while_another_process_holds_the_file(opened, path, connections):
+def test_locked_file(opened, path, connections):
     store = opened()
     connections.writer.execute("PRAGMA busy_timeout = 0")
     post(store, "one")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert post(store, "two").refusals == ["database is locked"]
-        assert texts(store) == ["one"]  # reading waits for nobody
+        assert texts(store) == ["one"]  # reads do not wait for the lock
         other.execute("ROLLBACK")
     assert post(store, "three").numbers == [2]
 
 
-def test_a_log_that_cannot_be_read_says_so(opened, path):
+def test_unreadable_log(opened, path):
     store = opened()
     run_sql(path, "DROP TABLE messages")
     for after in (None, 5):
@@ -489,7 +493,7 @@ def test_a_log_that_cannot_be_read_says_so(opened, path):
             page(store, after=after)
 
 
-def test_a_read_is_of_one_instant_and_leaves_no_transaction_open(opened, connections):
+def test_read_is_one_transaction(opened, connections):
     store = opened(seed=SEED)
     ran = []
     connections.reader.set_trace_callback(ran.append)
@@ -499,7 +503,7 @@ def test_a_read_is_of_one_instant_and_leaves_no_transaction_open(opened, connect
     assert not connections.reader.in_transaction
 
 
-def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(opened, path):
+def test_failed_trim_is_rolled_back(opened, path):
     now = ManualTime()
     store, follower = opened(retain=Retention(seconds=DAY), now=now), RecordingFollower()
     for room in "ab":
@@ -510,7 +514,7 @@ def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(op
     with capturedLogs() as events:
         result_of(store.trim())
     assert [formatEvent(event) for event in events] == ["old messages were not removed: no"]
-    # Not the room a either: nobody would be told of it later.
+    # Room a is rolled back too: otherwise its followers would never learn of the trim.
     assert follower.events == []
     assert [texts(store, room) for room in "ab"] == [["one"], ["one"]]
     run_sql(path, "DROP TRIGGER t")
@@ -519,10 +523,10 @@ def test_trimming_that_fails_removes_nothing_and_is_logged_and_later_it_works(op
     assert post(store, "two", room="a").numbers == [2]
 
 
-# Whether it is well
+# Faults and size
 
 
-def test_a_log_that_keeps_and_gives_what_it_is_asked_is_well(opened):
+def test_no_fault(opened):
     store = opened(seed=SEED)
     assert store.fault is None
     post(store, "one")
@@ -531,7 +535,7 @@ def test_a_log_that_keeps_and_gives_what_it_is_asked_is_well(opened):
     assert store.fault is None
 
 
-def test_a_commit_that_failed_is_the_logs_fault_until_one_succeeds(opened, disk):
+def test_fault_until_a_commit_succeeds(opened, disk):
     store = opened()
     disk.fill()
     assert store.fault is None, "which is not known before it is tried"
@@ -545,14 +549,14 @@ def test_a_commit_that_failed_is_the_logs_fault_until_one_succeeds(opened, disk)
     assert store.fault is None
 
 
-def test_the_fault_is_known_when_the_posters_are_told_and_over_when_they_are(opened, connections):
+def test_fault_is_set_before_the_posters_are_notified(opened, connections):
     heard = []
 
     class Asking(RecordingPoster):
-        def posted(self, said, number, *, duplicate=False):
+        def posted(self, post, number, *, duplicate=False):
             heard.append(store.fault)
 
-        def refused(self, said, error):
+        def refused(self, post, error):
             heard.append(store.fault)
 
     store = opened()
@@ -563,7 +567,7 @@ def test_the_fault_is_known_when_the_posters_are_told_and_over_when_they_are(ope
     assert heard == ["the log cannot be written: attempt to write a readonly database", None]
 
 
-def test_a_read_that_failed_is_the_logs_fault_until_one_succeeds(opened, path):
+def test_fault_until_a_read_succeeds(opened, path):
     store = opened()
     run_sql(path, "ALTER TABLE messages RENAME TO elsewhere")
     with pytest.raises(LogUnavailable):
@@ -580,7 +584,7 @@ def test_a_read_that_failed_is_the_logs_fault_until_one_succeeds(opened, path):
     assert store.fault is None
 
 
-def test_too_many_that_wait_are_no_fault_of_the_log(opened, monkeypatch):
+def test_too_many_pending_posts_are_no_fault(opened, monkeypatch):
     monkeypatch.setattr(sqlite, "MAX_PENDING", 1)
     writer = HeldWorker()
     store = opened(writer=writer)
@@ -588,7 +592,7 @@ def test_too_many_that_wait_are_no_fault_of_the_log(opened, monkeypatch):
     assert store.fault is None
 
 
-def test_its_size_is_that_of_its_files_beside_what_is_free(opened, path):
+def test_usage_counts_files_and_free_space(opened, path):
     store = opened()
     before = store.usage()
     assert before.keys() == {"bytes", "free_bytes"}
@@ -598,7 +602,7 @@ def test_its_size_is_that_of_its_files_beside_what_is_free(opened, path):
     assert store.usage()["bytes"] >= before["bytes"] + 50 * 500, "the write-ahead log is counted"
 
 
-def test_nothing_is_known_of_the_size_when_the_disk_does_not_answer(opened, monkeypatch):
+def test_usage_of_a_broken_disk(opened, monkeypatch):
     def broken(path):
         raise OSError
 
@@ -607,11 +611,11 @@ def test_nothing_is_known_of_the_size_when_the_disk_does_not_answer(opened, monk
     assert store.usage() == {}
 
 
-# Opening what is none of ours, or not for us
+# Files that cannot be opened
 
 
 def refused(opened, where):
-    """Why the store cannot be opened: one line that names the file and the remedy."""
+    """Return why the store cannot be opened: one line that names the file and the remedy."""
     with pytest.raises(StoreError) as error:
         opened(where, seed=SEED)
     line = str(error.value)
@@ -622,7 +626,7 @@ def refused(opened, where):
 
 
 @pytest.mark.parametrize("text", ["hi\n", "This is a letter to my aunt.\n" * 1000])
-def test_a_text_file_is_refused_and_left_alone(opened, path, text):
+def test_open_text_file(opened, path, text):
     path.write_text(text)
     assert refused(opened, path) == (
         " is no chatd store (file is not a database): name another file with --store sqlite:PATH"
@@ -631,20 +635,20 @@ def test_a_text_file_is_refused_and_left_alone(opened, path, text):
 
 
 @pytest.mark.parametrize("application", [0, 0x0F055112])
-def test_a_database_of_another_application_is_refused_and_left_alone(opened, path, application):
+def test_open_foreign_database(opened, path, application):
     run_sql(path, f"PRAGMA application_id = {application}", "CREATE TABLE log (line TEXT)")
     before = path.read_bytes()
     assert refused(opened, path) == " is no chatd store: name another file with --store sqlite:PATH"
-    assert path.read_bytes() == before  # its journal mode too
+    assert path.read_bytes() == before  # including the journal mode
     assert not path.with_name("chat.sqlite-wal").exists()
 
 
-def test_a_database_with_our_mark_and_nothing_else_is_refused(opened, path):
+def test_open_database_without_tables(opened, path):
     run_sql(path, f"PRAGMA application_id = {APPLICATION_ID}")
     assert refused(opened, path) == (" cannot be opened (no such table: log): name another with --store sqlite:PATH")
 
 
-def test_a_damaged_file_is_refused(opened, path):
+def test_open_damaged_file(opened, path):
     result_of(opened(seed=SEED).close())
     with path.open("r+b") as file:
         file.seek(100)
@@ -652,17 +656,17 @@ def test_a_damaged_file_is_refused(opened, path):
     assert refused(opened, path).startswith(" is no chatd store (")
 
 
-def test_an_empty_file_is_a_new_log(opened, path):
+def test_open_empty_file(opened, path):
     path.touch()
     assert page(opened(seed=SEED)) == Page([*SEED], first=1, head=2)
 
 
-def test_a_folder_is_refused(opened, path):
+def test_open_folder(opened, path):
     path.mkdir()
     assert refused(opened, path).startswith(" cannot be opened (unable to open database file)")
 
 
-def test_a_file_in_a_folder_that_does_not_exist_is_refused_and_nothing_is_created(opened, tmp_path):
+def test_open_in_missing_folder(opened, tmp_path):
     assert refused(opened, tmp_path / "none" / "chat.sqlite") == (
         f"{tmp_path / 'none'} cannot be written (No such file or directory): "
         "make it writable for this user, or name another file with --store sqlite:PATH"
@@ -670,13 +674,13 @@ def test_a_file_in_a_folder_that_does_not_exist_is_refused_and_nothing_is_create
     assert not (tmp_path / "none").exists()
 
 
-def test_a_file_below_a_file_is_refused(opened, path):
+def test_open_below_a_file(opened, path):
     path.touch()
     assert " cannot be written (Not a directory): " in refused(opened, path / "chat.sqlite")
 
 
-def test_a_folder_that_may_not_be_written_is_refused(opened, path, monkeypatch):
-    # For root there is no such folder, so it is acted.
+def test_open_in_read_only_folder(opened, path, monkeypatch):
+    # Simulated, because root may write everywhere.
     def forbidden(*_):
         raise PermissionError(13, "Permission denied")
 
@@ -685,7 +689,8 @@ def test_a_folder_that_may_not_be_written_is_refused(opened, path, monkeypatch):
         assert " cannot be written (Permission denied): make it writable for this user, " in refused(opened, path)
 
 
-def test_a_log_that_another_has_open_is_refused_and_goes_on(opened, path):
+def test_open_a_log_in_use(opened, path):
+    """The second process is refused, and the first continues."""
     store = opened()
     assert refused(opened, path) == (
         " is in use by another chatd: stop that one, or name another file with --store sqlite:PATH"
@@ -695,7 +700,7 @@ def test_a_log_that_another_has_open_is_refused_and_goes_on(opened, path):
     assert texts(opened()) == ["hi"]
 
 
-def test_the_file_of_a_lock_that_another_has_is_closed_again(opened, path, monkeypatch):
+def test_refused_lock_is_closed(opened, path, monkeypatch):
     opened()
     files, open_file = [], os.open
 
@@ -711,7 +716,7 @@ def test_the_file_of_a_lock_that_another_has_is_closed_again(opened, path, monke
         os.fstat(files[0])
 
 
-def test_the_lock_is_free_again_after_an_opening_that_failed(opened, path):
+def test_failed_opening_releases_the_lock(opened, path):
     path.write_text("hello")
     refused(opened, path)
     path.unlink()
@@ -721,14 +726,14 @@ def test_the_lock_is_free_again_after_an_opening_that_failed(opened, path):
 # Formats
 
 
-def test_a_new_log_says_its_format_and_whose_it_is(opened, path):
+def test_new_log_states_its_format(opened, path):
     opened()
     assert run_sql(path, "SELECT written, readable_since FROM log") == [(FORMAT, sqlite_file.READABLE_SINCE)]
     assert run_sql(path, "PRAGMA application_id") == [(APPLICATION_ID,)]
     assert APPLICATION_ID.to_bytes(4, "big") == b"chat"
 
 
-def test_what_this_code_cannot_read_is_refused_and_left_alone(opened, path):
+def test_unreadable_format_is_refused(opened, path):
     result_of(opened(seed=SEED).close())
     run_sql(path, f"UPDATE log SET written = {FORMAT + 7}, readable_since = {FORMAT + 1}")
     assert refused(opened, path) == (
@@ -738,7 +743,8 @@ def test_what_this_code_cannot_read_is_refused_and_left_alone(opened, path):
     assert run_sql(path, "SELECT written, readable_since FROM log") == [(FORMAT + 7, FORMAT + 1)]
 
 
-def test_older_code_goes_on_with_what_newer_code_of_the_same_major_version_wrote(opened, path):
+def test_newer_format_that_stays_readable(opened, path):
+    """Older code uses a log with newer columns and tables, and keeps them."""
     store = opened(seed=SEED)
     epoch = store.epoch
     result_of(store.close())
@@ -763,7 +769,7 @@ def test_older_code_goes_on_with_what_newer_code_of_the_same_major_version_wrote
     assert [entry.number for entry in page(store, after=3).entries] == [4, 5]
     result_of(store.close())
     assert texts(opened()) == ["Hi Alice!", "three", "four", "five"]
-    # The newer code finds its own things again.
+    # The newer code finds its own columns and tables again.
     assert run_sql(path, "SELECT written, readable_since, region FROM log") == [(FORMAT + 5, 1, "here")]
     assert run_sql(path, "SELECT * FROM bans") == [("main", "mallory")]
     assert run_sql(path, "SELECT reply_to, removed FROM messages WHERE number IN (2, 5) ORDER BY number") == [
@@ -791,7 +797,7 @@ INSERT INTO messages VALUES
     ('main', 1, 'Alice', 'Hello!', '2024-10-20T12:30:00Z'),
     ('main', 2, 'Bob', 'Hi Alice!', '2024-10-20T12:31:00Z');
 """
-"""A log as chatd wrote it before labels, with the messages of SEED."""
+"""A log as chatd wrote it before labels existed, with the messages of SEED."""
 
 
 @pytest.fixture
@@ -803,11 +809,11 @@ def old(path):
 
 
 def columns(path):
-    """The columns of the table of messages: their name, type, whether they may be null, their default, their key."""
+    """Return name, type, nullability, default and key of the columns of the table messages."""
     return [column[1:] for column in run_sql(path, "PRAGMA table_info(messages)")]
 
 
-def test_a_log_of_format_1_is_upgraded_when_it_is_opened(opened, old):
+def test_format_1_is_upgraded(opened, old):
     store = opened(seed=[SEED[0]] * 5)
     assert store.epoch == "k7Q2xe"
     assert page(store) == Page([*SEED], first=1, head=2)
@@ -816,7 +822,7 @@ def test_a_log_of_format_1_is_upgraded_when_it_is_opened(opened, old):
     assert run_sql(old, "SELECT label FROM messages") == [(None,), (None,)]
 
 
-def test_an_upgraded_log_is_as_a_new_one(opened, old, tmp_path):
+def test_upgraded_log_equals_a_new_one(opened, old, tmp_path):
     opened()
     opened(tmp_path / "new.sqlite")
     assert columns(old) == columns(tmp_path / "new.sqlite")
@@ -826,7 +832,7 @@ def test_an_upgraded_log_is_as_a_new_one(opened, old, tmp_path):
     assert run_sql(old, "PRAGMA integrity_check") == [("ok",)]
 
 
-def test_labels_work_in_an_upgraded_log_and_it_is_upgraded_once(opened, old):
+def test_labels_in_an_upgraded_log(opened, old):
     for number in (3, 4, 5):
         store = opened()
         assert post(store, f"new {number}", label=f"l{number}").events[0][::2] == ("posted", number)
@@ -835,12 +841,12 @@ def test_labels_work_in_an_upgraded_log_and_it_is_upgraded_once(opened, old):
     assert run_sql(old, "SELECT number, label FROM messages") == [(1, None), (2, None), (3, "l3"), (4, "l4"), (5, "l5")]
 
 
-def test_what_is_retained_no_longer_is_removed_from_an_upgraded_log(opened, old):
+def test_upgrade_then_trim(opened, old):
     assert page(opened(retain=Retention(messages=1))) == Page([SEED[1]], first=2, head=2)
 
 
-def test_an_upgrade_that_fails_leaves_the_log_as_it_was(opened, old):
-    # The index is what is made last of what can be in the way: the column is there by then.
+def test_failed_upgrade_is_rolled_back(opened, old):
+    # The index is created after the column, so its failure must undo the column.
     run_sql(old, "CREATE INDEX labels ON rooms (head)")
     before = columns(old)
     assert refused(opened, old).startswith(" cannot be opened (index labels already exists)")
@@ -850,7 +856,7 @@ def test_an_upgrade_that_fails_leaves_the_log_as_it_was(opened, old):
     assert page(opened()) == Page([*SEED], first=1, head=2)
 
 
-def test_a_crash_during_the_upgrade(opened, old, tmp_path, monkeypatch):
+def test_crash_during_the_upgrade(opened, old, tmp_path, monkeypatch):
     """The crash leaves either the old format or the new one, whole."""
     copies = copies_of(old, tmp_path, monkeypatch, lambda: result_of(opened().close()))
     assert len(copies) > 5
@@ -866,11 +872,12 @@ def test_a_crash_during_the_upgrade(opened, old, tmp_path, monkeypatch):
     assert {*written} == {(1,), (2,)}
 
 
-def test_code_of_format_1_goes_on_with_an_upgraded_log(opened, old):
+def test_rollback_to_format_1(opened, old):
+    """Code of format 1 reads and writes an upgraded log."""
     store = opened()
     post(store, "three", label="l3")
     result_of(store.close())
-    assert run_sql(old, "SELECT readable_since FROM log") == [(1,)]  # which is what such code looks at
+    assert run_sql(old, "SELECT readable_since FROM log") == [(1,)]  # old code checks this
     run_sql(
         old,
         "INSERT INTO messages (room, number, username, message, timestamp) VALUES"
@@ -886,7 +893,7 @@ def test_code_of_format_1_goes_on_with_an_upgraded_log(opened, old):
     assert post(store, "same", label="l6").numbers == [6]
 
 
-def test_newer_code_says_that_it_wrote_here_and_code_of_format_1_leaves_that(opened, old, monkeypatch):
+def test_format_1_keeps_what_newer_code_stated(opened, old, monkeypatch):
     result_of(opened().close())
     assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
     monkeypatch.setattr(sqlite_file, "FORMAT", 1)
@@ -894,14 +901,14 @@ def test_newer_code_says_that_it_wrote_here_and_code_of_format_1_leaves_that(ope
     assert run_sql(old, "SELECT written, readable_since FROM log") == [(FORMAT, 1)]
 
 
-def test_this_is_format_2_which_code_of_format_1_can_read():
+def test_current_format():
     assert (FORMAT, sqlite_file.READABLE_SINCE) == (2, 1)
 
 
 # Labels
 
 
-def test_a_label_is_looked_up_by_the_index(opened, path, connections):
+def test_label_lookup_uses_the_index(opened, path, connections):
     store = opened()
     ran = []
     connections.writer.set_trace_callback(ran.append)
@@ -911,14 +918,14 @@ def test_a_label_is_looked_up_by_the_index(opened, path, connections):
         assert "INDEX labels (room=? AND username=? AND label=?)" in step
 
 
-def test_only_posts_with_a_label_are_in_the_index(opened, path):
+def test_index_holds_labels_only(opened, path):
     opened()
     ((sql,),) = run_sql(path, "SELECT sql FROM sqlite_schema WHERE name = 'labels'")
     assert sql.startswith("CREATE UNIQUE INDEX labels ON messages ")
     assert sql.endswith(" WHERE label IS NOT NULL")
 
 
-def test_the_file_itself_keeps_a_label_from_being_used_twice(opened, path):
+def test_index_is_unique(opened, path):
     store = opened()
     post(store, "hi", label="l")
     twice = "INSERT INTO messages SELECT room, number + 1, username, message, timestamp, label FROM messages"
@@ -927,7 +934,7 @@ def test_the_file_itself_keeps_a_label_from_being_used_twice(opened, path):
     run_sql(path, "UPDATE messages SET label = NULL", twice)
 
 
-def test_a_label_is_not_looked_for_when_there_is_none(opened, connections):
+def test_no_lookup_without_a_label(opened, connections):
     store = opened()
     ran = []
     connections.writer.set_trace_callback(ran.append)
@@ -935,7 +942,7 @@ def test_a_label_is_not_looked_for_when_there_is_none(opened, connections):
     assert not [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
 
 
-def test_a_duplicate_writes_nothing(opened, connections):
+def test_duplicate_writes_nothing(opened, connections):
     store = opened(retain=Retention(messages=5))
     post(store, "hi", label="l")
     before = connections.writer.total_changes
@@ -944,7 +951,7 @@ def test_a_duplicate_writes_nothing(opened, connections):
     assert connections.writer.total_changes == before
 
 
-def test_a_duplicate_of_what_is_not_yet_on_the_disk_is_told_after_the_commit(opened):
+def test_duplicate_is_answered_after_the_commit(opened):
     writer = HeldWorker()
     store = opened(writer=writer)
     before = post(store, "before")
@@ -956,7 +963,7 @@ def test_a_duplicate_of_what_is_not_yet_on_the_disk_is_told_after_the_commit(ope
     assert [event[0] for event in poster.events] == ["posted", "duplicate", "refused"]
 
 
-def test_what_a_poster_was_told_is_a_duplicate_in_the_file_already(opened, path, tmp_path):
+def test_acknowledged_labels_are_on_disk(opened, path, tmp_path):
     class Killing(RecordingPoster):
         def posted(self, post, number, *, duplicate=False):
             super().posted(post, number, duplicate=duplicate)
@@ -971,7 +978,7 @@ def test_what_a_poster_was_told_is_a_duplicate_in_the_file_already(opened, path,
         assert texts(survivor) == ["hi"]
 
 
-def test_a_post_that_could_not_be_kept_leaves_no_label(opened, disk):
+def test_failed_post_leaves_no_label(opened, disk):
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
     store.follow(follower)
@@ -983,9 +990,9 @@ def test_a_post_that_could_not_be_kept_leaves_no_label(opened, disk):
     with capturedLogs():
         writer.run()
     assert poster.refusals == ["database or disk is full"] * 102
-    assert {type(event[2]) for event in poster.events} == {LogUnavailable}  # not the reuse: the first was not kept
+    assert {type(event[2]) for event in poster.events} == {LogUnavailable}  # not LabelReused: the first was not stored
     disk.clear()
-    # The label is free: for the same post again, and for any other.
+    # The label is free, for the same post and for any other.
     retried = post(store, "else", "else", "hi", label="l")
     writer.run_all()
     assert [event[0] for event in retried.events] == ["posted", "duplicate", "refused"]
@@ -995,7 +1002,7 @@ def test_a_post_that_could_not_be_kept_leaves_no_label(opened, disk):
     assert [event[2].number for event in follower.events] == [1, 2]
 
 
-def test_a_post_that_too_many_waited_before_leaves_no_label(opened, monkeypatch, disk):
+def test_refused_post_leaves_no_label(opened, monkeypatch, disk):
     monkeypatch.setattr(sqlite, "MAX_PENDING", 1)
     writer = HeldWorker()
     store = opened(writer=writer)
@@ -1007,7 +1014,7 @@ def test_a_post_that_too_many_waited_before_leaves_no_label(opened, monkeypatch,
     assert poster.numbers == [3]
 
 
-def test_a_duplicate_is_answered_when_the_disk_is_full(opened, disk):
+def test_duplicate_on_a_full_disk(opened, disk):
     store = opened()
     post(store, "hi", label="l")
     disk.fill()
@@ -1020,11 +1027,11 @@ def test_a_duplicate_is_answered_when_the_disk_is_full(opened, disk):
 # Settling and closing
 
 
-def test_a_log_to_which_nothing_is_posted_is_settled(opened):
+def test_idle_log_is_settled(opened):
     assert result_of(opened(writer=HeldWorker()).settled()) is None
 
 
-def test_settled_waits_for_what_is_under_way_and_not_for_what_comes_after(opened):
+def test_settled_ignores_later_posts(opened):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one")
@@ -1039,7 +1046,7 @@ def test_settled_waits_for_what_is_under_way_and_not_for_what_comes_after(opened
     assert result_of(store.settled()) is None
 
 
-def test_settled_waits_for_what_has_gathered_since_the_commit_began(opened):
+def test_settled_waits_for_the_next_batch(opened):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one")
@@ -1055,11 +1062,11 @@ def test_settled_waits_for_what_has_gathered_since_the_commit_began(opened):
     assert result_of(settled) is None
 
 
-def test_settled_comes_although_there_is_always_more(opened):
-    # Each message that is kept is the occasion of the next.
+def test_settled_fires_under_constant_load(opened):
+    # Each stored message triggers the next post.
     class Eager(RecordingPoster):
-        def posted(self, said, number, *, duplicate=False):
-            super().posted(said, number, duplicate=duplicate)
+        def posted(self, sent, number, *, duplicate=False):
+            super().posted(sent, number, duplicate=duplicate)
             if number < 20:
                 post(store, f"{number + 1}", poster=self)
 
@@ -1074,17 +1081,17 @@ def test_settled_comes_although_there_is_always_more(opened):
         assert poster.numbers == [*range(1, number + 1)]
 
 
-def test_what_settled_waited_for_was_told_before_to_followers_and_posters(opened):
-    writer, told = HeldWorker(), []
+def test_settled_fires_last(opened):
+    writer, notified = HeldWorker(), []
     store = opened(writer=writer)
-    store.follow(RecordingFollower(told))
-    post(store, "one", poster=RecordingPoster(told))
-    store.settled().addCallback(lambda _: told.append(("settled",)))
+    store.follow(RecordingFollower(notified))
+    post(store, "one", poster=RecordingPoster(notified))
+    store.settled().addCallback(lambda _: notified.append(("settled",)))
     writer.run()
-    assert [event[0] for event in told] == ["appended", "posted", "settled"]
+    assert [event[0] for event in notified] == ["appended", "posted", "settled"]
 
 
-def test_who_posts_when_it_has_settled_begins_the_next_commit(opened):
+def test_post_from_settled(opened):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one")
@@ -1097,7 +1104,7 @@ def test_who_posts_when_it_has_settled_begins_the_next_commit(opened):
     assert poster.numbers == [1, 2]
 
 
-def test_refused_is_settled_too(opened, path):
+def test_refused_posts_are_settled(opened, path):
     writer = HeldWorker()
     store = opened(writer=writer)
     run_sql(path, "DROP TABLE messages")
@@ -1108,7 +1115,7 @@ def test_refused_is_settled_too(opened, path):
     assert result_of(settled) is None
 
 
-def test_close_waits_for_what_is_under_way_and_ends_the_workers(opened):
+def test_close_waits_and_stops_the_workers(opened):
     writer, reader = HeldWorker(), ImmediateWorker()
     store = opened(writer=writer, reader=reader)
     poster = post(store, "one", "two")
@@ -1124,7 +1131,7 @@ def test_close_waits_for_what_is_under_way_and_ends_the_workers(opened):
     assert texts(opened()) == ["one", "two"]
 
 
-def test_close_waits_for_what_came_since_it_was_asked_to(opened):
+def test_close_waits_for_later_posts(opened):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one")
@@ -1143,7 +1150,7 @@ def test_close_waits_for_what_came_since_it_was_asked_to(opened):
     assert texts(opened()) == ["one", "two", "three"]
 
 
-def test_what_was_asked_before_the_close_is_answered(opened):
+def test_close_answers_reads_and_trims(opened):
     writer, reader = HeldWorker(), HeldWorker()
     store = opened(writer=writer, reader=reader, seed=SEED)
     reading, trimming = store.read("main", None, 10), store.trim()
@@ -1152,7 +1159,7 @@ def test_what_was_asked_before_the_close_is_answered(opened):
     assert result_of(trimming) is None
 
 
-def test_the_workers_are_started_only_by_an_opening_that_succeeds(opened, path, disk):
+def test_failed_opening_starts_no_workers(opened, path, disk):
     path.write_text("hello")
     writer, reader = ImmediateWorker(), ImmediateWorker()
     with pytest.raises(StoreError):
@@ -1161,7 +1168,7 @@ def test_the_workers_are_started_only_by_an_opening_that_succeeds(opened, path, 
     assert not reader.running
 
 
-# Giving up
+# Abandoning
 
 
 IN_DOUBT = "the disk has not answered"
@@ -1169,7 +1176,7 @@ IN_DOUBT = "the disk has not answered"
 
 @pytest.fixture
 def stuck(opened):
-    """A store whose disk does not answer, with a post under way and two that wait, and who said them."""
+    """A store whose disk does not answer, with one post being committed and two waiting, and their poster."""
     writer = HeldWorker()
     store, follower, poster = opened(writer=writer), RecordingFollower(), RecordingPoster()
     store.follow(follower)
@@ -1179,12 +1186,12 @@ def stuck(opened):
     return store, writer, follower, poster
 
 
-def test_what_is_given_up_is_refused_at_once_in_the_order_in_which_it_came(stuck, disk):
+def test_abandon_refuses_in_order(stuck, disk):
     store, _, follower, poster = stuck
     with capturedLogs() as events:
         store.abandon()
         store.abandon()
-    assert [(what, said.message, type(error)) for what, said, error in poster.events] == [
+    assert [(what, post.message, type(error)) for what, post, error in poster.events] == [
         ("refused", text, InDoubt) for text in ("one", "two", "three")
     ]
     assert poster.refusals == [IN_DOUBT] * 3
@@ -1192,7 +1199,8 @@ def test_what_is_given_up_is_refused_at_once_in_the_order_in_which_it_came(stuck
     assert [formatEvent(event) for event in events] == ["3 posts abandoned: the disk has not answered"]
 
 
-def test_a_commit_that_is_on_its_way_goes_on_and_is_told_to_those_who_follow_and_not_to_who_posted(stuck):
+def test_abandoned_commit_notifies_followers(stuck):
+    """A commit in progress continues: followers are notified, the abandoned posters are not."""
     store, writer, follower, poster = stuck
     store.abandon()
     writer.run_all()
@@ -1203,12 +1211,12 @@ def test_a_commit_that_is_on_its_way_goes_on_and_is_told_to_those_who_follow_and
     assert store.fault is None
 
 
-def test_what_was_given_up_and_is_said_again_is_there_once(stuck):
+def test_abandoned_posts_are_retried(stuck):
     store, writer, follower, _ = stuck
     store.abandon()
     again = RecordingPoster()
     for text in ("one", "two"):
-        post(store, text, label=text, poster=again)  # while the commit is still on its way
+        post(store, text, label=text, poster=again)  # during the commit
     writer.run()
     assert again.events == []
     writer.run_all()
@@ -1219,7 +1227,8 @@ def test_what_was_given_up_and_is_said_again_is_there_once(stuck):
     assert [event[2].number for event in follower.events] == [1, 2, 3]
 
 
-def test_who_waits_for_what_was_given_up_waits_for_the_commit_that_is_on_its_way_and_no_longer(opened):
+def test_settled_after_abandon(opened):
+    """Callers of settled() wait for the commit in progress and no longer."""
     writer = HeldWorker()
     store = opened(writer=writer)
     post(store, "one")
@@ -1235,7 +1244,7 @@ def test_who_waits_for_what_was_given_up_waits_for_the_commit_that_is_on_its_way
     assert result_of(store.settled()) is None
 
 
-def test_who_waits_for_what_came_after_it_was_given_up_waits_for_that(opened):
+def test_settled_waits_for_posts_after_abandon(opened):
     writer = HeldWorker()
     store = opened(writer=writer)
     poster = post(store, "one", "two")
@@ -1252,7 +1261,8 @@ def test_who_waits_for_what_came_after_it_was_given_up_waits_for_that(opened):
     assert texts(store) == ["one", "three"]
 
 
-def test_a_commit_that_fails_when_it_was_given_up_is_refused_no_second_time(stuck, path):
+def test_abandoned_commit_fails(stuck, path):
+    """Abandoned posters are refused once, and the fault is noted."""
     store, writer, follower, poster = stuck
     settled = store.settled()
     store.abandon()
@@ -1269,11 +1279,11 @@ def test_a_commit_that_fails_when_it_was_given_up_is_refused_no_second_time(stuc
     assert store.fault is None
 
 
-def test_who_posts_when_it_is_told_that_its_post_was_given_up_is_kept(opened):
+def test_post_from_the_callback_of_abandon(opened):
     class Stubborn(RecordingPoster):
-        def refused(self, said, error):
-            super().refused(said, error)
-            store.append("main", said, self)
+        def refused(self, post, error):
+            super().refused(post, error)
+            store.append("main", post, self)
 
     writer = HeldWorker()
     store = opened(writer=writer)
@@ -1284,7 +1294,7 @@ def test_who_posts_when_it_is_told_that_its_post_was_given_up_is_kept(opened):
     assert texts(store) == ["one"]
 
 
-def test_what_was_given_up_takes_no_place_among_those_that_may_wait(opened, monkeypatch):
+def test_abandoned_posts_free_their_places(opened, monkeypatch):
     monkeypatch.setattr(sqlite, "MAX_PENDING", 2)
     writer = HeldWorker()
     store = opened(writer=writer)
@@ -1295,7 +1305,7 @@ def test_what_was_given_up_takes_no_place_among_those_that_may_wait(opened, monk
     assert poster.numbers == [2, 3]
 
 
-def test_when_nothing_is_on_its_way_nothing_is_given_up_or_said(opened):
+def test_abandon_without_posts_is_silent(opened):
     store = opened()
     poster = post(store, "one")
     with capturedLogs() as events:
@@ -1305,7 +1315,7 @@ def test_when_nothing_is_on_its_way_nothing_is_given_up_or_said(opened):
     assert post(store, "two").numbers == [2]
 
 
-def test_close_waits_for_the_commit_that_was_given_up(stuck, opened):
+def test_close_waits_for_the_abandoned_commit(stuck, opened):
     store, writer, _, poster = stuck
     store.abandon()
     closed = store.close()
@@ -1322,7 +1332,7 @@ def test_close_waits_for_the_commit_that_was_given_up(stuck, opened):
 
 
 class QueueReactor:
-    """A reactor whose turn it is when the test says so."""
+    """A reactor that runs one call per `turn`."""
 
     def __init__(self):
         self._calls = queue.Queue()
@@ -1357,7 +1367,7 @@ class StoppableWorker(ThreadWorker):
 
 @pytest.fixture
 def thread_worker():
-    """Makes ThreadWorkers and stops them, because a failed test would otherwise never end."""
+    """Makes ThreadWorkers and stops them, because a failed test would never end otherwise."""
     workers = []
 
     def build(reactor):
@@ -1371,14 +1381,14 @@ def thread_worker():
 
 @pytest.fixture
 def thread(thread_worker):
-    """A ThreadWorker that is started, and its reactor."""
+    """A running ThreadWorker and its reactor."""
     reactor = QueueReactor()
     worker = thread_worker(reactor)
     worker.start()
     return worker, reactor
 
 
-def test_a_thread_worker_works_in_one_thread_of_its_own_in_order(thread):
+def test_worker_uses_one_thread_in_order(thread):
     worker, reactor = thread
     done = []
     answers = [worker.do(lambda n=n: done.append(n) or threading.current_thread()) for n in range(20)]
@@ -1389,25 +1399,25 @@ def test_a_thread_worker_works_in_one_thread_of_its_own_in_order(thread):
     assert "for-the-test" in threads.pop().name
 
 
-def test_a_thread_worker_answers_in_the_reactors_thread(thread):
+def test_worker_answers_in_the_reactors_thread(thread):
     worker, reactor = thread
     work_is_done = threading.Event()
     heard = []
     worker.do(work_is_done.set).addCallback(lambda _: heard.append(threading.current_thread()))
     assert work_is_done.wait(30)
-    assert heard == []  # for the reactor had no turn
+    assert heard == []  # the reactor has not run
     reactor.turn()
     assert heard == [threading.current_thread()]
 
 
-def test_a_thread_worker_hands_over_what_was_raised(thread):
+def test_worker_passes_exceptions_on(thread):
     worker, reactor = thread
     with pytest.raises(ZeroDivisionError):
         reactor.result_of(worker.do(lambda: 1 // 0))
     assert reactor.result_of(worker.do(lambda: "and goes on")) == "and goes on"
 
 
-def test_a_thread_worker_ends_when_what_was_asked_is_done(thread):
+def test_worker_finishes_before_it_stops(thread):
     worker, reactor = thread
     done = []
     answers = [worker.do(lambda n=n: done.append(n)) for n in range(20)]
@@ -1418,7 +1428,7 @@ def test_a_thread_worker_ends_when_what_was_asked_is_done(thread):
         reactor.result_of(answer)
 
 
-def test_a_log_with_threads_keeps_what_many_post_at_once(path, thread_worker):
+def test_store_with_real_threads(path, thread_worker):
     reactor = QueueReactor()
     store = SqliteStore(path, ALL, ManualTime(), thread_worker(reactor), thread_worker(reactor))
     store.open(SEED)
