@@ -1,7 +1,6 @@
 """What is installed: the wheel and the editable install, each in an environment of its own."""
 
 import pathlib
-import shutil
 import site
 import subprocess
 import sys
@@ -9,8 +8,9 @@ import venv
 import zipfile
 
 import pytest
+from support.checkouts import copy_checkout
 from support.redises import Redis
-from support.servers import LONG, ROOT, TWISTD, Raw, Server, environment, need, numbered, run
+from support.servers import LONG, ROOT, TWISTD, Raw, Server, environment, numbered, run
 
 FOUND = """
 import importlib.resources, json, chatd
@@ -39,12 +39,7 @@ def check_run(*command, cwd):
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A copy of the files that git keeps, or would."""
-    listing = [need("git"), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    folder = tmp_path_factory.mktemp("package") / "copy"
-    for name in sorted({*check_run(*listing, cwd=ROOT).split("\0")} - {""}):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    folder = copy_checkout(tmp_path_factory.mktemp("package") / "copy")
     assert (folder / "chatd" / "schemas").is_symlink()
     return folder
 

@@ -99,7 +99,7 @@ class Lines:
     def text(self):
         return "\n".join(self)
 
-    def wait(self, pattern, count=1):
+    def wait(self, pattern, count=1, seconds=LONG):
         """Wait until a pattern was found in so many lines, and answer those matches."""
         found = []
 
@@ -108,7 +108,7 @@ class Lines:
             return len(found) >= count or self._ended
 
         with self._changed:
-            self._changed.wait_for(enough, LONG)
+            self._changed.wait_for(enough, seconds)
         if len(found) < count:
             raise AssertionError(f"{pattern!r} was not found {count} times in:\n{self.text}")
         return found[:count]
