@@ -1,11 +1,11 @@
-"""The promise, against a list for each room, whatever is cut, lost, killed or said twice.
+"""The promise of the server, checked against a list for each room.
 
-One total order per room; at least once on the wire, and with the dense ids exactly once in effect; what was
-acknowledged stays.  A state machine runs the real server over connections in memory: its clients are what a
-good author writes from the documentation, its sockets take as many bytes as they are told to, its
-disk commits when it is told to, and every bound of the server is so low that it is met.
+Each room has one total order.  Every message arrives at least once, and dense ids make that exactly once in effect.
+Acknowledged messages stay.  All this holds whatever is cut, lost, killed or sent twice.
 
-The clients read what leaves the server at once, so that nothing can leave it that is not in the log by then.
+A state machine runs the real server over connections in memory.  Its clients do what the documentation asks of them.
+Its sockets and its disk take bytes and commits one by one, as the machine chooses.  Every bound of the server is so low
+that the machine reaches it.  Clients read at once what leaves the server, so nothing can leave before the log has it.
 """
 
 import gc
@@ -58,13 +58,13 @@ LOW = {
     "chatd.room.sweep.SLICE_SECONDS": -1,  # one member a turn
 }
 WINDOW = 2
-"""How many posts of a client wait to be acknowledged; fewer than are retained, else their labels are not."""
+"""The number of labelled posts of a client in flight; fewer than the log retains, so that it retains their labels."""
 ROUNDS, TURNS = 10, 1000
-"""In how many rounds of how many turns everything must have settled in the end."""
+"""The rounds, and the turns of each, in which everything must settle at the end."""
 
 
 class Disk(ImmediateWorker):
-    """A thread: what it has done is known to the reactor only later, and what it has not is lost with the process."""
+    """A thread whose results reach the reactor later; tasks that it has not run are lost with the process."""
 
     def __init__(self, done=lambda: None):
         super().__init__()
@@ -89,7 +89,7 @@ class Disk(ImmediateWorker):
     def answer(self):
         if self.answers:
             answer, outcome = self.answers.popleft()
-            answer.callback(outcome)  # or errback, as a failure finds its own way
+            answer.callback(outcome)  # a Failure takes the errback path by itself
 
     def run(self):
         while self.asked or self.answers:
@@ -98,7 +98,7 @@ class Disk(ImmediateWorker):
 
 
 class Truth:
-    """All that a log ever held: a list for each room, and a number below which it is kept no more."""
+    """All entries that a log ever held, by room, and the first number that it still stores."""
 
     def __init__(self, faults):
         self.rooms = {}
@@ -116,7 +116,7 @@ class Truth:
             before = self.entries(room)
             try:
                 assert entry.number == len(before) + 1, "dense, and no number twice"
-                # Every post has a text of its own; its label is remembered as long as the message is kept.
+                # Every post has its own text, and a label is remembered as long as its entry.
                 kept = before[self.first(room) - 1 :]
                 assert [one for one in kept if one.message == entry.message] == [], "posted twice"
                 assert not before or before[-1].timestamp <= entry.timestamp
@@ -142,14 +142,14 @@ class MemoryLog:
         self.store.follow(self.truth)
 
     def failing(self, disk, steps):
-        """It cannot fail."""
+        """Do nothing: memory cannot fail."""
 
     def kill(self):
-        """It is gone."""
+        """Do nothing: the log ends with its server."""
 
 
 class SqliteLog:
-    """A log in a file, of which the truth is what was committed."""
+    """A log in a file; the truth is what was committed."""
 
     def __init__(self, retain, now, folder, faults):
         self._retain, self._now, self._faults = retain, now, faults
@@ -161,8 +161,8 @@ class SqliteLog:
         self.store = SqliteStore(self._path, self._retain, self._now, self.writer, self.reader)
         self.store.open(())
         self._db = self.store.file.writer
-        self._db.execute("PRAGMA synchronous=OFF")  # no machine is to lose its power here
-        # What is trimmed by the commit that appends it was there too.
+        self._db.execute("PRAGMA synchronous=OFF")  # no machine loses its power here
+        # A commit may trim entries that it appends: a trigger records them all.
         columns = "room, number, username, message, timestamp"
         self._db.execute(f"CREATE TEMP TABLE seen ({columns})")
         values = ", ".join(f"NEW.{column}" for column in columns.split(", "))
@@ -172,16 +172,16 @@ class SqliteLog:
         self._look()
 
     def failing(self, disk, steps):
-        """Have the work that is next fail after so many steps of SQLite's machine, if it takes as many."""
+        """Run the next task, and interrupt SQLite after so many steps of its virtual machine."""
         db = self._db if disk is self.writer else self.store.file.reader
         if not disk.asked:
             return
-        interrupt = [1]  # once: what is done about it does not fail
+        interrupt = [1]  # once: the cleanup does not fail
         db.set_progress_handler(lambda: interrupt and interrupt.pop(), steps)
         disk.work(lambda: db.set_progress_handler(None, 0))
 
     def _look(self):
-        if self._db.in_transaction:  # nothing of it is committed
+        if self._db.in_transaction:  # nothing is committed yet
             return
         for room, *entry in self._db.execute("SELECT * FROM seen ORDER BY room, number").fetchall():
             self.truth.appended(room, [Entry(*entry)])
@@ -191,12 +191,12 @@ class SqliteLog:
             self.truth.trimmed(room, first)
 
     def kill(self):
-        # The operating system closes what it had open.
+        # The operating system closes the files of a killed process.
         self.store.file.close()
 
 
 class Socket:
-    """The server's end: it takes `space` bytes more, or all."""
+    """The server's end of a connection, which takes `space` more bytes, or everything."""
 
     def __init__(self, space, received):
         self.space = space
@@ -213,10 +213,10 @@ class Socket:
 
 
 class Wire(StringTransport):
-    """A transport with a buffer, as Twisted's are: for TLS as it is, for plain TCP see below."""
+    """A transport with a buffer like Twisted's; it stands for TLS."""
 
     bufferSize = 600
-    """Above which a streaming producer is paused."""
+    """The size of the buffer above which a streaming producer is paused."""
 
     def __init__(self, socket):
         super().__init__(peerAddress=IPv4Address("TCP", "192.0.2.7", 4321))
@@ -257,7 +257,7 @@ class Wire(StringTransport):
             super().resumeProducing()
 
     def drain(self):
-        """The reactor writes what it can, and asks for more or ends the connection when nothing is left."""
+        """Write as the reactor does; with an empty buffer ask the producer for more, or end the connection."""
         if not self.writing:
             return
         if self.buffer:
@@ -276,14 +276,14 @@ class Wire(StringTransport):
 
 
 class Tcp(Wire, Connection):
-    """One that may also be written to at once."""
+    """A transport whose socket may be written to directly; it stands for plain TCP."""
 
     def __init__(self, socket):
         Wire.__init__(self, socket)
 
 
 class Asked(NamedTuple):
-    """What a page was asked for, and what was known then."""
+    """A request for a page, and the state of the log at that time."""
 
     before: int | None
     after: int | None
@@ -294,7 +294,7 @@ class Asked(NamedTuple):
 
 
 class Client:
-    """One user's program in one room: it keeps what it was given and what it was not told of yet."""
+    """The program of one user in one room, with the entries it has and the posts without an outcome."""
 
     def __init__(self, machine, name, room):
         self.machine, self.name, self.room = machine, name, room
@@ -334,14 +334,14 @@ class Client:
         self.outbox += masked(payload, first=first)
 
     def deliver(self, size=None):
-        """Let so many bytes reach the server, if it reads."""
+        """Let `size` bytes reach the server, or all, if the server reads."""
         if self.wire is None or self.wire.producerState != "producing" or self.wire.lost or not self.outbox:
             return
         data, self.outbox = (self.outbox, b"") if size is None else (self.outbox[:size], self.outbox[size:])
         self.wire.protocol.dataReceived(data)
 
     def disconnect(self, reason=ConnectionDone):
-        """Whatever is on its way in either direction is lost."""
+        """Cut the connection; bytes in flight in either direction are lost."""
         if self.wire is not None:
             if self.wire.producerState == "producing" and self._inbox and self.greeted:
                 self.met("a frame cut on its way to the client")
@@ -361,7 +361,7 @@ class Client:
         try:
             while not self.over and self._take_bytes():
                 pass
-        except Exception as error:  # noqa: BLE001 -- the server must not get to see what it did wrong
+        except Exception as error:  # noqa: BLE001 -- the server must not see the failed assertion
             self.machine.faults.append(error)
             self.over = True
 
@@ -395,7 +395,7 @@ class Client:
             self.take(json.loads(payload))
         return True
 
-    # What is said
+    # Sending
 
     def post(self, size, *, labelled):
         self.labels += 1
@@ -423,7 +423,7 @@ class Client:
         wanted = {"before" if before else "after": f"{self.cursor.epoch}-{number}", "limit": limit}
         self.send(json.dumps({"type": "history", "label": label, **wanted}).encode())
 
-    # What is heard
+    # Receiving
 
     def take(self, frame):
         kind = frame["type"]
@@ -517,7 +517,7 @@ class Client:
         assert frame.get("more", True) is True
 
     def check(self):
-        """In the end it has the log, from its first on, and all that it said with a label is there."""
+        """Check that the client has the whole log, and that all its acknowledged posts are there."""
         entries = self.log.truth.entries(self.room)
         assert self.pending == {}
         assert self.cursor.number == len(entries)
@@ -533,7 +533,7 @@ _EVENT = re.compile(r"event: (\w+)\nid: (\S+)\ndata: (.*)")
 
 
 class Listener(Client):
-    """A reader of Server-Sent Events; its program posts nothing."""
+    """A reader of Server-Sent Events, which posts nothing."""
 
     def request(self):
         last = b"Last-Event-ID: %b\r\n" % str(self.cursor).encode() if self.cursor else b""
@@ -575,7 +575,7 @@ happens = st.sampled_from(["work", "answer", "run"])
 
 
 class Machine(RuleBasedStateMachine):
-    """The server, its clients, and what befalls them."""
+    """The server, its clients, and the events around them."""
 
     def __init__(self, make, folder, met):
         super().__init__()
@@ -599,21 +599,21 @@ class Machine(RuleBasedStateMachine):
         self.log.start()
         self.clock = Turns()
         rooms = Registry(self.log.store, frames, self.clock, HISTORY)
-        self.looked = Connections(self.clock)
+        self.connections = Connections(self.clock)
         admission = Admission()
-        api = Api(rooms, self.looked, admission, Addresses(None, 0, self.clock.seconds))
+        api = Api(rooms, self.connections, admission, Addresses(None, 0, self.clock.seconds))
         self.factory = ChatFactory(
             rooms=rooms,
-            connections=self.looked,
+            connections=self.connections,
             admission=admission,
             site=web.ChatSite(api, self.clock),
             reactor=self.clock,
         )
 
-    # What clients do
+    # Clients
 
     @rule(who=who, wire=wires, space=spaces, cut=cuts, fresh=st.sampled_from([False] * 7 + [True]))
-    def come_back(self, who, wire, space, cut, fresh):
+    def reconnect(self, who, wire, space, cut, fresh):
         client = self.clients[who]
         client.disconnect()
         client.connect(wire, space, fresh=fresh)
@@ -627,7 +627,7 @@ class Machine(RuleBasedStateMachine):
         retry=st.booleans(),
         cut=cuts,
     )
-    def post(self, who, count, size, labelled, retry, cut):  # noqa: PLR0917 -- they are drawn by name
+    def post(self, who, count, size, labelled, retry, cut):  # noqa: PLR0917 -- hypothesis draws them by name
         client = self.clients[who]
         if client.wire is None:
             client.connect(Tcp, None)
@@ -661,9 +661,9 @@ class Machine(RuleBasedStateMachine):
         space=st.integers(0, 900),
         goes_on=st.sampled_from([True, True, False]),
     )
-    def post_and_be_cut_while_it_is_delivered(self, who, count, size, space, goes_on):
+    def post_with_full_socket(self, who, count, size, space, goes_on):
         client = self.clients[who]
-        if self.is_there(client):
+        if self.ensure_joined(client):
             client.wire.socket.space = space
             for _ in range(count):
                 client.post(size, labelled=len(client.pending) < WINDOW)
@@ -684,7 +684,7 @@ class Machine(RuleBasedStateMachine):
     def fall_too_far_behind(self, who):
         client = self.clients[who]
         other = next(other for other in self.clients if other.room == client.room and other is not client)
-        if self.is_there(other) and self.is_there(client) and other.wire is not None:
+        if self.ensure_joined(other) and self.ensure_joined(client) and other.wire is not None:
             client.wire.socket.space = 0
             for _ in range(2 * MAX_LAG):
                 other.post(0, labelled=False)
@@ -693,11 +693,11 @@ class Machine(RuleBasedStateMachine):
             self.turn(3)
 
     @rule(who=who, order=st.permutations(["read", "read", "write", "write"]))
-    def come_back_to_an_empty_room_while_a_post_is_committed(self, who, order):
+    def join_empty_room_during_commit(self, who, order):
         client = self.clients[who]
-        if not self.is_there(client):
+        if not self.ensure_joined(client):
             return
-        self.all_is_quiet()
+        self.settle_down()
         if client.wire is None:
             return
         client.post(0, labelled=False)
@@ -707,7 +707,7 @@ class Machine(RuleBasedStateMachine):
                 other.disconnect()
         client.connect(Tcp, None)
         client.deliver()
-        # The room is read, and that is known; the post is committed, and that is known.
+        # Four events in any order: the read and its result, the commit and its result.
         begun = set()
         for what in order:
             disk = self.log.reader if what == "read" else self.log.writer
@@ -718,7 +718,7 @@ class Machine(RuleBasedStateMachine):
     def disconnect(self, who, reason):
         self.clients[who].disconnect(reason)
 
-    # What the server's machine does
+    # The server's machine
 
     @rule(count=st.integers(1, 5))
     def turn(self, count):
@@ -728,8 +728,8 @@ class Machine(RuleBasedStateMachine):
                 client.drain()
 
     @rule()
-    def all_is_quiet(self):
-        """Whoever is there gets what can be had."""
+    def settle_down(self):
+        """Run disk, network and reactor until nothing is in flight."""
         for _ in range(10):
             self.log.writer.run()
             self.log.reader.run()
@@ -737,19 +737,19 @@ class Machine(RuleBasedStateMachine):
                 client.deliver()
             self.turn(1)
 
-    def is_there(self, client):
-        """Have it come, if it is not there; answers whether it could."""
+    def ensure_joined(self, client):
+        """Connect the client if needed; return True if it has joined."""
         if client.wire is None:
             client.connect(Tcp, None)
         if not client.greeted:
-            self.all_is_quiet()
+            self.settle_down()
         return client.wire is not None and client.greeted
 
     @rule(seconds=st.sampled_from([1, 26, 41, DAY // 2, DAY + 1]))
     def time_passes(self, seconds):
         self.now.advance(seconds)
         self.clock.advance(min(seconds, 60))
-        self.looked.check_deadlines()
+        self.connections.check_deadlines()
         if seconds >= DAY // 2:
             self.log.store.trim()
 
@@ -763,9 +763,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(who=who, steps=st.integers(1, 300), posts=st.booleans())
     def writing_fails(self, who, steps, posts):
-        """Mostly there is nothing to be written, unless someone posts."""
+        """Fail the next commit, of a new post if `posts`."""
         client = self.clients[who]
-        if posts and self.is_there(client):
+        if posts and self.ensure_joined(client):
             self.log.writer.run()
             client.post(0, labelled=False)
             client.deliver()
@@ -780,7 +780,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(len(entries) > HISTORY for entries in self.log.truth.rooms.values()))
     @rule(done=st.integers(0, 2))
     def kill(self, done):
-        """Some commits may have been done of which nobody knew."""
+        """Kill the server, after commits whose results it has not seen."""
         for _ in range(done):
             self.log.writer.work()
         self.log.kill()
@@ -789,7 +789,7 @@ class Machine(RuleBasedStateMachine):
         self.start()
 
     @invariant()
-    def nobody_was_told_what_is_wrong(self):
+    def no_client_found_a_fault(self):
         if self.faults:
             raise self.faults[0]
 
@@ -799,7 +799,7 @@ class Machine(RuleBasedStateMachine):
         try:
             if self.started and not self.faults:
                 self._settle()
-                self.nobody_was_told_what_is_wrong()
+                self.no_client_found_a_fault()
                 for client in self.clients:
                     client.check()
                 for client in self.clients:
@@ -809,7 +809,7 @@ class Machine(RuleBasedStateMachine):
                 self.log.kill()
 
     def _settle(self):
-        """Everyone comes back, retries what was not acknowledged, and hears what there is to hear."""
+        """Reconnect every client, retry posts without an outcome, and deliver everything."""
         for _ in range(ROUNDS):
             for client in self.clients:
                 if client.wire is None:
@@ -825,13 +825,13 @@ class Machine(RuleBasedStateMachine):
                     client.deliver()
                 self.turn(1)
             else:
-                raise AssertionError("the server does not come to rest")
+                raise AssertionError("the server does not become idle")
             for client in self.clients:
                 if client.wire is not None and client.pending:
                     client.retry()
             if all(client.wire is not None and not client.pending for client in self.clients):
                 return
-        raise AssertionError("it does not settle")
+        raise AssertionError("the clients do not settle")
 
     def _idle(self):
         return (
@@ -863,7 +863,7 @@ MET = {
     *("a frame cut on its way to the client", "a frame cut on its way to the server"),
     *("ack", "duplicate", "page", "close 1013"),
 }
-"""What the clients must have met, or the server was not tried."""
+"""The events that the clients must have met in each run, so that the server was really tried."""
 
 
 @pytest.mark.parametrize(
@@ -876,5 +876,5 @@ def test_promise(log, met, tmp_path, events):
     seen = Counter()
     run_state_machine_as_test(lambda: Machine(log, tmp_path, seen), settings=EXAMPLES)
     assert met <= seen.keys()
-    gc.collect()  # which finds failures that nobody waited for
+    gc.collect()  # logs failures of forgotten Deferreds
     assert [event for event in events if "log_failure" in event] == []
