@@ -47,7 +47,7 @@ from chatd.transport.connections import Connections
 from chatd.transport.websocket import ChatFactory
 
 HISTORY = 3
-MAX_LAG = 12
+MAX_LAG = 8
 LOW = {
     "chatd.room.room.MAX_LAG": MAX_LAG,
     "chatd.room.room.HISTORIES": 2,
@@ -640,7 +640,7 @@ class Machine(RuleBasedStateMachine):
     @rule(who=who, back=st.integers(-2, 12), limit=st.integers(1, 6), before=st.booleans())
     def page(self, who, back, limit, before):
         client = self.clients[who]
-        if client.wire is not None and client.greeted:
+        if self.ensure_joined(client):
             client.ask(back, limit, before=before)
             client.deliver()
 
@@ -772,8 +772,15 @@ class Machine(RuleBasedStateMachine):
         self.failures += 1
         self.log.failing(self.log.writer, steps)
 
-    @rule(steps=st.integers(1, 60))
-    def reading_fails(self, steps):
+    @rule(who=who, steps=st.integers(1, 60), joins=st.booleans())
+    def reading_fails(self, who, steps, joins):
+        """Fail the next read, for a client that joins if `joins`."""
+        client = self.clients[who]
+        if joins and not any(other.wire for other in self.clients if other.room == client.room and other is not client):
+            client.disconnect()
+            self.log.reader.run()
+            client.connect(Tcp, None)
+            client.deliver()
         self.failures += 1
         self.log.failing(self.log.reader, steps)
 
@@ -853,7 +860,7 @@ def _low_bounds(monkeypatch):
 
 EXAMPLES = settings(
     REPEATABLE,
-    max_examples=150,
+    max_examples=60,
     stateful_step_count=100,
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow],
