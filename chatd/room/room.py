@@ -6,9 +6,9 @@ is bounded in bytes.  A *member* is one integer: the number of the last entry ha
 Serving a member means joining the frames from its cursor to the head and handing them to its transport in one write.
 Members at one cursor share the joined bytes.
 
-A room is flushed in the reactor turn after something was appended.  Nothing waits for a batch to fill, and yet all
-entries of one turn leave in one write, so under load the number of system calls falls from one for each
-message and member to one for each member.
+A room is flushed in the reactor turn after something was appended.  No entry waits for a batch to fill, and yet all
+entries of one turn leave in one write.  Under load the system calls therefore follow the number of members, and not
+that of messages times members.
 
 A flush is a *pass* over the members.  A pass aims at the head it began with.  It stops every few milliseconds to let
 the reactor read, and then continues where it stopped.  The next pass begins after it.  Correctness does not depend on

@@ -10,6 +10,7 @@ import pytest
 
 import chatd
 
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = pathlib.Path(chatd.__file__).parent
 LAYERS = (
     "chatd.tap",
@@ -99,7 +100,19 @@ def test_only_programs_import_the_global_reactor(trees):
 @pytest.mark.parametrize("folder", ["", "plugins"])
 def test_twisted_is_a_namespace(folder):
     """An `__init__.py` beside the plugin would hide Twisted itself."""
-    assert not (PACKAGE.parent / "twisted" / folder / "__init__.py").exists()
+    assert not (ROOT / "twisted" / folder / "__init__.py").exists()
+
+
+def test_architecture_names_every_module(trees):
+    """The table of wings in docs/architecture.md leaves out no module."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    wings = text.partition("## The wings")[2].partition("interfaces")[0]
+    rows = [line for line in wings.splitlines() if line.startswith("| `")]
+    packages = {name.rpartition(".")[0] for name in trees}
+    for name in trees.keys() - packages:
+        _, wing, *_ = name.split(".")
+        module = name.rpartition(".")[2]
+        assert any(f"`{wing}" in row.split("|")[1] and f"`{module}`" in row.split("|")[3] for row in rows), name
 
 
 def test_names_are_unique(trees):
