@@ -1,8 +1,8 @@
-"""Ten thousand times: connect, post, be cut off, come back with the last id, retry; and the server killed now and then.
+"""Ten thousand cycles: connect, post, be cut, resume from the last id and retry, while the server is killed at times.
 
-The clients are sockets in one process, so many that the server commits and delivers for some of them whenever one is
-cut: at any byte of what it says, at any byte of what it hears, with a reset or an orderly end.  Nothing
-sleeps: who finds no server waits for the next one to be ready.
+The clients are sockets in one process.  There are enough of them that the server commits and delivers for some
+whenever one is cut.  A cut is at any byte of the requests or the answers, with a reset or an orderly end.
+Nothing sleeps: a client that finds no server waits until the next one is ready.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ CLIENTS = 50
 ROOMS = 5
 KILLS = 20
 HISTORY = 20
-"""Fewer than are missed now and then, so that what is missed comes in the history frame and after it."""
+"""Fewer than some clients miss, so that missed messages are in the history frame and after it."""
 
 NO_LINGER = struct.pack("ii", 1, 0)
 """The socket is to be closed with a reset, and what it has not sent thrown away."""
 
 
 class Cut(Exception):
-    """The connection is gone."""
+    """The connection has ended."""
 
 
 class Client:
@@ -102,7 +102,7 @@ class Client:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self.socket.close()
 
-    # What is heard
+    # Reading
 
     def take(self):
         """Take the frames that are whole by now."""
@@ -154,7 +154,7 @@ class Client:
         if "duplicate" not in text:
             assert number <= self.cursor, "after the message itself"
 
-    # What is said
+    # Posting
 
     def said(self):
         """Everything that was not acknowledged, oldest first."""
@@ -168,9 +168,9 @@ class Client:
         self.pending[f"l{self.posts}"] = f"{self.name} says {self.posts} {'.' * self.chance.randrange(100)}"
 
     async def cycle(self):
-        """Come back, say what was not acknowledged and something new, and be cut off somewhere; whether that was said.
+        """Reconnect, send unacknowledged posts and a new one, and be cut; return whether the new post was made.
 
-        What cuts is the beginning, half of what is said, its end, some byte of the answers, or their end.
+        The cut is in the handshake, amid the posts, after them, amid the answers, or after them.
         """
         chance = self.chance
         where = chance.choice(["beginning", "said", "end", "answers", "acknowledged"])
@@ -192,7 +192,7 @@ class Client:
         return posted
 
     async def settle(self):
-        """Come back until all is acknowledged."""
+        """Reconnect until every post is acknowledged."""
         while self.pending:
             with contextlib.suppress(Cut):
                 await self.connect()
@@ -202,7 +202,7 @@ class Client:
             self.close()
 
     async def catch_up(self, heads):
-        """Come back for what was missed."""
+        """Reconnect for the missed messages."""
         await self.connect()
         while self.cursor < heads[self.room]:
             await self.hear()
@@ -210,7 +210,7 @@ class Client:
 
 
 class Place:
-    """Where the server is, which is killed and started again while the clients come and go."""
+    """The server, which is killed and restarted while clients connect and disconnect."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -139,7 +139,7 @@ KINDS = ["python", "node", "wscat"]
 
 
 def snippets():
-    """The README's examples that say that they are tested: what they are, and their text."""
+    """The kind and the text of each example in the README that is marked as tested."""
     text = (ROOT / "README.md").read_text("utf-8")
     return re.findall(r"^<!-- test: (\S+) -->\s*\n```[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 

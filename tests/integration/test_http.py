@@ -35,7 +35,7 @@ def base(server):
 
 
 class Reader:
-    """Follows a room over Server-Sent Events or WebSocket, and comes back with its last id."""
+    """Follows a room over Server-Sent Events or WebSocket, and reconnects with its last id."""
 
     def __init__(self, session, kind):
         self.session = session
@@ -191,7 +191,7 @@ async def test_resume_and_retry_after_a_kill(tmp_path):
         duplicates = 0
 
         async def keep_posting(server, name):
-            """Post what is left, each with its key, until the server is gone."""
+            """Post the remaining messages, each with its key, until the server has stopped."""
             with contextlib.suppress(aiohttp.ClientError, ConnectionError):
                 while posters[name]:
                     key = f"{name}-{posters[name][0]}"
@@ -247,7 +247,7 @@ def connection(common):
 
 
 def ask(connection, method, path, body=None, **headers):
-    """What the standard library's client is answered."""
+    """The answer that the client of the standard library gets."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, fields)
     answer = connection.getresponse()

@@ -1,4 +1,4 @@
-"""What a run logs: who came, by number and room, and nothing of what they said, were called or held as a secret."""
+"""The log of a run has clients by number and room, and none of their messages, names and secrets."""
 
 import base64
 import contextlib
@@ -48,7 +48,7 @@ class Secrets:
         return text
 
     def found(self, log):
-        """Where those were said that are in a log, in whatever form."""
+        """The places of the secrets that are in a log, in any form."""
         return [where for text, where in self._used.items() if any(form in log for form in forms(text))]
 
 
@@ -110,7 +110,7 @@ def post_over_websocket(client, secret):
 
 
 def breaches(secret):
-    """What ends a connection, and with which code."""
+    """Messages that end a connection, with the close code of each."""
     return [
         (frame(BINARY, secret("a binary frame").encode()), 1003),
         (frame(TEXT, secret("what is not UTF-8").encode() + b"\xff"), 1007),
@@ -240,7 +240,7 @@ class Member(Raw):
             self.rest()
 
     def answer(self):
-        """What comes next, but for those things that come at a time of their own."""
+        """The next frame, except presence and typing, which have a time of their own."""
         while (text := self.json())["type"] in ("presence", "typing"):
             pass
         return text
@@ -297,7 +297,7 @@ def visit(server, folder, secret):
 
 
 def of_clients(run):
-    """What the log says of clients: each sentence, and the fields beside it, of which text has none."""
+    """The lines about clients: each sentence, and its fields, which the text format lacks."""
     lines = []
     for line in run.log:
         if run.form == "json":

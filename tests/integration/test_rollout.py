@@ -53,7 +53,7 @@ def asynchronous(test):
 
 
 def show(figures):
-    """Print figures, for those who run the tests with -s."""
+    """Print figures, which pytest -s shows."""
     sys.stdout.write(f"\n{figures}\n")
 
 
@@ -71,7 +71,7 @@ def said(message, label, username="ann"):
 
 
 def moment(reason):
-    """When a close says that one should come back, in seconds."""
+    """The seconds after which a close frame asks the client to reconnect."""
     return float(re.fullmatch(r"retry_after=(\d+\.\d)", reason)[1])
 
 
@@ -83,7 +83,7 @@ class Member(Raw):
         self.history = self.join(path)
 
     def goes(self):
-        """Read on to the end: what came, and when to come back."""
+        """Read to the end: the frames, and the time to reconnect."""
         texts = []
         while True:
             opcode, payload = self.frame()
@@ -106,7 +106,7 @@ class Reader(Raw):
         assert self.head()[0] == 200
 
     def goes(self):
-        """Read on to the end: what came, and when to come back."""
+        """Read to the end: the frames, and the time to reconnect."""
         parser = EventParser()
         parser.feed(self.rest())
         first, last = parser.retries
@@ -126,7 +126,7 @@ def locked(path):
                 db.execute("COMMIT")
 
 
-# What was said
+# Posts in flight
 
 
 class Visitor(asyncio.Protocol):
@@ -574,7 +574,7 @@ def test_failing_store_while_serving(tmp_path):
 MANY = 2000
 BUDGET = 12
 PACED = 6
-"""Seconds of the budget in which they are told, after the grace."""
+"""Seconds of the budget after the grace, in which clients are released."""
 WRITERS = 20
 PAUSE = 1.5
 """Seconds between two posts of a writer."""
@@ -592,12 +592,12 @@ def _many_files():
 
 
 class Mover:
-    """A client that goes from one server to the next when it is told to, and posts there what it could not here."""
+    """A client that moves to the next server when asked to, and posts there what the first refused."""
 
     def __init__(self, name):
         self.name = name
         self.unkept = []
-        """What it had to say again, in its order."""
+        """The labels of its retries, in order."""
 
     async def comes(self, port):
         self.first = await Visitor.comes(port, name=self.name)
@@ -649,7 +649,7 @@ def posted(path):
 
 
 def most_in_a_second(moments):
-    """How many of these moments are in the fullest second."""
+    """The number of these moments in the fullest second."""
     moments = sorted(moments)
     most = begin = 0
     for end, last in enumerate(moments):
@@ -710,7 +710,7 @@ async def test_two_thousand_clients_move(tmp_path):
         assert mover.first.acked.items() <= here.items()
         assert mover.second.acked.items() <= there.items()
         assert {*mover.unkept} <= {*mover.second.acked}
-    # They come as a stream, as far as this machine let anybody run.
+    # They arrive at an even pace, within the limits of this machine.
     told = sorted(mover.first.closed for mover in movers)
     even = MANY / PACED
     asked = most_in_a_second([mover.first.closed + mover.retry_after for mover in movers])

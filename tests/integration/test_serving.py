@@ -147,7 +147,7 @@ def test_fifty_kills(tmp_path, capsys):
     sent = received = 0
 
     def check(server):
-        """Nothing that was seen is lost; what was not seen may be there or not, but without gaps or repetition."""
+        """Every message that was seen is stored; others may be, without gaps or repetition."""
         nonlocal epoch
         found, rows = stored(path)
         epoch = epoch or found
@@ -230,7 +230,7 @@ def test_sigterm(tmp_path):
     with Server(tmp_path) as server, Raw(server.port) as sender, Raw(server.port) as reader:
         for client in (sender, reader):
             client.join()
-        # The pong says that all was read, not that any of it was committed.
+        # The pong proves that all posts were read, not that any was committed.
         sender.send(b"".join(post("ann", f"{number}") for number in range(POSTS)) + frame(PING, b"read"))
         early = []
         while True:
@@ -626,10 +626,10 @@ def test_clients_that_do_not_read(tmp_path):
             sender.send(b"".join(post("ann", text) for text in said[begin : begin + 100]))
             for number, text in enumerate(said[begin : begin + 100], begin + 3):
                 assert numbered(sender.json()) == [(number, "ann", text)]
-        # What one of them has not read is 9 MB.
+        # Each slow client has 9 MB left to read.
         assert server.memory() < memory + (32 << 20)
         for client in slow:
-            # Those who read again get what they missed, or as much as they can have and a code that bids them return.
+            # Clients that read again get every missed message, or the first of them and then 1013.
             numbers = []
             while len(numbers) < len(said):
                 opcode, payload = client.frame()
@@ -848,7 +848,7 @@ def test_a_bad_request_is_refused_with_its_status(server, what):
 
 
 def get(port, path):
-    """What a plain HTTP client of the standard library gets."""
+    """The answer that a plain HTTP client of the standard library gets."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -68,7 +68,9 @@ def test_client_too_far_behind(tmp_path):
         numbers, code = stalled.wakes()
         assert code == 1013
         assert numbers == [*range(3, 3 + len(numbers))]
-        with Raw(server.port) as again:  # who missed that much begins anew, and is told so
+        with Raw(
+            server.port
+        ) as again:  # a client that missed so much starts over, and its history frame has resumed:false
             history = again.join(f"/?last_event_id={server.epoch}-{numbers[-1]}")
             assert history["resumed"] is False
             assert history["id"] == f"{server.epoch}-{count + 2}"

@@ -1,9 +1,9 @@
 """Holds what a server sends, in any test, to the documents in `schemas/`.
 
-`install` watches the places where frames and HTTP answers leave: the WebSocket connection, the event stream, the
-HTTP request.  What the AsyncAPI or the OpenAPI document does not describe, down to a single field or header, is
-reported.  In this process that fails the test; a real server is run by this file in place of twistd's own script, and
-dies of it.
+`install` watches the places that send frames and HTTP answers: the WebSocket connection, the event stream and the
+HTTP request.  It reports everything that the AsyncAPI or the OpenAPI document does not describe, down to a single
+field or header.  In this process a report fails the test.  A real server is run by this file in place of twistd's own
+script, and a report ends it.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jsonschema_rs
 SCHEMAS = pathlib.Path(__file__).resolve().parents[2] / "schemas"
 BASE = "chatd:/"
 STATUS = 99
-"""With which a server dies that sent something undocumented."""
+"""The exit status of a server that sent something undocumented."""
 
 _documents = {path.name: json.loads(path.read_text("utf-8")) for path in SCHEMAS.glob("*.json")}
 _registry = jsonschema_rs.Registry(

@@ -59,7 +59,7 @@ def environment(**changes):
 
 
 def run(*options, cwd, env=None, command=(sys.executable, TWISTD), flags=("-n", "--pidfile=")):
-    """Run `twistd chatd` to its end, which must come by itself."""
+    """Run `twistd chatd` until it exits by itself."""
     return subprocess.run(
         [*command, *flags, "chatd", *options],
         cwd=cwd,
@@ -174,7 +174,7 @@ class Server:
         return self.log.wait(r"ready, with the log (\w+)")[0][1]
 
     def memory(self, what="VmRSS"):
-        """How many bytes of memory it has now."""
+        """The resident memory in bytes."""
         status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) << 10
 
@@ -235,7 +235,7 @@ def certificate_for(folder):
 
 
 def stored(path, room="main"):
-    """What a store holds: its epoch and the rows (number, username, message, timestamp) of a room."""
+    """The content of a store: its epoch and the rows (number, username, message, timestamp) of a room."""
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         (epoch,) = db.execute("SELECT epoch FROM log").fetchone()
         query = "SELECT number, username, message, timestamp FROM messages WHERE room = ? ORDER BY number"
@@ -275,7 +275,7 @@ def post(username, message):
 
 
 def upgrade(path="/", **headers):
-    """The request that asks for WebSocket; a header that is None is left out."""
+    """Compose an opening handshake; a header of None is left out."""
     fields = {
         "Host": "localhost",
         "Upgrade": "websocket",
@@ -373,7 +373,7 @@ class Raw:
         return texts
 
     def _whole(self):
-        """Whether the next frame has come whole."""
+        """Return whether the next frame is complete."""
         if len(self._data) < 2:
             return False
         size, head = self._data[1], 2

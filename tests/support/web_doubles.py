@@ -56,7 +56,7 @@ class Connection:
         self.send(b"\r\n".join([head, *headers, b"", body or b""]))
 
     def response(self, method=b"GET"):
-        """What was answered, as the standard library understands it; all of it must be there."""
+        """The whole answer, parsed by the standard library."""
         response = HTTPResponse(self, method=method.decode())
         response.begin()
         return response, response.read().decode()
@@ -68,7 +68,7 @@ class Connection:
         return self.response(method)
 
     def lose(self):
-        """The transport is gone."""
+        """End the transport."""
         self.channel.connectionLost(Failure(ConnectionDone()))
 
     @property
@@ -95,7 +95,7 @@ class EventParser:
         self._rest = b""
         self._fields = {}
         self.last = ""
-        """The id that a client comes back with."""
+        """The id that a client reconnects with."""
         self.retries = []
         self.comments = 0
         self.events = []
@@ -174,5 +174,5 @@ class Stream(EventParser):
 
     @property
     def rest(self):
-        """What came behind the end."""
+        """The bytes that followed the end."""
         return self._data

@@ -1,4 +1,4 @@
-"""Who may come in, to which room, and how fast they may speak."""
+"""Admission of clients to rooms, and rate limits."""
 
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ NOBODY = frozenset()
 
 
 def visit(target, origin=None, *, rooms=(), origins=()):
-    """What a request asks for, by an operator's rules as they are on the command line."""
+    """The JoinRequest of a path, under rules as they are on the command line."""
     rules = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
     path, _, query = target.partition("?")
     return rules.visit(path, read_query(query), origin)
@@ -328,7 +328,7 @@ def paced():
 
 
 def burst(rate, who, most=1000):
-    """How many go through at once."""
+    """The number of frames that are allowed at once."""
     return next(number for number in range(most) if rate.take(who))
 
 

@@ -142,7 +142,7 @@ class House:
 
     @property
     def forgotten(self):
-        """Whether nothing is left of anyone who was here."""
+        """Return whether no trace of any client remains."""
         self.turn()
         return (
             not (
@@ -914,7 +914,7 @@ def test_stream_resumes_from_its_last_id(someone_is_there, how, last):
 
 @pytest.mark.parametrize("last", ["Other1-1", "{}-3", "{}-9999999999999999"])
 def test_stream_resume_from_unknown_id(house, last):
-    """A reader with an unknown id starts over, and the history says so."""
+    """A reader with an unknown id starts over, and its history frame has resumed:false."""
     stream = house.stream(b"/rooms/main/events", b"Last-Event-ID: " + last.format(house.epoch).encode())
     (history,) = stream.read()
     assert history.json["resumed"] is False
@@ -1007,7 +1007,7 @@ def test_a_quiet_stream_is_pinged_with_comments(house):
 
 
 def full(stream):
-    """The stream's transport is full: it says so to its producer, and takes no more."""
+    """Fill the transport of a stream: it pauses its producer and takes no more."""
     stream.transport.producer.pauseProducing()
 
 

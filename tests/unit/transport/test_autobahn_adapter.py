@@ -99,7 +99,7 @@ def test_overridden_methods():
 
 
 def test_nothing_shadowed_by_accident(theirs):
-    """What our connections and factory declare, and do not mark as override, is no name of Autobahn's."""
+    """Names that our connections and factory declare without `override` do not exist in Autobahn."""
     for one in (AutobahnConnection, WebSocketConnection):
         ours = names_of(one) - overrides(one) - REPLACED
         assert {name for name in ours if hasattr(theirs, name)} == set()

@@ -1,4 +1,4 @@
-"""Everyone who is connected: what becomes of them as time passes, and when all must go."""
+"""The deadlines of connections, and how all of them end."""
 
 import pytest
 from twisted.internet.task import Clock

@@ -44,7 +44,7 @@ def refused(text, read=parse):
 
 
 def answer_to(text, read=parse):
-    """What a text is read as, or the words and the label with which it is refused."""
+    """The parsed frame, or the words and the label of its refusal."""
     try:
         return read(text)
     except FrameError as error:
@@ -55,7 +55,7 @@ def refusal(text):
     return str(refused(text))
 
 
-# What is a post
+# Posts
 
 
 def test_a_post_has_a_username_and_a_message():
@@ -310,7 +310,7 @@ def test_every_id_is_read_as_it_was_written(epoch, number):
     assert Id.parse(str(Id(epoch, number))) == (epoch, number)
 
 
-# What is asked for, and what is told besides
+# Page requests and typing
 
 
 def test_a_page_request_may_ask_for_the_newest_messages():
@@ -438,7 +438,7 @@ def test_a_post_that_says_it_is_something_else_is_judged_as_that():
     assert refusal(post_json(type="typing")) == 'Validation error: "message" is not allowed'
 
 
-# Where nothing but a post may be sent
+# Posts over HTTP
 
 
 def test_a_post_is_read_where_nothing_else_may_be_sent():
@@ -479,7 +479,7 @@ def test_there_too_what_is_not_json_is_refused(text):
         b"{'username':'ann','message':'hi'}",  # no single quotes,
         b'{username:"ann","message":"hi"}',  # no bare names,
         b'{"username":"ann","message":"hi"} // hi',  # no comments,
-        b"NaN",  # no numbers that are none,
+        b"NaN",  # no number outside of JSON,
         b"Infinity",
         b"-Infinity",
         b'{"username":"ann","message":NaN}',
@@ -767,7 +767,7 @@ def test_validators_agree_on_every_document(form):
 
 
 def answer_of(document):
-    """What `parse` makes of a document, as a client's author would read it."""
+    """The expected result of `parse` for a document, by the documentation."""
     form = "message"
     if isinstance(document, dict) and "type" in document:
         form = document["type"]
@@ -1021,7 +1021,7 @@ def test_a_seed_that_goes_back_in_time_is_refused():
         parse_seed(seed_json("2024-10-20T12:30:00.5Z", "2024-10-20T12:30:00Z"))
 
 
-# What leaves
+# Frames of the server
 
 
 class Frame(NamedTuple):

@@ -1,4 +1,4 @@
-"""HTTP: what a person, a load balancer or a script is told, and how long a request may take."""
+"""HTTP for people, load balancers and scripts, and its deadlines."""
 
 import json
 from http import HTTPStatus
@@ -77,7 +77,7 @@ def test_a_problem_has_the_code_of_the_frame_that_says_the_same():
     assert said == {"title": "Not Found", "status": 404, "detail": "no", "code": "UNKNOWN_ID"}
 
 
-# What is answered
+# Answers
 
 
 def test_page_names_the_requested_address(connection):
@@ -401,7 +401,7 @@ def test_callback_on_connection_lost(clock):
 
 
 class Later(web.ChatResource):
-    """Answers when the test says so."""
+    """A resource that answers when the test calls it."""
 
     def __init__(self):
         super().__init__()
@@ -597,7 +597,7 @@ class Upgrading(Closing):
         self.site.upgrade = lambda transport, data: self.given.append((transport, data))
 
     def taken(self, connection):
-        """What the connection, which is no HTTP connection any more, was given back with: its head, and the rest."""
+        """The bytes that the WebSocket side got with the connection: its head, and the rest."""
         ((transport, data),) = self.given
         assert transport is connection.transport
         assert transport.producer is None

@@ -79,7 +79,7 @@ def test_join_and_leave(rooms, member):
 
 
 def test_detached_member(rooms, member, transport):
-    """Nothing reaches a transport that is gone, and every call is taken."""
+    """Calls after detach() are accepted and do not reach the transport."""
     member.join(result_of(rooms.open("team")))
     member.detach()
     assert use(member) == len(b"data")
@@ -91,7 +91,7 @@ def test_detached_member(rooms, member, transport):
 
 
 def test_detached_transport_is_freed(rooms):
-    """No cycle keeps a transport that is gone until the garbage collector runs."""
+    """No cycle of references keeps an ended transport in memory."""
     transport = Transport()
     transport.member = Membership(transport, rooms)
     freed = weakref.ref(transport)

@@ -1,4 +1,4 @@
-"""What a client's frames mean: over a transport that is a string, with a log that answers when the test says so."""
+"""The meaning of frames, over a transport that is a string and a log that the test controls."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ class Log(MemoryStore):
 
     @property
     def messages(self):
-        """What is in the room `main`."""
+        """The messages of the room `main`."""
         return [entry.message for entry in self._room("main").entries]
 
     def read(self, room, after, limit):
@@ -116,7 +116,7 @@ class Person:
             self.says(username="ann", message=message, **more)
 
     def hears(self):
-        """What was sent to it since."""
+        """The frames sent since the last call."""
         frames, self.sent = read_frames(self.sent), b""
         return frames
 
@@ -178,7 +178,7 @@ def old(log):
 
 
 def kinds(frames):
-    """What each frame is, in short."""
+    """A short form of each frame."""
     return [
         {
             "message": lambda data: data["data"]["message"],
@@ -509,7 +509,7 @@ def test_unexpected_error_of_a_page_read(old, log, ann, events):
 
 @pytest.fixture
 def paging(old, log, ann):
-    """One who waits for a page."""
+    """A client that waits for a page."""
     log.slow = True
     ann.says(PAGE | {"label": "h1"})
     return ann
@@ -750,7 +750,7 @@ def test_finish_during_a_page_read(clock, log, paging, outcome):
     assert log.messages == [*"123456"]
 
 
-# What is refused
+# Refused frames
 
 
 ID_PATTERN = "/^[0-9A-Za-z]{4,16}-(0|[1-9][0-9]{0,15})$/"

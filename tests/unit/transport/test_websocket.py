@@ -130,7 +130,7 @@ class Wire(StringTransport):
             producer.resumeProducing()
 
     def unregisterProducer(self):
-        self.producer = None  # as Twisted's own do, also when there is none
+        self.producer = None  # Twisted's transports accept this without a producer too
 
     def resumeProducing(self):
         if not self.disconnecting:  # likewise
@@ -515,7 +515,7 @@ def test_under_tls_http_1_1_is_spoken_and_nothing_else(factory, named):
     assert either.acceptableProtocols() == [b"http/1.1"]
 
 
-# What is asked for
+# Requests to join
 
 
 @pytest.mark.parametrize("room", ["main", "a", "0", "team-1_b", 64 * "a"])
@@ -1500,7 +1500,7 @@ def test_finished_client_that_takes_its_answers(factory, clock):
 
 @pytest.fixture
 def drain(factory, connections, store, clock):
-    """Begin to send all clients elsewhere, within so many seconds or in a hurry."""
+    """Begin a drain of so many seconds, or an immediate one."""
 
     def begin(budget, *, hurried=False):
         drain = Drain(connections, store, factory.site, budget, clock)
@@ -1512,7 +1512,7 @@ def drain(factory, connections, store, clock):
 
 
 def last_words(data):
-    """The labels, or else the types, of the frames before the close, which is the last and tells to come back."""
+    """The labels, or else the types, of the frames before the final close, which asks to reconnect."""
     frames, close = data[: data.rindex(b"\x88")], data[data.rindex(b"\x88") :]
     assert close[2:4] == b"\x03\xf4"
     return [frame.get("label", frame["type"]) for frame in read_frames(frames)]
