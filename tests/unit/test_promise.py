@@ -27,11 +27,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.helpers import HEAD, REPEATABLE, ImmediateWorker, ManualTime, Turns, masked
+from support.transports import Wire
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, execute
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.tcp import Connection
-from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id
@@ -212,8 +212,8 @@ class Socket:
         return taken
 
 
-class Wire(StringTransport):
-    """A transport with a buffer like Twisted's; it stands for TLS."""
+class BoundedWire(Wire):
+    """A transport with a buffer like Twisted's, which pauses its producer when full; it stands for TLS."""
 
     bufferSize = 600
     """The size of the buffer above which a streaming producer is paused."""
@@ -223,9 +223,6 @@ class Wire(StringTransport):
         self.socket = socket
         self.buffer = b""
         self.paused = self.writing = self.lost = False
-
-    def setTcpNoDelay(self, enabled):
-        pass
 
     def write(self, data):
         self.buffer += data
@@ -252,10 +249,6 @@ class Wire(StringTransport):
     def abortConnection(self):
         self.lost = True
 
-    def resumeProducing(self):
-        if not self.disconnecting:
-            super().resumeProducing()
-
     def drain(self):
         """Write as the reactor does; with an empty buffer ask the producer for more, or end the connection."""
         if not self.writing:
@@ -275,11 +268,11 @@ class Wire(StringTransport):
             self.lost = True
 
 
-class Tcp(Wire, Connection):
+class BoundedTcp(BoundedWire, Connection):
     """A transport whose socket may be written to directly; it stands for plain TCP."""
 
     def __init__(self, socket):
-        Wire.__init__(self, socket)
+        BoundedWire.__init__(self, socket)
 
 
 class Asked(NamedTuple):
@@ -570,7 +563,7 @@ class Listener(Client):
 who = st.integers(0, 4)
 cuts = st.none() | st.integers(1, 300)
 spaces = st.none() | st.integers(0, 900)
-wires = st.sampled_from([Tcp, Tcp, Wire])
+wires = st.sampled_from([BoundedTcp, BoundedTcp, BoundedWire])
 happens = st.sampled_from(["work", "answer", "run"])
 
 
@@ -630,7 +623,7 @@ class Machine(RuleBasedStateMachine):
     def post(self, who, count, size, labelled, retry, cut):  # noqa: PLR0917 -- hypothesis draws them by name
         client = self.clients[who]
         if client.wire is None:
-            client.connect(Tcp, None)
+            client.connect(BoundedTcp, None)
         if retry:
             client.retry()
         for _ in range(min(count, WINDOW - len(client.pending)) if labelled else count):
@@ -705,7 +698,7 @@ class Machine(RuleBasedStateMachine):
         for other in self.clients:
             if other.room == client.room:
                 other.disconnect()
-        client.connect(Tcp, None)
+        client.connect(BoundedTcp, None)
         client.deliver()
         # Four events in any order: the read and its result, the commit and its result.
         begun = set()
@@ -740,7 +733,7 @@ class Machine(RuleBasedStateMachine):
     def ensure_joined(self, client):
         """Connect the client if needed; return True if it has joined."""
         if client.wire is None:
-            client.connect(Tcp, None)
+            client.connect(BoundedTcp, None)
         if not client.greeted:
             self.settle_down()
         return client.wire is not None and client.greeted
@@ -820,7 +813,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(ROUNDS):
             for client in self.clients:
                 if client.wire is None:
-                    client.connect(Tcp, None)
+                    client.connect(BoundedTcp, None)
                     client.retry()
                 client.wire.socket.space = None
             for _ in range(TURNS):

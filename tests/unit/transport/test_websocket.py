@@ -6,13 +6,12 @@ from http import HTTPStatus
 import pytest
 import txaio
 from support.helpers import HEAD, masked, read_frames, result_of
-from twisted.internet.address import IPv4Address, UNIXAddress
+from support.transports import Tcp, Wire
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.task import Clock
-from twisted.internet.tcp import Connection
-from twisted.internet.testing import StringTransport
 from twisted.logger import formatEvent
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
@@ -112,71 +111,6 @@ def factory(server):
     return server()
 
 
-class Wire(StringTransport):
-    """A transport that buffers without end, as TLS does."""
-
-    aborted = False
-
-    def setTcpNoDelay(self, enabled):
-        self.noDelay = enabled
-
-    def abortConnection(self):
-        self.aborted = True
-        self.loseConnection()
-
-    def registerProducer(self, producer, streaming):
-        super().registerProducer(producer, streaming)
-        if not streaming:
-            producer.resumeProducing()
-
-    def unregisterProducer(self):
-        self.producer = None  # Twisted's transports accept this without a producer too
-
-    def resumeProducing(self):
-        if not self.disconnecting:  # likewise
-            super().resumeProducing()
-
-    def read(self):
-        data = self.value()
-        self.clear()
-        return data
-
-
-class Socket:
-    """A TCP socket that takes `space` bytes more, or all."""
-
-    def __init__(self):
-        self.sent = b""
-        self.space = None
-
-    def send(self, data):
-        if self.space == 0:
-            raise BlockingIOError
-        taken = len(data) if self.space is None else min(self.space, len(data))
-        if self.space is not None:
-            self.space -= taken
-        self.sent += data[:taken]
-        return taken
-
-
-class Tcp(Wire, Connection):
-    """A TCP connection as Twisted has it, down to the socket."""
-
-    def __init__(self):
-        Wire.__init__(self, peerAddress=IPv4Address("TCP", "192.0.2.7", 4321))
-        self.socket = Socket()
-
-    def drain(self):
-        """The reactor finds the socket empty, writes what is buffered, and asks its pull producer for more."""
-        self.socket.sent += Wire.read(self)
-        self.socket.space = None
-        self.producer.resumeProducing()
-
-    def read(self):
-        data, self.socket.sent = self.socket.sent, b""
-        return data
-
-
 class Client:
     """The other end of one connection."""
 
@@ -212,7 +146,7 @@ class Client:
 
     def reads_close(self):
         """The code of the close frame that is all there is to read."""
-        data = self.transport.read() + (Wire.read(self.transport) if isinstance(self.transport, Tcp) else b"")
+        data = self.transport.read() + (self.transport.buffered() if isinstance(self.transport, Tcp) else b"")
         assert data[0] == 0x88
         return int.from_bytes(data[2:4])
 
@@ -398,7 +332,7 @@ def written(client):
     """All that was written, in its order, if it was all left to the transport."""
     if isinstance(client.transport, Tcp):
         assert client.transport.socket.sent == b"", "it would overtake what the transport holds"
-    return Wire.read(client.transport)
+    return client.transport.buffered()
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
