@@ -1,9 +1,8 @@
-"""What would bite: the options and the machine, looked at before anything is started (`twistd chatd --check`).
+"""`twistd chatd --check`: find problems in the options and on the machine before the server starts.
 
-Each rule knows one kind of trouble, and says of what it finds, in one line, the option, the trouble and the remedy.
-The rules are few on purpose: what is a matter of taste, and what cannot be told from here, is not said, for nobody
-reads a check that cries wolf.  What a rule has to know of the machine it asks of one object; nothing is started, bound
-or created.
+Each rule finds one kind of problem and yields one line with the option, the problem and the remedy.  The rules are
+few on purpose: operators ignore a check that cries wolf, so matters of taste and guesses have no rule.  Rules ask one
+object about the machine.  A check starts, binds and creates nothing.
 """
 
 import re
@@ -22,132 +21,132 @@ from chatd.transport.admission import room_pattern
 from chatd.transport.frames import history_frame, message_frame
 
 NOTHING: Final = "nothing to worry about"
-"""What is said when no rule finds anything."""
+"""The output of a check without findings."""
 IDLE_SECONDS: Final = 60
-"""How long the usual load balancers and proxies keep a connection on which nothing is said."""
+"""The idle time-out of common load balancers and proxies."""
 FILES: Final = 64
-"""How many files the server itself may have open: about 20, and those that a request opens for a moment."""
+"""Files that the server itself has open: about 20, and a reserve for files that requests open briefly."""
 CLIENTS: Final = 1024
-"""How many clients a server should have room for; the usual limit of 1,024 files is just too low."""
+"""Clients that a server should have room for.  The usual limit of 1,024 files is just too low."""
 FRAME: Final = 1 << 20
-"""Bytes of a frame that common clients take, unless they are told otherwise."""
+"""The largest frame, in bytes, that common clients accept by default."""
 FREE: Final = 256 << 20
-"""Bytes that should be free under the store."""
+"""Bytes that should be free on the disk of the store."""
 SHARED: Final = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gfs2", "lustre", "nfs", "nfs4", "ocfs2"}
     | {"smb3", "vboxsf"}
 )
-"""File systems of several machines, by which SQLite's write-ahead log cannot be shared, nor its locks relied on."""
+"""Network file systems, where SQLite's write-ahead log and locks do not work reliably."""
 FLEETING: Final = {"tmpfs": "the machine", "ramfs": "the machine", "overlay": "the container"}
-"""File systems that are gone with something."""
+"""File systems that do not outlive the machine or the container."""
 OWN_DOMAINS: Final = frozenset({"example", "internal", "invalid", "lan", "local", "localhost", "test"})
-"""Top-level domains that are nobody's (RFC 2606, RFC 6762), below which there can be one's own hosts only."""
+"""Top-level domains without an owner (RFC 2606, RFC 6762): every host below them is the operator's own."""
 REDIS_PORT: Final = 6379
 REDIS: Final = 6, 2
-"""The oldest version of Redis whose commands the store can do with."""
+"""The oldest version of Redis that has the commands of the store."""
 DURABLE: Final = ".memorydb."
-"""In the name of a Redis that has every message on several disks before it answers, though it says nothing of that."""
+"""Part of the host name of MemoryDB, which stores messages on several disks although its settings do not show it."""
 DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
-"""Ports that are left out of an origin as browsers send it (RFC 6454, section 6.2)."""
+"""Ports that browsers leave out of an origin (RFC 6454, section 6.2)."""
 
 Address = IPv4Address | IPv6Address
 
 
 class Server(NamedTuple):
-    """A Redis, and how to be let in."""
+    """The address and the login of a Redis."""
 
     host: str
     port: int
     tls: bool
     auth: tuple[str, ...]
-    """The user, if one is named, and the password, if there is one."""
+    """The password, if there is one, after the user, if there is one."""
     database: int
 
 
 class Unreached(Exception):
-    """A Redis does not answer; the words say why."""
+    """A Redis did not answer.  The text is the reason."""
 
 
 class RedisRefused(Exception):
-    """A Redis does not let us in; the words are its own."""
+    """A Redis refused a command.  The text is the error of Redis."""
 
 
 class Machine(Protocol):
-    """What there is to know of the machine and of the process."""
+    """The machine and the process, as rules ask about them."""
 
     def open_files(self) -> int:
-        """How many files the process may have open."""
+        """Return the number of files that the process may have open."""
 
     def stop_seconds(self) -> float | None:
-        """How long systemd waits, once it asked this service to stop, before it kills it; None if it cannot be told."""
+        """Return the seconds between systemd's request to stop this service and its kill; None if unknown."""
 
     def world_readable(self, path: Path) -> bool:
-        """Whether every user may read a file."""
+        """Return whether every user may read a file."""
 
     def unwritable(self, store: Path) -> Path | None:
-        """What of a store's folder and its files is missing or cannot be written by this user; None if all can."""
+        """Return the folder or file of a store that is missing or not writable; None if all are writable."""
 
     def locked(self, store: Path) -> bool:
-        """Whether a server has a store now."""
+        """Return whether a running server uses a store."""
 
     def readable_since(self, store: Path) -> int | None:
-        """Since which format a store can be read; 0 if it is no store; None if there is none or it cannot be told."""
+        """Return the format that a server needs to read a store; 0 for a file that is no store; None if unknown."""
 
     def file_system(self, folder: Path) -> str:
-        """The type of the file system that a folder is on."""
+        """Return the type of the file system of a folder; "" if unknown."""
 
     def free(self, folder: Path) -> int:
-        """How many bytes this user can write there."""
+        """Return the number of bytes that this user can still write to a folder."""
 
     def listening(self, port: int) -> list[Address]:
-        """The addresses on which a TCP port is listened on now."""
+        """Return the addresses that sockets listen on at a TCP port."""
 
     def may_listen(self, port: int) -> bool:
-        """Whether this process is privileged enough for a port."""
+        """Return whether this process has the privilege to listen on a port."""
 
     def command_line(self) -> str:
-        """The command line of this process, which every user may see."""
+        """Return the command line of this process, which every user may see."""
 
     def secret(self, path: Path) -> str | None:
-        """What a file with a password says; None if it cannot be read."""
+        """Return the content of a file with a password; None if it cannot be read."""
 
     def ask(self, server: Server) -> Mapping[str, str]:
-        """What a Redis says of itself, as far as it tells: the fields of INFO, and `appendfsync`.
+        """Return the fields of INFO of a Redis, and `appendfsync`, without those that this user may not read.
 
-        Unreached or Refused, if it tells nothing since it cannot be asked.
+        Raise Unreached or RedisRefused if Redis cannot be asked.
         """
 
 
 class Endpoint:
-    """A Twisted server endpoint, read from its description as far as rules ask for it."""
+    """The parts of a Twisted server endpoint that rules need, parsed from its description."""
 
     def __init__(self, text: str) -> None:
         fields = [re.sub(r"\\(.)", r"\1", field) for field in re.findall(r"(?:^|:)((?:\\.|[^:\\])*)", text)]
         self.proxied = fields[0] == "haproxy"
-        """Whether a proxy says with each connection whom it is from."""
+        """True if every connection begins with the client's address, in the PROXY protocol."""
         self.kind, *values = fields[self.proxied :]
         named = dict(value.split("=", 1) for value in values if "=" in value)
         unnamed = [value for value in values if "=" not in value]
         self.key = named.get("privateKey")
-        """The file of its private key, if it names one."""
+        """The file of the private key, if there is one."""
         self.port = 0
-        """The TCP port; 0 if that is not given there, or is for the kernel to choose."""
+        """The TCP port; 0 without one, or if the kernel chooses it."""
         self.address: Address | None = None
-        """The address; None if it cannot be told."""
+        """The address; None if unknown."""
         if self.kind in ("tcp", "tcp6", "ssl", "tls"):
-            before = 1 if self.kind == "tls" else 0  # the folder of its certificates
+            before = 1 if self.kind == "tls" else 0  # the folder of the certificates
             self.port = int(named.get("port") or [*unnamed, "443"][before])
-            everywhere = "0.0.0.0" if self.kind in ("tcp", "ssl") else "::"  # noqa: S104 -- it is told, not bound
+            everywhere = "0.0.0.0" if self.kind in ("tcp", "ssl") else "::"  # noqa: S104 -- compared, not bound
             self.address = _address(named.get("interface") or everywhere)
 
     @property
     def public(self) -> bool:
-        """Whether it can be reached from anywhere, if no firewall keeps it from that."""
+        """True if other networks can reach it, unless a firewall prevents that."""
         return self.address is not None and (self.address.is_unspecified or self.address.is_global)
 
     @property
     def local(self) -> bool:
-        """Whether it can be reached from this machine only."""
+        """True if only this machine can reach it."""
         return self.kind == "unix" or (self.address is not None and self.address.is_loopback)
 
 
@@ -159,7 +158,7 @@ def _address(host: str) -> Address | None:
 
 
 def _collide(one: Address, other: Address) -> bool:
-    """Whether one port cannot be listened on at both addresses."""
+    """Return whether two sockets cannot listen on one port at these addresses."""
     return one == other or one.is_unspecified or other.is_unspecified
 
 
@@ -169,8 +168,8 @@ def _collide(one: Address, other: Address) -> bool:
 def _ping(settings: Settings, _: Machine) -> Iterator[str]:
     if settings.ping >= IDLE_SECONDS:
         yield (
-            f"--ping {settings.ping}: load balancers cut connections on which nothing is said for {IDLE_SECONDS} s: "
-            "give less than that, such as 25"
+            f"--ping {settings.ping}: load balancers cut connections that are idle for {IDLE_SECONDS} s: "
+            "ping more often, such as every 25 s"
         )
 
 
@@ -187,7 +186,7 @@ def _stop(settings: Settings, machine: Machine) -> Iterator[str]:
     seconds = machine.stop_seconds()
     if seconds is not None and seconds <= settings.drain:
         yield (
-            f"--drain {settings.drain}: systemd kills the server {seconds:g} s after it asked it to stop: "
+            f"--drain {settings.drain}: systemd kills the server {seconds:g} s after the stop signal: "
             f"set TimeoutStopSec={settings.drain + 15} in the unit, or give a shorter drain"
         )
 
@@ -197,83 +196,80 @@ def _keys(settings: Settings, machine: Machine) -> Iterator[str]:
         if endpoint.key is not None and machine.world_readable(Path(endpoint.key)):
             yield (
                 f"--{name} {text}: every user of this machine can read the private key: "
-                f"chmod o= {endpoint.key}, and think of a new key"
+                f"chmod o= {endpoint.key}, and replace the key"
             )
 
 
 def _store(settings: Settings, machine: Machine) -> Iterator[str]:
     kind, _, rest = settings.store.partition(":")
-    said = f"--store {settings.store}"
+    option = f"--store {settings.store}"
     if kind == "memory":
-        yield f"{said} all messages are gone when the server ends: keep them, with --store sqlite:PATH"
+        yield f"{option} all messages are lost when the server stops: store them with --store sqlite:PATH"
     if kind != "sqlite":
         return
     path = settings.folder / rest
-    lacking = machine.unwritable(path)
-    if lacking is not None:
-        yield f"{said}: {lacking} is missing, or this user cannot write it: make it, or make it writable"
+    unwritable = machine.unwritable(path)
+    if unwritable is not None:
+        yield f"{option}: {unwritable} is missing, or this user cannot write it: create it, or make it writable"
         return
     if machine.locked(path):
-        yield f"{said}: another chatd has it, and a file is for one: stop that one, name another file, or share a redis://"
+        yield f"{option}: another chatd uses it: stop that one, name another file, or share a redis://"
     elif (since := machine.readable_since(path)) == 0:
-        yield f"{said}: it is no chatd store: name another file"
+        yield f"{option}: the file is no chatd store: name another file"
     elif since is not None and since > FORMAT:
         yield (
-            f"{said}: a newer chatd wrote it, in a way that needs format {since}, and this one knows {FORMAT}: "
+            f"{option}: a newer chatd wrote it in format {since}, and this one reads up to format {FORMAT}: "
             "run that version"
         )
     file_system = machine.file_system(path.parent)
     if file_system in SHARED:
-        yield f"{said}: SQLite's log and locks cannot be relied on over {file_system}: name a file on a disk of its own"
+        yield f"{option}: SQLite's log and locks are not reliable on {file_system}: name a file on a local disk"
     if file_system in FLEETING:
         yield (
-            f"{said}: messages are gone with {FLEETING[file_system]}, as all on {file_system} is: "
-            "name a file on a disk or a volume that stays"
+            f"{option}: {file_system} does not outlive {FLEETING[file_system]}, and messages are lost with it: "
+            "name a file on a disk or a permanent volume"
         )
     free = machine.free(path.parent)
     if free < FREE:
-        yield f"{said}: {free >> 20} MiB are free there: make room, or keep less with --retain"
+        yield f"{option}: its disk has {free >> 20} MiB free: free some space, or store less with --retain"
 
 
 def _redis(settings: Settings, machine: Machine) -> Iterator[str]:
     url = urlsplit(settings.store)
     if url.scheme not in ("redis", "rediss"):
         return
-    said = f"--store {veiled(settings.store)}"
+    option = f"--store {veiled(settings.store)}"
     if url.password and settings.store in machine.command_line():
         yield (
-            f"{said}: every user of this machine can see the password in the command line (ps): "
-            "put it into a file that CHATD_STORE_PASSWORD_FILE names"
+            f"{option}: every user of this machine can see the password in the command line (ps): "
+            "put it into a file and name that with --store-password-file"
         )
     host = url.hostname or ""
     address = _address(host)
     if url.scheme == "redis" and not (address and address.is_loopback):
-        yield (
-            f"{said}: messages, and the password, can be read on their way to another machine: "
-            "have Redis speak TLS, and give rediss://"
-        )
+        yield (f"{option}: the network can read messages and the password: let Redis speak TLS, and use rediss://")
     password = unquote(url.password) if url.password else None
     if settings.store_password_file:
         file = settings.folder / settings.store_password_file
         password = machine.secret(file)
         if password is None:
-            yield f"CHATD_STORE_PASSWORD_FILE {file}: this user cannot read it: make it, or chown it"
+            yield f"--store-password-file {file}: this user cannot read it: create it, or chown it"
             return
         if machine.world_readable(file):
             yield (
-                f"CHATD_STORE_PASSWORD_FILE {file}: every user of this machine can read the password: "
-                f"chmod o= {file}, and think of a new password"
+                f"--store-password-file {file}: every user of this machine can read the password: "
+                f"chmod o= {file}, and replace the password"
             )
     auth = () if password is None else (password,) if not url.username else (unquote(url.username), password)
     server = Server(host, url.port or REDIS_PORT, url.scheme == "rediss", auth, int(url.path.lstrip("/") or 0))
     try:
         facts = machine.ask(server)
     except Unreached as error:
-        yield f"{said}: Redis cannot be reached ({error}): start it, or name where it is"
+        yield f"{option}: Redis cannot be reached ({error}): start it, or correct the address"
     except RedisRefused as error:
-        yield f"{said}: Redis refuses ({error}): correct the user, the password or the database"
+        yield f"{option}: Redis refuses ({error}): correct the user, the password or the database"
     else:
-        yield from (f"{said}: {line}" for line in _of_redis(facts, durable=DURABLE in host))
+        yield from (f"{option}: {line}" for line in _of_redis(facts, durable=DURABLE in host))
 
 
 def _config(settings: Settings, machine: Machine) -> Iterator[str]:
@@ -285,28 +281,28 @@ def _config(settings: Settings, machine: Machine) -> Iterator[str]:
 
 
 def _of_redis(facts: Mapping[str, str], *, durable: bool) -> Iterator[str]:
-    """What would bite of what a Redis says of itself; `durable` is one that keeps all without saying how."""
+    """Yield the problems of a Redis; a `durable` one stores every message although its settings do not show it."""
     version = facts.get("redis_version", "")
     number = re.match(r"(\d+)\.(\d+)", version)
     if number and (int(number[1]), int(number[2])) < REDIS:
-        yield f"it is Redis {version}: have 6.2 or later, or Valkey"
+        yield f"it is Redis {version}: use 6.2 or later, or Valkey"
     if facts.get("role") == "slave":
         primary = f"{facts.get('master_host')}:{facts.get('master_port')}"
-        yield f"it is a replica, by which {primary} is found only while it lives: name that, or what leads to it"
+        yield f"it is a replica of {primary}, which must be up for the server to start: name the primary instead"
     policy = facts.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
-        what = "labels, so that what is retried is kept twice" if policy.startswith("volatile") else "messages"
-        yield f"maxmemory-policy {policy} removes {what}, when memory is short: set maxmemory-policy noeviction"
+        what = "labels, so retried posts are stored twice" if policy.startswith("volatile") else "messages"
+        yield f"with maxmemory-policy {policy}, short memory removes {what}: set maxmemory-policy noeviction"
     if durable:
         return
     if facts.get("aof_enabled") == "0":
         yield (
-            "what came after the last snapshot is lost when Redis is killed: "
+            "a kill of Redis loses the messages since its last snapshot: "
             "set appendonly yes and appendfsync always in its configuration"
         )
     elif facts.get("appendfsync", "always") != "always":
         yield (
-            f"with appendfsync {facts['appendfsync']} the last acknowledged messages can go with the machine's power: "
+            f"with appendfsync {facts['appendfsync']}, a power failure can lose the last acknowledged messages: "
             "set appendfsync always, or accept that"
         )
 
@@ -318,23 +314,23 @@ def _history(settings: Settings, _: Machine) -> Iterator[str]:
     if min(settings.history, settings.retain.messages or settings.history) > most:
         yield (
             f"--history {settings.history}: a first frame can be {settings.history * (two - one) / (1 << 20):.1f} MiB, "
-            f"and common clients take 1 MiB: give at most {most}; clients can ask for the rest by pages"
+            f"and common clients accept 1 MiB: use at most {most}; clients can read the rest in pages"
         )
 
 
 def _rooms(settings: Settings, _: Machine) -> Iterator[str]:
     if settings.rooms and not any(re.match(room_pattern(text), MAIN) for text in settings.rooms):
-        yield f"--rooms {' '.join(settings.rooms)}: who connects to / finds no room: add --rooms {MAIN}"
+        yield f"--rooms {' '.join(settings.rooms)}: clients that connect to / find no room: add --rooms {MAIN}"
 
 
 def _origins(settings: Settings, _: Machine) -> Iterator[str]:
     for text in settings.origin:
         place = re.fullmatch(r"(https?)://.+:(\d+)", text.lower())
         if place and DEFAULT_PORTS[place[1]] == place[2]:
-            yield f"--origin {text}: browsers leave out {place[1]}'s own port, so none is of it: leave out :{place[2]}"
+            yield f"--origin {text}: browsers leave out the default port, so no page matches: remove :{place[2]}"
         domain = re.fullmatch(r"(?:https?://)?\*\.([^.:]+)(?::\d+)?", text.lower())
         if domain and domain[1] not in OWN_DOMAINS:
-            yield f"--origin {text}: it lets in all pages below .{domain[1]}: name a domain of yours"
+            yield f"--origin {text}: it allows every page below .{domain[1]}: name a domain of yours"
 
 
 def _ports(settings: Settings, machine: Machine) -> Iterator[str]:
@@ -345,12 +341,12 @@ def _ports(settings: Settings, machine: Machine) -> Iterator[str]:
             continue
         if not machine.may_listen(port):
             yield (
-                f"--{name} {text}: port {port} is for the privileged: choose a higher one, or set "
+                f"--{name} {text}: port {port} needs a privilege: choose a higher one, or set "
                 "AmbientCapabilities=CAP_NET_BIND_SERVICE in the systemd unit"
             )
         taken = [*machine.listening(port), *(other for number, other in ours if number == port)]
         if any(_collide(address, other) for other in taken):
-            yield f"--{name} {text}: port {port} is in use: choose another, or stop what listens there (ss -ltnp)"
+            yield f"--{name} {text}: port {port} is in use: choose another, or stop the other program (ss -ltnp)"
         ours.append((port, address))
 
 
@@ -358,14 +354,14 @@ def _admin(settings: Settings, _: Machine) -> Iterator[str]:
     for text in settings.admin:
         if Endpoint(text).public:
             yield (
-                f"--admin {text}: whoever reaches this machine can see how it is and drain it: "
+                f"--admin {text}: everyone who can reach this machine can drain the server: "
                 "add :interface=127.0.0.1, or an address of a private network"
             )
 
 
 def _rate(settings: Settings, _: Machine) -> Iterator[str]:
     if not settings.rate[0] and any(Endpoint(text).public for text in settings.listen):
-        yield "--rate 0: one client of anyone's can keep the server and its disk busy: give a rate, such as 20:40"
+        yield "--rate 0: a single client can keep the server and its disk busy: set a rate, such as 20:40"
 
 
 def _proxy(settings: Settings, _: Machine) -> Iterator[str]:
@@ -373,13 +369,13 @@ def _proxy(settings: Settings, _: Machine) -> Iterator[str]:
     behind = all(endpoint.local and not endpoint.proxied for endpoint in endpoints)
     if behind and settings.rate[0] and not settings.proxy_hops:
         yield (
-            "--proxy-hops 0: clients come by way of a proxy on this machine, and are all one address to the server, "
-            "with one --rate for what they post over HTTP: give --proxy-hops 1, or listen as haproxy:tcp:..."
+            "--proxy-hops 0: all clients of a proxy on this machine have one address, and share one --rate "
+            "for HTTP posts: use --proxy-hops 1, or listen at haproxy:tcp:..."
         )
 
 
 def _endpoints(settings: Settings) -> list[tuple[str, str, Endpoint]]:
-    """Each endpoint, after the option and the text that it was given by."""
+    """Return every endpoint, with its option and its text."""
     given = [*(("listen", text) for text in settings.listen), *(("admin", text) for text in settings.admin)]
     return [(name, text, Endpoint(text)) for name, text in given]
 
@@ -390,5 +386,5 @@ RULES: Final[tuple[Callable[[Settings, Machine], Iterator[str]], ...]] = (
 
 
 def findings(settings: Settings, machine: Machine) -> list[str]:
-    """All that would bite, a line each; none when nothing would."""
+    """Return the findings of all rules, one line each."""
     return [line for rule in RULES for line in rule(settings, machine)]

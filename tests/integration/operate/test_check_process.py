@@ -1,0 +1,149 @@
+"""`twistd chatd --check` as a process, and the Redis user of docs/operations.md."""
+
+import json
+import re
+import resource
+import shlex
+import socket
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+from support.redises import Redis, each_binary
+from support.servers import LONG, ROOT, TEXT, TWISTD, Raw, Server, certificate_for, environment, frame, numbered
+
+from chatd.config import Configuration
+from chatd.operate import check
+from chatd.operate.check import findings
+from chatd.operate.machine import ThisMachine
+
+
+def run_check(folder, *options, files=None, **environ):
+    """Run `twistd chatd --check`; return the exit status and the lines."""
+    result = subprocess.run(
+        [sys.executable, TWISTD, "-n", "--pidfile=", "chatd", "--check", *options],
+        cwd=folder,
+        env=environment(**environ),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+        preexec_fn=files and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))),
+    )
+    assert result.stderr == ""
+    return result.returncode, result.stdout.splitlines()
+
+
+def test_process_prints_its_findings_and_leaves_no_trace(tmp_path):
+    arguments, _ = certificate_for(tmp_path)
+    (tmp_path / "key.pem").chmod(0o644)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+        options = (f"--listen=ssl:{port}:{arguments}", "--admin=", "--store=sqlite:nowhere/chatd.sqlite", "--ping=61")
+        code, lines = run_check(tmp_path, *options, files=200)
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()  # the check did not connect
+    assert code == 1
+    listen = f"--listen ssl:{port}:{arguments}"
+    for line, begin in zip(
+        lines,
+        [
+            f"{listen}: port {port} is in use: ",
+            f"{listen}: every user of this machine can read the private key: chmod o= key.pem, ",
+            "--store sqlite:nowhere/chatd.sqlite: nowhere is missing, ",
+            "--ping 61: ",
+            "open files: the limit of 200 leaves room for 136 clients: ",
+        ],
+        strict=True,
+    ):
+        assert line.startswith(begin)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_process_without_findings_leaves_no_trace(tmp_path):
+    options = "--listen=tcp:0", "--admin=", "--store=sqlite:a.sqlite"
+    settings = Configuration(options, {}).settings._replace(folder=tmp_path)
+    expected = findings(settings, ThisMachine())  # the machine of the tests may have problems
+    assert run_check(tmp_path, *options) == (1 if expected else 0, expected or ["nothing to worry about"])
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_process_asks_a_redis_and_leaves_no_trace_there(tmp_path):
+    with Redis(tmp_path / "redis", user=("chatd", "se/cret"), maxmemory_policy="allkeys-lfu") as redis:
+        (tmp_path / "password").write_text("se/cret\n")
+        (tmp_path / "password").chmod(0o600)
+        url = f"redis://chatd@localhost:{redis.port}"
+        options = "--listen=tcp:0", "--admin="
+        code, lines = run_check(tmp_path, *options, f"--store={url}", CHATD_STORE_PASSWORD_FILE="password")
+        assert code == 1
+        shown = f"--store redis://***@localhost:{redis.port}"
+        for line, begin in zip(
+            [line for line in lines if line.startswith("--store")],
+            ["with maxmemory-policy allkeys-lfu, short memory ", "a kill of Redis loses the messages since "],
+            strict=True,
+        ):
+            assert line.startswith(f"{shown}: {begin}")
+        code, lines = run_check(tmp_path, *options, f"--store={redis.url}")
+        assert "every user of this machine can see the password" in lines[0]
+        assert "cret" not in "\n".join(lines)
+        assert redis.call("KEYS", "*") == []
+
+
+# The Redis user of operations.md
+
+
+def documented_user():
+    """The words of `ACL SETUSER` on the page, and those for --check."""
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    command, more = re.search(
+        r"(?s)<!-- test: acl -->\n```sh\nredis-cli (.+?)\n```\n+and `(.+?)` for `--check`", page
+    ).groups()
+    return shlex.split(command.replace("\\\n", "")), shlex.split(more)
+
+
+def test_redis_user_may_run_the_commands_of_the_code_alone():
+    scripts = "".join(path.read_text() for path in (ROOT / "chatd" / "store" / "redis" / "lua").iterdir())
+    asked = {*re.findall(r"redis\.call\('(\w+)'", scripts)}
+    for path in (ROOT / "chatd" / "store" / "redis").glob("*.py"):
+        asked |= {*re.findall(r"\bask\(\s*\"(\w+)\"", path.read_text())}
+    asked = {word.lower() for word in asked - {"AUTH", "SCRIPT"}} | {"script|load"}  # every user may log in
+    assert {word[1:] for word in documented_user()[0] if word.startswith("+")} == asked
+
+
+@each_binary
+def binary(request):
+    return request.param
+
+
+def test_redis_user_may_run_a_server_and_a_check(tmp_path, binary):
+    words, more = documented_user()
+    assert words[2:5] == ["chatd", "on", ">PASSWORD"]
+    with Redis(tmp_path / "redis", binary=binary, appendonly=True, fsync="always") as redis:
+        redis.call(*words)
+        store = f"--store=redis://chatd:PASSWORD@localhost:{redis.port}/3"
+        with Server(tmp_path, store, "--retain=5") as server, Raw(server.port) as ann, Raw(server.port) as bob:
+            ann.join("/?events=presence,typing&username=ann")
+            bob.join("/?events=presence,typing&username=bob")
+            said = [json.dumps({"username": "bob", "message": "hi", "label": f"{number}"}) for number in range(9)]
+            bob.send(b"".join(frame(TEXT, text.encode()) for text in said))
+            acks = []
+            while len(acks) < len(said):
+                text = bob.json()
+                assert text["type"] in ("presence", "message", "ack"), text
+                acks += [text["id"]] if text["type"] == "ack" else []
+            bob.send(frame(TEXT, json.dumps({"type": "history", "after": acks[-4], "label": "h"}).encode()))
+            while (text := bob.json())["type"] == "presence":
+                pass
+            assert [number for number, *_ in numbered(text)] == [9, 10, 11]
+            server.stop()
+            assert "NOPERM" not in server.log.text
+        with Server(tmp_path, store, "--retain=1d") as server:  # trims by age at the start
+            server.stop()
+        assert redis.call("ACL", "LOG") == []
+        redis.call("ACL", "SETUSER", "chatd", *more)
+        asked = ThisMachine().ask(check.Server("localhost", redis.port, False, ("chatd", "PASSWORD"), 3))  # noqa: FBT003
+        assert (asked["role"], asked["appendfsync"]) == ("master", "always")
+        assert redis.call("ACL", "LOG") == []
