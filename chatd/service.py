@@ -200,10 +200,10 @@ class ChatService(Service):
             _log.error("{fault}", fault=faults[-1])
 
     def signalled(self, number: int) -> None:
-        """A signal has come that ends the process: the second, or one from a keyboard, says to hurry."""
+        """Note a signal that ends the process.  The second one, or SIGINT, makes the drain immediate."""
         if self._told_to_stop or number == signal.SIGINT:
-            _log.info("in a hurry")
-            self._drain.hurry()
+            _log.info("skipping the paced drain")
+            self._drain.skip_pace()
         self._told_to_stop = True
 
     def drain(self, *, expecting: bool = False) -> "Deferred[None]":

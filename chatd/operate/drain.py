@@ -1,12 +1,13 @@
-"""Sending the clients elsewhere so that nobody notices: in turn, within a budget, with all that they said kept.
+"""Drain: send every client to another server, at an even pace, with all of its posts committed and answered.
 
-A load balancer goes on sending clients for a while after it was told not to, so handshakes are still
-accepted during the *grace*.  Then the ports close, and the clients are told to come back (1012, *service restart*) at
-an even pace, each after a moment of its own, so that they arrive elsewhere as a stream and not as a herd.  Before a
-client is told, no more is read from it, what it said is in the log or refused, and it has been answered.
+A load balancer keeps sending clients for a while after a server becomes unready.  Handshakes are therefore still
+accepted during the *grace*.  Then the ports close, and the drain releases the clients one by one (1012, *service
+restart*).  Each gets a random time after which to reconnect, so that they arrive elsewhere as a stream and not as a
+herd.  Before a client is released, the server stops reading from it, commits or rejects its posts, and sends it the
+answers.
 
-Whoever is in a hurry skips the pace: then all are told at once, with longer moments.  What a log does not keep in
-time is refused, and last go those who came by plain HTTP, with their answers.
+An *immediate* drain skips the pace: it releases all clients at once, with longer times to reconnect.  Posts that the
+log does not commit in time are rejected.  HTTP requests are answered last.
 """
 
 import random
@@ -20,51 +21,51 @@ from twisted.internet.task import deferLater
 from chatd.transport.connections import CLOSE_SECONDS, Connection, Connections
 
 GRACE_SECONDS: Final = 20
-"""How long handshakes are accepted at most; a quarter of the budget if that is less."""
+"""The grace at most; a quarter of the budget if that is less."""
 ANSWER_SECONDS: Final = CLOSE_SECONDS + 2
-"""How long before the end the last is told: it has time to answer, or is dropped; a quarter if that is less."""
+"""The time left for the close handshake of the last client; a quarter of the budget if that is less."""
 LATE_SECONDS: Final = CLOSE_SECONDS + 1
-"""How long before the end nothing is waited for but the answers to the closes; an eighth if that is less."""
+"""The time left when only close handshakes are still waited for; an eighth of the budget if that is less."""
 FULL_SECONDS: Final = CLOSE_SECONDS
-"""How long a client that is owed something may take it."""
-HURRIED_SECONDS: Final = 1.0
-"""How long in a hurry, and how long the log may take then."""
+"""The time that a client has to read its answers."""
+IMMEDIATE_SECONDS: Final = 1.0
+"""The time that clients and the log have in an immediate drain."""
 TICK_SECONDS: Final = 0.05
-"""How often the next clients are told."""
+"""The interval at which the next clients are released."""
 MISSED_TICKS: Final = 4
-"""How many ticks may be made up for at once."""
+"""The number of missed ticks that one tick makes up for."""
 SPREAD_SECONDS: Final = 1.0
-"""Within how long a client is told to come back."""
-HURRIED_SPREAD_SECONDS: Final = 10.0
-"""Within how long, when all are told at once."""
+"""The longest time after which a client reconnects."""
+IMMEDIATE_SPREAD_SECONDS: Final = 10.0
+"""The longest time after which a client reconnects in an immediate drain."""
 
 
 class PendingPosts(Protocol):
-    """Where the clients' posts go."""
+    """The posts in flight."""
 
     def settled(self) -> "Deferred[None]":
-        """Fires when all that was posted until now is kept or refused, and told."""
+        """Fire when every post so far is committed or rejected, and its client has the answer."""
 
     def abandon(self) -> None:
-        """Refuse what is still on its way."""
+        """Reject the posts in flight."""
 
 
 class Requests(Protocol):
-    """Those who came by plain HTTP."""
+    """The connections of plain HTTP."""
 
     @property
     def asked(self) -> bool:
-        """Whether any waits for an answer."""
+        """True if any connection waits for an answer."""
 
     def close(self) -> "Deferred[None]":
-        """Let each go when it has its answer; fires when none is left."""
+        """Close every connection once it has its answer; fire when all are closed."""
 
     def abort(self) -> None:
-        """Drop those that are left."""
+        """Drop the remaining connections."""
 
 
 class Drain:
-    """One drain of all clients; `budget` is the whole time that it may take, in seconds."""
+    """One drain of all clients, which takes at most `budget` seconds."""
 
     def __init__(
         self, connections: Connections, log: PendingPosts, requests: Requests, budget: float, clock: IReactorTime
@@ -74,21 +75,22 @@ class Drain:
         self._requests = requests
         self._budget = budget
         self._clock = clock
-        self._hurried: float | None = None
+        self._immediate: float | None = None
+        """The time at which the drain became immediate."""
         self._end = self._limit = 0.0
 
-    def hurry(self) -> None:
-        """Tell all clients now."""
-        if self._hurried is None:
-            self._hurried = self._clock.seconds()
+    def skip_pace(self) -> None:
+        """Make the drain immediate."""
+        if self._immediate is None:
+            self._immediate = self._clock.seconds()
 
     @inlineCallbacks
     def run(
         self, close_ports: Callable[[], "Deferred[Any]"], *, expecting: bool = False
     ) -> Generator[Deferred[Any], Any, None]:
-        """Send the clients away; fires when none is left, within the budget.
+        """Release all clients; fire when all are disconnected, within the budget.
 
-        The grace ends when nobody is connected, unless clients are expected.
+        The grace ends early when no client is connected, unless more are `expecting`.
         """
         connections, clock = self._clients, self._clock
         begin = clock.seconds()
@@ -96,7 +98,7 @@ class Drain:
         self._end = begin + self._budget - min(ANSWER_SECONDS, self._budget / 4)
         self._limit = begin + self._budget - min(LATE_SECONDS, self._budget / 8)
         grace = begin + min(GRACE_SECONDS, self._budget / 4)
-        while (expecting or connections.connected) and self._hurried is None and clock.seconds() < grace:
+        while (expecting or connections.connected) and self._immediate is None and clock.seconds() < grace:
             yield deferLater(clock, TICK_SECONDS)
         yield close_ports()
         connections.stopping = True
@@ -114,15 +116,15 @@ class Drain:
         self._requests.abort()
 
     def _late(self) -> bool:
-        """Whether nothing is waited for any more."""
+        """Return whether it is too late to wait for anything but close handshakes."""
         now = self._clock.seconds()
-        return now >= self._limit or (self._hurried is not None and now >= self._hurried + HURRIED_SECONDS)
+        return now >= self._limit or (self._immediate is not None and now >= self._immediate + IMMEDIATE_SECONDS)
 
     def _in_turn(self, leaving: list[Connection]) -> Generator["Deferred[Any]", Any, "list[Deferred[None]]"]:
-        """Release them at an even pace; answers what fires when each was told.
+        """Release clients at an even pace; return Deferreds that fire when they are released.
 
-        At each tick it is what is left over the time that is left: whoever could not run for a while does not make
-        up for it in one burst.
+        Each tick releases its share of the remaining clients: remaining clients ÷ remaining time.  After a stall, the
+        pace rises evenly and there is no burst.
         """
         released: list[Deferred[None]] = []
         due = 0.0
@@ -131,7 +133,7 @@ class Drain:
             now = self._clock.seconds()
             passed, left = min(now - last, MISSED_TICKS * TICK_SECONDS), self._end - now
             last = now
-            if self._hurried is None and left > 0:
+            if self._immediate is None and left > 0:
                 due += (len(leaving) - due) * passed / (left + passed)
             else:
                 due = len(leaving)
@@ -146,7 +148,7 @@ class Drain:
 
     @inlineCallbacks
     def _release(self, some: Sequence[Connection]) -> Generator["Deferred[Any]", Any, None]:
-        """Read no more from some clients, and tell them to come back when they have been answered."""
+        """Stop reading from some clients, and release each when it has its answers."""
         for client in some:
             client.finish()
         yield from self._settle(lambda: bool(self._clients.connected))
@@ -157,21 +159,21 @@ class Drain:
             for client, head in [*waiting.items()]:
                 if late or not client.member.has_pending(head):
                     del waiting[client]
-                    self._tell(client)
+                    self._restart(client)
             if waiting:
                 yield deferLater(self._clock, TICK_SECONDS)
 
     def _settle(self, wanted: Callable[[], bool]) -> Generator["Deferred[Any]", Any, None]:
-        """Wait until what was posted by now is kept or refused, for as long as that is wanted, and not too long."""
+        """Wait until every post so far is committed or rejected, while that is `wanted` and not late."""
         settled = self._log.settled()
         while wanted() and not settled.called and not self._late():
             yield deferLater(self._clock, TICK_SECONDS)
         if not settled.called and self._late():
             self._log.abandon()
 
-    def _tell(self, client: Connection) -> None:
+    def _restart(self, client: Connection) -> None:
         if client in self._clients.connected:
-            spread = SPREAD_SECONDS if self._hurried is None else HURRIED_SPREAD_SECONDS
+            spread = SPREAD_SECONDS if self._immediate is None else IMMEDIATE_SPREAD_SECONDS
             client.restart(random.random() * spread)  # noqa: S311 -- no secret
             if client in self._clients.connected:
                 self._clients.closings.add(client)

@@ -415,7 +415,7 @@ def test_a_post_over_http_that_is_on_its_way_is_answered(tmp_path, members, drai
 
 
 @pytest.mark.parametrize(
-    ("budget", "stop"), [(2, signal.SIGTERM), (3600, signal.SIGINT)], ids=["by the limit", "in a hurry"]
+    ("budget", "stop"), [(2, signal.SIGTERM), (3600, signal.SIGINT)], ids=["by the limit", "immediate"]
 )
 @pytest.mark.parametrize("members", [0, 1])
 def test_http_post_on_a_hung_disk(tmp_path, members, budget, stop):
@@ -496,7 +496,7 @@ def test_drained_server_stays_unready(tmp_path):
         assert ask(server.admin_port, "POST", "/drain") == (202, "drained\n")
         assert ask(server.admin_port, "GET", "/readyz") == (503, "drained\n")
         server.stop()
-        assert "in a hurry" not in server.log.text
+        assert "skipping the paced drain" not in server.log.text
         assert len(re.findall(DRAINED, server.log.text)) == 1
 
 
@@ -509,7 +509,7 @@ def test_sigterm_during_a_requested_drain(tmp_path):
         assert ask(server.admin_port, "GET", "/readyz") == (503, "draining\n")
         assert member.goes()[1] <= 1
         server.stopped()
-        assert "in a hurry" not in server.log.text
+        assert "skipping the paced drain" not in server.log.text
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_sigterm_during_a_requested_drain(tmp_path):
     ],
     ids=lambda signals: "-".join(number.name for number in signals),
 )
-def test_in_a_hurry_all_go_now_and_come_back_over_ten_seconds(tmp_path, signals):
+def test_immediate_drain_spreads_clients_over_ten_seconds(tmp_path, signals):
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "--drain=3600", admin=LOOPBACK))
         members = [stack.enter_context(Member(server.port)) for _ in range(20)]
@@ -535,7 +535,7 @@ def test_in_a_hurry_all_go_now_and_come_back_over_ten_seconds(tmp_path, signals)
                 assert ask(server.admin_port, "GET", "/readyz") == (503, "draining\n")
         gone = [client.goes() for client in (*members, *readers)]
         server.stopped(signals[0])
-        assert "in a hurry" in server.log.text
+        assert "skipping the paced drain" in server.log.text
     texts = [texts for texts, _ in gone]
     seconds = [seconds for _, seconds in gone]
     assert all(0 <= moment <= 10 for moment in seconds)

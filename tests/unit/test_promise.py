@@ -772,7 +772,7 @@ class Machine(RuleBasedStateMachine):
         if joins and not any(other.wire for other in self.clients if other.room == client.room and other is not client):
             client.disconnect()
             self.log.reader.run()
-            client.connect(Tcp, None)
+            client.connect(BoundedTcp, None)
             client.deliver()
         self.failures += 1
         self.log.failing(self.log.reader, steps)

@@ -69,8 +69,8 @@ class Drain:
         self.gone = succeed(None)
         self.ports = None
 
-    def hurry(self):
-        self.journal.append("hurry")
+    def skip_pace(self):
+        self.journal.append("skip pace")
 
     def run(self, close_ports, *, expecting):
         self.journal.append("drain")
@@ -613,7 +613,7 @@ def test_a_port_that_opens_when_the_others_were_closed_is_closed_in_the_end(serv
 # Signals
 
 
-def test_the_first_sigterm_is_in_no_hurry(server):
+def test_first_sigterm_keeps_the_pace(server):
     server.start()
     server.service.signalled(signal.SIGTERM)
     assert server.journal == []
@@ -627,14 +627,14 @@ def test_the_second_signal_is(server, second):
     server.stop()
     server.journal.clear()
     server.service.signalled(second)
-    assert server.journal == ["hurry"]
+    assert server.journal == ["skip pace"]
 
 
-def test_one_from_the_keyboard_is_in_a_hurry_at_once(server):
+def test_keyboard_interrupt_skips_the_pace(server):
     server.start()
     server.service.signalled(signal.SIGINT)
     server.stop()
-    assert server.journal[0] == "hurry"
+    assert server.journal[0] == "skip pace"
 
 
 def test_a_sigterm_while_it_drains_on_demand_is_the_first_signal(server):
@@ -643,9 +643,9 @@ def test_a_sigterm_while_it_drains_on_demand_is_the_first_signal(server):
     server.service.drain()
     server.service.signalled(signal.SIGTERM)
     server.stop()
-    assert "hurry" not in server.journal
+    assert "skip pace" not in server.journal
     server.service.signalled(signal.SIGTERM)
-    assert server.journal[-1] == "hurry"
+    assert server.journal[-1] == "skip pace"
 
 
 # Stopping
@@ -677,7 +677,13 @@ def test_it_says_what_it_does(server, events):
     events.clear()
     server.service.signalled(signal.SIGINT)
     server.stop()
-    assert [event["log_format"] for event in events] == ["in a hurry", "stopping", "draining", "drained", "stopped"]
+    assert [event["log_format"] for event in events] == [
+        "skipping the paced drain",
+        "stopping",
+        "draining",
+        "drained",
+        "stopped",
+    ]
 
 
 def test_deadlines_are_looked_at_while_it_drains(server):

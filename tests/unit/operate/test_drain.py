@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock, LoopingCall, deferLater
 
 from chatd.operate import drain
-from chatd.operate.drain import ANSWER_SECONDS, FULL_SECONDS, HURRIED_SECONDS, LATE_SECONDS, Drain
+from chatd.operate.drain import ANSWER_SECONDS, FULL_SECONDS, IMMEDIATE_SECONDS, LATE_SECONDS, Drain
 from chatd.transport.connections import CLOSE_SECONDS, Connections
 
 TICK = drain.TICK_SECONDS
@@ -162,11 +162,11 @@ class Scene:
         self.note("ports")
         return self.ports
 
-    def begin(self, budget, *, hurried=False, **more):
+    def begin(self, budget, *, immediate=False, **more):
         """Begin a drain; `over` is then the moment when it has ended."""
         self.drain = Drain(self.connections, self, self.requests, budget, self.clock)
-        if hurried:
-            self.drain.hurry()
+        if immediate:
+            self.drain.skip_pace()
         return self.run(**more)
 
     def run(self, **more):
@@ -218,8 +218,8 @@ BUDGETS = pytest.mark.parametrize("budget", [1, 8, 30, 120])
 
 
 def test_the_figures():
-    assert (drain.GRACE_SECONDS, drain.SPREAD_SECONDS, drain.HURRIED_SPREAD_SECONDS) == (20, 1, 10)
-    assert (LATE_SECONDS, FULL_SECONDS, HURRIED_SECONDS) == (6, 5, 1)
+    assert (drain.GRACE_SECONDS, drain.SPREAD_SECONDS, drain.IMMEDIATE_SPREAD_SECONDS) == (20, 1, 10)
+    assert (LATE_SECONDS, FULL_SECONDS, IMMEDIATE_SECONDS) == (6, 5, 1)
     assert [grace(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.25, 2, 7.5, 20]
     assert [end(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.75, 6, 23, 113]
     assert [limit(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.875, 7, 26.25, 114]
@@ -459,7 +459,7 @@ def test_with_nobody_there_the_ports_stay_open_for_the_grace_where_clients_are_e
 def test_whoever_is_in_a_hurry_expects_nobody(scene):
     scene.begin(120, expecting=True)
     scene.until(1)
-    scene.drain.hurry()
+    scene.drain.skip_pace()
     scene.until(1 + SLACK)
     assert scene.over is not None
 
@@ -523,7 +523,7 @@ def test_each_waits_for_the_log_as_it_was_when_it_was_read_last(scene):
 def test_a_client_is_told_when_it_has_what_was_in_the_log_when_that_settled(scene):
     person = Person(scene)
     scene.log = []
-    scene.begin(30, hurried=True)
+    scene.begin(30, immediate=True)
     scene.until(0.2)
     person.head = 7
     scene.settle()
@@ -540,7 +540,7 @@ def test_a_client_is_told_when_it_has_what_was_in_the_log_when_that_settled(scen
 def test_a_client_is_told_when_it_has_its_answers(scene):
     person, other = scene.people(2)
     person.waits = True
-    scene.begin(30, hurried=True)
+    scene.begin(30, immediate=True)
     scene.until(0.6)
     assert (person.did, other.did) == (["finish"], ["finish", "restart"])
     person.waits = False
@@ -568,24 +568,24 @@ def test_who_never_gets_its_answers_is_told_after_a_while_and_in_time_to_answer_
 
 @BUDGETS
 def test_a_log_that_never_settles_makes_it_no_longer(scene, budget):
-    people = scene.people(100)
+    people = scene.people(10)
     scene.log = []
     scene.begin(budget)
     scene.until(limit(budget) - SLACK)
     assert scene.told() == 0, "their posts may still be kept"
     assert scene.when("abandon") == []
     scene.until(limit(budget) + SLACK)
-    assert scene.told() == 100
+    assert scene.told() == 10
     scene.until(budget)
     assert scene.over <= budget
-    assert [person.did for person in people] == [["finish", "restart"]] * 100
+    assert [person.did for person in people] == [["finish", "restart"]] * 10
 
 
 @BUDGETS
 def test_what_a_log_does_not_keep_in_time_is_given_up_once_for_those_who_said_it_and_before_they_are_told(
     scene, budget
 ):
-    scene.people(100)
+    scene.people(10)
     scene.log = []
     scene.begin(budget)
     scene.until(budget)
@@ -602,7 +602,7 @@ def test_what_a_log_does_not_keep_in_time_is_given_up_once_for_those_who_said_it
             given_up.update(rounds.pop(0))
         elif what == "restart":
             assert person in given_up
-    assert (len(given_up), rounds) == (100, []), "the last time for those who came by plain HTTP"
+    assert (len(given_up), rounds) == (10, []), "the last time for those who came by plain HTTP"
 
 
 @pytest.mark.parametrize("budget", [8, 30, 120])
@@ -671,10 +671,10 @@ def test_with_nobody_left_it_ends_at_once_although_the_log_has_not_settled(scene
 # Those who came by plain HTTP
 
 
-@pytest.mark.parametrize("hurried", [False, True])
-def test_those_who_came_by_http_go_when_the_clients_are_gone(scene, hurried):
+@pytest.mark.parametrize("immediate", [False, True])
+def test_those_who_came_by_http_go_when_the_clients_are_gone(scene, immediate):
     people = scene.people(100, answers=0.5)
-    scene.begin(30, hurried=hurried)
+    scene.begin(30, immediate=immediate)
     scene.until(30)
     last = max(person.told for person in people) + 0.5
     assert scene.when("requests close") == [last]
@@ -740,12 +740,12 @@ def test_in_a_hurry_what_they_posted_is_waited_for_no_longer_than_a_second(scene
     scene.people(count)
     scene.log = []
     scene.requests.ask()
-    scene.begin(30, hurried=True)
-    scene.until(HURRIED_SECONDS - SLACK)
+    scene.begin(30, immediate=True)
+    scene.until(IMMEDIATE_SECONDS - SLACK)
     assert scene.when("abandon") == []
     assert scene.over is None
-    scene.until(HURRIED_SECONDS + 2 * SLACK)
-    assert scene.when("abandon")[0] >= HURRIED_SECONDS - 1e-6
+    scene.until(IMMEDIATE_SECONDS + 2 * SLACK)
+    assert scene.when("abandon")[0] >= IMMEDIATE_SECONDS - 1e-6
     assert scene.when("requests abort") == []
     assert scene.over is not None
 
@@ -756,21 +756,21 @@ def test_a_hurry_while_what_they_posted_is_waited_for_leaves_it_a_second_and_put
     scene.requests.ask()
     scene.begin(30)
     scene.until(moment)
-    scene.drain.hurry()
-    late = min(moment + HURRIED_SECONDS, limit(30))
+    scene.drain.skip_pace()
+    late = min(moment + IMMEDIATE_SECONDS, limit(30))
     scene.until(late - SLACK)
     assert scene.when("abandon") == []
-    scene.drain.hurry()
+    scene.drain.skip_pace()
     scene.until(late + SLACK)
     assert len(scene.when("abandon")) == 1
     assert late <= scene.over + 1e-6
 
 
-@pytest.mark.parametrize("hurried", [False, True])
-def test_what_they_posted_and_is_kept_in_time_is_never_given_up(scene, hurried):
+@pytest.mark.parametrize("immediate", [False, True])
+def test_what_they_posted_and_is_kept_in_time_is_never_given_up(scene, immediate):
     scene.log = []
     scene.requests.ask()
-    scene.begin(30, hurried=hurried)
+    scene.begin(30, immediate=immediate)
     scene.until(0.9)
     assert scene.over is None
     scene.settle()
@@ -889,7 +889,7 @@ def test_when_it_is_over_before_its_time_nothing_is_left_on_the_clock(scene):
 def test_who_is_gone_at_once_when_it_is_told_is_waited_for_no_more(scene, events):
     person, other = scene.people(2, answers=0)
     other.answers = None
-    scene.begin(30, hurried=True)
+    scene.begin(30, immediate=True)
     scene.until(1)
     assert [*scene.connections.closings] == [other]
     scene.until(20)
@@ -900,7 +900,7 @@ def test_who_is_gone_at_once_when_it_is_told_is_waited_for_no_more(scene, events
 def test_who_leaves_between_its_last_word_and_its_close_is_told_nothing(scene):
     person, other = scene.people(2)
     person.waits = other.waits = True
-    scene.begin(30, hurried=True)
+    scene.begin(30, immediate=True)
     scene.until(1)
     person.goes()
     other.waits = person.waits = False
@@ -912,7 +912,7 @@ def test_who_leaves_between_its_last_word_and_its_close_is_told_nothing(scene):
 def test_who_leaves_while_the_log_settles_is_told_nothing(scene):
     person, other = scene.people(2)
     scene.log = []
-    scene.begin(30, hurried=True)
+    scene.begin(30, immediate=True)
     scene.until(1)
     person.goes()
     scene.settle()
@@ -923,7 +923,7 @@ def test_who_leaves_while_the_log_settles_is_told_nothing(scene):
 # In a hurry
 
 
-def hurried(scene, people):
+def immediate(scene, people):
     """All were told by now, each with a moment among longer ones."""
     assert all(person.did == ["finish", "restart"] for person in people)
     assert all(0 <= person.retry_after < 10 for person in people)
@@ -931,10 +931,10 @@ def hurried(scene, people):
 
 def test_in_a_hurry_from_the_first_all_are_told_now_with_longer_moments(scene):
     people = scene.people(2000)
-    scene.begin(30, hurried=True)
+    scene.begin(30, immediate=True)
     assert scene.closed == 0
     scene.until(0)
-    hurried(scene, people)
+    immediate(scene, people)
     assert {person.told for person in people} == {0}
     seconds = Counter(int(person.retry_after) for person in people)
     assert sorted(seconds) == [*range(10)]
@@ -949,9 +949,9 @@ def test_in_a_hurry_the_grace_is_over(scene, moment):
     scene.begin(30)
     scene.until(moment)
     assert scene.closed is None
-    scene.drain.hurry()
+    scene.drain.skip_pace()
     scene.until(moment + 2 * SLACK)
-    hurried(scene, people)
+    immediate(scene, people)
     scene.until(moment + 1)
     assert scene.over < moment + 0.2
     assert scene.others == 0
@@ -964,9 +964,9 @@ def test_in_a_hurry_those_who_wait_for_their_turn_are_told_now(scene):
     before = scene.told()
     assert 30 < before < 50
     assert max(person.retry_after for person in people if person.did) < 1
-    scene.drain.hurry()
+    scene.drain.skip_pace()
     scene.until(60 + SLACK)
-    hurried(scene, people)
+    immediate(scene, people)
     assert max(person.retry_after for person in people) > 5
     scene.until(61)
     assert scene.over < 60.2
@@ -978,7 +978,7 @@ def test_in_a_hurry_what_was_said_is_settled_and_answered_all_the_same(scene):
     scene.log = []
     scene.begin(30)
     scene.until(7)
-    scene.drain.hurry()
+    scene.drain.skip_pace()
     scene.until(7.4)
     assert (person.did, other.did) == (["finish"], ["finish"])
     scene.settle()
@@ -986,7 +986,7 @@ def test_in_a_hurry_what_was_said_is_settled_and_answered_all_the_same(scene):
     assert (person.did, other.did) == (["finish", "restart"], ["finish"])
     other.waits = False
     scene.until(7.4 + 2 * SLACK)
-    hurried(scene, [person, other])
+    immediate(scene, [person, other])
     scene.until(30)
     assert scene.when("abandon") == []
 
@@ -998,14 +998,14 @@ def test_in_a_hurry_a_log_that_does_not_settle_is_waited_for_no_longer_than_a_se
     scene.begin(30)
     scene.until(moment)
     assert scene.when("abandon") == []
-    scene.drain.hurry()
-    scene.drain.hurry()
-    late = min(moment + HURRIED_SECONDS, limit(30))
+    scene.drain.skip_pace()
+    scene.drain.skip_pace()
+    late = min(moment + IMMEDIATE_SECONDS, limit(30))
     scene.until(late - SLACK)
     assert scene.told() == 0
-    scene.drain.hurry()  # which puts nothing off
+    scene.drain.skip_pace()  # which puts nothing off
     scene.until(late + 2 * SLACK)
-    hurried(scene, people)
+    immediate(scene, people)
     assert min(scene.when("abandon")) >= late - 1e-6
     scene.until(30)
     assert scene.over <= late + 0.2
@@ -1017,11 +1017,11 @@ def test_in_a_hurry_answers_that_are_not_taken_are_waited_for_no_longer_than_a_s
     person.waits = True
     scene.begin(30)
     scene.until(moment)
-    scene.drain.hurry()
-    scene.until(moment + HURRIED_SECONDS - SLACK)
+    scene.drain.skip_pace()
+    scene.until(moment + IMMEDIATE_SECONDS - SLACK)
     assert (person.did, other.did) == (["finish"], ["finish", "restart"])
-    scene.until(moment + HURRIED_SECONDS + SLACK)
-    hurried(scene, [person, other])
+    scene.until(moment + IMMEDIATE_SECONDS + SLACK)
+    immediate(scene, [person, other])
     assert scene.when("abandon") == []
 
 
@@ -1031,7 +1031,7 @@ def test_in_a_hurry_a_log_that_settles_late_leaves_those_who_do_not_take_their_a
     person = Person(scene)
     person.waits = True
     scene.log = []
-    scene.begin(30, hurried=True)
+    scene.begin(30, immediate=True)
     scene.until(0.9)
     scene.settle()
     scene.until(1 - SLACK)
@@ -1050,11 +1050,11 @@ def test_who_waits_for_its_answers_when_all_must_hurry_is_waited_for_one_more_se
     others = [person for person in people if person.did == []]
     assert waiting
     assert others
-    scene.drain.hurry()
+    scene.drain.skip_pace()
     scene.until(73 - SLACK)
     assert all(person.did == ["finish"] for person in [*waiting, *others])
     scene.until(73 + SLACK)
-    hurried(scene, people)
+    immediate(scene, people)
 
 
 def test_a_hurry_when_all_were_told_changes_nothing(scene):
@@ -1062,8 +1062,8 @@ def test_a_hurry_when_all_were_told_changes_nothing(scene):
     scene.begin(8)
     scene.until(7)
     assert person.did == ["finish", "restart"]
-    scene.drain.hurry()
-    scene.drain.hurry()
+    scene.drain.skip_pace()
+    scene.drain.skip_pace()
     scene.until(8)
     assert person.did == ["finish", "restart", "abort"]
     assert scene.over == 8

@@ -1436,10 +1436,10 @@ def test_finished_client_that_takes_its_answers(factory, clock):
 def drain(factory, connections, store, clock):
     """Begin a drain of so many seconds, or an immediate one."""
 
-    def begin(budget, *, hurried=False):
+    def begin(budget, *, immediate=False):
         drain = Drain(connections, store, factory.site, budget, clock)
-        if hurried:
-            drain.hurry()
+        if immediate:
+            drain.skip_pace()
         drain.run(lambda: succeed(None))
 
     return begin
@@ -1458,7 +1458,7 @@ def test_a_drain_sends_what_a_client_is_owed_before_its_close(factory, clock, dr
     client.joins()
     client.posts("hi", label="a")
     client.says(PAGE | {"label": "h1"})
-    drain(8, hurried=True)
+    drain(8, immediate=True)
     clock.pump([0, 0, TICK_SECONDS])
     assert last_words(client.transport.read()) == ["h1", "message", "a"]
 
@@ -1478,12 +1478,12 @@ def full(factory, clock):
     return client, other
 
 
-@pytest.mark.parametrize("hurried", [False, True])
-def test_drain_of_a_briefly_full_transport(full, clock, drain, hurried):
+@pytest.mark.parametrize("immediate", [False, True])
+def test_drain_of_a_briefly_full_transport(full, clock, drain, immediate):
     """The acknowledgement precedes the close."""
     client, other = full
-    drain(8, hurried=hurried)
-    clock.pump([TICK_SECONDS] * (10 if hurried else 130))  # both were released
+    drain(8, immediate=immediate)
+    clock.pump([TICK_SECONDS] * (10 if immediate else 130))  # both were released
     assert last_words(other.transport.read()) == ["message", "message"]
     begun = client.transport.read()
     assert len(begun) == 10
@@ -1492,12 +1492,12 @@ def test_drain_of_a_briefly_full_transport(full, clock, drain, hurried):
     assert last_words(begun + client.transport.read()) == ["message", "message", "a"]
 
 
-@pytest.mark.parametrize("hurried", [False, True])
-def test_drain_of_a_full_transport(full, clock, drain, hurried):
+@pytest.mark.parametrize("immediate", [False, True])
+def test_drain_of_a_full_transport(full, clock, drain, immediate):
     """The close follows what the client has not taken."""
     client, _ = full
-    drain(8, hurried=hurried)
-    clock.pump([TICK_SECONDS] * (25 if hurried else 145))
+    drain(8, immediate=immediate)
+    clock.pump([TICK_SECONDS] * (25 if immediate else 145))
     client.transport.drain()
     assert last_words(client.transport.read()) == ["message"], "what it posted, it can post again with its label"
 
