@@ -1,9 +1,8 @@
-"""The server's life: what is started before what, and what must have ended before what ends.
+"""The life of the server: the order of its start and of its stop.
 
-Start: the store is opened, then the ports; a step that fails ends the process with one line that
-says why, before any client has come.  Stop: the clients are sent elsewhere (see chatd.drain), and when the last is
-gone, or the time is over, the store is closed.  A drain can also be asked for without an end: then the process stays,
-unready, until it is told to stop.
+Start: the store opens, then the ports.  A step that fails ends the process with one line, before any client connects.
+Stop: the server drains its clients (see `chatd.operate.drain`), and then the store closes.  A drain can also be
+requested without a stop.  The process then stays, unready, until a signal ends it.
 """
 
 import signal
@@ -32,9 +31,9 @@ from chatd.store.base import Store, StoreError
 from chatd.transport.connections import Connections
 
 LOOK_SECONDS: Final = 1
-"""How often deadlines are looked at."""
+"""The interval between two checks of the deadlines."""
 TRIM_SECONDS: Final = 600
-"""How often rooms in which nothing is posted are trimmed."""
+"""The interval at which rooms without new posts are trimmed."""
 
 _log = Logger()
 
@@ -50,19 +49,19 @@ def page_url(endpoint: str, address: object) -> str | None:
 
 
 class Readiness:
-    """Whether clients should be sent here, in words.
+    """The readiness of the server for load balancers, in words.
 
-    `fault` tells what is wrong with the log now: that is said, and no reason to send nobody, since all nodes of
-    one room share the log, and a load balancer that takes them all out helps nobody.
+    `fault` returns the current problem of the log, or None.  A problem makes the server degraded, but not unready: all
+    nodes share the log, and a load balancer that removes every node helps nobody.
     """
 
     def __init__(self, fault: Callable[[], str | None]) -> None:
         self.why_not: str | None = "starting"
-        """None when they should."""
+        """The reason against it; None if clients should come here."""
         self._fault = fault
 
     def __call__(self) -> tuple[bool, str]:
-        """Whether, and `ready`, `degraded: ...`, or why not."""
+        """Return whether clients should come here, and `ready`, `degraded: ...` or the reason against it."""
         fault = self._fault()
         if self.why_not == "starting" and fault:
             return False, f"starting: {fault}"
@@ -129,7 +128,7 @@ class ChatService(Service):
     def startService(self) -> None:
         """Open the store, and then the ports; SystemExit with one line when one cannot be opened.
 
-        A store that is elsewhere may take its time: meanwhile the admin port says that nobody is to come yet.
+        A remote store may take time to open.  Meanwhile only the admin port is open, and unready.
         """
         try:
             opened = self._store.open(self._seed)
@@ -162,10 +161,10 @@ class ChatService(Service):
             raise SystemExit(f"chatd: {faults[0]}")
 
     def _repeat(self, loop: LoopingCall, interval: float) -> None:
-        """Go on with a loop that failed, since connections rely on it."""
+        """Run a loop, and start it again after a failure, since connections rely on it."""
 
         def failed(failure: Failure) -> None:
-            _log.failure("what is done every {interval} s failed", failure, interval=interval)
+            _log.failure("a call that runs every {interval} s failed", failure, interval=interval)
             self._repeat(loop, interval)
 
         loop.start(interval, now=False).addErrback(failed)
@@ -192,7 +191,7 @@ class ChatService(Service):
             self._notify(READY="1", STATUS="ready")
 
     def _not_listening(self, failure: Failure, text: str, faults: list[str]) -> None:
-        """Most endpoints fail at once, and that ends the process; for those that fail later it stays unready."""
+        """Note a port that cannot be opened: at the start the process ends, and later it stays unready."""
         error = failure.value
         reason = error.socketError if isinstance(error, CannotListenError) else error
         faults.append(f"cannot listen on {text} ({reason}): choose another with --listen or --admin")
@@ -207,7 +206,7 @@ class ChatService(Service):
         self._told_to_stop = True
 
     def drain(self, *, expecting: bool = False) -> "Deferred[None]":
-        """Send all clients elsewhere, once; fires when they are gone.  See Drain.run."""
+        """Drain once; fire when all clients are disconnected.  `expecting` is as in `Drain.run`."""
         if self._drained:
             return succeed(None)
         done: Deferred[None] = Deferred()
@@ -220,7 +219,7 @@ class ChatService(Service):
         return done
 
     def _close_ports(self) -> "Deferred[Any]":
-        """Close those that clients come by; the admin port stays."""
+        """Close the ports for clients.  The admin port stays open."""
         return DeferredList([maybeDeferred(port.stopListening) for port in self._ports])
 
     def _gone(self, result: object) -> None:
@@ -235,7 +234,7 @@ class ChatService(Service):
 
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
-        """Drain, and close all; fires when that is done."""
+        """Drain, and close everything; fire when that is done."""
         super().stopService()
         _log.info("stopping")
         self._notify(STOPPING="1", STATUS="stopping")

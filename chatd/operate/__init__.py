@@ -1,1 +1,1 @@
-"""What operators need: drain, metrics, checks, logging and systemd."""
+"""Operation of the server: drain, metrics, checks, logging and systemd."""

@@ -21,14 +21,14 @@ _NOT_FIELDS: Final = frozenset({"isError", "message", "time", "format", "system"
 
 
 def _sentence(event: LogEvent) -> str:
-    """What an event says; Twisted's own formatting, which knows calls too, is tried when the plain one fails."""
+    """Format an event; fall back to Twisted's own formatting, which also supports calls."""
     try:
         sentence = str(event["log_format"].format_map(event))
     except (KeyError, AttributeError, IndexError, TypeError, ValueError):
         sentence = formatEvent(event)
     if sentence.isprintable():
         return sentence
-    # What a client sent may be in it: no line breaks, and nothing that a terminal obeys.
+    # The sentence may contain text from a client: remove line breaks and control sequences.
     return "".join(character if character.isprintable() else " " for character in sentence)
 
 

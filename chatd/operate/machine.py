@@ -1,4 +1,4 @@
-"""What Linux, systemd and Redis report, for `--check`.  Reading it changes nothing.
+"""The reports of Linux, systemd and Redis, for `--check`.  Reading it changes nothing.
 
 Whatever cannot be read counts as in order: the server reports its own problems when it starts.
 """

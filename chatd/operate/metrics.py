@@ -1,9 +1,9 @@
-"""What the server tells Prometheus about itself, made when it is asked.
+"""The metrics for Prometheus, computed at every scrape.
 
-No message passes here.  Where something happens that is rare or comes by the batch (a refusal, a close, a commit),
-the part that does it adds one to a number of its own; all else is a function of what is there now.  The cursors of a
-room's members, counted, say how far who is behind, and with those of the members who came and left, how many messages
-were delivered.  So the path of a message pays nothing, and a scrape is one look at each member.
+Messages do not pass through this module.  The other parts count their rare or batched events (refusals, closes,
+commits).  Everything else is computed from the current state.  The cursors of a room's members show how far each is
+behind, and, together with those of former members, how many messages were delivered.  Metrics therefore cost nothing
+on the path of a message, and a scrape visits each member once.
 
 Counters count from the start of the process; times are in seconds and sizes in bytes.
 """
@@ -37,16 +37,16 @@ from chatd.store.base import Store
 from chatd.transport.connections import CARRIERS, Connections
 
 LAG_SECONDS: Final = 0.5
-"""How often the reactor is asked how late it is."""
+"""The interval between two samples of the reactor lag."""
 LAGS: Final = (0, 1, 10, 100, 1000, 10_000)
-"""Bounds of how many messages a member is behind: beyond the last it is not caught up."""
+"""Bounds for the number of messages that a member is behind.  Beyond the last, a member is evicted."""
 CODES: Final = (1000, 1001, 1002, 1003, 1006, 1007, 1008, 1009, 1011, 1012, 1013)
-"""The close codes that are counted one by one; a client may make up others (RFC 6455, section 7.4.2)."""
+"""The close codes that are counted one by one.  Clients may invent others (RFC 6455, section 7.4.2)."""
 _STATM: Final = Path("/proc/self/statm")
 
 
 class ReactorLag:
-    """How late the reactor comes to what is due, in seconds: sampled from the first time that anyone asks."""
+    """The delay of due calls in the reactor, in seconds, sampled since the first scrape."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
@@ -54,7 +54,7 @@ class ReactorLag:
         self._seen = Histogram(SECONDS)
 
     def seen(self) -> Histogram:
-        """What was found until now."""
+        """Return the samples so far, and start sampling with the first call."""
         if not self._begun:
             self._begun = True
             self._wait()
@@ -69,7 +69,7 @@ class ReactorLag:
 
 
 class Metrics(Collector):
-    """All that is told; `refusals` are by what was refused (a frame, a handshake, a request) and then by the reason."""
+    """All metrics.  `refusals` are counted by kind (frame, handshake, request), and then by reason."""
 
     def __init__(
         self,
@@ -90,11 +90,11 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def __call__(self) -> str:
-        """The text of a scrape, in Prometheus's own format 0.0.4, without the end of its last line."""
+        """Return the text of a scrape in Prometheus's format 0.0.4, without the final newline."""
         return generate_latest(self._registry).decode().rstrip("\n")
 
     def collect(self) -> Iterator[Metric]:
-        """What there is to tell now."""
+        """Yield the current value of every metric."""
         yield from self._who()
         yield from self._messages()
         yield from self._refused()
@@ -102,13 +102,11 @@ class Metrics(Collector):
         yield from self._process()
 
     def _who(self) -> Iterator[Metric]:
-        """Who is here, and how those went who are not."""
-        connections = GaugeMetricFamily(
-            "chatd_connections", "Connections whose handshake was answered.", labels=["transport"]
-        )
+        """Yield the current connections and members, and the closes."""
+        connections = GaugeMetricFamily("chatd_connections", "Open connections.", labels=["transport"])
         closes = CounterMetricFamily(
             "chatd_closes",
-            "Connections that ended, by close code; 1006 is no close frame, as readers of events go.",
+            "Closed connections by close code; 1006: without a close frame, like every event stream.",
             labels=["transport", "code"],
         )
         now = Counter(client.carrier for client in self._clients.connected)
@@ -121,14 +119,14 @@ class Metrics(Collector):
         yield connections
         yield closes
         members = sum(len(room.members) for room in self._rooms)
-        yield GaugeMetricFamily("chatd_rooms", "Rooms that someone is in.", len(self._rooms))
+        yield GaugeMetricFamily("chatd_rooms", "Rooms with at least one member.", len(self._rooms))
         yield GaugeMetricFamily("chatd_members", "Members of all rooms.", members)
 
     def _messages(self) -> Iterator[Metric]:
-        """What was said, and how far it has come."""
-        yield CounterMetricFamily("chatd_messages", "Messages that the log has taken.", self._rooms.messages)
+        """Yield the messages and their deliveries."""
+        yield CounterMetricFamily("chatd_messages", "Messages stored in the log.", self._rooms.messages)
         yield CounterMetricFamily(
-            "chatd_deliveries", "Messages handed to members as they came, histories left out.", self._rooms.delivered
+            "chatd_deliveries", "New messages delivered to members, without histories.", self._rooms.delivered
         )
         lags = Histogram(LAGS)
         held = size = 0
@@ -140,17 +138,17 @@ class Metrics(Collector):
             size += frames
         yield GaugeHistogramMetricFamily(
             "chatd_cursor_lag_messages",
-            "How many messages members are behind now.",
+            "Number of messages that members are behind.",
             buckets=_buckets(lags),
             gsum_value=lags.sum,
         )
-        yield GaugeMetricFamily("chatd_tail_messages", "Newest messages held in memory, of all rooms.", held)
-        yield GaugeMetricFamily("chatd_tail_bytes", "What those take, as frames.", size)
+        yield GaugeMetricFamily("chatd_tail_messages", "Newest messages of all rooms, held in memory.", held)
+        yield GaugeMetricFamily("chatd_tail_bytes", "Bytes of their frames.", size)
 
     def _refused(self) -> Iterator[Metric]:
         refusals = CounterMetricFamily(
             "chatd_refusals",
-            "Frames by error code (schema: what breaks it), handshakes and HTTP requests by status, that were refused.",
+            "Rejected frames by error code (schema: invalid), and rejected handshakes and HTTP requests by status.",
             labels=["kind", "reason"],
         )
         for kind, reasons in self._refusals.items():
@@ -160,35 +158,35 @@ class Metrics(Collector):
 
     def _log(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
-            "chatd_store_up", "1, or 0 if the log could not be written or read when last tried.", not self._store.fault
+            "chatd_store_up", "1, or 0 if the last write or read of the log failed.", not self._store.fault
         )
         commits = self._store.commits
         yield HistogramMetricFamily(
             "chatd_commit_seconds",
-            "How long commits to the log took, failed ones included.",
+            "Duration of commits to the log, including failed ones.",
             buckets=_buckets(commits),
             sum_value=commits.sum,
         )
         for unit, number in self._store.usage().items():
-            yield GaugeMetricFamily(f"chatd_log_{unit}", "The log, or what its disk has left.", number)
+            yield GaugeMetricFamily(f"chatd_log_{unit}", "Size of the log, or free space on its disk.", number)
 
     def _process(self) -> Iterator[Metric]:
-        """The process, under the names that all have; the files that it has open would take too long to count."""
+        """Yield the metrics of the process under their common names.  Counting its open files would take too long."""
         lag = self._lag.seen()
         yield HistogramMetricFamily(
             "chatd_reactor_lag_seconds",
-            "How late the event loop comes to what is due, sampled since the first scrape.",
+            "Delay of due calls in the event loop, sampled since the first scrape.",
             buckets=_buckets(lag),
             sum_value=lag.sum,
         )
-        yield CounterMetricFamily("process_cpu_seconds", "Time of the processor.", time.process_time())
-        yield GaugeMetricFamily("process_start_time_seconds", "When it started, since 1970.", self._started)
+        yield CounterMetricFamily("process_cpu_seconds", "CPU time.", time.process_time())
+        yield GaugeMetricFamily("process_start_time_seconds", "Start time, since 1970.", self._started)
         pages = int(_STATM.read_text("ascii").split()[1])
-        yield GaugeMetricFamily("process_resident_memory_bytes", "Memory.", pages * os.sysconf("SC_PAGESIZE"))
+        yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory.", pages * os.sysconf("SC_PAGESIZE"))
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        yield GaugeMetricFamily("process_max_fds", "How many files, and so connections, it may have open.", files)
+        yield GaugeMetricFamily("process_max_fds", "Limit of open files, and so of connections.", files)
         version = {"version": chatd.__version__, "python": platform.python_version()}
-        yield InfoMetricFamily("chatd_build", "What runs here.", version)
+        yield InfoMetricFamily("chatd_build", "Versions of chatd and Python.", version)
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

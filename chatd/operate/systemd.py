@@ -1,4 +1,4 @@
-"""What systemd is told of the server: that it is ready, that it stops, and again and again that it lives.
+"""Notify systemd that the server is ready, that it stops, and regularly that it is alive.
 
 This is sd_notify(3): lines of NAME=VALUE, in one datagram, to the socket that NOTIFY_SOCKET names.  With WatchdogSec
 in the unit, systemd waits for WATCHDOG=1 too, and kills and restarts a server that has not sent it in time.  It is the
@@ -14,16 +14,16 @@ from typing import Final
 from twisted.logger import Logger
 
 SEND_SECONDS: Final = 1
-"""How long the reactor waits for systemd to take a datagram, which is not at all unless its queue is full."""
+"""The time that the reactor waits for systemd to take a datagram.  It only waits if the queue is full."""
 
 _log = Logger()
 
 
 class Notifier:
-    """Tells systemd, if the environment names it."""
+    """Sends notifications to the socket that the environment names, if there is one."""
 
     watchdog: float | None = None
-    """How often to send WATCHDOG=1, in seconds: at half of the time that systemd gives; None if it does not ask."""
+    """The seconds between two WATCHDOG=1: half of the time-out of systemd; None without a watchdog."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         path = environ.get("NOTIFY_SOCKET", "")
@@ -33,7 +33,7 @@ class Notifier:
             self.watchdog = int(environ["WATCHDOG_USEC"]) / 1_000_000 / 2
 
     def __call__(self, **values: str) -> None:
-        """Send values; that systemd does not take them is logged, and the server goes on."""
+        """Send values.  A failure is logged and has no other effect."""
         if not self._address:
             return
         datagram = "\n".join(f"{name}={value}" for name, value in values.items())
@@ -42,7 +42,7 @@ class Notifier:
                 sender.settimeout(SEND_SECONDS)
                 sender.sendto(datagram.encode(), self._address)
         except OSError as error:
-            _log.warn("systemd was not told {datagram!r}: {error}", datagram=datagram, error=error)
+            _log.warn("cannot notify systemd of {datagram!r}: {error}", datagram=datagram, error=error)
 
     def alive(self) -> None:
         """Feed the watchdog."""

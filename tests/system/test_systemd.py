@@ -84,7 +84,7 @@ def test_outside_systemd_nothing_is_sent_and_nothing_said(environ, events, monke
 def test_that_systemd_does_not_take_it_is_logged_and_no_more(tmp_path, events):
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")})(READY="1")
     (event,) = events
-    assert event["log_format"].format(**event).startswith("systemd was not told 'READY=1': [Errno 2]")
+    assert event["log_format"].format(**event).startswith("cannot notify systemd of 'READY=1': [Errno 2]")
 
 
 def test_a_queue_that_stays_full_does_not_hold_the_reactor_up(heard, events, monkeypatch):

@@ -33,7 +33,7 @@ def test_bounds_are_in_order():
     st.lists(st.floats(-10, 10), max_size=5, unique=True),
     st.lists(st.tuples(st.integers(-20, 20), st.integers(0, 5)), max_size=20),
 )
-def test_each_bucket_has_the_values_that_are_not_above_its_bound(bounds, values):
+def test_bucket_counts_values_at_or_below_its_bound(bounds, values):
     histogram = Histogram(sorted(bounds))
     for value, times in values:
         histogram.add(value, times)

@@ -174,7 +174,7 @@ def in_use():
 # Starting
 
 
-def test_the_store_is_opened_with_the_seed_before_any_port(server):
+def test_store_opens_with_the_seed_before_any_port(server):
     server.service.startService()
     assert server.journal == [
         ("open", SEED),
@@ -197,7 +197,7 @@ def test_it_is_ready_when_all_ports_are_open(server):
     assert server.journal[-1] == {"READY": "1", "STATUS": "ready"}
 
 
-def test_with_a_log_that_fails_it_is_degraded_but_ready_until_the_log_is_well_again(server):
+def test_failing_log_is_degraded_but_ready(server):
     # All nodes share the log: if none were ready, there would be nowhere to go.
     server.start()
     server.fault = "the log cannot be read: disk I/O error"
@@ -207,7 +207,7 @@ def test_with_a_log_that_fails_it_is_degraded_but_ready_until_the_log_is_well_ag
 
 
 @pytest.mark.parametrize("fault", [None, "the log cannot be read: disk I/O error"])
-def test_whoever_starts_or_drains_is_not_ready_however_the_log_is(server, fault):
+def test_unready_at_the_start_and_in_a_drain(server, fault):
     server.fault = fault
     assert server.readiness() == (False, f"starting: {fault}" if fault else "starting")
     server.start()
@@ -218,7 +218,7 @@ def test_whoever_starts_or_drains_is_not_ready_however_the_log_is(server, fault)
     assert server.readiness() == (False, "drained")
 
 
-def test_ports_for_clients_and_for_operators_may_be_named_by_one_text(server):
+def test_one_text_for_both_kinds_of_ports(server):
     # As tcp:0, which is another port each time.
     server = Server(listen=["tcp:0"], admin=["tcp:0"])
     server.admin["tcp:0"].port.text = "admin"
@@ -230,7 +230,7 @@ def test_ports_for_clients_and_for_operators_may_be_named_by_one_text(server):
     assert server.journal[-1] == "stop admin"
 
 
-def test_while_the_store_is_being_opened_only_the_admin_port_is_there(server):
+def test_admin_port_alone_is_open_before_the_store(server):
     server.store.opened = Deferred()
     server.service.startService()
     assert server.journal == [("open", SEED), ("listen", "tcp:8086", server.admin_factory)]
@@ -246,7 +246,7 @@ def test_while_the_store_is_being_opened_only_the_admin_port_is_there(server):
     assert server.readiness() == (True, "ready")
 
 
-def test_meanwhile_it_says_why_it_is_not_ready_and_looks_at_what_is_due(server):
+def test_reason_and_deadlines_before_the_store_is_open(server):
     server.store.opened = Deferred()
     server.fault = "the log at localhost:6379 cannot be reached (connection refused)"
     server.start()
@@ -259,7 +259,7 @@ def test_meanwhile_it_says_why_it_is_not_ready_and_looks_at_what_is_due(server):
     assert server.readiness() == (True, "ready")
 
 
-def test_an_admin_port_that_cannot_be_opened_meanwhile_ends_the_process_too(server):
+def test_admin_port_that_fails_before_the_store_is_open(server):
     server.store.opened = Deferred()
     server.admin["tcp:8086"].result = fail(in_use())
     with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:8086 "):
@@ -268,7 +268,7 @@ def test_an_admin_port_that_cannot_be_opened_meanwhile_ends_the_process_too(serv
     assert server.clock.getDelayedCalls() == []
 
 
-def test_a_store_that_is_open_before_the_admin_port_is_makes_it_ready_with_that(server):
+def test_store_that_opens_before_the_admin_port(server):
     server.store.opened = Deferred()
     server.admin["tcp:8086"].result = Deferred()
     server.start()
@@ -279,7 +279,7 @@ def test_a_store_that_is_open_before_the_admin_port_is_makes_it_ready_with_that(
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_who_is_told_to_stop_while_the_store_is_being_opened_stops_and_opens_no_port(server, late):
+def test_stop_before_the_store_is_open(server, late):
     server.store.opened = Deferred()
     server.start()
     server.drain.gone = Deferred()
@@ -293,7 +293,7 @@ def test_who_is_told_to_stop_while_the_store_is_being_opened_stops_and_opens_no_
     assert not server.service.running
 
 
-def test_a_store_that_is_open_when_it_drains_already_opens_no_port(server):
+def test_store_that_opens_in_a_drain_opens_no_port(server):
     server.store.opened = Deferred()
     server.start()
     server.service.drain()
@@ -302,7 +302,7 @@ def test_a_store_that_is_open_when_it_drains_already_opens_no_port(server):
     assert server.readiness() == (False, "drained")
 
 
-def test_a_port_that_cannot_be_opened_when_the_store_is_leaves_it_unready(server, events):
+def test_port_that_fails_after_the_store_is_open(server, events):
     server.store.opened = Deferred()
     server.listen["tcp:8085"].result = fail(in_use())
     server.start()
@@ -314,7 +314,7 @@ def test_a_port_that_cannot_be_opened_when_the_store_is_leaves_it_unready(server
     ]
 
 
-def test_it_says_where_it_listens_and_on_which_log(server, events):
+def test_log_names_the_ports_and_the_epoch(server, events):
     server.service.startService()
     texts = [event["log_format"].format(**event) for event in events]
     assert texts == [
@@ -351,7 +351,7 @@ def test_port_without_a_page(server, events):
     assert [event["log_format"] for event in events][-1].startswith("ready")
 
 
-def test_a_store_that_cannot_be_opened_ends_the_process_with_its_line_and_opens_no_port(server):
+def test_store_that_cannot_be_opened_ends_the_process(server):
     server.store.fault = StoreError("chatd.sqlite is in use by another chatd: stop that one")
     with pytest.raises(SystemExit) as refusal:
         server.service.startService()
@@ -368,7 +368,7 @@ def test_a_store_that_cannot_be_opened_ends_the_process_with_its_line_and_opens_
         (OverflowError("port must be 0-65535."), "port must be 0-65535."),
     ],
 )
-def test_a_port_that_cannot_be_opened_ends_the_process_with_a_line_and_the_store_closed(server, events, fault, reason):
+def test_port_that_cannot_be_opened_ends_the_process(server, events, fault, reason):
     server.listen["tcp:8085"].result = fail(fault)
     with pytest.raises(SystemExit) as refusal:
         server.service.startService()
@@ -382,7 +382,7 @@ def test_a_port_that_cannot_be_opened_ends_the_process_with_a_line_and_the_store
     assert [event for event in events if event["log_level"] > LogLevel.info] == []
 
 
-def test_of_several_ports_that_cannot_be_opened_the_first_is_named(server):
+def test_first_failing_port_is_named(server):
     server.listen["tcp:9085"].result = fail(in_use())
     server.admin["tcp:8086"].result = fail(in_use())
     with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:9085 "):
@@ -390,7 +390,7 @@ def test_of_several_ports_that_cannot_be_opened_the_first_is_named(server):
     assert server.journal.count("store.close") == 1
 
 
-def test_a_port_that_fails_later_leaves_it_unready_and_is_logged_as_an_error(server, events):
+def test_port_that_fails_later_is_logged(server, events):
     server.admin["tcp:8086"].result = Deferred()
     server.service.startService()
     events.clear()
@@ -436,7 +436,7 @@ def test_a_trim_is_not_begun_before_the_last_has_ended(server):
     assert server.journal.count("trim") == 2
 
 
-def test_the_watchdog_is_fed_as_often_as_it_must_be_until_all_is_closed():
+def test_watchdog_is_fed_until_everything_is_closed():
     server = Server(watchdog=7.5)
     alive = {"WATCHDOG": "1"}
     server.start()
@@ -465,7 +465,7 @@ DRAINING = {"STATUS": "draining"}
 PORTS = ["stop tcp:8085", "stop tcp:9085"]
 
 
-def test_a_drain_sends_the_clients_away_closes_their_ports_and_leaves_all_else_as_it_is(server):
+def test_drain_leaves_the_process_running(server):
     server.start()
     server.drain.gone = Deferred()
     drained = server.service.drain()
@@ -480,7 +480,7 @@ def test_a_drain_sends_the_clients_away_closes_their_ports_and_leaves_all_else_a
 
 
 @pytest.mark.parametrize("expecting", [False, True])
-def test_a_drain_is_told_whether_clients_are_expected(server, expecting):
+def test_drain_with_expected_clients(server, expecting):
     server.start()
     server.service.drain(expecting=expecting)
     assert server.drain.expecting is expecting
@@ -514,7 +514,7 @@ def test_a_port_that_is_not_open_yet_need_not_be_closed(server):
 
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError("sync"), fail(ZeroDivisionError("async"))])
-def test_a_port_that_cannot_be_closed_keeps_no_other_from_it(server, events, fault):
+def test_port_that_cannot_be_closed(server, events, fault):
     server.start()
 
     class Stuck:
@@ -530,7 +530,7 @@ def test_a_port_that_cannot_be_closed_keeps_no_other_from_it(server, events, fau
     gc.collect()
 
 
-def test_who_asks_for_a_drain_that_is_going_on_waits_for_the_same(server, events):
+def test_second_drain_joins_the_first(server, events):
     server.start()
     server.drain.gone = Deferred()
     drains = [server.service.drain() for _ in range(3)]
@@ -544,7 +544,7 @@ def test_who_asks_for_a_drain_that_is_going_on_waits_for_the_same(server, events
     assert (texts.count("draining"), texts.count("drained")) == (1, 1)
 
 
-def test_who_is_told_to_stop_while_it_drains_waits_for_that_drain_and_then_stops(server):
+def test_stop_in_a_drain_waits_for_it(server):
     server.start()
     server.drain.gone = Deferred()
     drained = server.service.drain()
@@ -556,7 +556,7 @@ def test_who_is_told_to_stop_while_it_drains_waits_for_that_drain_and_then_stops
     assert server.journal[-2:] == ["store.close", "stop tcp:8086"]
 
 
-def test_who_is_told_to_stop_when_it_has_drained_stops_at_once(server):
+def test_stop_after_a_drain_is_immediate(server):
     server.start()
     server.service.drain()
     server.journal.clear()
@@ -564,7 +564,7 @@ def test_who_is_told_to_stop_when_it_has_drained_stops_at_once(server):
     assert server.journal == [STOPPING, "store.close", "stop tcp:8086"]
 
 
-def test_a_drain_asked_for_while_it_stops_is_that_of_the_stop(server):
+def test_drain_in_a_stop_joins_it(server):
     server.start()
     server.drain.gone = Deferred()
     server.stop()
@@ -574,7 +574,7 @@ def test_a_drain_asked_for_while_it_stops_is_that_of_the_stop(server):
     assert drained.called
 
 
-def test_a_drain_that_fails_is_logged_and_the_stop_goes_on(server, events):
+def test_failing_drain_is_logged_and_the_stop_goes_on(server, events):
     server.start()
     server.drain.gone = fail(ZeroDivisionError())
     drained, stopped = server.service.drain(), server.stop()
@@ -588,7 +588,7 @@ def test_a_drain_that_fails_is_logged_and_the_stop_goes_on(server, events):
 
 
 @pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
-def test_a_port_that_opens_when_it_drains_makes_it_ready_no_more(server, text):
+def test_port_that_opens_in_a_drain(server, text):
     late = (server.listen | server.admin)[text]
     late.result = Deferred()
     server.start()
@@ -600,7 +600,7 @@ def test_a_port_that_opens_when_it_drains_makes_it_ready_no_more(server, text):
 
 
 @pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
-def test_a_port_that_opens_when_the_others_were_closed_is_closed_in_the_end(server, text):
+def test_port_that_opens_after_the_others_are_closed(server, text):
     late = (server.listen | server.admin)[text]
     late.result = Deferred()
     server.start()
@@ -620,7 +620,7 @@ def test_first_sigterm_keeps_the_pace(server):
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_signal_is(server, second):
+def test_second_signal_skips_the_pace(server, second):
     server.start()
     server.drain.gone = Deferred()
     server.service.signalled(signal.SIGTERM)
@@ -637,7 +637,7 @@ def test_keyboard_interrupt_skips_the_pace(server):
     assert server.journal[0] == "skip pace"
 
 
-def test_a_sigterm_while_it_drains_on_demand_is_the_first_signal(server):
+def test_sigterm_in_a_requested_drain_keeps_the_pace(server):
     server.start()
     server.drain.gone = Deferred()
     server.service.drain()
@@ -651,7 +651,7 @@ def test_a_sigterm_while_it_drains_on_demand_is_the_first_signal(server):
 # Stopping
 
 
-def test_it_drains_then_closes_the_store_and_the_admin_port_last(server):
+def test_order_of_the_stop(server):
     server.start()
     server.drain.gone, server.store.closing, server.admin["tcp:8086"].port.stopped = Deferred(), Deferred(), Deferred()
     stopped = server.stop()
@@ -666,7 +666,7 @@ def test_it_drains_then_closes_the_store_and_the_admin_port_last(server):
     assert not server.service.running
 
 
-def test_when_it_has_stopped_nothing_is_left_on_the_clock(server):
+def test_no_calls_are_left_after_the_stop(server):
     server.start()
     assert server.stop().called
     assert server.clock.getDelayedCalls() == []
@@ -694,7 +694,7 @@ def test_deadlines_are_looked_at_while_it_drains(server):
     assert server.journal.count("look") == 3
 
 
-def test_a_look_that_failed_is_logged_and_the_next_one_follows(server, events):
+def test_failing_loop_is_logged_and_continues(server, events):
     server.start()
     events.clear()
     server.connections.fault = ZeroDivisionError()

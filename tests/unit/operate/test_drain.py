@@ -230,7 +230,7 @@ def test_the_figures():
 
 @BUDGETS
 @pytest.mark.parametrize("count", [1, 3, 100, 2000])
-def test_clients_are_told_at_an_even_pace_from_the_end_of_the_grace_until_time_to_answer_is_left(scene, count, budget):
+def test_even_pace_between_grace_and_end(scene, count, budget):
     people = scene.people(count)
     scene.begin(budget)
     scene.until(budget)
@@ -245,7 +245,7 @@ def test_clients_are_told_at_an_even_pace_from_the_end_of_the_grace_until_time_t
 
 
 @pytest.mark.parametrize("budget", [8, 30, 120])
-def test_they_come_back_elsewhere_as_an_even_stream(scene, budget):
+def test_clients_reconnect_as_an_even_stream(scene, budget):
     count = 2000
     people = scene.people(count)
     scene.begin(budget)
@@ -258,7 +258,7 @@ def test_they_come_back_elsewhere_as_an_even_stream(scene, budget):
     assert peak <= 1.5 * even
 
 
-def test_a_budget_of_nothing_tells_all_at_once_and_waits_for_nobody(scene):
+def test_budget_of_zero(scene):
     people = [*scene.people(3), *scene.people(2, answers=None)]
     scene.begin(0)
     assert scene.told() == 5
@@ -269,7 +269,7 @@ def test_a_budget_of_nothing_tells_all_at_once_and_waits_for_nobody(scene):
 
 
 @BUDGETS
-def test_who_leaves_by_itself_hastens_nobody(scene, budget):
+def test_clients_that_leave_do_not_change_the_pace(scene, budget):
     people = scene.people(1000)
     scene.begin(budget)
     for person in people[::2]:
@@ -323,7 +323,7 @@ def arrivals(people):
 
 @pytest.mark.parametrize("budget", [20, 30, 120])
 @pytest.mark.parametrize("seconds", [0.5, 1, 2])
-def test_a_stall_is_made_up_for_evenly_in_all_the_time_that_is_left_and_not_in_one_burst(scene, budget, seconds):
+def test_stall_raises_the_pace_evenly(scene, budget, seconds):
     people, even = stall(scene, budget, [(0.5, seconds)])
     whole = end(budget) - grace(budget)
     faster = 1 / (1 - 2 * seconds / whole)  # what is left, half, over the time that is left
@@ -343,7 +343,7 @@ STALLS = [
 
 @pytest.mark.parametrize("budget", [30, 120])
 @pytest.mark.parametrize("stalls", STALLS)
-def test_at_no_moment_more_are_told_than_what_is_left_over_the_time_that_is_left(scene, budget, stalls):
+def test_pace_is_bounded_after_stalls(scene, budget, stalls):
     people, _ = stall(scene, budget, stalls)
     told = Counter(person.told for person in people)
     left, fastest = 2000, 0.0
@@ -359,14 +359,14 @@ def test_at_no_moment_more_are_told_than_what_is_left_over_the_time_that_is_left
 
 
 @pytest.mark.parametrize("budget", [20, 30])
-def test_a_single_stall_of_a_second_makes_the_stream_elsewhere_no_half_larger(scene, budget):
+def test_stall_of_a_second_in_the_stream_of_reconnects(scene, budget):
     people, even = stall(scene, budget, [(0.5, 1)])
     assert peak(arrivals(people)) <= 1.5 * even
 
 
 @pytest.mark.parametrize("budget", [20, 30, 120])
 @pytest.mark.parametrize("late", [0.01, 0.05, 0.1])
-def test_ticks_that_each_come_late_leave_nothing_to_the_end(scene, budget, late):
+def test_late_ticks_keep_the_pace(scene, budget, late):
     people = scene.people(2000)
     scene.begin(budget)
     while scene.clock.seconds() < budget:
@@ -402,7 +402,7 @@ def test_handshakes_are_accepted_until_the_grace_is_over(scene, budget):
     assert scene.connections.stopping
 
 
-def test_who_came_in_the_grace_is_told_too(scene):
+def test_client_that_connects_in_the_grace(scene):
     first = Person(scene)
     scene.begin(8)
     scene.until(1.9)
@@ -411,7 +411,7 @@ def test_who_came_in_the_grace_is_told_too(scene):
     assert (first.did, late.did) == (["finish", "restart"], ["finish", "restart"])
 
 
-def test_who_comes_while_the_ports_close_is_told_too_and_nobody_before(scene):
+def test_client_that_connects_while_the_ports_close(scene):
     first = Person(scene)
     scene.ports = Deferred()
     scene.begin(8)
@@ -426,7 +426,7 @@ def test_who_comes_while_the_ports_close_is_told_too_and_nobody_before(scene):
     assert (first.did, last.did) == (["finish", "restart"], ["finish", "restart"])
 
 
-def test_when_all_leave_in_the_grace_it_ends_at_once(scene):
+def test_grace_ends_without_clients(scene):
     people = scene.people(3)
     scene.begin(120)
     scene.until(1)
@@ -440,7 +440,7 @@ def test_when_all_leave_in_the_grace_it_ends_at_once(scene):
 
 
 @pytest.mark.parametrize("budget", [0, 1, 30, 120])
-def test_with_nobody_there_it_is_over_at_once(scene, budget):
+def test_drain_without_clients_is_immediate(scene, budget):
     scene.begin(budget)
     assert scene.journal == [("ports", None), ("requests close", None), ("settled?", None)]
     assert scene.over == 0
@@ -449,14 +449,14 @@ def test_with_nobody_there_it_is_over_at_once(scene, budget):
 
 
 @pytest.mark.parametrize(("budget", "grace"), [(0, 0), (8, 2), (30, 7.5), (120, 20)])
-def test_with_nobody_there_the_ports_stay_open_for_the_grace_where_clients_are_expected(scene, budget, grace):
+def test_ports_stay_open_if_clients_are_expected(scene, budget, grace):
     scene.begin(budget, expecting=True)
     scene.until(budget)
     assert grace <= scene.closed == scene.over <= grace + SLACK
     assert scene.others == 0
 
 
-def test_whoever_is_in_a_hurry_expects_nobody(scene):
+def test_immediate_drain_expects_no_clients(scene):
     scene.begin(120, expecting=True)
     scene.until(1)
     scene.drain.skip_pace()
@@ -464,7 +464,7 @@ def test_whoever_is_in_a_hurry_expects_nobody(scene):
     assert scene.over is not None
 
 
-def test_unfinished_handshakes_are_not_waited_for(scene):
+def test_unfinished_handshakes(scene):
     person = Person(scene)
     scene.connections.remove(person, 1000)
     scene.connections.handshakes.add(person)
@@ -476,7 +476,7 @@ def test_unfinished_handshakes_are_not_waited_for(scene):
 # What was said
 
 
-def test_a_client_is_read_no_more_before_what_was_read_of_it_is_settled_and_told_after(scene):
+def test_client_is_released_after_its_posts_settle(scene):
     people = scene.people(2)
     scene.log = []
     scene.begin(8)
@@ -489,7 +489,7 @@ def test_a_client_is_read_no_more_before_what_was_read_of_it_is_settled_and_told
     assert scene.journal == [("restart", person)]
 
 
-def test_the_next_are_read_no_more_although_the_log_has_not_settled(scene):
+def test_reading_stops_although_the_log_has_not_settled(scene):
     people = scene.people(100)
     scene.log = []
     scene.begin(8)
@@ -502,7 +502,7 @@ def test_the_next_are_read_no_more_although_the_log_has_not_settled(scene):
     assert all(person.did == ["finish", "restart"] for person in finished)
 
 
-def test_each_waits_for_the_log_as_it_was_when_it_was_read_last(scene):
+def test_client_waits_for_its_own_posts(scene):
     # The log settles for the first, and then no more until the end.
     people = scene.people(2)
     scene.log = []
@@ -520,7 +520,7 @@ def test_each_waits_for_the_log_as_it_was_when_it_was_read_last(scene):
     assert [person.did for person in people] == [["finish", "restart"]] * 2
 
 
-def test_a_client_is_told_when_it_has_what_was_in_the_log_when_that_settled(scene):
+def test_client_is_released_at_the_settled_head(scene):
     person = Person(scene)
     scene.log = []
     scene.begin(30, immediate=True)
@@ -537,7 +537,7 @@ def test_a_client_is_told_when_it_has_what_was_in_the_log_when_that_settled(scen
     assert person.did == ["finish", "restart"]
 
 
-def test_a_client_is_told_when_it_has_its_answers(scene):
+def test_client_is_released_with_its_answers(scene):
     person, other = scene.people(2)
     person.waits = True
     scene.begin(30, immediate=True)
@@ -551,7 +551,7 @@ def test_a_client_is_told_when_it_has_its_answers(scene):
 
 
 @pytest.mark.parametrize("budget", [1, 8, 30, 120])
-def test_who_never_gets_its_answers_is_told_after_a_while_and_in_time_to_answer_the_close(scene, budget):
+def test_client_that_does_not_read_its_answers(scene, budget):
     slow = scene.people(20)
     for person in slow:
         person.waits = True
@@ -567,7 +567,7 @@ def test_who_never_gets_its_answers_is_told_after_a_while_and_in_time_to_answer_
 
 
 @BUDGETS
-def test_a_log_that_never_settles_makes_it_no_longer(scene, budget):
+def test_log_that_never_settles(scene, budget):
     people = scene.people(10)
     scene.log = []
     scene.begin(budget)
@@ -582,9 +582,7 @@ def test_a_log_that_never_settles_makes_it_no_longer(scene, budget):
 
 
 @BUDGETS
-def test_what_a_log_does_not_keep_in_time_is_given_up_once_for_those_who_said_it_and_before_they_are_told(
-    scene, budget
-):
+def test_late_posts_are_rejected_before_the_release(scene, budget):
     scene.people(10)
     scene.log = []
     scene.begin(budget)
@@ -607,7 +605,7 @@ def test_what_a_log_does_not_keep_in_time_is_given_up_once_for_those_who_said_it
 
 @pytest.mark.parametrize("budget", [8, 30, 120])
 @pytest.mark.parametrize("takes", [0.01, 0.04])
-def test_what_a_log_keeps_within_a_tick_is_never_given_up(scene, budget, takes):
+def test_posts_committed_within_a_tick_are_never_rejected(scene, budget, takes):
     people = scene.people(200)
     scene.takes = takes
     scene.begin(budget)
@@ -617,7 +615,7 @@ def test_what_a_log_keeps_within_a_tick_is_never_given_up(scene, budget, takes):
 
 
 @pytest.mark.parametrize("budget", [8, 30])
-def test_a_log_that_is_a_little_slow_has_its_time_for_the_last_too(scene, budget):
+def test_slow_log_has_time_for_the_last_posts(scene, budget):
     scene.people(200)
     scene.takes = 0.2
     scene.begin(budget)
@@ -627,7 +625,7 @@ def test_a_log_that_is_a_little_slow_has_its_time_for_the_last_too(scene, budget
 
 
 @pytest.mark.parametrize("budget", [8, 30])
-def test_a_stall_over_the_end_of_the_pace_gives_up_nothing_that_the_log_keeps_at_once(scene, budget):
+def test_stall_at_the_end_rejects_nothing(scene, budget):
     people = scene.people(200)
     scene.takes = 0.01
     scene.begin(budget)
@@ -638,7 +636,7 @@ def test_a_stall_over_the_end_of_the_pace_gives_up_nothing_that_the_log_keeps_at
     assert scene.when("abandon") == []
 
 
-def test_only_what_is_not_kept_in_time_is_given_up(scene):
+def test_only_late_posts_are_rejected(scene):
     people = scene.people(100)
     scene.begin(30)
     scene.until(15)
@@ -657,7 +655,7 @@ def test_only_what_is_not_kept_in_time_is_given_up(scene):
     assert len(scene.when("abandon")) == len(scene.log) > 0
 
 
-def test_with_nobody_left_it_ends_at_once_although_the_log_has_not_settled(scene):
+def test_drain_ends_without_clients_and_log(scene):
     people = scene.people(10)
     scene.log = []
     scene.begin(120)
@@ -672,7 +670,7 @@ def test_with_nobody_left_it_ends_at_once_although_the_log_has_not_settled(scene
 
 
 @pytest.mark.parametrize("immediate", [False, True])
-def test_those_who_came_by_http_go_when_the_clients_are_gone(scene, immediate):
+def test_http_connections_close_after_the_clients(scene, immediate):
     people = scene.people(100, answers=0.5)
     scene.begin(30, immediate=immediate)
     scene.until(30)
@@ -683,7 +681,7 @@ def test_those_who_came_by_http_go_when_the_clients_are_gone(scene, immediate):
 
 
 @pytest.mark.parametrize("count", [0, 10])
-def test_it_is_over_when_they_are_gone(scene, count):
+def test_drain_ends_with_the_http_connections(scene, count):
     scene.people(count)
     scene.requests.gone = Deferred()
     scene.begin(30)
@@ -697,7 +695,7 @@ def test_it_is_over_when_they_are_gone(scene, count):
 
 @BUDGETS
 @pytest.mark.parametrize("count", [0, 10])
-def test_those_who_are_left_at_the_end_of_the_budget_are_dropped(scene, budget, count):
+def test_http_connections_are_dropped_at_the_end(scene, budget, count):
     scene.people(count)
     scene.requests.gone = Deferred()
     scene.begin(budget)
@@ -710,7 +708,7 @@ def test_those_who_are_left_at_the_end_of_the_budget_are_dropped(scene, budget, 
 
 
 @pytest.mark.parametrize("count", [0, 10])
-def test_they_are_asked_to_go_before_what_they_posted_is_waited_for(scene, count):
+def test_http_connections_close_before_posts_settle(scene, count):
     # Those who wait for nothing go at once, and nothing more is read from the others.
     scene.people(count)
     scene.begin(30)
@@ -720,7 +718,7 @@ def test_they_are_asked_to_go_before_what_they_posted_is_waited_for(scene, count
 
 @BUDGETS
 @pytest.mark.parametrize("count", [0, 10])
-def test_what_they_posted_and_is_not_kept_in_time_is_given_up_so_that_they_have_their_answers(scene, budget, count):
+def test_late_http_posts_are_rejected(scene, budget, count):
     scene.people(count, answers=0)
     scene.log = []
     scene.requests.ask()
@@ -736,7 +734,7 @@ def test_what_they_posted_and_is_not_kept_in_time_is_given_up_so_that_they_have_
 
 
 @pytest.mark.parametrize("count", [0, 10])
-def test_in_a_hurry_what_they_posted_is_waited_for_no_longer_than_a_second(scene, count):
+def test_immediate_drain_waits_a_second_for_http_posts(scene, count):
     scene.people(count)
     scene.log = []
     scene.requests.ask()
@@ -751,7 +749,7 @@ def test_in_a_hurry_what_they_posted_is_waited_for_no_longer_than_a_second(scene
 
 
 @pytest.mark.parametrize("moment", [0.5, 12, 25.8])
-def test_a_hurry_while_what_they_posted_is_waited_for_leaves_it_a_second_and_puts_nothing_off(scene, moment):
+def test_skipped_pace_leaves_http_posts_a_second(scene, moment):
     scene.log = []
     scene.requests.ask()
     scene.begin(30)
@@ -767,7 +765,7 @@ def test_a_hurry_while_what_they_posted_is_waited_for_leaves_it_a_second_and_put
 
 
 @pytest.mark.parametrize("immediate", [False, True])
-def test_what_they_posted_and_is_kept_in_time_is_never_given_up(scene, immediate):
+def test_committed_http_posts_are_never_rejected(scene, immediate):
     scene.log = []
     scene.requests.ask()
     scene.begin(30, immediate=immediate)
@@ -782,7 +780,7 @@ def test_what_they_posted_and_is_kept_in_time_is_never_given_up(scene, immediate
     assert scene.when("abandon") == []
 
 
-def test_when_they_have_their_answers_or_are_gone_the_log_is_waited_for_no_more(scene):
+def test_answered_http_requests_end_the_wait(scene):
     scene.log = []
     scene.requests.ask()
     scene.begin(30)
@@ -794,7 +792,7 @@ def test_when_they_have_their_answers_or_are_gone_the_log_is_waited_for_no_more(
     assert scene.others == 0
 
 
-def test_who_does_not_read_its_answer_does_not_have_the_log_given_up(scene):
+def test_unread_http_answer_rejects_no_posts(scene):
     scene.requests.gone = Deferred()
     scene.log = []
     scene.begin(30)
@@ -804,7 +802,7 @@ def test_who_does_not_read_its_answer_does_not_have_the_log_given_up(scene):
     assert scene.when("abandon") == scene.when("requests abort") == [30]
 
 
-def test_what_they_posted_is_not_given_up_because_no_client_is_left(scene):
+def test_http_posts_settle_without_clients(scene):
     people = scene.people(10)
     scene.log = []
     scene.requests.ask()
@@ -820,7 +818,7 @@ def test_what_they_posted_is_not_given_up_because_no_client_is_left(scene):
     assert scene.over is not None
 
 
-def test_at_the_end_of_the_budget_the_log_is_given_up_then_the_clients_and_then_the_others(scene):
+def test_order_at_the_end_of_the_budget(scene):
     person = Person(scene, answers=None)
     scene.requests.gone = Deferred()
     scene.begin(8)
@@ -838,7 +836,7 @@ def test_at_the_end_of_the_budget_the_log_is_given_up_then_the_clients_and_then_
 # Those who do not go as they should
 
 
-def test_who_does_not_answer_the_close_is_dropped_in_time_to_go_on(scene):
+def test_client_that_does_not_answer_the_close(scene):
     mute, *others = scene.people(50, answers=None)
     for other in others:
         other.answers = 0.01
@@ -851,7 +849,7 @@ def test_who_does_not_answer_the_close_is_dropped_in_time_to_go_on(scene):
 
 
 @pytest.mark.parametrize("budget", [1, 8])
-def test_whoever_is_left_at_the_end_of_the_budget_is_aborted(scene, budget):
+def test_clients_are_aborted_at_the_end_of_the_budget(scene, budget):
     people = scene.people(5, answers=None)
     unfinished = Person(scene)
     scene.connections.remove(unfinished, 1000)
@@ -866,7 +864,7 @@ def test_whoever_is_left_at_the_end_of_the_budget_is_aborted(scene, budget):
     assert all(person.journal[-1][1] <= budget for person in [*people, unfinished])
 
 
-def test_who_was_aborted_is_waited_for_no_more_although_the_log_has_not_settled(scene):
+def test_aborted_clients_end_the_wait(scene):
     people = scene.people(5, answers=None)
     scene.log = []
     scene.begin(8)
@@ -875,7 +873,7 @@ def test_who_was_aborted_is_waited_for_no_more_although_the_log_has_not_settled(
     assert [person.did for person in people] == [["finish", "restart", "abort"]] * 5
 
 
-def test_when_it_is_over_before_its_time_nothing_is_left_on_the_clock(scene):
+def test_no_calls_are_left_after_an_early_end(scene):
     scene.people(10)
     scene.begin(30)
     scene.until(26)
@@ -886,7 +884,7 @@ def test_when_it_is_over_before_its_time_nothing_is_left_on_the_clock(scene):
     assert late.did == []
 
 
-def test_who_is_gone_at_once_when_it_is_told_is_waited_for_no_more(scene, events):
+def test_client_that_leaves_on_its_release(scene, events):
     person, other = scene.people(2, answers=0)
     other.answers = None
     scene.begin(30, immediate=True)
@@ -897,7 +895,7 @@ def test_who_is_gone_at_once_when_it_is_told_is_waited_for_no_more(scene, events
     assert [event["peer"] for event in events if "why" in event] == [other.peer]
 
 
-def test_who_leaves_between_its_last_word_and_its_close_is_told_nothing(scene):
+def test_client_that_leaves_before_its_release(scene):
     person, other = scene.people(2)
     person.waits = other.waits = True
     scene.begin(30, immediate=True)
@@ -909,7 +907,7 @@ def test_who_leaves_between_its_last_word_and_its_close_is_told_nothing(scene):
     assert scene.over is not None
 
 
-def test_who_leaves_while_the_log_settles_is_told_nothing(scene):
+def test_client_that_leaves_while_the_log_settles(scene):
     person, other = scene.people(2)
     scene.log = []
     scene.begin(30, immediate=True)
@@ -920,7 +918,7 @@ def test_who_leaves_while_the_log_settles_is_told_nothing(scene):
     assert (person.did, other.did) == (["finish"], ["finish", "restart"])
 
 
-# In a hurry
+# The immediate drain
 
 
 def immediate(scene, people):
@@ -929,7 +927,7 @@ def immediate(scene, people):
     assert all(0 <= person.retry_after < 10 for person in people)
 
 
-def test_in_a_hurry_from_the_first_all_are_told_now_with_longer_moments(scene):
+def test_immediate_drain_from_the_start(scene):
     people = scene.people(2000)
     scene.begin(30, immediate=True)
     assert scene.closed == 0
@@ -944,7 +942,7 @@ def test_in_a_hurry_from_the_first_all_are_told_now_with_longer_moments(scene):
 
 
 @pytest.mark.parametrize("moment", [0.5, 7.4])
-def test_in_a_hurry_the_grace_is_over(scene, moment):
+def test_skipped_pace_ends_the_grace(scene, moment):
     people = scene.people(50)
     scene.begin(30)
     scene.until(moment)
@@ -957,7 +955,7 @@ def test_in_a_hurry_the_grace_is_over(scene, moment):
     assert scene.others == 0
 
 
-def test_in_a_hurry_those_who_wait_for_their_turn_are_told_now(scene):
+def test_skipped_pace_releases_waiting_clients(scene):
     people = scene.people(100)
     scene.begin(120)
     scene.until(60)
@@ -972,7 +970,7 @@ def test_in_a_hurry_those_who_wait_for_their_turn_are_told_now(scene):
     assert scene.over < 60.2
 
 
-def test_in_a_hurry_what_was_said_is_settled_and_answered_all_the_same(scene):
+def test_immediate_drain_settles_and_answers_posts(scene):
     person, other = scene.people(2)
     other.waits = True
     scene.log = []
@@ -992,7 +990,7 @@ def test_in_a_hurry_what_was_said_is_settled_and_answered_all_the_same(scene):
 
 
 @pytest.mark.parametrize("moment", [0, 0.5, 12, 22.5, 25.8])
-def test_in_a_hurry_a_log_that_does_not_settle_is_waited_for_no_longer_than_a_second(scene, moment):
+def test_immediate_drain_waits_a_second_for_the_log(scene, moment):
     people = scene.people(40)
     scene.log = []
     scene.begin(30)
@@ -1012,7 +1010,7 @@ def test_in_a_hurry_a_log_that_does_not_settle_is_waited_for_no_longer_than_a_se
 
 
 @pytest.mark.parametrize("moment", [0, 12])
-def test_in_a_hurry_answers_that_are_not_taken_are_waited_for_no_longer_than_a_second(scene, moment):
+def test_immediate_drain_waits_a_second_for_readers(scene, moment):
     person, other = scene.people(2)
     person.waits = True
     scene.begin(30)
@@ -1025,7 +1023,7 @@ def test_in_a_hurry_answers_that_are_not_taken_are_waited_for_no_longer_than_a_s
     assert scene.when("abandon") == []
 
 
-def test_in_a_hurry_a_log_that_settles_late_leaves_those_who_do_not_take_their_answers_what_is_left_of_the_second(
+def test_late_log_and_slow_readers_share_a_second(
     scene,
 ):
     person = Person(scene)
@@ -1040,7 +1038,7 @@ def test_in_a_hurry_a_log_that_settles_late_leaves_those_who_do_not_take_their_a
     assert person.did == ["finish", "restart"]
 
 
-def test_who_waits_for_its_answers_when_all_must_hurry_is_waited_for_one_more_second(scene):
+def test_skipped_pace_leaves_readers_a_second(scene):
     people = scene.people(100)
     for person in people:
         person.waits = True
@@ -1057,7 +1055,7 @@ def test_who_waits_for_its_answers_when_all_must_hurry_is_waited_for_one_more_se
     immediate(scene, people)
 
 
-def test_a_hurry_when_all_were_told_changes_nothing(scene):
+def test_skipped_pace_after_the_last_release(scene):
     person = Person(scene, answers=None)
     scene.begin(8)
     scene.until(7)

@@ -25,7 +25,7 @@ def logged():
     return Logger(namespace="chatd.test", observer=lambda event: lines.append(json.loads(json_line(event)))), lines
 
 
-def test_a_line_has_the_time_the_level_the_system_and_the_sentence():
+def test_json_line():
     assert line_of(log_level=LogLevel.warn, log_namespace="chatd.rooms", log_format="something is up") == {
         "time": "2026-01-01T00:00:00.250Z",
         "level": "warn",
@@ -34,14 +34,14 @@ def test_a_line_has_the_time_the_level_the_system_and_the_sentence():
     }
 
 
-def test_the_fields_stand_beside_the_sentence_that_they_make(logged):
+def test_json_fields_beside_the_sentence(logged):
     logger, lines = logged
     logger.info("{room}: {lag} behind", room="main", lag=7, seconds=0.5, late=True, reason=None)
     assert lines[0]["event"] == "main: 7 behind"
     assert lines[0]["fields"] == {"room": "main", "lag": 7, "seconds": 0.5, "late": True, "reason": None}
 
 
-def test_a_field_that_json_has_no_word_for_is_given_as_text(logged):
+def test_json_field_of_another_type_is_text(logged):
     logger, lines = logged
     logger.error("{error}", error=ValueError("no"), data=b"\xff")
     assert lines[0]["fields"] == {"error": "no", "data": r"b'\xff'"}
@@ -66,11 +66,11 @@ def test_a_failure_has_its_traceback_in_the_same_line(logged):
     assert "ZeroDivisionError: for the test" in lines[0]["traceback"]
 
 
-def test_an_event_without_a_failure_has_no_traceback_and_without_fields_has_none():
+def test_json_without_failure_and_fields():
     assert line_of(log_format="plain").keys() == {"time", "level", "system", "event"}
 
 
-def test_an_event_of_the_older_logging_has_a_sentence_and_none_of_its_own_keys():
+def test_event_of_the_legacy_logging():
     with capturedLogs() as events:
         legacy_log.msg("said the old way", number=5, system="old")
     line = json.loads(json_line(events[0]))
@@ -78,13 +78,13 @@ def test_an_event_of_the_older_logging_has_a_sentence_and_none_of_its_own_keys()
     assert line["fields"] == {"number": 5}
 
 
-def test_an_event_without_level_and_system_is_information_of_nobody():
+def test_event_without_level_and_system():
     line = line_of(log_format="plain")
     assert (line["level"], line["system"]) == ("info", "-")
 
 
 @pytest.mark.parametrize("path", [None, "", "-"])
-def test_the_lines_go_to_stdout_if_no_file_is_named(path, monkeypatch):
+def test_lines_go_to_stdout_without_a_file(path, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr("sys.stdout", out)
     observer(json_line, path, daemon=False)({"log_time": NEW_YEAR, "log_format": "héllo"})
@@ -92,7 +92,7 @@ def test_the_lines_go_to_stdout_if_no_file_is_named(path, monkeypatch):
 
 
 @pytest.mark.parametrize("daemon", [False, True])
-def test_the_lines_go_to_the_file_that_is_named(daemon, tmp_path):
+def test_lines_go_to_the_named_file(daemon, tmp_path):
     written = observer(json_line, str(tmp_path / "chat.log"), daemon=daemon)
     written({"log_time": NEW_YEAR, "log_format": "one"})
     written({"log_time": NEW_YEAR, "log_format": "zwölf"})
@@ -101,7 +101,7 @@ def test_the_lines_go_to_the_file_that_is_named(daemon, tmp_path):
     assert [json.loads(line)["event"] for line in lines] == ["one", "zwölf"]
 
 
-def test_the_lines_of_a_daemon_go_to_twistd_log_if_no_file_is_named(tmp_path, monkeypatch):
+def test_lines_of_a_daemon_go_to_twistd_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written = observer(json_line, None, daemon=True)
     written({"log_time": NEW_YEAR, "log_format": "one"})
@@ -121,7 +121,7 @@ def text_of(**event):
     return text_line({"log_time": NEW_YEAR + 0.25, **event})
 
 
-def test_a_line_of_text_has_the_time_the_level_the_system_and_the_sentence():
+def test_text_line():
     line = text_of(log_level=LogLevel.warn, log_namespace="chatd.rooms", log_format="{lag} behind", lag=7)
     assert line == "2026-01-01T00:00:00.250Z warn chatd.rooms: 7 behind\n"
     assert text_of(log_format="plain") == "2026-01-01T00:00:00.250Z info -: plain\n"
@@ -145,10 +145,10 @@ def test_a_failure_has_its_traceback_below_it_in_text():
         ({}, ""),
     ],
 )
-def test_what_plain_formatting_cannot_do_is_done_as_twisted_does_it(event, sentence):
+def test_fallback_to_the_formatting_of_twisted(event, sentence):
     assert text_of(**event) == f"2026-01-01T00:00:00.250Z info -: {sentence}\n"
     assert line_of(**event)["event"] == sentence
 
 
-def test_an_event_that_cannot_be_formatted_is_a_line_all_the_same():
+def test_event_that_cannot_be_formatted_is_a_line():
     assert "missing" in text_of(log_format="{missing}")

@@ -228,7 +228,7 @@ def house():
     return House()
 
 
-def test_every_metric_is_there_before_anything_has_happened(house):
+def test_every_metric_exists_from_the_start(house):
     scrape = house.scrape()
     assert scrape.types == METRICS | {"chatd_log_messages": "gauge"}
     ours = {
@@ -240,12 +240,12 @@ def test_every_metric_is_there_before_anything_has_happened(house):
     assert house.scrape().samples.keys() == scrape.samples.keys()
 
 
-def test_the_text_ends_with_its_last_line_since_the_web_site_adds_the_end(house):
+def test_text_has_no_final_newline(house):
     assert house.metrics().splitlines()[-1].startswith("chatd_build_info{")
     assert house.metrics()[-1] == "}" or house.metrics()[-1].isdigit()
 
 
-def test_they_are_asked_for_on_the_admin_port_alone(house):
+def test_metrics_are_on_the_admin_port_alone(house):
     admin = web.admin(lambda: (True, "ready"), house.clock, drain=house.connections.abort, metrics=house.metrics)
     Person(house)
     response, text = Connection(admin).ask(b"GET", b"/metrics", b"Host: x")
@@ -260,7 +260,7 @@ def test_they_are_asked_for_on_the_admin_port_alone(house):
 # Who is here
 
 
-def test_connections_are_by_transport_and_members_and_rooms_over_both(house):
+def test_connections_by_transport(house):
     people = [Person(house), Person(house), Person(house, "/rooms/tea")]
     house.stream("tea")
     scrape = house.scrape()
@@ -273,13 +273,13 @@ def test_connections_are_by_transport_and_members_and_rooms_over_both(house):
     assert (scrape("chatd_members"), scrape("chatd_rooms")) == (2, 1)
 
 
-def test_who_asks_for_something_else_is_no_connection(house):
+def test_plain_requests_are_no_connections(house):
     house.ask(b"GET", b"/")
     Person(house, "/nowhere")
     assert house.scrape().some("chatd_connections") == {}
 
 
-def test_closes_are_by_code_whoever_chose_it(house):
+def test_closes_by_code(house):
     Person(house).closes(1000)
     Person(house).closes(1001)
     Person(house).closes(1001)
@@ -303,7 +303,7 @@ def test_closes_are_by_code_whoever_chose_it(house):
     }
 
 
-def test_readers_of_events_go_without_a_code_or_by_the_one_that_a_websocket_would_have_got(house):
+def test_closes_of_event_streams(house):
     left, slow, asked = house.stream(), house.stream(), house.stream()
     streams = sorted(house.connections.connected, key=lambda one: one.number)
     members = dict(zip((left, slow, asked), streams, strict=True))
@@ -318,7 +318,7 @@ def test_readers_of_events_go_without_a_code_or_by_the_one_that_a_websocket_woul
     }
 
 
-def test_who_was_never_there_has_not_closed(house):
+def test_refused_handshake_is_no_close(house):
     Person(house, "/nowhere").lose()
     assert house.scrape().some("chatd_closes_total") == {}
 
@@ -326,7 +326,7 @@ def test_who_was_never_there_has_not_closed(house):
 # Messages
 
 
-def test_messages_are_counted_once_and_deliveries_for_each_who_got_one(house):
+def test_messages_and_deliveries(house):
     ann, bob = Person(house), Person(house)
     ann.posts("1", "2")
     cy = Person(house)  # who has these from the history
@@ -344,7 +344,7 @@ def test_messages_are_counted_once_and_deliveries_for_each_who_got_one(house):
     assert (scrape("chatd_messages_total"), scrape("chatd_deliveries_total")) == (4, 12)
 
 
-def test_what_was_delivered_stays_so_when_members_go_and_rooms_are_forgotten(house):
+def test_deliveries_outlive_members_and_rooms(house):
     ann, bob, cy = Person(house), Person(house), Person(house, "/rooms/tea")
     ann.posts("1", "2")
     cy.posts("1")
@@ -359,13 +359,13 @@ def test_what_was_delivered_stays_so_when_members_go_and_rooms_are_forgotten(hou
     assert house.scrape()("chatd_deliveries_total") == 7
 
 
-def test_what_is_posted_twice_under_one_label_is_one_message(house):
+def test_retried_post_is_one_message(house):
     ann = Person(house)
     ann.posts("1", "1", label="a")
     assert house.scrape()("chatd_messages_total") == 1
 
 
-def test_what_is_said_where_nobody_is_counts_as_a_message_and_no_delivery(house):
+def test_message_in_an_empty_room(house):
     house.rooms.post("empty", Post("ann", "hi"), RecordingPoster())
     scrape = house.scrape()
     assert (scrape("chatd_messages_total"), scrape("chatd_deliveries_total")) == (1, 0)
@@ -373,7 +373,7 @@ def test_what_is_said_where_nobody_is_counts_as_a_message_and_no_delivery(house)
 
 @REPEATABLE
 @given(st.lists(st.sampled_from(["come", "come slow", "go", "catch up", "say"]), max_size=30))
-def test_deliveries_are_what_members_were_written_whoever_comes_and_goes(actions):
+def test_deliveries_match_what_members_received(actions):
     log, clock = ScriptedLog(3), Turns()
     rooms = Registry(log, frames, clock, 2)
     here, gone, before = [], [], 0
@@ -397,7 +397,7 @@ def test_deliveries_are_what_members_were_written_whoever_comes_and_goes(actions
     assert rooms.delivered == sum(len(reader.numbers) for reader in [*here, *gone])
 
 
-def test_the_lag_is_a_histogram_of_the_members_that_are_here_now(house):
+def test_cursor_lag_of_the_current_members(house):
     log, clock = ScriptedLog(), Turns()
     rooms = Registry(log, frames, clock, 100)
     metrics = Metrics(store=house.store, rooms=rooms, connections=house.connections, refusals={}, clock=clock)
@@ -428,7 +428,7 @@ def test_the_lag_is_a_histogram_of_the_members_that_are_here_now(house):
     assert [*LAGS] == sorted({*LAGS})
 
 
-def test_the_depth_of_the_tails_is_that_of_all_rooms(house):
+def test_tails_of_all_rooms(house):
     Person(house).posts("1", "22")
     Person(house, "/rooms/tea").posts("333")
     frames = [message_frame(house.store.epoch, entry) for log in house.store._rooms.values() for entry in log.entries]
@@ -439,7 +439,7 @@ def test_the_depth_of_the_tails_is_that_of_all_rooms(house):
 # Refusals
 
 
-def test_refused_frames_are_by_code_and_those_that_break_the_schema_by_schema(house):
+def test_rejected_frames_by_code(house):
     ann = Person(house)
     ann.says(username="ann")
     ann.sends(masked(b"{"))
@@ -457,7 +457,7 @@ def test_refused_frames_are_by_code_and_those_that_break_the_schema_by_schema(ho
     }
 
 
-def test_frames_that_come_too_fast_are_refused_under_one_code_whatever_else_is_wrong_with_them():
+def test_rate_limited_frames_have_one_code():
     house = House(rate=(1, 1))
     ann = Person(house)
     ann.posts("1", "2")
@@ -466,12 +466,12 @@ def test_frames_that_come_too_fast_are_refused_under_one_code_whatever_else_is_w
     assert house.scrape().some("chatd_refusals_total") == {("frame", Code.RATE_LIMITED): 2}
 
 
-def test_every_code_is_there_before_its_first_refusal(house):
+def test_every_error_code_exists_from_the_start(house):
     reasons = house.scrape().labels()["chatd_refusals_total"]["reason"]
     assert reasons == {"schema", *Code}
 
 
-def test_refused_handshakes_and_requests_are_by_status(house):
+def test_refused_handshakes_and_requests_by_status(house):
     Person(house, "/nowhere")
     Person(house, "/?events=all")
     house.ask(b"GET", b"/nowhere")
@@ -495,7 +495,7 @@ def test_refused_handshakes_and_requests_are_by_status(house):
     }
 
 
-def test_what_is_answered_well_is_no_refusal_and_neither_is_that_a_server_is_not_ready(house):
+def test_good_answers_and_unreadiness_are_no_refusals(house):
     assert house.ask(b"GET", b"/readyz") == 503
     assert house.ask(b"GET", b"/rooms/main/messages") == 200
     assert house.ask(b"OPTIONS", b"/rooms/main/messages") == 204
@@ -519,7 +519,7 @@ def sqlite(tmp_path):
     assert closed.called
 
 
-def test_commits_are_timed_from_their_beginning_to_their_end(sqlite):
+def test_duration_of_commits(sqlite):
     poster = RecordingPoster()
     for seconds in (0.003, 0.02, -5):  # the clock was set back
         sqlite.rooms.post("main", Post("ann", "hi"), poster)
@@ -538,7 +538,7 @@ def test_commits_are_timed_from_their_beginning_to_their_end(sqlite):
     assert scrape("chatd_commit_seconds_sum") == pytest.approx(0.023)
 
 
-def test_a_store_that_fails_is_down_until_it_does_not(sqlite, monkeypatch):
+def test_failing_store_is_down_until_it_succeeds(sqlite, monkeypatch):
     commit = sqlite.store.file.commit
     monkeypatch.setattr(sqlite.store.file, "commit", lambda posts: 1 / 0)
     poster = RecordingPoster()
@@ -554,7 +554,7 @@ def test_a_store_that_fails_is_down_until_it_does_not(sqlite, monkeypatch):
     assert (scrape("chatd_store_up"), scrape("chatd_commit_seconds_count"), scrape("chatd_messages_total")) == (1, 2, 1)
 
 
-def test_the_size_of_a_log_in_a_file_is_that_of_the_file_and_what_is_not_yet_in_it(sqlite, tmp_path):
+def test_size_of_a_log_in_a_file(sqlite, tmp_path):
     sqlite.rooms.post("main", Post("ann", "hi" * 100), RecordingPoster())
     sqlite.writer.run()
     scrape = sqlite.scrape()
@@ -565,12 +565,12 @@ def test_the_size_of_a_log_in_a_file_is_that_of_the_file_and_what_is_not_yet_in_
     assert scrape.types == METRICS | {"chatd_log_bytes": "gauge", "chatd_log_free_bytes": "gauge"}
 
 
-def test_a_disk_that_does_not_answer_does_not_end_the_scrape(tmp_path):
+def test_scrape_with_a_failing_disk(tmp_path):
     store = SqliteStore(tmp_path / "gone" / "log", Retention(), ManualTime(), ImmediateWorker(), ImmediateWorker())
     assert store.usage() == {}
 
 
-def test_the_size_of_a_log_in_memory_is_how_many_messages_it_keeps():
+def test_size_of_a_log_in_memory():
     house = House(store=MemoryStore(Retention(messages=2), ManualTime()))
     for room in ("main", "main", "main", "tea"):
         house.rooms.post(room, Post("ann", "hi"), RecordingPoster())
@@ -579,7 +579,7 @@ def test_the_size_of_a_log_in_memory_is_how_many_messages_it_keeps():
     assert scrape.buckets("chatd_commit_seconds") == {float("inf"): 0}
 
 
-def test_the_seed_is_in_the_log_and_nobody_has_posted_it():
+def test_seed_is_no_posted_message():
     store = MemoryStore(Retention(), ManualTime())
     store.open((Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),))
     store.open = lambda _: None
@@ -590,7 +590,7 @@ def test_the_seed_is_in_the_log_and_nobody_has_posted_it():
 # The process
 
 
-def test_the_lag_of_the_reactor_is_sampled_from_the_first_scrape_on(house):
+def test_reactor_lag_is_sampled_from_the_first_scrape(house):
     clock = house.clock
     assert clock.getDelayedCalls() == []
     house.scrape()
@@ -608,14 +608,14 @@ def test_the_lag_of_the_reactor_is_sampled_from_the_first_scrape_on(house):
     assert len(clock.getDelayedCalls()) == 1
 
 
-def test_a_clock_that_is_set_back_is_no_lag(house):
+def test_clock_that_is_set_back_is_no_lag(house):
     house.scrape()
     (call,) = house.clock.getDelayedCalls()
     call.func(*(due + 100 for due in call.args))
     assert house.scrape()("chatd_reactor_lag_seconds_sum") == 0
 
 
-def test_the_process_is_told_of_under_the_names_that_all_have(house):
+def test_process_metrics_have_their_common_names(house):
     scrape = house.scrape()
     assert scrape("process_max_fds") == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert 0 < scrape("process_cpu_seconds_total") <= time.process_time()
@@ -656,7 +656,7 @@ def scraped(tmp_path_factory):
     return text
 
 
-def test_a_real_server_tells_what_became_of_real_traffic(scraped):
+def test_metrics_of_a_real_server(scraped):
     scrape = Scrape(scraped)
     assert scrape.types == METRICS | {"chatd_log_bytes": "gauge", "chatd_log_free_bytes": "gauge"}
     assert scrape.some("chatd_connections") == {("websocket",): 2}
@@ -742,13 +742,13 @@ def test_a_query_is_read_for_its_names():
     assert groups == {"le", "kind"}
 
 
-def test_every_alert_asks_for_what_a_server_tells(scraped):
+def test_every_alert_uses_existing_metrics(scraped):
     scrape = Scrape(scraped)
     for name, (expression, _) in rules(ALERTS.read_text("utf-8")).items():
         assert [*unknown(expression, scrape)] == [], name
 
 
-def test_every_query_of_the_dashboard_asks_for_what_a_server_tells(scraped):
+def test_every_panel_uses_existing_metrics(scraped):
     scrape = Scrape(scraped)
     for query in queries():
         assert [*unknown(query, scrape)] == [], query
@@ -766,7 +766,7 @@ def test_every_query_of_the_dashboard_asks_for_what_a_server_tells(scraped):
         ("absent(up) or chatd_member", "chatd_member"),
     ],
 )
-def test_a_name_that_no_server_tells_is_found(scraped, expression, found):
+def test_unknown_metric_is_found(scraped, expression, found):
     assert [*unknown(expression, Scrape(scraped))] == [found]
 
 
@@ -805,7 +805,7 @@ def test_the_dashboard_is_one():
     assert len({panel["id"] for panel in panels()}) == len(panels())
 
 
-def test_every_alert_says_what_is_wrong_how_much_it_matters_and_where_it_is_said_what_to_do():
+def test_every_alert_has_a_summary_severity_and_runbook():
     for name, (_, rest) in rules(ALERTS.read_text("utf-8")).items():
         assert re.search(r"labels: \{severity: (critical|warning)\}", rest), name
         assert re.search(r"^ +summary: \".+\"$", rest, re.MULTILINE), name
@@ -820,7 +820,7 @@ def test_the_rules_are_good_and_fire_when_they_should():
     assert well, said
 
 
-def test_a_rule_that_asks_for_another_metric_fails_its_test(tmp_path):
+def test_rule_with_another_metric_fails_its_test(tmp_path):
     text = ALERTS.read_text("utf-8")
     renamed = re.sub(r"(?<= expr: ).+", lambda found: re.sub(r"\b(chatd|process)_", "other_", found[0]), text)
     for name, content in {"docs/alerts.yml": renamed, "tests/alerts_test.yml": ALERT_TESTS.read_text("utf-8")}.items():
@@ -832,14 +832,14 @@ def test_a_rule_that_asks_for_another_metric_fails_its_test(tmp_path):
     assert {*re.findall(r'exp: {alertname="(\w+)"}', said)} == {*rules(text)} - of_up
 
 
-def test_the_close_codes_that_are_counted_one_by_one_are_those_that_the_protocol_names():
+def test_counted_close_codes_are_those_of_the_protocol():
     protocol = (ROOT / "docs" / "protocol.md").read_text("utf-8")
     said = {int(code) for code in re.findall(r"^\| (1\d\d\d) \|", protocol, re.MULTILINE)}
     assert said
     assert said <= {*CODES}
 
 
-def test_what_to_do_is_written_down_for_every_alert():
+def test_every_alert_has_a_runbook_section():
     page = (ROOT / "docs" / "operations.md").read_text("utf-8")
     names = [*rules(ALERTS.read_text("utf-8"))]
     assert names
