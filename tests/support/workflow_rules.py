@@ -11,6 +11,7 @@ TOOLS = [*(ROOT / "packer" / "tools").glob("*/go.mod"), ROOT / "tests" / "tools"
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
 OURS = re.compile(r"\./\.github/workflows/\w+\.yml\b")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+DEBIANS = ["bookworm", "trixie"]
 OUTSIDERS = {"pull_request_target", "workflow_run", "issue_comment", "issues"}
 """Triggers by which somebody from outside runs something with the repository's rights."""
 
@@ -82,6 +83,8 @@ def ci_rules(whole):
         "every wing of the tests is run": sorted(job["strategy"]["matrix"]["wing"]) == ["integration", "system"]
         and whole["jobs"]["check"]["steps"][-1]["run"] == "scripts/check",
         "every Python that is supported is tested": whole["jobs"]["check"]["strategy"]["matrix"]["python"] == PYTHONS,
+        "both commands run on each Debian": whole["jobs"]["fresh"]["strategy"]["matrix"]["debian"] == DEBIANS
+        and all(f"scripts/{name} " in str(whole["jobs"]["fresh"]["steps"][-2:]) for name in ("serve", "test")),
         "what a test lacks is a failure": job["env"].get("CI") == "true",
         "the tests can boot machines": "--privileged" in job["container"].get("options", ""),
         "Go is new enough": version(go["go-version"])

@@ -13,7 +13,7 @@ import sys
 import pytest
 from support.booted import bootable, kept, succeed
 from support.checkouts import copy_checkout
-from support.needs import need
+from support.needs import ROOT, need
 from support.servers import LONG, Lines, numbered
 from websockets.sync.client import connect
 
@@ -116,6 +116,18 @@ def test_readme_commands(fresh):
     assert "--store" in fresh.run("scripts/serve", "--help")
     assert "--store" in fresh.run(".venv/bin/twistd", "-n", "chatd", "--help")
     assert "--posters" in fresh.run(".venv/bin/python", "-m", "chatd.load", "--help")
+
+
+def test_install(fresh):
+    """The commands of the chapter "Install" build the wheel and install the server, in a folder of the user's own."""
+    text = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    chapter = re.search(r"^## Install\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    build, install = re.findall(r"^```sh\n(.*?)^```$", chapter, re.MULTILINE | re.DOTALL)
+    fresh.run("sh", "-euxc", build)
+    there = install.replace("/opt/chatd", "~/opt/chatd")
+    help_ = "~/opt/chatd/bin/twistd -n chatd --help"
+    text = fresh.run("sh", "-euxc", f"mkdir ~/opt && cp requirements.txt dist && cd dist\n{there}\n{help_}")
+    assert "--store" in text
 
 
 def test_test(fresh):
