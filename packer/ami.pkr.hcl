@@ -1,4 +1,4 @@
-# The image of chatd, for arm64 and amd64: scripts/bake fills in the variables and starts it; docs/image.md is the page.
+# The image of chatd for arm64 and amd64.  scripts/bake sets the variables and runs Packer; see docs/image.md.
 
 packer {
   required_version = ">= 1.15"
@@ -17,22 +17,22 @@ variable "version" {
 
 variable "git_sha" {
   type        = string
-  description = "The commit that the wheel was built from."
+  description = "The commit of the wheel."
 }
 
 variable "built" {
   type        = string
-  description = "When, as 2026-01-01T00:00:00Z."
+  description = "The time of the bake, as 2026-01-01T00:00:00Z."
 }
 
 variable "bundle" {
   type        = string
-  description = "The folder with arm64.tar and amd64.tar: wheels, units and what checks them."
+  description = "The folder with the bundles arm64.tar and amd64.tar."
 }
 
 variable "manifest" {
   type        = string
-  description = "The file to write the images' ids to."
+  description = "The file that receives the ids of the images."
 }
 
 variable "region" {
@@ -43,19 +43,19 @@ variable "region" {
 variable "subnet_id" {
   type        = string
   default     = null
-  description = "Where the builder runs; without it, in the default VPC."
+  description = "The subnet of the builder; by default one of the default VPC."
 }
 
 variable "ssh_from" {
   type        = list(string)
   default     = null
-  description = "Who may connect to the builder; without it, the address that this machine is seen under."
+  description = "The ranges that may connect to the builder; by default the public address of this machine."
 }
 
 variable "kms_key_id" {
   type        = string
   default     = null
-  description = "The key of the image; without it, the account's own for EBS."
+  description = "The KMS key that encrypts the image; by default the AWS managed key of EBS."
 }
 
 variable "agents" {
@@ -64,7 +64,7 @@ variable "agents" {
     sha256 = string
   })))
   default     = {}
-  description = "By architecture, the Debian packages of the SSM and CloudWatch agents."
+  description = "The Debian packages of the SSM and CloudWatch agents, by architecture."
   validation {
     condition     = length([for agent in flatten(values(var.agents)) : agent if !can(regex("^[0-9a-f]{64}$", agent.sha256))]) == 0
     error_message = "Each agent needs the SHA-256 of its package, in 64 hexadecimal digits."
@@ -81,7 +81,7 @@ variable "rehearsal" {
     ssh_port = number
   })
   default     = null
-  description = "Only for a rehearsal without an account: where the machine is that stands for the builder."
+  description = "Only for tests without an account: the address of the machine that replaces the builder."
 }
 
 locals {
@@ -100,7 +100,7 @@ source "amazon-ebs" "chatd" {
   region    = var.region
   subnet_id = var.subnet_id
 
-  # The builder: no instance metadata without a token, and a disk that is encrypted from the start.
+  # The builder requires a token for its metadata, and its disk is encrypted from the start.
   metadata_options {
     http_endpoint               = "enabled"
     http_tokens                 = "required"
@@ -123,7 +123,7 @@ source "amazon-ebs" "chatd" {
   ssh_username = "admin"
   ssh_timeout  = "5m"
 
-  # The image: the same of every instance that is made of it.
+  # The image requires the same of its instances.
   imds_support = "v2.0"
   ena_support  = true
   encrypt_boot = true

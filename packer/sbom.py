@@ -1,5 +1,5 @@
-"""Write what a Python environment holds as a CycloneDX document, with the hash of each wheel in the folders named."""
-# ruff: noqa: INP001 -- a program by itself
+"""Write the packages of a Python environment as a CycloneDX document, with the hashes of wheels in some folders."""
+# ruff: noqa: INP001 -- a program of its own
 
 import datetime as dt
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def normal(name: str) -> str:
-    """A name as PyPI has it."""
+    """Normalize a name as PyPI does."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -1,4 +1,4 @@
-"""What has to hold of the workflows of GitHub, whatever linters say of them."""
+"""Rules for the workflows of GitHub that no linter knows."""
 
 import re
 
@@ -7,7 +7,7 @@ from support.servers import ROOT
 
 FOLDER = ROOT / ".github" / "workflows"
 TOOLS = [*(ROOT / "packer" / "tools").glob("*/go.mod"), ROOT / "tests" / "tools" / "actionlint" / "go.mod"]
-"""What is built with Go."""
+"""The modules that are built with Go."""
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
 OURS = re.compile(r"\./\.github/workflows/\w+\.yml\b")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
@@ -36,7 +36,7 @@ def read(text):
 
 
 def uses(job, action):
-    """What a job gives the step that uses an action; empty if none does."""
+    """Return the inputs of the step of a job that uses an action; empty without such a step."""
     steps = [step for step in job.get("steps", []) if step.get("uses", "").startswith(f"{action}@")]
     return steps[0].get("with", {}) if steps else {}
 
@@ -46,7 +46,7 @@ def version(text):
 
 
 def faults(workflows):
-    """What is wrong with them, in words."""
+    """Return the rules that workflows break."""
     found = {name: read(text) for name, text in workflows.items()}
     jobs = {f"{name}: {job}": one for name, whole in found.items() for job, one in whole["jobs"].items()}
     used = [line for text in workflows.values() for line in re.findall(r"^[\s-]*uses: (.*)$", text, re.MULTILINE)]
@@ -109,7 +109,7 @@ def deploy_rules(whole):
         "the region comes from the environment": role.get("aws-region") == "${{ vars.AWS_REGION }}",
         "there are no lasting keys": not any("key" in name for name in role),
         "the role lasts as long as the job": role.get("role-duration-seconds", 3600) >= job["timeout-minutes"] * 60,
-        "a job can do what a rollout and the road back take": job["timeout-minutes"] >= 2 * (60 + 10),
+        "a job has time for a rollout and its rollback": job["timeout-minutes"] >= 2 * (60 + 10),
         "no two rollouts run at once": "github." not in concurrency.get("group", "github."),
         "a running rollout is never cancelled": concurrency.get("cancel-in-progress") is False,
         "a rollout under way can be aborted": "inputs.command == 'abort' && 'abort'" in concurrency.get("group", ""),

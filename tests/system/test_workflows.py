@@ -1,8 +1,7 @@
-"""The workflows of GitHub: what linters say of them, what has to hold of them, and what they have scripts/deploy do.
+"""The workflows of GitHub: linters, rules, and the way they call scripts/deploy.
 
-GitHub itself is not here, and nothing shows that it takes them.  What a step runs is run here in bash, with a
-program in the place of scripts/deploy that writes down how it was called.  Each check is shown workflows in which that
-is wrong which it is there for.
+GitHub itself is not tested.  The script of a step runs here in bash, with a double of scripts/deploy that records its
+arguments.  Each check has negative controls, workflows that break it.
 """
 
 import functools
@@ -47,7 +46,7 @@ def written(folder, workflows):
 
 
 def actionlint(folder, workflows):
-    """What actionlint finds, as names of its rules, without the linters that it would run if they are installed."""
+    """Return the names of the rules that actionlint reports, without the linters that it can run."""
     need("go")
     recipe = [path.read_text() for path in sorted(LINTER.iterdir())]
 
@@ -68,7 +67,7 @@ def actionlint(folder, workflows):
 
 
 def zizmor(folder, workflows):
-    """What zizmor finds without a network, as names of its audits."""
+    """Return the names of the audits that zizmor reports without a network."""
     if not ZIZMOR.exists():
         missing("zizmor is not installed")
     command = [ZIZMOR, "--offline", "--no-config", "--strict-collection", "--no-exit-codes", "--format=json"]
@@ -93,7 +92,7 @@ def test_linters_accept_the_workflows(tmp_path, linter):
         (actionlint, ("deploy.yml", "needs: tests", "needs: test"), "job-needs"),
         (actionlint, ("deploy.yml", "inputs.image", "inputs.ami"), "expression"),
         (actionlint, ("deploy.yml", "type: choice", "type: choices"), "syntax-check"),
-        (actionlint, ("deploy.yml", "workflows/ci.yml", "workflows/tests.yml"), "workflow-call"),
+        (actionlint, ("deploy.yml", "workflows/ci.yml", "workflows/ci.yml@v1"), "workflow-call"),
         (zizmor, ("deploy.yml", "@3d3c42e5aac5ba805825da76410c181273ba90b1", "@v7"), "unpinned-uses"),
         (zizmor, ("deploy.yml", '"$COMMAND" --json', "${{ inputs.image }} --json"), "template-injection"),
         (zizmor, ("ci.yml", "          .ci/run", "          : ${{ github.head_ref }}"), "template-injection"),
@@ -111,10 +110,10 @@ def test_linters_find_a_mistake(tmp_path, linter, change, found):
     assert found in linter(tmp_path, changed(*change))
 
 
-# What has to hold
+# Rules
 
 
-def test_the_workflows_are_as_they_have_to_be():
+def test_workflows_follow_the_rules():
     assert faults(texts()) == []
 
 
@@ -172,7 +171,7 @@ def test_the_workflows_are_as_they_have_to_be():
         (("deploy.yml", "          role-duration-seconds: 10800", ""), "the role lasts as long as the job"),
         (
             ("deploy.yml", "timeout-minutes: 175", "timeout-minutes: 60"),
-            "a job can do what a rollout and the road back take",
+            "a job has time for a rollout and its rollback",
         ),
         (("deploy.yml", "'rollout' }}", "github.ref }}"), "no two rollouts run at once"),
         (
@@ -186,11 +185,11 @@ def test_the_workflows_are_as_they_have_to_be():
         (("deploy.yml", "version: 1.15.0", "version: latest"), "Packer is the one that is rehearsed"),
     ],
 )
-def test_a_workflow_that_is_otherwise_is_found(change, found):
+def test_broken_rule_is_found(change, found):
     assert found in faults(changed(*change))
 
 
-# What is run
+# Steps
 
 
 def step(workflows, start):
@@ -251,20 +250,20 @@ def test_scripts_deploy_is_called(tmp_path, given, arguments):
     assert json.loads((tmp_path / "temporary" / "done.json").read_text()) == {"status": 0}
 
 
-def test_a_value_is_one_argument_whatever_is_in_it(tmp_path):
+def test_values_are_single_arguments(tmp_path):
     image = f"$(touch {tmp_path}/owned) `id` ; --yes *"
     arguments, _, _ = called(tmp_path, texts(), COMMAND="rollback", IMAGE=image, STACK="a b")
     assert arguments == ["rollback", "--json", "--stack", "a b", "--image", image]
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_agents_are_written_as_they_were_given(tmp_path):
+def test_agents_are_written_unchanged(tmp_path):
     agents = '{"arm64": [{"url": "https://example.com/a%20b.deb", "sha256": "\\n"}]}'
     called(tmp_path, texts(), COMMAND="ship", AGENTS=agents)
     assert (tmp_path / "temporary" / "agents.json").read_text() == agents
 
 
-def test_without_agents_nothing_is_shipped(tmp_path):
+def test_ship_needs_agents(tmp_path):
     arguments, said, code = called(tmp_path, texts(), COMMAND="ship")
     assert arguments == []
     assert code != 0
@@ -283,7 +282,7 @@ def options(*command):
 
 
 def unknown(folder, workflows, command):
-    """What the workflow gives scripts/deploy, or by it scripts/bake, which those do not take."""
+    """Return the options in the workflow that scripts/deploy, or scripts/bake, does not have."""
     given = GIVEN | {"COMMAND": command, "AGENTS": "{}", "PARAMETERS": "A=1"}
     arguments, _, _ = called(folder, workflows, **given)
     place = arguments.index("--") if "--" in arguments else len(arguments)
@@ -292,7 +291,7 @@ def unknown(folder, workflows, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_scripts_deploy_has_the_options_that_it_is_given(tmp_path, command):
+def test_scripts_deploy_has_the_options(tmp_path, command):
     assert unknown(tmp_path, texts(), command) == set()
 
 
@@ -305,7 +304,7 @@ def test_scripts_deploy_has_the_options_that_it_is_given(tmp_path, command):
         ("ship", ("-- --agents", "-- --agent"), "--agent"),
     ],
 )
-def test_an_option_that_is_not_there_is_found(tmp_path, command, change, found):
+def test_unknown_option_is_found(tmp_path, command, change, found):
     assert unknown(tmp_path, changed("deploy.yml", *change), command) == {found}
 
 
@@ -319,7 +318,7 @@ def test_an_option_that_is_not_there_is_found(tmp_path, command, change, found):
         ("exec scripts/deploy", "scripts/deploy || true; : exec scripts/deploy"),
     ],
 )
-def test_another_step_is_found(tmp_path, old, new):
+def test_changed_step_is_found(tmp_path, old, new):
     workflows = changed("deploy.yml", old, new)
     agents = '{"a": "\\n"}'
     given = {"COMMAND": "ship", "IMAGE": "a b", "AGENTS": agents, "PARAMETERS": "A=1"}
@@ -333,11 +332,11 @@ def test_another_step_is_found(tmp_path, old, new):
 
 
 @pytest.mark.parametrize(("done", "summary"), [('{"status":0}', '```json\n{\n    "status": 0\n}\n```\n'), ("", "")])
-def test_the_summary_says_what_was_done(tmp_path, done, summary):
+def test_summary_shows_the_result(tmp_path, done, summary):
     (tmp_path / "done.json").write_text(done)
     (tmp_path / "summary").touch()
     env = {"PATH": os.environ["PATH"], "RUNNER_TEMP": str(tmp_path), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
-    say = step(texts(), "Say")
+    say = step(texts(), "Summarize")
     subprocess.run(["bash", "-e", "-c", say["run"]], env=env, timeout=LONG, check=True)
     assert (tmp_path / "summary").read_text() == summary
     assert say["if"] == "always()"
