@@ -1,9 +1,9 @@
 #!/bin/sh
-# Make a Debian machine into the image of chatd.  It runs as root in the machine that is baked, with the bundle of
-# scripts/bake at /tmp/bundle.tar, and in AGENTS the hash and the URL of each agent's package.
+# Turn a Debian machine into the image of chatd.  Packer runs this as root on the builder, with the bundle of
+# scripts/bake at /tmp/bundle.tar.  AGENTS holds the hash and the URL of each agent's package.
 #
-# Of the network it takes what Debian's image lacks of Debian's packages, and the agents; nothing that a hash does not
-# hold, or Debian's signature.  Anything that fails here ends the bake, and then there is no image.
+# It downloads only missing packages of Debian, checked by Debian's signature, and the agents, checked by their hashes.
+# Any failure here ends the bake without an image.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 umask 022
@@ -14,12 +14,12 @@ say() {
 }
 
 if command -v cloud-init >/dev/null; then
-    say "wait until the machine is set up"
-    cloud-init status --wait || [ $? -eq 2 ] # 2: it is, with warnings
+    say "waiting for cloud-init"
+    cloud-init status --wait || [ $? -eq 2 ] # 2: done, with warnings
 fi
 
-say "Debian's packages"
-# Images are replaced, not patched: nothing in one changes by itself.
+say "packages of Debian"
+# Images are replaced and never patched, so nothing in one updates itself.
 systemctl mask --now apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service
 if dpkg-query --show unattended-upgrades >/dev/null 2>&1; then
     apt-get --quiet --yes purge unattended-upgrades
@@ -36,9 +36,9 @@ pip="/opt/chatd/bin/pip --disable-pip-version-check --no-cache-dir install --qui
 $pip --find-links="$bundle/wheels" --require-hashes --requirement="$bundle/requirements.txt"
 $pip --find-links="$bundle/wheels" --require-hashes --requirement="$bundle/instance-requirements.txt"
 $pip --no-deps --require-hashes --find-links="$bundle/chatd" --requirement="$bundle/chatd/requirements.txt"
-/opt/chatd/bin/twistd --help >/dev/null # writes the cache of Twisted's plug-ins, which the service may not
+/opt/chatd/bin/twistd --help >/dev/null # writes the plug-in cache of Twisted, which the service may not write
 
-say "its units and settings"
+say "units and settings"
 install -d /etc/chatd /usr/share/chatd
 for file in "$bundle"/files/*; do
     name=${file##*/}
@@ -51,10 +51,10 @@ for file in "$bundle"/files/*; do
     esac
 done
 systemctl daemon-reload
-systemctl enable chatd-boot.service # which starts the others, when it knows the store
+systemctl enable chatd-boot.service # it starts the other units once it knows the store
 
-say "the agents"
-# shellcheck disable=SC2086 # pairs of words
+say "agents"
+# shellcheck disable=SC2086 # split into words: pairs of hash and URL
 set -- ${AGENTS:-}
 while [ $# -gt 0 ]; do
     package=$bundle/${2##*/}
@@ -69,15 +69,15 @@ for agent in amazon-ssm-agent amazon-cloudwatch-agent; do
     fi
 done
 
-say "what is in it"
+say "lists of components"
 /opt/chatd/bin/python "$bundle/sbom.py" "$bundle/wheels" "$bundle/chatd" >/usr/share/chatd/sbom.cdx.json
 dpkg-query --show --showformat='${Package}\t${Version}\t${Architecture}\n' >/usr/share/chatd/packages.tsv
 
-say "does it serve?"
-# The programs of the instance find all that they import.
+say "smoke test"
+# All imports of the programs of an instance must resolve.
 (cd /opt/chatd/bin && ./python -c 'import sys; from runpy import run_path as run; [run(name) for name in sys.argv[1:]]' \
     chatd-agent chatd-boot chatd-lifecycle)
-# This machine has no store to learn of: while it runs there is one that ends with the process.
+# The builder has no store: for this test chatd keeps messages in memory.
 override=/run/systemd/system/chatd-boot.service.d
 install -d "$override"
 printf '%s\n' >"$override/smoke.conf" '[Service]' 'ExecStart=' \
@@ -85,8 +85,8 @@ printf '%s\n' >"$override/smoke.conf" '[Service]' 'ExecStart=' \
 systemctl daemon-reload
 for name in chatd chatd@1; do
     timeout 120 systemctl start "$name.service"
-    /opt/chatd/bin/python "$bundle/smoke.py"
-    systemctl stop "$name.socket" "$name.service" # the socket first: a connection starts the service
+    /opt/chatd/bin/python /opt/chatd/bin/chatd_echo.py ws://127.0.0.1:8085/ 30
+    systemctl stop "$name.socket" "$name.service" # stop the socket first, because a connection starts the service
     state=$(systemctl show --property=ActiveState --property=Result "$name.service" | sort | tr '\n' ' ')
     if [ "$state" != "ActiveState=inactive Result=success " ]; then
         echo "$name did not stop cleanly: $state" >&2
@@ -96,10 +96,10 @@ done
 systemctl stop chatd-boot.service
 rm -r "$override"
 
-say "nobody logs in by SSH"
-systemctl disable ssh.service # sessions come by the SSM agent
+say "disable SSH"
+systemctl disable ssh.service # the SSM agent provides sessions
 
-say "leave nothing that is this machine's own"
+say "remove the identity of this machine"
 if command -v cloud-init >/dev/null; then
     cloud-init clean --logs --seed
 fi

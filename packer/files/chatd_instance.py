@@ -1,8 +1,8 @@
-"""What an EC2 instance knows of itself, and how it asks AWS: for chatd-boot and chatd-lifecycle.
+"""The metadata of an EC2 instance, and calls to AWS, for chatd-agent, chatd-boot and chatd-lifecycle.
 
-Both endpoints can be moved by botocore's own variables, AWS_EC2_METADATA_SERVICE_ENDPOINT and AWS_ENDPOINT_URL.
+The variables of botocore, AWS_EC2_METADATA_SERVICE_ENDPOINT and AWS_ENDPOINT_URL, change the endpoints.
 """
-# ruff: noqa: INP001 -- installed beside the two programs
+# ruff: noqa: INP001 -- installed beside the programs that use it
 
 import os
 from contextlib import closing
@@ -17,24 +17,24 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.parsers import ResponseParserError
 
 METADATA: Final = "http://169.254.169.254"
-"""Where every instance finds its metadata."""
+"""The address of the metadata service on every instance."""
 METADATA_SECONDS: Final = 2
-"""How long the metadata service may take; it is on the same machine."""
+"""The timeout of the metadata service, which is on the same machine."""
 TOKEN_SECONDS: Final = 60
-"""How long a token for it is good."""
+"""The lifetime of a token for the metadata service."""
 CONNECT_SECONDS: Final = 3
 READ_SECONDS: Final = 10
-"""How long a service of AWS may take."""
+"""The timeout of an AWS service."""
 ATTEMPTS: Final = 4
-"""How often botocore tries: throttling, 5xx and time-outs, with its own backoff."""
+"""The attempts of botocore on throttling, 5xx and timeouts, with its own backoff."""
 ROOM: Final = "launch"
-"""Where chatd-lifecycle posts, so that nobody is disturbed; chatd-boot lets it."""
+"""The room that chatd-lifecycle posts to, which nobody reads; chatd-boot permits it."""
 TROUBLE: Final = (OSError, HTTPException, BotoCoreError, ClientError, ResponseParserError)
-"""What asking may end in; another time it may go well."""
+"""Errors of a request that may succeed later."""
 
 
 def ask(method: str, url: str, seconds: float, **headers: str) -> str:
-    """Ask by plain HTTP; answers the body, or fails with one of TROUBLE, FileNotFoundError for 404."""
+    """Send a plain HTTP request and return the body; raises one of TROUBLE, FileNotFoundError for 404."""
     place = urlsplit(url)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     with closing(HTTPConnection(str(place.hostname), place.port, timeout=seconds)) as connection:
@@ -45,16 +45,16 @@ def ask(method: str, url: str, seconds: float, **headers: str) -> str:
         except OSError as error:
             raise OSError(f"{url}: {error.strerror or error}") from None
     if answer.status == HTTPStatus.NOT_FOUND:
-        raise FileNotFoundError(f"{url}: there is nothing")
+        raise FileNotFoundError(f"{url}: not found")
     if answer.status >= HTTPStatus.MULTIPLE_CHOICES:
         raise OSError(f"{url}: {answer.status} {answer.reason}")
     return body
 
 
 def metadata(path: str) -> str | None:
-    """What the instance's metadata have at a path, None if nothing; or one of TROUBLE.
+    """Return the metadata of the instance at a path, or None; raises one of TROUBLE.
 
-    Version 2 of the service wants a token.  It gets a new one for each question, so that there is none to renew.
+    Version 2 of the service requires a token.  Each request uses a new one, so that none has to be renewed.
     """
     base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", METADATA).rstrip("/") + "/latest"
     seconds = str(TOKEN_SECONDS)
@@ -66,15 +66,15 @@ def metadata(path: str) -> str | None:
 
 
 def service(name: str, region: str) -> Any:
-    """A client of a service of AWS, with the credentials of the instance's role; one of TROUBLE without any."""
+    """Return a client of an AWS service with the credentials of the instance's role; raises one of TROUBLE."""
     session = botocore.session.Session()
     if session.get_credentials() is None:
-        raise NoCredentialsError  # once made, a client never looks for any again
+        raise NoCredentialsError  # a client that was made without credentials never looks again
     retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
     config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=retries)
     return session.create_client(name, region_name=region, config=config)
 
 
 def words(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """Return an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,10 +1,11 @@
-"""What scripts/deploy does: the account holds all state, so that each command can be cut off and run again.
+"""The parts of scripts/deploy.  The account holds all state, so every command can be interrupted and run again.
 
-aws.py      the account: calls, and errors in one line with the remedy
-stack.py    the stack as it is now, and the change set that would have it launch another image
-rollout.py  a change set under way: what is seen of it, and how it is called off
-verify.py   whether what runs is the image, and serves; echo.py is the client that tries
-record.py   which image is known to be good
-images.py   the images, and which of them may go
-ship.py     the road of an image through all that, and back
+- aws.py: calls to AWS, whose errors are one line with the remedy
+- stack.py: the current state of the stack, and the change set for another image
+- rollout.py: watching and cancelling the execution of a change set
+- verify.py: the check that all instances run the image and serve
+- record.py: the record of verified images
+- images.py: the images, and the removal of old ones
+- ship.py: the pipeline from an image to a verified rollout, and back
+- stack.yaml: the CloudFormation template
 """

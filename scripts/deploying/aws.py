@@ -1,7 +1,7 @@
-"""The account: calls to AWS, whose errors are one line with the remedy, and the clock by which it is waited for.
+"""Calls to AWS, whose errors are one line with the remedy, and the clock for polling.
 
-botocore repeats what failed for a moment (AWS_MAX_ATTEMPTS says how often).  What fails all the same is *passing* if a
-later try may succeed and nobody need do anything for that: who waits for something goes on, anybody else gives up.
+botocore retries transient errors, AWS_MAX_ATTEMPTS times.  An error that remains is *passing* if a later attempt may
+succeed without anyone's action.  Callers that poll retry passing errors; all others give up.
 """
 
 import os
@@ -17,7 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoC
 from botocore.parsers import ResponseParserError
 
 PREFIXES: Final = {"elbv2": "elasticloadbalancing"}
-"""What IAM calls a service, where botocore calls it otherwise."""
+"""Names of services in IAM that differ from those in botocore."""
 DENIED: Final = frozenset(("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "NotAuthorized"))
 INVALID: Final = frozenset(
     {"AuthFailure", "ExpiredToken", "ExpiredTokenException", "IncompleteSignature", "InvalidClientTokenId"}
@@ -27,65 +27,65 @@ THROTTLED: Final = frozenset(
     ("RequestLimitExceeded", "Throttling", "ThrottlingException", "ThrottledException", "TooManyRequestsException")
 )
 FAULTS: Final = (ClientError, BotoCoreError, ResponseParserError)
-"""What botocore raises."""
+"""The exceptions that botocore raises."""
 POLL_SECONDS: Final = 10
-"""How often it is looked at what is waited for."""
+"""The interval between polls."""
 
 
 class DeployError(Exception):
-    """It failed before anything was changed; the text says why, and what to do."""
+    """A failure before anything was changed; the text gives the reason and the remedy."""
 
     status = 1
-    """The exit status that says so."""
+    """The exit status of scripts/deploy."""
 
 
 class CallDenied(DeployError):
-    """It is not safe to begin."""
+    """It is not safe to begin, and nothing was changed."""
 
     status = 3
 
 
 class RolledBack(DeployError):
-    """It was begun, went wrong, and what ran before runs again."""
+    """The rollout failed and was rolled back."""
 
     status = 4
 
 
 class Stuck(DeployError):
-    """It was begun, and neither done nor undone: a person is needed."""
+    """The rollout neither succeeded nor was rolled back: manual action is needed."""
 
     status = 5
 
 
 class AwsError(DeployError):
-    """AWS did not do what it was asked."""
+    """A call to AWS failed."""
 
     def __init__(self, text: str, code: str = "", *, passing: bool = False) -> None:
         super().__init__(text)
         self.code = code
-        """The service's own word for it, if it said one."""
+        """The error code of the service; empty if it sent none."""
         self.passing = passing
 
 
 def say(text: str) -> None:
-    """Tell how far it is, on standard error."""
+    """Print a line of progress, with the time, on standard error."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 class Clock:
-    """Seconds, and waiting for them."""
+    """A monotonic clock that can sleep."""
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Return the seconds since an arbitrary moment."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Sleep for a number of seconds."""
         time.sleep(seconds)
 
 
 class Counted(Clock):
-    """A clock for rehearsals, which goes on only, and at once, when it is waited for."""
+    """A clock for tests: `sleep` returns at once and advances the clock."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -98,12 +98,12 @@ class Counted(Clock):
 
 
 def clock() -> Clock:
-    """The clock that is asked for in the environment: with CHATD_DEPLOY_CLOCK=counted, one for rehearsals."""
+    """Return a clock: with CHATD_DEPLOY_CLOCK=counted in the environment, one for tests."""
     return Counted() if os.environ.get("CHATD_DEPLOY_CLOCK") == "counted" else Clock()
 
 
 class Account:
-    """The account that the environment names, in one region."""
+    """One region of the account that the environment names."""
 
     def __init__(self, region: str) -> None:
         self._region = region
@@ -111,7 +111,7 @@ class Account:
         self._clients: dict[str, Any] = {}
 
     def call(self, service: str, operation: str, **arguments: Any) -> dict[str, Any]:
-        """Call an operation, by botocore's name of it; AwsError if it fails."""
+        """Call an operation by its name in botocore and return the answer; raises AwsError."""
         try:
             answer: dict[str, Any] = getattr(self._client(service), operation)(**arguments)
         except FAULTS as error:
@@ -119,7 +119,7 @@ class Account:
         return answer
 
     def pages(self, service: str, operation: str, key: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-        """What is listed under a key on all pages of an answer; AwsError."""
+        """Yield the items under a key from all pages of an answer; raises AwsError."""
         try:
             for page in self._client(service).get_paginator(operation).paginate(**arguments):
                 yield from page[key]
@@ -134,14 +134,14 @@ class Account:
 
 
 def _plain(service: str, operation: str, error: ClientError | BotoCoreError | ResponseParserError) -> AwsError:
-    """An error of botocore's in one line."""
+    """Convert an exception of botocore to an AwsError of one line."""
     name = f"{PREFIXES.get(service, service)}:{''.join(word.capitalize() for word in operation.split('_'))}"
     code = ""
-    passing = isinstance(error, HTTPClientError | ResponseParserError)  # the latter is what a proxy has said
+    passing = isinstance(error, HTTPClientError | ResponseParserError)  # the latter comes from a proxy
     if passing:
-        text = f"{name}: AWS cannot be reached, or did not answer: run this again"
+        text = f"{name}: cannot reach AWS, or it did not answer: run this again"
     elif isinstance(error, NoCredentialsError):
-        text = "there are no credentials for AWS: log in, or name a profile with AWS_PROFILE"
+        text = "no credentials for AWS: log in, or name a profile with AWS_PROFILE"
     elif not isinstance(error, ClientError):
         text = f"{name}: {' '.join(str(error).split())}"
     else:
@@ -151,7 +151,7 @@ def _plain(service: str, operation: str, error: ClientError | BotoCoreError | Re
         if code in DENIED:
             text = f"access denied: {name}: the role needs this action (docs/deploy.md has the policy)"
         elif code in INVALID:
-            text = f"{name}: the credentials are not valid, or not any longer: log in again ({code})"
+            text = f"{name}: the credentials are invalid or expired: log in again ({code})"
         elif code in THROTTLED:
             text = f"{name}: AWS throttles this account: run this again in a minute"
         else:

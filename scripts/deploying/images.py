@@ -1,7 +1,7 @@
-"""The images, and which of them may go.
+"""The images, and the removal of old ones.
 
-An image is ours if this account owns it, its name begins with chatd-, and it has the tag `chatd:version`.  It stays
-while anything would miss it: an instance of any kind, a group's launch template, a stack, a record of what was good.
+An image is ours if this account owns it, its name begins with chatd-, and it has the tag `chatd:version`.  It is kept
+while anything needs it: an instance, the launch template of a group, a stack, or a record of verified images.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ COMMIT: Final = "chatd:git-sha"
 ABSENT: Final = frozenset(("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"))
 ALIVE: Final = ["pending", "running", "shutting-down", "stopping", "stopped"]
 MACHINES: Final = {"arm64": "arm64", "amd64": "x86_64"}
-"""What EC2 calls an architecture."""
+"""Names of architectures in EC2."""
 
 
 def tags(image: dict[str, Any]) -> dict[str, str]:
-    """The tags of an image."""
+    """Return the tags of an image."""
     return {one["Key"]: one["Value"] for one in image.get("Tags", [])}
 
 
 def find(account: Account, image: str) -> dict[str, Any]:
-    """What EC2 knows of an image; DeployError if there is none, or it cannot be launched."""
+    """Return the description of an image; raises DeployError if it does not exist or is not available."""
     try:
         found = account.call("ec2", "describe_images", ImageIds=[image])["Images"]
     except AwsError as error:
@@ -33,28 +33,28 @@ def find(account: Account, image: str) -> dict[str, Any]:
             raise
         found = []
     if not found or found[0]["State"] != "available":
-        state = found[0]["State"] if found else "not there"
-        raise DeployError(f"the image {image} is {state}: name one that scripts/deploy bake has made in this region")
+        state = found[0]["State"] if found else "missing"
+        raise DeployError(f"the image {image} is {state}: use one that scripts/deploy bake made in this region")
     return dict(found[0])
 
 
 def version(account: Account, image: str) -> str:
-    """The version of chatd in an image; DeployError if it is none of ours."""
+    """Return the version of chatd in an image; raises DeployError if the image is not ours."""
     tagged = tags(find(account, image))
     if TAG not in tagged:
-        raise DeployError(f"the image {image} has no tag {TAG}: name one that scripts/deploy bake has made")
+        raise DeployError(f"the image {image} has no tag {TAG}: use one that scripts/deploy bake made")
     return tagged[TAG]
 
 
 def ours(account: Account) -> list[dict[str, Any]]:
-    """The images that are ours, the newest first."""
+    """Return the images that are ours, newest first."""
     filters = [{"Name": "name", "Values": ["chatd-*"]}, {"Name": "tag-key", "Values": [TAG]}]
     found = account.pages("ec2", "describe_images", "Images", Owners=["self"], Filters=filters)
     return sorted(found, key=lambda one: (one["CreationDate"], one["ImageId"]), reverse=True)
 
 
 def of_commit(account: Account, commit: str, architecture: str) -> str | None:
-    """The newest image that was made from a commit; None if there is none."""
+    """Return the newest image made from a commit, or None."""
     for one in ours(account):
         wanted = tags(one).get(COMMIT) == commit and one["Architecture"] == MACHINES[architecture]
         if wanted and one["State"] == "available":
@@ -63,7 +63,7 @@ def of_commit(account: Account, commit: str, architecture: str) -> str | None:
 
 
 def needed(account: Account) -> Iterator[tuple[str, str]]:
-    """The images that would be missed, each with why; some are not ours, and some come more than once."""
+    """Yield the images in use, each with the reason.  Some are not ours, and some occur more than once."""
     alive = [{"Name": "instance-state-name", "Values": ALIVE}]
     for reservation in account.pages("ec2", "describe_instances", "Reservations", Filters=alive):
         yield from ((one["ImageId"], f"{one['InstanceId']} runs it") for one in reservation["Instances"])
@@ -73,13 +73,13 @@ def needed(account: Account) -> Iterator[tuple[str, str]]:
             yield one["LaunchTemplateData"].get("ImageId", ""), f"{template}, version {number}, launches it"
     for one in account.pages("cloudformation", "describe_stacks", "Stacks"):
         values = {two["ParameterKey"]: two.get("ParameterValue", "") for two in one.get("Parameters", [])}
-        yield values.get(IMAGE, ""), f"the stack {one['StackName']} is of it"
+        yield values.get(IMAGE, ""), f"the stack {one['StackName']} names it"
     for stack in stacks(account):
-        yield from ((image, f"it is known to be good for {stack}") for image in Record(account, stack).images())
+        yield from ((image, f"it is verified for {stack}") for image in Record(account, stack).images())
 
 
 def _templates(account: Account) -> set[tuple[str, str]]:
-    """The launch templates of all groups, with the versions."""
+    """Return the launch templates of all groups, with the versions in use."""
     found = set()
     for group in account.pages("autoscaling", "describe_auto_scaling_groups", "AutoScalingGroups"):
         mixed = group.get("MixedInstancesPolicy", {}).get("LaunchTemplate", {})
@@ -91,9 +91,9 @@ def _templates(account: Account) -> set[tuple[str, str]]:
 
 
 def collect(account: Account, keep: int, *, really: bool) -> dict[str, Any]:
-    """Deregister our images, with their snapshots, but for the newest of each architecture and all that are needed.
+    """Deregister our images and their snapshots, except the newest of each architecture and all that are in use.
 
-    Without `really` nothing is done.  Answers which go, and which stay and why.
+    Without `really` nothing is removed.  Returns the images to remove, and those kept with the reason.
     """
     candidates = ours(account)
     why: dict[str, str] = {}
@@ -111,10 +111,10 @@ def collect(account: Account, keep: int, *, really: bool) -> dict[str, Any]:
             kept.append({"image": image, "why": why[image]})
             continue
         gone.append(image)
-        say(f"{image} {one['Name']} " + ("goes" if really else "would go: --yes removes it"))
+        say(f"{image} {one['Name']} " + ("removed" if really else "would be removed: --yes removes it"))
         if really:
             answer = account.call("ec2", "deregister_image", ImageId=image, DeleteAssociatedSnapshots=True)
             for result in answer.get("DeleteSnapshotResults", []):
                 if result.get("ReturnCode") not in ("success", None):
-                    say(f"the snapshot {result.get('SnapshotId')} is still there: {result['ReturnCode']}")
+                    say(f"the snapshot {result.get('SnapshotId')} was not deleted: {result['ReturnCode']}")
     return {"images": gone, "removed": really, "kept": kept}

@@ -1,6 +1,6 @@
-"""Which image is known to be good: a parameter of SSM, `/chatd/STACK/image`.
+"""The record of verified images: the SSM parameter `/chatd/STACK/image`.
 
-Each image that was verified is a version of it, and the label `last-good` is on the latest that was.
+Each verified image is a version of the parameter.  The label `last-good` marks the latest one.
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ class Record:
         self._name = f"/chatd/{stack}/image"
 
     def last_good(self) -> str | None:
-        """The image with the label; None if there is none."""
+        """Return the image labelled last-good, or None."""
         return self._read(f"{self._name}:{LABEL}")[0]
 
     def keep(self, image: str) -> bool:
-        """Label an image that was verified; answers whether it was not labelled already."""
+        """Record and label a verified image; returns False if it had the label already."""
         if self.last_good() == image:
             return False
         latest, version = self._read(self._name)
-        if latest != image:  # else this was cut off before it came to the label
+        if latest != image:  # otherwise an earlier run was interrupted before the label
             arguments = {"Name": self._name, "Value": image, "Type": "String", "Overwrite": True}
             version = self._account.call("ssm", "put_parameter", **arguments)["Version"]
         arguments = {"Name": self._name, "ParameterVersion": version, "Labels": [LABEL]}
@@ -36,14 +36,14 @@ class Record:
         return True
 
     def images(self) -> Iterator[str]:
-        """The image with the label, and the latest that was verified."""
+        """Yield the image labelled last-good, and the latest one on record."""
         for name in (f"{self._name}:{LABEL}", self._name):
             image, _ = self._read(name)
             if image:
                 yield image
 
     def _read(self, name: str) -> tuple[str | None, int]:
-        """A version of the parameter: its value and number."""
+        """Return the value and the number of a version of the parameter."""
         try:
             found = self._account.call("ssm", "get_parameter", Name=name)["Parameter"]
         except AwsError as error:
@@ -54,7 +54,7 @@ class Record:
 
 
 def stacks(account: Account) -> Iterator[str]:
-    """The names of the stacks that have a record."""
+    """Yield the names of the stacks that have a record."""
     filters = [{"Key": "Path", "Option": "Recursive", "Values": ["/chatd"]}]
     for one in account.pages("ssm", "describe_parameters", "Parameters", ParameterFilters=filters):
         parts = one["Name"].split("/")

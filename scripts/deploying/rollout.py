@@ -1,8 +1,8 @@
-"""A change set under way: what is seen of it, and how it is called off.
+"""Watching and cancelling the execution of a change set.
 
-CloudFormation does the work, and undoes it by itself when new instances do not come up or an alarm goes off.  Here it
-is only watched, and told to undo it when that takes too long, or when it can no longer be seen how it goes.  The
-refresh of the instances is CloudFormation's: it is cancelled through the stack alone.
+CloudFormation does the work.  It rolls back by itself when new instances do not become healthy or an alarm fires.  This
+module watches it, and cancels the update when it takes too long or when its progress can no longer be seen.
+CloudFormation owns the refresh of the instances, so it is cancelled only through the stack.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from deploying.aws import POLL_SECONDS, AwsError, CallDenied, DeployError, Rolle
 from deploying.stack import Plan, Stack, State, named
 
 PATIENCE_SECONDS: Final = 600
-"""How long AWS may be out of reach."""
+"""How long AWS may be unreachable."""
 DONE: Final = frozenset(("CREATE_COMPLETE", "UPDATE_COMPLETE"))
 UNDONE: Final = frozenset(("UPDATE_ROLLBACK_COMPLETE", "ROLLBACK_COMPLETE"))
 UNDOING: Final = frozenset(("UPDATE_ROLLBACK_IN_PROGRESS", "UPDATE_ROLLBACK_COMPLETE_CLEANUP_IN_PROGRESS"))
 
 
 class Watch:
-    """The one that watches what is done to a stack until it ends.
+    """Watches an update or the creation of a stack until it ends.
 
-    `timeout` is in seconds, and runs from when the watch begins; once it is over the update is called off, and has as
-    long again to be undone.  With `off`, a reason, it is called off at once.
+    The timeout, in seconds, runs from the start of the watch.  When it expires the update is cancelled, and the
+    rollback gets the same time.  `off` is a reason to cancel the update at once.
     """
 
     def __init__(self, stack: Stack, token: str, timeout: float, off: str = "") -> None:
@@ -34,17 +34,17 @@ class Watch:
         self._begun = False
         self._refresh = "", ""
         self._fault = ""
-        """What CloudFormation says went wrong first."""
+        """The first failure that CloudFormation reports."""
         self._off = off
-        """Why the update is to be undone, if it is."""
+        """The reason to cancel the update; empty while it may continue."""
         self._cancelled = False
         self._told = ""
-        """What was said last of why it cannot be seen how it is."""
+        """The last error that was printed while AWS was unreachable."""
         self._sighted = True
-        """Whether more than the stack's own status can be seen."""
+        """False once events and progress cannot be read, but only the status of the stack."""
 
     def run(self) -> None:
-        """Watch until it is done; RolledBack if it was undone, Stuck if it is neither."""
+        """Watch until the update is complete; raises RolledBack if it was rolled back, Stuck if it is neither."""
         reached = self._clock.now()
         deadline = reached + self._timeout
         while True:
@@ -63,21 +63,21 @@ class Watch:
             self._clock.sleep(POLL_SECONDS)
 
     def _cancel(self) -> None:
-        """Have the update undone, which takes as long as it has been under way; AwsError."""
-        say(f"{self._off}: the update is called off")
+        """Cancel the update; the rollback takes about as long as the update has taken.  Raises AwsError."""
+        say(f"{self._off}: cancelling the update")
         arguments = {"StackName": self._stack.name, "ClientRequestToken": f"off-{self._token}"[:128]}
         try:
             self._stack.account.call("cloudformation", "cancel_update_stack", **arguments)
         except AwsError as error:
-            if error.code != "ValidationError":  # it has just ended, or is being undone already
+            if error.code != "ValidationError":  # the update has just ended, or is being rolled back already
                 raise
         self._cancelled = True
 
     def _look(self) -> State:
-        """See how it is, and tell what is new."""
+        """Read the state of the stack and print what is new."""
         state = self._stack.look()
         if state is None:
-            raise Stuck(f"the stack {self._stack.name} is gone")
+            raise Stuck(f"the stack {self._stack.name} no longer exists")
         self._begun = self._begun or state.busy
         if self._sighted:
             self._events(state)
@@ -87,7 +87,7 @@ class Watch:
         return state
 
     def _events(self, state: State) -> None:
-        """Tell what happened to the stack since it was last looked at."""
+        """Print the events of the stack since the last poll."""
         news: list[dict[str, Any]] = []
         pages = self._stack.account.pages(
             "cloudformation", "describe_stack_events", "StackEvents", StackName=self._stack.name
@@ -99,7 +99,7 @@ class Watch:
             own = event["PhysicalResourceId"] == state.id
             if own and event["ResourceStatus"] in ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS"):
                 self._begun = self._begun or event.get("ClientRequestToken", "") == self._token
-                break  # what is older belongs to what was done before
+                break  # older events belong to earlier operations
         if not self._begun:
             return
         self._seen.update(event["EventId"] for event in news)
@@ -111,7 +111,7 @@ class Watch:
             say(text)
 
     def _progress(self, group: str) -> None:
-        """Tell how many instances have been replaced, if that is others than before."""
+        """Print how many instances have been replaced, if the number has changed."""
         answer = self._stack.account.call(
             "autoscaling", "describe_instance_refreshes", AutoScalingGroupName=group, MaxRecords=1
         )
@@ -124,7 +124,7 @@ class Watch:
                 self._refresh = one["InstanceRefreshId"], news
 
     def _ended(self, state: State) -> bool:
-        """Whether it is done; RolledBack or Stuck if it is over, but not done."""
+        """Return whether the update is complete; raises RolledBack or Stuck if it has ended otherwise."""
         if state.status in DONE:
             return True
         why = ": ".join(text for text in (self._off, self._fault) if text) or state.status
@@ -132,38 +132,39 @@ class Watch:
             remedy = ": delete the stack before you create it again" if state.status == "ROLLBACK_COMPLETE" else ""
             raise RolledBack(f"rolled back: {why}{remedy}")
         if not state.busy:
-            remedy = "scripts/deploy cannot mend that: see the stack's events, and ContinueUpdateRollback"
+            remedy = "scripts/deploy cannot repair that: see the events of the stack, and ContinueUpdateRollback"
             raise Stuck(f"{self._stack.name} is {state.status} ({why}): {remedy}")
         return False
 
     def _late(self, state: State) -> None:
-        """The time is over."""
+        """Handle the timeout: cancel the update, or raise Stuck."""
         minutes = f"after {self._timeout / 60:g} minutes"
         if not self._begun:
-            raise Stuck(f"{minutes} nothing has begun: run this again")
+            raise Stuck(f"{minutes} the update has not begun: run this again")
         if self._off or state.status != "UPDATE_IN_PROGRESS":
-            raise Stuck(f"{self._stack.name} is still {state.status} {minutes}: run this again to go on watching")
-        self._off = f"not done {minutes}"
+            raise Stuck(f"{self._stack.name} is still {state.status} {minutes}: run this again to continue watching")
+        self._off = f"not complete {minutes}"
 
     def _blind(self, error: AwsError, reached: float) -> None:
-        """It cannot be seen how it is: wait if that may pass; else have it undone, as long as that can be seen to."""
+        """Handle an unreadable state: wait if the error is passing, otherwise cancel the update; raises Stuck."""
         if error.passing:
             if self._clock.now() - reached < PATIENCE_SECONDS:
                 if str(error) != self._told:
-                    say(f"trying again: {error}")
+                    say(f"retrying: {error}")
                     self._told = str(error)
                 return
         elif self._sighted:
             self._sighted, self._off = False, self._off or str(error)
             return
-        remedy = f"it goes on in the account: run this again, or scripts/deploy abort --stack {self._stack.name}"
+        again = f"run this again, or scripts/deploy abort --stack {self._stack.name}"
+        remedy = f"the rollout continues in the account: {again}"
         raise Stuck(f"{error}; {remedy}") from error
 
 
 def roll_out(stack: Stack, plan: Plan, timeout: float, begun: Callable[[], None]) -> None:
-    """Execute a plan and watch it; DeployError if it did not begin, else as Watch.run.
+    """Execute a plan and watch it; raises DeployError if it did not begin, otherwise as Watch.run.
 
-    `begun` is called once it cannot be told any longer that nothing was changed.
+    `begun` is called before the first change.
     """
     arguments = {"StackName": stack.name, "ChangeSetName": plan.id, "ClientRequestToken": plan.token}
     begun()
@@ -176,7 +177,7 @@ def roll_out(stack: Stack, plan: Plan, timeout: float, begun: Callable[[], None]
 
 
 def _executed(stack: Stack, plan: Plan, error: AwsError) -> bool:
-    """Whether a plan is under way although its execution seemed to fail; Stuck if that cannot be told."""
+    """Return whether a plan is in progress although its execution seemed to fail; raises Stuck if unknown."""
     if not error.passing and error.code != "InvalidChangeSetStatus":
         return False
     image = plan.name.removeprefix(named(""))
@@ -186,39 +187,39 @@ def _executed(stack: Stack, plan: Plan, error: AwsError) -> bool:
             return stack.began(image) == plan.token or stack.planned(image, "EXECUTE_IN_PROGRESS") is not None
         except AwsError as blind:
             if not blind.passing or stack.clock.now() >= until:
-                raise Stuck(f"{blind}: it may have begun all the same: run this again") from blind
+                raise Stuck(f"{blind}: the rollout may have begun: run this again") from blind
         stack.clock.sleep(POLL_SECONDS)
 
 
 def under_way(stack: Stack, image: str) -> str | None:
-    """The token of the rollout of an image that is under way; None if nothing is; Refused if something else is."""
+    """Return the token of the rollout of an image in progress, or None; raises CallDenied for another operation."""
     state = stack.look()
     if state is None:
         return None
     if state.busy:
         token = stack.began(image)
         if token is None:
-            raise CallDenied(f"{stack.name} is {state.status}, of something else: wait, or scripts/deploy abort")
+            raise CallDenied(f"{stack.name} is {state.status} by another operation: wait, or scripts/deploy abort")
         return token
     plan = stack.planned(image, "EXECUTE_IN_PROGRESS")
     return plan.token if plan else None
 
 
 def abort(stack: Stack, timeout: float) -> str:
-    """Call off the update that is under way, and wait until it is undone; answers the stack's status.
+    """Cancel the update in progress and wait until it is rolled back; returns the status of the stack.
 
-    DeployError if there is none to call off, Stuck if it is not undone.
+    Raises DeployError without an update to cancel, and Stuck if it is not rolled back.
     """
     state = stack.there()
     if state.status in UNDONE:
         return state.status
     if state.status not in {"UPDATE_IN_PROGRESS", *UNDOING}:
-        remedy = "scripts/deploy rollback brings back the last good image"
+        remedy = "scripts/deploy rollback restores the last-good image"
         if state.status == "CREATE_IN_PROGRESS":
-            remedy = "to stop its creation, delete it"
-        raise DeployError(f"{stack.name} is {state.status}, and nothing can be called off: {remedy}")
+            remedy = "delete the stack to stop its creation"
+        raise DeployError(f"{stack.name} is {state.status}, so there is nothing to cancel: {remedy}")
     try:
-        Watch(stack, stack.operation(), timeout, "as asked").run()
+        Watch(stack, stack.operation(), timeout, "as requested").run()
     except RolledBack:
         return stack.there().status
-    raise DeployError(f"{stack.name} was done before it could be called off: scripts/deploy rollback undoes it")
+    raise DeployError(f"the update of {stack.name} completed before it could be cancelled: use scripts/deploy rollback")

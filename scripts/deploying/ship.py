@@ -1,6 +1,6 @@
-"""The road of an image: planned, rolled out, verified and recorded; and the same road back.
+"""The pipeline of an image: planned, rolled out, verified and recorded; and the rollback.
 
-Whatever goes wrong once the change set is under way ends with the image that ran before, or with Stuck.
+Any failure after the execution of the change set has begun ends with the previous image in service, or with Stuck.
 """
 
 import pathlib
@@ -15,62 +15,64 @@ from deploying.stack import IMAGE, REVIEW, Plan, Stack, described, named
 from deploying.verify import running, verify
 
 
-class Road(NamedTuple):
-    """How an image goes to a stack."""
+class Pipeline(NamedTuple):
+    """The stages of an image on its way to a stack."""
 
     stack: Stack
     default: pathlib.Path
-    """The template of a stack that is not there."""
+    """The template for a new stack."""
     template: pathlib.Path | None
     parameters: Mapping[str, str]
     allow: Collection[str]
     role: str | None
     timeout: float
-    """Seconds that a rollout may take."""
+    """The time limit of a rollout in seconds."""
     within: float
-    """Seconds after it within which it must be verified."""
+    """The time limit of the verification in seconds."""
     begun: Callable[[], None]
-    """Called when it cannot be told any longer that nothing was changed."""
+    """Called before the first change in the account."""
 
     @property
     def record(self) -> Record:
-        """What is known to be good."""
+        """The record of verified images."""
         return Record(self.stack.account, self.stack.name)
 
-    # The commands; each answers what was done
+    # The commands; each returns its result
 
     def plan(self, image: str) -> dict[str, Any]:
-        """Make the change set for an image, and leave it there; DeployError or Refused."""
+        """Make the change set for an image and leave it in place; raises DeployError or CallDenied."""
         plan = self._plan(image)
         return {"image": image, "change_set": plan and plan.name, "changes": plan.changes if plan else []}
 
     def roll_out(self, image: str) -> dict[str, Any]:
-        """Roll out what was planned for an image, or go on watching; DeployError, Refused, RolledBack or Stuck."""
+        """Roll out a planned image, or continue watching; raises DeployError, CallDenied, RolledBack or Stuck."""
         return {"image": image, "rolled_out": self._roll_out(image)}
 
     def verify(self, image: str | None) -> dict[str, Any]:
-        """Verify and record an image, that of the stack if none is named; DeployError."""
+        """Verify and record an image, by default that of the stack; raises DeployError."""
         image = image or self.stack.there().image
         if not image:
-            raise DeployError(f"the stack {self.stack.name} has no parameter {IMAGE}: is it one of scripts/stack.yaml?")
+            raise DeployError(
+                f"the stack {self.stack.name} has no parameter {IMAGE}: was it made from scripts/deploying/stack.yaml?"
+            )
         return self._prove(image)
 
     def rollback(self, image: str | None) -> dict[str, Any]:
-        """Go back to an image, the last good one if none is named; DeployError, Refused or Stuck."""
+        """Roll back to an image, by default the last-good one; raises DeployError, CallDenied or Stuck."""
         image = image or self.record.last_good()
         if not image:
-            raise DeployError(f"no image of {self.stack.name} is known to be good: name one with --image")
+            raise DeployError(f"no image of {self.stack.name} is verified: name one with --image")
         return self._back(image)
 
     def ship(self, image: str) -> dict[str, Any]:
-        """Roll out, verify and record an image; answers what was seen.
+        """Roll out, verify and record an image; returns the details of the verification.
 
-        DeployError or Refused if it was not begun; else RolledBack or Stuck if it went wrong.
+        Raises DeployError or CallDenied if the rollout did not begin, RolledBack or Stuck if it failed.
         """
         state = self.stack.look()
         before = self.record.last_good() or (state.image if state else None)
         if state and state.outputs and state.image:
-            # What may not be asked later shows now, before anything is done.
+            # A missing permission to verify shows now, before anything is changed.
             running(self.stack.account, state, state.image)
         moved = self._move(image)
         try:
@@ -86,7 +88,7 @@ class Road(NamedTuple):
     # The steps
 
     def _plan(self, image: str, *, guarded: bool = True) -> Plan | None:
-        """Make the change set for an image; as Stack.plan."""
+        """Make the change set for an image with the options given; raises as Stack.plan does."""
         version(self.stack.account, image)
         plan = self.stack.plan(
             image,
@@ -102,7 +104,7 @@ class Road(NamedTuple):
         return plan
 
     def _roll_out(self, image: str) -> bool:
-        """Roll out what was planned for an image, or go on watching; answers whether there was anything to do."""
+        """Roll out a planned image, or continue watching; returns False if there was nothing to do."""
         token = under_way(self.stack, image)
         if token:
             self._watch(image, token)
@@ -117,15 +119,15 @@ class Road(NamedTuple):
             self._execute(plan)
             return True
         if self.stack.began(image) and "ROLLBACK" in state.status:
-            raise RolledBack(f"{image} was rolled back: the events of the stack say why")
+            raise RolledBack(f"{image} was rolled back: see the events of the stack")
         if state.image == image:
             return False
-        raise DeployError(f"nothing is planned for {image}: scripts/deploy plan {image} --stack {self.stack.name}")
+        raise DeployError(f"no change set for {image}: scripts/deploy plan {image} --stack {self.stack.name}")
 
     def _move(self, image: str, *, guarded: bool = True) -> bool:
-        """Plan and roll out, or go on watching; answers whether there was anything to do.
+        """Plan and roll out, or continue watching; returns False if there was nothing to do.
 
-        DeployError, Refused, RolledBack or Stuck; no change set is left.
+        Raises DeployError, CallDenied, RolledBack or Stuck, and leaves no change set.
         """
         token = under_way(self.stack, image)
         if token:
@@ -137,24 +139,24 @@ class Road(NamedTuple):
         return plan is not None
 
     def _prove(self, image: str) -> dict[str, Any]:
-        """Verify an image, and record it; answers what was seen.  NotVerified or AwsError."""
+        """Verify an image and record it; returns the details.  Raises NotVerified or AwsError."""
         seen = verify(self.stack, image, self.within)
         self.record.keep(image)
         return seen
 
     def _back(self, image: str) -> dict[str, Any]:
-        """Roll back to an image; answers what was seen.  DeployError if it was not begun, or Stuck."""
+        """Roll back to an image; returns the details.  Raises DeployError if it did not begin, or Stuck."""
         moved = False
         try:
             moved = self._move(image, guarded=False)
             return self._prove(image)
         except DeployError as error:
             if moved or isinstance(error, RolledBack):
-                raise Stuck(f"{image} is not back: {error}") from error
+                raise Stuck(f"{image} is not restored: {error}") from error
             raise
 
     def undo(self, before: str, why: DeployError) -> NoReturn:
-        """Bring back an image; RolledBack when it is back, or Stuck."""
+        """Restore an image; raises RolledBack when it is restored, otherwise Stuck."""
         say(f"{why}: rolling back to {before}")
         try:
             self._back(before)
@@ -163,8 +165,8 @@ class Road(NamedTuple):
         raise RolledBack(f"{why}; rolled back to {before}")
 
     def _watch(self, image: str, token: str) -> None:
-        """Go on watching; as Watch.run."""
-        say("it is under way, and is watched from here")
+        """Continue watching; raises as Watch.run does."""
+        say("the rollout is in progress: watching it")
         self.begun()
         try:
             Watch(self.stack, token, self.timeout).run()
@@ -173,7 +175,7 @@ class Road(NamedTuple):
             raise
 
     def _execute(self, plan: Plan) -> None:
-        """Roll out; a change set of which nothing can come any longer is removed."""
+        """Execute a plan, and remove its change set if it fails for good."""
         try:
             roll_out(self.stack, plan, self.timeout, self.begun)
         except DeployError as error:

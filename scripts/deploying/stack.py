@@ -1,8 +1,8 @@
-"""The stack as it is now, and the change set that would have it launch another image.
+"""The current state of the stack, and the change set for another image.
 
-A *plan* is a change set that was found to hold only what a new image is expected to touch: a version of the launch
-template, and the Auto Scaling group, which has its instances replaced.  Its name is that of the image, so that who was
-cut off finds it again; the token of its execution has its name too, and stays in the stack's events.
+A *plan* is a change set that holds only the changes expected of a new image: a version of the launch template, and the
+Auto Scaling group, whose instances are replaced.  It is named after the image, so an interrupted run finds it again.
+The token of its execution has the same name, and stays in the events of the stack.
 """
 
 import contextlib
@@ -13,28 +13,28 @@ from typing import Any, Final, NamedTuple
 from deploying.aws import POLL_SECONDS, Account, AwsError, CallDenied, Clock, DeployError, say
 
 IMAGE: Final = "ImageId"
-"""The stack's parameter."""
+"""The stack parameter that holds the image."""
 GUARD: Final = "GuardRollouts"
-"""Another: no, if no alarm is to undo an update, as one that is on would undo a roll-back; yes otherwise."""
+"""The stack parameter that makes alarms roll back an update: `no` for a rollback, which an alarm may have caused."""
 UPDATABLE: Final = frozenset(
     ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE", "IMPORT_ROLLBACK_COMPLETE")
 )
 REVIEW: Final = "REVIEW_IN_PROGRESS"
-"""It has never been created: there is, or was, only a change set."""
+"""The status of a stack that was never created, and only had a change set."""
 REFRESHING: Final = frozenset(("Pending", "InProgress", "Cancelling", "RollbackInProgress", "Baking"))
 TOUCHED: Final = frozenset(("AWS::EC2::LaunchTemplate", "AWS::AutoScaling::AutoScalingGroup"))
-"""The types of what a new image changes."""
+"""The types of the resources that a new image changes."""
 GONE: Final = frozenset(("ChangeSetNotFound", "ChangeSetNotFoundException", "ValidationError"))
-"""What is said if there is no such change set, or no stack."""
+"""Error codes for a missing change set or stack."""
 UNCHANGED: Final = ("didn't contain changes", "No updates are to be performed")
-"""What is said of a change set without changes."""
+"""Reasons that CloudFormation gives for a change set without changes."""
 LARGEST: Final = 51200
-"""Bytes of a template that is not in S3."""
+"""The largest template outside S3, in bytes."""
 PLAN_SECONDS: Final = 600
 
 
 class State(NamedTuple):
-    """What there is to know of a stack."""
+    """The state of a stack."""
 
     id: str
     status: str
@@ -43,23 +43,23 @@ class State(NamedTuple):
 
     @property
     def busy(self) -> bool:
-        """Whether something is being done to it."""
+        """True while an operation is in progress."""
         return self.status.endswith("_IN_PROGRESS") and self.status != REVIEW
 
     @property
     def image(self) -> str | None:
-        """What it launches, or is to launch."""
+        """The image that its instances are launched from."""
         return self.parameters.get(IMAGE)
 
     def output(self, name: str) -> str:
-        """What it says of itself; DeployError if it does not."""
+        """Return an output of the stack; raises DeployError if it is missing."""
         if name not in self.outputs:
-            raise DeployError(f"the stack has no output {name}: is it one of scripts/stack.yaml?")
+            raise DeployError(f"the stack has no output {name}: was it made from scripts/deploying/stack.yaml?")
         return self.outputs[name]
 
 
 class Plan(NamedTuple):
-    """A change set that may be executed."""
+    """A change set that can be executed."""
 
     id: str
     name: str
@@ -67,12 +67,12 @@ class Plan(NamedTuple):
 
     @property
     def token(self) -> str:
-        """What makes its execution known: it is the same if it is asked for twice."""
+        """The client request token of its execution, the same in every run."""
         return f"{self.name}-{self.id.rpartition('/')[2]}"
 
 
 class Stack:
-    """A stack in an account, which need not be there yet."""
+    """A stack in an account; it does not have to exist."""
 
     def __init__(self, account: Account, name: str, clock: Clock) -> None:
         self.account = account
@@ -80,7 +80,7 @@ class Stack:
         self.clock = clock
 
     def look(self) -> State | None:
-        """How it is; None if there is none."""
+        """Return the state of the stack, or None if it does not exist."""
         try:
             (found,) = self.account.call("cloudformation", "describe_stacks", StackName=self.name)["Stacks"]
         except AwsError as error:
@@ -92,14 +92,14 @@ class Stack:
         return State(found["StackId"], found["StackStatus"], parameters, outputs)
 
     def there(self) -> State:
-        """How it is; DeployError if there is none."""
+        """Return the state of the stack; raises DeployError if it does not exist."""
         state = self.look()
         if state is None:
-            raise DeployError(f"there is no stack {self.name} in this region: say which with --stack and --region")
+            raise DeployError(f"there is no stack {self.name} in this region: use --stack and --region")
         return state
 
     def operation(self) -> str:
-        """The token of what was last begun; empty if it had none."""
+        """Return the token of the latest operation; empty if it had none."""
         events = self.account.pages("cloudformation", "describe_stack_events", "StackEvents", StackName=self.name)
         for event in events:
             begins = event.get("ResourceStatus") in ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS")
@@ -108,25 +108,25 @@ class Stack:
         return ""
 
     def began(self, image: str) -> str | None:
-        """The token of the rollout of an image, if it is what was last begun."""
+        """Return the token of the latest operation if it is the rollout of an image, otherwise None."""
         token = self.operation()
         return token if token.startswith(f"{named(image)}-") else None
 
-    # What must hold before anything is begun
+    # Preconditions of a rollout
 
     def quiet(self, state: State) -> None:
-        """See that no alarm of the rollout is anything but OK, and no instances are being replaced; Refused."""
+        """Check that all rollout alarms are OK and no instances are being replaced; raises CallDenied."""
         names = [name for name in state.output("RolloutAlarms").split(",") if name]
         types = ["MetricAlarm", "CompositeAlarm"]
         answer = self.account.call("cloudwatch", "describe_alarms", AlarmNames=names, AlarmTypes=types) if names else {}
         found = {one["AlarmName"]: one["StateValue"] for kind in types for one in answer.get(f"{kind}s", [])}
         loud = [f"{name} ({found.get(name, 'does not exist')})" for name in names if found.get(name) != "OK"]
         if loud:
-            raise CallDenied(f"an alarm is not OK: {', '.join(loud)}: see to that first")
+            raise CallDenied(f"an alarm is not OK: {', '.join(loud)}: resolve that first")
         self.settled(state)
 
     def settled(self, state: State) -> None:
-        """See that no instances are being replaced by somebody else; Refused."""
+        """Check that no other operation is replacing instances; raises CallDenied."""
         group = state.output("AutoScalingGroup")
         arguments = {"AutoScalingGroupName": group, "MaxRecords": 1}
         for one in self.account.call("autoscaling", "describe_instance_refreshes", **arguments)["InstanceRefreshes"]:
@@ -136,13 +136,13 @@ class Stack:
                 )
 
     def free(self, state: State | None) -> None:
-        """See that something may be begun; Refused."""
+        """Check that an operation may begin; raises CallDenied."""
         if state is None or state.status == REVIEW:
             return
         if state.busy:
-            raise CallDenied(f"{self.name} is {state.status}: wait, or stop it with scripts/deploy abort")
+            raise CallDenied(f"{self.name} is {state.status}: wait, or cancel it with scripts/deploy abort")
         if state.status not in UPDATABLE:
-            remedy = "delete it first" if state.status in ("ROLLBACK_COMPLETE", "CREATE_FAILED") else "mend it first"
+            remedy = "delete it first" if state.status in ("ROLLBACK_COMPLETE", "CREATE_FAILED") else "repair it first"
             raise CallDenied(f"{self.name} is {state.status}, and cannot be updated: {remedy}")
 
     # Change sets
@@ -158,11 +158,10 @@ class Stack:
         role: str | None = None,
         guarded: bool = True,
     ) -> Plan | None:
-        """Make the change set for an image; None if it would change nothing.
+        """Make the change set for an image; returns None if it would change nothing.
 
-        The template and the parameters are those that the stack has, but for what is given; `default` is the template
-        of a stack that is not there.  Without `guarded` it does not matter what the alarms say.  DeployError; Refused,
-        and then there is no change set.
+        The stack keeps its template and parameters, except those given.  `default` is the template of a new stack.
+        Without `guarded` the alarms are ignored.  Raises DeployError or CallDenied, and then leaves no change set.
         """
         state = self.look()
         self.free(state)
@@ -196,7 +195,7 @@ class Stack:
                 self.expect(plan, allow)
         except BaseException:
             with contextlib.suppress(DeployError):
-                self._made(name)  # until then it cannot be removed
+                self._made(name)  # it cannot be removed before it is complete
             self.drop(name)
             raise
         if plan is None:
@@ -204,7 +203,7 @@ class Stack:
         return plan
 
     def planned(self, image: str, status: str = "AVAILABLE") -> Plan | None:
-        """The change set that was made for an image, if its execution has the status; None otherwise."""
+        """Return the change set of an image if its execution has a status, otherwise None."""
         try:
             found = self._describe(named(image))
         except AwsError as error:
@@ -216,23 +215,23 @@ class Stack:
         return Plan(found["ChangeSetId"], named(image), found["Changes"])
 
     def expect(self, plan: Plan, allow: Collection[str]) -> None:
-        """See that a change set holds only what an image changes, and what is allowed; Refused."""
+        """Check that a change set holds only expected and allowed changes; raises CallDenied."""
         more = [one for one in plan.changes if one["LogicalResourceId"] not in allow and not _expected(one)]
         if more:
             allowing = " ".join(f"--allow {one['LogicalResourceId']}" for one in more)
             text = "; ".join(described(one) for one in more)
-            raise CallDenied(f"it would change more than the image: {text}: if that is meant, {allowing}")
+            raise CallDenied(f"it would change more than the image: {text}: to permit that, use {allowing}")
 
     def drop(self, name: str) -> None:
-        """Remove a change set, if it is there; says so if it cannot."""
+        """Remove a change set if it exists; prints a line if that fails."""
         try:
             self.account.call("cloudformation", "delete_change_set", StackName=self.name, ChangeSetName=name)
         except AwsError as error:
             if error.code not in GONE:
-                say(f"the change set {name} may still be there: {error}")
+                say(f"the change set {name} may still exist: {error}")
 
     def _create(self, name: str, request: dict[str, Any]) -> None:
-        """Ask for a change set, in place of what is left of an earlier one."""
+        """Create a change set in place of one that an earlier run left."""
         description = "made by scripts/deploy"
         arguments = {"StackName": self.name, "ChangeSetName": name, "Description": description, **request}
         for last in (False, True):
@@ -247,7 +246,7 @@ class Stack:
                 return
 
     def _made(self, name: str) -> dict[str, Any] | None:
-        """Wait for a change set; None if it has no changes, DeployError if there can be none."""
+        """Wait for a change set; returns None if it has no changes, raises DeployError if it failed."""
         until = self.clock.now() + PLAN_SECONDS
         while (found := self._describe(name))["Status"] in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
             if self.clock.now() >= until:
@@ -258,10 +257,10 @@ class Stack:
         reason = found.get("StatusReason", found["Status"])
         if any(words in reason for words in UNCHANGED):
             return None
-        raise DeployError(f"there can be no change set: {' '.join(reason.split())}")
+        raise DeployError(f"the change set failed: {' '.join(reason.split())}")
 
     def _describe(self, name: str) -> dict[str, Any]:
-        """A change set, with its changes of resources on all pages."""
+        """Return a change set, with the resource changes of all pages."""
         arguments = {"StackName": self.name, "ChangeSetName": name}
         answer = page = self.account.call("cloudformation", "describe_change_set", **arguments)
         changes = [*answer.get("Changes", [])]
@@ -272,28 +271,28 @@ class Stack:
 
 
 def named(image: str) -> str:
-    """The name of the change set for an image."""
+    """Return the name of the change set for an image."""
     return f"chatd-{image}"
 
 
 def described(change: Mapping[str, Any]) -> str:
-    """A change in a few words."""
+    """Describe a change in a few words."""
     replacement = {"True": ", replaced", "Conditional": ", perhaps replaced"}.get(change.get("Replacement", ""), "")
     return f"{change['Action']} {change['LogicalResourceId']} ({change['ResourceType']}{replacement})"
 
 
 def _expected(change: Mapping[str, Any]) -> bool:
-    """Whether it is one of an image."""
+    """Return whether a new image causes this change."""
     in_place = change["Action"] == "Modify" and change.get("Replacement") == "False"
     return in_place and change["ResourceType"] in TOUCHED
 
 
 def _read(path: pathlib.Path) -> str:
-    """The text of a template; DeployError."""
+    """Return the text of a template; raises DeployError."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DeployError(f"{path}: {error.strerror}") from error
     if len(text.encode()) > LARGEST:
-        raise DeployError(f"{path}: CloudFormation takes {LARGEST} bytes at most")
+        raise DeployError(f"{path}: CloudFormation accepts at most {LARGEST} bytes")
     return text

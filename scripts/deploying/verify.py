@@ -1,8 +1,8 @@
-"""Whether what runs is the image, and serves.
+"""The check that all instances run the image and serve.
 
-Three things must hold at once: each instance that is in service was launched from the image; each of them is a healthy
-target, and no target that is to get clients is anything else; and a client that joins through the load balancer posts,
-has its message back, and is told the version that the image was tagged with.
+Three things must hold at once.  Each instance in service was launched from the image.  Each of them is a healthy
+target, and no other target gets new clients.  A client that joins through the load balancer posts, reads its message
+back, and sees the version that the image is tagged with.
 """
 
 import os
@@ -17,19 +17,21 @@ from deploying.stack import Stack, State
 
 ROOT: Final = pathlib.Path(__file__).resolve().parent.parent.parent
 ECHO_SECONDS: Final = 20
-"""How long a client may take to join, post and read."""
+"""The time limit for a client to join, post and read."""
+ROOM: Final = "rooms/launch"
+"""The room of the test message, which nobody reads."""
 LEAVING: Final = "draining"
-"""A target that gets no new clients."""
+"""The state of a target that gets no new clients."""
 
 
 class NotVerified(DeployError):
-    """What runs is not the image, or does not serve."""
+    """The instances do not run the image, or do not serve."""
 
 
 def verify(stack: Stack, image: str, within: float) -> dict[str, Any]:
-    """Wait until what runs is the image and serves, so many seconds at most; answers what was seen.
+    """Wait, at most `within` seconds, until all instances run the image and serve; returns the details.
 
-    NotVerified, or AwsError, if it does not come to that.
+    Raises NotVerified or AwsError.
     """
     expected = version(stack.account, image)
     state = stack.there()
@@ -55,7 +57,7 @@ def verify(stack: Stack, image: str, within: float) -> dict[str, Any]:
 
 
 def running(account: Account, state: State, image: str) -> tuple[str, list[str]]:
-    """What is wrong with the instances and their targets, empty if nothing is, and those that are in service."""
+    """Return the faults of the instances and their targets (empty if none), and the instances in service."""
     group, target_group = state.output("AutoScalingGroup"), state.output("TargetGroup")
     groups = account.call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[group])
     if not groups["AutoScalingGroups"]:
@@ -83,11 +85,11 @@ def running(account: Account, state: State, image: str) -> tuple[str, list[str]]
 
 
 def echo(url: str, expected: str) -> str:
-    """What is wrong with what a client sees, empty if nothing is."""
-    script = pathlib.Path(__file__).with_name("echo.py")
+    """Return the fault that a client sees (empty if none)."""
+    script = ROOT / "packer" / "files" / "chatd_echo.py"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(  # noqa: S603 -- it is our own
-        [sys.executable, script, url, str(ECHO_SECONDS)],
+    result = subprocess.run(  # noqa: S603 -- our own script
+        [sys.executable, script, f"{url.rstrip('/')}/{ROOM}", str(ECHO_SECONDS)],
         env=env,
         capture_output=True,
         text=True,
@@ -96,4 +98,4 @@ def echo(url: str, expected: str) -> str:
     if result.returncode:
         return f"{url}: {(result.stderr.strip().splitlines() or ['the client ended'])[-1]}"
     server = result.stdout.strip()
-    return "" if server == f"chatd/{expected}" else f"{url} is {server or 'of no version'}, not chatd/{expected}"
+    return "" if server == f"chatd/{expected}" else f"{url} is {server}, not chatd/{expected}"

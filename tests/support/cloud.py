@@ -1,7 +1,7 @@
-"""A cloud that has no account: moto for EC2, which records what it is asked, and Packer from the Go module proxy.
+"""A double of EC2, moto with a record of the requests, and Packer from the Go module proxy.
 
-moto keeps books and boots nothing.  What stands for the builder is a machine of tests/support/booted.py: when an
-instance is asked for, its key goes to that machine, as cloud-init would put it there, and Packer reaches it over SSH.
+moto records instances and boots nothing.  A machine of tests/support/booted.py stands for the builder: when an instance
+is launched, that machine gets its key, as from cloud-init, and Packer connects to it over SSH.
 """
 
 import contextlib
@@ -17,32 +17,16 @@ import urllib.parse
 from typing import Any
 
 from support import booted
-from support.booted import bootable, kept, succeed
+from support.booted import kept, succeed
 from support.servers import LONG, ROOT, environment, missing, need
+from support.threads import serving, wsgi
 
 REGION = "us-east-1"
 DEBIAN = "136693071363"
 """Debian's account at AWS."""
-SUITE = "trixie"
-PACKAGES = (
-    "systemd,systemd-sysv,udev,dbus,openssh-server,sudo,python3-venv,unattended-upgrades,linux-image-cloud-amd64,zstd"
-)
-SET_UP = """
-chroot "$1" useradd --create-home --shell /bin/bash admin
-echo "admin ALL=(ALL) NOPASSWD:ALL" >"$1/etc/sudoers.d/admin"
-printf '[Match]\\nName=en*\\n[Network]\\nDHCP=yes\\n' >"$1/etc/systemd/network/10-dhcp.network"
-chroot "$1" systemctl enable systemd-networkd.service
-"""
-"""What cloud-init and Debian's image for EC2 see to: somebody who may log in, and a network."""
-NO_NETWORK = "systemd.mask=systemd-networkd-wait-online.service"
-"""For the kernel's command line, where no network comes that is waited for."""
+NOTHING_LEFT = {"images": [], "snapshots": [], "groups": [], "keys": [], "instances": [], "volumes": []}
+"""The result of Account.left when a bake has left nothing."""
 TOOLS = ROOT / "packer" / "tools"
-
-
-def guest():
-    """The folder of a Debian that Packer can log in to, as those of the cloud are."""
-    mmdebstrap = [need("mmdebstrap"), "--quiet", "--variant=apt", f"--include={PACKAGES}", f"--customize-hook={SET_UP}"]
-    return bootable(lambda: kept("guest", lambda folder: succeed(*mmdebstrap, SUITE, folder), SUITE, PACKAGES, SET_UP))
 
 
 def packer():
@@ -75,14 +59,8 @@ class Account:
             from moto.ec2.models import ec2_backends
             from moto.ec2.models.amis import Ami
             from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-            from werkzeug.serving import WSGIRequestHandler, make_server
         except ImportError as error:
             missing(f"moto is not installed: {error}")
-
-        class Quiet(WSGIRequestHandler):
-            def log(self, *_):
-                pass
-
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._backends = ec2_backends
         ec2_backends.reset()
@@ -101,18 +79,16 @@ class Account:
                 hypervisor="xen",
             )
         self._own = set(self.backend.amis), set(self.backend.snapshots), set(self.groups)
-        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=Quiet)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._server = wsgi(self._serve)
+        self._stack = contextlib.ExitStack()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self):
-        self._thread.start()
+        self._stack.enter_context(serving(self._server))
         return self
 
     def __exit__(self, *_):
-        self._server.shutdown()
-        self._thread.join(LONG)
-        self._server.server_close()
+        self._stack.close()
         self._backends.reset()
 
     def _serve(self, environ, start_response):
@@ -139,7 +115,7 @@ class Account:
         return answer
 
     def _answer(self, environ):
-        """What moto answers: the status, the headers and the body."""
+        """Return the answer of moto: status, headers and body."""
         told = []
         answer = [*self._moto(environ, lambda status, headers, *_: told.extend((status, headers)))]
         return *told, answer
@@ -153,11 +129,11 @@ class Account:
         return [name for vpc in self.backend.groups.values() for name in vpc]
 
     def requests(self, action):
-        """Those of one kind, in the order in which they came."""
+        """Return the requests of one kind, in order."""
         return [form for form in self.asked if form.get("Action") == action]
 
     def left(self):
-        """What there is by now that was not there before: images, snapshots, groups, keys, running instances, disks."""
+        """Return what was created and not removed: images, snapshots, groups, keys, running instances, disks."""
         images, snapshots, groups = self._own
         running = [one.id for one in self.backend.all_instances() if one.state != "terminated"]
         return {
@@ -183,11 +159,32 @@ def tags(form, kind):
     return found
 
 
+def request_faults(account):
+    """Return the faults in the requests of a bake."""
+    (launch,) = account.requests("RunInstances")
+    (copy,) = account.requests("CopyImage") or [{}]
+    modified = {key: value for form in account.requests("ModifyImageAttribute") for key, value in form.items()}
+    (ingress,) = account.requests("AuthorizeSecurityGroupIngress")
+    wanted = {
+        "the builder's metadata needs a token": launch.get("MetadataOptions.HttpTokens") == "required",
+        "the token stays on the builder": launch.get("MetadataOptions.HttpPutResponseHopLimit") == "1",
+        "the builder's disk is encrypted": launch.get("BlockDeviceMapping.1.Ebs.Encrypted") == "true",
+        "the disk is gp3": launch.get("BlockDeviceMapping.1.Ebs.VolumeType") == "gp3",
+        "the disk goes with the builder": launch.get("BlockDeviceMapping.1.Ebs.DeleteOnTermination") == "true",
+        "the image is encrypted": copy.get("Encrypted") == "true",
+        "instances of the image need a token": modified.get("ImdsSupport.Value") == "v2.0",
+        "the image is nobody else's": not any("LaunchPermission" in key for key in modified),
+        "only one address may connect": "192.0.2.7/32" in ingress.values() and "0.0.0.0/0" not in ingress.values(),
+        "the builder has tags": "chatd:git-sha" in tags(launch, "instance") and "Name" in tags(launch, "volume"),
+    }
+    return [text for text, holds in wanted.items() if not holds]
+
+
 class Builder(booted.Machine):
     """A Debian that has booted, with SSH at a port of this machine; it has no network of its own."""
 
     def __init__(self):
-        super().__init__(guest(), [], NO_NETWORK)
+        super().__init__(booted.debian(), [], booted.NO_NETWORK)
         self._sockets = [socket.create_server(("127.0.0.1", 0))]
         self._threads = []
         self.port = self._sockets[0].getsockname()[1]
@@ -229,7 +226,7 @@ class Builder(booted.Machine):
 
     @property
     def place(self):
-        """Where Packer reaches it, as the template's variable has it."""
+        """The address for Packer, as a value of the template's variable."""
         return json.dumps({"ssh_host": "127.0.0.1", "ssh_port": self.port})
 
     def authorize(self, key):
@@ -253,6 +250,7 @@ def settings(folder, account=None):
         "CHECKPOINT_DISABLE": "1",
         "PACKER_CONFIG_DIR": str(folder),
         "PACKER_PLUGIN_PATH": str(packer() / "plugins"),
+        **booted.pip_settings(),
     }
 
 
@@ -324,7 +322,7 @@ def agents(folder, agent):
 
 @dataclasses.dataclass(frozen=True)
 class Baked:
-    """What a whole bake has come to: `made` is its JSON, `told` its progress, `root` what is on the image's disk."""
+    """The result of a bake: `made` is its JSON, `told` its progress, `root` the files on the disk of the image."""
 
     made: dict[str, Any]
     told: str

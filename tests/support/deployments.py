@@ -1,7 +1,7 @@
-"""An account to deploy to that is none: moto, with what it lacks, at a port of this machine, and faults on demand.
+"""A double of an AWS account to deploy to: moto with additions, at a local port, and faults on demand.
 
-moto keeps the books of EC2, of the load balancer's targets, of the group, the alarms and the parameters.  Its
-CloudFormation proves nothing, so that tests/support/formation.py stands for it.
+moto simulates EC2, the targets of the load balancer, the group, the alarms and the parameters.  Its CloudFormation is
+too lenient, so tests/support/formation.py replaces it.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ import subprocess
 import sys
 import threading
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
 
 from support.fleet import Fleet
 from support.formation import Formation
 from support.servers import LONG, ROOT, environment, missing
+from support.threads import serving, wsgi
 from support.wire import Fault, Wire
 
 import chatd
@@ -34,9 +34,9 @@ DEPLOY = ROOT / "scripts" / "deploy"
 OWN = "testing"
 """The access key of the test itself, whose calls are not on record."""
 SCOPES = {"monitoring": "cloudwatch", "elasticloadbalancing": "elbv2"}
-"""What services are called in a signature, where botocore calls them otherwise."""
+"""Names of services in signatures that differ from those in botocore."""
 PREFIXES = {"elbv2": "elasticloadbalancing"}
-"""What IAM calls them, likewise."""
+"""Names of services in IAM that differ from those in botocore."""
 DONE, FAILED, WRONG, REFUSED, BACK, STUCK, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 """The exit statuses of scripts/deploy."""
 VERSION = chatd.__version__
@@ -65,10 +65,10 @@ ALLOWED = {
     "ssm:LabelParameterVersion",
     "ssm:PutParameter",
 }
-"""What it calls; with `DeregisterImage` EC2 wants ec2:DeleteSnapshot too, and a service role iam:PassRole."""
+"""The calls of scripts/deploy.  `DeregisterImage` also needs ec2:DeleteSnapshot, and a service role iam:PassRole."""
 XML = [("Content-Type", "text/xml")]
 CREATING = threading.Lock()
-"""What is made once is made by one thread, and a session of botocore's is used by one."""
+"""A lock: only one thread may use a session of botocore."""
 OWNERS = itertools.count(100000000001)
 
 
@@ -96,7 +96,7 @@ def wire(service):
 
 
 def named(service, operation):
-    """What IAM calls an operation."""
+    """Return the name of an operation in IAM."""
     return f"{PREFIXES.get(service, service)}:{operation}"
 
 
@@ -107,22 +107,17 @@ class Account:
         with CREATING:
             self._moto, self._session = moto()
         from moto.ec2 import ec2_backends
-        from werkzeug.serving import WSGIRequestHandler, make_server
-
-        class Quiet(WSGIRequestHandler):
-            def log(self, *_):
-                pass
 
         self.owner = str(next(OWNERS))
         self.ec2 = ec2_backends[self.owner][REGION]
         self.script = script
         self.url_of_chat = url_of_chat
-        """What the stack says of itself."""
+        """The URL in the outputs of the stack."""
         self.asked = []
         self.leaving = []
         """Targets that are draining."""
         self.snapshots = "success"
-        """What becomes of the snapshots of an image that is deregistered."""
+        """The result of deleting the snapshots of an image."""
         self.process = None
         """The scripts/deploy that runs."""
         self.fleet = Fleet(self, STACK, REGION)
@@ -131,20 +126,18 @@ class Account:
         self._broken = []
         self._clients = {}
         self._lock = threading.RLock()
-        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=Quiet)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True)
+        self._server = wsgi(self._serve)
+        self._stack = contextlib.ExitStack()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self):
-        self._thread.start()
+        self._stack.enter_context(serving(self._server))
         return self
 
     def __exit__(self, *_):
         for client in self._clients.values():
             client.close()
-        self._server.shutdown()
-        self._thread.join(LONG)
-        self._server.server_close()
+        self._stack.close()
         if self._broken:  # a double failed
             raise self._broken[0]
 
@@ -155,7 +148,7 @@ class Account:
                 self._clients[service] = self._session.create_client(service, region_name=REGION, endpoint_url=self.url)
         return getattr(self._clients[service], operation)(**arguments)
 
-    # What there is
+    # Images and parameters
 
     def image(self, version, architecture="arm64", days=0, **tags):
         """Have an image of a version of chatd, made so many days ago; without one it has no such tag."""
@@ -263,7 +256,7 @@ class Account:
         return "500 No", [], b""
 
     def _own(self, service, operation):
-        """What answers an operation in place of moto, if anything does."""
+        """Return the function that answers an operation instead of moto, or None."""
         if service == "cloudformation" or operation == "DescribeInstanceRefreshes":
             return getattr(self.stack, operation)
         return {
@@ -292,7 +285,10 @@ def checkout(folder, *changes):
     shutil.copytree(ROOT / "scripts" / "deploying", folder / "scripts" / "deploying")
     for name in ("deploy", "venv"):
         shutil.copy(ROOT / "scripts" / name, folder / "scripts" / name)
-    for name in (".venv", "chatd", "packer", "requirements.txt", "schemas", "seed"):
+    for name in (
+        *(".venv", "chatd", "packer", "schemas", "seed"),
+        *("pyproject.toml", "requirements.txt", "requirements-build.txt"),
+    ):
         (folder / name).symlink_to(ROOT / name)
     for name, old, new in changes:
         path = folder / "scripts" / name
@@ -378,31 +374,3 @@ def end(account, result, status, **expected):
     assert (result.returncode, seen) == (status, wanted), told
     if status:
         assert result.stderr.splitlines()[-1].startswith("deploy: "), told
-
-
-def ahead(test):
-    """Have a test that needs but an account of its own begin before its turn, as the fixture `ends` has it."""
-
-    def awaited(ends):
-        ends(test)
-
-    awaited.__name__ = test.__name__
-    awaited.rehearsal = test
-    return awaited
-
-
-@contextlib.contextmanager
-def beginning(request, chat):
-    """Begin all tests of a module that need not wait for their turn, as many at a time as this machine has cores."""
-
-    def begin(test):
-        with running(chat) as account:
-            test(account)
-
-    tests = [
-        getattr(item.function, "rehearsal", None) for item in request.session.items if item.module is request.module
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ends = {test: pool.submit(begin, test) for test in tests if test}
-        yield lambda test: ends[test].result()
-        pool.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
-"""A double of CloudFormation and of the instance refresh, which goes one step on each time the stack is described.
+"""A double of CloudFormation and of the instance refresh, which advances one step each time the stack is described.
 
-It keeps one stack, whose instances, targets, alarms and launch template are moto's.  What happens to the stack is a
-generator: an update replaces the instances one by one, and is undone when a new one does not become healthy, an alarm
-goes off, or it is cancelled, as CloudFormation does with an `AutoScalingInstanceRefresh`.
+It holds one stack, whose instances, targets, alarms and launch template are moto's.  An operation on the stack is a
+generator.  An update replaces the instances one by one.  It rolls back when a new one does not become healthy, an alarm
+fires, or it is cancelled, as CloudFormation does with an `AutoScalingInstanceRefresh`.
 """
 
 import datetime as dt
@@ -25,11 +25,11 @@ PARAMETERS = {
     "VpcId": [("TargetGroup", "AWS::ElasticLoadBalancingV2::TargetGroup", "True")],
     "StoreParameter": [(*TEMPLATE, "False"), (*GROUP, "False")],
 }
-"""What each parameter of the stack's template changes: the resource, its type, and whether it is replaced."""
+"""The changes by each parameter of the template: the resource, its type, and whether it is replaced."""
 
 
 class Failed(Exception):
-    """What an update came to grief by."""
+    """The failure of an update."""
 
 
 class ChangeSet:
@@ -75,14 +75,14 @@ class Formation:
         self.alarming = set()
         """Images that set off an alarm once one instance runs them."""
         self.trapped = False
-        """Whether a roll-back fails."""
+        """True if a rollback fails."""
         self._cancelled = False
         self._token = None
-        """Of what is under way, or was last."""
+        """The token of the current or latest operation."""
         self._course = iter(())
         self._count = itertools.count(1)
 
-    # What a test asks and sets
+    # Interface of the tests
 
     def exists(self, **parameters):
         """The stack is there, done."""
@@ -106,7 +106,7 @@ class Formation:
     def step(self):
         next(self._course, None)
 
-    # What is done to the stack
+    # Operations on the stack
 
     def _become(self, status, reason=None):
         self.status = status
@@ -240,7 +240,7 @@ class Formation:
         change_set.execution = "EXECUTE_COMPLETE"
         self._become("CREATE_COMPLETE")
 
-    # What is asked of CloudFormation
+    # Calls of CloudFormation
 
     def _known(self, params):
         if self.status is None or params["StackName"] not in (self.name, self.id):

@@ -1,4 +1,4 @@
-"""An EC2 instance's surroundings, for the tests of what speaks to them: its metadata service, and AWS as far as needed.
+"""Doubles of the metadata service and of AWS for the programs of an EC2 instance.
 
 Both are one HTTP server in a thread.  The metadata want a token (version 2) and give the role's credentials;
 AWS is SSM (JSON), Auto Scaling and Elastic Load Balancing (the query protocol), and takes nothing without the right
@@ -19,6 +19,7 @@ import types
 import urllib.parse
 
 from support.servers import LONG, ROOT, environment
+from support.threads import serving
 
 FILES = ROOT / "packer" / "files"
 INSTANCE, REGION, GROUP = "i-0123456789abcdef0", "eu-west-1", "chatd-group"
@@ -58,7 +59,7 @@ def surroundings(cloud, **changes):
 
 
 def settings(cloud):
-    """What botocore reads."""
+    """Return the settings that botocore reads."""
     return {
         "AWS_EC2_METADATA_SERVICE_ENDPOINT": cloud.url,
         "AWS_ENDPOINT_URL": cloud.url,
@@ -125,16 +126,14 @@ class Cloud:
         self._server = _Server(address, Handler)
         self.port = self._server.server_port
         self.url = f"http://{address[0]}:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self):
-        self._thread.start()
+        self._stack.enter_context(serving(self._server))
         return self
 
     def __exit__(self, *_):
-        self._server.shutdown()
-        self._thread.join(LONG)
-        self._server.server_close()
+        self._stack.close()
         assert self.wrong == []
 
     def _fault(self, name):
@@ -244,7 +243,7 @@ class Cloud:
         members = f"<TargetHealthDescriptions><member>{target}{health}</member></TargetHealthDescriptions>"
         return None, f"<{action}Response><{action}Result>{members}</{action}Result></{action}Response>".encode()
 
-    # What the tests ask
+    # Interface of the tests
 
     def taken(self, action):
         """The fields of the requests for an action that went well."""

@@ -1,8 +1,8 @@
 """EC2 instances without EC2: the image that was baked, booted in a network of the test's own, and what surrounds it.
 
-A host is a network namespace with a loopback on which an instance finds its metadata at the address that all instances
-know, and it may be wired to others by a bridge.  What is baked is booted as it is: only the kernel's command line says
-where AWS is, and that too is the double of tests/support/imds.py.
+A host is a network namespace, optionally connected to others by a bridge.  On its loopback an instance finds the
+metadata service at the usual address.  The baked image boots unchanged: only the kernel's command line names the
+endpoint of AWS, which is the double of tests/support/imds.py too.
 """
 
 import concurrent.futures
@@ -16,14 +16,13 @@ import threading
 
 from support import booted
 from support.booted import succeed
-from support.cloud import NO_NETWORK
 from support.imds import INSTANCE, Cloud
 from support.servers import LONG, Raw, environment, need
 
 METADATA = "169.254.169.254"
 CLIENTS_PORT = 8085
 NETWORK = "198.18.77"
-"""Of the addresses that are for such tests (RFC 2544); nobody beyond the namespaces ever sees them."""
+"""A network from the range for such tests (RFC 2544), visible only in the namespaces."""
 
 _numbers = itertools.count(1)
 
@@ -129,7 +128,7 @@ class Host:
 
 @contextlib.contextmanager
 def surroundings(host, number=0):
-    """What surrounds an instance on a host: its metadata, and AWS."""
+    """The surroundings of an instance on a host: its metadata, and AWS."""
     with host.inside(lambda: Cloud(f"{INSTANCE[:-1]}{number}", (METADATA, 80))) as cloud:
         yield cloud
 
@@ -140,5 +139,5 @@ def boot(root, host, cloud, *changes, more=()):
     `more` is for the kernel's command line.
     """
     binds = [(file, path, False) for path, file in changes]
-    arguments = *more, NO_NETWORK, f"systemd.setenv=AWS_ENDPOINT_URL={cloud.url}"
+    arguments = *more, booted.NO_NETWORK, f"systemd.setenv=AWS_ENDPOINT_URL={cloud.url}"
     return booted.Machine(root, binds, *arguments, network=host.path)

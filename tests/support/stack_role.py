@@ -1,4 +1,4 @@
-"""What an instance of the stack may do: the list, and what is not as it says."""
+"""The permissions of an instance: the allow list, and the check of a policy against it."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def statement(template, sid):
 
 
 def granted(statements):
-    """What statements allow, as ALLOWED has it, each time that they do."""
+    """Return the grants of statements in the form of ALLOWED, duplicates included."""
     found = {}
     for one in statements:
         for action in listed(one["Action"]):
@@ -54,7 +54,7 @@ def granted(statements):
 
 
 def made(values):
-    """What is allowed in a stack that is made: with the values that stand for what its template leaves open."""
+    """Return ALLOWED for a created stack, with values for the references of its template."""
     text = json.dumps(ALLOWED)
     for name, value in values.items():
         text = text.replace(f"${{{name}}}", value).replace(f'"{name}"', f'"{value}"')

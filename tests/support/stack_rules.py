@@ -1,4 +1,4 @@
-"""What has to hold of scripts/stack.yaml, and no linter knows: `faults` has the sentences that are not true of it.
+"""Rules for scripts/deploying/stack.yaml that no linter knows; `faults` lists those that a template breaks.
 
 A rule is a generator of faults.  A template is data, as stacks.template() reads it; what is in it but `!Ref` and the
 like is compared as it stands.
@@ -196,7 +196,7 @@ def _updates(template):
 
 
 def guards(refresh):
-    """The alarms that undo a rollout, unless it is told otherwise."""
+    """Return the alarms that roll back a guarded rollout."""
     condition, guarded, unguarded = refresh["Preferences"]["AlarmSpecification"]["Fn::If"]
     assert (condition, unguarded) == ("Guarded", {"Ref": "AWS::NoValue"})
     return guarded["Alarms"]
@@ -220,7 +220,7 @@ def _alarms(template):
 
 
 def _metrics(template):
-    """What the agent tells is what is asked for."""
+    """Check that the agent publishes the metrics that the template uses."""
     from_image = json.loads((ROOT / "packer" / "files" / "cloudwatch-agent.json").read_text())
     told = from_image["logs"]["metrics_collected"]["prometheus"]["emf_processor"]
     (declared,) = told["metric_declaration"]
@@ -339,5 +339,5 @@ RULES = (
 
 
 def faults(template):
-    """What does not hold of a template, a line each."""
+    """Return the rules that a template breaks, one line each."""
     return [fault for rule in RULES for fault in rule(template)]

@@ -1,7 +1,7 @@
-"""scripts/stack.yaml as data, what others say of it, and a double of AWS to make it at.
+"""scripts/deploying/stack.yaml as data, what others say of it, and a double of AWS to make it at.
 
-cfn-lint and checkov read it, and ministack makes it: each as a program in an environment of its own, made once
-and kept in `build/`, since what they pin goes neither with our own requirements nor with each other's.
+cfn-lint and checkov read it, and ministack creates it.  Each runs in an environment of its own, made once and kept in
+`build/`, because their requirements conflict with ours and with each other's.
 
 ministack does not know all that the stack consists of.  `rehearsed` leaves out and rewrites what it lacks, and a test
 holds that list to what ministack says.
@@ -22,7 +22,7 @@ import sys
 from support.booted import kept, succeed
 from support.servers import LONG, ROOT, Lines, environment, missing
 
-TEMPLATE = ROOT / "scripts" / "stack.yaml"
+TEMPLATE = ROOT / "scripts" / "deploying" / "stack.yaml"
 REGION = "eu-west-1"
 ACCOUNT = "000000000000"
 CHECKERS, DOUBLE = (ROOT / "tests" / f"{name}.txt" for name in ("checkers", "ministack"))
@@ -31,7 +31,7 @@ UNKNOWN = {"AWS::EC2::SecurityGroupEgress", "AWS::EC2::SecurityGroupIngress"}
 """The types of resources that ministack refuses.  It refuses MemoryDB too, which is not made where a store is named."""
 OFTEN = {"Delay": 0.1, "MaxAttempts": 10 * LONG}
 HOOKS = "LifecycleHookSpecificationList"
-"""What it takes for a group and forgets; hooks that are resources of their own it keeps."""
+"""The property of a group that ministack ignores; it supports hooks that are separate resources."""
 
 SCAN = "import sys; from checkov.main import Checkov; sys.exit(Checkov().run())"
 LINT = "from cfnlint.runner import main; main()"
@@ -134,7 +134,7 @@ def written(folder, templates):
 
 
 def cfn_lint(folder):
-    """What cfn-lint finds in each template of a folder, by name: the ids of the rules."""
+    """Return the ids of the rules that cfn-lint reports for each template of a folder, by name."""
     paths = sorted(folder.iterdir())
     said = run(CHECKERS, "-c", LINT, "--format", "json", "--include-checks", "I", "--regions", REGION, "--", *paths)
     found = {path.stem: set() for path in paths}
@@ -144,7 +144,7 @@ def cfn_lint(folder):
 
 
 def checkov(folder):
-    """What checkov finds in each template of a folder, by name: the ids of the checks with their resources."""
+    """Return the checks, with their resources, that checkov reports for each template of a folder, by name."""
     said = run(
         CHECKERS,
         *("-c", SCAN, "--directory", ".", "--framework", "cloudformation", "--output", "json"),
@@ -221,7 +221,7 @@ class Account:
 
 @functools.cache
 def session():
-    """What makes clients, and has read their models."""
+    """A session of botocore, which caches the models."""
     try:
         import botocore.session
     except ImportError:
@@ -238,7 +238,7 @@ def client(service, url="http://127.0.0.1:9"):
 
 
 class Stack:
-    """A stack in an account, by its name; it need not be there yet."""
+    """A stack in an account, by its name; it does not have to exist."""
 
     def __init__(self, account, name):
         self.name = name
@@ -268,11 +268,11 @@ class Stack:
         return {change["LogicalResourceId"]: change["Action"] for change in changes}
 
     def resources(self):
-        """What it consists of: by name, the type and the id."""
+        """Return the type and the id of each resource, by name."""
         found = self._formation.describe_stack_resources(StackName=self.name)["StackResources"]
         return {one["LogicalResourceId"]: (one["ResourceType"], one["PhysicalResourceId"]) for one in found}
 
     def outputs(self):
-        """What it says of itself."""
+        """Return the outputs of the stack."""
         (stack,) = self._formation.describe_stacks(StackName=self.name)["Stacks"]
         return {one["OutputKey"]: one["OutputValue"] for one in stack["Outputs"]}

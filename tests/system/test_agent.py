@@ -40,7 +40,7 @@ def agent(cloud, folder):
     return result.returncode, result.stderr
 
 
-def test_the_agent_is_told_the_group_and_its_log(cloud, tmp_path):
+def test_configuration_names_group_and_log(cloud, tmp_path):
     assert agent(cloud, tmp_path) == (0, "")
     logs = json.loads((tmp_path / "amazon-cloudwatch-agent.json").read_text())["logs"]
     (journal,) = logs["logs_collected"]["journald"]["collect_list"]
@@ -53,14 +53,14 @@ def test_the_agent_is_told_the_group_and_its_log(cloud, tmp_path):
     assert re.findall(r"127\.0\.0\.1:(\d+)", scraped) == ["8086", *(f"809{digit}" for digit in range(1, 10))]
 
 
-def test_the_logs_are_those_of_the_units_of_an_instance(cloud, tmp_path):
+def test_log_covers_all_units_of_an_instance(cloud, tmp_path):
     text = (FILES / "cloudwatch-agent.json").read_text()
     (journal,) = json.loads(text)["logs"]["logs_collected"]["journald"]["collect_list"]
     units = {re.sub(r"@\.", "@*.", path.name) for path in FILES.glob("chatd*.service")}
     assert {*journal["units"]} == units
 
 
-def test_prometheus_takes_what_is_written(cloud, tmp_path):
+def test_promtool_accepts_the_configuration(cloud, tmp_path):
     promtool = [need("promtool"), "check", "config", tmp_path / "prometheus.yml"]
     assert agent(cloud, tmp_path) == (0, "")
     assert subprocess.run(promtool, capture_output=True, timeout=LONG, check=False).returncode == 0
@@ -68,7 +68,7 @@ def test_prometheus_takes_what_is_written(cloud, tmp_path):
     assert subprocess.run(promtool, capture_output=True, timeout=LONG, check=False).returncode == 1
 
 
-def test_the_metrics_that_are_told_are_chatds(tmp_path):
+def test_published_metrics_are_chatds(tmp_path):
     configuration = json.loads((FILES / "cloudwatch-agent.json").read_text())
     (declared,) = configuration["logs"]["metrics_collected"]["prometheus"]["emf_processor"]["metric_declaration"]
     names = {name.strip("^$") for name in declared["metric_selectors"]}
@@ -82,15 +82,15 @@ def test_the_metrics_that_are_told_are_chatds(tmp_path):
 
 
 @pytest.mark.parametrize("said", [None, "", "CHATD_RETAIN=1\n", "CHATD_GROUP=\n", "CHATD_GROUP=a b\n", b"\xff\xfe"])
-def test_without_a_group_it_is_not_to_start(cloud, tmp_path, said):
+def test_agent_does_not_start_without_a_group(cloud, tmp_path, said):
     cloud.user_data = said
     code, line = agent(cloud, tmp_path)
     assert code == 1
-    assert line == "chatd-agent: no group: have user data say CHATD_GROUP=NAME\n"
+    assert line == "chatd-agent: no group: set CHATD_GROUP=NAME in user data\n"
     assert [*tmp_path.iterdir()] == []
 
 
-def test_without_metadata_it_is_to_be_tried_again(cloud, tmp_path):
+def test_retry_without_metadata(cloud, tmp_path):
     cloud.away = True
     code, line = agent(cloud, tmp_path)
     assert code == 255
@@ -100,10 +100,10 @@ def test_without_metadata_it_is_to_be_tried_again(cloud, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chatd", "chatd-2", "a.b_c", "Chatd"])
-def test_the_name_of_a_group_is_found_among_other_settings(name):
+def test_group_among_other_settings(name):
     assert program.group(f"# CHATD_GROUP=no\nCHATD_RETAIN=10\n CHATD_GROUP= {name} \nCHATD_PING=9") == name
 
 
-def test_its_unit_runs_it_first():
+def test_unit_runs_it_before_the_agent():
     unit = (FILES / "amazon-cloudwatch-agent.service.conf").read_text()
     assert "\nExecCondition=/opt/chatd/bin/chatd-agent /opt/aws/amazon-cloudwatch-agent/etc\n" in unit

@@ -22,9 +22,8 @@ from support.deployments import (
     deploying,
     end,
     named,
-    running,
 )
-from support.servers import LONG, ROOT, Lines, Server
+from support.servers import LONG, ROOT, Lines
 
 COMMANDS = "bake", "plan", "rollout", "verify", "rollback", "abort", "gc", "ship"
 BAKE = """#!/bin/sh
@@ -33,22 +32,10 @@ cat "$0.made"
 """
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("chat"), "--store=memory:") as server:
-        yield server
-
-
-@pytest.fixture
-def account(chat):
-    with running(chat) as account:
-        yield account
-
-
 # Which images go
 
 
-def test_gc_keeps_what_is_needed_and_removes_the_rest_if_it_is_told_to(account):
+def test_gc_keeps_images_in_use(account):
     launched, parameter, staging, stopped = (account.image(VERSION, days=days) for days in (20, 21, 22, 23))
     account.fleet.aim(launched)
     account.stack.parameters = account.stack.parameters | {"ImageId": parameter}
@@ -66,10 +53,10 @@ def test_gc_keeps_what_is_needed_and_removes_the_rest_if_it_is_told_to(account):
     assert ({*account.ec2.amis}, len(account.ec2.snapshots)) == before
     why = {one["image"]: one["why"] for one in result.json["kept"]}
     assert why.keys() >= {launched, parameter, staging, stopped, kept, account.old}
-    assert why[staging] == "it is known to be good for staging"
+    assert why[staging] == "it is verified for staging"
     assert "runs it" in why[stopped]
     assert "launches it" in why[launched]
-    assert "is of it" in why[parameter]
+    assert "names it" in why[parameter]
 
     result = deploy(account, "gc", "--keep=1", "--yes")
     assert result.returncode == DONE, result.stderr
@@ -78,18 +65,18 @@ def test_gc_keeps_what_is_needed_and_removes_the_rest_if_it_is_told_to(account):
     assert deploy(account, "gc", "--keep=1", "--yes", "--json").json["images"] == []
 
 
-def test_gc_says_of_a_snapshot_that_it_is_still_there(account):
+def test_gc_reports_a_remaining_snapshot(account):
     account.image(VERSION, days=9)
     account.snapshots = "missing-permissions"
     result = deploy(account, "gc", "--keep=1", "--yes")
-    assert (result.returncode, "is still there: missing-permissions" in result.stderr) == (DONE, True)
+    assert (result.returncode, "was not deleted: missing-permissions" in result.stderr) == (DONE, True)
 
 
-# What is baked
+# Baking
 
 
 def baker(folder, image, script=BAKE):
-    """A checkout that is committed, whose scripts/bake says that it has made an image."""
+    """Make a committed checkout whose scripts/bake reports an image."""
     command = checkout(folder)
     (folder / "scripts" / "bake").write_text(script)
     (folder / "scripts" / "bake").chmod(0o755)
@@ -119,7 +106,7 @@ def test_ship_bakes_each_commit_once(account, tmp_path):
     assert "bake: no" in result.stderr
 
 
-def test_bake_is_scripts_bake(account, tmp_path):
+def test_bake_runs_scripts_bake(account, tmp_path):
     account.script, _, asked = baker(tmp_path, "ami-1")
     result = deploy(account, "bake", "--agents", "agents.json", "--arch=arm64")
     assert (result.returncode, result.stdout) == (DONE, f"ami-1 {REGION} arm64\n"), result.stderr
@@ -130,7 +117,7 @@ def test_bake_is_scripts_bake(account, tmp_path):
     assert (result.returncode, "no-such-packer is not installed" in result.stderr) == (FAILED, True)
 
 
-def test_a_bake_that_is_interrupted_ends_first(account, tmp_path):
+def test_interrupt_waits_for_the_bake(account, tmp_path):
     script = """#!/bin/sh
 trap 'kill $!; echo cleaned >&2; exit 130' TERM
 sleep 60 >/dev/null 2>&1 &
@@ -147,17 +134,17 @@ wait
     assert (code, [*told][-2:]) == (INTERRUPTED, ["cleaned", "deploy: interrupted"])
 
 
-# What it may do
+# Permissions
 
 
-def test_it_calls_what_is_allowed_and_nothing_else():
+def test_calls_match_the_allow_list():
     """In the scripts; that the doubles are asked for nothing else is asserted of each account."""
     text = "".join(path.read_text() for path in (DEPLOY.parent / "deploying").glob("*.py"))
     called = re.findall(r"\.(?:call|pages)\(\s*\"([a-z0-9]+)\", \"([a-z_]+)\"", text)
     assert {named(service, operation.title().replace("_", "")) for service, operation in called} == ALLOWED
 
 
-def test_the_policy_in_the_documentation_is_what_it_calls():
+def test_documented_policy_matches_the_calls():
     """And EC2's for the snapshots, which go with their image."""
     (policy,) = re.findall(r"```json\n(\{\n  \"Version.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
     statements = json.loads(policy)["Statement"]
@@ -185,7 +172,7 @@ def command(*arguments, **environment):
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_help_needs_no_packages_and_has_examples(name):
+def test_help_has_examples_and_needs_no_packages(name):
     result = command(*([name] if name else []), "--help")
     assert result.returncode == DONE, result.stderr
     assert f"  scripts/deploy {name or 'ship'}" in result.stdout
@@ -197,16 +184,16 @@ def test_help_needs_no_packages_and_has_examples(name):
     ("arguments", "fault"),
     [
         ([], "COMMAND"),
-        (["plan", "ami-1"], "say where: --region, or AWS_REGION"),
+        (["plan", "ami-1"], "no region: use --region or AWS_REGION"),
         (["plan", "--region=r"], "IMAGE"),
         (["rollback", "--region=r", "--frob"], "unrecognized arguments: --frob"),
-        (["ship", "--region=r", "--parameter=VpcId"], "say NAME=VALUE"),
+        (["ship", "--region=r", "--parameter=VpcId"], "expected NAME=VALUE"),
         (["ship", "--region=r", "--image=ami-1", "--", "--no-agents"], "scripts/bake, which is not run"),
         (["ship", "--region=r", "--timeout=soon"], "--timeout"),
         (["ship", "--region=r", "--timeout=-1"], "is not a number of minutes"),
-        (["gc", "--region=r", "--keep=0"], "at least 1 is kept"),
+        (["gc", "--region=r", "--keep=0"], "must be at least 1"),
     ],
 )
-def test_what_is_asked_wrongly_is_said(arguments, fault):
+def test_wrong_usage_is_reported(arguments, fault):
     result = command(*arguments)
     assert (result.returncode, fault in result.stderr.splitlines()[-1]) == (WRONG, True), result.stderr

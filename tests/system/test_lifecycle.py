@@ -28,6 +28,7 @@ from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
+import chatd
 from chatd.client.protocol import Backoff, History, Rejected
 from chatd.messages import Entry, Id
 
@@ -87,7 +88,7 @@ class Life:
         return [second for second, *one in self.did if one[: len(what)] == [*what]]
 
     def completed(self, hook):
-        """Whether a hook was completed."""
+        """Return whether a hook was completed."""
         return bool(self.when("complete", hook, "in time"))
 
     def over(self):
@@ -174,7 +175,7 @@ def is_refused_an_echo(program):
     life.heard.errback(Rejected("refused with 404", 404))
     life.passes(3600)
     assert life.when("complete") == []
-    assert life.said[1:] == [f"{LAUNCH} is not completed: chatd takes nothing in the room launch: refused with 404"]
+    assert life.said[1:] == [f"{LAUNCH} is not completed: chatd rejects posts to the room launch: refused with 404"]
     life.terminated = True
     life.passes(10)
     assert life.completed(TERMINATE)
@@ -187,7 +188,7 @@ def finds_that_no_hook_waits(program):
     life.begin().heard.callback(None)
     life.passes(3600)
     assert life.when("complete") == [*range(0, 62, 2)]
-    assert life.said[1:] == [f"serving: {LAUNCH} does not wait for this instance"]
+    assert life.said[1:] == [f"serving: {LAUNCH} is not waiting for this instance"]
     late = Life(program)
     late.waiting.discard(LAUNCH)
     late.begin().heard.callback(None)
@@ -288,7 +289,7 @@ def has_a_chatd_that_does_not_answer(program):
     life.faults["drain"] = [OSError("refused")] * 1000
     life.terminated = True
     life.passes(140)
-    assert life.said[3:] == ["port 1: refused: trying again", "port 1: not drained in 130 s", f"completed {TERMINATE}"]
+    assert life.said[3:] == ["port 1: refused: retrying", "port 1: not drained in 130 s", f"completed {TERMINATE}"]
     assert life.over()
 
 
@@ -345,11 +346,11 @@ def ends_before_it_is_heard(program):
     assert life.over()
 
 
-# What goes wrong
+# Errors
 
 
 def tries_again(program):
-    """Whatever AWS answers, with a growing wait, and says so once."""
+    """All errors of AWS are retried with growing waits, and logged once."""
     life = Life(program)
     endpoint = {"endpoint_url": "http://127.0.0.1"}
     errors = [THROTTLED, THROTTLED, ConnectionClosedError(**endpoint), ConnectionClosedError(**endpoint)]
@@ -361,16 +362,16 @@ def tries_again(program):
     about = f"completing {LAUNCH}"
     cut = "Connection was closed before we received a valid response from endpoint URL"
     assert life.said[1:] == [
-        f"{about}: {THROTTLED}: trying again",
-        f'{about}: {cut}: "http://127.0.0.1".: trying again',
-        f'{about}: Could not connect to the endpoint URL: "http://127.0.0.1": trying again',
-        f"{about}: no XML: <: trying again",
+        f"{about}: {THROTTLED}: retrying",
+        f'{about}: {cut}: "http://127.0.0.1".: retrying',
+        f'{about}: Could not connect to the endpoint URL: "http://127.0.0.1": retrying',
+        f"{about}: no XML: <: retrying",
         f"serving: completed {LAUNCH}",
     ]
 
 
-def says_it_anew(program):
-    """What has gone well in between goes wrong again."""
+def logs_it_again(program):
+    """An error that returns after a success is logged again."""
     life = launched(program)
     life.faults["leaving"] = [THROTTLED]
     life.passes(20)
@@ -381,7 +382,7 @@ def says_it_anew(program):
     life.deregistered = True
     life.passes(10)
     assert life.draining == {1}, "one that cannot be asked does not stop the other"
-    assert "metadata: away: trying again" in life.said
+    assert "metadata: away: retrying" in life.said
 
 
 SCENARIOS = [
@@ -400,16 +401,16 @@ SCENARIOS = [
     ends_before_it_is_ready,
     ends_before_it_is_heard,
     tries_again,
-    says_it_anew,
+    logs_it_again,
 ]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_an_instance(scenario):
+def test_scenario(scenario):
     scenario(lifecycle)
 
 
-def test_what_should_not_happen_ends_it():
+def test_unexpected_error_ends_the_run():
     life = launched(lifecycle)
     life.faults["drain"] = [ZeroDivisionError()]
     life.terminated = True
@@ -420,14 +421,14 @@ def test_what_should_not_happen_ends_it():
     assert not life.completed(TERMINATE)
 
 
-def test_a_drain_that_is_seen_late_and_takes_long_ends_before_the_load_balancer_cuts_it():
+def test_slow_drain_fits_the_deregistration_delay():
     budget = imds.load("chatd-boot").DRAIN_SECONDS
     deregistration_delay, hook = 180, 300  # the stack's
     drained = lifecycle.HEALTH_SECONDS + budget + lifecycle.SLACK_SECONDS
     assert drained < deregistration_delay < hook
 
 
-# What it asks AWS, with real signatures
+# Requests to AWS, with real signatures
 
 
 @pytest.fixture
@@ -440,7 +441,7 @@ def cloud(monkeypatch):
 
 
 def environ(**changes):
-    """What chatd-boot writes."""
+    """The settings that chatd-boot writes."""
     own = {"CHATD_INSTANCE": INSTANCE, "CHATD_REGION": REGION, "CHATD_ADMIN_PORTS": "8086", "CHATD_DRAIN": "120"}
     return own | {"CHATD_GROUP": GROUP, "CHATD_TARGET_GROUP": TARGET_GROUP} | changes
 
@@ -484,11 +485,11 @@ ASKED = [ends_when_its_metadata_say_so, leaves_when_its_target_drains, completes
 
 
 @pytest.mark.parametrize("scenario", ASKED)
-def test_aws_is_asked(scenario, cloud):
+def test_requests_to_aws(scenario, cloud):
     scenario(lifecycle, cloud)
 
 
-def test_without_a_target_group_nothing_is_asked_of_a_load_balancer(cloud):
+def test_no_balancer_requests_without_target_group(cloud):
     own = environ()
     del own["CHATD_TARGET_GROUP"]
     assert lifecycle.Group(own).leaving() is False
@@ -498,7 +499,7 @@ def test_without_a_target_group_nothing_is_asked_of_a_load_balancer(cloud):
 @pytest.mark.parametrize(
     "fault", [("AccessDenied", 403), ("Throttling", 400), ("ServiceUnavailable", 503), ("cut", None)]
 )
-def test_what_aws_refuses_is_trouble_on_one_line(cloud, fault):
+def test_aws_errors_are_one_line(cloud, fault):
     group = lifecycle.Group(environ())
     cloud.waiting = {LAUNCH}
     for action, ask in (
@@ -514,13 +515,13 @@ def test_what_aws_refuses_is_trouble_on_one_line(cloud, fault):
     assert group.complete(LAUNCH) is True
 
 
-def test_botocore_itself_tries_again(cloud, monkeypatch):
+def test_botocore_retries(cloud, monkeypatch):
     monkeypatch.setattr("chatd_instance.ATTEMPTS", 2)
     cloud.waiting, cloud.faults["CompleteLifecycleAction"] = {LAUNCH}, [("ServiceUnavailable", 503)]
     assert lifecycle.Group(environ()).complete(LAUNCH) is True
 
 
-def test_a_role_that_is_not_there_yet_is_trouble(cloud):
+def test_missing_role_is_a_transient_error(cloud):
     group, cloud.role, cloud.waiting = lifecycle.Group(environ()), None, {LAUNCH}
     with pytest.raises(NoCredentialsError):
         group.complete(LAUNCH)
@@ -528,7 +529,7 @@ def test_a_role_that_is_not_there_yet_is_trouble(cloud):
     assert group.complete(LAUNCH) is True
 
 
-def test_a_signature_that_is_wrong_is_not_taken(cloud, monkeypatch):
+def test_double_rejects_a_wrong_signature(cloud, monkeypatch):
     group, cloud.waiting = lifecycle.Group(environ()), {LAUNCH}
     assert group.heartbeat(LAUNCH) is True
     monkeypatch.setattr(imds, "SECRET", "another")
@@ -540,24 +541,24 @@ def test_a_signature_that_is_wrong_is_not_taken(cloud, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [None, 401, 503])
-def test_metadata_that_fail_are_trouble(cloud, status):
+def test_metadata_errors_are_transient(cloud, status):
     group, cloud.faults["meta-data/autoscaling/target-lifecycle-state"] = lifecycle.Group(environ()), [("", status)]
     with pytest.raises(lifecycle.TROUBLE):
         group.ending()
     assert group.ending() is False
 
 
-# What it asks chatd
+# Requests to chatd
 
 
 @pytest.fixture(scope="module")
 def options():
-    """With which an instance may be run, as far as they could keep its own client out."""
+    """Options of an instance that could reject its own client."""
     names = ("--rooms=main", "--rooms=launch", "--origin=https://chat.example", "--rate=1:1")
     return [*names, "--proxy-hops=1"]
 
 
-def test_chatd_is_asked(tmp_path):
+def test_requests_to_chatd(tmp_path):
     with Server(tmp_path, admin=LOOPBACK) as server, Raw(server.port) as client:
         port = server.admin_port
         assert lifecycle.Local.ready(port)
@@ -572,17 +573,21 @@ def test_chatd_is_asked(tmp_path):
         lifecycle.Local.drained(port)
 
 
-def test_an_echo_comes_by_the_log(tmp_path, options):
+def echo(reactor, url):
+    return lifecycle.echo(reactor, url, "chatd", lifecycle.Echo())
+
+
+def test_echo_reads_its_message_back(tmp_path, options):
     with Server(tmp_path, *options) as server, Raw(server.port) as client:
         client.join("/rooms/launch")
-        drive(lambda reactor: lifecycle.echo(reactor, f"{server.url}rooms/launch"))
+        assert drive(lambda reactor: echo(reactor, f"{server.url}rooms/launch")) == f"chatd/{chatd.__version__}"
         data = client.json()["data"]
         assert data["username"] == "chatd"
         with pytest.raises(Rejected, match="404"):
-            drive(lambda reactor: lifecycle.echo(reactor, f"{server.url}rooms/elsewhere"))
+            drive(lambda reactor: echo(reactor, f"{server.url}rooms/elsewhere"))
 
 
-def test_a_post_that_is_refused_for_good_is_no_echo(monkeypatch):
+def test_rejected_post_fails_the_echo(monkeypatch):
     class Client:
         def __init__(self, reactor, url, listener):
             del reactor, url, listener
@@ -597,14 +602,14 @@ def test_a_post_that_is_refused_for_good_is_no_echo(monkeypatch):
             stopped.append(self)
 
     stopped = []
-    monkeypatch.setattr(lifecycle, "Client", Client)
+    monkeypatch.setattr("chatd_echo.Client", Client)
     failed = []
-    Deferred.fromCoroutine(lifecycle.echo(None, "ws://127.0.0.1/")).addErrback(failed.append)
+    Deferred.fromCoroutine(echo(None, "ws://127.0.0.1/")).addErrback(failed.append)
     assert failed[0].check(Rejected)
     assert len(stopped) == 1
 
 
-def test_its_own_message_alone_is_an_echo():
+def test_echo_ignores_other_messages():
     def said(*messages):
         return [
             Entry(number, "chatd", message, "2026-01-01T00:00:00.000Z") for number, message in enumerate(messages, 1)
@@ -626,10 +631,12 @@ def test_its_own_message_alone_is_an_echo():
 
 
 def less_patient(folder):
-    """The path of a chatd-lifecycle that asks the load balancer more often."""
-    text = imds.changed("chatd-lifecycle", ("HEALTH_SECONDS: Final = 5", "HEALTH_SECONDS: Final = 1"))
-    (folder / "chatd-lifecycle").write_text(text)
-    shutil.copy(FILES / "chatd_instance.py", folder)
+    """Write a chatd-lifecycle that polls ten times a second, and return its path."""
+    intervals = {"HEALTH_SECONDS": 5, "STATE_SECONDS": 2, "LOOK_SECONDS": 1}
+    faster = [(f"{name}: Final = {seconds}", f"{name}: Final = 0.1") for name, seconds in intervals.items()]
+    (folder / "chatd-lifecycle").write_text(imds.changed("chatd-lifecycle", *faster))
+    for name in ("chatd_echo.py", "chatd_instance.py"):
+        shutil.copy(FILES / name, folder)
     return folder / "chatd-lifecycle"
 
 
@@ -663,7 +670,7 @@ class Program:
 
 
 @pytest.mark.parametrize(("first", "name"), [("metadata", INSTANCE), ("target health", "i-00000000000000007")])
-def test_an_instance_lives_from_launch_to_end(first, name, tmp_path, options):
+def test_instance_from_launch_to_termination(first, name, tmp_path, options):
     with (
         Cloud(name) as cloud,
         Server(tmp_path, *options, admin=LOOPBACK) as server,
@@ -705,23 +712,23 @@ def test_an_instance_lives_from_launch_to_end(first, name, tmp_path, options):
         ]
 
 
-def test_an_instance_that_lets_nobody_in_does_not_enter_service(tmp_path):
+def test_no_launch_without_the_room(tmp_path):
     with Cloud() as cloud, Server(tmp_path, "--rooms=main", admin=LOOPBACK) as server:
         cloud.waiting = {LAUNCH}
         with Program(cloud, server) as program:
-            program.log.wait(f"^{LAUNCH} is not completed: chatd takes nothing in the room launch: refused with 404")
+            program.log.wait(f"^{LAUNCH} is not completed: chatd rejects posts to the room launch: refused with 404")
         assert cloud.taken("CompleteLifecycleAction") == []
 
 
 @pytest.mark.parametrize("name", ["CHATD_GROUP", "CHATD_ADMIN_PORTS"])
-def test_without_its_settings_it_ends_with_one_line(name):
+def test_missing_setting_is_one_line(name):
     own = environ()
     del own[name]
     with pytest.raises(SystemExit, match=f"^chatd-lifecycle: {name} is not set: start chatd-lifecycle.service$"):
         lifecycle.main(Clock(), own)
 
 
-# What must not pass
+# Negative controls
 
 MUTATIONS = [
     (launches, "            await self._echo()\n", "            pass\n"),
@@ -754,9 +761,9 @@ MUTATIONS = [
     (ends_before_it_is_heard, "        launch.cancel()\n", ""),
     (tries_again, "LOOK_SECONDS + backoff.next()", "LOOK_SECONDS"),
     (tries_again, "if self._said.get(what) != text", "if True"),
-    (says_it_anew, "self._said.pop(what, None)", "pass"),
+    (logs_it_again, "self._said.pop(what, None)", "pass"),
 ]
-"""Each a scenario, and what is in the program with what is to be there instead."""
+"""Each is a scenario, and a text of the program with its replacement."""
 MUTATIONS_ASKED = [
     (ends_when_its_metadata_say_so, '"Warmed:Terminated"', '"Warmed:Stopped"'),
     (leaves_when_its_target_drains, '["State"] == "draining"', '["State"] != "healthy"'),
@@ -773,14 +780,14 @@ MUTATIONS_ASKED = [
 
 
 @pytest.mark.parametrize(("scenario", "old", "new"), MUTATIONS)
-def test_a_program_that_does_otherwise_fails(scenario, old, new):
+def test_changed_program_fails_its_scenario(scenario, old, new):
     program = load((old, new))
     with pytest.raises((AssertionError, ArithmeticError)):
         scenario(program)
 
 
 @pytest.mark.parametrize(("scenario", "old", "new"), MUTATIONS_ASKED)
-def test_a_program_that_asks_otherwise_fails(scenario, old, new, cloud):
+def test_changed_requests_fail_their_scenario(scenario, old, new, cloud):
     program = load((old, new))
     with pytest.raises(AssertionError):
         scenario(program, cloud)

@@ -1,6 +1,6 @@
-"""The stack's template: what has to hold of it, what linters say, and its timings with those of units and options.
+"""The template of the stack: its rules, the linters, and its timings with those of units and options.
 
-Each check is shown a template in which that is wrong which it is there for.
+Each check has negative controls, templates that break it.
 """
 
 import copy
@@ -23,7 +23,7 @@ def template():
 
 
 def ingress(template, name, port, **source):
-    """Let in from anywhere."""
+    """Permit connections from anywhere."""
     rule = {"Description": "A hole", "IpProtocol": "tcp", "FromPort": port, "ToPort": port, "CidrIp": "0.0.0.0/0"}
     properties(template, name).setdefault("SecurityGroupIngress", []).append(rule | source)
 
@@ -160,22 +160,22 @@ MUTATIONS = [
 ]
 
 
-def test_the_template_has_no_faults(template):
+def test_template_has_no_faults(template):
     assert faults(template) == []
 
 
 @pytest.mark.parametrize(
     ("mutate", "found"), MUTATIONS, ids=lambda value: value[0][:60] if isinstance(value, list) else ""
 )
-def test_what_is_wrong_with_a_template_is_found(template, mutate, found):
+def test_template_faults_are_found(template, mutate, found):
     assert faults(mutant(template, mutate)) == found
 
 
-def test_the_template_fits_into_a_request():
+def test_template_fits_into_a_request():
     assert TEMPLATE.stat().st_size <= LARGEST
 
 
-# What the linters say
+# Linters
 
 LINTED = {
     "a property that there is not": (lambda t: properties(t, "TargetGroup").update(HealthCheckIntervall=5), {"E3002"}),
@@ -205,17 +205,17 @@ SCANNED = {
 }
 
 
-def test_cfn_lint_has_nothing_to_say_and_finds_what_is_wrong(template, tmp_path):
+def test_cfn_lint_accepts_only_the_template(template, tmp_path):
     written(tmp_path, {"stack": template} | {name: mutant(template, mutate) for name, (mutate, _) in LINTED.items()})
     assert cfn_lint(tmp_path) == {"stack": set()} | {name: found for name, (_, found) in LINTED.items()}
 
 
-def test_cfn_lint_reads_the_template_as_it_is_written(tmp_path):
+def test_cfn_lint_reads_the_yaml(tmp_path):
     (tmp_path / "stack.yaml").write_text(TEMPLATE.read_text())
     assert cfn_lint(tmp_path) == {"stack": set()}
 
 
-def test_checkov_has_nothing_to_say_but_what_a_reason_is_given_for_and_finds_what_is_wrong(template, tmp_path):
+def test_checkov_accepts_only_the_template(template, tmp_path):
     without = copy.deepcopy(template)
     excused = set()
     for name, one in without["Resources"].items():
@@ -240,7 +240,7 @@ def test_checkov_has_nothing_to_say_but_what_a_reason_is_given_for_and_finds_wha
     ],
 )
 @pytest.mark.parametrize("place", [0, 1], ids=[path.name for path in UNITS])
-def test_the_timings_of_each_unit_are_held_to_the_stack(template, place, old, new, found):
+def test_unit_timings_fit_the_stack(template, place, old, new, found):
     units = [path.read_text() for path in UNITS]
     assert timing_faults(template, units) == []
     units[place], times = re.subn(old, new, units[place])
@@ -248,12 +248,12 @@ def test_the_timings_of_each_unit_are_held_to_the_stack(template, place, old, ne
     assert timing_faults(template, units) == found
 
 
-def test_the_ping_of_chatd_is_held_to_the_stack(template):
+def test_ping_fits_the_stack(template):
     assert timing_faults(template, ping="119.9") == []
     assert timing_faults(template, ping="120") == ["ping < idle time-out"]
 
 
-def test_the_instance_is_told_of_the_drain_that_its_units_have():
+def test_boot_and_units_agree_on_the_drain():
     boot = imds.load("chatd-boot")
     for path in UNITS:
         assert re.findall(r"--drain (\d+)", path.read_text()) == [str(boot.DRAIN_SECONDS)]

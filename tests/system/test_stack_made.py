@@ -1,7 +1,7 @@
 """The stack as a double of AWS makes it: what is created, what is read back, and what another image changes.
 
-The double knows no MemoryDB, so that a store is named, and it replaces no instances.  What AWS itself does, and
-what only AWS can refuse, is not tried.
+The double has no MemoryDB, so the tests name a store, and it replaces no instances.  The behaviour of AWS itself, and
+errors that only AWS reports, are not tested.
 """
 
 import base64
@@ -62,7 +62,7 @@ SECURE = {
         ({"ImageId": IMAGE}, UNKNOWN | {"AWS::MemoryDB::Cluster", "AWS::MemoryDB::SubnetGroup"}),
     ],
 )
-def test_the_double_refuses_what_is_left_out_for_it(template, account, given, unknown):
+def test_double_rejects_omitted_resources(template, account, given, unknown):
     with pytest.raises(Exception, match="Unrecognized resource types") as refused:
         Stack(account, "whole").change(template, "CREATE", **given)
     assert {*re.findall(r"AWS::\w+::\w+", str(refused.value))} == unknown
@@ -79,7 +79,7 @@ def test_the_double_refuses_what_is_left_out_for_it(template, account, given, un
         ({"MinSize": "0"}, "must be 1 to 100"),
     ],
 )
-def test_parameters_that_do_not_go_together_are_refused_in_words(template, account, given, said):
+def test_conflicting_parameters_are_rejected(template, account, given, said):
     with pytest.raises(Exception, match=said):
         Stack(account, f"refused-{next(numbers)}").change(rehearsed(template), "CREATE", **GIVEN | given)
 
@@ -91,7 +91,7 @@ def test_parameters_that_do_not_go_together_are_refused_in_words(template, accou
         ("secure", SECURE, {"Tls"}),
     ],
 )
-def test_what_is_created_is_what_the_template_says(template, account, name, given, holds):
+def test_created_stack_matches_the_template(template, account, name, given, holds):
     body = rehearsed(template)
     stack = Stack(account, name)
     stack.change(body, "CREATE", **GIVEN, **given)
@@ -120,13 +120,13 @@ def test_what_is_created_is_what_the_template_says(template, account, name, give
         ),
     ],
 )
-def test_what_is_read_back_tells_a_stack_of_another_template(template, account, mutate, found):
+def test_readback_detects_another_template(template, account, mutate, found):
     stack = Stack(account, f"other-{next(numbers)}")
     stack.change(rehearsed(mutant(template, mutate)), "CREATE", **GIVEN)
     assert differences(stack, template) == found
 
 
-def test_another_image_is_a_version_of_the_launch_template_and_touches_nothing_else(template, account):
+def test_new_image_changes_only_template_and_group(template, account):
     body = rehearsed(template)
     stack = Stack(account, "rollout")
     stack.change(body, "CREATE", **GIVEN)
@@ -141,7 +141,7 @@ def test_another_image_is_a_version_of_the_launch_template_and_touches_nothing_e
     assert more == {"Group": "Modify", "MissingNodesAlarm": "Modify"}
 
 
-def test_a_group_that_stays_at_a_version_is_found(template, account):
+def test_fixed_template_version_is_detected(template, account):
     body = rehearsed(mutant(template, lambda t: group(t)["LaunchTemplate"].update(Version="1")))
     stack = Stack(account, "stuck")
     stack.change(body, "CREATE", **GIVEN)
@@ -150,7 +150,7 @@ def test_a_group_that_stays_at_a_version_is_found(template, account):
 
 
 def differences(stack, template):
-    """Where what the account says of a stack is not what the template says."""
+    """Return where the account differs from the template."""
     ids = {name: identity for name, (_, identity) in stack.resources().items()}
     scaling, balancing = stack.client("autoscaling"), stack.client("elbv2")
     (found,) = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[stack.name])["AutoScalingGroups"]
@@ -186,7 +186,7 @@ def differences(stack, template):
 
 
 def allowed(name, *, own_key):
-    """What the role of a stack may do."""
+    """Return the permissions that the role of a stack should have."""
     values = {"AWS::Partition": "aws", "AWS::Region": REGION, "AWS::AccountId": ACCOUNT, "AWS::StackName": name}
     values |= {"AWS::URLSuffix": "amazonaws.com", "Name": GIVEN["StoreParameter"], "StoreKeyArn": SECURE["StoreKeyArn"]}
     found = made(values)
@@ -196,7 +196,7 @@ def allowed(name, *, own_key):
 
 
 def understood(text, name, target_group):
-    """Whether chatd-boot takes user data, and finds in them what it needs."""
+    """Return whether chatd-boot accepts user data and finds its settings."""
     boot = imds.load("chatd-boot")
     try:
         settings = boot.parse(text)

@@ -1,4 +1,4 @@
-"""What an instance of the stack may do: what is on the list, and what its programs need."""
+"""The permissions of an instance: the allow list, and the needs of its programs."""
 
 import ast
 
@@ -50,11 +50,11 @@ COMPLETE, HEARTBEAT = "autoscaling:CompleteLifecycleAction", "autoscaling:Record
         ),
     ],
 )
-def test_what_is_added_to_the_role_is_found(template, sid, change, found):
+def test_role_additions_are_found(template, sid, change, found):
     assert faults(mutant(template, lambda t: statement(t, sid).update(change))) == found
 
 
-def test_a_second_grant_of_the_same_is_found(template):
+def test_second_grant_is_found(template):
     def again(template):
         everywhere = {"Effect": "Allow", "Action": "ssm:GetParameter", "Resource": "arn:aws:ssm:*:*:parameter/*"}
         properties(template, "Role")["Policies"][0]["PolicyDocument"]["Statement"].insert(0, everywhere)
@@ -83,7 +83,7 @@ def called():
     }
 
 
-def test_the_role_may_do_what_the_programs_of_the_image_do(template):
+def test_role_permits_the_calls_of_the_image(template):
     needed = called()
     assert needed == {
         COMPLETE,

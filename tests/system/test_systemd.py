@@ -1,4 +1,4 @@
-"""What systemd is told, and what it does with chatd: its units, by their text and on a machine that has booted."""
+"""chatd under systemd: notifications, the text of the units, and their behaviour on a machine that has booted."""
 
 import contextlib
 import json
@@ -33,10 +33,10 @@ from chatd.operate.systemd import Notifier
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 EXPOSURE = 2.0
-"""What `systemd-analyze security` may give at most, of 10."""
+"""The highest permitted score of `systemd-analyze security`, of 10."""
 
 
-# What is told
+# Notifications
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -49,7 +49,7 @@ def heard(request, tmp_path):
         yield systemd, name
 
 
-def test_values_are_lines_of_one_datagram(heard):
+def test_notify_sends_one_datagram(heard):
     systemd, name = heard
     notify = Notifier({"NOTIFY_SOCKET": name})
     notify(READY="1", STATUS="ready")
@@ -58,7 +58,7 @@ def test_values_are_lines_of_one_datagram(heard):
     assert systemd.recv(4096) == b"STOPPING=1"
 
 
-def test_the_watchdog_is_fed_twice_in_its_time(heard):
+def test_watchdog_is_fed_twice_per_period(heard):
     systemd, name = heard
     notify = Notifier({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "10000000", "WATCHDOG_PID": str(os.getpid())})
     assert notify.watchdog == 5
@@ -68,12 +68,12 @@ def test_the_watchdog_is_fed_twice_in_its_time(heard):
 
 
 @pytest.mark.parametrize("asked", [{}, {"WATCHDOG_USEC": ""}, {"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}])
-def test_a_watchdog_that_is_not_there_or_is_anothers_is_not_fed(asked):
+def test_watchdog_of_another_process_is_not_fed(asked):
     assert Notifier({"NOTIFY_SOCKET": "/run/systemd/notify", **asked}).watchdog is None
 
 
 @pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}, {"WATCHDOG_USEC": "3000000"}])
-def test_outside_systemd_nothing_is_sent_and_nothing_said(environ, events, monkeypatch):
+def test_notify_does_nothing_outside_systemd(environ, events, monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     notify = Notifier(environ)
     notify(READY="1")
@@ -81,13 +81,13 @@ def test_outside_systemd_nothing_is_sent_and_nothing_said(environ, events, monke
     assert events == []
 
 
-def test_that_systemd_does_not_take_it_is_logged_and_no_more(tmp_path, events):
+def test_failed_notification_is_logged(tmp_path, events):
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")})(READY="1")
     (event,) = events
     assert event["log_format"].format(**event).startswith("cannot notify systemd of 'READY=1': [Errno 2]")
 
 
-def test_a_queue_that_stays_full_does_not_hold_the_reactor_up(heard, events, monkeypatch):
+def test_full_queue_does_not_block(heard, events, monkeypatch):
     monkeypatch.setattr("chatd.operate.systemd.SEND_SECONDS", 0.001)
     notify = Notifier({"NOTIFY_SOCKET": heard[1]})
     while not events:
@@ -104,7 +104,7 @@ DRAIN = int(re.search(r"--drain (\d+)", COMMAND)[1])
 
 
 @pytest.mark.parametrize(("name", "instance"), [("chatd", "chatd"), ("chatd@", "chatd@%i")])
-def test_the_settings_of_the_units_fit_each_other(name, instance):
+def test_unit_settings_are_consistent(name, instance):
     one = {key: values[0] for key, values in unit(f"{name}.service").items()}
     socket = unit(f"{name}.socket")
     assert one["Type"] == "notify"
@@ -121,7 +121,7 @@ def test_the_settings_of_the_units_fit_each_other(name, instance):
     assert ("ReusePort" in socket) == (name == "chatd@")
 
 
-def test_what_one_unit_says_the_other_says_too_but_for_what_they_are():
+def test_both_units_share_their_settings():
     settings, others = unit("chatd.service"), unit("chatd@.service")
     of_their_own = {"Description", "Requires", "Wants", "After", "Also", "Environment", "ExecStart"}
     of_the_first = {"StateDirectory", "StateDirectoryMode", "WorkingDirectory"}
@@ -130,7 +130,7 @@ def test_what_one_unit_says_the_other_says_too_but_for_what_they_are():
 
 
 @pytest.mark.parametrize("name", ["chatd.service", "chatd@.service"])
-def test_what_the_command_line_says_is_not_said_in_the_environment_too(name):
+def test_environment_and_command_line_do_not_overlap(name):
     service = unit(name)
     said = dict(word.split("=", 1) for value in service["Environment"] for word in shlex.split(value))
     options = {option.variable for option in OPTIONS}
@@ -163,16 +163,16 @@ def exposure(path):
     return overall
 
 
-def test_the_sandbox_leaves_little_exposed(unit_file):
+def test_sandbox_has_low_exposure(unit_file):
     assert exposure(unit_file()) <= EXPOSURE
 
 
 @pytest.mark.parametrize("name", ["CapabilityBoundingSet", "SystemCallFilter"])
-def test_without_a_part_of_the_sandbox_more_is_exposed(unit_file, name):
+def test_weaker_sandbox_is_detected(unit_file, name):
     assert exposure(unit_file(name)) > EXPOSURE
 
 
-def test_systemd_finds_nothing_to_say_about_the_units(unit_file):
+def test_systemd_accepts_the_units(unit_file):
     verify = ("verify", "--man=no", "--recursive-errors=no")
     assert analyze(*verify, unit_file(), unit_file().with_suffix(".socket")) == ("", 0)
     said, _ = analyze(*verify, unit_file("WatchdogSec", "WatchdogSecs=10\n"))
@@ -233,7 +233,7 @@ class Chatd:
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """Booted once for all tests; each leaves it as it was."""
-    with booted.Machine(*booted.installed(tmp_path_factory.mktemp("machine"))) as machine:
+    with booted.Machine(*booted.installed(tmp_path_factory.mktemp("machine")), booted.NO_NETWORK) as machine:
         yield machine
 
 
@@ -244,15 +244,15 @@ def chatd(machine):
     chatd.close()
 
 
-def test_it_starts_with_the_machine(chatd):
+def test_start_at_boot(chatd):
     chatd.systemctl("enable", "chatd.service")
     chatd.systemctl("start", "multi-user.target")
     chatd.systemctl("is-active", "chatd.service", "chatd.socket")
     assert chatd.show("StatusText") == "ready"
 
 
-def test_a_connection_starts_it_and_is_served_when_it_is_ready(chatd):
-    chatd.run("mkfifo", "/run/seed")  # it waits for somebody who writes into that, and is not ready till then
+def test_connection_starts_the_service(chatd):
+    chatd.run("mkfifo", "/run/seed")  # chatd reads its seed from this pipe, and is not ready before
     chatd.configure(SEED="/run/seed")
     chatd.systemctl("start", "chatd.socket")
     assert chatd.show("ActiveState") == "inactive"
@@ -268,7 +268,7 @@ def test_a_connection_starts_it_and_is_served_when_it_is_ready(chatd):
     assert chatd.show("ActiveState") == "active"
 
 
-def test_what_does_not_say_that_it_is_ready_never_becomes_active(chatd):
+def test_start_times_out_without_ready(chatd):
     chatd.configure(
         "ExecStart=", f"ExecStart=/usr/bin/env -u NOTIFY_SOCKET {COMMAND}", "TimeoutStartSec=3", "Restart=no"
     )
@@ -278,7 +278,7 @@ def test_what_does_not_say_that_it_is_ready_never_becomes_active(chatd):
     assert chatd.show("Result") == "timeout"
 
 
-def test_what_was_said_is_kept_in_the_state_directory_of_a_user_made_for_it(chatd, tmp_path):
+def test_state_directory_of_the_dynamic_user(chatd, tmp_path):
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
         assert numbered(client.join()) == SEED
@@ -296,7 +296,7 @@ def test_what_was_said_is_kept_in_the_state_directory_of_a_user_made_for_it(chat
         assert numbered(client.join()) == [*SEED, (3, "ann", "hi")]
 
 
-def test_it_has_no_privileges(chatd):
+def test_process_has_no_privileges(chatd):
     chatd.systemctl("start", "chatd.service")
     status = chatd.path(f"/proc/{chatd.show('MainPID')}/status").read_text()
     has = dict(line.split(":\t") for line in status.splitlines())
@@ -304,13 +304,13 @@ def test_it_has_no_privileges(chatd):
     assert (has["NoNewPrivs"], has["Seccomp"]) == ("1", "2")
 
 
-def test_its_log_is_in_the_journal_one_json_object_a_line(chatd):
+def test_journal_has_json_lines(chatd):
     chatd.systemctl("start", "chatd.service")
     (line,) = chatd.journal.wait(r"^\{.*ready, with the log.*\}$")
     assert json.loads(line[0])["system"] == "chatd.service"
 
 
-def test_stopping_drains_and_is_a_success(chatd):
+def test_stop_drains_successfully(chatd):
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -327,7 +327,7 @@ def test_stopping_drains_and_is_a_success(chatd):
         chatd.connect()
 
 
-def test_a_drain_without_an_end_is_told_to_systemd(chatd):
+def test_admin_drain_is_reported_to_systemd(chatd):
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client, chatd.connect(8086) as admin:
@@ -339,7 +339,7 @@ def test_a_drain_without_an_end_is_told_to_systemd(chatd):
     assert chatd.show("ActiveState") == "active"
 
 
-def test_a_hangup_drains_too_and_systemd_starts_it_again(chatd):
+def test_hangup_drains_and_restarts(chatd):
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -352,7 +352,7 @@ def test_a_hangup_drains_too_and_systemd_starts_it_again(chatd):
     assert chatd.show("NRestarts") == "1"
 
 
-def test_what_takes_longer_than_systemd_waits_is_no_success(chatd):
+def test_stop_times_out(chatd):
     chatd.configure("TimeoutStopSec=1")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -361,7 +361,7 @@ def test_what_takes_longer_than_systemd_waits_is_no_success(chatd):
     assert chatd.show("Result") == "timeout"
 
 
-def test_who_comes_while_it_restarts_is_not_refused_but_waits(chatd):
+def test_connection_waits_during_restart(chatd):
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -374,14 +374,14 @@ def test_who_comes_while_it_restarts_is_not_refused_but_waits(chatd):
     assert restart.wait(LONG) == 0
 
 
-def test_a_server_that_hangs_is_restarted_and_says_where_it_hung(chatd):
+def test_hanging_server_is_restarted(chatd):
     chatd.configure("WatchdogSec=2")
     chatd.systemctl("start", "chatd.service")
     process = chatd.show("MainPID")
     with chatd.connect() as client:
         client.join()
         chatd.systemctl("kill", "--signal=STOP", "chatd.service")
-        client.rest()  # until the process is gone
+        client.rest()  # until the process has ended
     with chatd.connect() as client:
         assert numbered(client.join()) == SEED, "from the next one"
     chatd.journal.wait("Watchdog timeout")
@@ -391,7 +391,7 @@ def test_a_server_that_hangs_is_restarted_and_says_where_it_hung(chatd):
     assert chatd.show("NRestarts") == "1"
 
 
-def test_a_server_that_works_is_left_alone(chatd):
+def test_working_server_is_not_restarted(chatd):
     chatd.configure("WatchdogSec=1")
     chatd.systemctl("start", "chatd.service")
     began, fed = (int(chatd.show(f"{name}TimestampMonotonic")) for name in ("ActiveEnter", "Watchdog"))
@@ -400,14 +400,14 @@ def test_a_server_that_works_is_left_alone(chatd):
         assert chatd.show("NRestarts") == "0"
 
 
-def test_a_server_that_does_not_feed_the_watchdog_is_killed(chatd):
+def test_unfed_watchdog_kills(chatd):
     chatd.configure("ExecStart=", f"ExecStart=/usr/bin/env -u WATCHDOG_USEC {COMMAND}", "WatchdogSec=1", "Restart=no")
     chatd.systemctl("start", "chatd.service")
     chatd.journal.wait("Watchdog timeout")
 
 
 @pytest.mark.parametrize("change", [None, "MemoryDenyWriteExecute=yes"])
-def test_tls_works_in_the_sandbox_and_what_is_left_out_of_that_would_break_it(chatd, change, tmp_path):
+def test_tls_in_the_sandbox(chatd, change, tmp_path):
     _, trust = certificate_for(tmp_path)
     for name in ("key.pem", "cert.pem"):
         chatd.path(f"/etc/chatd/{name}").write_bytes((tmp_path / name).read_bytes())
@@ -451,7 +451,7 @@ class Instances:
         self.run("systemctl", *arguments)
 
     def members(self):
-        """How many members each instance has, as its admin port tells."""
+        """Return the number of members of each instance, from its admin port."""
         return [self._members(port) for port in self.ADMIN]
 
     def _members(self, port):
@@ -475,7 +475,7 @@ def instances(machine):
 
 
 MOST = 64
-"""Of so many clients some are on each of two instances, but once in 10 ** 19 runs."""
+"""Number of clients of which each of two instances gets some, except once in 10 ** 19 runs."""
 
 
 def hear(clients, message):
@@ -495,7 +495,7 @@ def come(instances, stack, clients):
 
 
 def move(instances, stack, clients, count):
-    """So many of the clients are told to come back, and do at once; it is the others that stay."""
+    """Expect a number of clients to be released, and reconnect them; the others stay connected."""
     while count:
         ready, _, _ = select.select([client.socket for client in clients], [], [], LONG)
         assert ready
@@ -507,7 +507,7 @@ def move(instances, stack, clients, count):
             count -= 1
 
 
-def test_two_instances_share_a_port_and_a_room_and_who_is_sent_away_by_one_comes_to_the_other(instances):
+def test_two_instances_share_port_and_rooms(instances):
     instances.systemctl("enable", "chatd@1.service")
     instances.systemctl("is-enabled", "chatd@1.service", "chatd@1.socket")
     instances.systemctl("disable", "chatd@1.service")
@@ -518,7 +518,7 @@ def test_two_instances_share_a_port_and_a_room_and_who_is_sent_away_by_one_comes
         come(instances, stack, clients)
         hear(clients, "on both")
         first, _ = instances.members()
-        # As operations.md says: the socket first, so that nobody is given to who is about to go.
+        # The socket first, as in operations.md, so that the leaving instance gets no new clients.
         instances.systemctl("stop", "chatd@1.socket")
         stop = subprocess.Popen(instances.command("systemctl", "stop", "chatd@1.service"))
         move(instances, stack, clients, first)
@@ -531,7 +531,7 @@ def test_two_instances_share_a_port_and_a_room_and_who_is_sent_away_by_one_comes
         hear(clients, "on both again")
 
 
-def test_an_instance_is_restarted_while_the_other_has_its_clients(instances):
+def test_restart_one_of_two_instances(instances):
     instances.systemctl("start", "chatd@1.service", "chatd@2.service")
     with contextlib.ExitStack() as stack:
         clients = []
