@@ -54,19 +54,11 @@ def tools(lock):
 
 
 def run(lock, *arguments, cwd=None):
-    """Run a Python module or text of an environment; answers what it says on standard output."""
+    """Run a Python module or text of an environment, whatever its exit status, and return its output."""
     env = environment(AWS_EC2_METADATA_DISABLED="true", LOG_LEVEL="ERROR")
-    result = subprocess.run(
-        [tools(lock) / "python", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-        check=False,
-        env=env,
-        cwd=cwd,
-    )
-    assert result.stdout.strip(), result.stderr
-    return result.stdout
+    said = succeed(tools(lock) / "python", *arguments, statuses=range(256), env=env, cwd=cwd)
+    assert said.strip()
+    return said
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import pytest
-from support.booted import kept
+from support.booted import kept, succeed
 from support.servers import LONG, ROOT, missing, need
 from support.workflow_rules import faults, read, texts
 
@@ -61,9 +61,8 @@ def actionlint(folder, workflows):
 
     tool = kept("actionlint", make, *recipe) / "actionlint"
     command = [tool, "-shellcheck=", "-pyflakes=", "-format={{json .}}", *written(folder, workflows)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONG, check=False)
-    assert result.returncode in (0, 1), result.stderr
-    return sorted({one["kind"] for one in json.loads(result.stdout)})
+    said = succeed(*command, statuses=(0, 1), cwd=folder)
+    return sorted({one["kind"] for one in json.loads(said)})
 
 
 def zizmor(folder, workflows):
@@ -72,9 +71,7 @@ def zizmor(folder, workflows):
         missing("zizmor is not installed")
     command = [ZIZMOR, "--offline", "--no-config", "--strict-collection", "--no-exit-codes", "--format=json"]
     command += written(folder, workflows)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
-    assert result.returncode == 0, result.stderr
-    return sorted({one["ident"] for one in json.loads(result.stdout) if not one["ignored"]})
+    return sorted({one["ident"] for one in json.loads(succeed(*command)) if not one["ignored"]})
 
 
 @pytest.mark.parametrize("linter", [actionlint, zizmor])
@@ -272,13 +269,11 @@ def test_ship_needs_agents(tmp_path):
 
 @functools.cache
 def options(*command):
-    """The options that a program, or a command of it, has by its own word."""
+    """Return the options that a program, or a command of it, lists in its help."""
     if not (ROOT / command[0]).exists():
         missing(f"there is no {command[0]}")
-    asked = [sys.executable, *command, "--help"]
-    result = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=LONG, check=False)
-    assert result.returncode == 0, result.stderr
-    return {*re.findall(r"^  (?:-h, )?(--[a-z-]+)", result.stdout, re.MULTILINE)}
+    help_text = succeed(sys.executable, *command, "--help", cwd=ROOT)
+    return {*re.findall(r"^  (?:-h, )?(--[a-z-]+)", help_text, re.MULTILINE)}
 
 
 def unknown(folder, workflows, command):
