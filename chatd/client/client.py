@@ -1,11 +1,10 @@
-"""The client for Python people: a reader of a room that loses nothing, whose posts are kept once.
+"""The Python client: it reads a room without loss, stores each post once, and reconnects by itself.
 
-A *client* is chatd.exchange over one connection after another, which Autobahn speaks: when one ends it waits a
-moment, connects again with its last id, and says again what has no answer.  So it does in the midst of a connection
-when the server says that the log is another: what was kept is void, and what was said may be.
+When a connection ends, the client pauses, reconnects with its last id, and repeats the requests that have
+no answer.  If the server tells it during a connection that the log is another one, it starts over with that log.
 
-A connection that does not keep the server's promise is given up, and the next one mends what it broke: what is
-missing comes, and what came twice does not count.
+A connection on which the server breaks the protocol is closed.  The next one repairs the damage: missing entries are
+sent again, and repeated ones are not delivered.
 """
 
 import os
@@ -23,39 +22,49 @@ from twisted.internet.protocol import connectionDone
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from typing_extensions import override
 
 from chatd.client.protocol import (
     WINDOW,
     Ack,
-    Assembler,
     Backoff,
-    Fault,
+    ClientStopped,
+    Cursor,
+    Event,
     Frame,
     History,
     Message,
-    Notice,
-    Outbox,
+    PendingRequests,
     Posted,
+    ProtocolError,
     Rejected,
-    Stopped,
-    read,
+    parse_frame,
 )
 from chatd.messages import Entry, Id
-from chatd.transport.framing import take_texts
+from chatd.transport.framing import CloseCode, take_texts
 
 CONNECT_SECONDS: Final = 10
-"""How long a connection, and then its handshake, may take."""
+"""The time limit of a connection attempt, and then of its handshake."""
+IDLE_SECONDS: Final = 25
+"""The silence after which the client pings the server, which may itself ping only once an hour."""
 SILENCE_SECONDS: Final = 60
-"""How long a server may say nothing; it pings more often."""
+"""The silence after which the client gives up a connection."""
 CLOSE_SECONDS: Final = 5
-"""How long it may take to answer a close, or to end the connection after it."""
+"""The time limit of the closing handshake."""
 
 SUBPROTOCOL: Final = "chat.v1"
-NORMAL: Final = 1000
-CLIENT_FAULTS: Final = frozenset((1002, 1003, 1007, 1008, 1009))
-"""Close codes that say that the client has erred, and would again."""
-PASSING: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
-"""HTTP statuses that may be others next time; all but these and 101 are final."""
+FINAL_CLOSE_CODES: Final = frozenset(
+    (
+        CloseCode.PROTOCOL_ERROR,
+        CloseCode.UNSUPPORTED_DATA,
+        CloseCode.INVALID_DATA,
+        CloseCode.POLICY_VIOLATION,
+        CloseCode.MESSAGE_TOO_BIG,
+    )
+)
+"""Close codes that blame the client, which would fail again."""
+TEMPORARY_STATUSES: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
+"""HTTP statuses after which a later attempt may succeed; all others but 101 are final."""
 
 _RETRY_AFTER = re.compile(r"retry_after=(\d+(?:\.\d+)?)")
 _SECONDS = re.compile(r"\d{1,6}")
@@ -64,7 +73,7 @@ _log = Logger()
 
 
 class ServerAddress(NamedTuple):
-    """Where a room is."""
+    """The address of a room: a parsed WebSocket URL."""
 
     secure: bool
     host: str
@@ -74,14 +83,14 @@ class ServerAddress(NamedTuple):
 
     @classmethod
     def parse(cls, url: str) -> "ServerAddress":
-        """Read `ws://HOST[:PORT][/rooms/NAME][?QUERY]`, or `wss:` for TLS; ValueError for anything else."""
+        """Parse `ws://HOST[:PORT][/rooms/NAME][?QUERY]`, or `wss:` for TLS; raise ValueError for anything else."""
         try:
             scheme, place, path, query, fragment = parts = urlsplit(url)
             port = parts.port
         except ValueError:
             scheme = ""
         if scheme not in ("ws", "wss") or not re.fullmatch(r"[!-~]+", url) or not parts.hostname:
-            raise ValueError(f"{url!r} is no URL such as ws://localhost:8085/rooms/main")
+            raise ValueError(f"{url!r} is not a URL such as ws://localhost:8085/rooms/main")
         if "@" in place or fragment:
             raise ValueError(f"{url!r} must have neither a user nor a fragment")
         secure = scheme == "wss"
@@ -92,48 +101,63 @@ class ServerAddress(NamedTuple):
         return f"{'wss' if self.secure else 'ws'}://{host}:{self.port}{self.path}"
 
     def resource(self, last: Id | None) -> str:
-        """What to ask for, with the last id that the client has."""
+        """Return the path and query of the handshake, which name the last id that the client has."""
         pairs = [pair for pair in parse_qsl(self.query) if last is None or pair[0] != "last_event_id"]
         if last is not None:
             pairs.append(("last_event_id", str(last)))
         return f"{self.path}?{urlencode(pairs)}" if pairs else self.path
 
     def endpoint(self, reactor: Any) -> IStreamClientEndpoint:
-        """How to get there; by TLS, trusting whom the machine trusts, or OpenSSL's SSL_CERT_FILE."""
+        """Return an endpoint that connects to the server.
+
+        With TLS it trusts the certificate authorities of the machine, or those in the file that SSL_CERT_FILE names.
+        """
         endpoint: IStreamClientEndpoint = HostnameEndpoint(reactor, self.host, self.port, CONNECT_SECONDS)
         return wrapClientTLS(optionsForClientTLS(self.host), endpoint) if self.secure else endpoint
 
 
 class Listener:
-    """Who uses a client is told of what comes; nothing need be overridden."""
+    """The callbacks of a client.  Override those that you need; each does nothing by default.
 
-    def begun(self, history: History) -> None:
-        """A fresh start: these messages, in place of all that was kept."""
+    The client calls them in the reactor thread.  A callback should not raise: that ends the connection, and the client
+    does not deliver the same entries again.
+    """
 
-    def appended(self, epoch: str, entries: Sequence[Entry]) -> None:
-        """The messages after the last."""
+    def on_history(self, history: History) -> None:
+        """Start over: these entries replace everything received before.
 
-    def told(self, notice: Notice) -> None:
-        """Presence or typing, which the query of the URL asks for."""
+        The client calls this at its first connection, and again when the server has a new log, or cannot resume after
+        the last id.
+        """
 
-    def joined(self) -> None:
-        """A connection is there, and what it begins with was told."""
+    def on_entries(self, epoch: str, entries: Sequence[Entry]) -> None:
+        """Receive the entries that follow the last ones, without a gap and in order."""
 
-    def faulted(self, fault: Fault) -> None:
-        """The server did not keep its promise; the client will connect again."""
+    def on_event(self, event: Event) -> None:
+        """Receive a presence or typing event, if the query of the URL asks for them."""
 
-    def lost(self, reason: str, wait: float) -> None:
-        """There is no connection; in so many seconds another will be tried."""
+    def on_connect(self) -> None:
+        """React to a new connection, after its history was delivered."""
 
-    def refused(self, reason: Rejected) -> None:
-        """There is none, and none will be tried: the server will not have this client."""
+    def on_protocol_error(self, error: ProtocolError) -> None:
+        """React to a server that broke the protocol; the client drops the connection and then reconnects."""
+
+    def on_disconnect(self, reason: str, wait: float) -> None:
+        """React to the end of a connection, or to a failed attempt; the next attempt is in `wait` seconds."""
+
+    def on_reject(self, error: Rejected) -> None:
+        """React to a server that refused this client for good; the client does not try again."""
 
 
 class Client:
-    """A member of the room at an address, over as many connections as it takes; begins with `start`.
+    """A member of one room, over as many connections as needed; it connects when `start` is called.
 
-    `last` is the last id of an earlier client, to go on from there.  `decode` reads frames; many clients in one
-    process may share one that remembers.  ValueError for what Address.parse does not read.
+    `address` is a URL, or parsed; the constructor raises ValueError for a URL that ServerAddress.parse rejects.
+    `last` is the last id of an earlier client, after which this one continues.
+    `window` is the largest number of requests in flight; with 1 posts keep their order.
+    `backoff` chooses the pauses between attempts to connect.
+    `endpoint` connects elsewhere than to the host of the address, or is shared by many clients.
+    `decode` parses frames; many clients in one process may share one that caches results.
     """
 
     def __init__(
@@ -146,168 +170,171 @@ class Client:
         window: int = WINDOW,
         backoff: Backoff | None = None,
         endpoint: IStreamClientEndpoint | None = None,
-        decode: Callable[[bytes], Frame] = read,
+        decode: Callable[[bytes], Frame] = parse_frame,
     ) -> None:
         self.address = ServerAddress.parse(address) if isinstance(address, str) else address
-        self.decode = decode
+        self._decode = decode
         self._reactor = reactor
         self._listener = listener
-        self._assembler = Assembler(last)
-        self._outbox = Outbox(window)
+        self._cursor = Cursor(last)
+        self._requests = PendingRequests(window)
         self._backoff = backoff or Backoff()
         self._endpoint = endpoint or self.address.endpoint(reactor)
         self._factory = _Factory(self, reactor)
         self._attempt: Deferred[Any] | None = None
         self._connection: _Connection | None = None
         self._timers: dict[Callable[[], None], IDelayedCall] = {}
-        self._gone: Deferred[None] = Deferred()
-        self._ended: Exception | None = None
-        """Why there is to be no other connection."""
+        self._closed: Deferred[None] = Deferred()
+        self._end: Exception | None = None
+        """The reason for which the client does not reconnect."""
         self.server: str | None = None
-        """What the server calls itself that it is connected to, or was last, such as `chatd/1.0.0`."""
+        """The name and version of the last server, such as `chatd/1.0.0`; None before the first connection."""
 
     @property
     def last(self) -> Id | None:
-        """The id of the last message that the listener was told of, or of the empty room."""
-        return self._assembler.last
+        """The id of the last entry that the listener received; None before the first history."""
+        return self._cursor.last
 
-    # What its user does
+    # For its user
 
     def start(self) -> None:
         """Connect."""
-        self._assembler.connect()
+        self._cursor.connect()
         self._attempt = self._endpoint.connect(self._factory)
-        self._attempt.addErrback(self._failed)
+        self._attempt.addErrback(self._connect_failed)
 
     def post(self, username: str, message: str) -> "Deferred[Posted]":
-        """Post, however long it takes: fires when the message is in the log.
+        """Post a message, however many connections that takes; the Deferred fires when it is stored.
 
-        Fails with Refused if the server will never have it, and with Stopped.
+        The Deferred fails with Rejected if the server refuses the message or the client for good, and with
+        ClientStopped after `stop`.
         """
-        return self._say({"username": username, "message": message})
+        return self._request({"username": username, "message": message})
 
     def page(self, *, before: Id | None = None, after: Id | None = None, limit: int = 50) -> "Deferred[History]":
-        """Read the log: the newest messages, or those before or after one, but not both; fails as `post` does."""
-        asked = {name: str(place) for name, place in (("before", before), ("after", after)) if place is not None}
-        return self._say({"type": "history", **asked, "limit": limit})
+        """Read at most `limit` entries: the newest, or those before or after one id, but not both.
 
-    def cut(self) -> bool:
-        """Lose the connection, as on a bad network; what is lost by it comes again.  Answers whether there was one."""
+        The Deferred fails as that of `post` does.
+        """
+        asked = {name: str(place) for name, place in (("before", before), ("after", after)) if place is not None}
+        return self._request({"type": "history", **asked, "limit": limit})
+
+    def drop_connection(self) -> bool:
+        """Abort the connection, as a bad network does, and reconnect; return whether there was a connection."""
         if self._connection is None:
             return False
         self._connection.abort()
         return True
 
     def stop(self) -> "Deferred[None]":
-        """Go: fires when there is no connection; what has no answer fails with Stopped."""
-        if self._ended is None:
-            self._ended = Stopped("the client was stopped")
-            self._outbox.fail(self._ended)
+        """Close the connection; the Deferred fires when it is closed.  Pending requests fail with ClientStopped."""
+        if self._end is None:
+            self._end = ClientStopped("the client was stopped")
+            self._requests.fail(self._end)
         if self._connection is not None:
-            self._connection.leave()
-        elif not self._gone.called:
-            self._set(self.start, None)
+            self._connection.close()
+        elif not self._closed.called:
+            self._schedule(self.start, None)
             if self._attempt is not None:
                 self._attempt.cancel()
-            self._gone.callback(None)
-        return self._gone
+            self._closed.callback(None)
+        return self._closed
 
-    # What its connections do
+    # For its connections
 
-    def opened(self, connection: "_Connection") -> None:
-        """A connection is there, as yet without a handshake."""
+    def connection_made(self, connection: "_Connection") -> None:
+        """Record a new connection, before its handshake."""
         self._attempt = None
         self._connection = connection
 
-    def take(self, text: bytes) -> bool:
-        """A text has come; answers whether the connection is still of use."""
+    def handle_text(self, text: bytes) -> bool:
+        """Handle a text frame; return False if the connection must be dropped."""
         try:
-            self._take(self.decode(text))
-        except Fault as fault:
-            _log.warn("{address}: {fault}", address=self.address, fault=fault)
-            self._listener.faulted(fault)
+            self._handle(self._decode(text))
+        except ProtocolError as error:
+            _log.warn("{address}: {error}", address=self.address, error=error)
+            self._listener.on_protocol_error(error)
             return False
         return True
 
-    def closed(self, reason: str, retry_after: float | None) -> None:
-        """The connection is gone."""
+    def connection_lost(self, reason: str, retry_after: float | None) -> None:
+        """Reconnect later, or finish if the client was stopped."""
         self._connection = None
-        self._set(self._send, None)
-        if self._ended is None:
-            self._again(reason, retry_after)
+        self._schedule(self._send, None)
+        if self._end is None:
+            self._reconnect(reason, retry_after)
         else:
-            self._gone.callback(None)
+            self._closed.callback(None)
 
-    def denied(self, refused: Rejected) -> None:
-        """The connection is gone, and no other one would fare better."""
-        first = self._ended is None
-        self._ended = self._ended or refused
-        self.closed(str(refused), None)
+    def connection_rejected(self, error: Rejected) -> None:
+        """Finish: no other connection would succeed."""
+        first = self._end is None
+        self._end = self._end or error
+        self.connection_lost(str(error), None)
         if first:
-            self._outbox.fail(refused)
-            self._listener.refused(refused)
+            self._requests.fail(error)
+            self._listener.on_reject(error)
 
-    def _failed(self, failure: Failure) -> None:
-        """There was no connection to be had."""
+    def _connect_failed(self, failure: Failure) -> None:
         self._attempt = None
-        if self._ended is None:
+        if self._end is None:
             error = getattr(failure.value, "osError", None)
-            self._again(os.strerror(error).lower() if error else failure.getErrorMessage().rstrip("."), None)
+            self._reconnect(os.strerror(error).lower() if error else failure.getErrorMessage().rstrip("."), None)
 
-    def _again(self, reason: str, retry_after: float | None) -> None:
+    def _reconnect(self, reason: str, retry_after: float | None) -> None:
         wait = self._backoff.next(retry_after)
-        self._set(self.start, wait)
-        self._listener.lost(reason, wait)
+        self._schedule(self.start, wait)
+        self._listener.on_disconnect(reason, wait)
 
-    def _take(self, frame: Frame) -> None:
+    def _handle(self, frame: Frame) -> None:
         if isinstance(frame, Message):
-            self._assembler.message(frame)
-            self._listener.appended(frame.epoch, (frame.entry,))
+            self._cursor.message(frame)
+            self._listener.on_entries(frame.epoch, (frame.entry,))
         elif isinstance(frame, Ack) or (isinstance(frame, History) and frame.label is not None):
-            self._outbox.answered(frame)
+            self._requests.answer(frame)
             self._send()
         elif isinstance(frame, History):
-            self._begin(frame)
-        elif isinstance(frame, Notice):
-            self._listener.told(frame)
-        elif self._outbox.refused(frame, self._reactor.seconds()):
+            self._handle_history(frame)
+        elif isinstance(frame, Event):
+            self._listener.on_event(frame)
+        elif self._requests.refuse(frame, self._reactor.seconds()):
             self._send()
         else:
-            raise Fault(f"an error came for what was not said: {frame.message}")
+            raise ProtocolError(f"an error answers no request: {frame.message}")
 
-    def _begin(self, frame: History) -> None:
-        anew = self._assembler.greeted
-        if self._assembler.history(frame):
-            self._listener.begun(frame)
+    def _handle_history(self, frame: History) -> None:
+        new_log = self._cursor.greeted
+        if self._cursor.history(frame):
+            self._listener.on_history(frame)
         elif frame.entries:
-            self._listener.appended(frame.end.epoch, frame.entries)
-        if anew:
-            self._outbox.repeat()
+            self._listener.on_entries(frame.end.epoch, frame.entries)
+        if new_log:
+            self._requests.repeat()
             self._send()
             return
         self._backoff.reset()
-        self._outbox.connect()
+        self._requests.connect()
         self._send()
-        self._listener.joined()
+        self._listener.on_connect()
 
-    def _say(self, document: dict[str, Any]) -> "Deferred[Any]":
-        if self._ended is not None:
-            return fail(self._ended)
-        answer = self._outbox.add(document)
+    def _request(self, document: dict[str, Any]) -> "Deferred[Any]":
+        if self._end is not None:
+            return fail(self._end)
+        answer = self._requests.add(document)
         self._send()
         return answer
 
     def _send(self) -> None:
-        """Say what can be said by now, and look again when more can."""
-        if self._connection is None or not self._connection.speaks or not self._assembler.greeted:
-            return  # the next connection will say it
+        """Send the requests that may be sent now, and schedule the next attempt."""
+        if self._connection is None or not self._connection.can_send or not self._cursor.greeted:
+            return  # the next connection sends them
         now = self._reactor.seconds()
-        for text in self._outbox.send(now):
+        for text in self._requests.send(now):
             self._connection.sendMessage(text)
-        self._set(self._send, self._outbox.wait(now))
+        self._schedule(self._send, self._requests.wait(now))
 
-    def _set(self, call: Callable[[], None], seconds: float | None) -> None:
-        """Have something done in so many seconds and not before; None: not at all."""
+    def _schedule(self, call: Callable[[], None], seconds: float | None) -> None:
+        """Replace the timer of a call: it fires in `seconds`, and None cancels it."""
         timer = self._timers.pop(call, None)
         if timer is not None and timer.active():
             timer.cancel()
@@ -316,7 +343,7 @@ class Client:
 
 
 class _Factory(WebSocketClientFactory):
-    """Makes a client's connections."""
+    """The factory of the connections of one client."""
 
     noisy = False
 
@@ -324,58 +351,58 @@ class _Factory(WebSocketClientFactory):
         super().__init__(str(client.address), protocols=[SUBPROTOCOL], reactor=reactor)
         self.client = client
         self.protocol = _Connection
-        # Autobahn's own timers follow a clock that is the whole process's.
+        # Autobahn's own timers use one clock for the whole process, so this module has its own.
         self.setProtocolOptions(openHandshakeTimeout=0, closeHandshakeTimeout=0, serverConnectionDropTimeout=0)
         self.options = {name: getattr(self, name) for name in WebSocketClientProtocol.CONFIG_ATTRS}
 
 
 class _Connection(WebSocketClientProtocol):
-    """One of a client's connections; whole text frames, which nearly all are, are read here, the others by Autobahn."""
+    """One connection.  It parses whole text frames itself, which are nearly all, and leaves the others to Autobahn."""
 
-    CONFIG_ATTRS: list[str] = []  # noqa: RUF012 -- none, since Autobahn would describe each at length for nobody
+    CONFIG_ATTRS: list[str] = []  # noqa: RUF012 -- empty: Autobahn would log each attribute of every connection
     factory: _Factory
-    transport: Any  # Twisted's have much that ITransport does not name
+    transport: Any  # Twisted's transports have more than ITransport names
     status = 0
-    """Of the answer that refused the handshake."""
+    """The HTTP status of a refused handshake."""
     retry_after: float | None = None
-    why = ""
-    """It is gone, as far as that was said."""
+    reason = ""
+    """The reason for the end of the connection, if it is known."""
 
+    @override
     def connectionMade(self) -> None:
-        """The server is there."""
         vars(self).update(self.factory.options)
         self.client = self.factory.client
         self._reactor = self.factory.reactor
         self._heard = self._reactor.seconds()
-        self._deadline = self._reactor.callLater(CONNECT_SECONDS, self._late)
+        self._deadline = self._reactor.callLater(CONNECT_SECONDS, self._check_silence)
         self._patience: float = CONNECT_SECONDS
-        self.client.opened(self)
+        self.client.connection_made(self)
         super().connectionMade()
 
+    @override
     def startHandshake(self) -> None:
-        """Ask for the room, and for what was missed."""
         address = self.client.address
         host = f"[{address.host}]" if ":" in address.host else address.host
         resource = address.resource(self.client.last)
         self._actuallyStartHandshake(ConnectingRequest(host, address.port, resource, protocols=self.factory.protocols))
 
+    @override
     def failHandshake(self, reason: str) -> None:
-        """The server refused."""
         status = _STATUS.match(self.http_status_line)
         if status and status[1] != "101":
             self.status = int(status[1])
             reason = f"refused with {status[1]} {status[2] or ''}".rstrip()
-        said = self.http_headers.get("retry-after", "")
-        self.retry_after = float(said) if _SECONDS.fullmatch(said) else None
+        header = self.http_headers.get("retry-after", "")
+        self.retry_after = float(header) if _SECONDS.fullmatch(header) else None
         self.abort(reason)
 
+    @override
     def onOpen(self) -> None:
-        """The handshake is done."""
         self.client.server = self.http_headers.get("server")
         self._expect(SILENCE_SECONDS)
 
+    @override
     def dataReceived(self, data: bytes) -> None:
-        """Bytes have come: take the short way with those that it is for."""
         self._heard = self._reactor.seconds()
         if self.state == self.STATE_CONNECTING or self.inside_message or self.current_frame is not None:
             self._dataReceived(data)
@@ -389,62 +416,66 @@ class _Connection(WebSocketClientProtocol):
         if self.data and not more:
             self.consumeData()
 
+    @override
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        """A whole message has come."""
-        if self.state == self.STATE_OPEN and not self.client.take(payload):
-            self.abort("the server did not keep its promise")
+        if self.state == self.STATE_OPEN and not self.client.handle_text(payload):
+            self.abort("the server broke the protocol")
 
+    @override
     def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
-        """Whoever began it, the other end is to do the rest soon."""
         super().sendCloseFrame(code, reasonUtf8, isReply)
         self._expect(CLOSE_SECONDS)
 
     @property
-    def speaks(self) -> bool:
-        """Whether it is open, and not closing."""
+    def can_send(self) -> bool:
+        """True while frames can be sent: after the opening handshake, before the closing one."""
         return bool(self.state == self.STATE_OPEN)
 
-    def leave(self) -> None:
-        """Begin to close, if it was ever open."""
+    def close(self) -> None:
+        """Start the closing handshake, or abort if the connection never opened."""
         if self.state == self.STATE_CONNECTING:
             self.abort()
         else:
-            self.sendClose(NORMAL)
+            self.sendClose(CloseCode.NORMAL.value)  # Autobahn accepts plain integers only
 
-    def abort(self, reason: str = "it was cut off") -> None:
-        """End it without any handshake."""
-        self.why = reason
-        self.wasClean = True  # it was meant, and is nothing that Autobahn should warn of
+    def abort(self, reason: str = "dropped by the client") -> None:
+        """Drop the connection without a closing handshake."""
+        self.reason = reason
+        self.wasClean = True  # so that Autobahn does not warn of it
         self.dropConnection(abort=True)
 
     def _expect(self, seconds: float) -> None:
-        """Give up if nothing is heard for so long."""
+        """Abort if nothing is received for so many seconds."""
         self._patience = seconds
-        self._deadline.reset(seconds)
+        self._deadline.reset(min(seconds, IDLE_SECONDS))
 
-    def _late(self) -> None:
-        left = self._heard + self._patience - self._reactor.seconds()
-        if left > 0 and self.state == self.STATE_OPEN:
-            self._deadline = self._reactor.callLater(left, self._late)
-        else:
+    def _check_silence(self) -> None:
+        """Ping a server that is idle, and abort if it is silent for too long."""
+        idle = self._reactor.seconds() - self._heard
+        if idle >= self._patience or self.state != self.STATE_OPEN:
             self.abort("the server did not answer in time")
+            return
+        if idle >= IDLE_SECONDS:
+            self.sendPing()
+        wait = (self._patience if idle >= IDLE_SECONDS else IDLE_SECONDS) - idle
+        self._deadline = self._reactor.callLater(wait, self._check_silence)
 
+    @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The transport is gone: Autobahn's adapter, without the lines for debugging that it composes."""
         if self._deadline.active():
             self._deadline.cancel()
-        self._connectionLost(reason)
+        self._connectionLost(reason)  # not Autobahn's adapter, which composes lines for debugging
 
+    @override
     def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
-        """The connection is gone."""
-        code, said = self.remoteCloseCode, self.remoteCloseReason or ""
+        code, remote_reason = self.remoteCloseCode, self.remoteCloseReason or ""
         if code is not None:
-            self.why = f"closed with {code} {said}".rstrip()
-        found = _RETRY_AFTER.search(said)
+            self.reason = f"closed with {code} {remote_reason}".rstrip()
+        found = _RETRY_AFTER.search(remote_reason)
         if found:
             self.retry_after = float(found[1])
-        why = self.why or self.wasNotCleanReason or "closed without a code"
-        if code in CLIENT_FAULTS or (self.status and self.status not in PASSING):
-            self.client.denied(Rejected(why, code or self.status))
+        reason = self.reason or self.wasNotCleanReason or "closed without a code"
+        if code in FINAL_CLOSE_CODES or (self.status and self.status not in TEMPORARY_STATUSES):
+            self.client.connection_rejected(Rejected(reason, code or self.status))
         else:
-            self.client.closed(why, self.retry_after)
+            self.client.connection_lost(reason, self.retry_after)

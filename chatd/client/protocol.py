@@ -1,10 +1,10 @@
-"""A client's half of the wire, whatever carries it: what the server said, what is had of it, what is yet to be said.
+"""The protocol of a client, without a connection: frames of the server, the position in a room, pending requests.
 
-The server numbers a room's messages without gaps, so that a client needs to keep one id.  An *assembler* keeps it,
-and says of what comes whether it is the next; an *outbox* keeps what was said until it is answered, and gives
-it again to each new connection, with the label that it had.
+The server numbers the entries of a room without gaps, so a client needs to remember one id only.  A `Cursor`
+remembers it and checks that each frame continues after it.  `PendingRequests` keeps every request until it is
+answered, and sends it again on each new connection under its first label.
 
-This module is pure: frames in, frames out, and Deferreds that fire when a frame says so.
+This module is pure: frames in, frames out, and Deferreds that fire when a frame answers them.
 """
 
 import secrets
@@ -20,19 +20,19 @@ from twisted.internet.defer import Deferred
 from chatd.messages import Code, Entry, Id
 
 RATE_LIMIT_PAUSE_SECONDS: Final = 1.0
-"""After how long a post is sent again that could not be stored."""
+"""The pause before a request is sent again, if the server refused it for now and named no time."""
 WINDOW: Final = 16
-"""How many posts wait for their answers at a time."""
+"""The default number of requests in flight."""
 
 
-class Fault(Exception):
-    """The server did not keep its promise; the text says how."""
+class ProtocolError(Exception):
+    """The server broke the protocol; the text says how."""
 
 
 class Rejected(Exception):
-    """The server wants nothing of this client or this post, now or later; the text says why.
+    """The server refused a client or a request for good; the text is its reason.
 
-    `code` is the error's, the close's or the HTTP status, if there is one.
+    `code` is the code of the error (str), or of the close frame or the HTTP response (int), if there is one.
     """
 
     def __init__(self, message: str, code: str | int | None = None) -> None:
@@ -40,61 +40,62 @@ class Rejected(Exception):
         self.code = code
 
 
-class Stopped(Exception):
-    """The client was stopped before the answer came; a post may be in the log, or not."""
+class ClientStopped(Exception):
+    """The client was stopped before the answer arrived; a post may or may not have been stored."""
 
 
-# What the server says
+# Frames of the server
 
 
 class Message(NamedTuple):
-    """One new message of the room."""
+    """One new entry of the room."""
 
     epoch: str
     entry: Entry
 
 
 class History(NamedTuple):
-    """Consecutive messages: those that a connection begins with, or a page."""
+    """Consecutive entries: the start of a connection, or a page."""
 
     end: Id
-    """That of the last entry, or of the one before where the first would be."""
+    """The id of the last entry; without entries, the id after which the next one follows."""
     entries: Sequence[Entry]
-    """Oldest first."""
+    """The entries, oldest first."""
     more: bool = False
-    """Whether the log holds older ones; newer ones, of a page that goes forward."""
+    """True if the log has older entries or, for a page that goes forward, newer ones."""
     resumed: bool | None = None
-    """Whether they follow the last that the client has, if it named one."""
+    """True if the entries follow the id that the client named; None if the server does not say."""
     label: str | None = None
+    """The label of the request that a page answers."""
 
 
 class Ack(NamedTuple):
-    """A post is in the log, durably."""
+    """The server has stored a post."""
 
     label: str
     id: Id
     duplicate: bool = False
-    """Whether it was there before."""
+    """True if an earlier attempt stored the post."""
 
 
 class Error(NamedTuple):
-    """A frame was refused."""
+    """The server refused a frame."""
 
     message: str
     code: str | None = None
     label: str | None = None
     retry_after: float = 0.0
-    """Seconds after which the same will be taken, if that was said; else 0.0."""
+    """Seconds after which the server accepts the same frame; 0.0 if it does not say."""
 
 
-class Notice(NamedTuple):
-    """Something else: presence, typing, or what is not known yet."""
+class Event(NamedTuple):
+    """A frame of another type: presence, typing, or a type that this version does not know."""
 
     type: str
     data: Any
 
 
-Frame = Message | History | Ack | Error | Notice
+Frame = Message | History | Ack | Error | Event
 
 
 def _entry(number: int, data: dict[str, str]) -> Entry:
@@ -121,7 +122,7 @@ def _error(document: dict[str, Any]) -> Error:
     return Error(document["message"], known("code"), known("label"), float(known("retry_after", 0)))
 
 
-_READERS: Final[dict[str, Callable[[dict[str, Any]], Frame]]] = {
+_PARSERS: Final[dict[str, Callable[[dict[str, Any]], Frame]]] = {
     "message": _message,
     "history": _history,
     "ack": _ack,
@@ -129,92 +130,96 @@ _READERS: Final[dict[str, Callable[[dict[str, Any]], Frame]]] = {
 }
 
 
-def read(text: bytes) -> Frame:
-    """Read what a server sent; raises Fault for what is no frame."""
+def parse_frame(text: bytes) -> Frame:
+    """Parse a text frame of the server; raise ProtocolError if it is malformed."""
     try:
         document = orjson.loads(text)
         kind = document["type"]
-        reader = _READERS.get(kind)
-        return reader(document) if reader else Notice(kind, document.get("data"))
+        parser = _PARSERS.get(kind)
+        return parser(document) if parser else Event(kind, document.get("data"))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Fault(f"what came is no frame: {text[:200].decode(errors='replace')}") from None
+        raise ProtocolError(f"malformed frame: {text[:200].decode(errors='replace')}") from None
 
 
-# What is kept
+# The position in the room
 
 
-class Assembler:
-    """What a reader has of a room: the id of the last message, which all before it come before.
+class Cursor:
+    """The position of a client in a room: the id of the last entry that it received, over all connections.
 
-    `last` is that of an earlier client, if there was one.
+    `last` is the last id of an earlier client, if this one continues after it.
     """
 
     def __init__(self, last: Id | None = None) -> None:
         self.last = last
         self.greeted = False
-        """Whether this connection has begun, as it does with a history frame."""
+        """True after this connection has received its history frame, which is the first one."""
 
     def connect(self) -> None:
-        """Another connection begins, which was told of the last id."""
+        """Start a new connection, whose handshake names the last id."""
         self.greeted = False
 
     def history(self, frame: History) -> bool:
-        """A connection begins, or everything, in its midst; answers whether what was kept is to be replaced.
+        """Accept the start of a connection, or a fresh start during one.
 
-        Raises Fault.
+        Return whether the entries replace all earlier ones.  Raise ProtocolError, and change nothing, if the server
+        may not send such a frame now.
         """
         if self.greeted and frame.resumed is not False:
-            raise Fault(f"a connection began a second time, with history up to {frame.end}")
+            raise ProtocolError(f"a second history frame, up to {frame.end}, is not a fresh start")
         resumed = frame.resumed is True and self.last is not None
         if resumed:
-            self._follows(frame.end.epoch, frame.end.number - len(frame.entries) + 1)
+            self._check_next(frame.end.epoch, frame.end.number - len(frame.entries) + 1)
         self.greeted = True
         self.last = frame.end
         return not resumed
 
     def message(self, frame: Message) -> None:
-        """A message came: it must be the next.  Raises Fault, and is as it was."""
+        """Accept the next entry; raise ProtocolError, and change nothing, if it is another one."""
         epoch, entry = frame
         if not self.greeted:
-            raise Fault(f"message {epoch}-{entry.number} came before the history")
-        self._follows(epoch, entry.number)
+            raise ProtocolError(f"message {epoch}-{entry.number} arrived before the history")
+        self._check_next(epoch, entry.number)
         self.last = Id(epoch, entry.number)
 
-    def _follows(self, epoch: str, number: int) -> None:
+    def _check_next(self, epoch: str, number: int) -> None:
         last = self.last
         if last is None or (last.number == number - 1 and last.epoch == epoch):
             return
         if epoch != last.epoch:
-            raise Fault(f"{epoch}-{number} came after {last}, which is of another log")
-        again = "again" if number <= last.number else f"instead of {epoch}-{last.number + 1}"
-        raise Fault(f"{epoch}-{number} came after {last}, {again}")
+            raise ProtocolError(f"{epoch}-{number} arrived after {last}, which is from another log")
+        fault = "again" if number <= last.number else f"instead of {epoch}-{last.number + 1}"
+        raise ProtocolError(f"{epoch}-{number} arrived after {last}, {fault}")
+
+
+# Requests
 
 
 class Posted(NamedTuple):
-    """A post is in the log, durably."""
+    """The result of a post: the server has stored the message under this id."""
 
     id: Id
     duplicate: bool = False
-    """Whether the answer to an earlier attempt was lost."""
+    """True if an earlier attempt stored the message and its answer was lost."""
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """What was said, in all its attempts."""
+    """One request, for all of its attempts."""
 
     text: bytes
     answer: "Deferred[Any]"
 
 
-class Outbox:
-    """What was said and has no final answer yet, each under a label of its own, which no other client draws.
+class PendingRequests:
+    """The requests without a final answer, each under a label that no other client draws.
 
-    At most `window` of it is under way at a time; 1 keeps posts in the order in which they were given even if one
-    is refused for now.
+    At most `window` requests are in flight.  With a window of 1 posts are stored in the order of `add`, even if the
+    server refuses one for now.
     """
 
     def __init__(self, window: int = WINDOW) -> None:
-        self._most = self._window = window
+        self._largest_window = self._window = window
         self._name = secrets.token_urlsafe(12)
         self._count = 0
         self._requests: dict[int, _Request] = {}
@@ -227,7 +232,7 @@ class Outbox:
         return len(self._requests)
 
     def add(self, document: dict[str, Any]) -> "Deferred[Any]":
-        """Say something; the answer is Posted or a History, or Refused."""
+        """Add a request and label it; its Deferred fires with Posted or a History, or fails with Rejected."""
         self._count += 1
         answer: Deferred[Any] = Deferred()
         text = orjson.dumps({**document, "label": f"{self._name}.{self._count}"})
@@ -236,41 +241,41 @@ class Outbox:
         return answer
 
     def connect(self) -> None:
-        """Another connection begins: what was not answered is to be sent again."""
+        """Start a new connection, on which every request without an answer is sent again."""
         self._unsent = [*self._requests]  # in order, which is a heap
         self._sent.clear()
         self._repeated.clear()
-        self._until = 0.0  # a rate is a connection's
+        self._until = 0.0  # the server limits the rate of each connection
 
     def repeat(self) -> None:
-        """The log is another: what was not answered is to be sent again, and may yet be answered twice."""
+        """Send every request again on the same connection, because the log is another; two answers may arrive."""
         self._repeated |= self._sent
         self._unsent = [*self._requests]
         self._sent.clear()
 
     def send(self, now: float) -> list[bytes]:
-        """What is to be sent now, oldest first."""
+        """Return the texts to send now, oldest first."""
         texts: list[bytes] = []
         while self._unsent and len(self._sent) < self._window and now >= self._until:
             number = heappop(self._unsent)
-            if number in self._requests:  # else it was answered when it was to be sent once more
+            if number in self._requests:  # it may have been answered before it was sent again
                 self._sent.add(number)
                 texts.append(self._requests[number].text)
         return texts
 
     def wait(self, now: float) -> float | None:
-        """In how many seconds something may be sent; None while that depends on answers."""
+        """Return the seconds until something can be sent; None if that depends on answers."""
         return max(0.0, self._until - now) if self._unsent and len(self._sent) < self._window else None
 
-    def answered(self, frame: Ack | History) -> None:
-        """The log has it, or here is the page."""
+    def answer(self, frame: Ack | History) -> None:
+        """Complete the request that an ack or a page answers."""
         request = self._take(frame.label)
         if request:
-            self._window = min(self._window + 1, self._most)
+            self._window = min(self._window + 1, self._largest_window)
             request.answer.callback(Posted(frame.id, frame.duplicate) if isinstance(frame, Ack) else frame)
 
-    def refused(self, frame: Error, now: float) -> bool:
-        """It was refused: for now, or for good; answers whether it is known what was."""
+    def refuse(self, frame: Error, now: float) -> bool:
+        """Fail a request, or send it again later if the error is temporary; return whether the label is known."""
         number = self._number(frame.label)
         if number not in self._requests:
             return number in self._repeated
@@ -280,11 +285,11 @@ class Outbox:
             self._sent.discard(number)
             heappush(self._unsent, number)
             self._until = max(self._until, now + (frame.retry_after or RATE_LIMIT_PAUSE_SECONDS))
-            self._window = 1  # what is under way when nothing is taken, is sent in vain
+            self._window = 1  # while the server refuses everything, one attempt at a time is enough
         return True
 
     def fail(self, reason: Exception) -> None:
-        """There will be no answers."""
+        """Fail every request."""
         requests, self._requests, self._unsent = self._requests, {}, []
         self._sent.clear()
         for request in requests.values():
@@ -301,9 +306,10 @@ class Outbox:
 
 
 class Backoff:
-    """How long to wait before connecting again: a random part of `first` seconds, then of twice as many, up to `most`.
+    """Random pauses between attempts to connect, so that clients of a failed server return at different times.
 
-    All who lost one server do not come to the next at once.
+    The first pause is at most `first` seconds.  The bound doubles with each attempt, up to `most` seconds.  `chance`
+    is the source of randomness.
     """
 
     def __init__(self, first: float = 1.0, most: float = 30.0, chance: Random | None = None) -> None:
@@ -311,12 +317,12 @@ class Backoff:
         self._chance = chance or Random()  # noqa: S311 -- it spreads clients, and is no secret
         self._attempts = 0
 
-    def next(self, said: float | None = None) -> float:
-        """Seconds to wait now; as many as the server said, if it did."""
+    def next(self, retry_after: float | None = None) -> float:
+        """Return the seconds to wait now: `retry_after` if the server named it, else a random pause."""
         self._attempts += 1
         longest = min(self._first * 2 ** min(self._attempts - 1, 30), self._most)
-        return self._chance.random() * longest if said is None else said
+        return self._chance.random() * longest if retry_after is None else retry_after
 
     def reset(self) -> None:
-        """It has gone well."""
+        """Begin again with short pauses, because a connection has succeeded."""
         self._attempts = 0

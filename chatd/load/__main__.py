@@ -1,16 +1,14 @@
-"""The command line of `python -m chatd.load`, and the composition of a trial; it uses the global reactor."""
+"""The command line of `python -m chatd.load`, which runs a trial in the global reactor."""
 
 import argparse
 import gc
 import json
-import math
 import re
-import resource
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Final, NoReturn, TextIO
+from typing import Any, Final, TextIO
 
 from twisted.internet.error import ReactorNotRunning
 from twisted.logger import (
@@ -24,39 +22,14 @@ from twisted.python.failure import Failure
 
 from chatd.client.client import ServerAddress
 from chatd.load.figures import Progress, summary
+from chatd.load.options import Parser, allow_files, number_from
 from chatd.load.trial import UNTRIED, Trial
 
-MOST: Final = 1_000_000
-"""Of anything that is asked for."""
 SPARE: Final = 50
-"""Open files besides the clients'."""
+"""Open files besides those of the clients."""
 GARBAGE: Final = 100_000
-"""How many more young objects are reason to look for cycles among them."""
+"""The threshold of the garbage collector: rare, since nothing here makes cycles."""
 _ROOM = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-
-
-class Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """ArgumentParser.error."""
-        self.exit(UNTRIED, f"chatd.load: {message}: see --help\n")
-
-
-def _number(least: float, kind: type[float] = float) -> Callable[[str], Any]:
-    """A parser of numbers from `least` up to a million."""
-
-    def parse(text: str) -> float:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not least <= number <= MOST:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {least:g} to {MOST:,}")
-        return number
-
-    return parse
 
 
 def _address(text: str) -> ServerAddress:
@@ -68,48 +41,60 @@ def _address(text: str) -> ServerAddress:
 
 def _room(text: str) -> str:
     if not _ROOM.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a room, such as team-7")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a room, such as team-7")
     return text
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; SystemExit with one line for what is wrong with it."""
+    """Parse the command line; raise SystemExit, with one line on standard error, if it is wrong."""
     parser = Parser(
+        "chatd.load",
+        UNTRIED,
         prog="python -m chatd.load",
-        description="Prove, under load, that a server loses nothing, whatever is cut or killed meanwhile.",
-        epilog="Exit status: 0, proved; 1, refuted, and one line says what and where; 2, it could not be tried.",
+        description="Prove under load that a server loses nothing, whatever is disconnected or killed meanwhile.",
+        epilog="Exit status: 0, proved; 1, refuted, and one line names the fault; 2, the trial could not run.",
     )
     add = parser.add_argument
-    add("url", type=_address, metavar="URL", help="ws://HOST:PORT/, for a new room, or .../rooms/NAME; wss: for TLS")
-    add("--room", type=_room, metavar="NAME", help="the room, whatever the URL says")
-    add("--clients", type=_number(1, int), default=100, metavar="N", help="how many read [%(default)s]")
-    add("--posters", type=_number(1, int), metavar="N", help="how many of them post [all]")
-    add("--rate", type=_number(0), default=100.0, metavar="N", help="posts a second; 0: what goes [%(default)g]")
+    add("url", type=_address, metavar="URL", help="ws://HOST:PORT/ for a new room, or .../rooms/NAME; wss: for TLS")
+    add("--room", type=_room, metavar="NAME", help="the room, which overrides that of the URL")
+    add("--clients", type=number_from(1, int), default=100, metavar="N", help="number of clients [%(default)s]")
+    add("--posters", type=number_from(1, int), metavar="N", help="number of clients that post [all]")
+    add(
+        "--rate",
+        type=number_from(0),
+        default=100.0,
+        metavar="N",
+        help="posts a second; 0: as many as possible [%(default)g]",
+    )
     much = parser.add_mutually_exclusive_group()
-    much.add_argument("--seconds", type=_number(0.001), default=10.0, metavar="N", help="how long [%(default)g]")
-    much.add_argument("--messages", type=_number(1, int), metavar="N", help="how many posts, however long it takes")
-    add("--cut", type=_number(0), default=10.0, metavar="SECONDS", help="each client's mean time between cuts; 0: none")
-    add("--patience", type=_number(0.001), default=60.0, metavar="SECONDS", help="how long nothing may come")
-    add("--seed", type=int, default=1, metavar="N", help="of what is random [%(default)s]")
-    add("--lenient", action="store_true", help="a server that begins a new log, as one with memory: does, is no fault")
-    add("--json", action="store_true", help="print the figures as JSON")
+    much.add_argument(
+        "--seconds", type=number_from(0.001), default=10.0, metavar="N", help="time of posting [%(default)g]"
+    )
+    much.add_argument("--messages", type=number_from(1, int), metavar="N", help="number of posts, instead of a time")
+    add(
+        "--cut",
+        type=number_from(0),
+        default=10.0,
+        metavar="SECONDS",
+        help="mean time between disconnections of a client; 0: none [%(default)g]",
+    )
+    add(
+        "--patience",
+        type=number_from(0.001),
+        default=60.0,
+        metavar="SECONDS",
+        help="longest time without progress [%(default)g]",
+    )
+    add("--seed", type=int, default=1, metavar="N", help="seed of the random choices [%(default)s]")
+    add("--lenient", action="store_true", help="accept a new log, as of a restarted server with memory:")
+    add("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(words)
     options.posters = min(options.posters or options.clients, options.clients)
     return options
 
 
-def allow_files(count: int) -> str | None:
-    """See to it that so many files may be open; answers what to do about it if they may not."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY != hard < count:
-        return f"{count} files are to be open, and {hard} may be: ask for fewer --clients, or raise `ulimit -Hn`"
-    if resource.RLIM_INFINITY != soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-    return None
-
-
 def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO) -> int:
-    """Run a trial; answers the exit status."""
+    """Run a trial, and return the exit status."""
     options = arguments(words)
     problem = allow_files(options.clients + SPARE)
     if problem:
@@ -124,7 +109,7 @@ def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO) -> int:
 
     def end(result: int | Failure) -> None:
         ended.append(result)
-        with suppress(ReactorNotRunning):  # it is stopping already, as someone wished
+        with suppress(ReactorNotRunning):  # an interrupt is stopping it already
             reactor.stop()
 
     trial.done.addBoth(end)
@@ -145,7 +130,7 @@ def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO) -> int:
 
 
 def run() -> int:
-    """Run a trial as a program."""
+    """Run a trial with the global reactor, and return the exit status."""
     from twisted.internet import reactor
 
     faults = FilteringLogObserver(textFileLogObserver(sys.stderr), [LogLevelFilterPredicate(LogLevel.critical)])

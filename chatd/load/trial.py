@@ -1,10 +1,10 @@
-"""One trial of a server: clients join a room, some of them post, all read, and each is cut off now and then.
+"""One trial of a server: clients join a room, some of them post, all read, and each is disconnected now and then.
 
-Meanwhile anyone may kill the server and start it again.  Every message that any client is given is held to the
-proof, and at the end each client asks for the newest page: its answer comes behind all that was to come.  The first
-fault ends the trial, but for a log that is lost: what was lost with it is counted in the end.
+Meanwhile anyone may kill and restart the server.  Every message that a client receives is checked against the proof.
+At the end each client asks for the newest page, which arrives after all messages.  The first fault ends the trial.
+Only a lost log does not: its losses are counted at the end.
 
-A post's latency is counted from when it was due, whatever held it up.
+Latency counts from the time at which a post was due, whatever delayed it.
 """
 
 import argparse
@@ -22,86 +22,95 @@ from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
+from typing_extensions import override
 
-from chatd.client import protocol as exchange
 from chatd.client.client import Client, Listener, ServerAddress
-from chatd.client.protocol import Backoff, Fault, Frame, History, Posted, Rejected, Stopped
+from chatd.client.protocol import (
+    Backoff,
+    ClientStopped,
+    Frame,
+    History,
+    Posted,
+    ProtocolError,
+    Rejected,
+    parse_frame,
+)
 from chatd.load.figures import Latencies, Progress
-from chatd.load.proof import Proof, Reader
+from chatd.load.proof import Proof, Reader, Violation
 from chatd.messages import Entry, Id
 
 PROVED, REFUTED, UNTRIED, INTERRUPTED = 0, 1, 2, 130
-"""What comes of it, as an exit status; untried is what could not be, for want of a server say."""
+"""The result of a trial as an exit status; an untried one could not run, for example without a server."""
 TICK: Final = 0.01
-"""Seconds between looks at what is to be done."""
+"""Seconds between two steps of a trial."""
 TICKS: Final = 20
-"""Looks, between two at how far it is."""
+"""Steps between two reports of progress."""
 JOINING: Final = 100
-"""Clients that join at a time."""
+"""Clients that join at the same time."""
 REMEMBERED: Final = 1024
-"""Frames that are read once for all clients."""
+"""Frames that are parsed once for all clients."""
 PAGE: Final = 100
-"""Messages that are read back at a time."""
+"""Messages in a page that is read back."""
 DEPTH: Final = 8
-"""Posts of one poster that wait for their acknowledgements."""
+"""Posts of one poster in flight."""
 
 
 class TrialClient(Listener):
-    """One of the clients: what comes is held to the proof."""
+    """One client of a trial, which checks what it receives against the proof."""
 
     def __init__(self, trial: "Trial", reader: Reader, chance: Random, make: Callable[..., Client]) -> None:
         self._trial = trial
         self._chance = chance
-        self._due: dict[int, float] = {}  # when its posts were due that have not come back
+        self._due: dict[int, float] = {}  # when each post was due that was not received yet
         self._joined = False
         self.reader = reader
         self.name = trial.proof.username(reader.number)
         self.client = make(listener=self, backoff=Backoff(0.2, 2.0, chance))
         self.waiting = 0
-        """How many of its posts wait to be acknowledged."""
+        """The number of its posts without an ack."""
         self.paged = False
-        """Whether it has been given the newest page, behind which nothing is to come."""
+        """True when it has received the newest page, which follows all messages."""
 
     def __str__(self) -> str:
         return f"client {self.reader.number}"
 
-    # What it is told
+    # Callbacks of the client
 
-    def begun(self, history: History) -> None:
-        """Listener.begun."""
-        self._trial.check(self._trial.proof.begun, self.reader, history)
+    @override
+    def on_history(self, history: History) -> None:
+        self._trial.check(self._trial.proof.check_history, self.reader, history)
 
-    def appended(self, epoch: str, entries: Sequence[Entry]) -> None:
-        """Listener.appended."""
+    @override
+    def on_entries(self, epoch: str, entries: Sequence[Entry]) -> None:
         trial = self._trial
-        if trial.check(trial.proof.appended, self.reader, entries):
+        if trial.check(trial.proof.check_entries, self.reader, entries):
             for entry in entries:
                 if entry.username == self.name:
                     due = self._due.pop(trial.proof.place(entry.message), None)
-                    if due is not None:  # else it was in a log that is gone
+                    if due is not None:  # else it was in a lost log
                         trial.echoes.add(trial.now() - due)
 
-    def joined(self) -> None:
-        """Listener.joined."""
+    @override
+    def on_connect(self) -> None:
         first, self._joined = not self._joined, True
         self._trial.joined(first=first)
 
-    def faulted(self, fault: Fault) -> None:
-        """Listener.faulted."""
-        self._trial.fail(f"{self}: {fault}")
+    @override
+    def on_protocol_error(self, error: ProtocolError) -> None:
+        self._trial.fail(f"{self}: {error}")
 
-    def lost(self, reason: str, wait: float) -> None:
-        """Listener.lost."""
+    @override
+    def on_disconnect(self, reason: str, wait: float) -> None:
         self._trial.lost(reason)
 
-    def refused(self, reason: Rejected) -> None:
-        """Listener.refused."""
-        self._trial.turned_away(f"{self} is turned away: {reason}")
+    @override
+    def on_reject(self, error: Rejected) -> None:
+        self._trial.rejected(f"{self} is rejected: {error}")
 
-    # What it does
+    # Actions
 
     def post(self, due: float) -> None:
-        """Post now what was due by then."""
+        """Post a message that was due at this time."""
         place, text = self._trial.proof.post(self.reader.number)
         self._due[place] = due
         self.waiting += 1
@@ -113,16 +122,16 @@ class TrialClient(Listener):
         self.client.page(limit=1).addCallbacks(self._paged, self._unanswered)
 
     def read_back(self, before: Id) -> "Deferred[Any]":
-        """Read what is before a message, which nobody was given."""
+        """Read the entries before one, which no client has received."""
         return self.client.page(before=before, limit=PAGE).addCallbacks(self._read, self._unanswered)
 
     def cut_soon(self, mean: float) -> None:
-        """Lose the connection, in so many seconds in the mean, and again and again."""
+        """Drop the connection repeatedly, after `mean` seconds on average."""
         self._trial.later(self._chance.expovariate(1 / mean), self._cut, mean)
 
     def _cut(self, mean: float) -> None:
         if self._trial.phase is Phase.POST:
-            self._trial.cuts += self.client.cut()
+            self._trial.cuts += self.client.drop_connection()
             self.cut_soon(mean)
 
     def _acked(self, posted: Posted, place: int, due: float) -> None:
@@ -131,29 +140,29 @@ class TrialClient(Listener):
 
     def _paged(self, page: History) -> None:
         self.paged = True
-        self._trial.check(self._trial.proof.paged, self.reader, page.end)
+        self._trial.check(self._trial.proof.check_newest_page, self.reader, page.end)
 
     def _read(self, page: History) -> None:
-        self._trial.check(self._trial.proof.recalled, self.reader, page)
+        self._trial.check(self._trial.proof.check_older_page, self.reader, page)
 
     def _unanswered(self, failure: Failure) -> None:
-        if not failure.check(Stopped):
-            self._trial.fail(f"{self} was refused what it said: {failure.getErrorMessage()}")
+        if not failure.check(ClientStopped):
+            self._trial.fail(f"{self} was refused a request: {failure.getErrorMessage()}")
 
 
 class Phase(Enum):
-    """How far a trial is; the values are what one reads meanwhile."""
+    """The phases of a trial."""
 
     JOIN = "join"
     POST = "post"
-    SETTLE = "wait for all to have everything"
+    SETTLE = "settle"
     OVER = "over"
 
 
 class Trial:
-    """One trial; `run` is a word that stands for it.
+    """One trial; the word `run` identifies its posts.
 
-    `done` fires with what came of it, and `fault` says in one line what was wrong.
+    `done` fires with the exit status, and `fault` names the fault in one line.
     """
 
     def __init__(
@@ -175,11 +184,11 @@ class Trial:
         self._reason = "no answer"
         self._start = self._moved = self.now()
         self._seconds = self._cpu = 0.0
-        # The same bytes come to everyone: they are read once.
-        decode: Callable[[bytes], Frame] = functools.lru_cache(REMEMBERED)(exchange.read)
+        # All clients receive the same bytes, so they are parsed once.
+        decode: Callable[[bytes], Frame] = functools.lru_cache(REMEMBERED)(parse_frame)
         endpoint = address.endpoint(reactor)
         make = functools.partial(Client, reactor, address, endpoint=endpoint, decode=decode, window=DEPTH)
-        seeds = Random(options.seed)  # noqa: S311 -- it is to be repeated
+        seeds = Random(options.seed)  # noqa: S311 -- repeatable
         self._members = [
             TrialClient(self, reader, Random(seeds.random()), make)  # noqa: S311
             for reader in self.proof.readers
@@ -187,42 +196,42 @@ class Trial:
         self._to_start = iter(self._members)
         self._posters: Iterator[TrialClient] = cycle(self._members[: options.posters])
         self._behind: list[TrialClient] = []
-        """Who has not been given everything."""
+        """The clients that have not received everything."""
         self._reading: Deferred[Any] | None = None
-        """What was there before anyone was given anything, of a log that took another's place."""
+        """The request for the part of a new log that no client has received."""
         self._ticks = 0
         self._ticking = LoopingCall(self._tick)
         self._ticking.clock = reactor
 
     def start(self) -> None:
-        """Let the clients join."""
+        """Start the clients."""
         self._ticking.start(TICK).addErrback(self.done.errback)
         for member in [*self._members[:JOINING]]:
             next(self._to_start)
             member.client.start()
 
     def interrupt(self) -> "Deferred[int]":
-        """End it before its time, if it has not ended."""
+        """End the trial early, if it has not ended."""
         self._finish(INTERRUPTED, "interrupted: nothing is proved")
         return self.done
 
-    # What the members say
+    # Reports of the clients
 
     def check(self, rule: Callable[..., None], *what: object) -> bool:
-        """Hold something to the proof; answers whether it stands."""
+        """Apply a rule of the proof, and return whether it holds."""
         try:
             rule(*what)
-        except Fault as fault:
+        except Violation as fault:
             self.fail(str(fault))
             return False
         return True
 
     def fail(self, fault: str) -> None:
-        """The server has not kept its promise."""
+        """End the trial: the server broke a promise."""
         self._finish(REFUTED, fault)
 
     def joined(self, *, first: bool) -> None:
-        """A client has come, or come back."""
+        """Count a connection, which is the first of a client or a later one."""
         self._connections += 1
         if first:
             self._joined += 1
@@ -234,27 +243,29 @@ class Trial:
                 self._post_from_now()
 
     def lost(self, reason: str) -> None:
-        """A client has no connection."""
+        """Record why a client was disconnected; without any connection the trial ends."""
         self._reason = reason
         if not self._connections:
-            self.turned_away(reason)
+            self.rejected(reason)
 
-    def turned_away(self, reason: str) -> None:
-        """A client will have none."""
+    def rejected(self, reason: str) -> None:
+        """End the trial: the server rejects a client."""
         if self._connections:
             self.fail(reason)
         else:
-            self._finish(UNTRIED, f"{self._address} cannot be joined: {reason}: is the URL right, and the server up?")
+            self._finish(
+                UNTRIED, f"{self._address} cannot be joined: {reason}: check the URL, and that the server runs"
+            )
 
     def acked(self, reader: Reader, place: int, posted: Posted, due: float) -> None:
-        """A post was acknowledged."""
-        self.check(self.proof.acked, reader, place, posted)
+        """Check and count an ack."""
+        self.check(self.proof.check_ack, reader, place, posted)
         self._moved = self.now()
         self._acked += 1
         self._retried += posted.duplicate
         self.acks.add(self._moved - due)
 
-    # What is done now and then
+    # Steps
 
     def _tick(self) -> None:
         if self.phase is Phase.POST:
@@ -264,8 +275,8 @@ class Trial:
         self._ticks += 1
         if self._ticks % TICKS == 0 and self.phase is not Phase.OVER:
             self.proof.forget()
-            self._progress.show(*self._far())
-            self._lose_patience()
+            self._progress.show(*self._state())
+            self._check_patience()
 
     def _post_from_now(self) -> None:
         self.phase = Phase.POST
@@ -276,7 +287,7 @@ class Trial:
                 member.cut_soon(self._options.cut)
 
     def _post(self) -> None:
-        """Post what is due, as far as the posters have not too much under way."""
+        """Post what is due, unless too many posts are in flight."""
         now, rate = self.now(), self._options.rate
         elapsed = now - self._start
         if not rate and not self._options.messages and elapsed >= self._options.seconds:
@@ -305,7 +316,7 @@ class Trial:
         self._cpu = time.process_time() - self._cpu
 
     def _settle(self) -> None:
-        """Wait until all have been given everything, and nothing more can come."""
+        """Wait until all clients have received everything, and nothing more can arrive."""
         before = len(self._behind)
         while self._behind and self._behind[-1].paged and self.proof.is_level(self._behind[-1].reader):
             self._behind.pop()
@@ -323,8 +334,8 @@ class Trial:
         elif self.check(self.proof.conclude):
             self._finish(PROVED, None)
 
-    def _far(self) -> tuple[float, str]:
-        """How far it is, in this phase."""
+    def _state(self) -> tuple[float, str]:
+        """Return the completed part of this phase, from 0 to 1, and a description."""
         clients, options = len(self._members), self._options
         if self.phase is Phase.JOIN:
             return self._joined / clients, f"{self._joined:,} of {clients:,} clients joined"
@@ -334,15 +345,15 @@ class Trial:
         planned = self._planned < sys.maxsize
         part = self._acked / self._planned if planned else (self.now() - self._start) / options.seconds
         words = f"{self._posted:,} posted, {self._acked:,} acknowledged, {self.proof.delivered:,} delivered"
-        began = f", {self.proof.fresh_starts:,} began anew" if self.proof.fresh_starts else ""
-        return min(part, 1.0), f"{words}, {self._connections - self._joined:,} came back{began}"
+        began = f", {self.proof.fresh_starts:,} started over" if self.proof.fresh_starts else ""
+        return min(part, 1.0), f"{words}, {self._connections - self._joined:,} reconnections{began}"
 
-    def _lose_patience(self) -> None:
+    def _check_patience(self) -> None:
         patience = self._options.patience
         if self.now() - self._moved < patience or (self.phase is Phase.POST and self._acked == self._posted):
             return
         if self.phase is Phase.JOIN:
-            joined = f"{self._joined} of {len(self._members)} clients have joined, and no more can"
+            joined = f"{self._joined} of {len(self._members)} clients have joined, and no more are accepted"
             self._finish(UNTRIED, f"{joined} ({self._reason}): ask for fewer --clients, or allow the server more")
         elif self.phase is Phase.POST:
             member = next(member for member in self._members if member.waiting)
@@ -353,7 +364,7 @@ class Trial:
         else:
             reader, log = self._behind[-1].reader, self.proof.log
             has = f"client {reader.number} has {log.epoch}-{reader.cursor} of {log.epoch}-{log.head}"
-            self.fail(f"{has}, and was given no more in {patience:g} seconds")
+            self.fail(f"{has}, and received no more in {patience:g} seconds")
 
     def _finish(self, status: int, fault: str | None) -> None:
         if self.phase is Phase.OVER:
@@ -369,9 +380,9 @@ class Trial:
         stopped.addCallback(lambda _: self.done.callback(status))
 
     def report(self) -> dict[str, Any]:
-        """What was done, and found, in figures.
+        """Return the results.
 
-        `seconds` are those of the posting, and `cpu` is the share of them that this program was busy.
+        `seconds` is the time of posting, and `cpu` is the part of it in which this program was busy.
         """
         seconds = self._seconds
         return {

@@ -17,8 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.client.client import Client, Listener
-from chatd.client.protocol import History, Rejected
+from chatd.client import Client, History, Listener, Rejected
 from chatd.messages import Entry
 
 
@@ -34,16 +33,16 @@ class Echo(Listener):
         self.heard: Deferred[None] = Deferred()
 
     @override
-    def begun(self, history: History) -> None:  # after a lost connection the message can be part of the history
-        self.appended("", history.entries)
+    def on_history(self, history: History) -> None:  # after a lost connection the message can be part of the history
+        self.on_entries("", history.entries)
 
     @override
-    def appended(self, epoch: str, entries: Sequence[Entry]) -> None:
+    def on_entries(self, epoch: str, entries: Sequence[Entry]) -> None:
         if not self.heard.called and any(entry.message == self.message for entry in entries):
             self.heard.callback(None)
 
     @override
-    def refused(self, reason: Exception) -> None:
+    def on_reject(self, reason: Exception) -> None:
         if not self.heard.called:
             self.heard.errback(reason)
 
@@ -52,15 +51,15 @@ class Attempt(Echo):
     """An echo that also fails when its connection is lost."""
 
     @override
-    def lost(self, reason: str, wait: float) -> None:
-        self.refused(Rejected(reason, None))
+    def on_disconnect(self, reason: str, wait: float) -> None:
+        self.on_reject(Rejected(reason, None))
 
 
 async def echo(reactor: Any, url: str, username: str, member: Echo) -> str | None:
     """Post to the room at a URL, wait until the message is read back, and return the server's name and version."""
     client = Client(reactor, url, member)
     client.start()
-    client.post(username, member.message).addErrback(lambda failure: member.refused(failure.value))
+    client.post(username, member.message).addErrback(lambda failure: member.on_reject(failure.value))
     try:
         await member.heard
     finally:

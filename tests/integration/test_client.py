@@ -14,8 +14,16 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from chatd.client.client import CLOSE_SECONDS, CONNECT_SECONDS, SILENCE_SECONDS, Client, Listener, ServerAddress
-from chatd.client.protocol import Backoff, Fault, Posted, Rejected, Stopped
+from chatd.client.client import (
+    CLOSE_SECONDS,
+    CONNECT_SECONDS,
+    IDLE_SECONDS,
+    SILENCE_SECONDS,
+    Client,
+    Listener,
+    ServerAddress,
+)
+from chatd.client.protocol import Backoff, ClientStopped, Posted, ProtocolError, Rejected
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
 from chatd.transport.handshake import MAGIC
@@ -94,28 +102,28 @@ class Watch(Listener):
     def kinds(self):
         return [event[0] for event in self.events]
 
-    def begun(self, history):
+    def on_history(self, history):
         self.numbers = [entry.number for entry in history.entries]
-        self._told("begun", history)
+        self._told("on_history", history)
 
-    def appended(self, epoch, entries):
+    def on_entries(self, epoch, entries):
         self.numbers += [entry.number for entry in entries]
-        self._told("appended", epoch, entries)
+        self._told("on_entries", epoch, entries)
 
-    def told(self, notice):
-        self._told("told", notice)
+    def on_event(self, notice):
+        self._told("on_event", notice)
 
-    def joined(self):
-        self._told("joined")
+    def on_connect(self):
+        self._told("on_connect")
 
-    def faulted(self, fault):
-        self._told("faulted", fault)
+    def on_protocol_error(self, fault):
+        self._told("on_protocol_error", fault)
 
-    def lost(self, reason, wait):
-        self._told("lost", reason, wait)
+    def on_disconnect(self, reason, wait):
+        self._told("on_disconnect", reason, wait)
 
-    def refused(self, reason):
-        self._told("refused", reason)
+    def on_reject(self, reason):
+        self._told("on_reject", reason)
 
 
 class Wire(StringTransport):
@@ -243,7 +251,7 @@ def test_who_listens_is_told_of_the_history_and_then_of_each_message():
     data = history_frame("abcd", 2, [frame(1), frame(2)]) + frame(3) + presence_frame(1) + frame(4)
     for cut in range(0, len(data), 7):
         wire.say(data[cut : cut + 7])
-    assert table.watch.kinds() == ["begun", "joined", "appended", "told", "appended"]
+    assert table.watch.kinds() == ["on_history", "on_connect", "on_entries", "on_event", "on_entries"]
     assert table.watch.numbers == [1, 2, 3, 4]
     assert table.client.last == Id("abcd", 4)
 
@@ -283,7 +291,7 @@ def test_a_post_whose_answer_is_lost_is_posted_again_with_its_label():
     posted = table.client.post("ann", "hi")
     said = wire.said()
     wire.end()
-    assert table.watch.events[-1] == ("lost", table.watch.events[-1][1], 1.0)
+    assert table.watch.events[-1] == ("on_disconnect", table.watch.events[-1][1], 1.0)
     table.clock.advance(1)
     wire = table.join(resumed=True)
     assert wire.said() == said
@@ -343,7 +351,15 @@ def test_another_log_replaces_all():
     wire.end()
     table.clock.advance(2)
     table.join(2, resumed=False)
-    assert table.watch.kinds() == ["begun", "joined", "appended", "lost", "lost", "begun", "joined"]
+    assert table.watch.kinds() == [
+        "on_history",
+        "on_connect",
+        "on_entries",
+        "on_disconnect",
+        "on_disconnect",
+        "on_history",
+        "on_connect",
+    ]
     assert table.watch.numbers == []
     assert table.client.last == Id("abcd", 2)
 
@@ -354,7 +370,7 @@ def test_another_log_in_the_midst_of_a_connection_replaces_all():
     wire.say(frame(6))
     wire.say(history_frame("efgh", 2, [frame(1), frame(2)], resumed=False))
     wire.say(message_frame("efgh", Entry(3, "ann", "m3", "2026-01-01T00:00:00.000Z")))
-    assert table.watch.kinds() == ["begun", "joined", "appended", "begun", "appended"]
+    assert table.watch.kinds() == ["on_history", "on_connect", "on_entries", "on_history", "on_entries"]
     assert table.watch.numbers == [1, 2, 3]
     assert table.client.last == Id("efgh", 3)
     wire.end()
@@ -388,16 +404,16 @@ def test_a_second_history_that_is_no_fresh_start_is_a_broken_promise(resumed):
     wire = table.join(5)
     wire.say(history_frame("abcd", 5, [], resumed=resumed))
     assert wire.aborted
-    assert table.watch.kinds() == ["begun", "joined", "faulted"]
+    assert table.watch.kinds() == ["on_history", "on_connect", "on_protocol_error"]
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (frame(9), "abcd-9 came after abcd-7, instead of abcd-8"),
-        (frame(7), "abcd-7 came after abcd-7, again"),
-        (b"\x81\x02{}", "what came is no frame"),
-        (error_frame("no"), "an error came for what was not said: no"),
+        (frame(9), "abcd-9 arrived after abcd-7, instead of abcd-8"),
+        (frame(7), "abcd-7 arrived after abcd-7, again"),
+        (b"\x81\x02{}", "malformed frame"),
+        (error_frame("no"), "an error answers no request: no"),
     ],
 )
 def test_a_server_that_breaks_its_promise_is_left_and_asked_again(data, words):
@@ -407,10 +423,10 @@ def test_a_server_that_breaks_its_promise_is_left_and_asked_again(data, words):
     assert wire.aborted
     wire.say(frame(8))
     wire.end()
-    assert table.watch.kinds() == ["begun", "joined", "faulted", "lost"]
-    assert isinstance(table.watch.events[2][1], Fault)
+    assert table.watch.kinds() == ["on_history", "on_connect", "on_protocol_error", "on_disconnect"]
+    assert isinstance(table.watch.events[2][1], ProtocolError)
     assert words in str(table.watch.events[2][1])
-    assert table.watch.events[3][1] == "the server did not keep its promise"
+    assert table.watch.events[3][1] == "the server broke the protocol"
     table.clock.advance(1)
     assert "last_event_id=abcd-7" in table.endpoint.accept().request()
 
@@ -445,7 +461,7 @@ def test_it_waits_longer_each_time_until_a_history_has_come():
 def test_other_errors_are_told_in_their_own_words():
     table = Table()
     table.endpoint.refuse(OSError("no route."))
-    assert table.watch.events == [("lost", "no route", 1.0)]
+    assert table.watch.events == [("on_disconnect", "no route", 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +474,7 @@ def test_a_server_that_stops_says_when_to_come_again(reason, wait):
     wire.close(1012, reason)
     assert wire.value()[:1] == b"\x88"
     wire.end()
-    assert table.watch.events[-1] == ("lost", f"closed with 1012 {reason}".rstrip(), wait)
+    assert table.watch.events[-1] == ("on_disconnect", f"closed with 1012 {reason}".rstrip(), wait)
     table.clock.advance(wait)
     table.join(7, resumed=True)
 
@@ -468,7 +484,7 @@ def test_a_close_without_a_code_is_no_refusal():
     wire = table.join(7)
     wire.close()
     wire.end()
-    assert table.watch.events[-1] == ("lost", "closed without a code", 1.0)
+    assert table.watch.events[-1] == ("on_disconnect", "closed without a code", 1.0)
 
 
 @pytest.mark.parametrize("code", [1002, 1003, 1007, 1008, 1009])
@@ -479,7 +495,7 @@ def test_a_close_that_says_that_the_client_erred_is_the_end(code):
     wire.close(code, "why")
     wire.end()
     refused = table.watch.events[-1]
-    assert (refused[0], str(refused[1]), refused[1].code) == ("refused", f"closed with {code} why", code)
+    assert (refused[0], str(refused[1]), refused[1].code) == ("on_reject", f"closed with {code} why", code)
     for answer in (posted, table.client.post("ann", "hi"), table.client.page()):
         with pytest.raises(Rejected, match="why"):
             result_of(answer)
@@ -497,7 +513,7 @@ def test_a_handshake_that_is_refused_for_good(status):
     assert wire.aborted
     wire.end()
     ((kind, refused),) = table.watch.events
-    assert (kind, str(refused), refused.code) == ("refused", f"refused with {status}", int(status[:3]))
+    assert (kind, str(refused), refused.code) == ("on_reject", f"refused with {status}", int(status[:3]))
     assert table.clock.calls == []
 
 
@@ -520,7 +536,7 @@ def test_who_stops_upon_being_refused_for_good_has_stopped():
     wire.answer("403 Forbidden")
     wire.end()
     assert result_of(stopped[0]) is None
-    assert [kind for kind, *_ in table.watch.events] == ["refused"]
+    assert [kind for kind, *_ in table.watch.events] == ["on_reject"]
     assert table.clock.calls == []
 
 
@@ -538,7 +554,7 @@ def test_a_handshake_that_is_refused_for_now(status, header, wait):
     wire = table.endpoint.accept()
     wire.answer(status, header)
     wire.end()
-    assert table.watch.events == [("lost", f"refused with {status}", wait)]
+    assert table.watch.events == [("on_disconnect", f"refused with {status}", wait)]
     table.clock.advance(wait)
     table.join(1)
 
@@ -549,12 +565,12 @@ def test_what_is_no_good_answer_is_tried_again():
     wire.say(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
     wire.end()
     ((kind, reason, _),) = table.watch.events
-    assert (kind, reason) == ("lost", "HTTP Upgrade header missing")
+    assert (kind, reason) == ("on_disconnect", "HTTP Upgrade header missing")
     table.clock.advance(1)
     wire = table.endpoint.accept()
     wire.say(b"nonsense\r\n\r\n")
     wire.end()
-    assert table.watch.kinds() == ["lost", "lost"]
+    assert table.watch.kinds() == ["on_disconnect", "on_disconnect"]
 
 
 def test_a_violation_of_websocket_is_told():
@@ -577,19 +593,37 @@ def test_a_handshake_that_is_not_answered_is_given_up():
     table.clock.advance(1)
     assert wire.aborted
     wire.end()
-    assert table.watch.events == [("lost", "the server did not answer in time", 1.0)]
+    assert table.watch.events == [("on_disconnect", "the server did not answer in time", 1.0)]
 
 
-def test_a_server_that_says_nothing_is_given_up():
+def test_an_idle_server_is_pinged():
+    """A server may ping once an hour, so the client finds out by itself whether it is alive."""
     table = Table()
     wire = table.join(1)
-    table.clock.advance(SILENCE_SECONDS - 1)
+    wire.clear()
+    table.clock.advance(IDLE_SECONDS - 1)
+    assert wire.value() == b""
+    for _ in range(10 * SILENCE_SECONDS):
+        table.clock.advance(1)
+        if wire.value()[:2] == b"\x89\x80":
+            wire.say(b"\x8a\x00")
+            wire.clear()
+    assert not wire.aborted
+
+
+def test_a_silent_server_is_given_up():
+    table = Table()
+    wire = table.join(1)
+    table.clock.advance(IDLE_SECONDS - 1)
     wire.say(b"\x89\x00")
     table.clock.advance(1)
-    table.clock.advance(SILENCE_SECONDS - 2)
+    table.clock.advance(IDLE_SECONDS - 1)
+    table.clock.advance(SILENCE_SECONDS - IDLE_SECONDS - 1)
     assert not wire.aborted
     table.clock.advance(1)
     assert wire.aborted
+    wire.end()
+    assert table.watch.events[-1] == ("on_disconnect", "the server did not answer in time", 1.0)
 
 
 def test_a_server_that_closes_and_does_not_go_is_left():
@@ -611,7 +645,7 @@ def test_stopping_closes_and_waits_for_the_end():
     wire.clear()
     gone = table.client.stop()
     assert wire.value()[:1] == b"\x88"
-    with pytest.raises(Stopped):
+    with pytest.raises(ClientStopped):
         result_of(posted)
     assert not gone.called
     wire.close(1000)
@@ -619,7 +653,7 @@ def test_stopping_closes_and_waits_for_the_end():
     assert result_of(gone) is None
     assert result_of(table.client.stop()) is None
     assert table.clock.calls == []
-    with pytest.raises(Stopped):
+    with pytest.raises(ClientStopped):
         result_of(table.client.post("ann", "hi"))
 
 
@@ -631,7 +665,7 @@ def test_stopping_does_not_wait_for_long():
     assert wire.aborted
     wire.end()
     assert result_of(gone) is None
-    assert table.watch.kinds() == ["begun", "joined"]
+    assert table.watch.kinds() == ["on_history", "on_connect"]
 
 
 def test_stopping_in_a_handshake_drops_it():
@@ -650,7 +684,7 @@ def test_stopping_while_refused_for_good():
     wire.close(1008, "why")
     wire.end()
     assert result_of(gone) is None
-    assert table.watch.kinds() == ["begun", "joined"]
+    assert table.watch.kinds() == ["on_history", "on_connect"]
 
 
 def test_stopping_before_there_is_a_connection_gives_up_the_attempt():
@@ -669,12 +703,12 @@ def test_stopping_while_it_waits():
 
 def test_cutting_needs_a_connection():
     table = Table()
-    assert not table.client.cut()
+    assert not table.client.drop_connection()
     wire = table.join(1)
-    assert table.client.cut()
+    assert table.client.drop_connection()
     assert wire.aborted
     wire.end()
-    assert table.watch.events[-1] == ("lost", "it was cut off", 1.0)
+    assert table.watch.events[-1] == ("on_disconnect", "dropped by the client", 1.0)
 
 
 def test_a_listener_need_do_nothing():
@@ -706,9 +740,9 @@ def test_against_a_server_that_is_killed_and_started_again_nothing_is_lost_or_do
             port = server.port
             client = at(loop, f"ws://127.0.0.1:{port}/rooms/a", watch)
             posts = [client.post("ann", f"m{number}") for number in range(100)]
-            await watch.until("appended", lambda event: len(watch.numbers) > 40)
+            await watch.until("on_entries", lambda event: len(watch.numbers) > 40)
             server.kill()
-        await watch.until("lost", lambda event: event[1] == "connection refused")
+        await watch.until("on_disconnect", lambda event: event[1] == "connection refused")
         posts += [client.post("ann", f"m{number}") for number in range(100, 120)]
         with Server(tmp_path, listen=f"tcp:{port}:interface=127.0.0.1"):
             acks = [await post for post in posts]
@@ -720,7 +754,7 @@ def test_against_a_server_that_is_killed_and_started_again_nothing_is_lost_or_do
     epoch, rows = stored(tmp_path / "chatd.sqlite", "a")
     assert sorted(row[2] for row in rows) == sorted(f"m{number}" for number in range(120))
     assert watch.numbers == [*range(1, 121)]
-    assert watch.kinds().count("begun") == 1
+    assert watch.kinds().count("on_history") == 1
     assert [rows[ack.id.number - 1][2] for ack in acks] == [f"m{number}" for number in range(120)]
     assert page.end == Id(epoch, 120)
     assert page.entries == [Entry(*row) for row in rows[20:]]
@@ -747,15 +781,15 @@ def test_against_a_server_that_is_asked_to_stop_the_next_one_is_resumed(tmp_path
             client = at(loop, server.url, watch)
             await client.post("ann", "hi")
             server.terminate()
-            lost = await watch.until("lost")
+            lost = await watch.until("on_disconnect")
         with Server(tmp_path, listen=f"tcp:{port}:interface=127.0.0.1"):
-            await watch.until("joined")
+            await watch.until("on_connect")
             await client.stop()
         return lost, watch
 
     (_, reason, _), watch = drive(run)
     assert reason.startswith("closed with 1012")
-    assert watch.kinds().count("begun") == 1
+    assert watch.kinds().count("on_history") == 1
     assert watch.numbers == [1, 2, 3]
 
 
@@ -768,7 +802,7 @@ def test_against_a_server_that_forgot_everything_it_begins_again(tmp_path):
             await client.post("ann", "hi")
             server.kill()
         with Server(tmp_path, "--store=memory:", listen=f"tcp:{port}:interface=127.0.0.1") as server:
-            _, history = await watch.until("begun")
+            _, history = await watch.until("on_history")
             await client.stop()
             return history, server.epoch
 
@@ -785,7 +819,7 @@ def test_over_tls_as_the_machine_trusts(tmp_path, monkeypatch):
         with Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}") as server:
             url = f"wss://127.0.0.1:{server.port}/"
             stranger = at(loop, url, watch)
-            _, reason, _ = await watch.until("lost")
+            _, reason, _ = await watch.until("on_disconnect")
             await stranger.stop()
             monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
             client = at(loop, url, watch)

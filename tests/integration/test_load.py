@@ -21,6 +21,7 @@ from twisted.internet.protocol import Factory, Protocol
 from chatd.client.protocol import History
 from chatd.load import __main__ as program
 from chatd.load.figures import Latencies, Progress, summary
+from chatd.load.options import allow_files
 from chatd.load.trial import INTERRUPTED, PROVED, REFUTED, UNTRIED, Trial
 from chatd.messages import Entry, Id
 
@@ -116,12 +117,12 @@ def test_the_options_have_defaults():
     ("words", "said"),
     [
         ((), "the following arguments are required: URL"),
-        (("http://localhost/",), "'http://localhost/' is no URL such as ws://localhost:8085/rooms/main"),
+        (("http://localhost/",), "'http://localhost/' is not a URL such as ws://localhost:8085/rooms/main"),
         (("ws://h/", "--clients=0"), "argument --clients: '0' is not a whole number from 1 to 1,000,000"),
         (("ws://h/", "--clients=1.5"), "argument --clients: '1.5' is not a whole number from 1 to 1,000,000"),
         (("ws://h/", "--rate=-1"), "argument --rate: '-1' is not a number from 0 to 1,000,000"),
         (("ws://h/", "--cut=nan"), "argument --cut: 'nan' is not a number from 0 to 1,000,000"),
-        (("ws://h/", "--room=A"), "argument --room: 'A' is no name of a room, such as team-7"),
+        (("ws://h/", "--room=A"), "argument --room: 'A' is not the name of a room, such as team-7"),
         (("ws://h/", "--seconds=1", "--messages=1"), "not allowed with argument"),
         (("ws://h/", "--nonsense"), "unrecognized arguments: --nonsense"),
     ],
@@ -137,14 +138,14 @@ def test_more_files_than_may_be_open(monkeypatch):
     limits = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
-    assert program.allow_files(100) is None
-    assert program.allow_files(150) is None
+    assert allow_files(100) is None
+    assert allow_files(150) is None
     assert limits == [(150, 200)]
-    assert "raise `ulimit -Hn`" in program.allow_files(201)
+    assert "raise `ulimit -Hn`" in allow_files(201)
     status, out, err = run("ws://127.0.0.1:1/", "--clients=1000")
     assert (status, out) == (UNTRIED, "")
     assert err == (
-        "chatd.load: 1050 files are to be open, and 200 may be: ask for fewer --clients, or raise `ulimit -Hn`\n"
+        "chatd.load: 1050 open files are needed, and 200 are allowed: use fewer --clients, or raise `ulimit -Hn`\n"
     )
 
 
@@ -154,7 +155,7 @@ def test_a_server_that_is_not_there_is_said_in_one_line(words):
     assert status == UNTRIED
     assert err == (
         "chatd.load: ws://127.0.0.1:1/rooms/a cannot be joined: connection refused: "
-        "is the URL right, and the server up?\n"
+        "check the URL, and that the server runs\n"
     )
     assert out == "" or json.loads(out)["proved"] is False
 
@@ -194,12 +195,12 @@ def test_a_good_server_is_proved(server):
     assert re.fullmatch(rf"{server.url}rooms/load-[0-9a-f]{{6}}: 20 clients, 5 of them posters; .* s", lines[0])
     assert lines[1].startswith("posted     100; acknowledged 100, ")
     assert lines[2].startswith("delivered  2,000, ")
-    assert re.fullmatch(r"cut        [1-9]\d* times; clients came back [1-9]\d* times", lines[3])
+    assert re.fullmatch(r"cut        [1-9]\d* times; [1-9]\d* reconnections", lines[3])
     assert re.fullmatch(
         r"ack        p50 [\d.]+  p95 [\d.]+  p99 [\d.]+  max [\d.]+ ms after the post was due", lines[4]
     )
     assert lines[5].startswith("message    p50 ")
-    assert lines[-1] == "proved     each message came to each client exactly once, in one order, as it was posted"
+    assert lines[-1] == "proved     each client received each message exactly once, in one order, as it was posted"
 
 
 def test_the_figures_as_json(server):
@@ -312,7 +313,7 @@ def test_a_server_that_is_killed_and_started_again_is_proved(tmp_path):
     report = json.loads(out)
     assert (report["posted"], report["acknowledged"], report["delivered"]) == (800, 800, 40_000)
     assert report["came_back"] >= 100
-    assert "came back" in err
+    assert "reconnections" in err
 
 
 def test_a_server_that_forgets_is_refuted(tmp_path):
@@ -321,13 +322,13 @@ def test_a_server_that_forgets_is_refuted(tmp_path):
         status, out, err = run(killer.server.url, *words, err=killer)
     assert (status, killer.kills) == (REFUTED, 1)
     assert re.search(
-        r"chatd.load: the log (\w+) is gone, with [1-9]\d* acknowledged messages: now there is (?!\1)\w+\n$", err
+        r"chatd.load: the log (\w+) is lost, with [1-9]\d* acknowledged messages: now there is (?!\1)\w+\n$", err
     )
     assert re.search(r"^lost       [1-9]\d* acknowledged messages; 5 fresh starts, 1 new logs$", out, re.MULTILINE)
     assert out.startswith(killer.server.url[:15])
     assert "posted     100; acknowledged 100, " in out
     assert "proved" not in out
-    assert re.search(r", [1-5] began anew", err), "the last may have before the next look"
+    assert re.search(r", [1-5] started over", err), "the last may have before the next look"
 
 
 def test_unless_that_is_allowed(tmp_path):
@@ -344,7 +345,7 @@ def test_a_server_that_takes_few_rooms(tmp_path):
     with Server(tmp_path, "--rooms=main") as server:
         status, out, err = run(server.url)
         assert (status, out) == (UNTRIED, "")
-        assert re.search(r"cannot be joined: client \d+ is turned away: refused with 404 Not Found: ", err)
+        assert re.search(r"cannot be joined: client \d+ is rejected: refused with 404 Not Found: ", err)
         assert run(server.url, "--room=main", "--messages=1", "--clients=1")[0] == PROVED
 
 
@@ -369,8 +370,8 @@ def test_a_post_that_comes_back_in_a_second_log_is_no_second_echo():
         member.post(loop.seconds())
         entry = Entry(1, member.name, trial.proof.text(0, 0), "2026-01-01T00:00:00.000Z")
         for epoch in ("abcd", "efgh"):
-            member.begun(History(Id(epoch, 0), []))
-            member.appended(epoch, [entry])
+            member.on_history(History(Id(epoch, 0), []))
+            member.on_entries(epoch, [entry])
     assert trial.fault is None
     assert sum(trial.echoes._counts.values()) == 1
 
@@ -382,11 +383,11 @@ def test_what_nobody_was_given_of_a_new_log_is_read_back_piece_by_piece_when_all
         asked = []
         trial._members[0].read_back = lambda before: asked.append((before, Deferred())) or asked[-1][1]
         for member in trial._members:
-            member.begun(History(Id("abcd", 0), []))
-        trial._members[0].begun(History(Id("efgh", 7), []))
+            member.on_history(History(Id("abcd", 0), []))
+        trial._members[0].on_history(History(Id("efgh", 7), []))
         trial._settle()
         assert trial._behind == trial._members[1:]
-        trial._members[1].begun(History(Id("efgh", 7), []))
+        trial._members[1].on_history(History(Id("efgh", 7), []))
         trial._members[1].paged = True
         for number, more in ((7, True), (6, False)):
             trial._settle()
@@ -397,7 +398,7 @@ def test_what_nobody_was_given_of_a_new_log_is_read_back_piece_by_piece_when_all
             trial._members[0]._read(History(Id("efgh", number), [entry], more=more))
             answer.callback(None)
         trial._settle()
-    assert re.fullmatch("the log abcd is gone, with 0 acknowledged messages: now there is efgh", trial.fault)
+    assert re.fullmatch("the log abcd is lost, with 0 acknowledged messages: now there is efgh", trial.fault)
 
 
 def test_its_own_faults_are_not_hidden(server, monkeypatch):
@@ -568,11 +569,11 @@ def test_a_relay_that_changes_nothing_is_proved(server):
 @pytest.mark.parametrize(
     ("do", "words"),
     [
-        (drop, r"client \d+: (\w+)-501 came after \1-499, instead of \1-500"),
-        (double, r"client \d+: (\w+)-500 came after \1-500, again"),
-        (swap, r"client \d+: (\w+)-501 came after \1-499, instead of \1-500"),
-        (alter, r"(client \d+ was given|\w+-500, as client \d+ was given it, is not what anyone posted)"),
-        (exchange, r"client \d+ was given load-.*-50[01], and client \d+ load-"),
+        (drop, r"client \d+: (\w+)-501 arrived after \1-499, instead of \1-500"),
+        (double, r"client \d+: (\w+)-500 arrived after \1-500, again"),
+        (swap, r"client \d+: (\w+)-501 arrived after \1-499, instead of \1-500"),
+        (alter, r"(client \d+ received|\w+-500, as client \d+ received it, is not what anyone posted)"),
+        (exchange, r"client \d+ received load-.*-50[01], and client \d+ load-"),
     ],
     ids=["drop", "double", "swap", "alter", "exchange"],
 )
@@ -590,8 +591,11 @@ def test_one_message_frame_in_a_hundred_thousand(server, do, words):
     ("do", "words"),
     [
         # By the client that missed it, or by its acknowledgement, if that client is the one who posted it.
-        (drop, r"client \d+ has (\w+)-999 of \1-1000, and was given no more in 2 seconds|post .*-1000 before it came"),
-        (double, r"client \d+: (\w+)-1000 came after \1-1000, again"),
+        (
+            drop,
+            r"client \d+ has (\w+)-999 of \1-1000, and received no more in 2 seconds|post .*-1000 before the client ",
+        ),
+        (double, r"client \d+: (\w+)-1000 arrived after \1-1000, again"),
     ],
     ids=["drop", "double"],
 )
@@ -615,7 +619,9 @@ def test_an_acknowledgement_of_something_else(server):
     mutant = Mutant(renumber, 7, "ack")
     status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=3)
     assert (status, mutant.done) == (REFUTED, 1)
-    assert re.match(r"chatd.load: post \d+ of client \d+ was acknowledged as \w+-\d+(, and is | before it came)", err)
+    assert re.match(
+        r"chatd.load: post \d+ of client \d+ was acknowledged as \w+-\d+(, and is | before the client received it)", err
+    )
 
 
 class Twice(Mutant):
@@ -643,7 +649,7 @@ def test_a_post_that_is_kept_twice(server):
     mutant = Twice()
     status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=None)
     assert (status, mutant.done) == (REFUTED, 1)
-    assert re.match(r"chatd.load: \w+-\d+, as client \d+ was given it, is post \d+ of client \d+ a second time", err)
+    assert re.match(r"chatd.load: \w+-\d+, as client \d+ received it, is post \d+ of client \d+ a second time", err)
 
 
 class Closing(Mutant):
@@ -657,7 +663,7 @@ def test_a_client_that_is_turned_away_in_the_midst(server):
     mutant = Closing(lambda _: b"\x88\x02" + (1008).to_bytes(2), 500)
     status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=57)
     assert (status, mutant.done) == (REFUTED, 1)
-    assert re.match(r"chatd.load: client \d+ is turned away: closed with 1008\n", err)
+    assert re.match(r"chatd.load: client \d+ is rejected: closed with 1008\n", err)
 
 
 def test_a_post_that_is_refused_for_good(server):
@@ -667,7 +673,7 @@ def test_a_post_that_is_refused_for_good(server):
 
     status, _, err = run(*MANY, port=server.port, tamper=Mutant(refuse, 2, "ack"), tampered=3)
     assert status == REFUTED
-    assert re.match(r"chatd.load: client \d+ was refused what it said: Nonsense\n", err)
+    assert re.match(r"chatd.load: client \d+ was refused a request: Nonsense\n", err)
 
 
 class Failover(Mutant):
@@ -722,7 +728,7 @@ def test_a_log_that_is_lost_in_the_midst_of_the_connections(server, lenient):
     assert (report["acknowledged"], report["lost"]) == (1000, 0), err
     assert status == (PROVED if lenient else REFUTED)
     if not lenient:
-        assert re.match(r"chatd.load: the log \w+ is gone, with 0 acknowledged messages: now there is efghij\n", err)
+        assert re.match(r"chatd.load: the log \w+ is lost, with 0 acknowledged messages: now there is efghij\n", err)
 
 
 def test_clients_that_cannot_join(server):
@@ -733,7 +739,7 @@ def test_clients_that_cannot_join(server):
     status, out, err = run("--clients=3", "--patience=1.5", port=server.port, tamper=Few(drop, 0), tampered=1)
     assert (status, out) == (UNTRIED, "")
     assert err == (
-        "chatd.load: 2 of 3 clients have joined, and no more can (no answer): "
+        "chatd.load: 2 of 3 clients have joined, and no more are accepted (no answer): "
         "ask for fewer --clients, or allow the server more\n"
     )
 
@@ -777,11 +783,11 @@ def test_a_busy_program_says_so():
             "proved": False,
         }
         lines = summary(report).splitlines()
-    assert lines[-1] == "busy       this program was at 93% of a core, and its own delays are in these times"
+    assert lines[-1] == "busy       this program used 93% of a core, so these times contain its own delays"
     assert len(summary(report | {"cpu": None}).splitlines()) == len(lines) - 1
 
 
-@pytest.mark.parametrize(("lost", "words"), [(0, "0"), (1234, "1,234"), (None, "nobody knows how many")])
+@pytest.mark.parametrize(("lost", "words"), [(0, "0"), (1234, "1,234"), (None, "an unknown number of")])
 def test_what_is_lost_is_told(lost, words):
     with reactor() as loop:
         options = program.arguments(["ws://127.0.0.1:1/"])

@@ -617,13 +617,13 @@ def test_echo_ignores_other_messages():
 
     member, other = lifecycle.Echo(), lifecycle.Echo()
     assert member.message != other.message
-    member.begun(History(Id("abcd", 2), said("hi", other.message)))
-    member.appended("abcd", said(member.message + "0"))
+    member.on_history(History(Id("abcd", 2), said("hi", other.message)))
+    member.on_entries("abcd", said(member.message + "0"))
     assert not member.heard.called
-    member.appended("abcd", said("hi", member.message))
+    member.on_entries("abcd", said("hi", member.message))
     assert member.heard.called
-    member.appended("abcd", said(member.message))
-    other.begun(History(Id("abcd", 1), said(other.message)))
+    member.on_entries("abcd", said(member.message))
+    other.on_history(History(Id("abcd", 1), said(other.message)))
     assert other.heard.called, "it was told with the history, after a connection was lost"
 
 

@@ -10,18 +10,18 @@ from support.helpers import REPEATABLE, result_of
 
 from chatd.client.protocol import (
     Ack,
-    Assembler,
     Backoff,
+    ClientStopped,
+    Cursor,
     Error,
-    Fault,
+    Event,
     History,
     Message,
-    Notice,
-    Outbox,
+    PendingRequests,
     Posted,
+    ProtocolError,
     Rejected,
-    Stopped,
-    read,
+    parse_frame,
 )
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
@@ -68,20 +68,22 @@ def test_any_other_frame_is_left_to_who_knows_it(other):
 
 def test_what_the_server_encodes_is_read():
     messages = [message_frame("abcd", entry(number)) for number in (6, 7)]
-    assert read(payload(messages[0])) == message(6)
-    page = read(payload(history_frame("abcd", 7, messages, more=True, label="h1")))
+    assert parse_frame(payload(messages[0])) == message(6)
+    page = parse_frame(payload(history_frame("abcd", 7, messages, more=True, label="h1")))
     assert page == History(Id("abcd", 7), [entry(6), entry(7)], more=True, label="h1")
-    assert read(payload(history_frame("abcd", 0, [], resumed=False))) == history(0, resumed=False)
-    assert read(payload(ack_frame(Id("abcd", 7), "l", duplicate=True))) == Ack("l", Id("abcd", 7), duplicate=True)
-    assert read(payload(ack_frame(Id("abcd", 7), "l", duplicate=False))) == Ack("l", Id("abcd", 7))
-    assert read(payload(error_frame("no", Code.RATE_LIMITED, "l", 1.5))) == Error("no", "RATE_LIMITED", "l", 1.5)
-    assert read(payload(error_frame("no"))) == Error("no")
-    assert read(payload(presence_frame(1, users=["ann"]))) == Notice("presence", {"count": 1, "users": ["ann"]})
+    assert parse_frame(payload(history_frame("abcd", 0, [], resumed=False))) == history(0, resumed=False)
+    assert parse_frame(payload(ack_frame(Id("abcd", 7), "l", duplicate=True))) == Ack(
+        "l", Id("abcd", 7), duplicate=True
+    )
+    assert parse_frame(payload(ack_frame(Id("abcd", 7), "l", duplicate=False))) == Ack("l", Id("abcd", 7))
+    assert parse_frame(payload(error_frame("no", Code.RATE_LIMITED, "l", 1.5))) == Error("no", "RATE_LIMITED", "l", 1.5)
+    assert parse_frame(payload(error_frame("no"))) == Error("no")
+    assert parse_frame(payload(presence_frame(1, users=["ann"]))) == Event("presence", {"count": 1, "users": ["ann"]})
 
 
 def test_what_is_not_known_yet_is_no_fault():
-    assert read(b'{"type":"weather","sun":1}') == Notice("weather", None)
-    assert read(b'{"type":"ack","label":"l","id":"abcd-7","new":1}') == Ack("l", Id("abcd", 7))
+    assert parse_frame(b'{"type":"weather","sun":1}') == Event("weather", None)
+    assert parse_frame(b'{"type":"ack","label":"l","id":"abcd-7","new":1}') == Ack("l", Id("abcd", 7))
 
 
 @pytest.mark.parametrize(
@@ -102,15 +104,15 @@ def test_what_is_not_known_yet_is_no_fault():
     ],
 )
 def test_what_is_no_frame_is_a_fault(text):
-    with pytest.raises(Fault, match="what came is no frame: "):
-        read(text)
+    with pytest.raises(ProtocolError, match="malformed frame: "):
+        parse_frame(text)
 
 
 # What is had of it
 
 
 def test_messages_follow_the_history_and_each_other():
-    had = Assembler()
+    had = Cursor()
     assert had.last is None
     assert had.history(history(7, 3))
     had.message(message(8))
@@ -118,7 +120,7 @@ def test_messages_follow_the_history_and_each_other():
 
 
 def test_a_second_connection_goes_on_where_the_first_ended():
-    had = Assembler(Id("abcd", 7))
+    had = Cursor(Id("abcd", 7))
     assert not had.history(history(9, 2, resumed=True))
     had.message(message(10))
     had.connect()
@@ -127,7 +129,7 @@ def test_a_second_connection_goes_on_where_the_first_ended():
 
 
 def test_what_does_not_resume_replaces_all():
-    had = Assembler(Id("abcd", 7))
+    had = Cursor(Id("abcd", 7))
     assert had.history(history(2, 2, resumed=False, epoch="efgh"))
     had.connect()
     assert had.history(history(3, 1, epoch="efgh")), "of a server that says nothing of it"
@@ -135,52 +137,52 @@ def test_what_does_not_resume_replaces_all():
 
 
 def test_what_resumes_without_a_last_id_is_a_beginning():
-    assert Assembler().history(history(9, 2, resumed=True))
+    assert Cursor().history(history(9, 2, resumed=True))
 
 
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
-        (message(7), "abcd-7 came after abcd-7, again"),
-        (message(3), "abcd-3 came after abcd-7, again"),
-        (message(9), "abcd-9 came after abcd-7, instead of abcd-8"),
-        (message(8, "efgh"), "efgh-8 came after abcd-7, which is of another log"),
+        (message(7), "abcd-7 arrived after abcd-7, again"),
+        (message(3), "abcd-3 arrived after abcd-7, again"),
+        (message(9), "abcd-9 arrived after abcd-7, instead of abcd-8"),
+        (message(8, "efgh"), "efgh-8 arrived after abcd-7, which is from another log"),
     ],
 )
 def test_a_message_that_is_not_the_next_is_a_fault_and_changes_nothing(frame, words):
-    had = Assembler()
+    had = Cursor()
     had.history(history(7))
-    with pytest.raises(Fault, match=words):
+    with pytest.raises(ProtocolError, match=words):
         had.message(frame)
     had.message(message(8))
 
 
 @pytest.mark.parametrize(("end", "count"), [(9, 1), (9, 3), (8, 0), (6, 0)])
 def test_a_resumed_history_with_a_gap_or_an_overlap_is_a_fault(end, count):
-    had = Assembler(Id("abcd", 7))
-    with pytest.raises(Fault):
+    had = Cursor(Id("abcd", 7))
+    with pytest.raises(ProtocolError):
         had.history(history(end, count, resumed=True))
     assert (had.last, had.greeted) == (Id("abcd", 7), False)
 
 
 def test_a_connection_begins_with_history_and_once():
-    had = Assembler()
-    with pytest.raises(Fault, match="abcd-1 came before the history"):
+    had = Cursor()
+    with pytest.raises(ProtocolError, match="abcd-1 arrived before the history"):
         had.message(message(1))
     had.history(history(0))
     for resumed in (None, True):
-        with pytest.raises(Fault, match="began a second time, with history up to abcd-1"):
+        with pytest.raises(ProtocolError, match="a second history frame, up to abcd-1"):
             had.history(history(1, 1, resumed=resumed))
 
 
 @pytest.mark.parametrize(("end", "epoch"), [(2, "efgh"), (0, "efgh"), (9, "efgh"), (900, "abcd")])
 def test_a_fresh_start_may_come_at_any_time_and_replaces_all(end, epoch):
-    had = Assembler()
+    had = Cursor()
     had.history(history(7, 3))
     had.message(message(8))
     assert had.history(history(end, min(end, 2), resumed=False, epoch=epoch))
     assert (had.last, had.greeted) == (Id(epoch, end), True)
-    with pytest.raises(Fault, match=f"came after {epoch}-{end}"):
+    with pytest.raises(ProtocolError, match=f"arrived after {epoch}-{end}"):
         had.message(message(9))
     had.message(message(end + 1, epoch))
     had.connect()
@@ -194,7 +196,7 @@ class Said:
     """An outbox, and what it sends."""
 
     def __init__(self, window=16):
-        self.box = Outbox(window)
+        self.box = PendingRequests(window)
         self.now = 100.0
         self.answers = []
 
@@ -212,10 +214,10 @@ class Said:
         return [text["message"] for text in texts]
 
     def ack(self, label, number=7, *, duplicate=False):
-        self.box.answered(Ack(label, Id("abcd", number), duplicate))
+        self.box.answer(Ack(label, Id("abcd", number), duplicate))
 
     def refuse(self, label, code, retry_after=0.0):
-        return self.box.refused(Error("no", code, label, retry_after), self.now)
+        return self.box.refuse(Error("no", code, label, retry_after), self.now)
 
 
 def test_what_is_said_is_sent_once_and_answered():
@@ -245,7 +247,7 @@ def test_a_page_is_answered_by_its_history():
     said = Said().say()
     said.sent()
     page = history(7, 2, label=said.labels[0])
-    said.box.answered(page)
+    said.box.answer(page)
     assert result_of(said.answers[0]) == page
 
 
@@ -357,8 +359,8 @@ def test_an_error_for_nothing_that_was_said_is_known_as_such(label):
 def test_when_nothing_will_be_answered_all_fails():
     said = Said(1).say(2)
     said.sent()
-    said.box.fail(Stopped("over"))
-    assert [type(result_of(answer)) for answer in said.answers] == [Stopped, Stopped]
+    said.box.fail(ClientStopped("over"))
+    assert [type(result_of(answer)) for answer in said.answers] == [ClientStopped, ClientStopped]
     assert (len(said.box), said.sent(), said.box.wait(0)) == (0, [], None)
 
 

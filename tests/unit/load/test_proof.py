@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.helpers import REPEATABLE
 
-from chatd.client.protocol import Fault, History, Posted
-from chatd.load.proof import Once, Proof, Reader
+from chatd.client.protocol import History, Posted
+from chatd.load.proof import NumberSet, Proof, Reader, Violation
 from chatd.messages import Entry, Id
 from chatd.transport.frames import MESSAGE
 
@@ -18,7 +18,7 @@ TIME = "2026-01-01T00:00:00.000Z"
 @given(st.lists(st.integers(0, 30)))
 @REPEATABLE
 def test_once_is_a_set(numbers):
-    once, seen = Once(), set()
+    once, seen = NumberSet(), set()
     for number in numbers:
         assert once.add(number) is (number not in seen)
         seen.add(number)
@@ -27,14 +27,14 @@ def test_once_is_a_set(numbers):
 @given(st.lists(st.integers(0, 30)))
 @REPEATABLE
 def test_once_says_what_it_holds(numbers):
-    once = Once()
+    once = NumberSet()
     for number in numbers:
         once.add(number)
     assert sorted(once) == sorted({*numbers}) == [number for number in range(40) if number in once]
 
 
 def test_once_forgets_what_is_below_all_else():
-    once = Once()
+    once = NumberSet()
     for number in [*range(1, 1000), 0, 1001]:
         assert once.add(number)
     assert once._above == {1001}
@@ -56,7 +56,7 @@ class Given:
         self.readers = self.proof.readers
         self.log = []
         for reader in self.readers:
-            self.proof.begun(reader, History(Id("abcd", 0), []))
+            self.proof.check_history(reader, History(Id("abcd", 0), []))
 
     def post(self, *posters):
         for poster in posters:
@@ -65,13 +65,13 @@ class Given:
         return self
 
     def give(self, reader, *numbers):
-        self.proof.appended(self.readers[reader], [self.log[number - 1] for number in numbers])
+        self.proof.check_entries(self.readers[reader], [self.log[number - 1] for number in numbers])
 
     def ack(self, poster, place, number, *, epoch="abcd", duplicate=False):
-        self.proof.acked(self.readers[poster], place, Posted(Id(epoch, number), duplicate))
+        self.proof.check_ack(self.readers[poster], place, Posted(Id(epoch, number), duplicate))
 
     def begin(self, reader, end, *entries, epoch="abcd"):
-        self.proof.begun(self.readers[reader], History(Id(epoch, end), entries, resumed=False))
+        self.proof.check_history(self.readers[reader], History(Id(epoch, end), entries, resumed=False))
 
 
 def test_what_is_right_has_no_fault():
@@ -87,11 +87,11 @@ def test_what_is_right_has_no_fault():
     given.give(2, 1, 2, 3)
     assert all(map(given.proof.is_level, given.readers))
     given.proof.conclude()
-    given.proof.paged(given.readers[0], Id("abcd", 3))
+    given.proof.check_newest_page(given.readers[0], Id("abcd", 3))
     assert given.proof.delivered == 9
     given.proof.forget()
     log = given.proof.log
-    assert (log.known, log.places, log.awaited, log.floor) == ({}, {}, {}, 3)
+    assert (log.known, log.unacknowledged, log.expected) == ({}, {}, {})
 
 
 def test_what_everyone_has_is_forgotten_and_no_more():
@@ -114,7 +114,7 @@ def test_others_may_talk_too_if_all_are_given_the_same():
     given.give(1, 1, 2)
     assert given.proof.others == 1
     given.log[1] = given.log[1]._replace(message="other")
-    with pytest.raises(Fault, match=r"client 2 was given ann: 'other' of .* as abcd-2, and client 0 ann: 'run of"):
+    with pytest.raises(Violation, match=r"client 2 received ann: 'other' of .* as abcd-2, and client 0 ann: 'run of"):
         given.give(2, 1, 2)
 
 
@@ -123,7 +123,7 @@ def test_others_may_talk_too_if_all_are_given_the_same():
     [((1, 3), "abcd-3 after abcd-1"), ((1, 1), "abcd-1 after abcd-1"), ((2, 1), "abcd-2 after abcd-0")],
 )
 def test_gaps_doubles_and_swaps(numbers, words):
-    with pytest.raises(Fault, match=f"client 1 was given {words}"):
+    with pytest.raises(Violation, match=f"client 1 received {words}"):
         Given().post(0, 0, 0).give(1, *numbers)
 
 
@@ -142,14 +142,14 @@ def test_gaps_doubles_and_swaps(numbers, words):
 def test_a_message_that_nobody_posted_so(changes):
     given = Given().post(0)
     given.log[0] = given.log[0]._replace(**changes)
-    with pytest.raises(Fault, match="abcd-1, as client 0 was given it, is not what anyone posted: "):
+    with pytest.raises(Violation, match="abcd-1, as client 0 received it, is not what anyone posted: "):
         given.give(0, 1)
 
 
 def test_a_post_that_is_kept_twice():
     given = Given().post(0, 0)
     given.log.append(given.log[0]._replace(number=3))
-    with pytest.raises(Fault, match="abcd-3, as client 1 was given it, is post 0 of client 0 a second time"):
+    with pytest.raises(Violation, match="abcd-3, as client 1 received it, is post 0 of client 0 a second time"):
         given.give(1, 1, 2, 3)
 
 
@@ -157,29 +157,31 @@ def test_the_same_number_for_two_messages():
     given = Given().post(0, 1)
     given.give(0, 1, 2)
     given.log = [given.log[1]._replace(number=1), given.log[0]._replace(number=2)]
-    with pytest.raises(Fault, match=r"client 1 was given load-run-1: .* as abcd-1, and client 0 load-run-0: "):
+    with pytest.raises(Violation, match=r"client 1 received load-run-1: .* as abcd-1, and client 0 load-run-0: "):
         given.give(1, 1)
 
 
 def test_acknowledgements_of_what_is_not_so():
     given = Given().post(0, 0, 0)
-    with pytest.raises(Fault, match=r"post 0 of client 0 was acknowledged as abcd-1 before it came; .* abcd-0"):
+    with pytest.raises(
+        Violation, match=r"post 0 of client 0 was acknowledged as abcd-1 before the client received it; .* abcd-0"
+    ):
         given.ack(0, 0, 1)
     given.give(0, 1, 2)
-    with pytest.raises(Fault, match="post 0 of client 0 was acknowledged as abcd-2, and is abcd-1"):
+    with pytest.raises(Violation, match="post 0 of client 0 was acknowledged as abcd-2, and is abcd-1"):
         given.ack(0, 0, 2)
-    with pytest.raises(Fault, match="post 2 of client 0 was acknowledged as abcd-2, and is nowhere"):
+    with pytest.raises(Violation, match="post 2 of client 0 was acknowledged as abcd-2, and is nowhere"):
         given.ack(0, 2, 2)
-    with pytest.raises(Fault, match="was acknowledged as efgh-2, of another log than abcd"):
+    with pytest.raises(Violation, match="was acknowledged as efgh-2, of another log than abcd"):
         given.ack(0, 1, 2, epoch="efgh")
-    with pytest.raises(Fault, match="was given something before its history"):
-        given.proof.acked(Reader(7), 0, Posted(Id("abcd", 1)))
+    with pytest.raises(Violation, match="received something before its history"):
+        given.proof.check_ack(Reader(7), 0, Posted(Id("abcd", 1)))
 
 
 def test_an_acknowledgement_that_is_refuted_later():
     given = Given().post(0, 1)
     given.ack(0, 0, 2, duplicate=True)
-    with pytest.raises(Fault, match=r"abcd-1, .* is post 0 of client 0, acknowledged as abcd-2"):
+    with pytest.raises(Violation, match=r"abcd-1, .* is post 0 of client 0, acknowledged as abcd-2"):
         given.give(1, 1)
 
 
@@ -187,7 +189,7 @@ def test_an_acknowledgement_that_is_borne_out_later():
     given = Given().post(0)
     given.ack(0, 0, 1, duplicate=True)
     given.give(1, 1)
-    assert given.proof.log.awaited == given.proof.log.places == {}
+    assert given.proof.log.expected == given.proof.log.unacknowledged == {}
 
 
 def test_an_acknowledgement_of_what_never_comes():
@@ -198,22 +200,22 @@ def test_an_acknowledgement_of_what_never_comes():
     for reader in range(3):
         assert not given.proof.is_level(given.readers[reader])
         given.give(reader, 1, 2)
-    with pytest.raises(Fault, match="post 0 of client 0 was acknowledged as abcd-2, and is not there"):
+    with pytest.raises(Violation, match="post 0 of client 0 was acknowledged as abcd-2, and is not there"):
         given.proof.conclude()
 
 
 def test_a_log_that_ends_before_what_was_given():
     given = Given().post(0, 0)
     given.give(0, 1, 2)
-    with pytest.raises(Fault, match="the newest message is abcd-1, as client 1 was told: abcd-2 is lost"):
-        given.proof.paged(given.readers[1], Id("abcd", 1))
-    given.proof.paged(given.readers[1], Id("efgh", 1))
+    with pytest.raises(Violation, match="the newest message that client 1 can read is abcd-1: abcd-2 is lost"):
+        given.proof.check_newest_page(given.readers[1], Id("abcd", 1))
+    given.proof.check_newest_page(given.readers[1], Id("efgh", 1))
 
 
 def test_a_client_that_is_told_to_begin_again():
     given = Given().post(0, 0)
     given.give(0, 1)
-    with pytest.raises(Fault, match="client 0 had abcd-1 and was told to begin again at abcd-2"):
+    with pytest.raises(Violation, match="client 0 had abcd-1 and was told to start over at abcd-2"):
         given.begin(0, 2, given.log[1])
 
 
@@ -231,7 +233,7 @@ def test_a_new_log_is_a_loss_of_what_was_acknowledged_in_the_old_and_is_not_in_t
     given.ack(1, 1, 2, epoch="efgh")
     assert (given.proof.fresh_starts, given.proof.logs_lost, given.proof.lost) == (3, 1, None)
     assert given.proof.unread() is None
-    with pytest.raises(Fault, match="the log abcd is gone, with 2 acknowledged messages: now there is efgh"):
+    with pytest.raises(Violation, match="the log abcd is lost, with 2 acknowledged messages: now there is efgh"):
         given.proof.conclude()
     assert given.proof.lost == 2
 
@@ -243,11 +245,13 @@ def test_a_second_new_log_is_a_loss_of_what_was_in_both():
     for reader in range(3):
         given.begin(reader, 0, epoch="efgh")
     second = given.log[1]._replace(number=1)
-    given.proof.appended(given.readers[0], [second])
+    given.proof.check_entries(given.readers[0], [second])
     given.ack(0, 1, 1, epoch="efgh")
     for reader in range(3):
         given.begin(reader, 1, second, epoch="ijkl")
-    with pytest.raises(Fault, match="the log abcd and efgh is gone, with 1 acknowledged messages: now there is ijkl"):
+    with pytest.raises(
+        Violation, match="the log abcd and efgh is lost, with 1 acknowledged messages: now there is ijkl"
+    ):
         given.proof.conclude()
 
 
@@ -259,26 +263,26 @@ def test_what_nobody_was_given_of_a_new_log_is_read_back():
     for reader in range(3):
         given.begin(reader, 7, given.log[6], epoch="efgh")
     assert given.proof.unread() == Id("efgh", 7)
-    with pytest.raises(Fault, match="client 1 was given efgh-5 as the one before efgh-7"):
-        given.proof.recalled(given.readers[1], History(Id("efgh", 5), given.log[3:5]))
-    given.proof.recalled(given.readers[0], History(Id("efgh", 6), given.log[3:6], more=True))
+    with pytest.raises(Violation, match="client 1 received efgh-5 as the one before efgh-7"):
+        given.proof.check_older_page(given.readers[1], History(Id("efgh", 5), given.log[3:5]))
+    given.proof.check_older_page(given.readers[0], History(Id("efgh", 6), given.log[3:6], more=True))
     assert given.proof.unread() == Id("efgh", 4)
-    given.proof.recalled(given.readers[0], History(Id("efgh", 3), given.log[:3]))
+    given.proof.check_older_page(given.readers[0], History(Id("efgh", 3), given.log[:3]))
     assert given.proof.unread() is None
-    with pytest.raises(Fault, match="with 1 acknowledged messages"):
+    with pytest.raises(Violation, match="with 1 acknowledged messages"):
         given.proof.conclude()
 
 
 def test_what_is_read_back_is_held_to_what_was_posted():
     given = Given(lenient=True).post(0, 0)
     given.begin(0, 2, given.log[1], epoch="efgh")
-    with pytest.raises(Fault, match="efgh-1, as client 0 was given it, is post 1 of client 0 a second time"):
-        given.proof.recalled(given.readers[0], History(Id("efgh", 1), [given.log[1]._replace(number=1)]))
+    with pytest.raises(Violation, match="efgh-1, as client 0 received it, is post 1 of client 0 a second time"):
+        given.proof.check_older_page(given.readers[0], History(Id("efgh", 1), [given.log[1]._replace(number=1)]))
 
 
 def test_where_no_log_was_lost_nothing_is_read_back():
     proof = Proof("run", 1, 1)
-    proof.begun(proof.readers[0], History(Id("abcd", 9), []))
+    proof.check_history(proof.readers[0], History(Id("abcd", 9), []))
     assert proof.unread() is None
     assert (proof.logs_lost, proof.fresh_starts) == (0, 0)
 
@@ -290,9 +294,9 @@ def test_a_post_of_the_lost_log_may_be_acknowledged_in_the_new_before_that_is_gi
     assert not given.proof.is_level(given.readers[0])
     for reader in range(3):
         given.begin(reader, 7, given.log[1]._replace(number=7), epoch="efgh")
-    with pytest.raises(Fault, match="post 0 of client 0 was acknowledged as efgh-1, and is not there"):
+    with pytest.raises(Violation, match="post 0 of client 0 was acknowledged as efgh-1, and is not there"):
         given.proof.conclude()
-    given.proof.recalled(given.readers[0], History(Id("efgh", 6), [given.log[0]._replace(number=1)]))
+    given.proof.check_older_page(given.readers[0], History(Id("efgh", 6), [given.log[0]._replace(number=1)]))
     given.proof.conclude()
     assert given.proof.lost == 0
 
@@ -301,8 +305,8 @@ def test_and_after_that_though_it_is_older_than_what_is_given():
     given = Given(lenient=True).post(0)
     given.begin(0, 7, epoch="efgh")
     given.ack(0, 0, 3, epoch="efgh", duplicate=True)
-    with pytest.raises(Fault, match=r"efgh-2, .* is post 0 of client 0, acknowledged as efgh-3"):
-        given.proof.recalled(given.readers[0], History(Id("efgh", 7), [given.log[0]._replace(number=2)]))
+    with pytest.raises(Violation, match=r"efgh-2, .* is post 0 of client 0, acknowledged as efgh-3"):
+        given.proof.check_older_page(given.readers[0], History(Id("efgh", 7), [given.log[0]._replace(number=2)]))
 
 
 def test_but_not_in_the_log_that_is_gone():
@@ -310,14 +314,14 @@ def test_but_not_in_the_log_that_is_gone():
     given.give(0, 1)
     given.begin(0, 0, epoch="efgh")
     for duplicate in (False, True):
-        with pytest.raises(Fault, match="was acknowledged as abcd-1, of another log than efgh"):
+        with pytest.raises(Violation, match="was acknowledged as abcd-1, of another log than efgh"):
             given.ack(0, 0, 1, duplicate=duplicate)
 
 
 def test_the_newest_page_may_be_of_a_new_log_in_which_all_are_then_to_begin():
     given = Given(lenient=True)
     assert given.proof.is_level(given.readers[1])
-    given.proof.paged(given.readers[0], Id("efgh", 1))
+    given.proof.check_newest_page(given.readers[0], Id("efgh", 1))
     assert not any(map(given.proof.is_level, given.readers))
     assert given.proof.logs_lost == 1
 
@@ -327,7 +331,7 @@ def test_a_log_that_was_gone_and_is_there_again():
     for reader in range(3):
         given.begin(reader, 0, epoch="efgh")
     given.proof.forget()
-    with pytest.raises(Fault, match="the log abcd, which was gone, is there again in place of efgh"):
+    with pytest.raises(Violation, match="the log abcd, which was lost, has replaced efgh"):
         given.begin(0, 0)
 
 
@@ -351,18 +355,55 @@ def test_a_new_log_may_be_allowed():
 
 def test_a_log_that_nobody_is_in_yet_is_kept():
     proof = Proof("run", 2, 1, lenient=True)
-    proof.begun(proof.readers[0], History(Id("abcd", 0), []))
+    proof.check_history(proof.readers[0], History(Id("abcd", 0), []))
     proof.readers[0].log = None
     proof.forget()
     assert proof.log.epoch == "abcd"
 
 
+def test_forgetting_waits_for_readers_that_have_yet_to_join():
+    """A client that joins late receives what the others did, or the proof fails."""
+    proof = Proof("run", 2, 1)
+    old = [Entry(number, "ann", "hi", TIME) for number in (1, 2)]
+    proof.check_history(proof.readers[0], History(Id("abcd", 2), old))
+    proof.forget()
+    with pytest.raises(Violation, match="client 1 received ann: 'invented'"):
+        proof.check_history(proof.readers[1], History(Id("abcd", 2), [old[0]._replace(message="invented"), old[1]]))
+
+
+def test_forgetting_waits_for_readers_of_an_older_log():
+    given = Given(lenient=True).post(0)
+    given.begin(0, 1, given.log[0], epoch="efgh")
+    given.begin(1, 1, given.log[0], epoch="efgh")
+    given.proof.forget()
+    with pytest.raises(Violation, match="client 2 received ann: 'hi'"):
+        given.begin(2, 1, Entry(1, "ann", "hi", TIME), epoch="efgh")
+
+
+def test_acknowledged_posts_missing_from_a_log_are_named():
+    given = Given().post(0, 0, 1)
+    given.give(0, 1, 2, 3)
+    given.give(1, 1, 2, 3)
+    given.ack(0, 0, 1)
+    given.ack(1, 0, 3)
+    assert given.proof.missing_from(given.log) == []
+    assert given.proof.missing_from(given.log[:2]) == [given.log[2].message]
+    other = given.log[0]._replace(message=given.log[1].message)
+    assert given.proof.missing_from([other, given.log[2]]) == [given.log[0].message]
+
+
+def test_texts_have_the_size_that_is_asked_for():
+    proof = Proof("run", 1, 1, size=100)
+    assert len(proof.text(0, 7)) == 100
+    assert proof.place(proof.text(0, 7)) == 7
+
+
 def test_what_came_before_the_run_is_no_post():
     proof = Proof("run", 2, 1)
     old = [Entry(number, "ann", "hi", TIME) for number in (8, 9)]
-    proof.begun(proof.readers[0], History(Id("abcd", 9), old, more=True))
+    proof.check_history(proof.readers[0], History(Id("abcd", 9), old, more=True))
     proof.forget()
-    proof.begun(proof.readers[1], History(Id("abcd", 9), old, more=True))
+    proof.check_history(proof.readers[1], History(Id("abcd", 9), old, more=True))
     assert (proof.others, proof.delivered) == (2, 4)
     assert all(map(proof.is_level, proof.readers))
 
@@ -391,13 +432,13 @@ def test_one_fault_in_a_hundred_thousand_deliveries_is_found(kind, seed):
         one, two = stream[place : place + 2]
         stream[place : place + 2] = two._replace(number=one.number), one._replace(number=two.number)
     for reader in proof.readers:
-        proof.begun(reader, History(Id("abcd", 0), []))
+        proof.check_history(reader, History(Id("abcd", 0), []))
 
     def deliver():
         for number in range(0, 1000, 50):
             for reader in chance.sample(proof.readers, 100):
-                proof.appended(reader, streams[reader.number][number : number + 50])
+                proof.check_entries(reader, streams[reader.number][number : number + 50])
 
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(Violation) as fault:
         deliver()
     assert any(f"abcd-{place + number}" in str(fault.value) for number in (0, 1, 2))

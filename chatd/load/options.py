@@ -1,0 +1,66 @@
+"""The parts that the command lines of `python -m chatd.load`, scripts/cluster and scripts/bench share."""
+
+import argparse
+import math
+import resource
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
+
+from typing_extensions import override
+
+LARGEST: Final = 1_000_000
+"""The largest number that an option accepts."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that reports an error in one line, and whose options cannot be abbreviated.
+
+    `name` begins each error, and `status` is its exit status.
+    """
+
+    def __init__(self, name: str, status: int, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._name, self._status = name, status
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        self.exit(self._status, f"{self._name}: {message}: see --help\n")
+
+
+def number_from(least: float, kind: type[float] = float) -> Callable[[str], Any]:
+    """Return a parser of numbers from `least` to LARGEST; with `kind=int` they must be whole."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= LARGEST:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {least:g} to {LARGEST:,}")
+        return value
+
+    return parse
+
+
+def choices(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a parser of some of these words, with commas between them; it drops repetitions."""
+
+    def parse(text: str) -> list[str]:
+        words = [*dict.fromkeys(text.split(","))]
+        unknown = [word for word in words if word not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(allowed)}")
+        return words
+
+    return parse
+
+
+def allow_files(count: int) -> str | None:
+    """Raise the limit of open files to `count`; return the remedy in one line if that is not permitted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != hard < count:
+        return f"{count} open files are needed, and {hard} are allowed: use fewer --clients, or raise `ulimit -Hn`"
+    if resource.RLIM_INFINITY != soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    return None
