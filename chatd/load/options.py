@@ -1,12 +1,13 @@
-"""The parts that the command lines of `python -m chatd.load`, scripts/cluster and scripts/bench share."""
+"""The parts that the command lines of `python -m chatd.load`, scripts/cluster and scripts/bench share.
+
+scripts/bench imports it before the environment exists, so it needs the standard library only.
+"""
 
 import argparse
 import math
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
-
-from typing_extensions import override
 
 LARGEST: Final = 1_000_000
 """The largest number that an option accepts."""
@@ -22,7 +23,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self._name, self._status = name, status
 
-    @override
     def error(self, message: str) -> NoReturn:
         self.exit(self._status, f"{self._name}: {message}: see --help\n")
 
@@ -39,19 +39,6 @@ def number_from(least: float, kind: type[float] = float) -> Callable[[str], Any]
             whole = "whole " if kind is int else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {least:g} to {LARGEST:,}")
         return value
-
-    return parse
-
-
-def choices(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a parser of some of these words, with commas between them; it drops repetitions."""
-
-    def parse(text: str) -> list[str]:
-        words = [*dict.fromkeys(text.split(","))]
-        unknown = [word for word in words if word not in allowed]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(allowed)}")
-        return words
 
     return parse
 

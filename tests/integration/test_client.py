@@ -244,7 +244,7 @@ def test_the_handshake_asks_for_the_room_and_for_what_was_missed():
     assert "\r\nHost: [::1]:8085\r\n" in table.endpoint.accept().request()
 
 
-def test_who_listens_is_told_of_the_history_and_then_of_each_message():
+def test_listener_receives_the_history_and_then_each_message():
     table = Table()
     wire = table.endpoint.accept()
     wire.answer("101 Switching Protocols", "Sec-WebSocket-Protocol: chat.v1")
@@ -272,7 +272,7 @@ def test_pings_are_answered_and_pieces_put_together():
     assert table.watch.numbers == [3, 4, 5, 6]
 
 
-def test_what_is_posted_is_sent_when_there_is_a_history_and_fires_with_its_id():
+def test_post_waits_for_the_history_and_returns_its_id():
     table = Table()
     posted = table.client.post("ann", "hi")
     wire = table.endpoint.accept()
@@ -285,7 +285,7 @@ def test_what_is_posted_is_sent_when_there_is_a_history_and_fires_with_its_id():
     assert result_of(posted) == Posted(Id("abcd", 7))
 
 
-def test_a_post_whose_answer_is_lost_is_posted_again_with_its_label():
+def test_post_without_an_ack_is_repeated_with_its_label():
     table = Table()
     wire = table.join()
     posted = table.client.post("ann", "hi")
@@ -378,7 +378,7 @@ def test_another_log_in_the_midst_of_a_connection_replaces_all():
     assert table.endpoint.accept().request().startswith("GET /rooms/a?last_event_id=efgh-3 ")
 
 
-def test_what_has_no_answer_is_said_again_to_another_log_and_the_answers_are_taken_as_they_come():
+def test_requests_are_repeated_to_a_new_log():
     table = Table()
     wire = table.join(5)
     posts = [table.client.post("ann", text) for text in ("one", "two", "three")]
@@ -399,7 +399,7 @@ def test_what_has_no_answer_is_said_again_to_another_log_and_the_answers_are_tak
 
 
 @pytest.mark.parametrize("resumed", [True, None])
-def test_a_second_history_that_is_no_fresh_start_is_a_broken_promise(resumed):
+def test_second_history_must_be_a_fresh_start(resumed):
     table = Table()
     wire = table.join(5)
     wire.say(history_frame("abcd", 5, [], resumed=resumed))
@@ -416,7 +416,7 @@ def test_a_second_history_that_is_no_fresh_start_is_a_broken_promise(resumed):
         (error_frame("no"), "an error answers no request: no"),
     ],
 )
-def test_a_server_that_breaks_its_promise_is_left_and_asked_again(data, words):
+def test_protocol_error_drops_the_connection_and_reconnects(data, words):
     table = Table()
     wire = table.join(7)
     wire.say(data + frame(8))
@@ -687,7 +687,7 @@ def test_stopping_while_refused_for_good():
     assert table.watch.kinds() == ["on_history", "on_connect"]
 
 
-def test_stopping_before_there_is_a_connection_gives_up_the_attempt():
+def test_stop_cancels_a_connection_attempt():
     table = Table()
     assert result_of(table.client.stop()) is None
     assert table.endpoint.cancelled
@@ -733,7 +733,7 @@ def at(loop, url, watch, **options):
     return client
 
 
-def test_against_a_server_that_is_killed_and_started_again_nothing_is_lost_or_doubled(tmp_path):
+def test_killed_server_loses_and_doubles_nothing(tmp_path):
     async def run(loop):
         watch = Watch()
         with Server(tmp_path) as server:
@@ -760,7 +760,7 @@ def test_against_a_server_that_is_killed_and_started_again_nothing_is_lost_or_do
     assert page.entries == [Entry(*row) for row in rows[20:]]
 
 
-def test_against_a_server_with_its_rate_all_posts_arrive_in_the_end(tmp_path):
+def test_rate_limited_posts_are_all_stored(tmp_path):
     async def run(loop):
         watch = Watch()
         with Server(tmp_path, "--rate=50:2") as server:
@@ -773,7 +773,7 @@ def test_against_a_server_with_its_rate_all_posts_arrive_in_the_end(tmp_path):
     assert [row[2] for row in stored(tmp_path / "chatd.sqlite")[1][2:]] == [f"m{number}" for number in range(20)]
 
 
-def test_against_a_server_that_is_asked_to_stop_the_next_one_is_resumed(tmp_path):
+def test_client_of_a_stopped_server_resumes_on_the_next(tmp_path):
     async def run(loop):
         watch = Watch()
         with Server(tmp_path) as server:

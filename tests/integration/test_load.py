@@ -362,7 +362,7 @@ def test_who_interrupts_it_is_told_what_was_done(server):
     assert out.startswith(server.url)
 
 
-def test_a_post_that_comes_back_in_a_second_log_is_no_second_echo():
+def test_post_in_a_second_log_counts_one_echo():
     with reactor() as loop:
         options = program.arguments(["ws://127.0.0.1:1/", "--clients=1", "--lenient"])
         trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
@@ -376,7 +376,7 @@ def test_a_post_that_comes_back_in_a_second_log_is_no_second_echo():
     assert sum(trial.echoes._counts.values()) == 1
 
 
-def test_what_nobody_was_given_of_a_new_log_is_read_back_piece_by_piece_when_all_have_begun_in_it():
+def test_unread_part_of_a_new_log_is_read_back():
     with reactor() as loop:
         options = program.arguments(["ws://127.0.0.1:1/", "--clients=2"])
         trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))

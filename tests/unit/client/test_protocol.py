@@ -149,7 +149,7 @@ def test_what_resumes_without_a_last_id_is_a_beginning():
         (message(8, "efgh"), "efgh-8 arrived after abcd-7, which is from another log"),
     ],
 )
-def test_a_message_that_is_not_the_next_is_a_fault_and_changes_nothing(frame, words):
+def test_message_out_of_order_is_an_error(frame, words):
     had = Cursor()
     had.history(history(7))
     with pytest.raises(ProtocolError, match=words):
@@ -251,7 +251,7 @@ def test_a_page_is_answered_by_its_history():
     assert result_of(said.answers[0]) == page
 
 
-def test_after_another_connection_what_has_no_answer_is_said_again_in_order_under_the_same_label():
+def test_reconnect_repeats_requests_in_order_with_their_labels():
     said = Said(2).say(4)
     assert said.sent() == [0, 1]
     first = said.labels
@@ -264,7 +264,7 @@ def test_after_another_connection_what_has_no_answer_is_said_again_in_order_unde
     assert said.labels[0] == first[1]
 
 
-def test_after_a_fresh_start_what_has_no_answer_is_said_again_in_order_under_the_same_label():
+def test_fresh_start_repeats_requests_with_their_labels():
     said = Said(2).say(4)
     said.sent()
     first = said.labels
@@ -318,7 +318,7 @@ def test_no_more_than_a_window_is_under_way():
     assert said.box.wait(said.now) is None
 
 
-def test_what_is_refused_for_now_is_said_again_later_one_by_one_until_it_goes_well():
+def test_temporary_errors_are_retried_one_by_one():
     said = Said(4).say(6)
     assert said.sent() == [0, 1, 2, 3]
     labels = said.labels
@@ -367,7 +367,7 @@ def test_when_nothing_will_be_answered_all_fails():
 # How long to wait
 
 
-def test_waits_are_random_parts_of_spans_that_double_up_to_a_bound():
+def test_backoff_doubles_up_to_a_bound():
     chance = Random(7)
     spans = [1, 2, 4, 8, 16, 30, 30]
     backoff = Backoff(chance=Random(7))

@@ -40,7 +40,7 @@ def test_once_forgets_what_is_below_all_else():
     assert once._above == {1001}
 
 
-def test_every_post_is_one_that_a_server_takes_and_another_than_all_others():
+def test_posts_are_valid_and_unique():
     proof = Proof("abc123", 1, 1)
     texts = [proof.text(poster, place) for poster in range(100) for place in range(100)]
     assert len({*texts}) == len(texts)
@@ -219,7 +219,7 @@ def test_a_client_that_is_told_to_begin_again():
         given.begin(0, 2, given.log[1])
 
 
-def test_a_new_log_is_a_loss_of_what_was_acknowledged_in_the_old_and_is_not_in_the_new():
+def test_new_log_loses_posts_that_it_does_not_hold():
     given = Given().post(0, 1, 0, 1)
     for reader in range(3):
         given.give(reader, 1, 2, 3, 4)
@@ -287,7 +287,7 @@ def test_where_no_log_was_lost_nothing_is_read_back():
     assert (proof.logs_lost, proof.fresh_starts) == (0, 0)
 
 
-def test_a_post_of_the_lost_log_may_be_acknowledged_in_the_new_before_that_is_given_to_who_posted_it():
+def test_ack_from_a_new_log_may_precede_its_history():
     given = Given(lenient=True).post(0, 0)
     given.ack(0, 0, 1, epoch="efgh", duplicate=True)
     given.ack(0, 1, 7, epoch="efgh", duplicate=True)
@@ -318,7 +318,7 @@ def test_but_not_in_the_log_that_is_gone():
             given.ack(0, 0, 1, duplicate=duplicate)
 
 
-def test_the_newest_page_may_be_of_a_new_log_in_which_all_are_then_to_begin():
+def test_newest_page_may_come_from_a_new_log():
     given = Given(lenient=True)
     assert given.proof.is_level(given.readers[1])
     given.proof.check_newest_page(given.readers[0], Id("efgh", 1))
