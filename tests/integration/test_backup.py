@@ -1,4 +1,4 @@
-"""scripts/backup and scripts/restore, with the standard library alone, and around them real servers."""
+"""scripts/backup and scripts/restore, run without packages, on the stores of real servers."""
 
 import contextlib
 import fcntl
@@ -22,12 +22,12 @@ from chatd.store import base, sqlite_file
 
 SCRIPTS = ROOT / "scripts"
 PYTHON = (sys.executable, "-S", "-B")
-"""Python without any packages, which leaves no compiled files behind."""
+"""Python without packages, which writes no compiled files."""
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 
 
 def run(name, *arguments, cwd, code=0, **changes):
-    """Run a script that must end with a code; answers what it says, or the one line that it fails with."""
+    """Run a script that must exit with a code; return its output, or its one line of error."""
     result = subprocess.run(
         [*PYTHON, SCRIPTS / name, *map(str, arguments)],
         cwd=cwd,
@@ -50,7 +50,7 @@ def run(name, *arguments, cwd, code=0, **changes):
 def scripts(monkeypatch):
     """Loads a script as a module."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of what they share, too
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # also for storefiles
     yield lambda name: program(SCRIPTS / name)
     sys.modules.pop("storefiles", None)
 
@@ -73,7 +73,7 @@ def store(made, tmp_path):
 
 
 def say(server, *texts):
-    """Post, and wait until all is told."""
+    """Post texts, and wait for each message."""
     with Raw(server.port) as client:
         client.join()
         for text in texts:
@@ -99,7 +99,7 @@ def change(path, *statements):
 
 
 class Poster(threading.Thread):
-    """Posts to a room, message after message, until told to stop; it knows the last that was acknowledged."""
+    """Posts message after message to a room until `stop`, and counts the acknowledgements."""
 
     def __init__(self, server, name, room):
         super().__init__(daemon=True)
@@ -108,7 +108,7 @@ class Poster(threading.Thread):
         self._changed = threading.Condition()
         self._stopping = False
         self.acked = 0
-        """Of its own messages, which it numbers too."""
+        """The number of acknowledged messages, which is also the text of the last one."""
         self.faults = []
 
     def run(self):
@@ -127,7 +127,7 @@ class Poster(threading.Thread):
                     self._changed.notify_all()
 
     def more(self):
-        """Wait until something that is posted from now on is acknowledged."""
+        """Wait until a later post is acknowledged."""
         with self._changed:
             enough = self.acked + 2
             assert self._changed.wait_for(lambda: self.acked >= enough or self.faults, LONG)
@@ -139,7 +139,8 @@ class Poster(threading.Thread):
         assert self.faults == []
 
 
-def test_of_a_busy_server_each_backup_is_one_moment_of_its_log_and_no_post_fails_meanwhile(tmp_path):
+def test_backup_under_load(tmp_path):
+    """Each backup is one instant of the log, and no post fails meanwhile."""
     path = tmp_path / "chatd.sqlite"
     rooms = {"ann": "main", "bob": "main", "cy": "kitchen"}
     with Server(tmp_path) as server:
@@ -176,7 +177,7 @@ def test_of_a_busy_server_each_backup_is_one_moment_of_its_log_and_no_post_fails
             assert heads == {room: len(stored(backup, room)[1]) for room in final}
 
 
-def test_a_backup_comes_to_an_end_whatever_is_written_meanwhile(store, tmp_path, scripts, monkeypatch):
+def test_backup_ends_despite_constant_writes(store, tmp_path, scripts, monkeypatch):
     load = scripts("backup")
     storefiles = sys.modules["storefiles"]
     monkeypatch.setattr(storefiles, "PAGES", 1)
@@ -198,10 +199,10 @@ def test_a_backup_comes_to_an_end_whatever_is_written_meanwhile(store, tmp_path,
         assert db.execute("SELECT head FROM rooms").fetchone() == (5,)
 
 
-# What a backup is
+# Backups
 
 
-def test_a_backup_says_what_is_in_it(store, tmp_path):
+def test_backup_reports_its_contents(store, tmp_path):
     epoch, _ = stored(store)
     size = store.stat().st_size
     said = run("backup", "--store=chatd.sqlite", "one", cwd=tmp_path)
@@ -217,7 +218,7 @@ def test_a_backup_says_what_is_in_it(store, tmp_path):
     assert stored(tmp_path / "one") == stored(tmp_path / "two") == stored(store)
 
 
-def test_the_store_that_is_copied_is_named_as_the_servers_is(store, tmp_path):
+def test_backup_of_a_named_store(store, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for number, (arguments, changes) in enumerate([
@@ -229,7 +230,7 @@ def test_the_store_that_is_copied_is_named_as_the_servers_is(store, tmp_path):
         assert stored(elsewhere / str(number)) == stored(store)
 
 
-def test_a_backup_is_one_file_and_changes_nothing_of_the_store(store, tmp_path):
+def test_backup_is_one_file(store, tmp_path):
     store.chmod(0o640)
     before = names(tmp_path), store.read_bytes()
     folder = tmp_path / "backups"
@@ -241,7 +242,7 @@ def test_a_backup_is_one_file_and_changes_nothing_of_the_store(store, tmp_path):
     assert (names(tmp_path), store.read_bytes()) == before
 
 
-def test_what_a_killed_server_left_in_its_log_is_in_the_backup(tmp_path):
+def test_backup_after_a_crash_includes_the_wal(tmp_path):
     with Server(tmp_path) as server:
         say(server, "three")
         server.kill()
@@ -250,7 +251,7 @@ def test_what_a_killed_server_left_in_its_log_is_in_the_backup(tmp_path):
     assert texts(tmp_path / "copy")[2:] == ["three"]
 
 
-def test_a_file_is_replaced_only_if_that_is_asked_for(store, tmp_path):
+def test_backup_replaces_files_only_with_force(store, tmp_path):
     copy = tmp_path / "copy"
     copy.write_text("precious")
     line = run("backup", "copy", cwd=tmp_path, code=1)
@@ -263,14 +264,14 @@ def test_a_file_is_replaced_only_if_that_is_asked_for(store, tmp_path):
     assert names(tmp_path) == ["chatd.sqlite", "chatd.sqlite-lock", "copy"]
 
 
-def test_who_sits_at_a_terminal_sees_how_far_it_is(store, tmp_path):
+def test_progress_on_a_terminal(store, tmp_path):
     terminal, end = pty.openpty()
     with os.fdopen(terminal, "rb", buffering=0) as terminal:
         with os.fdopen(end, "wb") as end:
             command = [*PYTHON, SCRIPTS / "backup", "copy"]
             subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=end, timeout=LONG, check=True)
         shown = b""
-        with contextlib.suppress(OSError):  # which is how a terminal ends
+        with contextlib.suppress(OSError):  # a terminal ends with an error
             while data := terminal.read(1000):
                 shown += data
     assert shown.replace(b"\r\x1b[K", b"|") == b"|100 %|verifying|"
@@ -286,7 +287,7 @@ def test_help_has_examples(name, tmp_path):
 # Restoring
 
 
-def test_what_is_restored_is_a_new_log_with_the_old_messages(tmp_path):
+def test_restore_draws_a_new_epoch(tmp_path):
     with Server(tmp_path) as server:
         say(server, "three")
         run("backup", "copy", cwd=tmp_path)
@@ -310,13 +311,13 @@ def test_what_is_restored_is_a_new_log_with_the_old_messages(tmp_path):
             client.send(post("ann", "again"))
             assert client.json()["id"] == f"{new}-4"
         server.stop()
-    # And nothing is lost: what was there has its log still.
+    # The replaced store is kept, with its write-ahead log.
     assert (tmp_path / f"{aside}-wal").stat().st_size
     assert texts(tmp_path / aside)[2:] == ["three", "lost", "lost too"]
     assert stored(tmp_path / aside)[0] == old
 
 
-def test_each_restore_is_another_log(store, tmp_path):
+def test_restores_draw_different_epochs(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     said = [json.loads(run("restore", "--json", "copy", f"{number}.sqlite", cwd=tmp_path)) for number in range(3)]
     assert len({stored(store)[0], *(one["epoch"] for one in said)}) == 4
@@ -334,7 +335,7 @@ def test_each_restore_is_another_log(store, tmp_path):
     assert stored(tmp_path / "copy") == stored(store)
 
 
-def test_while_a_server_has_the_store_nothing_is_restored(tmp_path):
+def test_restore_while_a_server_runs(tmp_path):
     with Server(tmp_path) as server:
         say(server, "three")
         run("backup", "copy", cwd=tmp_path)
@@ -348,7 +349,7 @@ def test_while_a_server_has_the_store_nothing_is_restored(tmp_path):
     assert texts(tmp_path / "chatd.sqlite")[2:] == ["three", "four"]
 
 
-def test_while_a_store_is_restored_no_server_starts(store, tmp_path, scripts):
+def test_restore_holds_the_lock(store, tmp_path, scripts):
     restore = scripts("restore")
     lock = tmp_path / "chatd.sqlite-lock"
     with lock.open() as ours, restore.locked(store, store.stat()), pytest.raises(BlockingIOError):
@@ -357,7 +358,7 @@ def test_while_a_store_is_restored_no_server_starts(store, tmp_path, scripts):
         fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_store_is_replaced_only_if_that_is_asked_for(store, tmp_path):
+def test_restore_replaces_a_store_only_with_force(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     before = names(tmp_path), store.read_bytes()
     line = run("restore", "copy", "sqlite:chatd.sqlite", cwd=tmp_path, code=1)
@@ -365,7 +366,7 @@ def test_a_store_is_replaced_only_if_that_is_asked_for(store, tmp_path):
     assert (names(tmp_path), store.read_bytes()) == before
 
 
-def test_the_log_that_another_store_left_is_not_taken_for_the_restored_ones(store, tmp_path):
+def test_restore_sets_leftover_logs_aside(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     for suffix in ("-wal", "-shm", "-journal"):
         (tmp_path / f"new.sqlite{suffix}").write_text(suffix)
@@ -377,15 +378,15 @@ def test_the_log_that_another_store_left_is_not_taken_for_the_restored_ones(stor
     assert [name for name in names(tmp_path) if name.startswith("new.sqlite-")] == ["new.sqlite-lock"]
 
 
-def test_a_store_of_another_format_is_restored_as_it_is(store, tmp_path):
-    change(store, "UPDATE log SET written = 77")  # newer, and says that this server can read it
+def test_restore_keeps_the_format(store, tmp_path):
+    change(store, "UPDATE log SET written = 77")  # a newer format, which this server can read
     run("restore", "chatd.sqlite", "new.sqlite", cwd=tmp_path)
     with closing(sqlite3.connect(tmp_path / "new.sqlite")) as db:
         assert db.execute("SELECT written, readable_since FROM log").fetchone() == (77, sqlite_file.READABLE_SINCE)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
-def test_what_root_restores_belongs_to_whom_it_belonged(store, tmp_path):
+def test_restore_keeps_the_owner(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -404,7 +405,7 @@ def test_what_root_restores_belongs_to_whom_it_belonged(store, tmp_path):
     assert (folder / "new.sqlite").stat().st_mode & 0o777 == 0o660
 
 
-def test_the_scripts_know_what_the_server_knows(scripts, monkeypatch):
+def test_scripts_agree_with_the_server(scripts, monkeypatch):
     restore = scripts("restore")
     assert restore.FORMAT == sqlite_file.FORMAT
     assert sys.modules["storefiles"].APPLICATION_ID == sqlite_file.APPLICATION_ID
@@ -417,7 +418,7 @@ def test_the_scripts_know_what_the_server_knows(scripts, monkeypatch):
     assert half == 6
 
 
-# What goes wrong
+# Errors
 
 
 def truncate(path):
@@ -426,7 +427,7 @@ def truncate(path):
 
 
 def damage(path):
-    """Overwrite the middle of each page but the first."""
+    """Overwrite part of each page except the first."""
     data = bytearray(path.read_bytes())
     for page in range(4096, len(data), 4096):
         data[page + 4000 : page + 4096] = bytes(range(96))
@@ -451,7 +452,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", ["backup", "restore"])
 @pytest.mark.parametrize("what", DAMAGES)
-def test_what_is_no_whole_store_is_refused_and_nothing_is_made(store, tmp_path, name, what):
+def test_damaged_store_is_refused(store, tmp_path, name, what):
     spoil, reason = DAMAGES[what]
     source = tmp_path / "source"
     run("backup", "source", cwd=tmp_path)
@@ -467,7 +468,7 @@ def test_what_is_no_whole_store_is_refused_and_nothing_is_made(store, tmp_path, 
     assert made <= {"absent-lock", "present-lock"}
 
 
-def test_a_backup_of_a_newer_format_is_refused(store, tmp_path):
+def test_restore_of_a_newer_format(store, tmp_path):
     change(store, NEWER)
     run("backup", "copy", cwd=tmp_path)
     line = run("restore", "copy", "new.sqlite", cwd=tmp_path, code=1)
@@ -491,7 +492,7 @@ def test_a_backup_of_a_newer_format_is_refused(store, tmp_path):
         ("restore", ["chatd.sqlite", "nowhere/new"], "nowhere cannot be used (No such file or directory): "),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(store, tmp_path, name, arguments, line):
+def test_errors_are_one_line(store, tmp_path, name, arguments, line):
     (tmp_path / "folder").mkdir()
     before = names(tmp_path)
     assert run(name, *arguments, cwd=tmp_path, code=1).startswith(f"{name}: {line}")
@@ -517,7 +518,7 @@ runpy.run_path(name, run_name="__main__")
 @pytest.mark.parametrize("when", [" %", "verifying"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("arguments", [("backup", "copy"), ("restore", "--force", "chatd.sqlite", "new.sqlite")])
-def test_who_ends_it_midway_finds_nothing_in_its_place(store, tmp_path, arguments, number, when):
+def test_interruption_leaves_nothing(store, tmp_path, arguments, number, when):
     (tmp_path / "new.sqlite").write_text("old")
     (tmp_path / "new.sqlite-lock").touch()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -535,7 +536,7 @@ def test_who_ends_it_midway_finds_nothing_in_its_place(store, tmp_path, argument
     said = f"{name}: interrupted, and nothing was replaced\n" if number == signal.SIGINT else ""
     assert (result.returncode, result.stdout, result.stderr) == (code[number], "", said)
     after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    for suffix in ("-wal", "-shm"):  # what SQLite makes for a reader, and for the next to remove
+    for suffix in ("-wal", "-shm"):  # SQLite creates these for a reader
         after.pop(tmp_path / f"chatd.sqlite{suffix}", None)
     assert after == before
     left = [path for path in tmp_path.iterdir() if path.is_dir()]

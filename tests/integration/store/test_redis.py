@@ -1,4 +1,4 @@
-"""The log in Redis: the contract of all stores, on each server there is; and what only Redis can do wrong."""
+"""The Redis store: the contract of all stores, with each server, and the faults that only Redis has."""
 
 import contextlib
 import gc
@@ -21,10 +21,10 @@ from chatd.store.redis.redis_session import FORMAT
 from chatd.store.redis.store import RedisStore
 
 DATABASES = 1000
-"""Each log is in one of its own."""
+"""One for each log."""
 LOG, HEADS, FEED = "{chatd}:log", "{chatd}:heads", "{chatd}:feed"
 EXACT = {"stream-node-max-entries": 1}
-"""The feed is trimmed by whole nodes of a stream."""
+"""Makes Redis trim the feed to its exact length, since it removes whole nodes of a stream."""
 
 
 @each_binary
@@ -70,7 +70,7 @@ class TestRedisStore(DurableStoreContract):
 
 
 class Node:
-    """A store, which is opened at once, and what it tells its follower and those who post."""
+    """A store, opened at once, with a follower; its methods post, read and wait."""
 
     def __init__(self, loop, link, retain="all", now=None, seed=SEED):
         self.loop = loop
@@ -81,30 +81,30 @@ class Node:
         self.opened = self.store.open(seed)
 
     def up(self):
-        """Wait until it is well, and does what it is asked."""
+        """Wait until the store has no fault."""
         until(self.loop, lambda: self.store.fault is None, self.store.fault)
         return self
 
     def down(self):
-        """Wait until something is wrong with it; answers what."""
+        """Wait until the store has a fault; return it."""
         until(self.loop, lambda: self.store.fault is not None, "nothing is wrong")
         return self.store.fault
 
     def fails(self, words):
-        """Wait until certain words are in its fault, which is one line."""
+        """Wait until the fault, one line, contains certain words; return it."""
         until(self.loop, lambda: words in (self.store.fault or ""), f"{self.store.fault!r} is not {words!r}")
         assert self.store.fault.isprintable()
         return self.store.fault
 
     def start(self, *texts, room="main", label=None):
-        """Post texts, the text being the label if `label`; answers who is told of each."""
+        """Post texts, with themselves as labels if `label`; return their posters."""
         posters = [RecordingPoster() for _ in texts]
         for text, poster in zip(texts, posters, strict=True):
             self.store.append(room, Post("ann", text, text if label else None), poster)
         return posters
 
     def post(self, *texts, room="main", label=None):
-        """... and wait until they are; answers what became of each: ("posted", 3), or what it was refused with."""
+        """Post texts and wait; return the outcomes: ("posted", 3), or ("refused", LogUnavailable)."""
         posters = self.start(*texts, room=room, label=label)
         self.settle()
         return [outcome(poster) for poster in posters]
@@ -113,7 +113,7 @@ class Node:
         wait_in(self.loop, self.store.settled())
 
     def post_until_kept(self, *texts, room="main"):
-        """Post with labels, again and again as a client does, until all are in the log; answers the last outcomes."""
+        """Post with labels, and retry as clients do until all are stored; return the last outcomes."""
         left, done = [*texts], {}
         while left:
             self.up()
@@ -129,12 +129,12 @@ class Node:
         return [entry.message for entry in self.read(room).entries if entry not in SEED]
 
     def heard(self, room="main"):
-        """The texts that its follower was told."""
+        """Return the texts that the follower has received."""
         return [event[2].message for event in self.events if event[:2] == ("appended", room)]
 
     def hears(self, *texts, room="main"):
-        """Wait until its follower was told of these, and no others."""
-        until(self.loop, lambda: len(self.heard(room)) >= len(texts), "it is told of nothing")
+        """Wait until the follower has received exactly these texts."""
+        until(self.loop, lambda: len(self.heard(room)) >= len(texts), "the follower received too little")
         assert self.heard(room) == [*texts]
 
     @property
@@ -146,7 +146,7 @@ class Node:
 
 
 def outcome(poster):
-    ((what, _, about),) = poster.events  # each is told once
+    ((what, _, about),) = poster.events  # each gets one outcome
     return what, type(about) if what == "refused" else about
 
 
@@ -155,14 +155,14 @@ UNAVAILABLE, DOUBT = ("refused", LogUnavailable), ("refused", InDoubt)
 
 @pytest.fixture
 def brisk(monkeypatch):
-    """Less patience than in earnest."""
+    """Shorter time limits."""
     monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(redis_session, "SESSION_BACKOFF_SECONDS", (0.02, 0.2))
 
 
 @pytest.fixture
 def node(loop, brisk, events):
-    """What makes nodes; all are closed in the end, nothing of them is left, and no exception was logged."""
+    """Makes nodes and closes them after the test, which may leave no call, no socket and no logged exception."""
     nodes = []
     readers = {*loop.getReaders()}
 
@@ -181,12 +181,12 @@ def node(loop, brisk, events):
     assert loop.getDelayedCalls() == []
     assert {*loop.getReaders()} <= readers | {loop.waker}
     assert loop.getWriters() == []
-    gc.collect()  # what failed unheard is logged when it goes
+    gc.collect()  # logs failures that nobody handled
     assert [event for event in events if event["log_level"] == LogLevel.critical] == []
 
 
 def durable(folder, **options):
-    """A server that keeps what it has answered."""
+    """A server that loses no write that it has acknowledged."""
     return Redis(folder, appendonly=True, fsync="always", **options)
 
 
@@ -200,14 +200,15 @@ def three(node, redis):
     return [one.up() for one in nodes]
 
 
-def test_nodes_that_start_together_write_the_seed_and_the_epoch_once(three):
+def test_simultaneous_start_writes_one_seed(three):
     assert len({one.store.epoch for one in three}) == 1
     for one in three:
         assert one.read() == Page([*SEED], first=1, head=2)
         assert one.events == []
 
 
-def test_all_nodes_are_told_the_same_in_one_order_and_each_before_those_who_posted_there(three, loop):
+def test_all_nodes_see_one_order(three, loop):
+    """Every node's followers see the same order, and before the posters at that node."""
     said = {room: [] for room in ("main", "other", "third")}
     for number, one in itertools.product(range(100), three):
         for room, texts in said.items():
@@ -219,9 +220,9 @@ def test_all_nodes_are_told_the_same_in_one_order_and_each_before_those_who_post
         head = len(texts) + (2 if room == "main" else 0)
         for one in three:
             until(loop, lambda one=one, room=room, texts=texts: len(one.heard(room)) >= len(texts))
-        told = [[event[2] for event in one.events if event[:2] == ("appended", room)] for one in three]
-        assert told[0] == told[1] == told[2] == [e for e in three[0].read(room).entries if e not in SEED]
-        assert [entry.number for entry in told[0]] == [*range(head - len(texts) + 1, head + 1)]
+        seen = [[event[2] for event in one.events if event[:2] == ("appended", room)] for one in three]
+        assert seen[0] == seen[1] == seen[2] == [e for e in three[0].read(room).entries if e not in SEED]
+        assert [entry.number for entry in seen[0]] == [*range(head - len(texts) + 1, head + 1)]
     for one in three:
         posted, known = 0, dict.fromkeys(said, 0)
         for event in one.events:
@@ -234,7 +235,7 @@ def test_all_nodes_are_told_the_same_in_one_order_and_each_before_those_who_post
         assert one.store.commits.buckets()[-1][1] == 300
 
 
-def test_many_posts_are_on_their_way_at_once(one, node, loop):
+def test_posts_are_pipelined(one, node, loop):
     node = node(one.url)
     before = one.info("stats")["total_net_input_bytes"]
     posters = node.start(*map(str, range(500)))
@@ -244,7 +245,7 @@ def test_many_posts_are_on_their_way_at_once(one, node, loop):
     assert [poster.numbers for poster in posters] == [[number] for number in range(3, 503)]
 
 
-def test_a_node_has_two_connections_however_many_rooms_there_are(one, node):
+def test_node_has_two_connections(one, node):
     node = node(one.url)
     for number in range(200):
         node.start("hi", room=f"r{number}")
@@ -252,10 +253,10 @@ def test_a_node_has_two_connections_however_many_rooms_there_are(one, node):
     for number in range(200):
         node.read(f"r{number}")
     clients = one.call("CLIENT", "LIST").decode().splitlines()
-    assert len(clients) == 3  # and the one that asks
+    assert len(clients) == 3  # the third is this one
 
 
-def test_a_node_that_comes_later_is_told_what_comes_and_nothing_of_what_was(one, node):
+def test_late_node_follows_from_now_on(one, node):
     first = node(one.url)
     first.post("before")
     second = node(one.url)
@@ -265,7 +266,7 @@ def test_a_node_that_comes_later_is_told_what_comes_and_nothing_of_what_was(one,
     assert second.texts() == ["before", "after"]
 
 
-def test_the_time_is_that_of_redis(one, node):
+def test_time_comes_from_redis(one, node):
     node = node(one.url)
     node.post("hi")
     seconds, micros = map(int, one.call("TIME"))
@@ -274,7 +275,7 @@ def test_the_time_is_that_of_redis(one, node):
     assert 0 <= seconds + micros / 1e6 - instant(entry.timestamp) < 5
 
 
-def test_all_nodes_stamps_go_up_even_if_their_clocks_differ(one, node):
+def test_timestamps_of_nodes_with_different_clocks(one, node):
     ahead, behind = ManualTime(), ManualTime()
     ahead.advance(60)
     first, second = node(one.url, now=ahead), node(one.url, now=behind)
@@ -287,7 +288,7 @@ def test_all_nodes_stamps_go_up_even_if_their_clocks_differ(one, node):
     assert stamps[2] == "2026-01-01T00:01:00.000Z"
 
 
-def test_all_keys_have_one_tag(one, node):
+def test_keys_share_one_hash_tag(one, node):
     node = node(one.url, retain="5d")
     node.post("a", "b", label=True)
     node.post("c", room="other")
@@ -297,14 +298,14 @@ def test_all_keys_have_one_tag(one, node):
 
 
 @pytest.mark.parametrize(("retain", "days"), [("all", 1), ("5", 1), ("1d", 1), ("30d", 30)])
-def test_a_label_is_remembered_for_a_day_or_as_long_as_messages_are(one, node, retain, days):
+def test_lifetime_of_a_label(one, node, retain, days):
     node = node(one.url, retain=retain)
     node.post("a", label=True)
     (label,) = one.call("KEYS", "{chatd}:label:*")
     assert days * DAY * 1000 - 60_000 < one.call("PTTL", label) <= days * DAY * 1000
 
 
-def test_numbers_are_not_used_again_by_who_comes_later(one, node):
+def test_numbers_continue_on_another_node(one, node):
     first = node(one.url, retain="1")
     first.post("a", "b")
     first.close()
@@ -312,21 +313,21 @@ def test_numbers_are_not_used_again_by_who_comes_later(one, node):
     assert node(one.url).post("c") == [("posted", 5)]
 
 
-def test_days_are_those_of_the_messages_and_not_of_who_trims(one, node):
+def test_retention_by_days_of_two_nodes(one, node):
     time = ManualTime()
     first = node(one.url, retain="2d", now=time, seed=())
     for text in "abcd":
         first.post(text)
         time.advance(DAY)
     assert first.texts() == ["b", "c", "d"]  # "b" was two days old when "d" came
-    second = node(one.url, retain="1d", now=time, seed=())  # trims when it opens
+    second = node(one.url, retain="1d", now=time, seed=())  # opening trims
     assert second.texts() == ["d"]
     first.hears(*"abcd")
     until(first.loop, lambda: ("trimmed", "main", 4) in first.events)
 
 
 @pytest.mark.parametrize("small", [1, 512], ids=["a table", "a list"])
-def test_all_of_many_rooms_are_trimmed_a_few_at_a_time(tmp_path, node, monkeypatch, small):
+def test_trim_of_many_rooms(tmp_path, node, monkeypatch, small):
     monkeypatch.setattr(redis_store, "ROOMS", 3)
     with Redis(tmp_path / "data", hash_max_ziplist_entries=small) as redis:
         time = ManualTime()
@@ -341,7 +342,7 @@ def test_all_of_many_rooms_are_trimmed_a_few_at_a_time(tmp_path, node, monkeypat
         assert all(node.texts(f"r{number}") == [] for number in range(10))
 
 
-def test_a_batch_of_more_than_a_hundred_old_messages_goes_at_once(one, node):
+def test_trim_of_many_old_messages(one, node):
     time = ManualTime()
     node = node(one.url, retain="1d", now=time, seed=())
     node.start(*map(str, range(250)))
@@ -351,10 +352,11 @@ def test_a_batch_of_more_than_a_hundred_old_messages_goes_at_once(one, node):
     assert node.read() == Page([Entry(251, "ann", "new", node.read().entries[0].timestamp)], 251, 251)
 
 
-# The log went back
+# A log that went back
 
 
-def test_who_knew_what_is_lost_begins_a_new_history(tmp_path, binary, node):
+def test_rollback_replaces_the_epoch(tmp_path, binary, node):
+    """Nodes that have read what Redis lost replace the epoch once, and reread."""
     with durable(tmp_path / "data", binary=binary) as redis:
         first, second = node(redis.url), node(redis.url)
         epoch = first.store.epoch
@@ -370,14 +372,15 @@ def test_who_knew_what_is_lost_begins_a_new_history(tmp_path, binary, node):
         assert first.store.epoch == second.store.epoch == redis.call("HGET", LOG, "epoch").decode()
         assert (first.interruptions, second.interruptions) == (1, 1)
         assert first.texts() == ["a"]
-        # The labels of what was lost are lost too.
+        # The labels of the lost posts are lost too.
         assert second.post("b", label=True) == [("posted", 4)]
         first.hears("a", "b", "c", "b")
         assert (first.interruptions, second.interruptions) == (1, 1)
 
 
 @pytest.mark.parametrize("more", [1, 5], ids=["as many", "more"])
-def test_who_knew_what_is_lost_comes_after_its_numbers_were_used_again(tmp_path, binary, node, more):
+def test_rollback_with_reused_numbers(tmp_path, binary, node, more):
+    """The loss is noticed although another node has reused the numbers."""
     with (
         durable(tmp_path / "data", binary=binary) as redis,
         Proxy(redis.port) as near,
@@ -414,7 +417,7 @@ def test_who_knew_what_is_lost_comes_after_its_numbers_were_used_again(tmp_path,
         assert knows.store.epoch == other.store.epoch
 
 
-def test_a_replica_without_the_last_messages_becomes_the_primary(tmp_path, binary, node):
+def test_failover_to_a_replica_that_lags(tmp_path, binary, node):
     with (
         Redis(tmp_path / "primary", binary=binary) as primary,
         Redis(tmp_path / "replica", binary=binary, replica_of=primary) as replica,
@@ -441,7 +444,7 @@ def test_a_replica_without_the_last_messages_becomes_the_primary(tmp_path, binar
             one.hears("a", "lost", "b")
 
 
-def test_all_is_deleted_and_every_node_notices_though_nobody_posts(one, node):
+def test_deleted_log_is_noticed_without_posts(one, node):
     nodes = [node(one.url) for _ in range(3)]
     epoch = nodes[0].store.epoch
     nodes[0].post("a")
@@ -459,7 +462,7 @@ def test_all_is_deleted_and_every_node_notices_though_nobody_posts(one, node):
         assert each.interruptions == 1
 
 
-def test_all_is_deleted_and_noticed_though_others_come_and_go_all_the_time(one, node):
+def test_deleted_log_is_noticed_despite_presence(one, node):
     node = node(one.url)
     epoch = node.store.epoch
     node.post("a")
@@ -473,7 +476,7 @@ def test_all_is_deleted_and_noticed_though_others_come_and_go_all_the_time(one, 
         until(node.loop, noticed)
 
 
-def test_who_posts_into_a_log_that_was_deleted_is_refused_and_the_next_is_kept(one, node):
+def test_post_to_a_deleted_log(one, node):
     node = node(one.url)
     epoch = node.store.epoch
     node.post("a")
@@ -485,7 +488,7 @@ def test_who_posts_into_a_log_that_was_deleted_is_refused_and_the_next_is_kept(o
     assert node.interruptions == 1
 
 
-def test_who_reads_a_log_that_was_deleted_is_refused_and_then_reads_the_new_one(one, node):
+def test_read_of_a_deleted_log(one, node):
     node = node(one.url)
     node.post("a")
     one.flush()
@@ -498,11 +501,11 @@ def test_who_reads_a_log_that_was_deleted_is_refused_and_then_reads_the_new_one(
 
 @pytest.fixture
 def patient(monkeypatch):
-    """The feed may be silent for as long as it likes, so that it is something else that tells."""
+    """No check for silence, so that something else must notice."""
     monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 100)
 
 
-def test_a_post_is_not_kept_in_a_history_that_the_node_does_not_know(one, node, patient):
+def test_post_with_an_old_epoch(one, node, patient):
     node = node(one.url, times=1)
     node.post("a")
     one.call("HSET", LOG, "epoch", "other")
@@ -513,7 +516,7 @@ def test_a_post_is_not_kept_in_a_history_that_the_node_does_not_know(one, node, 
     assert node.post("b", label=True) == [("posted", 4)]
 
 
-def test_a_post_is_not_kept_in_a_log_that_is_behind_what_the_node_knows(one, node, patient):
+def test_post_to_a_log_that_went_back(one, node, patient):
     node = node(one.url, times=1)
     node.post("a", "b")
     one.call("HSET", LOG, "seq", 1)
@@ -523,7 +526,7 @@ def test_a_post_is_not_kept_in_a_log_that_is_behind_what_the_node_knows(one, nod
     assert node.up().post("d") == [("posted", 5)]
 
 
-def test_a_feed_that_names_another_history_is_not_told(one, node, patient):
+def test_feed_with_another_epoch(one, node, patient):
     node = node(one.url, times=1)
     node.post("a")
     one.call("HSET", LOG, "epoch", "other")
@@ -535,7 +538,7 @@ def test_a_feed_that_names_another_history_is_not_told(one, node, patient):
 
 @pytest.fixture
 def untold(node, loop):
-    """What makes a node to which posts are answered, and the feed does not come."""
+    """Makes a node whose posts have been answered while its feed is stalled."""
 
     def make(redis, asking, feed):
         made = node(None, link=WatchedLink(asking, loop, feed.url()), times=1)
@@ -553,7 +556,8 @@ def untold(node, loop):
     return make
 
 
-def test_a_post_that_was_kept_and_not_told_when_the_session_ends_is_in_doubt(one, untold):
+def test_stored_post_with_a_late_feed_entry(one, untold):
+    """If the session ends before the feed has reached a stored post, the post is in doubt."""
     with Proxy(one.port) as feed:
         node, posters, pages = untold(one, one.url, feed)
         feed.cut()
@@ -567,7 +571,8 @@ def test_a_post_that_was_kept_and_not_told_when_the_session_ends_is_in_doubt(one
         assert [*map(outcome, posters)] == [DOUBT, DOUBT]
 
 
-def test_a_post_that_was_kept_and_lost_is_in_doubt_even_if_another_has_its_number(tmp_path, untold, node):
+def test_lost_post_with_a_reused_number(tmp_path, untold, node):
+    """A post that Redis lost is in doubt, even if another one has its number."""
     with durable(tmp_path / "data") as redis, Proxy(redis.port) as asking, Proxy(redis.port) as feed:
         other = node(redis.url)
         redis.copy(tmp_path / "copy")
@@ -585,13 +590,13 @@ def test_a_post_that_was_kept_and_lost_is_in_doubt_even_if_another_has_its_numbe
         assert knows.post_until_kept("b", "c") == [("posted", 6), ("posted", 7)]
 
 
-def test_a_post_that_was_kept_and_deleted_before_it_was_told_is_in_doubt(one, untold):
+def test_deleted_post_is_in_doubt(one, untold):
     with Proxy(one.port) as feed:
         node, posters, pages = untold(one, one.url, feed)
         one.flush()
         feed.go_on()
         node.settle()
-        # Redis may have sent the first entry to whoever waited for one, before all was deleted.
+        # Redis may have sent the first entry before everything was deleted.
         first, second = map(outcome, posters)
         assert first == (("posted", 4) if "b" in node.heard() else DOUBT)
         assert second == DOUBT
@@ -600,7 +605,7 @@ def test_a_post_that_was_kept_and_deleted_before_it_was_told_is_in_doubt(one, un
         assert node.post_until_kept("b") == [("posted", 3)]
 
 
-def test_what_was_given_up_is_not_told_again_when_the_feed_comes(one, untold):
+def test_abandoned_posts_get_one_outcome(one, untold):
     with Proxy(one.port) as feed:
         node, posters, pages = untold(one, one.url, feed)
         node.store.abandon()
@@ -611,8 +616,8 @@ def test_what_was_given_up_is_not_told_again_when_the_feed_comes(one, untold):
         assert [*map(outcome, posters)] == [DOUBT, DOUBT]
 
 
-def test_a_page_that_is_ahead_of_the_feed_waits_for_it(one, node, loop):
-    # Else a client might see a message of which this node would not know that it is lost, if it is.
+def test_page_waits_for_the_feed(one, node, loop):
+    """Clients must not see messages whose loss this node would not notice."""
     with Proxy(one.port) as feed:
         far, near = node(None, link=WatchedLink(one.url, loop, feed.url()), times=1), node(one.url)
         feed.stall()
@@ -627,7 +632,7 @@ def test_a_page_that_is_ahead_of_the_feed_waits_for_it(one, node, loop):
         assert far.heard() == ["a"]
 
 
-def test_what_was_given_up_and_is_answered_then_is_told_to_nobody_who_posted(one, node):
+def test_late_reply_to_an_abandoned_post(one, node):
     node = node(one.url)
     (poster,) = node.start("a")
     node.store.abandon()
@@ -637,7 +642,7 @@ def test_what_was_given_up_and_is_answered_then_is_told_to_nobody_who_posted(one
     assert node.post("b") == [("posted", 4)]
 
 
-def test_what_is_trimmed_while_the_feed_does_not_come_is_not_waited_for_for_ever(one, node, loop):
+def test_trim_ends_with_the_session(one, node, loop):
     with Proxy(one.port) as feed:
         time = ManualTime()
         node = node(None, link=WatchedLink(one.url, loop, feed.url()), retain="1d", now=time, times=1)
@@ -650,10 +655,10 @@ def test_what_is_trimmed_while_the_feed_does_not_come_is_not_waited_for_for_ever
         wait_in(loop, trimmed)
 
 
-# Nothing was lost
+# Reconnecting without a loss
 
 
-def test_after_a_cut_the_tail_goes_on_where_it_was(one, proxy, node):
+def test_reconnect_continues_the_feed(one, proxy, node):
     far, near = node(proxy.url()), node(one.url)
     epoch = far.store.epoch
     far.post("a")
@@ -671,7 +676,8 @@ def test_after_a_cut_the_tail_goes_on_where_it_was(one, proxy, node):
     assert far.up().store.fault is None
 
 
-def test_who_missed_more_than_the_feed_keeps_reads_anew_and_goes_on(tmp_path, binary, node, monkeypatch):
+def test_reconnect_after_the_feed_was_trimmed(tmp_path, binary, node, monkeypatch):
+    """A node that missed more than the feed keeps rereads its rooms; the epoch stays."""
     monkeypatch.setattr(redis_store, "FEED_LENGTH", 5)
     with Redis(tmp_path / "data", binary=binary, **EXACT) as redis, Proxy(redis.port) as proxy:
         far, near = node(proxy.url()), node(redis.url)
@@ -681,7 +687,7 @@ def test_who_missed_more_than_the_feed_keeps_reads_anew_and_goes_on(tmp_path, bi
         proxy.cut()
         far.down()
         for number in range(20):
-            near.post(f"{number}")  # one by one, or it would miss some itself
+            near.post(f"{number}")  # one by one, so that this node misses none
         proxy.go_on()
         far.hears("a", *map(str, range(15, 20)))
         assert far.events[1] == ("interrupted",)
@@ -693,7 +699,7 @@ def test_who_missed_more_than_the_feed_keeps_reads_anew_and_goes_on(tmp_path, bi
         assert far.post("c") == [("posted", 25)]
 
 
-def test_who_missed_just_what_the_feed_keeps_goes_on(tmp_path, node, monkeypatch):
+def test_reconnect_with_the_whole_feed_unread(tmp_path, node, monkeypatch):
     monkeypatch.setattr(redis_store, "FEED_LENGTH", 5)
     with Redis(tmp_path / "data", **EXACT) as redis, Proxy(redis.port) as proxy:
         far, near = node(proxy.url()), node(redis.url)
@@ -708,11 +714,12 @@ def test_who_missed_just_what_the_feed_keeps_goes_on(tmp_path, node, monkeypatch
         assert far.interruptions == 0
 
 
-# Faults: a server that ends, or is silent
+# Servers that end or fall silent
 
 
 @pytest.mark.parametrize("end", ["kill", "stop"])
-def test_a_server_that_is_restarted_in_the_midst_of_posts_has_each_of_them_once(tmp_path, binary, node, end):
+def test_restart_during_posts(tmp_path, binary, node, end):
+    """With retries, each post is stored once."""
     fsync = "always" if end == "kill" else "everysec"
     with Redis(tmp_path / "data", binary=binary, appendonly=True, fsync=fsync) as redis:
         first, second = node(redis.url), node(redis.url)
@@ -741,7 +748,7 @@ def test_a_server_that_is_restarted_in_the_midst_of_posts_has_each_of_them_once(
         assert (first.store.epoch, first.interruptions, second.interruptions) == (epoch, 0, 0)
 
 
-def test_a_server_that_pauses_has_what_was_in_doubt_once(tmp_path, node):
+def test_paused_server(tmp_path, node):
     with Redis(tmp_path / "data") as redis:
         first, second = node(redis.url), node(redis.url)
         first.post("a")
@@ -762,7 +769,8 @@ def test_a_server_that_pauses_has_what_was_in_doubt_once(tmp_path, node):
 
 
 @pytest.mark.parametrize("how", ["stall", "cut", "refuse and cut"])
-def test_a_node_that_is_cut_off_has_each_post_once_when_it_is_back(one, proxy, node, how):
+def test_network_failure_during_posts(one, proxy, node, how):
+    """With retries, each post is stored once."""
     far, near = node(proxy.url()), node(one.url)
     far.post("a")
     texts = [f"{number}" for number in range(50)]
@@ -783,7 +791,7 @@ def test_a_node_that_is_cut_off_has_each_post_once_when_it_is_back(one, proxy, n
     assert far.store.commits.buckets()[-1][1] >= 51
 
 
-def test_the_asking_connection_may_end_while_the_feed_is_begun(one, node, loop):
+def test_connection_lost_while_the_session_begins(one, node, loop):
     with Proxy(one.port) as asking, Proxy(one.port) as feed:
         node = node(None, link=WatchedLink(asking.url(), loop, feed.url()), at_once=True, times=1)
         feed.stall()
@@ -797,7 +805,7 @@ def test_the_asking_connection_may_end_while_the_feed_is_begun(one, node, loop):
         assert node.post("a") == [("posted", 3)]
 
 
-def test_the_first_connection_may_come_late(tmp_path, node, events):
+def test_first_connection_is_retried(tmp_path, node, events):
     with Redis(tmp_path / "data") as redis:
         redis.kill()
         node = node(redis.url, at_once=True)
@@ -814,7 +822,7 @@ def test_the_first_connection_may_come_late(tmp_path, node, events):
         assert [event["log_format"] for event in events if event["log_level"] > LogLevel.info] == ["{fault}: {remedy}"]
 
 
-# Faults: a server that refuses
+# Servers that refuse
 
 
 def set_config(redis, **directives):
@@ -878,9 +886,8 @@ def taken(redis):
 
 
 @pytest.mark.parametrize("fault", [out_of_memory, without_replicas, without_disk, busy, closed, taken])
-def test_a_server_that_refuses_what_is_posted_has_nothing_of_it_and_goes_on_when_it_is_well(
-    tmp_path, binary, node, fault, events
-):
+def test_refused_writes(tmp_path, binary, node, fault, events):
+    """Nothing is stored while Redis refuses writes, and posting resumes afterwards."""
     with Redis(tmp_path / "data", binary=binary) as redis:
         node = node(redis.url)
         epoch = node.store.epoch
@@ -903,12 +910,13 @@ def test_a_server_that_refuses_what_is_posted_has_nothing_of_it_and_goes_on_when
 
 
 @pytest.mark.parametrize("fault", [out_of_memory, without_replicas, without_disk])
-def test_who_cannot_write_can_read_and_is_well_again_without_a_post(one, node, fault):
+def test_reads_while_writes_are_refused(one, node, fault):
+    """Reads work, and the fault ends without a post."""
     node = node(one.url)
     node.post("a")
     with fault(one):
         assert node.post("b") == [UNAVAILABLE]
-        for _ in range(2):  # also after it was seen whether the log is there
+        for _ in range(2):  # the second follows a check of the log
             asked = int(one.info("commandstats")["cmdstat_evalsha"].partition("=")[2].partition(",")[0])
             until(
                 node.loop,
@@ -919,11 +927,11 @@ def test_who_cannot_write_can_read_and_is_well_again_without_a_post(one, node, f
             turn(node.loop)
         assert node.store.fault is not None
         assert node.texts() == ["a"]
-        assert node.store.commits.buckets()[-1][1] == 2  # failed ones too
+        assert node.store.commits.buckets()[-1][1] == 2  # including failed ones
     node.up()
 
 
-def test_the_scripts_may_be_forgotten_by_the_server(one, node):
+def test_script_flush(one, node):
     node = node(one.url)
     node.post("a")
     one.call("SCRIPT", "FLUSH")
@@ -935,14 +943,14 @@ def test_the_scripts_may_be_forgotten_by_the_server(one, node):
         node.read()
     node.up()
     one.call("SCRIPT", "FLUSH")
-    node.fails("NOSCRIPT")  # by itself
+    node.fails("NOSCRIPT")  # noticed without a request
     node.up()
     node.hears("a", "b")
     assert node.interruptions == 0
 
 
 @pytest.mark.parametrize("key", ["{chatd}:room:other", "{chatd}:label"])
-def test_somebody_elses_key_keeps_out_what_belongs_there_and_nothing_else(tmp_path, binary, node, key, loop):
+def test_foreign_key_blocks_only_its_place(tmp_path, binary, node, key, loop):
     with Redis(tmp_path / "data", binary=binary) as redis:
         node = node(redis.url)
         if key.endswith("label"):
@@ -959,12 +967,12 @@ def test_somebody_elses_key_keeps_out_what_belongs_there_and_nothing_else(tmp_pa
         assert node.post("a") == [("posted", 3)]
         assert len(node.link.lines) == sessions
         redis.call("DEL", key)
-        # It has taken no number.
+        # The refused post took no number.
         assert node.post("x", room="other", label=True) == [("posted", head + 1)]
 
 
 @pytest.mark.parametrize("key", [LOG, HEADS, FEED, "{chatd}:room:main"])
-def test_a_log_whose_place_somebody_else_has_taken_opens_when_that_is_gone(one, node, key):
+def test_foreign_key_blocks_the_opening(one, node, key):
     one.call("SET", key, "mine")
     node = node(one.url, at_once=True)
     node.fails("WRONGTYPE")
@@ -974,7 +982,7 @@ def test_a_log_whose_place_somebody_else_has_taken_opens_when_that_is_gone(one, 
     assert node.post("a") == [("posted", 3)]
 
 
-def test_a_log_that_cannot_be_trimmed_goes_on(one, node, events):
+def test_failed_trim_is_logged(one, node, events):
     node = node(one.url, retain="2")
     node.post("x", room="other")
     one.call("RENAME", "{chatd}:room:other", "{chatd}:away")
@@ -984,7 +992,7 @@ def test_a_log_that_cannot_be_trimmed_goes_on(one, node, events):
     assert node.post("a") == [("posted", 3)]
 
 
-def test_only_so_many_posts_are_on_their_way(one, node, monkeypatch):
+def test_too_many_pending_posts(one, node, monkeypatch):
     monkeypatch.setattr(redis_store, "MAX_PENDING", 5)
     node = node(one.url)
     outcomes = node.post(*map(str, range(7)))
@@ -992,7 +1000,7 @@ def test_only_so_many_posts_are_on_their_way(one, node, monkeypatch):
     assert node.post("x") == [("posted", 8)]
 
 
-def test_a_fault_is_logged_when_its_words_change_and_not_else(tmp_path, node, events):
+def test_fault_is_logged_once(tmp_path, node, events):
     with Redis(tmp_path / "data") as redis:
         first = node(redis.url)
         redis.kill()
@@ -1000,13 +1008,13 @@ def test_a_fault_is_logged_when_its_words_change_and_not_else(tmp_path, node, ev
         for _ in range(20):
             turn(first.loop)
         logged = [event for event in events if event["log_level"] >= LogLevel.error]
-        assert len(logged) <= 2  # that it was lost, and that it cannot be reached
+        assert len(logged) <= 2  # connection lost, and unreachable
         redis.start()
         first.up()
         assert events[-1]["log_format"] == "reconnected to the log at {address}"
 
 
-def test_what_nobody_foresaw_is_logged_once_and_the_node_goes_on(one, node, events):
+def test_unexpected_error_is_logged_and_retried(one, node, events):
     node = node(one.url)
     error = ZeroDivisionError("unexpected")
 
@@ -1027,7 +1035,7 @@ def test_what_nobody_foresaw_is_logged_once_and_the_node_goes_on(one, node, even
     assert node.post("a") == [("posted", 3)]
 
 
-def test_a_poster_that_fails_is_logged_and_the_others_are_told(one, node, events):
+def test_failing_poster_is_logged(one, node, events):
     node = node(one.url)
 
     class Broken(RecordingPoster):
@@ -1042,10 +1050,10 @@ def test_a_poster_that_fails_is_logged_and_the_others_are_told(one, node, events
     assert node.post("b") == [("posted", 3)]
 
 
-# Who wrote it
+# Formats
 
 
-def test_a_log_that_only_newer_code_can_read_is_not_opened(one, node):
+def test_unreadable_format_is_refused(one, node):
     old = node(one.url)
     old.post("a")
     one.call("HSET", LOG, "readable_since", FORMAT + 1, "written", FORMAT + 3)
@@ -1061,7 +1069,7 @@ def test_a_log_that_only_newer_code_can_read_is_not_opened(one, node):
     assert one.call("HGET", LOG, "written") == str(FORMAT + 3).encode()
 
 
-def test_a_log_that_newer_code_has_written_and_this_can_read_is_used(one, node):
+def test_newer_format_that_stays_readable(one, node):
     first = node(one.url)
     first.post("a", label=True)
     one.call("HSET", LOG, "written", FORMAT + 1, "more", "x")
@@ -1078,19 +1086,19 @@ def test_a_log_that_newer_code_has_written_and_this_can_read_is_used(one, node):
     assert second.store.epoch == epoch
 
 
-def test_a_log_says_in_which_format_it_is(one, node):
+def test_log_states_its_format(one, node):
     node(one.url)
     assert one.call("HMGET", LOG, "written", "readable_since") == [b"1", b"1"]
 
 
-def test_a_store_says_nothing_of_its_size(one, node):
+def test_usage_is_unknown(one, node):
     assert node(one.url).store.usage() == {}
 
 
 # Settling and closing
 
 
-def test_all_is_settled_when_nothing_is_on_its_way(one, node):
+def test_settled(one, node):
     node = node(one.url)
     assert node.store.settled().called
     poster = node.start("a")[0]
@@ -1102,7 +1110,7 @@ def test_all_is_settled_when_nothing_is_on_its_way(one, node):
     assert poster.numbers == [3]
 
 
-def test_it_is_closed_before_it_was_connected(one, node):
+def test_close_before_the_first_connection(one, node):
     node = node(one.url, at_once=True)
     node.close()
     assert not node.opened.called
@@ -1113,7 +1121,7 @@ def test_it_is_closed_before_it_was_connected(one, node):
 
 
 @pytest.mark.parametrize("turns", range(14))
-def test_it_is_closed_at_any_time(one, node, turns):
+def test_close_at_any_time(one, node, turns):
     node = node(one.url, at_once=True)
     for _ in range(turns):
         node.loop.doIteration(0.01)
@@ -1121,26 +1129,26 @@ def test_it_is_closed_at_any_time(one, node, turns):
     node.close()
 
 
-def test_it_is_closed_while_a_server_does_not_answer(one, proxy, node):
+def test_close_while_the_server_is_silent(one, proxy, node):
     proxy.stall()
     node = node(proxy.url(), at_once=True)
     until(node.loop, lambda: len(node.loop.getReaders()) > 1)
     node.close()
 
 
-def test_it_is_closed_while_a_server_lets_nobody_in(node):
+def test_close_while_connecting(node):
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.socket())
         listening.bind((LOCAL, 0))
         listening.listen(0)
-        stack.enter_context(socket.create_connection(listening.getsockname()))  # now it is full
+        stack.enter_context(socket.create_connection(listening.getsockname()))  # the backlog is full
         node = node(f"redis://{LOCAL}:{listening.getsockname()[1]}", at_once=True)
         for _ in range(3):
             turn(node.loop)
         node.close()
 
 
-def test_it_is_closed_while_it_waits_to_come_again(tmp_path, node, monkeypatch):
+def test_close_during_the_pause(tmp_path, node, monkeypatch):
     monkeypatch.setattr(redis_session, "SESSION_BACKOFF_SECONDS", (1000, 1000))
     with Redis(tmp_path / "data") as redis:
         redis.kill()
@@ -1149,7 +1157,7 @@ def test_it_is_closed_while_it_waits_to_come_again(tmp_path, node, monkeypatch):
         node.close()
 
 
-def test_it_is_closed_in_the_turn_in_which_the_session_ends(one, node):
+def test_close_from_a_poster(one, node):
     node = node(one.url)
     closed = []
 
@@ -1163,7 +1171,7 @@ def test_it_is_closed_in_the_turn_in_which_the_session_ends(one, node):
     wait_in(node.loop, closed[0])
 
 
-def test_it_is_closed_while_the_connections_of_a_session_that_failed_are_going(one, node):
+def test_close_while_a_failed_session_ends(one, node):
     node = node(one.url)
     one.call("HSET", LOG, "epoch", "other")
     poster = node.start("a")[0]
@@ -1171,7 +1179,7 @@ def test_it_is_closed_while_the_connections_of_a_session_that_failed_are_going(o
     node.close()
 
 
-def test_who_closes_waits_for_posts_on_a_server_that_does_not_answer_only_so_long(one, proxy, node):
+def test_close_waits_for_posts_with_a_time_limit(one, proxy, node):
     node = node(proxy.url())
     proxy.stall()
     (poster,) = node.start("a")
@@ -1179,18 +1187,18 @@ def test_who_closes_waits_for_posts_on_a_server_that_does_not_answer_only_so_lon
     assert outcome(poster) == DOUBT
 
 
-def test_what_is_given_up_is_told_at_once_and_then_it_is_closed(one, proxy, node):
+def test_close_after_abandon(one, proxy, node):
     node = node(proxy.url(), times=1)
     proxy.stall()
     posters = node.start("a", "b")
     node.store.abandon()
     assert [*map(outcome, posters)] == [DOUBT, DOUBT]
     assert node.store.settled().called
-    node.store.lobby.disconnected()  # which would have its farewell heard
+    node.store.lobby.disconnected()  # otherwise the farewell would be sent
     node.close()
 
 
-def test_it_is_closed_twice(one, node):
+def test_close_twice(one, node):
     node = node(one.url)
     node.post("a")
     node.close()
@@ -1206,7 +1214,8 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
-def test_a_node_finds_the_primary_of_a_cluster_from_its_replica(cluster, node):
+def test_cluster_failover(cluster, node):
+    """A node finds the primary from the replica's address, and again after a failover."""
     first, second = node(cluster.replica.url), node(cluster.url)
     assert first.store.epoch == second.store.epoch
     assert first.post("a", label=True) == [("posted", 3)]
@@ -1224,7 +1233,7 @@ def test_a_node_finds_the_primary_of_a_cluster_from_its_replica(cluster, node):
     assert (first.store.epoch, first.interruptions, second.interruptions) == (epoch, 0, 0)
 
 
-def test_a_node_that_starts_at_a_plain_replica_goes_to_its_primary(tmp_path, binary, node):
+def test_replica_leads_to_its_primary(tmp_path, binary, node):
     with (
         Redis(tmp_path / "primary", binary=binary) as primary,
         Redis(tmp_path / "replica", binary=binary, replica_of=primary) as replica,
@@ -1232,7 +1241,7 @@ def test_a_node_that_starts_at_a_plain_replica_goes_to_its_primary(tmp_path, bin
         node = node(replica.url)
         assert node.post("a") == [("posted", 3)]
         assert primary.call("HGET", HEADS, "main") == b"3"
-        # They change places.
+        # They swap roles.
         primary.settle()
         replica.promote()
         primary.follow(replica)

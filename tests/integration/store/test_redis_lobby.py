@@ -1,4 +1,4 @@
-"""Who is in which room at which node, told through a real Redis; time is turned on by hand."""
+"""The lobby: presence shared between nodes through a real Redis; the tests call `tick`."""
 
 import pytest
 from support.redises import Redis, WatchedLink, each_binary, until, wait_in
@@ -15,12 +15,12 @@ NOBODY = Occupancy(0, frozenset())
 
 
 class RecordingListener:
-    """One node of the rooms, by what it was told."""
+    """A node, and the notifications that it received."""
 
     def __init__(self, store, link):
         self.store = store
         self.link = link
-        self.told = []
+        self.events = []
         store.lobby.follow(self)
 
     @property
@@ -28,17 +28,17 @@ class RecordingListener:
         return self.store.lobby.node
 
     def occupancy_changed(self, room, node, here):
-        self.told.append((room, node, here))
+        self.events.append((room, node, here))
 
     def typing(self, room, usernames):
-        self.told.append((room, usernames))
+        self.events.append((room, usernames))
 
     def node_left(self, node):
-        self.told.append(node)
+        self.events.append(node)
 
 
 class Nodes:
-    """Nodes on one Redis."""
+    """Several nodes on one Redis."""
 
     def __init__(self, loop, server):
         self.loop = loop
@@ -46,7 +46,7 @@ class Nodes:
         self.open = []
 
     def add(self):
-        """One more, which is open."""
+        """Open one more node."""
         link = WatchedLink(self.server.url, self.loop)
         store = RedisStore(link, Retention())
         guest = RecordingListener(store, link)
@@ -60,14 +60,14 @@ class Nodes:
     def until(self, predicate):
         until(self.loop, predicate)
 
-    def hears(self, guest, *told):
-        """Wait for what a node is told next."""
-        self.until(lambda: len(guest.told) >= len(told))
-        heard, guest.told[:] = guest.told[: len(told)], guest.told[len(told) :]
-        assert heard == [*told]
+    def hears(self, guest, *events):
+        """Wait for the next notifications of a node, and compare them."""
+        self.until(lambda: len(guest.events) >= len(events))
+        heard, guest.events[:] = guest.events[: len(events)], guest.events[len(events) :]
+        assert heard == [*events]
 
     def answered(self, guest):
-        """Wait until a node has been answered all that it asked."""
+        """Wait until Redis has answered all requests of a node."""
         self.until(lambda: guest.link.answered)
 
     def close(self, guest):
@@ -75,7 +75,7 @@ class Nodes:
         self.wait(guest.store.close())
 
     def kill(self, guest):
-        """Let a node go without a word."""
+        """End a node without a farewell."""
         self.open.remove(guest)
         guest.store.lobby.disconnected()
         self.wait(guest.store.close())
@@ -95,7 +95,7 @@ def nodes(loop, server):
         nodes.close(guest)
 
 
-def test_what_a_node_reports_is_told_to_the_others_and_not_to_itself(nodes):
+def test_report_reaches_the_other_nodes(nodes):
     one, two, three = (nodes.add() for _ in range(3))
     one.store.lobby.report("main", ANN, ())
     one.store.lobby.tick()
@@ -106,10 +106,10 @@ def test_what_a_node_reports_is_told_to_the_others_and_not_to_itself(nodes):
     nodes.hears(one, ("main", two.node, BOB), ("main", ["bob"]))
     nodes.hears(three, ("main", two.node, BOB), ("main", ["bob"]))
     nodes.hears(two, ("main", one.node, ANN))
-    assert one.told == two.told == three.told == []
+    assert one.events == two.events == three.events == []
 
 
-def test_who_reports_of_a_room_is_told_who_is_there_elsewhere(nodes):
+def test_report_returns_the_others_occupancy(nodes):
     one = nodes.add()
     one.store.lobby.report("main", ANN, ())
     one.store.lobby.report("other", BOB, ())
@@ -121,14 +121,15 @@ def test_who_reports_of_a_room_is_told_who_is_there_elsewhere(nodes):
     nodes.hears(late, ("main", one.node, ANN))
 
 
-def test_too_many_names_are_told_by_their_number(nodes):
+def test_occupancy_without_names(nodes):
     one, two = nodes.add(), nodes.add()
     one.store.lobby.report("main", Occupancy(300, None), ())
     one.store.lobby.tick()
     nodes.hears(two, ("main", one.node, Occupancy(300, None)))
 
 
-def test_much_is_said_once_and_the_latest(nodes):
+def test_reports_are_merged(nodes):
+    """Between two ticks only the latest report of a room is published."""
     one, two = nodes.add(), nodes.add()
     for here in (ANN, NOBODY, BOB):
         one.store.lobby.report("main", here, ["ann"])
@@ -142,7 +143,7 @@ def test_much_is_said_once_and_the_latest(nodes):
     nodes.hears(two, ("last", one.node, ANN))
 
 
-def test_a_node_that_stops_says_before_that_nobody_is_there(nodes, server):
+def test_stopping_node_empties_its_rooms(nodes, server):
     one, two = nodes.add(), nodes.add()
     one.store.lobby.report("main", ANN, ())
     one.store.lobby.tick()
@@ -154,25 +155,26 @@ def test_a_node_that_stops_says_before_that_nobody_is_there(nodes, server):
     assert server.call("KEYS", "{chatd}:node:*") == []
 
 
-def test_a_node_that_dies_is_gone_when_it_has_not_been_heard_of_for_a_while(nodes, server):
+def test_dead_node_is_removed(nodes, server):
+    """A node without heartbeats is removed, and late nodes never see it."""
     one, two = nodes.add(), nodes.add()
     for guest, here in ((one, ANN), (two, BOB)):
         guest.store.lobby.report("main", here, ())
         guest.store.lobby.tick()
         nodes.answered(guest)
-    nodes.until(lambda: ("main", one.node, ANN) in two.told)
+    nodes.until(lambda: ("main", one.node, ANN) in two.events)
     nodes.kill(one)
     life = f"{{chatd}}:node:{one.node}"
     assert LIVE_SECONDS * 500 < server.call("PTTL", life) <= LIVE_SECONDS * 1000
     for _ in range(BEAT_SECONDS):
         two.store.lobby.tick()
     nodes.answered(two)
-    assert one.node not in two.told
-    server.call("DEL", life)  # as time would
+    assert one.node not in two.events
+    server.call("DEL", life)  # as it would expire
     for _ in range(BEAT_SECONDS):
         two.store.lobby.tick()
-    nodes.until(lambda: two.told[-1] == one.node)
-    # Nobody who comes later hears of it.
+    nodes.until(lambda: two.events[-1] == one.node)
+    # Nodes that start later do not see it.
     three = nodes.add()
     three.store.lobby.report("main", ANN, ())
     three.store.lobby.tick()
@@ -180,7 +182,7 @@ def test_a_node_that_dies_is_gone_when_it_has_not_been_heard_of_for_a_while(node
     assert server.call("HLEN", "{chatd}:here:main") == 2
 
 
-def test_a_node_is_heard_of_although_nothing_changes(nodes, server):
+def test_heartbeat_without_changes(nodes, server):
     one = nodes.add()
     life = f"{{chatd}}:node:{one.node}"
     for _ in range(2):
@@ -190,7 +192,7 @@ def test_a_node_is_heard_of_although_nothing_changes(nodes, server):
         nodes.until(lambda: server.call("EXISTS", life) == 1)
 
 
-def test_a_node_says_all_again_when_it_comes_back_to_redis(nodes, server):
+def test_reconnect_publishes_all_rooms(nodes, server):
     one, two = nodes.add(), nodes.add()
     for guest, here in ((one, ANN), (two, BOB)):
         guest.store.lobby.report("main", here, ())
@@ -199,14 +201,14 @@ def test_a_node_says_all_again_when_it_comes_back_to_redis(nodes, server):
     server.kill()
     nodes.until(lambda: one.store.fault and two.store.fault)
     for guest in (one, two):
-        guest.store.lobby.tick()  # and fails at nothing
-        guest.told.clear()
+        guest.store.lobby.tick()  # must not fail
+        guest.events.clear()
     server.start()
-    nodes.until(lambda: ("main", two.node, BOB) in one.told and ("main", one.node, ANN) in two.told)
+    nodes.until(lambda: ("main", two.node, BOB) in one.events and ("main", one.node, ANN) in two.events)
     assert server.call("HLEN", "{chatd}:here:main") == 2
 
 
-def test_what_redis_refuses_is_said_with_the_next_change(nodes, server):
+def test_refused_report_is_repeated(nodes, server):
     one, two = nodes.add(), nodes.add()
     server.call("CONFIG", "SET", "maxmemory", "1")
     one.store.lobby.report("main", ANN, ())
@@ -219,7 +221,7 @@ def test_what_redis_refuses_is_said_with_the_next_change(nodes, server):
     nodes.hears(two, ("main", one.node, BOB))
 
 
-def test_a_lobby_without_a_session_says_nothing_and_ends(loop, server):
+def test_lobby_without_a_session(loop, server):
     store = RedisStore(Link(RedisAddress.parse(server.url), loop), Retention())
     store.lobby.report("main", ANN, ["ann"])
     store.lobby.tick()
@@ -227,7 +229,7 @@ def test_a_lobby_without_a_session_says_nothing_and_ends(loop, server):
     assert server.call("KEYS", "*") == []
 
 
-def test_the_stream_is_bounded(nodes, server, monkeypatch):
+def test_stream_is_bounded(nodes, server, monkeypatch):
     monkeypatch.setattr(redis_lobby, "KEEP", 100)
     one, two = nodes.add(), nodes.add()
     for hundred in range(5):

@@ -1,3 +1,5 @@
+"""The helpers of `support.redises`: servers, replicas, clusters and the proxy."""
+
 import contextlib
 import errno
 import select
@@ -32,7 +34,7 @@ def test_without_a_server_tests_are_skipped(tmp_path, monkeypatch, ci, outcome):
 # A server
 
 
-def test_a_server_answers(redis):
+def test_server_replies(redis):
     assert redis.call("PING") == "PONG"
     assert redis.call("SET", "key", b"\0\r\n\xff") == "OK"
     assert redis.call("GET", "key") == b"\0\r\n\xff"
@@ -45,14 +47,14 @@ def test_a_server_answers(redis):
     assert redis.call("DBSIZE") == 0
 
 
-def test_it_starts_in_no_time(one):
+def test_start_is_quick(one):
     one.kill()
     began = time.perf_counter()
     one.start()
     assert time.perf_counter() - began < 5
 
 
-def test_what_was_stopped_or_killed_starts_again_on_its_port_and_is_empty(redis):
+def test_restart_is_empty(redis):
     port = redis.port
     for end in (redis.stop, redis.kill):
         redis.call("SET", "key", "text")
@@ -65,7 +67,7 @@ def test_what_was_stopped_or_killed_starts_again_on_its_port_and_is_empty(redis)
         assert redis.call("DBSIZE") == 0
 
 
-def test_with_an_append_only_file_it_keeps_what_it_had(tmp_path, binary):
+def test_restart_with_an_append_only_file(tmp_path, binary):
     with Redis(tmp_path / "data", binary=binary, appendonly=True, fsync="always") as redis:
         for end in (redis.stop, redis.kill):
             redis.call("INCR", "key")
@@ -74,7 +76,7 @@ def test_with_an_append_only_file_it_keeps_what_it_had(tmp_path, binary):
         assert redis.call("GET", "key") == b"2"
 
 
-def test_nothing_is_answered_while_it_is_paused(redis):
+def test_pause_stops_replies(redis):
     with redis.client() as client:
         redis.pause()
         client.send("PING")
@@ -85,24 +87,24 @@ def test_nothing_is_answered_while_it_is_paused(redis):
     assert redis.call("PING") == "PONG"
 
 
-def test_what_is_paused_can_be_killed(one):
+def test_kill_a_paused_server(one):
     one.pause()
     one.kill()
     assert not one.running
 
 
-def test_what_is_killed_leaves_no_child_behind(tmp_path):
+def test_kill_leaves_no_child(tmp_path):
     with Redis(tmp_path / "data", appendonly=True, rdb_key_save_delay=1_000_000) as redis:
         for number in range(30):
             redis.call("SET", number, "text")
-        redis.call("BGREWRITEAOF")  # which takes half a minute
+        redis.call("BGREWRITEAOF")  # would take half a minute
         redis.log.wait("rewriting started by pid")
         began = time.perf_counter()
     assert time.perf_counter() - began < 10
 
 
 @pytest.mark.parametrize("appendonly", [False, True])
-def test_it_is_rolled_back(tmp_path, binary, appendonly):
+def test_roll_back(tmp_path, binary, appendonly):
     with Redis(tmp_path / "data", binary=binary, appendonly=appendonly) as redis:
         redis.call("XADD", "stream", "1-0", "field", "text")
         redis.copy(tmp_path / "copy")
@@ -111,7 +113,7 @@ def test_it_is_rolled_back(tmp_path, binary, appendonly):
         assert redis.call("XRANGE", "stream", "-", "+") == [[b"1-0", [b"field", b"text"]]]
 
 
-def test_a_password_and_a_user(tmp_path, binary):
+def test_password_and_user(tmp_path, binary):
     with Redis(tmp_path / "data", binary=binary, password="a b/@") as redis:
         assert redis.url == f"redis://:a%20b%2F%40@127.0.0.1:{redis.port}/0"
         assert redis.call("PING") == "PONG"
@@ -124,19 +126,19 @@ def test_a_password_and_a_user(tmp_path, binary):
         assert redis.call("ACL", "WHOAMI") == b"ann"
 
 
-def test_any_directive_of_its_configuration(tmp_path, binary):
+def test_directive_of_the_configuration(tmp_path, binary):
     with Redis(tmp_path / "data", binary=binary, maxmemory=1) as redis, pytest.raises(Refused, match="OOM"):
         redis.call("SET", "key", "text")
 
 
-def test_a_port_that_another_has_taken_is_not_used(tmp_path, monkeypatch, one):
+def test_start_on_a_taken_port(tmp_path, monkeypatch, one):
     ports = [one.port, redises.free_port()]
     monkeypatch.setattr(redises, "free_port", [*reversed(ports)].pop)
     with Redis(tmp_path / "other") as other:
         assert other.port == ports[1]
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path):
+def test_failed_start_gives_the_reason(tmp_path):
     redis = Redis(tmp_path / "data", nonsense=1)
     with pytest.raises(AssertionError, match="nonsense"):
         redis.start()
@@ -146,7 +148,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 # Replicas
 
 
-def test_a_replica_is_in_sync_takes_no_writes_and_can_be_promoted(tmp_path, redis):
+def test_replica(tmp_path, redis):
     redis.call("SET", "key", "text")
     with Redis(tmp_path / "replica", binary=redis.binary, replica_of=redis) as replica:
         assert replica.call("GET", "key") == b"text"
@@ -166,7 +168,7 @@ def test_a_replica_is_in_sync_takes_no_writes_and_can_be_promoted(tmp_path, redi
 # A cluster
 
 
-def test_a_cluster_fails_over_there_and_back_and_from_one_that_was_killed(tmp_path, binary):
+def test_cluster_failover(tmp_path, binary):
     with Cluster(tmp_path, binary=binary, appendonly=True) as cluster:
         first, second = cluster.primary, cluster.replica
         assert first.call("SET", "{chatd}", "text") == "OK"
@@ -194,7 +196,7 @@ def test_a_cluster_fails_over_there_and_back_and_from_one_that_was_killed(tmp_pa
 # A proxy
 
 
-def test_a_proxy_forwards_whatever_the_size(one, proxy):
+def test_proxy_forwards_any_size(one, proxy):
     text = b"x" * 3_000_000
     with Client(proxy.port) as client:
         assert client.call("SET", "key", text) == "OK"
@@ -203,7 +205,7 @@ def test_a_proxy_forwards_whatever_the_size(one, proxy):
     assert one.call("GET", "key") == text
 
 
-def test_a_proxy_that_stalls_forwards_later(proxy):
+def test_proxy_stall(proxy):
     with Client(proxy.port) as client:
         proxy.stall()
         client.send("PING")
@@ -220,7 +222,7 @@ def test_a_proxy_that_stalls_forwards_later(proxy):
 
 
 @pytest.mark.parametrize("stalled", [False, True])
-def test_a_proxy_cuts_connections(proxy, stalled):
+def test_proxy_cut(proxy, stalled):
     with Client(proxy.port) as client:
         assert client.call("PING") == "PONG"
         with contextlib.ExitStack() as stack:
@@ -237,7 +239,7 @@ def test_a_proxy_cuts_connections(proxy, stalled):
         assert client.call("PING") == "PONG"
 
 
-def test_a_proxy_refuses_new_connections_and_keeps_the_old(proxy):
+def test_proxy_refuse(proxy):
     with Client(proxy.port) as client:
         proxy.refuse()
         with pytest.raises(ConnectionRefusedError):
@@ -248,7 +250,7 @@ def test_a_proxy_refuses_new_connections_and_keeps_the_old(proxy):
             assert other.call("PING") == "PONG"
 
 
-def test_a_proxy_ends_the_connections_that_the_server_ended_or_does_not_take(one, proxy):
+def test_proxy_passes_disconnects_on(one, proxy):
     with Client(proxy.port) as client:
         assert client.call("PING") == "PONG"
         one.kill()
@@ -258,14 +260,14 @@ def test_a_proxy_ends_the_connections_that_the_server_ended_or_does_not_take(one
         client.reply()
 
 
-def test_a_proxy_can_change_its_target(tmp_path, proxy):
+def test_proxy_target(tmp_path, proxy):
     with Redis(tmp_path / "other", password="secret") as other:
         proxy.target = other.port
         with Client(proxy.port, "secret") as client:
             assert client.call("PING") == "PONG"
 
 
-def test_a_proxy_speaks_tls_with_a_certificate_for_127_0_0_1_only(tmp_path, one):
+def test_proxy_tls(tmp_path, one):
     _, trusting = certificate_for(tmp_path)
     with Proxy(one.port, tls=tmp_path) as proxy:
         assert proxy.url(host="localhost") == f"rediss://localhost:{proxy.port}/0"
