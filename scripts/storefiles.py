@@ -1,12 +1,12 @@
-"""What scripts/backup and scripts/restore have in common: copying a store's file, and knowing what is in it.
+"""The shared parts of scripts/backup and scripts/restore: copy a store's file, and read its contents.
 
-A store is a SQLite file in which a server may be writing.  The copy is made from one snapshot: in write-ahead logging a
-reader's transaction keeps what it began with, and stops no writer.  Without that transaction, SQLite would begin
-the copy anew at each commit of the server's, and on a busy server never come to an end.
+A store is a SQLite file that a server may be writing to.  The copy is made in one transaction: in write-ahead logging
+mode a reader keeps its snapshot and blocks no writer.  Without the transaction, SQLite would restart
+the copy after each commit, and would never finish on a busy server.
 
-Only the standard library is used, so that any Python will do.
+Only the standard library is used, so that any Python can run it.
 """
-# ruff: noqa: INP001 -- what is beside a script is imported by its name
+# ruff: noqa: INP001 -- scripts import this module from their own folder
 
 import argparse
 import os
@@ -21,17 +21,17 @@ from typing import Final, NamedTuple, NoReturn
 from urllib.parse import quote
 
 APPLICATION_ID: Final = 0x63686174
-"""That of chatd.store.sqlite."""
+"""As in chatd.store.sqlite_file."""
 PAGES: Final = 1000
-"""How many pages are copied at a time: 4 MB, a few milliseconds."""
+"""Pages copied per step: 4 MB, a few milliseconds."""
 
 
 class StoreFault(Exception):
-    """It cannot be done; the text is one line that says why, and what helps."""
+    """The script cannot do its work; the text is one line with the reason and the remedy."""
 
 
 class Contents(NamedTuple):
-    """What is in a store."""
+    """A summary of a store."""
 
     epoch: str
     readable_since: int
@@ -43,18 +43,18 @@ class Contents(NamedTuple):
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> Contents:
-    """Copy a store as it is at this moment to a file that is not there yet; answers what is in the copy, found whole.
+    """Copy a store to a file that does not exist yet, and verify the copy; return its contents.
 
-    Raises StoreFault when it is no store, or damaged.
+    Raises StoreFault if the source is no store, or is damaged.
     """
     try:
         with closing(connect(source)) as db, closing(sqlite3.connect(target, isolation_level=None)) as copied:
             db.execute("BEGIN")
             if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
                 raise StoreFault(f"{source} is no chatd store: name another file")
-            copied.execute("PRAGMA synchronous=OFF")  # it is synced once, when it is whole
+            copied.execute("PRAGMA synchronous=OFF")  # put() syncs it once, when it is complete
             db.backup(copied, pages=PAGES, progress=lambda _, left, all_: tell(f"{100 * (all_ - left) // all_} %"))
-            copied.execute("PRAGMA journal_mode=DELETE")  # so that it is one file, also for who only reads it
+            copied.execute("PRAGMA journal_mode=DELETE")  # one file, even for readers without write permission
             tell("verifying")
             faults = copied.execute("PRAGMA integrity_check(1)").fetchone()
             if faults != ("ok",):
@@ -63,20 +63,20 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> Contents:
             return Contents(*copied.execute(f"SELECT epoch, readable_since, {counts} FROM log").fetchone())  # noqa: S608
     except sqlite3.Error as error:
         raise StoreFault(
-            f"{source} cannot be copied ({error}): see that it is a chatd store, and that there is room"
+            f"{source} cannot be copied ({error}): check that it is a chatd store, and that the disk has space"
         ) from None
     finally:
         tell("")
 
 
 def connect(path: pathlib.Path) -> sqlite3.Connection:
-    """Open a SQLite file that is there."""
+    """Open an existing SQLite file."""
     return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, isolation_level=None)
 
 
 @contextmanager
 def beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Lend the name of a file in the same file system; what is there in the end, however it comes, is removed."""
+    """Lend the name of a temporary file in the same file system, and remove that file in any case."""
     try:
         folder = tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent)
     except OSError as error:
@@ -86,7 +86,7 @@ def beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def put(file: pathlib.Path, place: pathlib.Path) -> None:
-    """Give a file its place, at once and for good."""
+    """Rename a file to its final name, atomically and durably."""
     for path in (file, file.parent):
         sync(path)
     file.replace(place)
@@ -94,7 +94,7 @@ def put(file: pathlib.Path, place: pathlib.Path) -> None:
 
 
 def sync(path: pathlib.Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
+    """Sync a file, or the names in a folder, to the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -103,33 +103,33 @@ def sync(path: pathlib.Path) -> None:
 
 
 def tell(progress: str) -> None:
-    """Show, to who sits at a terminal, how far it is."""
+    """Show the progress on a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{progress}")
         sys.stderr.flush()
 
 
 class Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one line."""
+    """A parser that reports errors in one line."""
 
     def __init__(self, name: str, description: str | None) -> None:
         super().__init__(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--force", action="store_true", help="replace what is there")
-        self.add_argument("--json", action="store_true", help="say what was done as one JSON object")
+        self.add_argument("--force", action="store_true", help="replace an existing file")
+        self.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Reject the command line."""
         raise StoreFault(f"{message}: see --help")
 
 
 def run(name: str, main: Callable[[], str]) -> None:
-    """Do a script's work and print what it says; a fault is one line and the status 1, and leaves no copy behind."""
+    """Run a script and print its result; a fault is one line and status 1, and leaves no copy behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         print(main())  # noqa: T201 -- a script prints
     except StoreFault as fault:
         sys.exit(f"{name}: {fault}")
     except OSError as error:
-        sys.exit(f"{name}: {error.filename} cannot be used ({error.strerror}): see that it is there, and yours")
+        sys.exit(f"{name}: {error.filename} cannot be used ({error.strerror}): check that it exists and is readable")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted, and nothing was replaced")

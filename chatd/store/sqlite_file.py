@@ -87,6 +87,8 @@ class SqliteFile:
         Raises StoreError if the folder cannot be written, another chatd uses the file, it is not a store,
         or a newer chatd wrote it in a format that this code cannot read.
         """
+        if str(self.path) == ":memory:":  # SQLite would give each connection a database of its own
+            raise StoreError(":memory: is no file: to keep messages in memory, use --store memory:")
         try:
             with ExitStack() as opened:
                 opened.callback(os.close, self._take_lock())

@@ -255,7 +255,7 @@ def test_backup_replaces_files_only_with_force(store, tmp_path):
     copy = tmp_path / "copy"
     copy.write_text("precious")
     line = run("backup", "copy", cwd=tmp_path, code=1)
-    assert line == "backup: copy is there already: name another file, or replace it with --force\n"
+    assert line == "backup: copy exists: name another file, or replace it with --force\n"
     assert copy.read_text() == "precious"
     run("backup", "--force", "copy", cwd=tmp_path)
     assert len(texts(copy)) == 5
@@ -275,6 +275,14 @@ def test_progress_on_a_terminal(store, tmp_path):
             while data := terminal.read(1000):
                 shown += data
     assert shown.replace(b"\r\x1b[K", b"|") == b"|100 %|verifying|"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["copy"], 1)])
+def test_password_is_never_printed(tmp_path, arguments, code):
+    """CHATD_STORE may be a Redis URL with a password."""
+    output = run("backup", *arguments, cwd=tmp_path, code=code, CHATD_STORE="redis://:secret@localhost")
+    assert "secret" not in output
+    assert ("back up Redis with its own tools" in output) == (code == 1)
 
 
 @pytest.mark.parametrize("name", ["backup", "restore"])
@@ -362,7 +370,7 @@ def test_restore_replaces_a_store_only_with_force(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     before = names(tmp_path), store.read_bytes()
     line = run("restore", "copy", "sqlite:chatd.sqlite", cwd=tmp_path, code=1)
-    assert line == "restore: chatd.sqlite is there already: name another file, or replace it with --force\n"
+    assert line == "restore: chatd.sqlite exists: name another file, or replace it with --force\n"
     assert (names(tmp_path), store.read_bytes()) == before
 
 
@@ -439,14 +447,14 @@ NEWER = f"UPDATE log SET readable_since = {sqlite_file.FORMAT + 1}"
 DAMAGES = {
     "text": (
         lambda path: path.write_text("messages: none\n" * 1000),
-        r"cannot be copied \(file is not a database\): see ",
+        r"cannot be copied \(file is not a database\): check ",
     ),
     "empty": (lambda path: path.write_bytes(b""), "is no chatd store: name another file"),
     "foreign": (lambda path: change(path, "PRAGMA application_id = 7"), "is no chatd store: name another file"),
-    "tables": (lambda path: change(path, "DROP TABLE log"), r"cannot be copied \(no such table: log\): see "),
+    "tables": (lambda path: change(path, "DROP TABLE log"), r"cannot be copied \(no such table: log\): check "),
     "truncated": (truncate, r"(cannot be copied|is damaged) \(.+\): "),
     "damaged": (damage, r"(cannot be copied|is damaged) \(.+\): "),
-    "missing": (lambda path: path.unlink(), r"cannot be copied \(unable to open database file\): see "),
+    "missing": (lambda path: path.unlink(), r"cannot be copied \(unable to open database file\): check "),
 }
 
 

@@ -1,5 +1,6 @@
 import fcntl
 import os
+import pathlib
 import queue
 import shutil
 import sqlite3
@@ -659,6 +660,14 @@ def test_open_damaged_file(opened, path):
 def test_open_empty_file(opened, path):
     path.touch()
     assert page(opened(seed=SEED)) == Page([*SEED], first=1, head=2)
+
+
+def test_open_memory(opened, tmp_path, monkeypatch):
+    """`sqlite::memory:` is refused, and the option that keeps messages in memory is named."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"^:memory: is no file: to keep messages in memory, use --store memory:$"):
+        opened(pathlib.Path(":memory:"))
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_open_folder(opened, path):
