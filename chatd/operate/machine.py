@@ -50,19 +50,6 @@ def timeout_of(unit: str) -> str:
         return ""
 
 
-def raise_file_limit(count: int) -> int | None:
-    """Allow this process to have `count` files open.
-
-    Return None on success, or the hard limit, which only root can raise, if that is lower.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY != hard < count:
-        return hard
-    if resource.RLIM_INFINITY != soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-    return None
-
-
 class ThisMachine(Machine):
     """The machine that this process runs on.
 

@@ -44,32 +44,6 @@ def test_open_files_is_the_soft_limit_of_the_process():
     assert HERE.open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-@pytest.fixture
-def limits(monkeypatch):
-    """The limits of open files, which this process does not change."""
-    limits = [1024, 4096]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
-    return limits
-
-
-@pytest.mark.parametrize(
-    ("before", "count", "answer", "after"),
-    [
-        ((1024, 4096), 1024, None, (1024, 4096)),
-        ((1024, 4096), 1025, None, (1025, 4096)),
-        ((1024, 4096), 4096, None, (4096, 4096)),
-        ((1024, 4096), 4097, 4096, (1024, 4096)),
-        ((1024, resource.RLIM_INFINITY), 1 << 20, None, (1 << 20, resource.RLIM_INFINITY)),
-        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1 << 20, None, (resource.RLIM_INFINITY,) * 2),
-    ],
-)
-def test_file_limit_is_raised_up_to_the_hard_limit(limits, before, count, answer, after):
-    limits[:] = before
-    assert machine.raise_file_limit(count) == answer
-    assert tuple(limits) == after
-
-
 # systemd
 
 
