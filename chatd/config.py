@@ -166,7 +166,7 @@ class Option:
     parse: Callable[[str], Any]
     """Turns a text into the value; raises ValueError for a wrong one."""
     repeated: bool = False
-    """Whether the value is a tuple."""
+    """True if the option may be given several times; its value is then a tuple."""
     shown: str = ""
     """Stands for the default in the documentation."""
 
@@ -401,7 +401,7 @@ class Configuration:
     def __init__(self, words: Sequence[str], environ: Mapping[str, str]) -> None:
         given = OptionParser().read(words)
         self.check: bool = given["check"]
-        """Whether to check only."""
+        """True if `--check` was given: the server then only checks its options."""
         word = given[CONFIG.name]
         path = _path(environ.get(CONFIG.variable, "") if word is None else word)
         file = {} if path is None else read_file(path)
@@ -491,6 +491,15 @@ def fill(page: str) -> str:
     )
 
 
-if __name__ == "__main__":  # pragma: no cover -- `fill` is tested
-    for place in map(Path, sys.argv[1:]):
-        place.write_text(fill(place.read_text("utf-8")), "utf-8")
+def main(words: Sequence[str]) -> None:
+    """Run `python -m chatd.config`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m chatd.config", description="Rewrite the tables of options in Markdown files."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a page with markers around its tables")
+    for file in parser.parse_args(words).files:
+        file.write_text(fill(file.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":  # pragma: no cover -- `main` is tested
+    main(sys.argv[1:])

@@ -400,6 +400,26 @@ def test_tables_are_filled_between_their_markers():
     assert config.fill(filled) == filled
 
 
+def test_command_rewrites_the_tables_of_each_file(tmp_path):
+    """`python -m chatd.config FILE...` fills the tables of every file in place."""
+    files = [tmp_path / "a.md", tmp_path / "b.md"]
+    page = "<!-- sources: python -m chatd.config -->\nold\n<!-- end of sources -->\n"
+    for file in files:
+        file.write_text(page)
+    config.main([*map(str, files)])
+    assert [file.read_text() for file in files] == [config.fill(page)] * 2
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), ([], 2)])
+def test_usage_of_the_command(capsys, words, status):
+    """`--help` prints the usage, and a command line without a file is an error that includes it."""
+    with pytest.raises(SystemExit) as end:
+        config.main(words)
+    captured = capsys.readouterr()
+    assert end.value.code == status
+    assert (captured.out or captured.err).startswith("usage: python -m chatd.config [-h] FILE [FILE ...]\n")
+
+
 def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     """The lines that the documentation shows are those of a valid file."""
     monkeypatch.chdir(tmp_path)
