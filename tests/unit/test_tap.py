@@ -11,6 +11,7 @@ import pytest
 import twisted.internet
 import txaio
 from support.helpers import masked, read_frames
+from support.transports import Wire
 from twisted.application.service import Application, IServiceMaker
 from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
 from twisted.logger import ILogObserver, LogLevel
@@ -279,18 +280,15 @@ def test_redis_gets_its_address_and_the_password_file(environ, linked):
 # The composition
 
 
-class Wire(StringTransportWithDisconnection):
-    """A transport in memory."""
-
-    def unregisterProducer(self):
-        self.producer = None  # Twisted's own transports accept this without a producer too
+class Disconnecting(Wire, StringTransportWithDisconnection):
+    """A transport in memory that tells its protocol at once that the connection is lost."""
 
 
 class Client:
     """A connection to a port of the server."""
 
     def __init__(self, factory, data):
-        self.transport = Wire()
+        self.transport = Disconnecting()
         self.transport.protocol = factory.buildProtocol(self.transport.getPeer())
         self.transport.protocol.makeConnection(self.transport)
         self.transport.protocol.dataReceived(data)
@@ -455,9 +453,9 @@ def test_client_must_answer_before_the_next_ping(reactor):
     reactor.advance(1)
     assert client.received[0] == 0x89  # a ping
     reactor.pump([1, 1])
-    assert not client.transport.disconnected
+    assert not client.transport.aborted
     reactor.advance(1)
-    assert client.transport.disconnected
+    assert client.transport.aborted
 
 
 def test_drain_takes_its_budget(reactor):
@@ -465,9 +463,9 @@ def test_drain_takes_its_budget(reactor):
     client = Client(reactor.tcpServers[0][1], HANDSHAKE)
     stopped = service.stopService()
     reactor.advance(2.9)
-    assert not client.transport.disconnected
+    assert not client.transport.aborted
     reactor.advance(0.1)
-    assert client.transport.disconnected
+    assert client.transport.aborted
     assert stopped.called
 
 
@@ -482,7 +480,7 @@ def test_stop_continues_the_drain_of_the_admin_port(reactor):
     reactor.advance(1)
     stopped = service.stopService()
     reactor.advance(2)
-    assert client.transport.disconnected
+    assert client.transport.aborted
     assert stopped.called
 
 
