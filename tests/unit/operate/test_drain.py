@@ -1,4 +1,4 @@
-"""How clients are sent elsewhere: at which pace, in which order, and within which time; with an injected clock."""
+"""The pace, the order and the time limits of a drain, with an injected clock."""
 
 import random
 from collections import Counter
@@ -16,14 +16,14 @@ SLACK = TICK + 1e-6
 
 
 class Person:
-    """A client that notes when what was asked of it, and answers a close after a moment, or never."""
+    """A client that records the calls it receives, and answers a close after `answers` seconds; None: never."""
 
     carrier = "websocket"
     member = property(lambda self: self)
     joined = True
     head = cursor = 0
     waits = False
-    """Whether it waits for an acknowledgement."""
+    """True while the client waits for an acknowledgement."""
 
     def __init__(self, scene, answers=0.01):
         self.scene = scene
@@ -66,22 +66,22 @@ class Person:
 
     @property
     def finished(self):
-        """When it was read no more."""
+        """The time at which reading from it ended."""
         (moment,) = [moment for what, moment in self.journal if what == "finish"]
         return moment
 
     @property
-    def told(self):
-        """When it was told to come back."""
+    def released(self):
+        """The time of its release."""
         (moment,) = [moment for what, moment in self.journal if what == "restart"]
         return moment
 
 
 class Requests:
-    """Those who came by plain HTTP: nobody, unless there is something in `gone` for which is waited."""
+    """The HTTP connections.  The last of them closes when `gone` fires, which it has at first."""
 
     asked = False
-    """Whether they wait for an answer, with which they go."""
+    """True while a request waits for its answer, after which its connection closes."""
 
     def __init__(self, scene):
         self.scene = scene
@@ -106,18 +106,18 @@ class Requests:
 
 
 class Scene:
-    """A server that is looked after each second; its log settles at once, or when it is let."""
+    """A server whose deadlines are checked each second; its log settles at once, or when the test says."""
 
     def __init__(self):
         self.clock = Clock()
         self.connections = Connections(self.clock)
         self.journal = []
         self.moments = []
-        """When what was noted, of all that is no client's."""
+        """The calls that concern no client, each with its time."""
         self.log = None
-        """The Deferreds of those who wait for the log, if it does not settle at once."""
+        """The Deferreds that wait for the log to settle; None: the log settles at once."""
         self.takes = 0.0
-        """Seconds after which the log settles, if it does."""
+        """The seconds that the log takes to settle; 0: `log` decides."""
         self.requests = Requests(self)
         self.ports = succeed(None)
         self.closed = None
@@ -134,7 +134,7 @@ class Scene:
         self.moments.append((what, self.clock.seconds()))
 
     def when(self, what):
-        """When something was noted."""
+        """Return the times of a call."""
         return [moment for noted, moment in self.moments if noted == what]
 
     def settled(self):
@@ -152,7 +152,7 @@ class Scene:
             settled.callback(None)
 
     def abandon(self):
-        """The log refuses what is on its way, but settles no sooner for that."""
+        """Reject the posts in flight.  The log does not settle sooner."""
         self.note("abandon")
         if self.requests.asked:
             self.requests.answer()
@@ -163,7 +163,7 @@ class Scene:
         return self.ports
 
     def begin(self, budget, *, immediate=False, **more):
-        """Begin a drain; `over` is then the moment when it has ended."""
+        """Begin a drain.  `over` becomes the time at which it ends."""
         self.drain = Drain(self.connections, self, self.requests, budget, self.clock)
         if immediate:
             self.drain.skip_pace()
@@ -178,18 +178,18 @@ class Scene:
         self.over = self.clock.seconds()
 
     def until(self, moment):
-        """Let time pass, from each thing that is due to the next."""
+        """Advance the clock to a time, one delayed call after another."""
         while self.clock.calls and self.clock.calls[0].getTime() <= moment:
             self.clock.advance(max(0, self.clock.calls[0].getTime() - self.clock.seconds()))
         self.clock.advance(max(0, moment - self.clock.seconds()))
 
-    def told(self):
-        """How many were told by now."""
+    def released(self):
+        """Return the number of clients released so far."""
         return sum(what == "restart" for what, _ in self.journal)
 
     @property
     def others(self):
-        """How much is on the clock besides the looking."""
+        """The number of delayed calls, without that of the deadlines."""
         return len(self.clock.calls) - 1
 
 
@@ -200,24 +200,25 @@ def scene(monkeypatch):
 
 
 def grace(budget):
-    """How long handshakes are still accepted."""
+    """Return the seconds in which handshakes are accepted."""
     return min(20, budget / 4)
 
 
 def end(budget):
-    """When the last is told, so that it has time to answer."""
+    """Return the time of the last release, which leaves that client time to answer."""
     return budget - min(ANSWER_SECONDS, budget / 4)
 
 
 def limit(budget):
-    """Until when the log, and those who have not taken what they are owed, are waited for."""
+    """Return the time until which the drain waits for the log and for clients that have unread answers."""
     return budget - min(LATE_SECONDS, budget / 8)
 
 
 BUDGETS = pytest.mark.parametrize("budget", [1, 8, 30, 120])
 
 
-def test_the_figures():
+def test_times_of_the_phases():
+    """The grace, the last release and the limit for posts follow from the budget."""
     assert (drain.GRACE_SECONDS, drain.SPREAD_SECONDS, drain.IMMEDIATE_SPREAD_SECONDS) == (20, 1, 10)
     assert (LATE_SECONDS, FULL_SECONDS, IMMEDIATE_SECONDS) == (6, 5, 1)
     assert [grace(budget) for budget in (0, 1, 8, 30, 120)] == [0, 0.25, 2, 7.5, 20]
@@ -231,21 +232,23 @@ def test_the_figures():
 @BUDGETS
 @pytest.mark.parametrize("count", [1, 3, 100, 2000])
 def test_even_pace_between_grace_and_end(scene, count, budget):
+    """Clients are released at an even pace, from the end of the grace until time to answer is left."""
     people = scene.people(count)
     scene.begin(budget)
     scene.until(budget)
-    told = sorted(person.told for person in people)
+    releases = sorted(person.released for person in people)
     begin, whole = grace(budget), end(budget) - grace(budget)
-    assert told[0] >= begin
-    assert told[-1] <= end(budget) + SLACK
-    for place, moment in enumerate(told, 1):
+    assert releases[0] >= begin
+    assert releases[-1] <= end(budget) + SLACK
+    for place, moment in enumerate(releases, 1):
         assert abs(moment - (begin + whole * place / count)) <= SLACK + whole / count
-    assert told[-1] <= scene.over <= budget
+    assert releases[-1] <= scene.over <= budget
     assert [person.did for person in people] == [["finish", "restart"]] * count
 
 
 @pytest.mark.parametrize("budget", [8, 30, 120])
 def test_clients_reconnect_as_an_even_stream(scene, budget):
+    """Random delays below a second keep the stream of reconnecting clients even."""
     count = 2000
     people = scene.people(count)
     scene.begin(budget)
@@ -253,40 +256,42 @@ def test_clients_reconnect_as_an_even_stream(scene, budget):
     assert all(0 <= person.retry_after < 1 for person in people)
     assert 0.45 < sum(person.retry_after for person in people) / count < 0.55
     even = count / (end(budget) - grace(budget))
-    arrivals = sorted(person.told + person.retry_after for person in people)
+    arrivals = sorted(person.released + person.retry_after for person in people)
     peak = max(sum(moment <= other < moment + 1 for other in arrivals) for moment in arrivals[::10])
     assert peak <= 1.5 * even
 
 
 def test_budget_of_zero(scene):
+    """A drain without a budget releases and aborts all clients at once."""
     people = [*scene.people(3), *scene.people(2, answers=None)]
     scene.begin(0)
-    assert scene.told() == 5
+    assert scene.released() == 5
     scene.until(0)
     assert scene.over == 0
     assert [person.did[-1] for person in people] == ["abort"] * 5
-    assert scene.others == 3, "the answers of those who are gone"
+    assert scene.others == 3, "the answers of clients that are aborted"
 
 
 @BUDGETS
 def test_clients_that_leave_do_not_change_the_pace(scene, budget):
+    """Clients that leave by themselves do not bring the release of others forward."""
     people = scene.people(1000)
     scene.begin(budget)
     for person in people[::2]:
         person.goes()
     scene.until(budget)
-    told = sorted(person.told for person in people[1::2])
+    releases = sorted(person.released for person in people[1::2])
     assert [person.did for person in people[::2]] == [[]] * 500
     half = (grace(budget) + end(budget)) / 2
-    assert 200 <= sum(moment <= half for moment in told) <= 300
-    assert told[-1] <= end(budget) + SLACK
+    assert 200 <= sum(moment <= half for moment in releases) <= 300
+    assert releases[-1] <= end(budget) + SLACK
 
 
-# The process stalls
+# Stalls of the process
 
 
 def peak(moments):
-    """How many of these moments are in the fullest second."""
+    """Return the largest number of moments within one second."""
     moments = sorted(moments)
     begin = most = 0
     for place, last in enumerate(moments):
@@ -297,7 +302,7 @@ def peak(moments):
 
 
 def stall(scene, budget, stalls):
-    """Drain 2,000 in a process that does not run for a while now and then; (when, seconds) are parts of the pace."""
+    """Drain 2,000 clients in a process that stalls; `stalls` are (part of the pace, seconds)."""
     people = scene.people(2000)
     scene.begin(budget)
     begin, whole = grace(budget), end(budget) - grace(budget)
@@ -309,29 +314,30 @@ def stall(scene, budget, stalls):
 
 
 def by_chance(rate):
-    """How many there may be in the fullest second, who come at this rate but for a random moment up to a second.
+    """Return the most arrivals to expect in one second from clients released at a rate.
 
-    Of one who is told within the second before, or in it, the chance falls evenly from 1 to 0 on either side, so
-    their variance is rate / 3.
+    Each client arrives after a random delay of up to a second.  The probability that its arrival is in a given
+    second falls evenly from 1 to 0 on either side, so the variance of the number of arrivals is rate / 3.
     """
     return rate + 4 * (rate / 3) ** 0.5
 
 
 def arrivals(people):
-    return [person.told + person.retry_after for person in people]
+    return [person.released + person.retry_after for person in people]
 
 
 @pytest.mark.parametrize("budget", [20, 30, 120])
 @pytest.mark.parametrize("seconds", [0.5, 1, 2])
 def test_stall_raises_the_pace_evenly(scene, budget, seconds):
+    """A drain makes up for a stall over all the remaining time, without a burst."""
     people, even = stall(scene, budget, [(0.5, seconds)])
     whole = end(budget) - grace(budget)
-    faster = 1 / (1 - 2 * seconds / whole)  # what is left, half, over the time that is left
+    faster = 1 / (1 - 2 * seconds / whole)  # remaining clients (half) ÷ remaining time
     assert peak(arrivals(people)) <= by_chance(faster * even)
 
 
 AT_ONCE = 0.25
-"""Of how many seconds those may be who are told in one moment, however long the last moment is ago."""
+"""The most seconds' worth of clients that the drain releases in one moment, even after a long stall."""
 STALLS = [
     [(0.5, 1)],
     [(0.2, 0.5), (0.5, 0.5), (0.8, 0.5)],
@@ -344,22 +350,24 @@ STALLS = [
 @pytest.mark.parametrize("budget", [30, 120])
 @pytest.mark.parametrize("stalls", STALLS)
 def test_pace_is_bounded_after_stalls(scene, budget, stalls):
+    """The drain never releases faster than remaining clients ÷ remaining time."""
     people, _ = stall(scene, budget, stalls)
-    told = Counter(person.told for person in people)
+    releases = Counter(person.released for person in people)
     left, fastest = 2000, 0.0
-    for moment in sorted(told):
+    for moment in sorted(releases):
         time = end(budget) - moment
         if time > TICK:
-            assert told[moment] <= left * AT_ONCE / time + 1
+            assert releases[moment] <= left * AT_ONCE / time + 1
             fastest = max(fastest, left / time)
-        left -= told[moment]
-    assert left == 0, "all were told"
-    assert max(told) <= end(budget) + SLACK
+        left -= releases[moment]
+    assert left == 0, "all are released"
+    assert max(releases) <= end(budget) + SLACK
     assert peak(arrivals(people)) <= by_chance(fastest)
 
 
 @pytest.mark.parametrize("budget", [20, 30])
 def test_stall_of_a_second_in_the_stream_of_reconnects(scene, budget):
+    """One stall of a second raises the peak of reconnecting clients by less than half."""
     people, even = stall(scene, budget, [(0.5, 1)])
     assert peak(arrivals(people)) <= 1.5 * even
 
@@ -367,22 +375,24 @@ def test_stall_of_a_second_in_the_stream_of_reconnects(scene, budget):
 @pytest.mark.parametrize("budget", [20, 30, 120])
 @pytest.mark.parametrize("late", [0.01, 0.05, 0.1])
 def test_late_ticks_keep_the_pace(scene, budget, late):
+    """Ticks that are all late leave no clients over for the end."""
     people = scene.people(2000)
     scene.begin(budget)
     while scene.clock.seconds() < budget:
         scene.clock.advance(TICK + late)
     even = 2000 / (end(budget) - grace(budget))
     assert peak(arrivals(people)) <= by_chance(1.05 * even)
-    assert max(person.told for person in people) <= end(budget) + SLACK + late
+    assert max(person.released for person in people) <= end(budget) + SLACK + late
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10])
-def test_the_pace_of_a_few_is_even_too(scene, count):
+def test_even_pace_of_a_few_clients(scene, count):
+    """Ten clients or fewer are released evenly too."""
     people = scene.people(count)
     scene.begin(30)
     scene.until(30)
     begin, whole = grace(30), end(30) - grace(30)
-    for place, moment in enumerate(sorted(person.told for person in people), 1):
+    for place, moment in enumerate(sorted(person.released for person in people), 1):
         assert abs(moment - (begin + whole * place / count)) <= 2 * SLACK
 
 
@@ -391,18 +401,20 @@ def test_the_pace_of_a_few_is_even_too(scene, count):
 
 @BUDGETS
 def test_handshakes_are_accepted_until_the_grace_is_over(scene, budget):
+    """The ports close at the end of the grace, and no client is released before."""
     scene.people(1)
     scene.begin(budget)
     scene.until(grace(budget) - SLACK)
     assert scene.closed is None
     assert not scene.connections.stopping
-    assert scene.told() == 0
+    assert scene.released() == 0
     scene.until(grace(budget) + SLACK)
     assert grace(budget) <= scene.closed
     assert scene.connections.stopping
 
 
 def test_client_that_connects_in_the_grace(scene):
+    """A client that connects during the grace is released like the others."""
     first = Person(scene)
     scene.begin(8)
     scene.until(1.9)
@@ -412,6 +424,7 @@ def test_client_that_connects_in_the_grace(scene):
 
 
 def test_client_that_connects_while_the_ports_close(scene):
+    """Releases begin when all ports are closed, and include clients that connected until then."""
     first = Person(scene)
     scene.ports = Deferred()
     scene.begin(8)
@@ -427,6 +440,7 @@ def test_client_that_connects_while_the_ports_close(scene):
 
 
 def test_grace_ends_without_clients(scene):
+    """The drain ends at once when the last client leaves during the grace."""
     people = scene.people(3)
     scene.begin(120)
     scene.until(1)
@@ -441,6 +455,7 @@ def test_grace_ends_without_clients(scene):
 
 @pytest.mark.parametrize("budget", [0, 1, 30, 120])
 def test_drain_without_clients_is_immediate(scene, budget):
+    """A drain without clients closes the ports, settles the log and ends at once."""
     scene.begin(budget)
     assert scene.journal == [("ports", None), ("requests close", None), ("settled?", None)]
     assert scene.over == 0
@@ -450,6 +465,7 @@ def test_drain_without_clients_is_immediate(scene, budget):
 
 @pytest.mark.parametrize(("budget", "grace"), [(0, 0), (8, 2), (30, 7.5), (120, 20)])
 def test_ports_stay_open_if_clients_are_expected(scene, budget, grace):
+    """A drain that expects clients keeps the ports open for the whole grace."""
     scene.begin(budget, expecting=True)
     scene.until(budget)
     assert grace <= scene.closed == scene.over <= grace + SLACK
@@ -457,6 +473,7 @@ def test_ports_stay_open_if_clients_are_expected(scene, budget, grace):
 
 
 def test_immediate_drain_expects_no_clients(scene):
+    """An immediate drain ends the grace, even if clients are expected."""
     scene.begin(120, expecting=True)
     scene.until(1)
     scene.drain.skip_pace()
@@ -465,6 +482,7 @@ def test_immediate_drain_expects_no_clients(scene):
 
 
 def test_unfinished_handshakes(scene):
+    """A drain does not wait for unfinished handshakes."""
     person = Person(scene)
     scene.connections.remove(person, 1000)
     scene.connections.handshakes.add(person)
@@ -473,10 +491,11 @@ def test_unfinished_handshakes(scene):
     assert person.did == []
 
 
-# What was said
+# The posts
 
 
 def test_client_is_released_after_its_posts_settle(scene):
+    """A client is released only after the log settles all that was read from it."""
     people = scene.people(2)
     scene.log = []
     scene.begin(8)
@@ -490,6 +509,7 @@ def test_client_is_released_after_its_posts_settle(scene):
 
 
 def test_reading_stops_although_the_log_has_not_settled(scene):
+    """A log that is slow to settle does not delay the end of reading from the next clients."""
     people = scene.people(100)
     scene.log = []
     scene.begin(8)
@@ -498,29 +518,30 @@ def test_reading_stops_although_the_log_has_not_settled(scene):
     assert 48 <= len(finished) <= 52
     scene.settle()
     scene.until(4 + SLACK)
-    assert 48 <= scene.told() <= 54
+    assert 48 <= scene.released() <= 54
     assert all(person.did == ["finish", "restart"] for person in finished)
 
 
 def test_client_waits_for_its_own_posts(scene):
-    # The log settles for the first, and then no more until the end.
+    """A client waits for posts read before its own end of reading, and not for later ones."""
     people = scene.people(2)
     scene.log = []
     scene.begin(8)
     scene.until(4 + SLACK)
     (first,) = scene.log
-    first.callback(None)
+    first.callback(None)  # the log settles for this client alone
     scene.until(4 + 2 * SLACK)
-    assert scene.told() == 1
+    assert scene.released() == 1
     scene.until(limit(8) - SLACK)
-    assert scene.told() == 1
+    assert scene.released() == 1
     scene.until(limit(8) + SLACK)
-    assert scene.told() == 2
+    assert scene.released() == 2
     scene.until(8)
     assert [person.did for person in people] == [["finish", "restart"]] * 2
 
 
 def test_client_is_released_at_the_settled_head(scene):
+    """A client is released when it has read the log as it was when its posts settled."""
     person = Person(scene)
     scene.log = []
     scene.begin(30, immediate=True)
@@ -532,12 +553,13 @@ def test_client_is_released_at_the_settled_head(scene):
     scene.until(0.6)
     assert person.did == ["finish"]
     person.cursor = 7
-    person.head = 1000  # others go on posting
+    person.head = 1000  # others continue to post
     scene.until(0.6 + SLACK)
     assert person.did == ["finish", "restart"]
 
 
 def test_client_is_released_with_its_answers(scene):
+    """A client that awaits acknowledgements is released when it has them."""
     person, other = scene.people(2)
     person.waits = True
     scene.begin(30, immediate=True)
@@ -552,6 +574,7 @@ def test_client_is_released_with_its_answers(scene):
 
 @pytest.mark.parametrize("budget", [1, 8, 30, 120])
 def test_client_that_does_not_read_its_answers(scene, budget):
+    """A client that leaves its acknowledgements unread is released after FULL_SECONDS, or at the limit."""
     slow = scene.people(20)
     for person in slow:
         person.waits = True
@@ -560,22 +583,23 @@ def test_client_that_does_not_read_its_answers(scene, budget):
     scene.until(budget)
     for person in slow:
         enough = min(person.finished + FULL_SECONDS, limit(budget))
-        assert enough - 1e-6 <= person.told <= enough + SLACK
-    assert all(other.told == other.finished for other in people), "nobody waits for another"
+        assert enough - 1e-6 <= person.released <= enough + SLACK
+    assert all(other.released == other.finished for other in people), "no client waits for another"
     assert scene.over <= limit(budget) + SLACK + 0.02
-    assert scene.when("abandon") == [], "it is not the log's fault"
+    assert scene.when("abandon") == [], "the log has settled"
 
 
 @BUDGETS
 def test_log_that_never_settles(scene, budget):
+    """Clients of a log that never settles are released at the limit."""
     people = scene.people(10)
     scene.log = []
     scene.begin(budget)
     scene.until(limit(budget) - SLACK)
-    assert scene.told() == 0, "their posts may still be kept"
+    assert scene.released() == 0, "their posts may still be committed"
     assert scene.when("abandon") == []
     scene.until(limit(budget) + SLACK)
-    assert scene.told() == 10
+    assert scene.released() == 10
     scene.until(budget)
     assert scene.over <= budget
     assert [person.did for person in people] == [["finish", "restart"]] * 10
@@ -583,11 +607,12 @@ def test_log_that_never_settles(scene, budget):
 
 @BUDGETS
 def test_late_posts_are_rejected_before_the_release(scene, budget):
+    """Posts that are not committed at the limit are rejected, once, before their clients are released."""
     scene.people(10)
     scene.log = []
     scene.begin(budget)
     scene.until(budget)
-    assert len(scene.when("abandon")) == len(scene.log), "once for each time that some were read no more"
+    assert len(scene.when("abandon")) == len(scene.log), "once for each time that reading ended for some"
     assert min(scene.when("abandon")) >= limit(budget) - 1e-6
     rounds, read, given_up = [], [], set()
     for what, person in scene.journal:
@@ -600,7 +625,7 @@ def test_late_posts_are_rejected_before_the_release(scene, budget):
             given_up.update(rounds.pop(0))
         elif what == "restart":
             assert person in given_up
-    assert (len(given_up), rounds) == (10, []), "the last time for those who came by plain HTTP"
+    assert (len(given_up), rounds) == (10, []), "the last round is for the HTTP connections"
 
 
 @pytest.mark.parametrize("budget", [8, 30, 120])
@@ -616,6 +641,7 @@ def test_posts_committed_within_a_tick_are_never_rejected(scene, budget, takes):
 
 @pytest.mark.parametrize("budget", [8, 30])
 def test_slow_log_has_time_for_the_last_posts(scene, budget):
+    """A log that takes 0.2 s to commit does so for the last clients too."""
     scene.people(200)
     scene.takes = 0.2
     scene.begin(budget)
@@ -626,6 +652,7 @@ def test_slow_log_has_time_for_the_last_posts(scene, budget):
 
 @pytest.mark.parametrize("budget", [8, 30])
 def test_stall_at_the_end_rejects_nothing(scene, budget):
+    """A stall over the end of the pace does not reject posts that the log commits quickly."""
     people = scene.people(200)
     scene.takes = 0.01
     scene.begin(budget)
@@ -637,10 +664,11 @@ def test_stall_at_the_end_rejects_nothing(scene, budget):
 
 
 def test_only_late_posts_are_rejected(scene):
+    """Clients whose posts settle in time are released then; only the others lose posts."""
     people = scene.people(100)
     scene.begin(30)
     scene.until(15)
-    before = scene.told()
+    before = scene.released()
     assert 30 < before < 70
     scene.log = []
     scene.until(18)
@@ -648,7 +676,7 @@ def test_only_late_posts_are_rejected(scene):
     for settled in early:
         settled.callback(None)
     scene.until(18 + SLACK)
-    between = scene.told()
+    between = scene.released()
     assert between > before
     scene.until(30)
     assert all(person.did == ["finish", "restart"] for person in people)
@@ -656,6 +684,7 @@ def test_only_late_posts_are_rejected(scene):
 
 
 def test_drain_ends_without_clients_and_log(scene):
+    """A drain whose clients have all left does not wait for the log."""
     people = scene.people(10)
     scene.log = []
     scene.begin(120)
@@ -666,15 +695,16 @@ def test_drain_ends_without_clients_and_log(scene):
     assert scene.over is not None
 
 
-# Those who came by plain HTTP
+# HTTP connections
 
 
 @pytest.mark.parametrize("immediate", [False, True])
 def test_http_connections_close_after_the_clients(scene, immediate):
+    """HTTP connections close when the last client has disconnected."""
     people = scene.people(100, answers=0.5)
     scene.begin(30, immediate=immediate)
     scene.until(30)
-    last = max(person.told for person in people) + 0.5
+    last = max(person.released for person in people) + 0.5
     assert scene.when("requests close") == [last]
     assert scene.over == last
     assert scene.when("requests abort") == []
@@ -682,6 +712,7 @@ def test_http_connections_close_after_the_clients(scene, immediate):
 
 @pytest.mark.parametrize("count", [0, 10])
 def test_drain_ends_with_the_http_connections(scene, count):
+    """A drain ends when the last HTTP connection has closed."""
     scene.people(count)
     scene.requests.gone = Deferred()
     scene.begin(30)
@@ -696,6 +727,7 @@ def test_drain_ends_with_the_http_connections(scene, count):
 @BUDGETS
 @pytest.mark.parametrize("count", [0, 10])
 def test_http_connections_are_dropped_at_the_end(scene, budget, count):
+    """HTTP connections that are open at the end of the budget are aborted."""
     scene.people(count)
     scene.requests.gone = Deferred()
     scene.begin(budget)
@@ -709,7 +741,7 @@ def test_http_connections_are_dropped_at_the_end(scene, budget, count):
 
 @pytest.mark.parametrize("count", [0, 10])
 def test_http_connections_close_before_posts_settle(scene, count):
-    # Those who wait for nothing go at once, and nothing more is read from the others.
+    """Idle HTTP connections close, and the others are read no more, before the log settles."""
     scene.people(count)
     scene.begin(30)
     scene.until(30)
@@ -719,6 +751,7 @@ def test_http_connections_close_before_posts_settle(scene, count):
 @BUDGETS
 @pytest.mark.parametrize("count", [0, 10])
 def test_late_http_posts_are_rejected(scene, budget, count):
+    """HTTP posts that are not committed at the limit are rejected, so that their clients get a response."""
     scene.people(count, answers=0)
     scene.log = []
     scene.requests.ask()
@@ -735,6 +768,7 @@ def test_late_http_posts_are_rejected(scene, budget, count):
 
 @pytest.mark.parametrize("count", [0, 10])
 def test_immediate_drain_waits_a_second_for_http_posts(scene, count):
+    """An immediate drain rejects HTTP posts that are not committed after IMMEDIATE_SECONDS."""
     scene.people(count)
     scene.log = []
     scene.requests.ask()
@@ -750,6 +784,7 @@ def test_immediate_drain_waits_a_second_for_http_posts(scene, count):
 
 @pytest.mark.parametrize("moment", [0.5, 12, 25.8])
 def test_skipped_pace_leaves_http_posts_a_second(scene, moment):
+    """HTTP posts have a second from the first skip of the pace; a second skip does not extend it."""
     scene.log = []
     scene.requests.ask()
     scene.begin(30)
@@ -766,6 +801,7 @@ def test_skipped_pace_leaves_http_posts_a_second(scene, moment):
 
 @pytest.mark.parametrize("immediate", [False, True])
 def test_committed_http_posts_are_never_rejected(scene, immediate):
+    """HTTP posts that settle in time are answered and never rejected."""
     scene.log = []
     scene.requests.ask()
     scene.begin(30, immediate=immediate)
@@ -773,7 +809,7 @@ def test_committed_http_posts_are_never_rejected(scene, immediate):
     assert scene.over is None
     scene.settle()
     scene.until(0.9 + SLACK)
-    assert scene.over is None, "they have not read their answers"
+    assert scene.over is None, "their answers are unread"
     scene.requests.answer()
     scene.until(30)
     assert 0.9 <= scene.over <= 0.9 + SLACK
@@ -781,6 +817,7 @@ def test_committed_http_posts_are_never_rejected(scene, immediate):
 
 
 def test_answered_http_requests_end_the_wait(scene):
+    """A drain does not wait for the log once all HTTP requests are answered."""
     scene.log = []
     scene.requests.ask()
     scene.begin(30)
@@ -793,6 +830,7 @@ def test_answered_http_requests_end_the_wait(scene):
 
 
 def test_unread_http_answer_rejects_no_posts(scene):
+    """A client that does not read its HTTP response does not cause posts to be rejected before the end."""
     scene.requests.gone = Deferred()
     scene.log = []
     scene.begin(30)
@@ -803,6 +841,7 @@ def test_unread_http_answer_rejects_no_posts(scene):
 
 
 def test_http_posts_settle_without_clients(scene):
+    """HTTP posts have until the limit to settle, even if no WebSocket client is left."""
     people = scene.people(10)
     scene.log = []
     scene.requests.ask()
@@ -819,6 +858,7 @@ def test_http_posts_settle_without_clients(scene):
 
 
 def test_order_at_the_end_of_the_budget(scene):
+    """At the end of the budget the log is abandoned first, then clients and HTTP connections are aborted."""
     person = Person(scene, answers=None)
     scene.requests.gone = Deferred()
     scene.begin(8)
@@ -827,29 +867,31 @@ def test_order_at_the_end_of_the_budget(scene):
     scene.until(8)
     assert scene.journal == [
         *(("abandon", None), ("abort", person)),
-        # Since the last client is gone at once here.
+        # The last client disconnects at once here.
         *(("requests close", None), ("settled?", None), ("requests abort", None)),
     ]
     assert scene.over == 8
 
 
-# Those who do not go as they should
+# Clients that misbehave
 
 
 def test_client_that_does_not_answer_the_close(scene):
+    """A client that does not answer the close is aborted after CLOSE_SECONDS, so the drain can go on."""
     mute, *others = scene.people(50, answers=None)
     for other in others:
         other.answers = 0.01
     scene.begin(120)
     scene.until(120)
     assert mute.did == ["finish", "restart", "abort"]
-    assert mute.told + CLOSE_SECONDS <= mute.journal[-1][1] <= mute.told + CLOSE_SECONDS + 1
+    assert mute.released + CLOSE_SECONDS <= mute.journal[-1][1] <= mute.released + CLOSE_SECONDS + 1
     assert all(other.did == ["finish", "restart"] for other in others)
     assert scene.over < 120
 
 
 @pytest.mark.parametrize("budget", [1, 8])
 def test_clients_are_aborted_at_the_end_of_the_budget(scene, budget):
+    """All clients and handshakes that remain at the end of the budget are aborted."""
     people = scene.people(5, answers=None)
     unfinished = Person(scene)
     scene.connections.remove(unfinished, 1000)
@@ -865,6 +907,7 @@ def test_clients_are_aborted_at_the_end_of_the_budget(scene, budget):
 
 
 def test_aborted_clients_end_the_wait(scene):
+    """A drain whose clients were aborted does not wait for the log."""
     people = scene.people(5, answers=None)
     scene.log = []
     scene.begin(8)
@@ -874,17 +917,19 @@ def test_aborted_clients_end_the_wait(scene):
 
 
 def test_no_calls_are_left_after_an_early_end(scene):
+    """A drain that ends early leaves no delayed calls, and does nothing to later clients."""
     scene.people(10)
     scene.begin(30)
     scene.until(26)
     assert scene.over < 26
     assert scene.others == 0
-    late = Person(scene)  # as if it had been refused
+    late = Person(scene)  # as if its handshake was refused
     scene.until(100)
     assert late.did == []
 
 
 def test_client_that_leaves_on_its_release(scene, events):
+    """The drain does not wait for a client that disconnects at the moment of its release."""
     person, other = scene.people(2, answers=0)
     other.answers = None
     scene.begin(30, immediate=True)
@@ -896,6 +941,7 @@ def test_client_that_leaves_on_its_release(scene, events):
 
 
 def test_client_that_leaves_before_its_release(scene):
+    """A client that leaves while it waits for acknowledgements is not released."""
     person, other = scene.people(2)
     person.waits = other.waits = True
     scene.begin(30, immediate=True)
@@ -908,6 +954,7 @@ def test_client_that_leaves_before_its_release(scene):
 
 
 def test_client_that_leaves_while_the_log_settles(scene):
+    """A client that leaves while the log settles is not released."""
     person, other = scene.people(2)
     scene.log = []
     scene.begin(30, immediate=True)
@@ -922,18 +969,19 @@ def test_client_that_leaves_while_the_log_settles(scene):
 
 
 def immediate(scene, people):
-    """All were told by now, each with a moment among longer ones."""
+    """Check that all clients are released, with delays of up to ten seconds."""
     assert all(person.did == ["finish", "restart"] for person in people)
     assert all(0 <= person.retry_after < 10 for person in people)
 
 
 def test_immediate_drain_from_the_start(scene):
+    """An immediate drain releases all clients at once, with delays spread over ten seconds."""
     people = scene.people(2000)
     scene.begin(30, immediate=True)
     assert scene.closed == 0
     scene.until(0)
     immediate(scene, people)
-    assert {person.told for person in people} == {0}
+    assert {person.released for person in people} == {0}
     seconds = Counter(int(person.retry_after) for person in people)
     assert sorted(seconds) == [*range(10)]
     assert max(seconds.values()) < 1.5 * 200
@@ -956,10 +1004,11 @@ def test_skipped_pace_ends_the_grace(scene, moment):
 
 
 def test_skipped_pace_releases_waiting_clients(scene):
+    """When the pace is skipped, the remaining clients are released at once with longer delays."""
     people = scene.people(100)
     scene.begin(120)
     scene.until(60)
-    before = scene.told()
+    before = scene.released()
     assert 30 < before < 50
     assert max(person.retry_after for person in people if person.did) < 1
     scene.drain.skip_pace()
@@ -971,6 +1020,7 @@ def test_skipped_pace_releases_waiting_clients(scene):
 
 
 def test_immediate_drain_settles_and_answers_posts(scene):
+    """An immediate drain waits for posts to settle and for their answers."""
     person, other = scene.people(2)
     other.waits = True
     scene.log = []
@@ -991,6 +1041,7 @@ def test_immediate_drain_settles_and_answers_posts(scene):
 
 @pytest.mark.parametrize("moment", [0, 0.5, 12, 22.5, 25.8])
 def test_immediate_drain_waits_a_second_for_the_log(scene, moment):
+    """An immediate drain rejects posts that are not committed after a second; a second skip changes nothing."""
     people = scene.people(40)
     scene.log = []
     scene.begin(30)
@@ -1000,8 +1051,8 @@ def test_immediate_drain_waits_a_second_for_the_log(scene, moment):
     scene.drain.skip_pace()
     late = min(moment + IMMEDIATE_SECONDS, limit(30))
     scene.until(late - SLACK)
-    assert scene.told() == 0
-    scene.drain.skip_pace()  # which puts nothing off
+    assert scene.released() == 0
+    scene.drain.skip_pace()  # which does not extend the second
     scene.until(late + 2 * SLACK)
     immediate(scene, people)
     assert min(scene.when("abandon")) >= late - 1e-6
@@ -1011,6 +1062,7 @@ def test_immediate_drain_waits_a_second_for_the_log(scene, moment):
 
 @pytest.mark.parametrize("moment", [0, 12])
 def test_immediate_drain_waits_a_second_for_readers(scene, moment):
+    """An immediate drain waits a second for clients that do not read their answers."""
     person, other = scene.people(2)
     person.waits = True
     scene.begin(30)
@@ -1023,9 +1075,8 @@ def test_immediate_drain_waits_a_second_for_readers(scene, moment):
     assert scene.when("abandon") == []
 
 
-def test_late_log_and_slow_readers_share_a_second(
-    scene,
-):
+def test_late_log_and_slow_readers_share_a_second(scene):
+    """A log that settles late leaves slow readers only the rest of the second."""
     person = Person(scene)
     person.waits = True
     scene.log = []
@@ -1039,6 +1090,7 @@ def test_late_log_and_slow_readers_share_a_second(
 
 
 def test_skipped_pace_leaves_readers_a_second(scene):
+    """Clients that await their answers when the pace is skipped have one more second."""
     people = scene.people(100)
     for person in people:
         person.waits = True
@@ -1056,6 +1108,7 @@ def test_skipped_pace_leaves_readers_a_second(scene):
 
 
 def test_skipped_pace_after_the_last_release(scene):
+    """Skipping the pace after the last release changes nothing."""
     person = Person(scene, answers=None)
     scene.begin(8)
     scene.until(7)
