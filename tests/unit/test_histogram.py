@@ -1,4 +1,4 @@
-"""Values by their size."""
+"""Histograms, whose buckets are cumulative."""
 
 from math import inf
 
@@ -9,13 +9,15 @@ from support.helpers import REPEATABLE
 from chatd.histogram import SECONDS, Histogram
 
 
-def test_an_empty_one_has_all_its_bounds_and_an_infinite_one():
+def test_empty_histogram_has_every_bucket():
+    """A histogram without values has a bucket for each bound and one for infinity."""
     histogram = Histogram((1, 10))
     assert histogram.buckets() == [(1, 0), (10, 0), (inf, 0)]
     assert histogram.sum == 0
 
 
-def test_a_value_at_a_bound_is_not_above_it():
+def test_value_at_a_bound_is_in_its_bucket():
+    """A bucket includes the values that are equal to its bound."""
     histogram = Histogram((1, 10))
     histogram.add(1)
     histogram.add(1.5)
@@ -25,6 +27,7 @@ def test_a_value_at_a_bound_is_not_above_it():
 
 
 def test_bounds_are_in_order():
+    """The bounds for durations are sorted and unique."""
     assert [*SECONDS] == sorted({*SECONDS})
 
 

@@ -36,6 +36,7 @@ def run_check(folder, *options, files=None, **environ):
 
 
 def test_process_prints_its_findings_and_leaves_no_trace(tmp_path):
+    """A check connects to no port and creates no file; its findings make the exit status 1."""
     arguments, _ = certificate_for(tmp_path)
     (tmp_path / "key.pem").chmod(0o644)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -64,6 +65,7 @@ def test_process_prints_its_findings_and_leaves_no_trace(tmp_path):
 
 
 def test_process_without_findings_leaves_no_trace(tmp_path):
+    """A check without findings prints one line and exits with status 0."""
     options = "--listen=tcp:0", "--admin=", "--store=sqlite:a.sqlite"
     settings = Configuration(options, {}).settings._replace(folder=tmp_path)
     expected = findings(settings, ThisMachine())  # the machine of the tests may have problems
@@ -71,7 +73,8 @@ def test_process_without_findings_leaves_no_trace(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_process_asks_a_redis_and_leaves_no_trace_there(tmp_path):
+def test_process_checks_redis_and_leaves_no_trace(tmp_path):
+    """A check reads the settings of Redis, creates no key, and prints no password."""
     with Redis(tmp_path / "redis", user=("chatd", "se/cret"), maxmemory_policy="allkeys-lfu") as redis:
         (tmp_path / "password").write_text("se/cret\n")
         (tmp_path / "password").chmod(0o600)
@@ -96,7 +99,7 @@ def test_process_asks_a_redis_and_leaves_no_trace_there(tmp_path):
 
 
 def documented_user():
-    """The words of `ACL SETUSER` on the page, and those for --check."""
+    """Return the words of the documented `ACL SETUSER`, and those that --check needs in addition."""
     page = (ROOT / "docs" / "operations.md").read_text("utf-8")
     command, more = re.search(
         r"(?s)<!-- test: acl -->\n```sh\nredis-cli (.+?)\n```\n+and `(.+?)` for `--check`", page
@@ -104,7 +107,8 @@ def documented_user():
     return shlex.split(command.replace("\\\n", "")), shlex.split(more)
 
 
-def test_redis_user_may_run_the_commands_of_the_code_alone():
+def test_redis_user_has_exactly_the_commands_of_the_code():
+    """The documented user may run every command that the store uses, and no other."""
     scripts = "".join(path.read_text() for path in (ROOT / "chatd" / "store" / "redis" / "lua").iterdir())
     asked = {*re.findall(r"redis\.call\('(\w+)'", scripts)}
     for path in (ROOT / "chatd" / "store" / "redis").glob("*.py"):
@@ -119,6 +123,7 @@ def binary(request):
 
 
 def test_redis_user_may_run_a_server_and_a_check(tmp_path, binary):
+    """Redis denies the documented user nothing that a server, or a check with the added rights, asks for."""
     words, more = documented_user()
     assert words[2:5] == ["chatd", "on", ">PASSWORD"]
     with Redis(tmp_path / "redis", binary=binary, appendonly=True, fsync="always") as redis:

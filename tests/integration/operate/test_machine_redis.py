@@ -1,4 +1,4 @@
-"""What the machine reports of real ports and real Redis servers."""
+"""The reports of the machine about real ports and real Redis servers."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +17,7 @@ HERE = ThisMachine()
 
 
 def test_port_that_listens():
+    """A port is in use while a socket listens on it."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
         assert HERE.listening(port) == [ip_address("127.0.0.1")]
@@ -37,6 +38,7 @@ def redis(request, tmp_path):
 
 
 def test_facts_of_a_redis(redis, tmp_path):
+    """The role, the persistence and the memory policy are those that the Redis server reports."""
     said = HERE.ask(server(redis.port, database=3))
     assert (said["role"], said["aof_enabled"], said["appendfsync"]) == ("master", "1", "always")
     assert said["maxmemory_policy"] == "noeviction"
@@ -48,6 +50,7 @@ def test_facts_of_a_redis(redis, tmp_path):
 
 
 def test_redis_user_without_permissions(redis):
+    """Facts that the user may not read are omitted."""
     redis.call("ACL", "SETUSER", "none", "on", ">a b", "~*")
     redis.call("ACL", "SETUSER", "some", "on", ">a b", "~*", "+info")
     assert HERE.ask(server(redis.port, "none", "a b")) == {}
@@ -66,6 +69,7 @@ def test_redis_user_without_permissions(redis):
     ],
 )
 def test_redis_that_refuses_the_login(tmp_path, auth, database, words):
+    """The error of Redis is the reason of the refusal."""
     with Redis(tmp_path / "redis", password="right") as redis:
         assert HERE.ask(server(redis.port, "right"))["role"] == "master"
         with pytest.raises(RedisRefused) as refused:
@@ -91,6 +95,7 @@ def says(reply):
 
 
 def test_refusal_is_cut_before_the_command():
+    """A refusal does not repeat the arguments of the command, which include the password."""
     line = b"-ERR unknown command `AUTH`, with args beginning with: `secret`\r\n"
     with says(line) as port, pytest.raises(RedisRefused) as refused:
         HERE.ask(server(port, "secret"))
@@ -109,6 +114,7 @@ def test_refusal_is_cut_before_the_command():
     ],
 )
 def test_server_that_is_no_redis(reply, words):
+    """A server that does not speak the protocol of Redis counts as unreached."""
     with says(reply) as port, pytest.raises(Unreached) as unreached:
         HERE.ask(server(port))
     assert str(unreached.value) == words
@@ -121,6 +127,7 @@ def unreached(port, **named):
 
 
 def test_redis_that_cannot_be_reached(monkeypatch):
+    """The reason is the error of the connection or of the resolver."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         port = listening.getsockname()[1]
         monkeypatch.setattr(machine, "REDIS_SECONDS", 0.01)

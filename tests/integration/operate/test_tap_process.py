@@ -1,4 +1,4 @@
-"""A server process that signals end."""
+"""Signals that end a server process."""
 
 import signal
 

@@ -106,6 +106,7 @@ def found_by(settings=(), machine=()):
 
 
 def test_defaults_on_a_good_machine():
+    """The default options on a machine without problems have no findings."""
     assert found_by() == []
 
 
@@ -232,7 +233,7 @@ BAD = [
     (
         "--store-password-file /srv/password: this user cannot read it: ",
         {"store": REDIS, "store_password_file": Path("password")},
-        {"password": None, "redis": Unreached("nobody asks")},
+        {"password": None, "redis": Unreached("is never asked")},
     ),
     (
         "--store-password-file /srv/password: every user of this machine can read the password: chmod o= /srv/passw",
@@ -352,16 +353,19 @@ def test_problem_is_one_line_with_the_option_and_the_remedy(line, settings, mach
 
 @pytest.mark.parametrize(("settings", "machine"), GOOD)
 def test_no_finding_just_short_of_a_problem(settings, machine):
+    """Options and machines that only just pass have no findings."""
     assert found_by(settings, machine) == []
 
 
 def test_every_problem_is_found():
+    """One check reports all problems, and not only the first."""
     assert len(found_by({"ping": 99, "rooms": ("a",), "rate": (0, 0)}, {"files": 9})) == 4
 
 
 def test_advised_history_fits_a_frame():
+    """The advised --history is the largest whose first frame fits, whatever the messages contain."""
     most = int(re.search(r"at most (\d+)", found_by({"history": 1000})[0])[1])
-    # Nothing takes more room in JSON than a control character.
+    # No character is longer in JSON than a control character.
     largest = message_frame("abcdef", Entry(1, "\x01" * 30, "\x01" * 500, "2026-01-01T00:00:00.000Z"))
     assert check.FRAME - len(largest) < len(history_frame("abcdef", most, [largest] * most, more=True)) <= check.FRAME
     assert found_by({"history": most}) == []
@@ -403,11 +407,13 @@ def test_endpoint_is_parsed_as_twisted_parses_it(text, kind, port, address, key,
     ],
 )
 def test_redis_is_asked_with_the_login_of_the_server(url, file, server):
+    """The check connects to Redis with the user, the password and the database of the server."""
     machine = FakeMachine()
     findings(SETTINGS._replace(store=url, store_password_file=file), machine)
     assert machine.servers == [server]
 
 
 def test_redis_that_reports_nothing(monkeypatch):
+    """Facts that Redis does not report are not findings."""
     monkeypatch.setattr(sys.modules[__name__], "WELL", {})
     assert found_by({"store": REDIS}) == []

@@ -1,4 +1,4 @@
-"""What the machine reports: files of several kernels, and the folders, locks and stores of this machine."""
+"""The reports of the machine: files of several kernels, and real folders, locks and stores."""
 
 import fcntl
 import math
@@ -51,7 +51,7 @@ UNIT = "0::/system.slice/chatd.service\n"
 
 
 def stop_seconds(proc, cgroup=UNIT, said="1min 30s\n", environ=("INVOCATION_ID",)):
-    """The time-out that is read from an answer of systemd, and the units that systemd was asked about."""
+    """Return the stop timeout for an answer of systemd, and the units that systemd was asked about."""
     asked = []
 
     def timeout(unit):
@@ -77,6 +77,7 @@ def stop_seconds(proc, cgroup=UNIT, said="1min 30s\n", environ=("INVOCATION_ID",
     ],
 )
 def test_stop_timeout_in_the_format_of_systemd(proc, said, seconds):
+    """TimeoutStopSec is parsed in the format of systemd.time(7); other texts count as unknown."""
     found, asked = stop_seconds(proc, said=said)
     assert found == (None if seconds is None else pytest.approx(seconds))
     assert asked == ["chatd.service"]
@@ -91,6 +92,7 @@ def test_stop_timeout_in_the_format_of_systemd(proc, said, seconds):
     ],
 )
 def test_unit_of_the_control_group(proc, cgroup):
+    """The control group of the process names the unit that systemd is asked about."""
     assert stop_seconds(proc, cgroup) == (90, ["chatd.service"])
 
 
@@ -104,10 +106,12 @@ def test_unit_of_the_control_group(proc, cgroup):
     ],
 )
 def test_process_outside_a_system_service_has_no_timeout(proc, cgroup, environ):
+    """systemd is asked only about system services, which it started itself."""
     assert stop_seconds(proc, cgroup, environ=environ) == (None, [])
 
 
 def test_timeout_from_systemctl(tmp_path, monkeypatch):
+    """systemctl is asked for the one property; the text is empty if there is no systemctl."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.timeout_of("chatd.service") == ""
     command = tmp_path / "systemctl"
@@ -121,6 +125,7 @@ def test_timeout_from_systemctl(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("mode", "readable"), [(0o644, True), (0o604, True), (0o640, False), (0o600, False)])
 def test_world_readable_key(tmp_path, mode, readable):
+    """A private key is world-readable if its mode lets others read it."""
     key = tmp_path / "key.pem"
     key.touch()
     key.chmod(mode)
@@ -132,6 +137,7 @@ def test_missing_key_is_not_readable(tmp_path):
 
 
 def test_unwritable_part_of_a_store(tmp_path, monkeypatch):
+    """The first file or folder of a store that this user cannot write is reported."""
     store = tmp_path / "chatd.sqlite"
     assert HERE.unwritable(store) is None
     assert HERE.unwritable(tmp_path / "missing" / "chatd.sqlite") == tmp_path / "missing"
@@ -149,6 +155,7 @@ def test_unwritable_part_of_a_store(tmp_path, monkeypatch):
 
 
 def test_locked_store(tmp_path):
+    """A store is locked while a server holds its lock exclusively; the check creates no lock file."""
     store = tmp_path / "chatd.sqlite"
     lock = tmp_path / "chatd.sqlite-lock"
     assert not HERE.locked(store)
@@ -181,6 +188,7 @@ def run_sql(path, *statements):
 
 
 def test_format_of_a_store(tmp_path):
+    """The format of a store is read without a change to its file."""
     path = tmp_path / "a ?b.sqlite"
     with opened(path):
         pass
@@ -192,6 +200,7 @@ def test_format_of_a_store(tmp_path):
 
 
 def test_missing_store_is_not_created(tmp_path):
+    """A missing or empty store has no format yet, and the check does not create it."""
     path = tmp_path / "chatd.sqlite"
     assert HERE.readable_since(path) is None
     assert names(tmp_path) == []
@@ -206,12 +215,14 @@ def test_missing_store_is_not_created(tmp_path):
 
 @pytest.mark.parametrize("statements", [["CREATE TABLE t (x)"], ["PRAGMA application_id = 7"]])
 def test_database_of_another_program(tmp_path, statements):
+    """An SQLite database of another program reports format 0."""
     path = tmp_path / "chatd.sqlite"
     run_sql(path, *statements)
     assert HERE.readable_since(path) == 0
 
 
 def test_file_that_is_no_database(tmp_path):
+    """A file that is not an SQLite database reports format 0; a folder reports none."""
     path = tmp_path / "chatd.sqlite"
     path.write_text("messages: none\n" * 1000)
     assert HERE.readable_since(path) == 0
@@ -219,6 +230,7 @@ def test_file_that_is_no_database(tmp_path):
 
 
 def test_store_that_is_in_its_write_ahead_log(tmp_path):
+    """A store whose format is still in the write-ahead log reports none, and the check changes no file."""
     path, folder = tmp_path / "chatd.sqlite", tmp_path / "killed"
     folder.mkdir()
     with opened(path) as store:
@@ -248,6 +260,7 @@ MOUNTS = """\
     [("", "nfs4"), ("other", "nfs4"), ("with space/below", "tmpfs"), ("withspace", "nfs4"), ("covered", "btrfs")],
 )
 def test_file_system_of_the_nearest_mount(proc, tmp_path, folder, kind):
+    """The file system of a folder is that of its nearest mount, and of the last one if mounts overlap."""
     there = proc(self__mountinfo=MOUNTS.format(folder=tmp_path / "data"))
     assert there.file_system(tmp_path / "data" / folder) == kind
     assert there.file_system(tmp_path) == "ext4"
@@ -262,15 +275,18 @@ def test_file_system_without_a_mount_at_the_root(proc, tmp_path, mounts):
 
 
 def test_free_space(tmp_path):
+    """The free space is that of the disk below the folder."""
     assert HERE.free(tmp_path) == pytest.approx(shutil.disk_usage(tmp_path).free, abs=1 << 30)
 
 
-def test_this_machine(tmp_path):
+def test_real_machine_answers(tmp_path):
+    """The functions that read /proc work on the machine of the tests."""
     assert isinstance(HERE.file_system(tmp_path), str)  # "" in some containers
     assert HERE.may_listen(65_535)
 
 
 def test_missing_proc_is_in_order(tmp_path):
+    """Without /proc nothing is reported as a problem."""
     nothing = ThisMachine(tmp_path / "no-proc", {"INVOCATION_ID": "x"})
     assert nothing.stop_seconds() is None
     assert nothing.file_system(tmp_path) == ""
@@ -282,11 +298,12 @@ def test_missing_proc_is_in_order(tmp_path):
 
 
 def words(packed):
-    """An address as /proc/net prints it: words of 32 bits in the byte order of the machine."""
+    """Return an address as /proc/net prints it: words of 32 bits in the byte order of the machine."""
     return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed))
 
 
 def test_addresses_that_listen_on_a_port(proc):
+    """Only sockets in the state LISTEN count, over IPv4 and IPv6."""
     head = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
     rest = "00000000:00000000 00:00000000 00000000 0 0 1061 1"
     lines = {"tcp": head, "tcp6": head}
@@ -316,6 +333,7 @@ def test_addresses_that_listen_on_a_port(proc):
     ],
 )
 def test_privileged_ports(proc, capabilities, first, port, may):
+    """A low port needs CAP_NET_BIND_SERVICE among the effective capabilities."""
     there = proc(
         self__status=f"Name:\tpython\nCapPrm:\t0000000000000400\nCapEff:\t{capabilities}\nCapBnd:\tffffffffffffffff\n",
         sys__net__ipv4__ip_unprivileged_port_start=first,
@@ -335,6 +353,7 @@ def test_relative_store_is_in_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_password_file(tmp_path):
+    """A password is the line of its file in UTF-8; a file that cannot be read gives none."""
     path = tmp_path / "password"
     assert HERE.secret(path) is None
     path.write_bytes("p\u00e4ss\r\n".encode())
@@ -344,6 +363,7 @@ def test_password_file(tmp_path):
 
 
 def test_command_line_of_the_process(proc, tmp_path):
+    """The command line of the process includes bytes that are not UTF-8."""
     assert pathlib.Path(sys.executable).name in HERE.command_line()
     assert proc(self__cmdline="a\0--store=b\0").command_line() == "a\0--store=b\0"
     (tmp_path / "proc/self/cmdline").write_bytes(b"\xff")
