@@ -199,7 +199,7 @@ class Session(Membership):
             self._transport.fail_not_text()
             return
         _log.info(
-            "#{connection} {peer} in {room} sent what is refused",
+            "#{connection} {peer} in {room} sent an invalid frame",
             connection=self._transport.number,
             peer=self._transport.peer,
             room=self.room_name,

@@ -284,7 +284,7 @@ class WebSocketConnection(AutobahnConnection):
     @override
     def failing(self, code: int, reason: str) -> None:
         _log.info(
-            "#{connection} {peer} is failed: {code} {reason}",
+            "#{connection} {peer} connection failed: {code} {reason}",
             connection=self.number,
             peer=self.peer,
             room=self.session.room_name,

@@ -480,7 +480,7 @@ def test_log_quotes_no_message(tmp_path, log_format):
     for pattern in (
         r"listening on tcp:0",
         r"127\.0\.0\.1.*joined main",
-        r"127\.0\.0\.1.*sent what is refused",
+        r"127\.0\.0\.1.*sent an invalid frame",
         r"127\.0\.0\.1.*left main: 1009",
         r"127\.0\.0\.1.*refused: 404",
         r"stopping",

@@ -880,7 +880,7 @@ def test_invalid_utf_8(log, ann):
 def test_a_refusal_is_logged_without_what_was_said(ann, events):
     ann.says(username="ann", secret="tell nobody")
     assert [event["log_format"].format(**event) for event in events] == [
-        "#0 192.0.2.7:4321 in main sent what is refused"
+        "#0 192.0.2.7:4321 in main sent an invalid frame"
     ]
     assert "tell nobody" not in str(events)
 

@@ -794,7 +794,7 @@ def failures(events):
     return [
         (event["connection"], event["peer"], event["room"], event["code"], event["reason"])
         for event in events
-        if "is failed" in event["log_format"]
+        if "connection failed" in event["log_format"]
     ]
 
 
@@ -1359,7 +1359,7 @@ def test_log_lines_quote_no_message(client, events):
     ]
     assert [event["log_format"] for event in ours] == [
         "#{connection} {peer} joined {room}",
-        "#{connection} {peer} in {room} sent what is refused",
+        "#{connection} {peer} in {room} sent an invalid frame",
         "#{connection} {peer} left {room}: {code}",
     ]
     assert {event["peer"] for event in ours} == {"192.0.2.7:4321"}
