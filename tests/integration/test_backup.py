@@ -27,7 +27,7 @@ SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 
 
 def run(name, *arguments, cwd, code=0, **changes):
-    """Run a script that must exit with a code; return its output, or its one line of error."""
+    """Run a script that must end with a code; return its output, or its one line of error."""
     result = subprocess.run(
         [*PYTHON, SCRIPTS / name, *map(str, arguments)],
         cwd=cwd,
@@ -48,7 +48,7 @@ def run(name, *arguments, cwd, code=0, **changes):
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """Loads a script as a module."""
+    """Load a script as a module."""
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # also for storefiles
     yield lambda name: program(SCRIPTS / name)
@@ -73,7 +73,7 @@ def store(made, tmp_path):
 
 
 def say(server, *texts):
-    """Post texts, and wait for each message."""
+    """Post, and wait until every message is delivered."""
     with Raw(server.port) as client:
         client.join()
         for text in texts:
@@ -99,7 +99,7 @@ def change(path, *statements):
 
 
 class Poster(threading.Thread):
-    """Posts message after message to a room until `stop`, and counts the acknowledgements."""
+    """Posts to a room, message after message, until it is stopped. It knows the last acknowledged message."""
 
     def __init__(self, server, name, room):
         super().__init__(daemon=True)
@@ -108,7 +108,7 @@ class Poster(threading.Thread):
         self._changed = threading.Condition()
         self._stopping = False
         self.acked = 0
-        """The number of acknowledged messages, which is also the text of the last one."""
+        """Return the number that the poster gave its own message."""
         self.faults = []
 
     def run(self):
@@ -127,7 +127,7 @@ class Poster(threading.Thread):
                     self._changed.notify_all()
 
     def more(self):
-        """Wait until a later post is acknowledged."""
+        """Wait until a message posted from now on is acknowledged."""
         with self._changed:
             enough = self.acked + 2
             assert self._changed.wait_for(lambda: self.acked >= enough or self.faults, LONG)
@@ -139,8 +139,8 @@ class Poster(threading.Thread):
         assert self.faults == []
 
 
-def test_backup_under_load(tmp_path):
-    """Each backup is one instant of the log, and no post fails meanwhile."""
+def test_backup_of_a_busy_server(tmp_path):
+    """Each backup is one moment of the log, and no post fails meanwhile."""
     path = tmp_path / "chatd.sqlite"
     rooms = {"ann": "main", "bob": "main", "cy": "kitchen"}
     with Server(tmp_path) as server:
@@ -202,7 +202,7 @@ def test_backup_ends_despite_constant_writes(store, tmp_path, scripts, monkeypat
 # Backups
 
 
-def test_backup_reports_its_contents(store, tmp_path):
+def test_backup_prints_its_content(store, tmp_path):
     epoch, _ = stored(store)
     size = store.stat().st_size
     said = run("backup", "--store=chatd.sqlite", "one", cwd=tmp_path)
@@ -218,7 +218,7 @@ def test_backup_reports_its_contents(store, tmp_path):
     assert stored(tmp_path / "one") == stored(tmp_path / "two") == stored(store)
 
 
-def test_backup_of_a_named_store(store, tmp_path):
+def test_backup_takes_the_servers_store_option(store, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for number, (arguments, changes) in enumerate([
@@ -230,7 +230,7 @@ def test_backup_of_a_named_store(store, tmp_path):
         assert stored(elsewhere / str(number)) == stored(store)
 
 
-def test_backup_is_one_file(store, tmp_path):
+def test_backup_is_one_file_and_leaves_the_store(store, tmp_path):
     store.chmod(0o640)
     before = names(tmp_path), store.read_bytes()
     folder = tmp_path / "backups"
@@ -242,7 +242,8 @@ def test_backup_is_one_file(store, tmp_path):
     assert (names(tmp_path), store.read_bytes()) == before
 
 
-def test_backup_after_a_crash_includes_the_wal(tmp_path):
+def test_backup_includes_the_log_of_a_killed_server(tmp_path):
+    """The write-ahead log of a killed server is part of the backup."""
     with Server(tmp_path) as server:
         say(server, "three")
         server.kill()
@@ -251,7 +252,7 @@ def test_backup_after_a_crash_includes_the_wal(tmp_path):
     assert texts(tmp_path / "copy")[2:] == ["three"]
 
 
-def test_backup_replaces_files_only_with_force(store, tmp_path):
+def test_backup_replaces_a_file_only_on_request(store, tmp_path):
     copy = tmp_path / "copy"
     copy.write_text("precious")
     line = run("backup", "copy", cwd=tmp_path, code=1)
@@ -295,7 +296,7 @@ def test_help_has_examples(name, tmp_path):
 # Restoring
 
 
-def test_restore_draws_a_new_epoch(tmp_path):
+def test_restore_makes_a_new_log_of_the_old_messages(tmp_path):
     with Server(tmp_path) as server:
         say(server, "three")
         run("backup", "copy", cwd=tmp_path)
@@ -319,13 +320,13 @@ def test_restore_draws_a_new_epoch(tmp_path):
             client.send(post("ann", "again"))
             assert client.json()["id"] == f"{new}-4"
         server.stop()
-    # The replaced store is kept, with its write-ahead log.
+    # Nothing is lost: the replaced store still has its write-ahead log.
     assert (tmp_path / f"{aside}-wal").stat().st_size
     assert texts(tmp_path / aside)[2:] == ["three", "lost", "lost too"]
     assert stored(tmp_path / aside)[0] == old
 
 
-def test_restores_draw_different_epochs(store, tmp_path):
+def test_each_restore_makes_another_log(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     said = [json.loads(run("restore", "--json", "copy", f"{number}.sqlite", cwd=tmp_path)) for number in range(3)]
     assert len({stored(store)[0], *(one["epoch"] for one in said)}) == 4
@@ -343,7 +344,7 @@ def test_restores_draw_different_epochs(store, tmp_path):
     assert stored(tmp_path / "copy") == stored(store)
 
 
-def test_restore_while_a_server_runs(tmp_path):
+def test_restore_fails_while_a_server_runs(tmp_path):
     with Server(tmp_path) as server:
         say(server, "three")
         run("backup", "copy", cwd=tmp_path)
@@ -357,7 +358,7 @@ def test_restore_while_a_server_runs(tmp_path):
     assert texts(tmp_path / "chatd.sqlite")[2:] == ["three", "four"]
 
 
-def test_restore_holds_the_lock(store, tmp_path, scripts):
+def test_server_does_not_start_during_a_restore(store, tmp_path, scripts):
     restore = scripts("restore")
     lock = tmp_path / "chatd.sqlite-lock"
     with lock.open() as ours, restore.locked(store, store.stat()), pytest.raises(BlockingIOError):
@@ -366,7 +367,7 @@ def test_restore_holds_the_lock(store, tmp_path, scripts):
         fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_restore_replaces_a_store_only_with_force(store, tmp_path):
+def test_restore_replaces_a_store_only_on_request(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     before = names(tmp_path), store.read_bytes()
     line = run("restore", "copy", "sqlite:chatd.sqlite", cwd=tmp_path, code=1)
@@ -374,7 +375,8 @@ def test_restore_replaces_a_store_only_with_force(store, tmp_path):
     assert (names(tmp_path), store.read_bytes()) == before
 
 
-def test_restore_sets_leftover_logs_aside(store, tmp_path):
+def test_restore_removes_a_stale_write_ahead_log(store, tmp_path):
+    """The write-ahead log of the replaced store does not apply to the restored one."""
     run("backup", "copy", cwd=tmp_path)
     for suffix in ("-wal", "-shm", "-journal"):
         (tmp_path / f"new.sqlite{suffix}").write_text(suffix)
@@ -386,15 +388,15 @@ def test_restore_sets_leftover_logs_aside(store, tmp_path):
     assert [name for name in names(tmp_path) if name.startswith("new.sqlite-")] == ["new.sqlite-lock"]
 
 
-def test_restore_keeps_the_format(store, tmp_path):
-    change(store, "UPDATE log SET written = 77")  # a newer format, which this server can read
+def test_restore_keeps_another_format(store, tmp_path):
+    change(store, "UPDATE log SET written = 77")  # newer, and says that this server can read it
     run("restore", "chatd.sqlite", "new.sqlite", cwd=tmp_path)
     with closing(sqlite3.connect(tmp_path / "new.sqlite")) as db:
         assert db.execute("SELECT written, readable_since FROM log").fetchone() == (77, sqlite_file.READABLE_SINCE)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
-def test_restore_keeps_the_owner(store, tmp_path):
+def test_restore_by_root_keeps_the_owner(store, tmp_path):
     run("backup", "copy", cwd=tmp_path)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -413,7 +415,7 @@ def test_restore_keeps_the_owner(store, tmp_path):
     assert (folder / "new.sqlite").stat().st_mode & 0o777 == 0o660
 
 
-def test_scripts_agree_with_the_server(scripts, monkeypatch):
+def test_scripts_share_the_servers_constants(scripts, monkeypatch):
     restore = scripts("restore")
     assert restore.FORMAT == sqlite_file.FORMAT
     assert sys.modules["storefiles"].APPLICATION_ID == sqlite_file.APPLICATION_ID
@@ -460,7 +462,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", ["backup", "restore"])
 @pytest.mark.parametrize("what", DAMAGES)
-def test_damaged_store_is_refused(store, tmp_path, name, what):
+def test_damaged_store_is_rejected(store, tmp_path, name, what):
+    """The script fails and leaves no file."""
     spoil, reason = DAMAGES[what]
     source = tmp_path / "source"
     run("backup", "source", cwd=tmp_path)
@@ -476,7 +479,7 @@ def test_damaged_store_is_refused(store, tmp_path, name, what):
     assert made <= {"absent-lock", "present-lock"}
 
 
-def test_restore_of_a_newer_format(store, tmp_path):
+def test_backup_of_a_newer_format_is_rejected(store, tmp_path):
     change(store, NEWER)
     run("backup", "copy", cwd=tmp_path)
     line = run("restore", "copy", "new.sqlite", cwd=tmp_path, code=1)
@@ -500,7 +503,7 @@ def test_restore_of_a_newer_format(store, tmp_path):
         ("restore", ["chatd.sqlite", "nowhere/new"], "nowhere cannot be used (No such file or directory): "),
     ],
 )
-def test_errors_are_one_line(store, tmp_path, name, arguments, line):
+def test_error_is_one_line(store, tmp_path, name, arguments, line):
     (tmp_path / "folder").mkdir()
     before = names(tmp_path)
     assert run(name, *arguments, cwd=tmp_path, code=1).startswith(f"{name}: {line}")
@@ -526,7 +529,7 @@ runpy.run_path(name, run_name="__main__")
 @pytest.mark.parametrize("when", [" %", "verifying"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("arguments", [("backup", "copy"), ("restore", "--force", "chatd.sqlite", "new.sqlite")])
-def test_interruption_leaves_nothing(store, tmp_path, arguments, number, when):
+def test_interrupted_script_leaves_no_file(store, tmp_path, arguments, number, when):
     (tmp_path / "new.sqlite").write_text("old")
     (tmp_path / "new.sqlite-lock").touch()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -40,7 +40,7 @@ from chatd.transport.handshake import MAGIC
         ("WS://[::1]:8085/", (False, "::1", 8085, "/", ""), "ws://[::1]:8085/"),
     ],
 )
-def test_addresses(url, address, text):
+def test_parse_addresses(url, address, text):
     assert ServerAddress.parse(url) == address
     assert str(ServerAddress.parse(url)) == text
 
@@ -62,13 +62,13 @@ def test_addresses(url, address, text):
         "ws://h/#a",
     ],
 )
-def test_what_is_no_address(url):
+def test_invalid_addresses(url):
     with pytest.raises(ValueError, match=re.escape(repr(url))) as error:
         ServerAddress.parse(url)
     assert "\n" not in str(error.value)
 
 
-def test_the_query_is_kept_and_the_last_id_goes_with_it():
+def test_resource_has_the_query_and_the_last_id():
     address = ServerAddress.parse("ws://h/rooms/a?username=ann+b&last_event_id=abcd-1")
     assert address.resource(None) == "/rooms/a?username=ann+b&last_event_id=abcd-1"
     assert address.resource(Id("abcd", 7)) == "/rooms/a?username=ann+b&last_event_id=abcd-7"
@@ -79,7 +79,7 @@ def test_the_query_is_kept_and_the_last_id_goes_with_it():
 
 
 class Watch(Listener):
-    """A listener that writes down what it is told."""
+    """A listener that records its events."""
 
     def __init__(self):
         self.events = []
@@ -127,7 +127,7 @@ class Watch(Listener):
 
 
 class Wire(StringTransport):
-    """A connection whose other end is the test's."""
+    """A connection with the test at its other end."""
 
     def __init__(self, protocol):
         super().__init__()
@@ -163,7 +163,7 @@ class Wire(StringTransport):
         self.say(b"\x88%c%b" % (len(payload), payload))
 
     def said(self):
-        """The texts that the client has sent."""
+        """Take the texts that the client sent."""
         data, unmasked = self.value(), b""
         self.clear()
         while data:
@@ -177,12 +177,12 @@ class Wire(StringTransport):
         return read_frames(unmasked)
 
     def end(self):
-        """The client learns that the connection is gone."""
+        """Report the loss of the connection to the client."""
         self.client.connectionLost(Failure(error.ConnectionLost()))
 
 
 class Endpoint:
-    """Where the client connects to, as the test says."""
+    """An endpoint that accepts or refuses when the test asks for it."""
 
     def __init__(self):
         self.attempts = []
@@ -204,7 +204,7 @@ class Endpoint:
 
 
 class Longest:
-    """Chance, at its upper end."""
+    """A source of chance that always returns the upper bound."""
 
     def random(self):
         return 1.0
@@ -215,7 +215,7 @@ def frame(number):
 
 
 class Table:
-    """A client, its clock, and where it connects to."""
+    """A client with its clock and its endpoint."""
 
     def __init__(self, url="ws://h:8085/rooms/a", **options):
         self.clock = Clock()
@@ -226,14 +226,14 @@ class Table:
         self.client.start()
 
     def join(self, number=0, **said):
-        """A connection, up to the history."""
+        """Accept a connection, up to the history."""
         wire = self.endpoint.accept()
         wire.answer()
         wire.say(history_frame("abcd", number, [], **said))
         return wire
 
 
-def test_the_handshake_asks_for_the_room_and_for_what_was_missed():
+def test_handshake_names_the_room_and_the_last_id():
     table = Table("ws://h:8085/rooms/a?events=typing", last=Id("abcd", 7))
     wire = table.endpoint.accept()
     head = wire.request()
@@ -256,7 +256,8 @@ def test_listener_receives_the_history_and_then_each_message():
     assert table.client.last == Id("abcd", 4)
 
 
-def test_pings_are_answered_and_pieces_put_together():
+def test_pings_and_fragments():
+    """Pings are answered, and fragments are joined."""
     table = Table()
     wire = table.join(2)
     wire.clear()
@@ -299,7 +300,7 @@ def test_post_without_an_ack_is_repeated_with_its_label():
     assert result_of(posted) == Posted(Id("abcd", 7), duplicate=True)
 
 
-def test_pages_are_asked_for_and_answered():
+def test_page_requests_and_their_answers():
     table = Table()
     wire = table.join(9)
     pages = [
@@ -318,7 +319,8 @@ def test_pages_are_asked_for_and_answered():
     assert table.client.last == Id("abcd", 9)
 
 
-def test_what_is_refused_for_now_is_sent_again_at_its_time():
+def test_temporary_errors_delay_the_retry():
+    """A retry waits as long as the server asks."""
     table = Table()
     wire = table.join()
     posted = table.client.post("ann", "hi")
@@ -340,7 +342,7 @@ def test_what_is_refused_for_now_is_sent_again_at_its_time():
         result_of(posted)
 
 
-def test_another_log_replaces_all():
+def test_new_log_on_reconnect_replaces_all():
     table = Table()
     wire = table.join(5)
     wire.say(frame(6))
@@ -364,7 +366,7 @@ def test_another_log_replaces_all():
     assert table.client.last == Id("abcd", 2)
 
 
-def test_another_log_in_the_midst_of_a_connection_replaces_all():
+def test_new_log_during_a_connection_replaces_all():
     table = Table()
     wire = table.join(5)
     wire.say(frame(6))
@@ -431,7 +433,8 @@ def test_protocol_error_drops_the_connection_and_reconnects(data, words):
     assert "last_event_id=abcd-7" in table.endpoint.accept().request()
 
 
-def test_after_a_fault_nothing_is_said_until_the_next_connection():
+def test_no_post_after_a_protocol_error():
+    """Posts wait for the next connection."""
     table = Table()
     wire = table.join(7)
     wire.say(frame(9))
@@ -442,10 +445,10 @@ def test_after_a_fault_nothing_is_said_until_the_next_connection():
     assert len(table.join(7, resumed=True).said()) == 1
 
 
-# Coming back
+# Reconnecting
 
 
-def test_it_waits_longer_each_time_until_a_history_has_come():
+def test_backoff_grows_until_the_first_history():
     table = Table()
     waits = []
     for _ in range(7):
@@ -458,7 +461,7 @@ def test_it_waits_longer_each_time_until_a_history_has_come():
     assert table.watch.events[-1][2] == 1
 
 
-def test_other_errors_are_told_in_their_own_words():
+def test_other_errors_keep_their_words():
     table = Table()
     table.endpoint.refuse(OSError("no route."))
     assert table.watch.events == [("on_disconnect", "no route", 1.0)]
@@ -467,7 +470,7 @@ def test_other_errors_are_told_in_their_own_words():
 @pytest.mark.parametrize(
     ("reason", "wait"), [("retry_after=0.7", 0.7), ("going; retry_after=12", 12), ("restarting", 1), ("", 1)]
 )
-def test_a_server_that_stops_says_when_to_come_again(reason, wait):
+def test_stopping_server_sets_the_reconnect_time(reason, wait):
     table = Table()
     wire = table.join(7)
     wire.clear()
@@ -479,7 +482,7 @@ def test_a_server_that_stops_says_when_to_come_again(reason, wait):
     table.join(7, resumed=True)
 
 
-def test_a_close_without_a_code_is_no_refusal():
+def test_close_without_a_code_reconnects():
     table = Table()
     wire = table.join(7)
     wire.close()
@@ -488,7 +491,8 @@ def test_a_close_without_a_code_is_no_refusal():
 
 
 @pytest.mark.parametrize("code", [1002, 1003, 1007, 1008, 1009])
-def test_a_close_that_says_that_the_client_erred_is_the_end(code):
+def test_close_with_a_client_error_rejects(code):
+    """The client fails all requests and does not reconnect."""
     table = Table()
     wire = table.join(7)
     posted = table.client.post("ann", "hi")
@@ -506,7 +510,7 @@ def test_a_close_that_says_that_the_client_erred_is_the_end(code):
 
 
 @pytest.mark.parametrize("status", ["400 Bad Request", "403 Forbidden", "404 Not Found", "200 OK", "505"])
-def test_a_handshake_that_is_refused_for_good(status):
+def test_handshake_rejected_for_good(status):
     table = Table()
     wire = table.endpoint.accept()
     wire.answer(status)
@@ -517,7 +521,8 @@ def test_a_handshake_that_is_refused_for_good(status):
     assert table.clock.calls == []
 
 
-def test_it_knows_what_the_server_calls_itself():
+def test_server_header():
+    """The client keeps the last Server header that it received."""
     table = Table()
     assert table.client.server is None
     wire = table.endpoint.accept()
@@ -527,7 +532,8 @@ def test_it_knows_what_the_server_calls_itself():
     assert table.client.server == "chatd/1.2.3", "the last"
 
 
-def test_who_stops_upon_being_refused_for_good_has_stopped():
+def test_stop_when_rejected():
+    """Stopping in the errback of a rejected post takes effect."""
     table = Table()
     posted = table.client.post("ann", "hi")
     wire = table.endpoint.accept()
@@ -549,7 +555,8 @@ def test_who_stops_upon_being_refused_for_good_has_stopped():
         ("503 Service Unavailable", "X: y", 1),
     ],
 )
-def test_a_handshake_that_is_refused_for_now(status, header, wait):
+def test_handshake_rejected_for_now(status, header, wait):
+    """The client reconnects after Retry-After."""
     table = Table()
     wire = table.endpoint.accept()
     wire.answer(status, header)
@@ -559,7 +566,7 @@ def test_a_handshake_that_is_refused_for_now(status, header, wait):
     table.join(1)
 
 
-def test_what_is_no_good_answer_is_tried_again():
+def test_malformed_handshake_is_retried():
     table = Table()
     wire = table.endpoint.accept()
     wire.say(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
@@ -573,7 +580,7 @@ def test_what_is_no_good_answer_is_tried_again():
     assert table.watch.kinds() == ["on_disconnect", "on_disconnect"]
 
 
-def test_a_violation_of_websocket_is_told():
+def test_websocket_violation_is_reported():
     table = Table()
     wire = table.join(1)
     wire.say(b"\xf1\x00")
@@ -581,10 +588,10 @@ def test_a_violation_of_websocket_is_told():
     assert "RSV" in table.watch.events[-1][1]
 
 
-# Patience
+# Time-outs
 
 
-def test_a_handshake_that_is_not_answered_is_given_up():
+def test_handshake_times_out():
     table = Table()
     wire = table.endpoint.accept()
     table.clock.advance(CONNECT_SECONDS - 1)
@@ -611,7 +618,7 @@ def test_an_idle_server_is_pinged():
     assert not wire.aborted
 
 
-def test_a_silent_server_is_given_up():
+def test_silent_server_times_out():
     table = Table()
     wire = table.join(1)
     table.clock.advance(IDLE_SECONDS - 1)
@@ -626,7 +633,8 @@ def test_a_silent_server_is_given_up():
     assert table.watch.events[-1] == ("on_disconnect", "the server did not answer in time", 1.0)
 
 
-def test_a_server_that_closes_and_does_not_go_is_left():
+def test_close_times_out():
+    """The client drops the connection if the server does not end it."""
     table = Table()
     wire = table.join(1)
     wire.close(1012)
@@ -635,10 +643,10 @@ def test_a_server_that_closes_and_does_not_go_is_left():
     assert wire.aborted
 
 
-# Going
+# Stopping
 
 
-def test_stopping_closes_and_waits_for_the_end():
+def test_stop_closes_and_waits():
     table = Table()
     wire = table.join(1)
     posted = table.client.post("ann", "hi")
@@ -657,7 +665,7 @@ def test_stopping_closes_and_waits_for_the_end():
         result_of(table.client.post("ann", "hi"))
 
 
-def test_stopping_does_not_wait_for_long():
+def test_stop_times_out():
     table = Table()
     wire = table.join(1)
     gone = table.client.stop()
@@ -668,7 +676,7 @@ def test_stopping_does_not_wait_for_long():
     assert table.watch.kinds() == ["on_history", "on_connect"]
 
 
-def test_stopping_in_a_handshake_drops_it():
+def test_stop_during_the_handshake():
     table = Table()
     wire = table.endpoint.accept()
     gone = table.client.stop()
@@ -677,7 +685,7 @@ def test_stopping_in_a_handshake_drops_it():
     assert result_of(gone) is None
 
 
-def test_stopping_while_refused_for_good():
+def test_stop_while_rejected():
     table = Table()
     wire = table.join(1)
     gone = table.client.stop()
@@ -694,14 +702,14 @@ def test_stop_cancels_a_connection_attempt():
     assert table.watch.events == []
 
 
-def test_stopping_while_it_waits():
+def test_stop_during_the_backoff():
     table = Table()
     table.endpoint.refuse()
     assert result_of(table.client.stop()) is None
     assert table.clock.calls == []
 
 
-def test_cutting_needs_a_connection():
+def test_drop_connection():
     table = Table()
     assert not table.client.drop_connection()
     wire = table.join(1)
@@ -711,7 +719,7 @@ def test_cutting_needs_a_connection():
     assert table.watch.events[-1] == ("on_disconnect", "dropped by the client", 1.0)
 
 
-def test_a_listener_need_do_nothing():
+def test_listener_methods_are_optional():
     table = Table()
     table.client._listener = Listener()
     wire = table.join(1)
@@ -793,7 +801,9 @@ def test_client_of_a_stopped_server_resumes_on_the_next(tmp_path):
     assert watch.numbers == [1, 2, 3]
 
 
-def test_against_a_server_that_forgot_everything_it_begins_again(tmp_path):
+def test_server_that_lost_its_store(tmp_path):
+    """The client starts over with the history of the new log."""
+
     async def run(loop):
         watch = Watch()
         with Server(tmp_path, "--store=memory:") as server:
@@ -811,7 +821,7 @@ def test_against_a_server_that_forgot_everything_it_begins_again(tmp_path):
     assert history.end == Id(epoch, 2)
 
 
-def test_over_tls_as_the_machine_trusts(tmp_path, monkeypatch):
+def test_tls_with_the_trust_of_the_machine(tmp_path, monkeypatch):
     arguments, _ = certificate_for(tmp_path)
 
     async def run(loop):

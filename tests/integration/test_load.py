@@ -1,4 +1,4 @@
-"""The load tool against real servers, and against ones that err: a relay in between tampers with a single frame."""
+"""The load tool against real servers, and against faulty ones: a relay in between changes a single frame."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ LISTEN = "tcp:0:interface=127.0.0.1:backlog=4096"
 # Figures
 
 
-def test_latencies_are_told_to_two_percent():
+def test_latencies_are_exact_to_two_percent():
     latencies = Latencies()
     assert latencies.figures() is None
     for milliseconds in range(1000, 0, -1):
@@ -43,7 +43,7 @@ def test_latencies_are_told_to_two_percent():
     assert len(latencies._counts) < 400
 
 
-def test_a_single_latency_is_all_percentiles():
+def test_percentiles_of_a_single_latency():
     latencies = Latencies()
     latencies.add(0.0)
     assert latencies.figures() == {"p50": 0, "p95": 0, "p99": 0, "max": 0}
@@ -56,7 +56,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_there_is_a_bar():
+def test_progress_bar_on_a_terminal():
     stream = Terminal()
     progress = Progress(stream, lambda: 0)
     progress.show(0.5, "half")
@@ -64,7 +64,8 @@ def test_on_a_terminal_there_is_a_bar():
     assert stream.getvalue() == "\r\033[K[###############               ]  50%  half\r\033[K"
 
 
-def test_elsewhere_there_is_a_line_now_and_then():
+def test_progress_lines_elsewhere():
+    """A stream that is no terminal gets a line every few seconds."""
     now, stream = [0.0], io.StringIO()
     progress = Progress(stream, lambda: now[0])
     for now[0] in (0, 4, 5, 6, 9, 11):
@@ -77,7 +78,7 @@ def test_elsewhere_there_is_a_line_now_and_then():
 
 
 def run(*words, tamper=None, tampered=0, port=None, err=None):
-    """Run the tool, by a relay to a port if there is one; answers its status, its output and its errors."""
+    """Run the tool, by a relay to a port if there is one; return its status, its output and its errors."""
     out, err = io.StringIO(), err or io.StringIO()
     with reactor() as loop, patch.object(Progress, "SECONDS", 3600):  # however slow the machine is
         if port is not None:
@@ -100,7 +101,7 @@ def refused(capsys, *words):
     return said.err
 
 
-def test_the_options_have_defaults():
+def test_default_options():
     options = program.arguments(["ws://localhost:8085/"])
     assert (options.clients, options.posters, options.rate, options.seconds, options.messages) == (
         100,
@@ -127,14 +128,14 @@ def test_the_options_have_defaults():
         (("ws://h/", "--nonsense"), "unrecognized arguments: --nonsense"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(capsys, words, said):
+def test_wrong_option_is_one_line(capsys, words, said):
     line = refused(capsys, *words)
     assert line.startswith("chatd.load: ")
     assert said in line
     assert line.endswith(": see --help\n")
 
 
-def test_more_files_than_may_be_open(monkeypatch):
+def test_limit_of_open_files(monkeypatch):
     limits = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
@@ -150,7 +151,7 @@ def test_more_files_than_may_be_open(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])
-def test_a_server_that_is_not_there_is_said_in_one_line(words):
+def test_unreachable_server_is_one_line(words):
     status, out, err = run("ws://127.0.0.1:1/rooms/a", *words)
     assert status == UNTRIED
     assert err == (
@@ -160,7 +161,7 @@ def test_a_server_that_is_not_there_is_said_in_one_line(words):
     assert out == "" or json.loads(out)["proved"] is False
 
 
-def test_as_a_program(monkeypatch, capsys):
+def test_run_as_a_program(monkeypatch, capsys):
     with reactor():
         monkeypatch.setattr(sys, "argv", ["chatd.load", "ws://127.0.0.1:1/"])
         begun = []
@@ -188,7 +189,7 @@ def server(tmp_path_factory):
         yield server
 
 
-def test_a_good_server_is_proved(server):
+def test_correct_server_is_proved(server):
     status, out, err = run(server.url, "--clients=20", "--posters=5", "--messages=100", "--rate=200", "--cut=0.2")
     assert (status, err) == (PROVED, "")
     lines = out.splitlines()
@@ -203,7 +204,7 @@ def test_a_good_server_is_proved(server):
     assert lines[-1] == "proved     each client received each message exactly once, in one order, as it was posted"
 
 
-def test_the_figures_as_json(server):
+def test_report_as_json(server):
     words = ("--clients=3", "--seconds=0.3", "--rate=50", "--cut=0", "--room=kitchen", "--json")
     status, out, err = run(server.url, *words)
     assert (status, err) == (PROVED, "")
@@ -235,7 +236,7 @@ def test_the_figures_as_json(server):
     }
 
 
-def test_a_room_in_which_others_have_talked(server):
+def test_room_with_messages_of_others(server):
     url = f"{server.url}rooms/pub"
     for others in (0, 2):
         status, out, _ = run(url, "--clients=2", "--messages=2", "--rate=0", "--json")
@@ -244,7 +245,8 @@ def test_a_room_in_which_others_have_talked(server):
         assert json.loads(out)["delivered"] == 4 + 2 * others
 
 
-def test_what_goes_in_a_time(server):
+def test_run_for_a_time(server):
+    """With --rate=0 each poster posts as fast as the server acknowledges."""
     status, out, _ = run(server.url, "--clients=5", "--rate=0", "--seconds=0.5", "--cut=0", "--json")
     report = json.loads(out)
     assert status == PROVED
@@ -252,20 +254,20 @@ def test_what_goes_in_a_time(server):
     assert report["delivered"] == 5 * report["posted"]
 
 
-def test_a_thousand_clients_in_one_process(server):
+def test_thousand_clients_in_one_process(server):
     status, out, _ = run(server.url, "--clients=1000", "--messages=30", "--rate=0", "--cut=3", "--json")
     report = json.loads(out)
     assert (status, report["clients"], report["delivered"]) == (PROVED, 1000, 30_000)
 
 
-def test_a_server_with_its_rate_is_posted_to_more_slowly(tmp_path):
+def test_rate_limit_slows_the_posters(tmp_path):
     with Server(tmp_path, "--rate=40:2") as server:
         status, out, _ = run(server.url, "--clients=2", "--messages=40", "--rate=0", "--cut=0", "--json")
     assert (status, json.loads(out)["acknowledged"]) == (PROVED, 40)
 
 
 class Killer(Terminal):
-    """The terminal of a trial, who kills the server when so many posts are acknowledged, and starts another."""
+    """A terminal that kills and restarts the server when `marks` posts are acknowledged."""
 
     def __init__(self, start, *marks):
         super().__init__()
@@ -305,7 +307,7 @@ def starting(folder, *options):
     return lambda listen: Server(folder, *options, listen=listen).__enter__()
 
 
-def test_a_server_that_is_killed_and_started_again_is_proved(tmp_path):
+def test_server_killed_and_restarted_is_proved(tmp_path):
     with Killer(starting(tmp_path), 100, 400) as killer:
         words = ("--clients=50", "--messages=800", "--rate=400", "--cut=1", "--json")
         status, out, err = run(killer.server.url, *words, err=killer)
@@ -316,7 +318,7 @@ def test_a_server_that_is_killed_and_started_again_is_proved(tmp_path):
     assert "reconnections" in err
 
 
-def test_a_server_that_forgets_is_refuted(tmp_path):
+def test_server_that_loses_its_log_is_refuted(tmp_path):
     with Killer(starting(tmp_path, "--store=memory:"), 20) as killer:
         words = ("--clients=5", "--messages=100", "--rate=50", "--cut=0")
         status, out, err = run(killer.server.url, *words, err=killer)
@@ -331,7 +333,7 @@ def test_a_server_that_forgets_is_refuted(tmp_path):
     assert re.search(r", [1-5] started over", err), "the last may have before the next look"
 
 
-def test_unless_that_is_allowed(tmp_path):
+def test_lenient_run_accepts_a_lost_log(tmp_path):
     with Killer(starting(tmp_path, "--store=memory:"), 20) as killer:
         words = ("--clients=5", "--messages=100", "--rate=50", "--cut=0", "--lenient", "--json")
         status, out, err = run(killer.server.url, *words, err=killer)
@@ -341,7 +343,7 @@ def test_unless_that_is_allowed(tmp_path):
     assert 20 <= report["lost"] < 100
 
 
-def test_a_server_that_takes_few_rooms(tmp_path):
+def test_room_that_the_server_does_not_have(tmp_path):
     with Server(tmp_path, "--rooms=main") as server:
         status, out, err = run(server.url)
         assert (status, out) == (UNTRIED, "")
@@ -349,7 +351,7 @@ def test_a_server_that_takes_few_rooms(tmp_path):
         assert run(server.url, "--room=main", "--messages=1", "--clients=1")[0] == PROVED
 
 
-def test_who_interrupts_it_is_told_what_was_done(server):
+def test_interrupted_run_prints_its_figures(server):
     class Impatient(Terminal):
         def write(self, text):
             if " acknowledged" in text and not self.getvalue().count("acknowledged"):
@@ -401,13 +403,13 @@ def test_unread_part_of_a_new_log_is_read_back():
     assert re.fullmatch("the log abcd is lost, with 0 acknowledged messages: now there is efgh", trial.fault)
 
 
-def test_its_own_faults_are_not_hidden(server, monkeypatch):
+def test_unexpected_errors_propagate(server, monkeypatch):
     monkeypatch.setattr(Trial, "_post", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(server.url, "--clients=2")
 
 
-# Servers that err
+# Faulty servers
 
 
 class Front(Protocol):
@@ -472,7 +474,7 @@ class Back(Protocol):
 
 
 class Relay(Factory):
-    """Stands between the clients and a server; what one connection is given goes through `tamper`, frame by frame."""
+    """Stand between the clients and a server; each frame to one connection passes through `tamper`."""
 
     protocol = Front
     noisy = False
@@ -506,7 +508,7 @@ def split(frame):
 
 
 class Mutant:
-    """Does something to one frame of a kind, the `at`-th."""
+    """Change one frame of a kind, the `at`-th."""
 
     def __init__(self, do, at, kind="message"):
         self.do = do
@@ -559,7 +561,7 @@ def renumber(frame):
 MANY = ("--clients=100", "--posters=50", "--messages=1000", "--rate=0", "--cut=0", "--json")
 
 
-def test_a_relay_that_changes_nothing_is_proved(server):
+def test_relay_that_changes_nothing_is_proved(server):
     mutant = Mutant(drop, 0)
     status, out, err = run(*MANY, port=server.port, tamper=mutant)
     assert (status, err, mutant.done, mutant.count) == (PROVED, "", 0, 1000)
@@ -577,7 +579,7 @@ def test_a_relay_that_changes_nothing_is_proved(server):
     ],
     ids=["drop", "double", "swap", "alter", "exchange"],
 )
-def test_one_message_frame_in_a_hundred_thousand(server, do, words):
+def test_one_wrong_frame_in_a_hundred_thousand(server, do, words):
     mutant = Mutant(do, 500)
     status, out, err = run(*MANY, port=server.port, tamper=mutant, tampered=57)
     assert (status, mutant.done) == (REFUTED, 1)
@@ -590,7 +592,7 @@ def test_one_message_frame_in_a_hundred_thousand(server, do, words):
 @pytest.mark.parametrize(
     ("do", "words"),
     [
-        # By the client that missed it, or by its acknowledgement, if that client is the one who posted it.
+        # The client that missed it reports it, or its acknowledgement does if that client posted it.
         (
             drop,
             r"client \d+ has (\w+)-999 of \1-1000, and received no more in 2 seconds|post .*-1000 before the client ",
@@ -599,14 +601,14 @@ def test_one_message_frame_in_a_hundred_thousand(server, do, words):
     ],
     ids=["drop", "double"],
 )
-def test_the_very_last_message_frame(server, do, words):
+def test_wrong_last_frame(server, do, words):
     mutant = Mutant(do, 1000)
     status, _, err = run(*MANY, "--patience=2", port=server.port, tamper=mutant, tampered=99)
     assert (status, mutant.done) == (REFUTED, 1)
     assert re.match(f"chatd.load: {words}", err), err
 
 
-def test_a_lost_acknowledgement(server):
+def test_lost_acknowledgement(server):
     mutant = Mutant(drop, 7, "ack")
     status, _, err = run(*MANY, "--patience=2", port=server.port, tamper=mutant, tampered=3)
     assert (status, mutant.done) == (REFUTED, 1)
@@ -615,7 +617,7 @@ def test_a_lost_acknowledgement(server):
     )
 
 
-def test_an_acknowledgement_of_something_else(server):
+def test_acknowledgement_with_a_wrong_id(server):
     mutant = Mutant(renumber, 7, "ack")
     status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=3)
     assert (status, mutant.done) == (REFUTED, 1)
@@ -625,7 +627,7 @@ def test_an_acknowledgement_of_something_else(server):
 
 
 class Twice(Mutant):
-    """What one client posts is posted a second time under another label."""
+    """Post the first post of one client twice, under two labels."""
 
     def __init__(self):
         super().__init__(drop, 0)
@@ -645,7 +647,7 @@ class Twice(Mutant):
         return bytes(other) + data
 
 
-def test_a_post_that_is_kept_twice(server):
+def test_post_stored_twice(server):
     mutant = Twice()
     status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=None)
     assert (status, mutant.done) == (REFUTED, 1)
@@ -653,20 +655,20 @@ def test_a_post_that_is_kept_twice(server):
 
 
 class Closing(Mutant):
-    """A connection is closed, and nothing more said in it."""
+    """Close a connection, and send nothing more on it."""
 
     def __call__(self, frame):
         return b"" if self.done else super().__call__(frame)
 
 
-def test_a_client_that_is_turned_away_in_the_midst(server):
+def test_client_rejected_during_the_run(server):
     mutant = Closing(lambda _: b"\x88\x02" + (1008).to_bytes(2), 500)
     status, _, err = run(*MANY, port=server.port, tamper=mutant, tampered=57)
     assert (status, mutant.done) == (REFUTED, 1)
     assert re.match(r"chatd.load: client \d+ is rejected: closed with 1008\n", err)
 
 
-def test_a_post_that_is_refused_for_good(server):
+def test_post_rejected_for_good(server):
     def refuse(frame):
         text = json.loads(frame[2:])
         return framed(json.dumps({"type": "error", "message": "Nonsense", "label": text["label"]}).encode())
@@ -677,7 +679,7 @@ def test_a_post_that_is_refused_for_good(server):
 
 
 class Failover(Mutant):
-    """The log is another from a message on: all that follows, and what is asked about it, is told in other words."""
+    """Replace the log at a message: later frames, and requests about them, have another epoch."""
 
     def __init__(self, at):
         super().__init__(drop, at)
@@ -698,7 +700,7 @@ class Failover(Mutant):
         return framed(text.replace(self.epoch, b"efghij", 1))
 
     def heard(self, front, data):
-        """Frames of a client: those that name the new log are told in the words of the old."""
+        """Translate the new epoch to the old one in a client's frames."""
         size = data[1] & 0x7F
         if data[0] == 0x81 and size < 126 and len(data) == 6 + size:
             mask = data[2:6]
@@ -709,7 +711,7 @@ class Failover(Mutant):
 
 
 class Everyone:
-    """All connections are tampered with."""
+    """The number of every connection, so that the relay changes frames of all of them."""
 
     def __eq__(self, other):
         return True
@@ -718,7 +720,7 @@ class Everyone:
 
 
 @pytest.mark.parametrize("lenient", [True, False])
-def test_a_log_that_is_lost_in_the_midst_of_the_connections(server, lenient):
+def test_log_lost_during_the_connections(server, lenient):
     mutant = Failover(300)
     words = [*MANY, "--room=failover-lenient" if lenient else "--room=failover", *["--lenient"] * lenient]
     status, out, err = run(*words, port=server.port, tamper=mutant, tampered=Everyone())
@@ -731,7 +733,7 @@ def test_a_log_that_is_lost_in_the_midst_of_the_connections(server, lenient):
         assert re.match(r"chatd.load: the log \w+ is lost, with 0 acknowledged messages: now there is efghij\n", err)
 
 
-def test_clients_that_cannot_join(server):
+def test_not_all_clients_can_join(server):
     class Few(Mutant):
         def __call__(self, frame):
             return b""
@@ -744,7 +746,7 @@ def test_clients_that_cannot_join(server):
     )
 
 
-def test_progress_is_told_in_every_phase(server, monkeypatch):
+def test_progress_in_every_phase(server, monkeypatch):
     monkeypatch.setattr("chatd.load.trial.TICKS", 1)
 
     class Slow(Mutant):
@@ -760,7 +762,7 @@ def test_progress_is_told_in_every_phase(server, monkeypatch):
     assert "of 3 clients have everything" in said
 
 
-def test_a_busy_program_says_so():
+def test_summary_of_a_busy_program():
     with contextlib.closing(io.StringIO()):
         report = {
             "url": "ws://h:80/",
@@ -788,7 +790,7 @@ def test_a_busy_program_says_so():
 
 
 @pytest.mark.parametrize(("lost", "words"), [(0, "0"), (1234, "1,234"), (None, "an unknown number of")])
-def test_what_is_lost_is_told(lost, words):
+def test_summary_of_lost_messages(lost, words):
     with reactor() as loop:
         options = program.arguments(["ws://127.0.0.1:1/"])
         report = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds)).report()

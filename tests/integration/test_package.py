@@ -1,4 +1,4 @@
-"""What is installed: the wheel and the editable install, each in an environment of its own."""
+"""The wheel and the editable install, each in an environment of its own."""
 
 import pathlib
 import site
@@ -28,7 +28,7 @@ def clean():
 
 
 def check_run(*command, cwd):
-    """Run a command that must not fail; answers what it said."""
+    """Run a command that must not fail; return its output."""
     result = subprocess.run(
         command, cwd=cwd, env=clean(), capture_output=True, text=True, timeout=4 * LONG, check=False
     )
@@ -38,7 +38,7 @@ def check_run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the files that git keeps, or would."""
+    """A copy of the files that git tracks or would track."""
     folder = copy_checkout(tmp_path_factory.mktemp("package") / "copy")
     assert (folder / "chatd" / "schemas").is_symlink()
     return folder
@@ -73,7 +73,8 @@ def installed(request, copy, tmp_path):
     return python
 
 
-def test_the_wheel_has_its_data_and_leaves_twisteds_packages_alone(wheel):
+def test_wheel_content(wheel):
+    """The wheel has its data, and no file of Twisted's own packages."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         schema = archive.read("chatd/schemas/message.json")
@@ -87,7 +88,7 @@ def test_the_wheel_has_its_data_and_leaves_twisteds_packages_alone(wheel):
     assert not [name for name in names if name.endswith((".pyc", "dropin.cache", ".sqlite"))]
 
 
-def test_what_is_installed_runs_from_anywhere(installed, tmp_path):
+def test_installed_chatd_runs_from_any_folder(installed, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     command = (installed, TWISTD)

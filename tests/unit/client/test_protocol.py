@@ -1,4 +1,4 @@
-"""A client's half of the wire, without a network."""
+"""The client's half of the protocol, without a network."""
 
 import json
 from random import Random
@@ -42,12 +42,13 @@ def history(end, count=0, *, resumed=None, epoch="abcd", label=None):
     )
 
 
-# What a server's bytes are
+# Frames in a byte stream
 
 
 @given(st.lists(st.sampled_from([0, 1, 125, 126, 65535, 65536]).map(lambda size: b"x" * size)), st.data())
 @REPEATABLE
-def test_whole_text_frames_are_taken_and_the_rest_is_left(texts, data):
+def test_take_whole_text_frames(texts, data):
+    """Whole text frames are taken, and the rest of the stream is left."""
     stream = b"".join(map(text_frame, texts))
     cut = data.draw(st.integers(0, len(stream)))
     taken, rest, more = take_texts(stream[:cut])
@@ -58,15 +59,16 @@ def test_whole_text_frames_are_taken_and_the_rest_is_left(texts, data):
 
 
 @pytest.mark.parametrize("other", [b"\x89\x00", b"\x88\x02\x03\xe8", b"\x01\x01x", b"\x81\x81aaaax", b"\xc1\x01x"])
-def test_any_other_frame_is_left_to_who_knows_it(other):
+def test_frame_that_is_not_text_is_left(other):
+    """Control frames, fragments and masked frames are left to the WebSocket library."""
     first = text_frame(b"first")
     assert take_texts(first + other) == ([b"first"], len(first), False)
 
 
-# What a server says
+# Frames of the server
 
 
-def test_what_the_server_encodes_is_read():
+def test_parse_every_frame_of_the_server():
     messages = [message_frame("abcd", entry(number)) for number in (6, 7)]
     assert parse_frame(payload(messages[0])) == message(6)
     page = parse_frame(payload(history_frame("abcd", 7, messages, more=True, label="h1")))
@@ -81,7 +83,8 @@ def test_what_the_server_encodes_is_read():
     assert parse_frame(payload(presence_frame(1, users=["ann"]))) == Event("presence", {"count": 1, "users": ["ann"]})
 
 
-def test_what_is_not_known_yet_is_no_fault():
+def test_unknown_types_and_fields_are_accepted():
+    """A newer server may send frames and fields that this client does not know."""
     assert parse_frame(b'{"type":"weather","sun":1}') == Event("weather", None)
     assert parse_frame(b'{"type":"ack","label":"l","id":"abcd-7","new":1}') == Ack("l", Id("abcd", 7))
 
@@ -103,15 +106,15 @@ def test_what_is_not_known_yet_is_no_fault():
         b'"\xff"',
     ],
 )
-def test_what_is_no_frame_is_a_fault(text):
+def test_malformed_frame(text):
     with pytest.raises(ProtocolError, match="malformed frame: "):
         parse_frame(text)
 
 
-# What is had of it
+# The cursor
 
 
-def test_messages_follow_the_history_and_each_other():
+def test_messages_follow_the_history():
     had = Cursor()
     assert had.last is None
     assert had.history(history(7, 3))
@@ -119,7 +122,8 @@ def test_messages_follow_the_history_and_each_other():
     assert had.last == Id("abcd", 8)
 
 
-def test_a_second_connection_goes_on_where_the_first_ended():
+def test_second_connection_resumes():
+    """The cursor of the first connection is the start of the second."""
     had = Cursor(Id("abcd", 7))
     assert not had.history(history(9, 2, resumed=True))
     had.message(message(10))
@@ -128,7 +132,7 @@ def test_a_second_connection_goes_on_where_the_first_ended():
     assert had.last == Id("abcd", 10)
 
 
-def test_what_does_not_resume_replaces_all():
+def test_history_that_does_not_resume_replaces_all():
     had = Cursor(Id("abcd", 7))
     assert had.history(history(2, 2, resumed=False, epoch="efgh"))
     had.connect()
@@ -136,7 +140,8 @@ def test_what_does_not_resume_replaces_all():
     assert had.last == Id("efgh", 3)
 
 
-def test_what_resumes_without_a_last_id_is_a_beginning():
+def test_resumed_history_without_a_last_id():
+    """It replaces all, because the client had nothing to resume from."""
     assert Cursor().history(history(9, 2, resumed=True))
 
 
@@ -158,14 +163,15 @@ def test_message_out_of_order_is_an_error(frame, words):
 
 
 @pytest.mark.parametrize(("end", "count"), [(9, 1), (9, 3), (8, 0), (6, 0)])
-def test_a_resumed_history_with_a_gap_or_an_overlap_is_a_fault(end, count):
+def test_resumed_history_with_a_gap_or_overlap(end, count):
+    """It is a protocol error, and the cursor stays."""
     had = Cursor(Id("abcd", 7))
     with pytest.raises(ProtocolError):
         had.history(history(end, count, resumed=True))
     assert (had.last, had.greeted) == (Id("abcd", 7), False)
 
 
-def test_a_connection_begins_with_history_and_once():
+def test_connection_begins_with_one_history():
     had = Cursor()
     with pytest.raises(ProtocolError, match="abcd-1 arrived before the history"):
         had.message(message(1))
@@ -176,7 +182,8 @@ def test_a_connection_begins_with_history_and_once():
 
 
 @pytest.mark.parametrize(("end", "epoch"), [(2, "efgh"), (0, "efgh"), (9, "efgh"), (900, "abcd")])
-def test_a_fresh_start_may_come_at_any_time_and_replaces_all(end, epoch):
+def test_fresh_start_during_a_connection(end, epoch):
+    """A history with resumed=false replaces all, at any time."""
     had = Cursor()
     had.history(history(7, 3))
     had.message(message(8))
@@ -189,11 +196,11 @@ def test_a_fresh_start_may_come_at_any_time_and_replaces_all(end, epoch):
     assert not had.history(history(end + 1, resumed=True, epoch=epoch))
 
 
-# What is said
+# Pending requests
 
 
 class Said:
-    """An outbox, and what it sends."""
+    """Pending requests, and the texts that they send."""
 
     def __init__(self, window=16):
         self.box = PendingRequests(window)
@@ -220,7 +227,7 @@ class Said:
         return self.box.refuse(Error("no", code, label, retry_after), self.now)
 
 
-def test_what_is_said_is_sent_once_and_answered():
+def test_request_is_sent_once_and_answered():
     said = Said().say(2)
     assert said.sent() == [0, 1]
     assert said.sent() == []
@@ -232,7 +239,8 @@ def test_what_is_said_is_sent_once_and_answered():
     assert not said.answers[0].called
 
 
-def test_labels_are_good_and_nobody_elses():
+def test_labels_are_valid_and_unique():
+    """An ack with the label of another client answers nothing."""
     one, two = Said().say(2), Said().say(2)
     one.sent(), two.sent()
     assert len({*one.labels, *two.labels}) == 4
@@ -243,7 +251,7 @@ def test_labels_are_good_and_nobody_elses():
     assert len(two.box) == 2
 
 
-def test_a_page_is_answered_by_its_history():
+def test_page_request_is_answered_by_its_history():
     said = Said().say()
     said.sent()
     page = history(7, 2, label=said.labels[0])
@@ -276,7 +284,7 @@ def test_fresh_start_repeats_requests_with_their_labels():
     assert said.sent() == [3]
 
 
-def test_no_sooner_than_the_rate_allows():
+def test_repeat_waits_for_the_rate_limit():
     said = Said().say(2)
     said.sent()
     said.refuse(said.labels[0], "RATE_LIMITED", 5)
@@ -286,7 +294,8 @@ def test_no_sooner_than_the_rate_allows():
     assert said.sent() == [0]
 
 
-def test_what_was_said_again_may_be_answered_twice():
+def test_repeated_request_may_be_answered_twice():
+    """The second answer is accepted and ignored."""
     said = Said().say(4)
     said.sent()
     labels = said.labels
@@ -308,7 +317,7 @@ def test_what_was_said_again_may_be_answered_twice():
     assert said.sent() == [3]
 
 
-def test_no_more_than_a_window_is_under_way():
+def test_window_limits_requests_in_flight():
     said = Said(2).say(3)
     assert said.sent() == [0, 1]
     assert said.box.wait(said.now) is None
@@ -340,7 +349,7 @@ def test_temporary_errors_are_retried_one_by_one():
 
 
 @pytest.mark.parametrize("code", [None, "LABEL_REUSED", "UNKNOWN_ID", "FORBIDDEN"])
-def test_what_is_refused_for_good_fails_alone(code):
+def test_rejected_request_fails_alone(code):
     said = Said().say(2)
     said.sent()
     assert said.refuse(said.labels[0], code)
@@ -352,11 +361,11 @@ def test_what_is_refused_for_good_fails_alone(code):
 
 
 @pytest.mark.parametrize("label", [None, "", "another", "x.1", "x.y"])
-def test_an_error_for_nothing_that_was_said_is_known_as_such(label):
+def test_error_that_answers_no_request(label):
     assert not Said().say().refuse(label, "RATE_LIMITED", 1)
 
 
-def test_when_nothing_will_be_answered_all_fails():
+def test_stop_fails_all_requests():
     said = Said(1).say(2)
     said.sent()
     said.box.fail(ClientStopped("over"))
@@ -364,7 +373,7 @@ def test_when_nothing_will_be_answered_all_fails():
     assert (len(said.box), said.sent(), said.box.wait(0)) == (0, [], None)
 
 
-# How long to wait
+# Backoff
 
 
 def test_backoff_doubles_up_to_a_bound():
@@ -378,7 +387,7 @@ def test_backoff_doubles_up_to_a_bound():
         assert backoff.next() <= 30
 
 
-def test_a_server_that_says_how_long_is_believed():
+def test_backoff_takes_the_time_from_the_server():
     backoff = Backoff()
     assert backoff.next(0.7) == 0.7
     assert backoff.next(7) == 7

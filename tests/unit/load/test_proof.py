@@ -1,4 +1,4 @@
-"""The proof, and that it finds every single fault in what a server gives."""
+"""The proof, which finds every single fault in what a server sends."""
 
 import random
 
@@ -17,7 +17,7 @@ TIME = "2026-01-01T00:00:00.000Z"
 
 @given(st.lists(st.integers(0, 30)))
 @REPEATABLE
-def test_once_is_a_set(numbers):
+def test_number_set_adds_each_number_once(numbers):
     once, seen = NumberSet(), set()
     for number in numbers:
         assert once.add(number) is (number not in seen)
@@ -26,14 +26,15 @@ def test_once_is_a_set(numbers):
 
 @given(st.lists(st.integers(0, 30)))
 @REPEATABLE
-def test_once_says_what_it_holds(numbers):
+def test_number_set_contains_and_iterates(numbers):
     once = NumberSet()
     for number in numbers:
         once.add(number)
     assert sorted(once) == sorted({*numbers}) == [number for number in range(40) if number in once]
 
 
-def test_once_forgets_what_is_below_all_else():
+def test_number_set_stores_a_dense_start_as_a_bound():
+    """Numbers below the first gap take no memory."""
     once = NumberSet()
     for number in [*range(1, 1000), 0, 1001]:
         assert once.add(number)
@@ -49,7 +50,7 @@ def test_posts_are_valid_and_unique():
 
 
 class Given:
-    """A proof of three clients, two of whom post, in a log that begins empty."""
+    """A proof of three clients, of which two post, in a log that begins empty."""
 
     def __init__(self, **options):
         self.proof = Proof("run", 3, 2, **options)
@@ -74,7 +75,7 @@ class Given:
         self.proof.check_history(self.readers[reader], History(Id(epoch, end), entries, resumed=False))
 
 
-def test_what_is_right_has_no_fault():
+def test_correct_run_is_proved():
     given = Given().post(0, 1, 0)
     given.give(0, 1, 2)
     given.give(1, 1)
@@ -94,7 +95,7 @@ def test_what_is_right_has_no_fault():
     assert (log.known, log.unacknowledged, log.expected) == ({}, {}, {})
 
 
-def test_what_everyone_has_is_forgotten_and_no_more():
+def test_forget_drops_only_what_all_readers_have():
     given = Given().post(*[0] * 9)
     given.give(0, *range(1, 10))
     given.give(1, *range(1, 8))
@@ -107,7 +108,8 @@ def test_what_everyone_has_is_forgotten_and_no_more():
     assert given.proof.log.known == {}
 
 
-def test_others_may_talk_too_if_all_are_given_the_same():
+def test_messages_of_others_must_agree():
+    """Others may post in the room, if all readers receive the same."""
     given = Given().post(0)
     given.log.append(Entry(2, "ann", "run of the mill", TIME))
     given.give(0, 1, 2)
@@ -122,7 +124,7 @@ def test_others_may_talk_too_if_all_are_given_the_same():
     ("numbers", "words"),
     [((1, 3), "abcd-3 after abcd-1"), ((1, 1), "abcd-1 after abcd-1"), ((2, 1), "abcd-2 after abcd-0")],
 )
-def test_gaps_doubles_and_swaps(numbers, words):
+def test_gap_duplicate_or_swap_is_found(numbers, words):
     with pytest.raises(Violation, match=f"client 1 received {words}"):
         Given().post(0, 0, 0).give(1, *numbers)
 
@@ -139,21 +141,21 @@ def test_gaps_doubles_and_swaps(numbers, words):
         {"username": "load-run-1"},
     ],
 )
-def test_a_message_that_nobody_posted_so(changes):
+def test_altered_message_is_found(changes):
     given = Given().post(0)
     given.log[0] = given.log[0]._replace(**changes)
     with pytest.raises(Violation, match="abcd-1, as client 0 received it, is not what anyone posted: "):
         given.give(0, 1)
 
 
-def test_a_post_that_is_kept_twice():
+def test_post_stored_twice_is_found():
     given = Given().post(0, 0)
     given.log.append(given.log[0]._replace(number=3))
     with pytest.raises(Violation, match="abcd-3, as client 1 received it, is post 0 of client 0 a second time"):
         given.give(1, 1, 2, 3)
 
 
-def test_the_same_number_for_two_messages():
+def test_two_messages_with_one_number():
     given = Given().post(0, 1)
     given.give(0, 1, 2)
     given.log = [given.log[1]._replace(number=1), given.log[0]._replace(number=2)]
@@ -161,7 +163,7 @@ def test_the_same_number_for_two_messages():
         given.give(1, 1)
 
 
-def test_acknowledgements_of_what_is_not_so():
+def test_wrong_acknowledgement_is_found():
     given = Given().post(0, 0, 0)
     with pytest.raises(
         Violation, match=r"post 0 of client 0 was acknowledged as abcd-1 before the client received it; .* abcd-0"
@@ -178,21 +180,21 @@ def test_acknowledgements_of_what_is_not_so():
         given.proof.check_ack(Reader(7), 0, Posted(Id("abcd", 1)))
 
 
-def test_an_acknowledgement_that_is_refuted_later():
+def test_acknowledgement_refuted_by_a_later_message():
     given = Given().post(0, 1)
     given.ack(0, 0, 2, duplicate=True)
     with pytest.raises(Violation, match=r"abcd-1, .* is post 0 of client 0, acknowledged as abcd-2"):
         given.give(1, 1)
 
 
-def test_an_acknowledgement_that_is_borne_out_later():
+def test_acknowledgement_confirmed_by_a_later_message():
     given = Given().post(0)
     given.ack(0, 0, 1, duplicate=True)
     given.give(1, 1)
     assert given.proof.log.expected == given.proof.log.unacknowledged == {}
 
 
-def test_an_acknowledgement_of_what_never_comes():
+def test_acknowledgement_of_a_missing_message():
     given = Given().post(0, 1)
     given.ack(0, 0, 2, duplicate=True)
     given.log[0] = given.log[1]._replace(number=1)
@@ -204,7 +206,7 @@ def test_an_acknowledgement_of_what_never_comes():
         given.proof.conclude()
 
 
-def test_a_log_that_ends_before_what_was_given():
+def test_log_ends_before_a_received_message():
     given = Given().post(0, 0)
     given.give(0, 1, 2)
     with pytest.raises(Violation, match="the newest message that client 1 can read is abcd-1: abcd-2 is lost"):
@@ -212,7 +214,7 @@ def test_a_log_that_ends_before_what_was_given():
     given.proof.check_newest_page(given.readers[1], Id("efgh", 1))
 
 
-def test_a_client_that_is_told_to_begin_again():
+def test_fresh_start_in_the_same_log():
     given = Given().post(0, 0)
     given.give(0, 1)
     with pytest.raises(Violation, match="client 0 had abcd-1 and was told to start over at abcd-2"):
@@ -238,7 +240,7 @@ def test_new_log_loses_posts_that_it_does_not_hold():
     assert given.proof.lost == 2
 
 
-def test_a_second_new_log_is_a_loss_of_what_was_in_both():
+def test_second_new_log_loses_posts_of_both():
     given = Given().post(0, 0)
     given.give(0, 1)
     given.ack(0, 0, 1)
@@ -255,7 +257,7 @@ def test_a_second_new_log_is_a_loss_of_what_was_in_both():
         given.proof.conclude()
 
 
-def test_what_nobody_was_given_of_a_new_log_is_read_back():
+def test_unread_part_of_a_new_log_is_read_back():
     given = Given().post(*[0] * 9)
     given.give(0, *range(1, 10))
     for place in range(8):
@@ -273,14 +275,14 @@ def test_what_nobody_was_given_of_a_new_log_is_read_back():
         given.proof.conclude()
 
 
-def test_what_is_read_back_is_held_to_what_was_posted():
+def test_entries_read_back_must_match_the_posts():
     given = Given(lenient=True).post(0, 0)
     given.begin(0, 2, given.log[1], epoch="efgh")
     with pytest.raises(Violation, match="efgh-1, as client 0 received it, is post 1 of client 0 a second time"):
         given.proof.check_older_page(given.readers[0], History(Id("efgh", 1), [given.log[1]._replace(number=1)]))
 
 
-def test_where_no_log_was_lost_nothing_is_read_back():
+def test_nothing_is_read_back_without_a_lost_log():
     proof = Proof("run", 1, 1)
     proof.check_history(proof.readers[0], History(Id("abcd", 9), []))
     assert proof.unread() is None
@@ -301,7 +303,8 @@ def test_ack_from_a_new_log_may_precede_its_history():
     assert given.proof.lost == 0
 
 
-def test_and_after_that_though_it_is_older_than_what_is_given():
+def test_ack_of_an_older_entry_of_a_new_log():
+    """The entry that is read back must have the acknowledged number."""
     given = Given(lenient=True).post(0)
     given.begin(0, 7, epoch="efgh")
     given.ack(0, 0, 3, epoch="efgh", duplicate=True)
@@ -309,7 +312,7 @@ def test_and_after_that_though_it_is_older_than_what_is_given():
         given.proof.check_older_page(given.readers[0], History(Id("efgh", 7), [given.log[0]._replace(number=2)]))
 
 
-def test_but_not_in_the_log_that_is_gone():
+def test_ack_from_a_lost_log_is_found():
     given = Given(lenient=True).post(0)
     given.give(0, 1)
     given.begin(0, 0, epoch="efgh")
@@ -326,7 +329,7 @@ def test_newest_page_may_come_from_a_new_log():
     assert given.proof.logs_lost == 1
 
 
-def test_a_log_that_was_gone_and_is_there_again():
+def test_lost_log_must_not_return():
     given = Given(lenient=True)
     for reader in range(3):
         given.begin(reader, 0, epoch="efgh")
@@ -335,7 +338,7 @@ def test_a_log_that_was_gone_and_is_there_again():
         given.begin(0, 0)
 
 
-def test_a_new_log_may_be_allowed():
+def test_lenient_proof_accepts_a_new_log():
     given = Given(lenient=True).post(0, 0)
     given.give(0, 1)
     given.ack(0, 0, 1)
@@ -353,7 +356,7 @@ def test_a_new_log_may_be_allowed():
     given.proof.conclude()
 
 
-def test_a_log_that_nobody_is_in_yet_is_kept():
+def test_forget_keeps_a_log_without_readers():
     proof = Proof("run", 2, 1, lenient=True)
     proof.check_history(proof.readers[0], History(Id("abcd", 0), []))
     proof.readers[0].log = None
@@ -392,13 +395,13 @@ def test_acknowledged_posts_missing_from_a_log_are_named():
     assert given.proof.missing_from([other, given.log[2]]) == [given.log[0].message]
 
 
-def test_texts_have_the_size_that_is_asked_for():
+def test_texts_have_the_requested_size():
     proof = Proof("run", 1, 1, size=100)
     assert len(proof.text(0, 7)) == 100
     assert proof.place(proof.text(0, 7)) == 7
 
 
-def test_what_came_before_the_run_is_no_post():
+def test_messages_from_before_the_run_are_no_posts():
     proof = Proof("run", 2, 1)
     old = [Entry(number, "ann", "hi", TIME) for number in (8, 9)]
     proof.check_history(proof.readers[0], History(Id("abcd", 9), old, more=True))
@@ -410,7 +413,7 @@ def test_what_came_before_the_run_is_no_post():
 
 @pytest.mark.parametrize("kind", ["drop", "double", "swap", "alter", "exchange"])
 @pytest.mark.parametrize("seed", range(5))
-def test_one_fault_in_a_hundred_thousand_deliveries_is_found(kind, seed):
+def test_one_fault_in_a_hundred_thousand_deliveries(kind, seed):
     chance = random.Random(seed)
     proof = Proof("run", 100, 10)
     log = []
