@@ -44,6 +44,7 @@ def file(tmp_path):
 
 
 def test_defaults():
+    """The value of every option without any source."""
     assert read()._replace(seed=()) == Settings(
         listen=("tcp:8085:backlog=4096",),
         admin=("tcp:8086:interface=127.0.0.1",),
@@ -96,6 +97,7 @@ VALUES = [
 
 @pytest.mark.parametrize(("name", "text", "value"), VALUES)
 def test_value_from_each_source(file, name, text, value):
+    """A value is the same from the command line, the environment and the file."""
     field = name.replace("-", "_")
     assert getattr(read(f"--{name}={text}"), field) == value
     assert getattr(read(f"--{name}", text), field) == value
@@ -136,6 +138,7 @@ def test_wrong_value(file, name, text, allowed):
 
 @pytest.mark.parametrize("text", ["20:", ":40", "20:x", "20:40:60"])
 def test_rate_with_a_wrong_burst(text):
+    """A rate has at most one burst, which is a number."""
     assert refusal("--rate", text).startswith("--rate: ")
 
 
@@ -158,6 +161,7 @@ def test_empty_variables_are_unset():
 
 
 def test_configuration_file_of_the_environment(file):
+    """CHATD_CONFIG names the file, unless --config does."""
     words = file("history = 7")
     path = words.partition("=")[2]
     assert read(CHATD_CONFIG=path).history == 7
@@ -185,6 +189,7 @@ def test_repeated_options(file, name):
 
 @pytest.mark.parametrize("name", ["admin", "rooms", "origin"])
 def test_empty_repeated_options(file, name):
+    """An empty value clears a repeated option."""
     assert getattr(read(f"--{name}="), name) == ()
     assert getattr(read(**{f"CHATD_{name.upper()}": ""}), name) == ()
     assert getattr(read(file(f"{name} = []")), name) == ()
@@ -390,6 +395,7 @@ def test_documentation_is_up_to_date(page, name):
 
 
 def test_tables_are_filled_between_their_markers():
+    """The text outside the markers stays, and a second run changes nothing."""
     page = "before\n<!-- sources: python -m chatd.config -->\nold\n<!-- end of sources -->\nafter\n"
     filled = config.fill(page)
     assert filled.startswith(

@@ -1,4 +1,4 @@
-"""What is started before what, and what must have ended before what ends."""
+"""The order in which the parts of the server start and stop."""
 
 import gc
 import signal
@@ -22,7 +22,7 @@ SEED = (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),)
 
 
 class Store:
-    """A store that notes what is asked of it, and ends when it is told to."""
+    """A store that records its calls; the test decides when they end."""
 
     epoch = "k7Q2"
 
@@ -49,7 +49,7 @@ class Store:
 
 
 class Connections:
-    """Clients who are looked at."""
+    """Connections whose deadlines are checked."""
 
     def __init__(self, journal):
         self.journal = journal
@@ -62,7 +62,7 @@ class Connections:
 
 
 class Drain:
-    """A drain that closes the ports at once and then is over, unless something else is put into `gone`."""
+    """A drain that closes the ports at once and ends when `gone` fires, which it has at first."""
 
     def __init__(self, journal):
         self.journal = journal
@@ -80,7 +80,7 @@ class Drain:
 
 
 class Notify(Notifier):
-    """What systemd is told."""
+    """Notifications to systemd, in the journal of the test."""
 
     def __init__(self, journal, watchdog):
         self.journal = journal
@@ -109,7 +109,7 @@ class Port:
 
 @implementer(IStreamServerEndpoint)
 class Endpoint:
-    """An endpoint that opens its port at once, unless something else is put into `result`."""
+    """An endpoint that opens its port when `result` fires, which it has at first."""
 
     def __init__(self, journal, text):
         self.journal = journal
@@ -123,7 +123,7 @@ class Endpoint:
 
 
 class Server:
-    """A ChatService of doubles, which write what is asked of them into one journal."""
+    """A ChatService of doubles, which record their calls in one journal."""
 
     def __init__(self, *, listen=("tcp:8085", "tcp:9085"), admin=("tcp:8086",), watchdog=None):
         self.journal = []
@@ -158,7 +158,7 @@ class Server:
         self.journal.clear()
 
     def stop(self):
-        """Begin to stop; what is answered has fired when all is closed."""
+        """Begin to stop; return a Deferred that fires when everything is closed."""
         return maybeDeferred(self.service.stopService)
 
 
@@ -175,6 +175,7 @@ def in_use():
 
 
 def test_store_opens_with_the_seed_before_any_port(server):
+    """The store opens with the seed before any port opens; then systemd is notified."""
     server.service.startService()
     assert server.journal == [
         ("open", SEED),
@@ -186,7 +187,8 @@ def test_store_opens_with_the_seed_before_any_port(server):
     assert server.service.running
 
 
-def test_it_is_ready_when_all_ports_are_open(server):
+def test_ready_when_all_ports_are_open(server):
+    """The server is not ready until its last port is open."""
     server.listen["tcp:9085"].result = Deferred()
     assert server.readiness() == (False, "starting")
     server.service.startService()
@@ -198,7 +200,7 @@ def test_it_is_ready_when_all_ports_are_open(server):
 
 
 def test_failing_log_is_degraded_but_ready(server):
-    # All nodes share the log: if none were ready, there would be nowhere to go.
+    """A failing log does not make a server unready: all nodes share the log, so none would be ready."""
     server.start()
     server.fault = "the log cannot be read: disk I/O error"
     assert server.readiness() == (True, "degraded: the log cannot be read: disk I/O error")
@@ -208,6 +210,7 @@ def test_failing_log_is_degraded_but_ready(server):
 
 @pytest.mark.parametrize("fault", [None, "the log cannot be read: disk I/O error"])
 def test_unready_at_the_start_and_in_a_drain(server, fault):
+    """A server that starts or drains is not ready, whatever the state of the log."""
     server.fault = fault
     assert server.readiness() == (False, f"starting: {fault}" if fault else "starting")
     server.start()
@@ -219,7 +222,7 @@ def test_unready_at_the_start_and_in_a_drain(server, fault):
 
 
 def test_one_text_for_both_kinds_of_ports(server):
-    # As tcp:0, which is another port each time.
+    """--listen and --admin may have the same text, such as tcp:0, which opens another port each time."""
     server = Server(listen=["tcp:0"], admin=["tcp:0"])
     server.admin["tcp:0"].port.text = "admin"
     server.start()
@@ -231,6 +234,7 @@ def test_one_text_for_both_kinds_of_ports(server):
 
 
 def test_admin_port_alone_is_open_before_the_store(server):
+    """While the store opens, only the admin port is open, and the server is starting."""
     server.store.opened = Deferred()
     server.service.startService()
     assert server.journal == [("open", SEED), ("listen", "tcp:8086", server.admin_factory)]
@@ -247,6 +251,7 @@ def test_admin_port_alone_is_open_before_the_store(server):
 
 
 def test_reason_and_deadlines_before_the_store_is_open(server):
+    """While the store opens, /readyz gives the reason for the delay, and deadlines are checked."""
     server.store.opened = Deferred()
     server.fault = "the log at localhost:6379 cannot be reached (connection refused)"
     server.start()
@@ -260,6 +265,7 @@ def test_reason_and_deadlines_before_the_store_is_open(server):
 
 
 def test_admin_port_that_fails_before_the_store_is_open(server):
+    """An admin port that cannot open ends the process, even while the store is opening."""
     server.store.opened = Deferred()
     server.admin["tcp:8086"].result = fail(in_use())
     with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:8086 "):
@@ -269,6 +275,7 @@ def test_admin_port_that_fails_before_the_store_is_open(server):
 
 
 def test_store_that_opens_before_the_admin_port(server):
+    """A store that opens first leaves the server unready until the admin port is open."""
     server.store.opened = Deferred()
     server.admin["tcp:8086"].result = Deferred()
     server.start()
@@ -280,6 +287,7 @@ def test_store_that_opens_before_the_admin_port(server):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_stop_before_the_store_is_open(server, late):
+    """A server that is stopped while its store opens stops without opening its ports."""
     server.store.opened = Deferred()
     server.start()
     server.drain.gone = Deferred()
@@ -303,6 +311,7 @@ def test_store_that_opens_in_a_drain_opens_no_port(server):
 
 
 def test_port_that_fails_after_the_store_is_open(server, events):
+    """A port that cannot open once the process runs is logged, and the server stays unready."""
     server.store.opened = Deferred()
     server.listen["tcp:8085"].result = fail(in_use())
     server.start()
@@ -315,6 +324,7 @@ def test_port_that_fails_after_the_store_is_open(server, events):
 
 
 def test_log_names_the_ports_and_the_epoch(server, events):
+    """The log lists each endpoint, the epoch of the log, and a URL for each port."""
     server.service.startService()
     texts = [event["log_format"].format(**event) for event in events]
     assert texts == [
@@ -352,6 +362,7 @@ def test_port_without_a_page(server, events):
 
 
 def test_store_that_cannot_be_opened_ends_the_process(server):
+    """The error of the store ends the process, and no port opens."""
     server.store.fault = StoreError("chatd.sqlite is in use by another chatd: stop that one")
     with pytest.raises(SystemExit) as refusal:
         server.service.startService()
@@ -369,6 +380,7 @@ def test_store_that_cannot_be_opened_ends_the_process(server):
     ],
 )
 def test_port_that_cannot_be_opened_ends_the_process(server, events, fault, reason):
+    """The process ends with one line that names the port, and the store is closed."""
     server.listen["tcp:8085"].result = fail(fault)
     with pytest.raises(SystemExit) as refusal:
         server.service.startService()
@@ -383,6 +395,7 @@ def test_port_that_cannot_be_opened_ends_the_process(server, events, fault, reas
 
 
 def test_first_failing_port_is_named(server):
+    """If several ports cannot open, the line names the first, and the store is closed once."""
     server.listen["tcp:9085"].result = fail(in_use())
     server.admin["tcp:8086"].result = fail(in_use())
     with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:9085 "):
@@ -391,6 +404,7 @@ def test_first_failing_port_is_named(server):
 
 
 def test_port_that_fails_later_is_logged(server, events):
+    """A port that fails after the start is logged as an error, and the store stays open until the stop."""
     server.admin["tcp:8086"].result = Deferred()
     server.service.startService()
     events.clear()
@@ -410,7 +424,7 @@ def test_port_that_fails_later_is_logged(server, events):
 # Running
 
 
-def test_deadlines_are_looked_at_each_second(server):
+def test_deadlines_are_checked_each_second(server):
     server.start()
     server.clock.advance(LOOK_SECONDS - 0.1)
     assert server.journal == []
@@ -426,7 +440,8 @@ def test_rooms_are_trimmed_every_ten_minutes(server):
     assert server.journal.count("trim") == 2
 
 
-def test_a_trim_is_not_begun_before_the_last_has_ended(server):
+def test_trims_do_not_overlap(server):
+    """A trim does not begin before the last one has ended."""
     server.start()
     server.store.trimmed = Deferred()
     server.clock.pump([TRIM_SECONDS, TRIM_SECONDS])
@@ -437,6 +452,7 @@ def test_a_trim_is_not_begun_before_the_last_has_ended(server):
 
 
 def test_watchdog_is_fed_until_everything_is_closed():
+    """systemd is notified once per interval, also during the drain, until the server has stopped."""
     server = Server(watchdog=7.5)
     alive = {"WATCHDOG": "1"}
     server.start()
@@ -452,7 +468,8 @@ def test_watchdog_is_fed_until_everything_is_closed():
     assert server.clock.getDelayedCalls() == []
 
 
-def test_without_a_watchdog_none_is_fed(server):
+def test_watchdog_is_off_by_default(server):
+    """Without WatchdogSec no notification is sent to the watchdog."""
     server.start()
     server.clock.advance(3600)
     assert {"WATCHDOG": "1"} not in server.journal
@@ -466,6 +483,7 @@ PORTS = ["stop tcp:8085", "stop tcp:9085"]
 
 
 def test_drain_leaves_the_process_running(server):
+    """A drain closes the ports for clients; the store and the admin port stay open."""
     server.start()
     server.drain.gone = Deferred()
     drained = server.service.drain()
@@ -476,17 +494,19 @@ def test_drain_leaves_the_process_running(server):
     server.clock.advance(LOOK_SECONDS)
     assert server.journal == [DRAINING, "drain", *PORTS, "look"], "the store and the admin port stay"
     assert server.service.running
-    assert server.readiness() == (False, "drained"), "until it is told to stop"
+    assert server.readiness() == (False, "drained"), "until it is stopped"
 
 
 @pytest.mark.parametrize("expecting", [False, True])
 def test_drain_with_expected_clients(server, expecting):
+    """The drain knows whether clients are expected."""
     server.start()
     server.service.drain(expecting=expecting)
     assert server.drain.expecting is expecting
 
 
-def test_it_is_unready_from_the_first_moment_of_a_drain(server):
+def test_drain_is_unready_from_its_start(server):
+    """The server is unready before the first client is released."""
     server.start()
     seen = []
     server.drain.run = lambda close_ports, **_: seen.append(server.readiness()) or succeed(None)
@@ -494,7 +514,8 @@ def test_it_is_unready_from_the_first_moment_of_a_drain(server):
     assert seen == [(False, "draining")]
 
 
-def test_the_ports_are_closed_when_each_of_them_says_so(server):
+def test_drain_waits_for_every_port_to_close(server):
+    """The ports count as closed when the last one has closed."""
     server.start()
     for endpoint in server.listen.values():
         endpoint.port.stopped = Deferred()
@@ -505,7 +526,8 @@ def test_the_ports_are_closed_when_each_of_them_says_so(server):
     assert server.drain.ports.called
 
 
-def test_a_port_that_is_not_open_yet_need_not_be_closed(server):
+def test_drain_skips_ports_that_are_not_open_yet(server):
+    """A drain closes the open ports, and does not wait for one that is still opening."""
     server.listen["tcp:8085"].result = Deferred()
     server.start()
     server.service.drain()
@@ -515,6 +537,7 @@ def test_a_port_that_is_not_open_yet_need_not_be_closed(server):
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError("sync"), fail(ZeroDivisionError("async"))])
 def test_port_that_cannot_be_closed(server, events, fault):
+    """A port that cannot be closed does not keep the others from closing."""
     server.start()
 
     class Stuck:
@@ -531,6 +554,7 @@ def test_port_that_cannot_be_closed(server, events, fault):
 
 
 def test_second_drain_joins_the_first(server, events):
+    """All requests for a drain wait for the same drain, which is logged once."""
     server.start()
     server.drain.gone = Deferred()
     drains = [server.service.drain() for _ in range(3)]
@@ -545,6 +569,7 @@ def test_second_drain_joins_the_first(server, events):
 
 
 def test_stop_in_a_drain_waits_for_it(server):
+    """A stop during a drain waits for that drain, and then closes the store and the admin port."""
     server.start()
     server.drain.gone = Deferred()
     drained = server.service.drain()
@@ -557,6 +582,7 @@ def test_stop_in_a_drain_waits_for_it(server):
 
 
 def test_stop_after_a_drain_is_immediate(server):
+    """A stop after a drain does not drain again."""
     server.start()
     server.service.drain()
     server.journal.clear()
@@ -565,6 +591,7 @@ def test_stop_after_a_drain_is_immediate(server):
 
 
 def test_drain_in_a_stop_joins_it(server):
+    """A drain that is requested during a stop is the drain of that stop."""
     server.start()
     server.drain.gone = Deferred()
     server.stop()
@@ -574,7 +601,8 @@ def test_drain_in_a_stop_joins_it(server):
     assert drained.called
 
 
-def test_failing_drain_is_logged_and_the_stop_goes_on(server, events):
+def test_failing_drain_does_not_block_the_stop(server, events):
+    """A drain that fails is logged, and the stop continues."""
     server.start()
     server.drain.gone = fail(ZeroDivisionError())
     drained, stopped = server.service.drain(), server.stop()
@@ -589,10 +617,11 @@ def test_failing_drain_is_logged_and_the_stop_goes_on(server, events):
 
 @pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
 def test_port_that_opens_in_a_drain(server, text):
+    """A port that opens during a drain does not make the server ready."""
     late = (server.listen | server.admin)[text]
     late.result = Deferred()
     server.start()
-    server.drain.run = lambda close_ports, **_: Deferred()  # which closes no port for a while
+    server.drain.run = lambda close_ports, **_: Deferred()  # closes no port
     server.service.drain()
     late.result.callback(late.port)
     assert server.readiness() == (False, "draining")
@@ -601,6 +630,7 @@ def test_port_that_opens_in_a_drain(server, text):
 
 @pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
 def test_port_that_opens_after_the_others_are_closed(server, text):
+    """A port that opens after the drain has closed the others is closed at the stop."""
     late = (server.listen | server.admin)[text]
     late.result = Deferred()
     server.start()
@@ -614,6 +644,7 @@ def test_port_that_opens_after_the_others_are_closed(server, text):
 
 
 def test_first_sigterm_keeps_the_pace(server):
+    """The first SIGTERM starts a paced drain."""
     server.start()
     server.service.signalled(signal.SIGTERM)
     assert server.journal == []
@@ -631,6 +662,7 @@ def test_second_signal_skips_the_pace(server, second):
 
 
 def test_keyboard_interrupt_skips_the_pace(server):
+    """SIGINT makes the drain immediate, even as the first signal."""
     server.start()
     server.service.signalled(signal.SIGINT)
     server.stop()
@@ -638,6 +670,7 @@ def test_keyboard_interrupt_skips_the_pace(server):
 
 
 def test_sigterm_in_a_requested_drain_keeps_the_pace(server):
+    """SIGTERM during a drain that the admin port requested counts as the first signal."""
     server.start()
     server.drain.gone = Deferred()
     server.service.drain()
@@ -652,6 +685,7 @@ def test_sigterm_in_a_requested_drain_keeps_the_pace(server):
 
 
 def test_order_of_the_stop(server):
+    """A stop drains, then closes the store, and closes the admin port last."""
     server.start()
     server.drain.gone, server.store.closing, server.admin["tcp:8086"].port.stopped = Deferred(), Deferred(), Deferred()
     stopped = server.stop()
@@ -672,7 +706,8 @@ def test_no_calls_are_left_after_the_stop(server):
     assert server.clock.getDelayedCalls() == []
 
 
-def test_it_says_what_it_does(server, events):
+def test_log_of_a_stop(server, events):
+    """Each step of a stop is logged."""
     server.start()
     events.clear()
     server.service.signalled(signal.SIGINT)
@@ -686,7 +721,7 @@ def test_it_says_what_it_does(server, events):
     ]
 
 
-def test_deadlines_are_looked_at_while_it_drains(server):
+def test_deadlines_are_checked_in_a_drain(server):
     server.start()
     server.drain.gone = Deferred()
     server.stop()
@@ -695,6 +730,7 @@ def test_deadlines_are_looked_at_while_it_drains(server):
 
 
 def test_failing_loop_is_logged_and_continues(server, events):
+    """A check of the deadlines that fails is logged, and the next one follows."""
     server.start()
     events.clear()
     server.connections.fault = ZeroDivisionError()
@@ -712,14 +748,16 @@ def test_failing_loop_is_logged_and_continues(server, events):
 # In an application
 
 
-def test_it_brings_its_log_observer_to_the_application(server):
+def test_application_gets_the_log_observer(server):
+    """The service sets the log observer of the application that it joins."""
     application = Application("chatd")
     server.service.setServiceParent(application)
     assert application.getComponent(ILogObserver) is server.observer
     assert IServiceCollection(application).getServiceNamed("chatd") is server.service
 
 
-def test_it_runs_under_any_service_too(server):
+def test_parent_without_an_application(server):
+    """The service also runs under a parent that is not an application."""
     parent = MultiService()
     server.service.setServiceParent(parent)
     assert [*parent] == [server.service]

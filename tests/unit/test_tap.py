@@ -51,7 +51,7 @@ class Reactor(MemoryReactorClock):
         self.callLater(0, function, *arguments)
 
     def begin(self):
-        """Call what waits for the reactor to run."""
+        """Call the functions that wait for the reactor to run."""
         for hook, arguments, named in self.whenRunningHooks:
             hook(*arguments, **named)
 
@@ -83,7 +83,7 @@ def reactor(monkeypatch):
 
 
 def parse(*arguments):
-    """The options of a server in the foreground."""
+    """Parse the options of a server in the foreground."""
     options = tap.Options()
     options.parent = {"nodaemon": 1}
     options.parseOptions(arguments)
@@ -91,7 +91,7 @@ def parse(*arguments):
 
 
 def refusal(*arguments):
-    """The line that a command line is refused with; since it is a text, the exit status is 1."""
+    """Return the line that refuses a command line; since it is a text, the exit status is 1."""
     with pytest.raises(SystemExit) as refused:
         parse(*arguments)
     line = refused.value.code
@@ -104,6 +104,7 @@ def refusal(*arguments):
 
 
 def test_wrong_option():
+    """The errors of the configuration end twistd with one line."""
     assert refusal("--hist=5") == "chatd: there is no option --hist: did you mean --history?"
     assert refusal("--history=0") == "chatd: --history: '0' is not a whole number from 1 to 10000"
 
@@ -120,6 +121,7 @@ def test_help_of_the_command():
 
 
 def test_endpoints_are_parsed_by_their_text():
+    """Each endpoint of --listen and --admin is kept with its text; an empty --admin opens no port."""
     options = parse("--listen=tcp:1", "--admin=tcp:3", "--listen", "tcp:2:interface=127.0.0.1", "--admin=tcp:4")
     assert [*options.listen] == ["tcp:1", "tcp:2:interface=127.0.0.1"]
     assert [*options.admin] == ["tcp:3", "tcp:4"]
@@ -155,7 +157,7 @@ def test_reason_of_a_wrong_endpoint_is_one_line(monkeypatch):
 
 @pytest.fixture
 def checked(monkeypatch):
-    """What a check finds, and then what it has checked: the settings, and the machine."""
+    """The findings that a check returns, and a list of what it checked: settings and machine."""
     found, asked = [], []
     monkeypatch.setattr(check, "findings", lambda *asking: asked.append(asking) or found)
     return found, asked
@@ -165,6 +167,7 @@ def checked(monkeypatch):
     ("found", "status", "out"), [(["one", "two"], 1, "one\ntwo\n"), ([], 0, "nothing to worry about\n")]
 )
 def test_check_prints_its_findings_and_exits(capsys, checked, found, status, out):
+    """The exit status of --check is 1 if there are findings, and 0 otherwise."""
     checked[0][:] = found
     with pytest.raises(SystemExit) as end:
         parse("--check")
@@ -218,6 +221,7 @@ def test_wrong_options_are_refused_before_the_check(checked):
 
 
 def test_every_log_format_has_its_lines():
+    """Each value of --log-format has a function that formats an event."""
     assert set(logs.FORMATS) == set(config.LOG_FORMATS)
 
 
@@ -263,6 +267,7 @@ def linked(monkeypatch):
 
 
 def test_redis_gets_its_address_and_the_password_file(environ, linked):
+    """The parsed URL and the file of the password reach the connection to Redis."""
     for url in ("redis://localhost", "rediss://ann%2F:s%40crt@redis.example:7000/3"):
         tap.makeService(parse(f"--store={url}"))
     environ |= {"CHATD_STORE": "redis://h", "CHATD_STORE_PASSWORD_FILE": "/run/password"}
@@ -311,6 +316,7 @@ def start(*arguments):
 
 
 def test_server_answers_on_both_ports(reactor):
+    """A composed server serves its page, its admin page, /readyz and a WebSocket."""
     start()
     (port, connections, backlog, _), (admin_port, admin, _, interface) = reactor.tcpServers
     assert (port, backlog, admin_port, interface) == (8085, 4096, 8086, "127.0.0.1")
@@ -340,11 +346,12 @@ def handshake(target="/", *headers):
 
 
 def status(reactor, data):
-    """The status of the first port's answer to a request."""
+    """Return the status of the first port's response to a request."""
     return int(Client(reactor.tcpServers[0][1], data).received.split(b" ", 2)[1])
 
 
 def test_rooms_limits_the_rooms(reactor):
+    """--rooms refuses other rooms over WebSocket and HTTP with 404."""
     start("--rooms=team-*", "--rooms=lobby")
     assert status(reactor, handshake("/rooms/team-1")) == 101
     assert status(reactor, handshake("/rooms/lobby")) == 101
@@ -354,6 +361,7 @@ def test_rooms_limits_the_rooms(reactor):
 
 
 def test_origin_limits_the_pages(reactor):
+    """--origin refuses other pages over WebSocket and HTTP with 403; no Origin header is allowed."""
     start("--origin=https://chat.example", "--origin=*.Example.ORG")
     for origin, code in (
         (b"https://chat.example", 101),
@@ -369,7 +377,7 @@ def test_origin_limits_the_pages(reactor):
 
 
 def errors(reactor, posts):
-    """The codes of the errors that a client gets for a number of posts at once."""
+    """Return the codes of the errors that a client gets for a number of posts at once."""
     client = Client(reactor.tcpServers[0][1], HANDSHAKE)
     client.transport.clear()
     client.transport.protocol.dataReceived(masked(b'{"username":"ann","message":"hi"}') * posts)
@@ -421,6 +429,7 @@ def post(forwarded):
     ],
 )
 def test_http_posts_are_limited_by_the_forwarded_address(reactor, hops, same, other):
+    """--proxy-hops selects the address that trusted proxies add; clients cannot forge it."""
     start("--rate=1:1", f"--proxy-hops={hops}")
     assert [status(reactor, post(forwarded)) for forwarded in same] == [201, 429]
     if other is not None:
@@ -428,12 +437,14 @@ def test_http_posts_are_limited_by_the_forwarded_address(reactor, hops, same, ot
 
 
 def test_garbage_collection_skips_the_objects_of_the_start():
+    """The start freezes all objects and raises the threshold of the garbage collector."""
     start()
     assert gc.get_threshold()[0] == tap.GARBAGE
     assert gc.get_freeze_count() > 0
 
 
 def test_messages_older_than_the_retention_are_removed(reactor):
+    """The periodic trim removes messages older than --retain."""
     start("--retain=1d")
     reactor.advance(TRIM_SECONDS)
     assert Client(reactor.tcpServers[0][1], HANDSHAKE).history()["data"] == []
@@ -445,6 +456,7 @@ def test_every_endpoint_is_opened(reactor):
 
 
 def test_client_must_answer_before_the_next_ping(reactor):
+    """A client is pinged every --ping seconds, and is aborted if it has not answered by the next ping."""
     start("--ping=3")
     client = Client(reactor.tcpServers[0][1], HANDSHAKE)
     client.transport.clear()
@@ -459,6 +471,7 @@ def test_client_must_answer_before_the_next_ping(reactor):
 
 
 def test_drain_takes_its_budget(reactor):
+    """A client that does not answer its close is aborted after --drain seconds."""
     service = start("--drain=3")
     client = Client(reactor.tcpServers[0][1], HANDSHAKE)
     stopped = service.stopService()
@@ -470,6 +483,7 @@ def test_drain_takes_its_budget(reactor):
 
 
 def test_stop_continues_the_drain_of_the_admin_port(reactor):
+    """POST /drain starts one drain, both ports report it, and a stop continues it."""
     service = start("--drain=3")
     connections, admin = (factory for _, factory, *_ in reactor.tcpServers)
     client = Client(connections, HANDSHAKE)
@@ -485,6 +499,7 @@ def test_stop_continues_the_drain_of_the_admin_port(reactor):
 
 
 def test_failing_store_is_degraded_and_ready(reactor, monkeypatch):
+    """A failing store makes both ports report `degraded` with status 200."""
     monkeypatch.setattr(MemoryStore, "fault", "the log is tired")
     start()
     for _, factory, *_ in reactor.tcpServers:
@@ -501,26 +516,26 @@ class Signals:
 
     def __init__(self, reactor):
         self.handlers = {}
-        self.told = []
+        self.received = []
         self._reactor = reactor
 
     def send(self, number):
-        """Send a signal to the process; return what the reactor handled and what the service was told of."""
-        begin = len(self._reactor.handled), len(self.told)
+        """Send a signal to the process; return the signals that the reactor handled, and those that the service got."""
+        begin = len(self._reactor.handled), len(self.received)
         self.handlers[number](number, "frame")
         self._reactor.advance(0)
-        return self._reactor.handled[begin[0] :], self.told[begin[1] :]
+        return self._reactor.handled[begin[0] :], self.received[begin[1] :]
 
 
 @pytest.fixture
 def signals(monkeypatch, reactor):
-    """Starts a server in a process that ignores some signals."""
+    """A function that starts a server in a process that ignores some signals."""
 
     def begin(ignored=()):
         signals = Signals(reactor)
         monkeypatch.setattr(signal, "signal", signals.handlers.__setitem__)
         monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-        monkeypatch.setattr(start(), "signalled", signals.told.append)
+        monkeypatch.setattr(start(), "signalled", signals.received.append)
         assert signals.handlers == {}, "the reactor installs its own handlers first"
         reactor.begin()
         return signals
@@ -532,6 +547,7 @@ def signals(monkeypatch, reactor):
     ("number", "name"), [(signal.SIGTERM, "TERM"), (signal.SIGHUP, "TERM"), (signal.SIGINT, "INT")]
 )
 def test_first_signal_ends_the_reactor(signals, number, name):
+    """The first signal is that of the reactor, and the service is notified of it."""
     running = signals()
     assert sorted(running.handlers) == [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
     assert running.send(number) == ([(name, number, "frame")], [number])
@@ -544,6 +560,7 @@ def test_hangup_that_nohup_ignores_stays_ignored(signals):
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_later_signals_reach_the_service_alone(signals, first, second):
+    """The reactor handles the first signal only; the service handles all of them."""
     running = signals()
     running.send(first)
     assert running.send(second) == ([], [second])
@@ -555,7 +572,7 @@ def test_later_signals_reach_the_service_alone(signals, first, second):
 
 @pytest.fixture
 def observer():
-    """Makes a server in an application, and returns the log observer of the application."""
+    """A function that makes a server in an application and returns its log observer."""
     made = []
 
     def make(options):
@@ -571,7 +588,7 @@ def observer():
 
 
 def under_twistd(*arguments):
-    """The options of a server as twistd parses them."""
+    """Parse the options of a server as twistd does."""
     twistd = ServerOptions()
     twistd.parseOptions([*arguments, "--store=memory:"])
     return twistd.subOptions
@@ -583,6 +600,7 @@ TEXT = "1970-01-01T00:00:00.000Z info chatd: hello x\n"
 
 @pytest.mark.parametrize(("log_format", "line"), [("text", TEXT), ("json", logs.json_line(EVENT))])
 def test_log_in_the_logfile_of_twistd(observer, tmp_path, log_format, line):
+    """The log goes to the file of --logfile in the format of --log-format."""
     observer(under_twistd("-n", f"--logfile={tmp_path / 'log'}", "chatd", f"--log-format={log_format}"))(EVENT)
     assert (tmp_path / "log").read_text() == line
 
@@ -593,12 +611,14 @@ def test_log_on_stdout_in_the_foreground(observer, capsys):
 
 
 def test_log_of_a_daemon(observer, tmp_path, monkeypatch):
+    """The log of a daemon goes to twistd.log, where twistd writes its own."""
     monkeypatch.chdir(tmp_path)
     observer(under_twistd("chatd"))(EVENT)
     assert (tmp_path / "twistd.log").read_text() == TEXT
 
 
 def test_log_without_twistd(observer, tmp_path, monkeypatch):
+    """Without twistd the log goes to twistd.log too."""
     monkeypatch.chdir(tmp_path)
     options = parse("--store=memory:")
     options.parent = None
