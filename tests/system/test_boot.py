@@ -1,4 +1,4 @@
-"""How an EC2 instance learns what chatd is to do there: chatd-boot, and the units that it starts."""
+"""chatd-boot, which configures and starts chatd on an EC2 instance, and the units that it starts."""
 
 import os
 import re
@@ -35,7 +35,7 @@ exit "${SYSTEMCTL:-0}"
 
 
 class Booted:
-    """What a run of chatd-boot has come to: its exit status, what it said, and what it started and left."""
+    """The result of a run of chatd-boot: its exit status, its error, the units it started and the files it left."""
 
     def __init__(self, code, said, folder):
         self.code, self.line = code, said.rstrip("\n")
@@ -46,14 +46,14 @@ class Booted:
         self.modes = {path.stat().st_mode & 0o777 for path in files}
 
     def values(self, name):
-        """The environment in a file, as systemd reads it."""
+        """Return the environment in a file, as systemd reads it."""
         said = re.findall(r'(?m)^(\w+)="(.*)"$', self.files[name])
         return {key: re.sub(r"\\(.)", r"\1", value) for key, value in said}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where it runs: a systemctl that writes down what it is to start, and a folder to write to."""
+    """A folder for the files, with a systemctl that records the units to start."""
     systemctl = tmp_path / "systemctl"
     systemctl.write_text(SYSTEMCTL)
     systemctl.chmod(0o755)
@@ -63,7 +63,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def here(cloud, folder, monkeypatch):
-    """This process is on that instance."""
+    """Let this process run on the instance of the cloud, in that folder."""
     for name, value in settings(cloud).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
@@ -72,7 +72,7 @@ def here(cloud, folder, monkeypatch):
 
 
 class Runner:
-    """Runs chatd-boot in this process, or one that was changed."""
+    """Runs `program`, which is chatd-boot or a changed copy, in this process."""
 
     def __init__(self, folder, capsys, monkeypatch):
         self.program = boot
@@ -89,7 +89,7 @@ def run(here, capsys, monkeypatch):
 
 
 def program(cloud, folder):
-    """Run chatd-boot by itself."""
+    """Run chatd-boot as a process."""
     env = surroundings(cloud, RUNTIME_DIRECTORY=str(folder / "run"))
     env["PATH"] = f"{folder}:{env['PATH']}"
     command = [sys.executable, FILES / "chatd-boot"]
@@ -98,7 +98,8 @@ def program(cloud, folder):
     return Booted(ended.returncode, ended.stderr, folder)
 
 
-def test_the_program_writes_what_it_has_learnt_and_starts_chatd(cloud, folder):
+def test_program_writes_the_environment_and_starts_chatd(cloud, folder):
+    """chatd-boot as a process writes both environment files and starts the units."""
     cloud.user_data = IN_GROUP
     ran = program(cloud, folder)
     assert (ran.code, ran.line) == (0, "")
@@ -108,12 +109,14 @@ def test_the_program_writes_what_it_has_learnt_and_starts_chatd(cloud, folder):
     assert ran.values("lifecycle.env")["CHATD_INSTANCE"] == INSTANCE
 
 
-def test_the_program_ends_with_one_line_if_it_cannot(cloud, folder):
+def test_program_fails_with_one_line(cloud, folder):
+    """chatd-boot as a process reports a wrong store in one line, and starts nothing."""
     cloud.parameters[NAME] = "sqlite:/var/lib/chatd/chatd.sqlite"
     check_refused(program(cloud, folder), f"{NAME} names a sqlite: store, which goes with the instance: set it to")
 
 
-def test_the_environment_of_chatd_is_in_a_file_for_root_alone(cloud, run):
+def test_environment_of_chatd_is_readable_by_root_alone(cloud, run):
+    """The options of user data and the decrypted URL are in one file with mode 0600."""
     cloud.user_data = f"# of the stack\n\n{SAYS}CHATD_PROXY_HOPS=1\nCHATD_ORIGIN=https://chat.example *.example\n"
     cloud.parameters[NAME] += "\n"
     ran = run()
@@ -129,12 +132,14 @@ def test_the_environment_of_chatd_is_in_a_file_for_root_alone(cloud, run):
     assert cloud.taken("GetParameter") == [{"Name": NAME, "WithDecryption": True}]
 
 
-def test_where_rooms_are_few_the_one_of_the_lifecycle_is_one_more(cloud, run):
+def test_room_of_the_lifecycle_is_added_to_the_rooms(cloud, run):
+    """If user data limit the rooms, the room that chatd-lifecycle joins is allowed too."""
     cloud.user_data = f"{SAYS}CHATD_ROOMS=main team-*\n"
     assert run().values("chatd.env")["CHATD_ROOMS"] == "main team-* launch"
 
 
-def test_with_a_group_the_lifecycle_is_told_and_started_too(cloud, run):
+def test_lifecycle_starts_in_a_group(cloud, run):
+    """If user data name a group, chatd-lifecycle starts too, and has an environment file."""
     cloud.user_data = IN_GROUP
     ran = run()
     assert ran.started == ["--no-block", "start", "chatd.service", "chatd-lifecycle.service"]
@@ -149,7 +154,8 @@ def test_with_a_group_the_lifecycle_is_told_and_started_too(cloud, run):
     }
 
 
-def test_without_a_load_balancer_there_is_a_group_alone(cloud, run):
+def test_group_without_a_load_balancer(cloud, run):
+    """A group without a target group is enough for chatd-lifecycle."""
     cloud.user_data = f"{SAYS}CHATD_GROUP={GROUP}"
     assert "CHATD_TARGET_GROUP" not in run().values("lifecycle.env")
 
@@ -162,7 +168,8 @@ def test_without_a_load_balancer_there_is_a_group_alone(cloud, run):
         (64, [f"chatd@{name}.service" for name in range(1, 10)], " ".join(str(8090 + name) for name in range(1, 10))),
     ],
 )
-def test_each_core_has_its_instance(cloud, run, cores, units, ports):
+def test_one_instance_per_core(cloud, run, cores, units, ports):
+    """One core runs chatd.service; several run one chatd@.service each, nine at most."""
     cloud.user_data = IN_GROUP
     ran = run(cores)
     assert ran.started[2:] == [*units, "chatd-lifecycle.service"]
@@ -189,17 +196,18 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("user_data", "line"), REFUSED)
-def test_user_data_that_will_not_do_are_refused_in_one_line(cloud, user_data, line, run):
+def test_wrong_user_data(cloud, user_data, line, run):
+    """Wrong user data are refused in one line, before AWS is called."""
     cloud.user_data = user_data
     check_refused(run(), line)
     assert cloud.asked == []
 
 
 def check_refused(ran, line):
-    """It has failed with one line, which tells no secret, and has started and left nothing."""
+    """Check that a run failed with one line without secrets, started no unit and left no file."""
     assert ran.code == 1
     assert line in ran.line
-    assert re.fullmatch(r"chatd-boot: [^\n]+: [^\n]+|chatd-boot: [^\n]+, such as [^\n]+", ran.line), "with the remedy"
+    assert re.fullmatch(r"chatd-boot: [^\n]+: [^\n]+|chatd-boot: [^\n]+, such as [^\n]+", ran.line), "names the remedy"
     assert "hunter2" not in ran.line
     assert (ran.started, ran.files) == (None, {})
 
@@ -219,19 +227,21 @@ def check_refused(ran, line):
         ("redis://chatd@redis.internal", "names a user and no password"),
     ],
 )
-def test_a_store_that_will_not_do_is_refused_in_one_line_which_does_not_tell_it(cloud, value, line, run):
+def test_wrong_store(cloud, value, line, run):
+    """A wrong store is refused in one line that does not contain the value."""
     cloud.parameters[NAME] = value
     check_refused(run(), line)
 
 
-def test_a_parameter_that_is_not_there_is_refused_at_once(cloud, run):
+def test_missing_parameter(cloud, run):
+    """A missing SSM parameter is a final error, so there is no retry."""
     cloud.parameters.clear()
     check_refused(run(), f"the SSM parameter {NAME}: An error occurred (ParameterNotFound)")
     assert len(cloud.asked) == 1
 
 
 class Time:
-    """A clock that goes on when it is slept by."""
+    """A clock that only `sleep` advances."""
 
     def __init__(self):
         self.now, self.slept = 0.0, []
@@ -248,7 +258,8 @@ def learned(time):
     return boot.patiently(boot.learn, time.clock, time.sleep)
 
 
-def test_metadata_that_are_away_for_a_while_are_waited_for(cloud, here, capsys):
+def test_metadata_retries_back_off(cloud, here, capsys):
+    """Unavailable metadata are retried with growing pauses, and logged once."""
     time, cloud.away = Time(), True
 
     def sleep(seconds):
@@ -261,7 +272,8 @@ def test_metadata_that_are_away_for_a_while_are_waited_for(cloud, here, capsys):
     assert re.fullmatch(rf"chatd-boot: {cloud.url}/latest/api/token: [^\n]*: trying again\n", capsys.readouterr().err)
 
 
-def test_metadata_that_stay_away_are_given_up(cloud, here):
+def test_metadata_retries_end(cloud, here):
+    """Metadata that stay unavailable end the program after PATIENCE_SECONDS."""
     time, cloud.away = Time(), True
     with pytest.raises(boot.BootError, match=r"gave up after 240 s: .*: see to it and reboot"):
         learned(time)
@@ -269,13 +281,15 @@ def test_metadata_that_stay_away_are_given_up(cloud, here):
 
 
 @pytest.mark.parametrize("name", ["instance", "region"])
-def test_metadata_that_do_not_know_the_instance_are_given_up(cloud, here, name):
+def test_metadata_without_the_instance(cloud, here, name):
+    """Metadata without an instance id or a region end the program after the retries."""
     setattr(cloud, name, None)
     with pytest.raises(boot.BootError, match="do not say its id and region: see to it"):
         learned(Time())
 
 
-def test_what_passes_is_tried_again_with_a_growing_wait(cloud, here, monkeypatch):
+def test_transient_errors_of_ssm_are_retried(cloud, here, monkeypatch):
+    """Throttling, server errors and lost connections are retried with growing pauses."""
     monkeypatch.setattr("chatd_instance.ATTEMPTS", 1)
     time = Time()
     cloud.faults["GetParameter"] = [("ThrottlingException", 400), ("InternalServerError", 500), ("cut", None)]
@@ -283,13 +297,15 @@ def test_what_passes_is_tried_again_with_a_growing_wait(cloud, here, monkeypatch
     assert time.slept == [1, 2, 4]
 
 
-def test_metadata_that_fail_are_asked_again(cloud, here):
+def test_failing_metadata_are_retried(cloud, here):
+    """Server errors of the metadata service are retried."""
     time, cloud.faults["user-data"] = Time(), [("", 500), ("", 503)]
     assert learned(time).url == URL
     assert time.slept == [1, 2]
 
 
-def test_a_role_whose_rights_come_late_is_waited_for_and_one_that_has_none_is_given_up(cloud, here, capsys):
+def test_denied_access_is_retried(cloud, here, capsys):
+    """Denied access is retried, because a new role takes time to become effective, and ends the program later."""
     time, cloud.denied = Time(), True
 
     def sleep(seconds):
@@ -303,7 +319,8 @@ def test_a_role_whose_rights_come_late_is_waited_for_and_one_that_has_none_is_gi
         learned(Time())
 
 
-def test_a_role_that_comes_late_is_waited_for(cloud, here):
+def test_missing_role_is_retried(cloud, here):
+    """An instance whose role is not attached yet is retried."""
     time, cloud.role = Time(), None
 
     def sleep(seconds):
@@ -314,26 +331,30 @@ def test_a_role_that_comes_late_is_waited_for(cloud, here):
     assert time.slept == [1]
 
 
-def test_metadata_are_asked_past_a_proxy(cloud, here, monkeypatch):
+def test_metadata_ignore_the_proxy(cloud, here, monkeypatch):
+    """Requests for metadata do not use the proxy in the environment."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     assert boot.metadata("meta-data/instance-id") == INSTANCE
 
 
-def test_nothing_listens(here, monkeypatch):
+def test_refused_connection_to_the_metadata(here, monkeypatch):
+    """The error names the URL that refused the connection."""
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(boot.BootError, match=r"http://127.0.0.1:1/latest/api/token: Connection refused"):
         learned(Time())
 
 
-def test_that_systemd_does_not_start_them_is_a_failure(cloud, run, monkeypatch):
+def test_failing_systemctl(cloud, run, monkeypatch):
+    """If systemctl fails, the program fails with its exit status in the line."""
     monkeypatch.setenv("SYSTEMCTL", "5")
     ran = run()
     assert ran.code == 1
     assert re.fullmatch(r"chatd-boot: [^\n]* returned non-zero exit status 5\.", ran.line)
 
 
-def test_what_the_machine_lacks_is_told_in_one_line(run, monkeypatch):
+def test_missing_command_or_folder(run, monkeypatch):
+    """A missing command or folder is reported in one line."""
     monkeypatch.setenv("PATH", "")
     assert re.fullmatch(r"chatd-boot: \[Errno 2\][^\n]*: 'systemctl'", run().line)
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/nowhere")
@@ -341,14 +362,16 @@ def test_what_the_machine_lacks_is_told_in_one_line(run, monkeypatch):
 
 
 @pytest.mark.parametrize(("said", "code"), [(SAYS, 0), ("", 1)])
-def test_it_runs(cloud, here, said, code):
+def test_exit_status_of_the_script(cloud, here, said, code):
+    """The script's exit status is that of its main function."""
     cloud.user_data = said
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(FILES / "chatd-boot"), run_name="__main__")
     assert ended.value.code == code
 
 
-def test_what_was_written_before_is_replaced_whole(tmp_path):
+def test_environment_file_is_replaced_atomically(tmp_path):
+    """A file is written beside the old one and renamed; leftovers of an interrupted write are overwritten."""
     path = tmp_path / "chatd.env"
     path.with_suffix(".new").write_text("half")
     boot.write(path, {"A": "1", "B": "2"})
@@ -357,11 +380,11 @@ def test_what_was_written_before_is_replaced_whole(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-# What must not pass
+# Negative controls
 
 
 def refuses(value, line):
-    return partial(test_a_store_that_will_not_do_is_refused_in_one_line_which_does_not_tell_it, value=value, line=line)
+    return partial(test_wrong_store, value=value, line=line)
 
 
 MUTATIONS = [
@@ -370,19 +393,20 @@ MUTATIONS = [
     (refuses("redis://:hunter2\n@h", "is no redis://"), 're.fullmatch(r"[!-~]+", url)', "url"),
     (refuses("https://:hunter2@h", "is no redis://"), "{name} {error}: {remedy}", "{name} {error}: {remedy} {url}"),
     (refuses("", "is no redis://"), "        return 1\n", ""),
-    (test_a_parameter_that_is_not_there_is_refused_at_once, "in FINAL", "in FINAL and name == ''"),
-    (test_the_environment_of_chatd_is_in_a_file_for_root_alone, "0o600", "0o644"),
-    (test_the_environment_of_chatd_is_in_a_file_for_root_alone, "WithDecryption=True", "WithDecryption=False"),
-    (test_the_environment_of_chatd_is_in_a_file_for_root_alone, "quoted.items())", "values.items())"),
-    (test_where_rooms_are_few_the_one_of_the_lifecycle_is_one_more, '+= f" {ROOM}"', '+= ""'),
-    (test_with_a_group_the_lifecycle_is_told_and_started_too, '        units.append("chatd-lifecycle.service")\n', ""),
-    (test_with_a_group_the_lifecycle_is_told_and_started_too, '"CHATD_INSTANCE": instance', '"CHATD_INSTANCE": region'),
+    (test_missing_parameter, "in FINAL", "in FINAL and name == ''"),
+    (test_environment_of_chatd_is_readable_by_root_alone, "0o600", "0o644"),
+    (test_environment_of_chatd_is_readable_by_root_alone, "WithDecryption=True", "WithDecryption=False"),
+    (test_environment_of_chatd_is_readable_by_root_alone, "quoted.items())", "values.items())"),
+    (test_room_of_the_lifecycle_is_added_to_the_rooms, '+= f" {ROOM}"', '+= ""'),
+    (test_lifecycle_starts_in_a_group, '        units.append("chatd-lifecycle.service")\n', ""),
+    (test_lifecycle_starts_in_a_group, '"CHATD_INSTANCE": instance', '"CHATD_INSTANCE": region'),
 ]
-"""Each a test, and what is in the program with what is to be there instead."""
+"""Each is a test, a part of the program, and the faulty text that replaces it."""
 
 
 @pytest.mark.parametrize(("test", "old", "new"), MUTATIONS)
-def test_a_program_that_does_otherwise_fails(cloud, run, test, old, new):
+def test_changed_program_fails_its_test(cloud, run, test, old, new):
+    """Each test above fails for a chatd-boot with a fault that it is meant to detect."""
     run.program = imds.load("chatd-boot", (old, new), ("PATIENCE_SECONDS: Final = 240", "PATIENCE_SECONDS: Final = 0"))
     with pytest.raises(AssertionError):
         test(cloud=cloud, run=run)
@@ -392,7 +416,8 @@ def test_a_program_that_does_otherwise_fails(cloud, run, test, old, new):
 
 
 @pytest.mark.parametrize("name", ["chatd", "chatd@"])
-def test_on_an_instance_the_unit_has_the_file_for_an_environment_and_no_other_store(name):
+def test_units_of_an_instance_read_the_environment_file(name):
+    """On EC2 the units wait for chatd-boot, and the environment file alone names their store."""
     plain, changed = unit(f"{name}.service"), unit(f"{name}.service.conf")
     assert changed["EnvironmentFile"] == ["", "/run/chatd/chatd.env"]
     assert changed["Environment"][0] == ""
@@ -403,11 +428,13 @@ def test_on_an_instance_the_unit_has_the_file_for_an_environment_and_no_other_st
     assert boot.DRAIN_SECONDS < int(changed["TimeoutStopSec"][0]) < 180
 
 
-def test_boot_gives_up_before_systemd_does_and_before_the_hook():
+def test_retries_end_before_systemd_and_the_launch_hook():
+    """chatd-boot stops its retries before the launch hook and TimeoutStartSec expire."""
     assert boot.PATIENCE_SECONDS < 300 < int(unit("chatd-boot.service")["TimeoutStartSec"][0])
 
 
-def test_systemd_finds_nothing_to_say_about_the_units(tmp_path):
+def test_systemd_accepts_the_units_of_an_instance(tmp_path):
+    """systemd-analyze verify reports nothing about the units and their drop-ins."""
     for path in FILES.iterdir():
         if path.suffix in (".service", ".socket"):
             text = re.sub(r"/opt/chatd/bin/\S+", "/bin/true", path.read_text())
@@ -423,6 +450,7 @@ def test_systemd_finds_nothing_to_say_about_the_units(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "most"), [("chatd-boot", 35), ("chatd-lifecycle", 20)])
-def test_the_sandbox_leaves_little_exposed(name, most):
+def test_sandboxes_have_low_exposure(name, most):
+    """systemd-analyze security scores both units below their limits."""
     said, code = analyze("security", "--offline=true", f"--threshold={most}", FILES / f"{name}.service")
     assert code == 0, said
