@@ -112,7 +112,7 @@ def test_program_writes_the_environment_and_starts_chatd(cloud, folder):
 def test_program_fails_with_one_line(cloud, folder):
     """chatd-boot as a process reports a wrong store in one line, and starts nothing."""
     cloud.parameters[NAME] = "sqlite:/var/lib/chatd/chatd.sqlite"
-    check_refused(program(cloud, folder), f"{NAME} names a sqlite: store, which goes with the instance: set it to")
+    check_refused(program(cloud, folder), f"{NAME} names a sqlite: store, which is lost with the instance: set it to")
 
 
 def test_environment_of_chatd_is_readable_by_root_alone(cloud, run):
@@ -177,21 +177,21 @@ def test_one_instance_per_core(cloud, run, cores, units, ports):
 
 
 REFUSED = [
-    (None, f"no store is named: have user data say {SAYS.strip()}"),
+    (None, f"no store is named: set {SAYS.strip()} in user data"),
     ("", "no store is named"),
-    ("#cloud-config\nruncmd: [x]\n", "line 2 is no KEY=VALUE"),
-    (b"\x1f\x8b\xff", "user data is no text"),
+    ("#cloud-config\nruncmd: [x]\n", "line 2 is not KEY=VALUE"),
+    (b"\x1f\x8b\xff", "user data is not text"),
     (f"{SAYS}CHATD_STORE=redis://:hunter2@x\n", "line 2: CHATD_STORE is secret"),
     (f"{SAYS}CHATD_STORE_PASSWORD_FILE=/x\n", "CHATD_STORE_PASSWORD_FILE cannot be set: use CHATD_STORE_PARAMETER"),
     *((f"{SAYS}CHATD_{name}=1\n", f"CHATD_{name} cannot be set") for name in ("LISTEN", "ADMIN", "DRAIN", "SEED")),
     (f"{SAYS}PATH=/x\n", "PATH cannot be set"),
     (f"{SAYS}{SAYS}", "line 2: CHATD_STORE_PARAMETER is set twice: remove one"),
     ("CHATD_STORE_PARAMETER=\n", "line 1: CHATD_STORE_PARAMETER is empty"),
-    ("CHATD_STORE_PARAMETER=redis://:hunter2@x\n", "no name or ARN of an SSM parameter"),
+    ("CHATD_STORE_PARAMETER=redis://:hunter2@x\n", "is neither the name nor the ARN of an SSM parameter"),
     (f"{SAYS}CHATD_HISTORY=some\n", "line 2: CHATD_HISTORY: 'some' is not a whole number"),
     (f"{SAYS}CHATD_ROOMS=main A!\n", "CHATD_ROOMS: 'A!' is no pattern"),
     (f"{SAYS}CHATD_TARGET_GROUP={TARGET_GROUP}\n", "CHATD_TARGET_GROUP needs CHATD_GROUP"),
-    (f"{SAYS}CHATD_TARGET_GROUP=chatd\n", "line 2: CHATD_TARGET_GROUP is no ARN of a target group"),
+    (f"{SAYS}CHATD_TARGET_GROUP=chatd\n", "line 2: CHATD_TARGET_GROUP is not the ARN of a target group"),
 ]
 
 
@@ -215,7 +215,10 @@ def check_refused(ran, line):
 @pytest.mark.parametrize(
     ("value", "line"),
     [
-        ("sqlite:/var/lib/chatd/chatd.sqlite", f"{NAME} names a sqlite: store, which goes with the instance: set it"),
+        (
+            "sqlite:/var/lib/chatd/chatd.sqlite",
+            f"{NAME} names a sqlite: store, which is lost with the instance: set it",
+        ),
         ("memory:", "names a memory: store"),
         ("Memory:", "names a memory: store"),
         ("", "is no redis://HOST:PORT/DATABASE: set it"),
@@ -275,7 +278,7 @@ def test_metadata_retries_back_off(cloud, here, capsys):
 def test_metadata_retries_end(cloud, here):
     """Metadata that stay unavailable end the program after PATIENCE_SECONDS."""
     time, cloud.away = Time(), True
-    with pytest.raises(boot.BootError, match=r"gave up after 240 s: .*: see to it and reboot"):
+    with pytest.raises(boot.BootError, match=r"gave up after 240 s: .*: correct it and reboot"):
         learned(time)
     assert 220 < time.now <= boot.PATIENCE_SECONDS
 
@@ -284,7 +287,7 @@ def test_metadata_retries_end(cloud, here):
 def test_metadata_without_the_instance(cloud, here, name):
     """Metadata without an instance id or a region end the program after the retries."""
     setattr(cloud, name, None)
-    with pytest.raises(boot.BootError, match="do not say its id and region: see to it"):
+    with pytest.raises(boot.BootError, match="lack its id or region: correct it"):
         learned(Time())
 
 

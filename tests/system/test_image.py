@@ -304,8 +304,8 @@ def test_secrets_are_readable_only_by_root(baked, host, cloud):
     [
         (None, "redis://127.0.0.1", "no store is named"),
         (USER_DATA, None, "ParameterNotFound"),
-        (USER_DATA, "sqlite:/var/lib/chatd/chatd.sqlite", "names a sqlite: store, which goes with the instance"),
-        (USER_DATA, "memory:", "names a memory: store, which goes with the instance"),
+        (USER_DATA, "sqlite:/var/lib/chatd/chatd.sqlite", "names a sqlite: store, which is lost with the instance"),
+        (USER_DATA, "memory:", "names a memory: store, which is lost with the instance"),
     ],
     ids=["no user data", "no parameter", "sqlite", "memory"],
 )
