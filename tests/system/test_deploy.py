@@ -42,6 +42,7 @@ def creating(tmp_path):
 
 
 def test_ship_rolls_out_verifies_and_labels(account):
+    """`ship` replaces the instances, verifies them and records the image; a second run changes nothing."""
     result = deploy(account, "ship", "--image", account.new, "--json")
     end(account, result, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
     assert account.recorded() == ([account.old, account.new], account.new)
@@ -64,6 +65,7 @@ def test_ship_rolls_out_verifies_and_labels(account):
 
 
 def test_single_steps(account):
+    """`plan`, `rollout` and `verify` do the steps of `ship` one by one, and can be repeated."""
     result = deploy(account, "plan", account.new, "--json")
     end(account, result, DONE, planned=[f"chatd-{account.new}"])
     assert result.json["change_set"] == f"chatd-{account.new}"
@@ -82,6 +84,7 @@ def test_single_steps(account):
 
 
 def test_rollback_to_last_good_ignores_alarms(account):
+    """`rollback` works while an alarm is on, and the next `ship` is guarded by alarms again."""
     account.stack.runs(account.new)
     account.fleet.alarm("ALARM")
     end(account, deploy(account, "rollback"), DONE)
@@ -95,6 +98,7 @@ def test_rollback_to_last_good_ignores_alarms(account):
 
 
 def test_rollback_to_named_image(account):
+    """`rollback --image` rolls out any image, and records it after its verification."""
     end(
         account,
         deploy(account, "rollback", "--image", account.new),
@@ -106,12 +110,14 @@ def test_rollback_to_named_image(account):
 
 
 def test_failed_rollback_needs_manual_action(account):
+    """A rollback that fails ends with exit status 5."""
     account.stack.unhealthy.add(account.new)
     result = deploy(account, "rollback", "--image", account.new)
     end(account, result, STUCK)
 
 
 def test_missing_stack_is_created(empty, creating):
+    """`ship` with a template and parameters creates a missing stack."""
     image = empty.image(VERSION)
     end(empty, deploy(empty, "ship", "--image", image, *creating), DONE, runs=image, good=image, record=[image])
     assert empty.stack.statuses == ["REVIEW_IN_PROGRESS", "CREATE_IN_PROGRESS", "CREATE_COMPLETE"]
@@ -119,6 +125,7 @@ def test_missing_stack_is_created(empty, creating):
 
 
 def test_failed_creation_is_reported(empty, creating):
+    """A stack whose creation failed must be deleted before the next attempt."""
     image = empty.image(VERSION)
     empty.stack.unhealthy.add(image)
     result = deploy(empty, "ship", "--image", image, *creating)
@@ -132,6 +139,7 @@ def test_failed_creation_is_reported(empty, creating):
 
 
 def test_unhealthy_image_is_rolled_back(account):
+    """CloudFormation rolls back an image whose instances do not become healthy."""
     account.stack.unhealthy.add(account.new)
     result = deploy(account, "ship", "--image", account.new, "--json")
     end(account, result, BACK)
@@ -141,6 +149,7 @@ def test_unhealthy_image_is_rolled_back(account):
 
 
 def test_alarm_during_rollout_rolls_back(account):
+    """An alarm during the rollout rolls it back, and the error names the alarm."""
     account.stack.alarming.add(account.new)
     result = deploy(account, "ship", "--image", account.new)
     end(account, result, BACK)
@@ -148,6 +157,7 @@ def test_alarm_during_rollout_rolls_back(account):
 
 
 def test_stuck_refresh_is_cancelled(account):
+    """A rollout that is not complete after --timeout is cancelled."""
     account.stack.stuck.add(account.new)
     result = deploy(account, "ship", "--image", account.new, "--timeout=2")
     end(account, result, BACK)
@@ -156,6 +166,7 @@ def test_stuck_refresh_is_cancelled(account):
 
 
 def test_failed_stack_rollback_needs_manual_action(account):
+    """A stack whose rollback fails needs a repair, and refuses the next plan."""
     account.stack.unhealthy.add(account.new)
     account.stack.trapped = True
     result = deploy(account, "ship", "--image", account.new, "--json")
@@ -166,6 +177,7 @@ def test_failed_stack_rollback_needs_manual_action(account):
 
 
 def test_wrong_version_is_rolled_back(account):
+    """An image that serves another version than its tag is rolled back."""
     bad = account.image("9.9.9")
     result = deploy(account, "ship", "--image", bad, "--within=0.2", "--json")
     end(account, result, BACK)
@@ -174,6 +186,7 @@ def test_wrong_version_is_rolled_back(account):
 
 
 def test_wrong_version_is_not_verified(account):
+    """`verify` fails if the service has another version than the tag of the image."""
     account.call("ec2", "create_tags", Resources=[account.old], Tags=[{"Key": "chatd:version", "Value": "9.9.9"}])
     result = deploy(account, "verify", "--within=0")
     end(account, result, FAILED)
@@ -181,11 +194,13 @@ def test_wrong_version_is_not_verified(account):
 
 
 def test_unverified_rollback_needs_manual_action(account):
+    """A rollback to an image that is not verified ends with exit status 5."""
     bad = account.image("9.9.9")
     end(account, deploy(account, "rollback", "--image", bad, "--within=0"), STUCK, runs=bad)
 
 
 def test_unreachable_service_needs_manual_action(account):
+    """If neither image can be reached, the command ends with exit status 5."""
     account.fleet.outputs["WebSocketURL"] = "ws://127.0.0.1:1/"
     result = deploy(account, "ship", "--image", account.new, "--within=0")
     end(account, result, STUCK)
@@ -193,6 +208,7 @@ def test_unreachable_service_needs_manual_action(account):
 
 
 def test_unhealthy_targets_are_not_verified(account):
+    """`verify` needs healthy targets; a draining target counts only if it is in the group."""
     account.stack.unhealthy.add(account.old)
     result = deploy(account, "verify", "--within=0.5")
     assert (result.returncode, result.stderr.count(" is unhealthy")) == (FAILED, 4), result.stderr
@@ -205,12 +221,14 @@ def test_unhealthy_targets_are_not_verified(account):
 
 
 def test_instance_of_another_image_is_not_verified(account):
+    """`verify` fails if an instance runs another image."""
     result = deploy(account, "verify", "--image", account.new, "--within=0", "--json")
     end(account, result, FAILED)
     assert f"runs {account.old}" in result.json["error"]
 
 
 def test_first_image_has_no_rollback(empty, creating):
+    """Without a verified image there is nothing to roll back to."""
     image = empty.image(VERSION)
     empty.url_of_chat = "ws://127.0.0.1:1/"
     result = deploy(empty, "ship", "--image", image, "--within=0", *creating)
@@ -225,6 +243,7 @@ def test_first_image_has_no_rollback(empty, creating):
 
 @pytest.mark.parametrize("state", ["INSUFFICIENT_DATA", None])
 def test_plan_needs_all_alarms_ok(account, state):
+    """An alarm with too little data, or that does not exist, refuses the plan."""
     if state:
         account.fleet.alarm_named("chatd-faults", state)
     else:
@@ -235,6 +254,7 @@ def test_plan_needs_all_alarms_ok(account, state):
 
 
 def test_rollout_needs_all_alarms_ok(account):
+    """An alarm that goes off after the plan refuses the rollout."""
     deploy(account, "plan", account.new)
     account.fleet.alarm("ALARM")
     result = deploy(account, "rollout", account.new)
@@ -244,11 +264,13 @@ def test_rollout_needs_all_alarms_ok(account):
 
 @pytest.mark.parametrize("name", ["VpcId", "SubnetIds"])
 def test_other_changes_are_refused(account, name):
+    """A plan that changes more than the image is refused."""
     result = deploy(account, "plan", account.new, f"--parameter={name}=other")
     end(account, result, REFUSED)
 
 
 def test_allowed_resource_may_change(account):
+    """--allow permits the change of a resource, and the rollout needs it too."""
     result = deploy(account, "plan", account.new, "--parameter=CertificateArn=other", "--allow=Listener")
     end(account, result, DONE, planned=[f"chatd-{account.new}"])
     result = deploy(account, "rollout", account.new)
@@ -259,6 +281,7 @@ def test_allowed_resource_may_change(account):
 
 
 def test_template_may_not_add_resources(account, tmp_path):
+    """A template that adds a resource is refused."""
     template = tmp_path / "stack.yaml"
     template.write_text("Resources: {}\n")
     result = deploy(account, "plan", account.new, "--template", template)
@@ -267,6 +290,7 @@ def test_template_may_not_add_resources(account, tmp_path):
 
 
 def test_operation_in_progress_is_refused(account):
+    """While another rollout runs, plans are refused, and `abort` rolls it back."""
     other = account.image(VERSION)
     account.stack.stuck.add(other)
     deploy(account, "plan", other)
@@ -281,6 +305,7 @@ def test_operation_in_progress_is_refused(account):
 
 
 def test_instance_refresh_in_progress_is_refused(account):
+    """An instance refresh that someone else started refuses the plan."""
     refresh = {"InstanceRefreshId": "r-1", "AutoScalingGroupName": STACK, "Status": "InProgress"}
     account.stack.refreshes.append(refresh)
     result = deploy(account, "plan", account.new)
@@ -289,6 +314,7 @@ def test_instance_refresh_in_progress_is_refused(account):
 
 
 def test_nothing_to_abort_after_completion(account):
+    """`abort` after the rollout fails, and names `rollback` as the remedy."""
     result = deploy(account, "abort")
     end(account, result, FAILED)
     assert "scripts/deploy rollback" in result.stderr

@@ -10,11 +10,11 @@ from system import test_deploy_cuts as cuts
 from system import test_deploy_images as images
 
 UNSAFE = {
-    "the alarms do not matter": (
+    "alarms are ignored": (
         ("deploying/stack.py", "        if loud:", "        if False:"),
         road.test_rollout_needs_all_alarms_ok,
     ),
-    "an alarm undoes a roll-back": (
+    "an alarm reverts a rollback": (
         ("deploying/stack.py", '"yes" if guarded else "no"', '"yes"'),
         road.test_rollback_to_last_good_ignores_alarms,
     ),
@@ -22,27 +22,27 @@ UNSAFE = {
         ("deploying/stack.py", "        if more:", "        if False:"),
         road.test_allowed_resource_may_change,
     ),
-    "a refused change set stays": (
+    "a refused change set remains": (
         ("deploying/stack.py", "            self.drop(name)\n            raise", "            raise"),
         cuts.test_early_interrupt_leaves_nothing,
     ),
-    "what is replaced by hand does not matter": (
+    "an instance refresh is ignored": (
         ("deploying/stack.py", 'if one["Status"] in REFRESHING', "if False"),
         road.test_instance_refresh_in_progress_is_refused,
     ),
-    "what has not begun has ended": (
+    "a rollout that has not begun counts as complete": (
         ("deploying/rollout.py", "if self._begun and self._ended(state)", "if self._ended(state)"),
         road.test_alarm_during_rollout_rolls_back,
     ),
-    "nothing is called off": (
+    "a stuck rollout is not cancelled": (
         ("deploying/rollout.py", "if self._off and not self._cancelled", "if False"),
         road.test_stuck_refresh_is_cancelled,
     ),
-    "what goes on elsewhere is not found": (
+    "the operation of another run is not found": (
         ("deploying/rollout.py", "        token = stack.began(image)\n", '        token = "other"\n'),
         road.test_operation_in_progress_is_refused,
     ),
-    "the label comes before the proof": (
+    "the image is recorded before its verification": (
         (
             "deploying/ship.py",
             "        seen = verify(self.stack, image, self.within)\n        self.record.keep(image)\n",
@@ -50,7 +50,7 @@ UNSAFE = {
         ),
         road.test_wrong_version_is_rolled_back,
     ),
-    "it is not rolled back": (
+    "a failed verification is not rolled back": (
         (
             "deploying/ship.py",
             "            self._replace(template=None, parameters=former).undo",
@@ -58,32 +58,32 @@ UNSAFE = {
         ),
         road.test_wrong_version_is_rolled_back,
     ),
-    "any image will do": (
+    "any image is accepted": (
         ("deploying/verify.py", "if images.get(one) != image", "if False"),
         road.test_instance_of_another_image_is_not_verified,
     ),
-    "any health will do": (
+    "any health is accepted": (
         ("deploying/verify.py", 'if word not in ("healthy", LEAVING)', "if False"),
         road.test_unhealthy_targets_are_not_verified,
     ),
-    "any version will do": (
+    "any version is accepted": (
         ("deploying/verify.py", 'if server == f"chatd/{expected}"', "if server"),
         road.test_wrong_version_is_not_verified,
     ),
-    "what is needed goes": (
+    "images in use are removed": (
         ("deploying/images.py", "        if image in why:", "        if False:"),
         images.test_gc_keeps_images_in_use,
     ),
-    "what others know to be good goes": (
+    "images verified for other stacks are removed": (
         ("deploying/images.py", "    for stack in stacks(account):", "    for stack in ():"),
         images.test_gc_keeps_images_in_use,
     ),
 }
-"""A change of a script, and the test that then must fail."""
+"""Each is a change of a script, and the test that must then fail."""
 
 
 def outcome(chat, folder, change, test):
-    """How a test ends with scripts that are changed."""
+    """Return how a test ends with changed scripts."""
     try:
         with running(chat, checkout(folder, change)) as account:
             test(account)
@@ -94,10 +94,12 @@ def outcome(chat, folder, change, test):
 
 @pytest.mark.parametrize("safety", UNSAFE)
 def test_removed_safety_fails_its_test(chat, tmp_path, safety):
+    """Each change of UNSAFE makes its test fail by an assertion, and not by a traceback of the script."""
     assert outcome(chat, tmp_path / "unsafe", *UNSAFE[safety]) == "fails"
 
 
 def test_unchanged_checkout_passes(chat, tmp_path):
+    """The test passes for a copy of the scripts that is not changed."""
     change = ("deploy", "import argparse\n", "import argparse\n")
     assert outcome(chat, tmp_path / "same", change, road.test_rollout_needs_all_alarms_ok) == "passes"
 
@@ -116,6 +118,7 @@ STACK = {"StackName": "chatd", "CreationTime": dt.datetime(2026, 1, 1, tzinfo=dt
     ],
 )
 def test_double_must_follow_the_model(changes):
+    """A response that differs from the model of the AWS API fails the test that gets it."""
     wire = Wire("cloudformation")
     assert b"UPDATE_COMPLETE" in wire.write("DescribeStacks", {"Stacks": [STACK]})
     stack = {name: value for name, value in (STACK | changes).items() if value is not None}

@@ -1,4 +1,4 @@
-"""scripts/deploy when AWS, the connection or the process itself fails it at any point."""
+"""scripts/deploy when AWS, the connection or the process itself fails at any point."""
 
 import signal
 
@@ -25,6 +25,7 @@ DENIED = Fault("AccessDenied", "User: arn:aws:iam::123456789012:user/operator is
 
 @pytest.mark.parametrize("operation", ["CreateChangeSet", "ExecuteChangeSet", "DescribeStackEvents", "PutParameter"])
 def test_access_denied_ends_with_the_old_image(account, operation):
+    """Denied access at any step leaves the old image, and the error names the missing action."""
     account.fault(operation, DENIED, times=99)
     result = deploy(account, "ship", "--image", account.new, "--json")
     begun = operation not in ("CreateChangeSet", "ExecuteChangeSet")
@@ -51,6 +52,7 @@ def test_errors_are_one_line_with_the_remedy(account, fault, remedy):
 
 
 def test_missing_credentials_stack_or_image(account):
+    """Each missing precondition has its own error."""
     result = deploy(account, "plan", account.new, AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
     assert (result.returncode, "AWS_PROFILE" in result.stderr) == (FAILED, True)
     result = deploy(account, "verify", "--stack=other")
@@ -63,6 +65,7 @@ def test_missing_credentials_stack_or_image(account):
 
 
 def test_expired_credentials_during_rollout(account):
+    """Credentials that expire during a rollout leave it to CloudFormation, and the error names `abort`."""
     account.stack.unhealthy.add(account.new)
     account.fault("DescribeStackEvents", Fault("ExpiredToken", "expired", 403), times=9, after=2)
     account.fault("CancelUpdateStack", Fault("ExpiredToken", "expired", 403), times=9)
@@ -77,6 +80,7 @@ def test_expired_credentials_during_rollout(account):
 
 
 def test_lost_connections_are_retried(account):
+    """Lost connections and throttling are retried, and the rollout happens once."""
     for operation in ("CreateChangeSet", "ExecuteChangeSet", "LabelParameterVersion"):
         account.fault(operation, "cut", done=True)
     account.fault("DescribeStackEvents", "cut", times=3)
@@ -88,6 +92,7 @@ def test_lost_connections_are_retried(account):
 
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
 def test_lasting_outage_during_rollout(account, done):
+    """An outage that lasts ends the command, and CloudFormation rolls back a bad image by itself."""
     account.stack.unhealthy.add(account.new)
     account.fault("ExecuteChangeSet", "cut", done=done)
     account.fault("*", "cut", times=999, after=18)
@@ -100,11 +105,11 @@ def test_lasting_outage_during_rollout(account, done):
 
 
 STEPS = {
-    "after the change set is made": ("CreateChangeSet", 0, True),
-    "while it is being made": ("DescribeChangeSet", 2, False),
-    "after it is executed": ("ExecuteChangeSet", 0, True),
+    "after the change set is created": ("CreateChangeSet", 0, True),
+    "while the change set is created": ("DescribeChangeSet", 2, False),
+    "after the change set is executed": ("ExecuteChangeSet", 0, True),
     "while instances are replaced": ("DescribeStackEvents", 5, False),
-    "while it is verified": ("DescribeTargetHealth", 1, False),
+    "during the verification": ("DescribeTargetHealth", 1, False),
     "before the label": ("PutParameter", 0, True),
 }
 
@@ -122,6 +127,7 @@ def test_rerun_after_kill(account, step):
 
 
 def test_rerun_after_kill_with_bad_image(account):
+    """A second run after a kill reports that the image was rolled back."""
     account.stack.unhealthy.add(account.new)
     account.fault("DescribeStackEvents", "kill", after=4)
     assert deploy(account, "ship", "--image", account.new).returncode == -signal.SIGKILL
@@ -129,6 +135,7 @@ def test_rerun_after_kill_with_bad_image(account):
 
 
 def test_interrupt_reports_the_running_rollout(account):
+    """SIGTERM during a rollout ends the command only; the error names `abort`."""
     account.fault("DescribeStackEvents", lambda: account.process.send_signal(signal.SIGTERM), after=2)
     result = deploy(account, "ship", "--image", account.new, "--json")
     assert (result.returncode, result.json["status"]) == (INTERRUPTED, INTERRUPTED)
@@ -139,6 +146,7 @@ def test_interrupt_reports_the_running_rollout(account):
 
 
 def test_early_interrupt_leaves_nothing(account):
+    """SIGINT before the rollout deletes the change set."""
     account.fault("DescribeChangeSet", lambda: account.process.send_signal(signal.SIGINT), after=2)
     result = deploy(account, "ship", "--image", account.new)
     end(account, result, INTERRUPTED)

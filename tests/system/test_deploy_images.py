@@ -1,4 +1,4 @@
-"""scripts/deploy and its images: what it bakes, what it removes, and what it may do; and its command line."""
+"""The images that scripts/deploy bakes and removes, its permissions, and its command line."""
 
 import json
 import os
@@ -32,10 +32,11 @@ cat "$0.made"
 """
 
 
-# Which images go
+# Removing images
 
 
 def test_gc_keeps_images_in_use(account):
+    """`gc` keeps images that run, are configured, are verified for a stack or are recent; --yes removes the others."""
     launched, parameter, staging, stopped = (account.image(VERSION, days=days) for days in (20, 21, 22, 23))
     account.fleet.aim(launched)
     account.stack.parameters = account.stack.parameters | {"ImageId": parameter}
@@ -66,6 +67,7 @@ def test_gc_keeps_images_in_use(account):
 
 
 def test_gc_reports_a_remaining_snapshot(account):
+    """A snapshot that cannot be deleted is reported, and `gc` succeeds."""
     account.image(VERSION, days=9)
     account.snapshots = "missing-permissions"
     result = deploy(account, "gc", "--keep=1", "--yes")
@@ -91,6 +93,7 @@ def baker(folder, image, script=BAKE):
 
 
 def test_ship_bakes_each_commit_once(account, tmp_path):
+    """`ship` bakes an image for the commit unless there is one, and a dirty checkout bakes again."""
     account.script, commit, asked = baker(tmp_path, account.new)
     result = deploy(account, "ship", "--", "--no-agents")
     end(account, result, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
@@ -107,6 +110,7 @@ def test_ship_bakes_each_commit_once(account, tmp_path):
 
 
 def test_bake_runs_scripts_bake(account, tmp_path):
+    """`bake` passes its options on to scripts/bake, and reports its images and its failure."""
     account.script, _, asked = baker(tmp_path, "ami-1")
     result = deploy(account, "bake", "--agents", "agents.json", "--arch=arm64")
     assert (result.returncode, result.stdout) == (DONE, f"ami-1 {REGION} arm64\n"), result.stderr
@@ -118,6 +122,7 @@ def test_bake_runs_scripts_bake(account, tmp_path):
 
 
 def test_interrupt_waits_for_the_bake(account, tmp_path):
+    """An interrupt reaches scripts/bake, and the command ends after it."""
     script = """#!/bin/sh
 trap 'kill $!; echo cleaned >&2; exit 130' TERM
 sleep 60 >/dev/null 2>&1 &
@@ -126,26 +131,26 @@ wait
 """
     account.script, _, _ = baker(tmp_path, "ami-1", script)
     with deploying(account, "ship") as process:
-        told = Lines(process.stderr)
-        told.wait("began")
+        printed = Lines(process.stderr)
+        printed.wait("began")
         process.send_signal(signal.SIGINT)
         code = process.wait(LONG)
-        told.close()
-    assert (code, [*told][-2:]) == (INTERRUPTED, ["cleaned", "deploy: interrupted"])
+        printed.close()
+    assert (code, [*printed][-2:]) == (INTERRUPTED, ["cleaned", "deploy: interrupted"])
 
 
 # Permissions
 
 
 def test_calls_match_the_allow_list():
-    """In the scripts; that the doubles are asked for nothing else is asserted of each account."""
+    """The calls in the scripts are the allowed ones.  Each account double asserts that it gets no others."""
     text = "".join(path.read_text() for path in (DEPLOY.parent / "deploying").glob("*.py"))
     called = re.findall(r"\.(?:call|pages)\(\s*\"([a-z0-9]+)\", \"([a-z_]+)\"", text)
     assert {named(service, operation.title().replace("_", "")) for service, operation in called} == ALLOWED
 
 
 def test_documented_policy_matches_the_calls():
-    """And EC2's for the snapshots, which go with their image."""
+    """The policy allows the calls of the scripts, and the deletion of snapshots with their image."""
     (policy,) = re.findall(r"```json\n(\{\n  \"Version.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
     statements = json.loads(policy)["Statement"]
     actions = [action for statement in statements for action in statement["Action"]]
@@ -159,7 +164,7 @@ def test_documented_policy_matches_the_calls():
 
 
 def command(*arguments, **environment):
-    """Run it with a Python that has no packages."""
+    """Run scripts/deploy with a Python that has no packages."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PYTHON"))}
     return subprocess.run(
         [sys.executable, "-I", "-S", DEPLOY, *arguments],
@@ -173,6 +178,7 @@ def command(*arguments, **environment):
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help_has_examples_and_needs_no_packages(name):
+    """--help of every command runs with the standard library alone."""
     result = command(*([name] if name else []), "--help")
     assert result.returncode == DONE, result.stderr
     assert f"  scripts/deploy {name or 'ship'}" in result.stdout
@@ -195,5 +201,6 @@ def test_help_has_examples_and_needs_no_packages(name):
     ],
 )
 def test_wrong_usage_is_reported(arguments, fault):
+    """The last line of standard error names the fault of the command line."""
     result = command(*arguments)
     assert (result.returncode, fault in result.stderr.splitlines()[-1]) == (WRONG, True), result.stderr

@@ -1,4 +1,4 @@
-"""chatd under systemd: notifications, the text of the units, and their behaviour on a machine that has booted."""
+"""Notifications to systemd, the text of the units, and their behaviour on a machine that has booted."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ EXPOSURE = 2.0
 
 @pytest.fixture(params=["path", "abstract"])
 def heard(request, tmp_path):
-    """A socket as systemd's own, and its name in the environment."""
+    """A socket like that of systemd, and its name in the environment."""
     name = str(tmp_path / "notify") if request.param == "path" else f"@chatd-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(name.replace("@", "\0"))
@@ -50,6 +50,7 @@ def heard(request, tmp_path):
 
 
 def test_notify_sends_one_datagram(heard):
+    """A notification is one datagram to the socket that systemd names."""
     systemd, name = heard
     notify = Notifier({"NOTIFY_SOCKET": name})
     notify(READY="1", STATUS="ready")
@@ -88,6 +89,7 @@ def test_failed_notification_is_logged(tmp_path, events):
 
 
 def test_full_queue_does_not_block(heard, events, monkeypatch):
+    """A notification gives up after SEND_SECONDS if systemd does not read its socket."""
     monkeypatch.setattr("chatd.operate.systemd.SEND_SECONDS", 0.001)
     notify = Notifier({"NOTIFY_SOCKET": heard[1]})
     while not events:
@@ -95,7 +97,7 @@ def test_full_queue_does_not_block(heard, events, monkeypatch):
     assert "timed out" in str(events[0]["error"])
 
 
-# The units, by their text
+# The text of the units
 
 
 (COMMAND,) = unit("chatd.service")["ExecStart"]
@@ -105,6 +107,7 @@ DRAIN = int(re.search(r"--drain (\d+)", COMMAND)[1])
 
 @pytest.mark.parametrize(("name", "instance"), [("chatd", "chatd"), ("chatd@", "chatd@%i")])
 def test_unit_settings_are_consistent(name, instance):
+    """The timeouts, the port and the drain of a unit and its socket fit together."""
     one = {key: values[0] for key, values in unit(f"{name}.service").items()}
     socket = unit(f"{name}.socket")
     assert one["Type"] == "notify"
@@ -122,6 +125,7 @@ def test_unit_settings_are_consistent(name, instance):
 
 
 def test_both_units_share_their_settings():
+    """chatd.service and chatd@.service differ only in the settings listed here."""
     settings, others = unit("chatd.service"), unit("chatd@.service")
     of_their_own = {"Description", "Requires", "Wants", "After", "Also", "Environment", "ExecStart"}
     of_the_first = {"StateDirectory", "StateDirectoryMode", "WorkingDirectory"}
@@ -131,6 +135,7 @@ def test_both_units_share_their_settings():
 
 @pytest.mark.parametrize("name", ["chatd.service", "chatd@.service"])
 def test_environment_and_command_line_do_not_overlap(name):
+    """The command line of a unit sets no option that its environment sets too."""
     service = unit(name)
     said = dict(word.split("=", 1) for value in service["Environment"] for word in shlex.split(value))
     options = {option.variable for option in OPTIONS}
@@ -141,7 +146,7 @@ def test_environment_and_command_line_do_not_overlap(name):
 
 @pytest.fixture(params=["chatd", "chatd@"], ids=["one", "many"])
 def unit_file(request, tmp_path):
-    """Writes the service with the settings of one name replaced, and answers where it is; its command is there."""
+    """A function that writes the unit with one setting replaced, and returns its path.  Its command exists."""
     instance = request.param + ("1" if "@" in request.param else "")
     shutil.copy(UNITS / f"{request.param}.socket", tmp_path / f"{instance}.socket")
 
@@ -169,10 +174,12 @@ def test_sandbox_has_low_exposure(unit_file):
 
 @pytest.mark.parametrize("name", ["CapabilityBoundingSet", "SystemCallFilter"])
 def test_weaker_sandbox_is_detected(unit_file, name):
+    """A unit without one of its restrictions has a higher exposure than permitted."""
     assert exposure(unit_file(name)) > EXPOSURE
 
 
 def test_systemd_accepts_the_units(unit_file):
+    """systemd-analyze verify reports nothing, and detects a wrong key."""
     verify = ("verify", "--man=no", "--recursive-errors=no")
     assert analyze(*verify, unit_file(), unit_file().with_suffix(".socket")) == ("", 0)
     said, _ = analyze(*verify, unit_file("WatchdogSec", "WatchdogSecs=10\n"))
@@ -183,7 +190,7 @@ def test_systemd_accepts_the_units(unit_file):
 
 
 class Chatd:
-    """chatd on a machine, as its operator has it."""
+    """chatd on a machine, as an operator installs it."""
 
     def __init__(self, machine):
         self.run, self.command, self.path, self.connect = machine.run, machine.command, machine.path, machine.connect
@@ -216,12 +223,12 @@ class Chatd:
         self.run("systemctl", *arguments)
 
     def show(self, name):
-        """A property of the service."""
+        """Return a property of the service."""
         return self.run("systemctl", "show", f"--property={name}", "--value", "chatd.service").strip()
 
     def close(self):
         """Leave the machine as it was."""
-        os.killpg(self._follow.pid, signal.SIGKILL)  # nsenter, and what it started
+        os.killpg(self._follow.pid, signal.SIGKILL)  # nsenter and its children
         self._follow.wait(LONG)
         self.journal.close()
         self.configure("TimeoutStopSec=1ms")
@@ -232,7 +239,7 @@ class Chatd:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """Booted once for all tests; each leaves it as it was."""
+    """A machine that boots once for all tests.  Each test leaves it as it was."""
     with booted.Machine(*booted.installed(tmp_path_factory.mktemp("machine")), booted.NO_NETWORK) as machine:
         yield machine
 
@@ -245,6 +252,7 @@ def chatd(machine):
 
 
 def test_start_at_boot(chatd):
+    """An enabled service starts with multi-user.target, and its socket with it."""
     chatd.systemctl("enable", "chatd.service")
     chatd.systemctl("start", "multi-user.target")
     chatd.systemctl("is-active", "chatd.service", "chatd.socket")
@@ -252,7 +260,8 @@ def test_start_at_boot(chatd):
 
 
 def test_connection_starts_the_service(chatd):
-    chatd.run("mkfifo", "/run/seed")  # chatd reads its seed from this pipe, and is not ready before
+    """A connection to the socket starts the service, and waits until it is ready."""
+    chatd.run("mkfifo", "/run/seed")  # chatd is not ready until it has read its seed from this pipe
     chatd.configure(SEED="/run/seed")
     chatd.systemctl("start", "chatd.socket")
     assert chatd.show("ActiveState") == "inactive"
@@ -269,6 +278,7 @@ def test_connection_starts_the_service(chatd):
 
 
 def test_start_times_out_without_ready(chatd):
+    """The start fails if the service does not notify systemd."""
     chatd.configure(
         "ExecStart=", f"ExecStart=/usr/bin/env -u NOTIFY_SOCKET {COMMAND}", "TimeoutStartSec=3", "Restart=no"
     )
@@ -279,6 +289,7 @@ def test_start_times_out_without_ready(chatd):
 
 
 def test_state_directory_of_the_dynamic_user(chatd, tmp_path):
+    """The store is private to the dynamic user and survives a restart of the service."""
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
         assert numbered(client.join()) == SEED
@@ -288,7 +299,7 @@ def test_state_directory_of_the_dynamic_user(chatd, tmp_path):
     chatd.systemctl("stop", "chatd.socket")
     store = chatd.path("/var/lib/private/chatd/chatd.sqlite")
     assert store.stat().st_uid == process.st_uid
-    assert 61184 <= process.st_uid <= 65519, "systemd's range of users that are made for a service"
+    assert 61184 <= process.st_uid <= 65519, "the range of dynamic users of systemd"
     assert store.stat().st_mode & 0o777 == 0o600
     assert [row[:3] for row in stored(shutil.copy(store, tmp_path))[1]] == [*SEED, (3, "ann", "hi")]
     chatd.systemctl("start", "chatd.service")
@@ -297,6 +308,7 @@ def test_state_directory_of_the_dynamic_user(chatd, tmp_path):
 
 
 def test_process_has_no_privileges(chatd):
+    """The process has no capabilities, and has a system call filter."""
     chatd.systemctl("start", "chatd.service")
     status = chatd.path(f"/proc/{chatd.show('MainPID')}/status").read_text()
     has = dict(line.split(":\t") for line in status.splitlines())
@@ -311,6 +323,7 @@ def test_journal_has_json_lines(chatd):
 
 
 def test_stop_drains_successfully(chatd):
+    """A stop releases the clients, reports `draining` and ends with success."""
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -328,6 +341,7 @@ def test_stop_drains_successfully(chatd):
 
 
 def test_admin_drain_is_reported_to_systemd(chatd):
+    """The status of the service is `draining` after POST /drain, and the service stays active."""
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client, chatd.connect(8086) as admin:
@@ -340,6 +354,7 @@ def test_admin_drain_is_reported_to_systemd(chatd):
 
 
 def test_hangup_drains_and_restarts(chatd):
+    """SIGHUP drains the server, and systemd restarts it."""
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -353,6 +368,7 @@ def test_hangup_drains_and_restarts(chatd):
 
 
 def test_stop_times_out(chatd):
+    """systemd kills a server whose drain is longer than TimeoutStopSec."""
     chatd.configure("TimeoutStopSec=1")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -362,6 +378,7 @@ def test_stop_times_out(chatd):
 
 
 def test_connection_waits_during_restart(chatd):
+    """A connection during a restart waits in the socket for the next process."""
     chatd.command_line(f"--drain {DRAIN}", "--drain 2")
     chatd.systemctl("start", "chatd.service")
     with chatd.connect() as client:
@@ -375,6 +392,7 @@ def test_connection_waits_during_restart(chatd):
 
 
 def test_hanging_server_is_restarted(chatd):
+    """The watchdog aborts a server that hangs, whose stack is in the journal, and systemd restarts it."""
     chatd.configure("WatchdogSec=2")
     chatd.systemctl("start", "chatd.service")
     process = chatd.show("MainPID")
@@ -383,7 +401,7 @@ def test_hanging_server_is_restarted(chatd):
         chatd.systemctl("kill", "--signal=STOP", "chatd.service")
         client.rest()  # until the process has ended
     with chatd.connect() as client:
-        assert numbered(client.join()) == SEED, "from the next one"
+        assert numbered(client.join()) == SEED, "the next process serves the log"
     chatd.journal.wait("Watchdog timeout")
     chatd.journal.wait("Fatal Python error: Aborted")
     chatd.journal.wait("in mainLoop")
@@ -392,6 +410,7 @@ def test_hanging_server_is_restarted(chatd):
 
 
 def test_working_server_is_not_restarted(chatd):
+    """A server that works feeds the watchdog in time."""
     chatd.configure("WatchdogSec=1")
     chatd.systemctl("start", "chatd.service")
     began, fed = (int(chatd.show(f"{name}TimestampMonotonic")) for name in ("ActiveEnter", "Watchdog"))
@@ -401,6 +420,7 @@ def test_working_server_is_not_restarted(chatd):
 
 
 def test_unfed_watchdog_kills(chatd):
+    """The watchdog kills a server that does not feed it."""
     chatd.configure("ExecStart=", f"ExecStart=/usr/bin/env -u WATCHDOG_USEC {COMMAND}", "WatchdogSec=1", "Restart=no")
     chatd.systemctl("start", "chatd.service")
     chatd.journal.wait("Watchdog timeout")
@@ -408,6 +428,7 @@ def test_unfed_watchdog_kills(chatd):
 
 @pytest.mark.parametrize("change", [None, "MemoryDenyWriteExecute=yes"])
 def test_tls_in_the_sandbox(chatd, change, tmp_path):
+    """TLS works in the sandbox, and would not with MemoryDenyWriteExecute."""
     _, trust = certificate_for(tmp_path)
     for name in ("key.pem", "cert.pem"):
         chatd.path(f"/etc/chatd/{name}").write_bytes((tmp_path / name).read_bytes())
@@ -420,11 +441,11 @@ def test_tls_in_the_sandbox(chatd, change, tmp_path):
         assert client.head()[0] == 200
 
 
-# Many on one machine
+# Several instances on one machine
 
 
 class Instances:
-    """Instances of chatd on a machine, over one Redis that asks for a password."""
+    """Instances of chatd on a machine, which share a Redis with a password."""
 
     ADMIN = (8091, 8092)
 
@@ -475,27 +496,27 @@ def instances(machine):
 
 
 MOST = 64
-"""Number of clients of which each of two instances gets some, except once in 10 ** 19 runs."""
+"""Enough clients for both instances to get one: the kernel misses one instance once in 10 ** 19 runs."""
 
 
-def hear(clients, message):
-    """Have the first say something, which all must be told alike."""
+def check_delivery(clients, message):
+    """Post with the first client, and check that all receive the same frame."""
     clients[0].send(post("ann", message))
-    told = [client.json() for client in clients]
-    assert [frame == told[0] for frame in told] == [True] * len(clients)
-    assert told[0]["data"]["message"] == message
+    received = [client.json() for client in clients]
+    assert [frame == received[0] for frame in received] == [True] * len(clients)
+    assert received[0]["data"]["message"] == message
 
 
-def come(instances, stack, clients):
-    """Clients come until each instance has one."""
+def connect_to_both(instances, stack, clients):
+    """Connect clients until each instance has one."""
     while not all(instances.members()):
         assert len(clients) < MOST
         clients.append(stack.enter_context(instances.connect()))
         clients[-1].join()
 
 
-def move(instances, stack, clients, count):
-    """Expect a number of clients to be released, and reconnect them; the others stay connected."""
+def reconnect(instances, stack, clients, count):
+    """Wait for a number of clients to be released, and reconnect them.  The others stay connected."""
     while count:
         ready, _, _ = select.select([client.socket for client in clients], [], [], LONG)
         assert ready
@@ -508,6 +529,7 @@ def move(instances, stack, clients, count):
 
 
 def test_two_instances_share_port_and_rooms(instances):
+    """Two instances share one port and their rooms; the clients of one that stops move to the other."""
     instances.systemctl("enable", "chatd@1.service")
     instances.systemctl("is-enabled", "chatd@1.service", "chatd@1.socket")
     instances.systemctl("disable", "chatd@1.service")
@@ -515,32 +537,33 @@ def test_two_instances_share_port_and_rooms(instances):
     instances.systemctl("is-active", *(f"chatd@{name}.{kind}" for name in (1, 2) for kind in ("service", "socket")))
     with contextlib.ExitStack() as stack:
         clients = []
-        come(instances, stack, clients)
-        hear(clients, "on both")
+        connect_to_both(instances, stack, clients)
+        check_delivery(clients, "on both")
         first, _ = instances.members()
         # The socket first, as in operations.md, so that the leaving instance gets no new clients.
         instances.systemctl("stop", "chatd@1.socket")
         stop = subprocess.Popen(instances.command("systemctl", "stop", "chatd@1.service"))
-        move(instances, stack, clients, first)
-        hear(clients, "on the other")
+        reconnect(instances, stack, clients, first)
+        check_delivery(clients, "on the other")
         assert stop.wait(LONG) == 0
         with pytest.raises(ConnectionRefusedError):
             instances.connect(instances.ADMIN[0])
         instances.systemctl("start", "chatd@1.service")
-        come(instances, stack, clients)
-        hear(clients, "on both again")
+        connect_to_both(instances, stack, clients)
+        check_delivery(clients, "on both again")
 
 
 def test_restart_one_of_two_instances(instances):
+    """A restart of one instance moves its clients, and afterwards both accept clients."""
     instances.systemctl("start", "chatd@1.service", "chatd@2.service")
     with contextlib.ExitStack() as stack:
         clients = []
-        come(instances, stack, clients)
+        connect_to_both(instances, stack, clients)
         first, _ = instances.members()
         instances.systemctl("stop", "chatd@1.socket")
         restart = subprocess.Popen(instances.command("systemctl", "restart", "chatd@1.service"))
-        move(instances, stack, clients, first)
+        reconnect(instances, stack, clients, first)
         assert restart.wait(LONG) == 0
         instances.systemctl("is-active", "chatd@1.service", "chatd@1.socket")
-        come(instances, stack, clients)
-        hear(clients, "on both")
+        connect_to_both(instances, stack, clients)
+        check_delivery(clients, "on both")
