@@ -16,7 +16,8 @@ import threading
 from contextlib import closing
 
 import pytest
-from support.servers import LONG, ROOT, TEXT, Raw, Server, environment, frame, numbered, post, program, stored
+from support.servers import LONG, ROOT, Raw, Server, environment, numbered, post, program, stored
+from support.websocket_frames import TEXT, frame
 
 from chatd.store import base, sqlite_file
 
@@ -108,7 +109,7 @@ class Poster(threading.Thread):
         self._changed = threading.Condition()
         self._stopping = False
         self.acked = 0
-        """Return the number that the poster gave its own message."""
+        """The number of the last acknowledged message, among those of this poster."""
         self.faults = []
 
     def run(self):
@@ -389,7 +390,7 @@ def test_restore_removes_a_stale_write_ahead_log(store, tmp_path):
 
 
 def test_restore_keeps_another_format(store, tmp_path):
-    change(store, "UPDATE log SET written = 77")  # newer, and says that this server can read it
+    change(store, "UPDATE log SET written = 77")  # a newer format that this server can read
     run("restore", "chatd.sqlite", "new.sqlite", cwd=tmp_path)
     with closing(sqlite3.connect(tmp_path / "new.sqlite")) as db:
         assert db.execute("SELECT written, readable_since FROM log").fetchone() == (77, sqlite_file.READABLE_SINCE)

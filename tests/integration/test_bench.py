@@ -6,7 +6,8 @@ import subprocess
 import xml.etree.ElementTree as ET
 
 import pytest
-from support.servers import LONG, PING, PONG, ROOT, frame, program
+from support.servers import LONG, ROOT, program
+from support.websocket_frames import PING, PONG, frame
 
 BENCH = ROOT / "scripts" / "bench"
 
@@ -144,7 +145,7 @@ def test_pings_are_answered_and_left_out_of_the_comparison(clients, size):
         for start in range(0, len(stream), size):
             client.take(stream[start : start + size])
     assert clients.other.position == clients.first.position == len(GREETING + b"".join(STREAM))
-    pong = frame(PONG, b"now")
+    pong = frame(PONG, b"now", mask=bench.MASK)
     assert clients.pairs[0][1].recv(1000) == pong
     assert clients.pairs[1][1].recv(1000) == pong * 2
     assert not clients.reference.ahead

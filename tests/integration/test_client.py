@@ -5,13 +5,14 @@ import hashlib
 import re
 
 import pytest
-from support.helpers import read_frames, result_of
+from support.helpers import result_of
 from support.loops import drive
 from support.servers import Server, certificate_for, stored
+from support.transports import Wire
+from support.websocket_frames import CLOSE, frame, read_frames
 from twisted.internet import error
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from chatd.client.client import (
@@ -126,28 +127,16 @@ class Watch(Listener):
         self._told("on_reject", reason)
 
 
-class Wire(StringTransport):
+class ServerEnd(Wire):
     """A connection with the test at its other end."""
 
     def __init__(self, protocol):
         super().__init__()
         self.client = protocol
-        self.aborted = False
         protocol.makeConnection(self)
 
-    def setTcpNoDelay(self, enabled):
-        pass
-
-    def unregisterProducer(self):
-        pass
-
-    def abortConnection(self):
-        self.aborted = True
-
     def request(self):
-        head = self.value().decode()
-        self.clear()
-        return head
+        return self.read().decode()
 
     def answer(self, status="101 Switching Protocols", *headers):
         key = re.search(r"Sec-WebSocket-Key: (\S+)", self.request())[1]
@@ -159,22 +148,11 @@ class Wire(StringTransport):
         self.client.dataReceived(data)
 
     def close(self, code=None, reason=""):
-        payload = b"" if code is None else code.to_bytes(2) + reason.encode()
-        self.say(b"\x88%c%b" % (len(payload), payload))
+        self.say(frame(CLOSE, b"" if code is None else code.to_bytes(2) + reason.encode(), masked=False))
 
     def said(self):
         """Take the texts that the client sent."""
-        data, unmasked = self.value(), b""
-        self.clear()
-        while data:
-            size, begin = data[1] & 0x7F, 2
-            if size == 126:
-                size, begin = int.from_bytes(data[2:4]), 4
-            mask, text = data[begin : begin + 4], data[begin + 4 : begin + 4 + size]
-            plain = bytes(byte ^ mask[place % 4] for place, byte in enumerate(text))
-            unmasked += data[:1] + (b"%c" % size if size < 126 else b"\x7e" + size.to_bytes(2)) + plain
-            data = data[begin + 4 + size :]
-        return read_frames(unmasked)
+        return read_frames(self.read(), masked=True)
 
     def end(self):
         """Report the loss of the connection to the client."""
@@ -195,7 +173,7 @@ class Endpoint:
 
     def accept(self):
         attempt, factory = self.attempts.pop()
-        wire = Wire(factory.buildProtocol(None))
+        wire = ServerEnd(factory.buildProtocol(None))
         attempt.callback(wire.client)
         return wire
 
@@ -210,7 +188,7 @@ class Longest:
         return 1.0
 
 
-def frame(number):
+def message(number):
     return message_frame("abcd", Entry(number, "ann", f"m{number}", "2026-01-01T00:00:00.000Z"))
 
 
@@ -248,7 +226,7 @@ def test_listener_receives_the_history_and_then_each_message():
     table = Table()
     wire = table.endpoint.accept()
     wire.answer("101 Switching Protocols", "Sec-WebSocket-Protocol: chat.v1")
-    data = history_frame("abcd", 2, [frame(1), frame(2)]) + frame(3) + presence_frame(1) + frame(4)
+    data = history_frame("abcd", 2, [message(1), message(2)]) + message(3) + presence_frame(1) + message(4)
     for cut in range(0, len(data), 7):
         wire.say(data[cut : cut + 7])
     assert table.watch.kinds() == ["on_history", "on_connect", "on_entries", "on_event", "on_entries"]
@@ -261,15 +239,15 @@ def test_pings_and_fragments():
     table = Table()
     wire = table.join(2)
     wire.clear()
-    text = frame(3)[2:]
-    wire.say(frame(3) + b"\x89\x02hi" + frame(4) + b"\x01\x05" + frame(5)[2:7])
+    text = message(3)[2:]
+    wire.say(message(3) + b"\x89\x02hi" + message(4) + b"\x01\x05" + message(5)[2:7])
     assert wire.value()[:2] == b"\x8a\x82"
     assert len(wire.value()) == 8
-    rest = frame(5)[7:]
+    rest = message(5)[7:]
     wire.say(b"\x80%c" % len(rest) + rest[:9])
     wire.say(rest[9:])
-    wire.say(b"\x01\x03" + frame(6)[2:5])
-    wire.say(b"\x80%c" % (len(text) - 3) + frame(6)[5:])
+    wire.say(b"\x01\x03" + message(6)[2:5])
+    wire.say(b"\x80%c" % (len(text) - 3) + message(6)[5:])
     assert table.watch.numbers == [3, 4, 5, 6]
 
 
@@ -314,7 +292,7 @@ def test_page_requests_and_their_answers():
         {"type": "history", "before": "abcd-3", "limit": 2, "label": ""},
         {"type": "history", "after": "abcd-3", "limit": 50, "label": ""},
     ]
-    wire.say(history_frame("abcd", 2, [frame(1), frame(2)], label=asked[1]["label"]))
+    wire.say(history_frame("abcd", 2, [message(1), message(2)], label=asked[1]["label"]))
     assert [entry.number for entry in result_of(pages[1]).entries] == [1, 2]
     assert table.client.last == Id("abcd", 9)
 
@@ -345,7 +323,7 @@ def test_temporary_errors_delay_the_retry():
 def test_new_log_on_reconnect_replaces_all():
     table = Table()
     wire = table.join(5)
-    wire.say(frame(6))
+    wire.say(message(6))
     wire.end()
     table.clock.advance(1)
     wire = table.endpoint.accept()
@@ -369,8 +347,8 @@ def test_new_log_on_reconnect_replaces_all():
 def test_new_log_during_a_connection_replaces_all():
     table = Table()
     wire = table.join(5)
-    wire.say(frame(6))
-    wire.say(history_frame("efgh", 2, [frame(1), frame(2)], resumed=False))
+    wire.say(message(6))
+    wire.say(history_frame("efgh", 2, [message(1), message(2)], resumed=False))
     wire.say(message_frame("efgh", Entry(3, "ann", "m3", "2026-01-01T00:00:00.000Z")))
     assert table.watch.kinds() == ["on_history", "on_connect", "on_entries", "on_history", "on_entries"]
     assert table.watch.numbers == [1, 2, 3]
@@ -412,8 +390,8 @@ def test_second_history_must_be_a_fresh_start(resumed):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (frame(9), "abcd-9 arrived after abcd-7, instead of abcd-8"),
-        (frame(7), "abcd-7 arrived after abcd-7, again"),
+        (message(9), "abcd-9 arrived after abcd-7, instead of abcd-8"),
+        (message(7), "abcd-7 arrived after abcd-7, again"),
         (b"\x81\x02{}", "malformed frame"),
         (error_frame("no"), "an error answers no request: no"),
     ],
@@ -421,9 +399,9 @@ def test_second_history_must_be_a_fresh_start(resumed):
 def test_protocol_error_drops_the_connection_and_reconnects(data, words):
     table = Table()
     wire = table.join(7)
-    wire.say(data + frame(8))
+    wire.say(data + message(8))
     assert wire.aborted
-    wire.say(frame(8))
+    wire.say(message(8))
     wire.end()
     assert table.watch.kinds() == ["on_history", "on_connect", "on_protocol_error", "on_disconnect"]
     assert isinstance(table.watch.events[2][1], ProtocolError)
@@ -437,7 +415,7 @@ def test_no_post_after_a_protocol_error():
     """Posts wait for the next connection."""
     table = Table()
     wire = table.join(7)
-    wire.say(frame(9))
+    wire.say(message(9))
     table.client.post("ann", "hi")
     assert wire.said() == []
     wire.end()
@@ -723,7 +701,7 @@ def test_listener_methods_are_optional():
     table = Table()
     table.client._listener = Listener()
     wire = table.join(1)
-    wire.say(frame(2) + presence_frame(1) + frame(2))
+    wire.say(message(2) + presence_frame(1) + message(2))
     wire.end()
     table.clock.advance(1)
     wire = table.endpoint.accept()

@@ -13,7 +13,8 @@ import socket
 import struct
 import sys
 
-from support.servers import LONG, TEXT, Server, frame, stored, upgrade
+from support.servers import LONG, Server, stored, upgrade
+from support.websocket_frames import TEXT, frame, take_frames
 
 CYCLES = 10_000
 CLIENTS = 50
@@ -106,23 +107,14 @@ class Client:
 
     def take(self):
         """Take the frames that are whole by now."""
-        data, begin = self.data, 0
-        while len(data) - begin >= 4:
-            size, start = data[begin + 1], begin + 2
-            if size == 126:
-                size, start = int.from_bytes(data[start : start + 2]), start + 2
-            elif size == 127:
-                size, start = int.from_bytes(data[start : start + 8]), start + 8
-            if len(data) < start + size:
-                break
-            assert data[begin] == 0x80 | TEXT, bytes(data[begin:])
-            begin = start + size
-            text = json.loads(data[start:begin])
+        found, self.data = take_frames(self.data)
+        for one in found:
+            assert one.first == 0x80 | TEXT, one
+            text = json.loads(one.payload)
             if text["type"] == "ack":
                 self.acknowledged(text)
             else:
                 self.given(text)
-        del data[:begin]
 
     def given(self, text):
         """Nothing is missed, nothing comes twice, and all in the order of the ids."""

@@ -489,7 +489,7 @@ def kept(tmp_path, transport):
             client, other = (secured(stack.enter_context(Raw(server.port)), trust) for _ in range(2))
         client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert client.head()[0] == 200
-        assert client._take(3) == b"ok\n"
+        assert client.take(3) == b"ok\n"
         yield server, client, other
 
 
@@ -540,7 +540,7 @@ def test_upgrade_behind_unread_answers(tmp_path, more, transport):
             status, head = client.head()
             assert status == 200
             size = int(head.lower().partition("content-length: ")[2].split("\r\n")[0])
-            assert len(json.loads(client._take(size))["data"]) == 100
+            assert len(json.loads(client.take(size))["data"]) == 100
         assert client.head()[0] == 101
         assert len(client.json()["data"]) == 100
         assert numbered(client.json())[0][1:] == ("ann", "behind")

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 from support.loops import reactor
 from support.servers import TWISTD, Server
+from support.websocket_frames import TEXT, frame, frame_at
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 
@@ -455,19 +456,11 @@ class Back(Protocol):
             self.front.transport.write(head + end)
             self.head = False
         relay.tamper.front = self.front
-        for frame in self.frames(data):
-            self.front.transport.write(relay.tamper(frame))
-
-    def frames(self, data):
-        while len(data) >= 4:
-            size, begin = data[1], 2
-            if size == 126:
-                size, begin = int.from_bytes(data[2:4]), 4
-            if len(data) < begin + size:
-                break
-            yield data[: begin + size]
-            data = data[begin + size :]
-        self.rest = data
+        begin = 0
+        while found := frame_at(data, begin):
+            self.front.transport.write(relay.tamper(data[begin : found.end]))
+            begin = found.end
+        self.rest = data[begin:]
 
     def connectionLost(self, reason):
         self.front.transport.abortConnection()
@@ -498,12 +491,12 @@ class Relay(Factory):
 
 
 def framed(text):
-    return (b"\x81%c" % len(text) if len(text) < 126 else b"\x81\x7e" + len(text).to_bytes(2)) + text
+    return frame(TEXT, text, masked=False)
 
 
-def split(frame):
-    """A message frame's head, its text up to the number, and the rest."""
-    text = frame[2 if frame[1] < 126 else 4 :]
+def split(message):
+    """Split the text of a message frame before its data, and leave out the end."""
+    text = frame_at(message).payload
     return re.fullmatch(rb'(\{"type":"message","id":"\w+-\d+","data":)(.*)\}', text, re.DOTALL).groups()
 
 
@@ -633,18 +626,14 @@ class Twice(Mutant):
         super().__init__(drop, 0)
 
     def heard(self, front, data):
-        size = data[1] & 0x7F
-        if data[0] != 0x81 or front.number != 3 or self.done or size < 126:
+        found = frame_at(data)
+        if self.done or front.number != 3 or found is None or found.first != 0x81 or len(found.payload) < 126:
             return data
-        size = int.from_bytes(data[2:4])
-        mask, text = data[4:8], data[8 : 8 + size]
-        assert len(text) == size
-        label = size - 4  # one of its last characters
-        digit = text[label] ^ mask[label % 4]
+        label = len(found.payload) - 4  # one of its last characters
+        other = bytearray(found.payload)
+        other[label] = ord("2" if other[label] == ord("1") else "1")
         self.done += 1
-        other = bytearray(data[: 8 + size])
-        other[8 + label] = (ord("1") if digit != ord("1") else ord("2")) ^ mask[label % 4]
-        return bytes(other) + data
+        return frame(TEXT, bytes(other)) + data
 
 
 def test_post_stored_twice(server):
@@ -686,7 +675,7 @@ class Failover(Mutant):
         self._anew = set()
 
     def __call__(self, frame):
-        text = frame[2 if frame[1] < 126 else 4 :]
+        text = frame_at(frame).payload
         if text.startswith(b'{"type":"message"'):
             self.epoch, number = re.match(rb'\{"type":"message","id":"(\w+)-(\d+)"', text).groups()
             if int(number) == self.at:
@@ -701,13 +690,10 @@ class Failover(Mutant):
 
     def heard(self, front, data):
         """Translate the new epoch to the old one in a client's frames."""
-        size = data[1] & 0x7F
-        if data[0] == 0x81 and size < 126 and len(data) == 6 + size:
-            mask = data[2:6]
-            text = bytes(byte ^ mask[place % 4] for place, byte in enumerate(data[6:]))
-            text = text.replace(b"efghij", getattr(self, "epoch", b""))
-            data = data[:6] + bytes(byte ^ mask[place % 4] for place, byte in enumerate(text))
-        return data
+        found = frame_at(data)
+        if found is None or found.first != 0x81 or found.end != len(data):
+            return data
+        return frame(TEXT, found.payload.replace(b"efghij", getattr(self, "epoch", b"")))
 
 
 class Everyone:

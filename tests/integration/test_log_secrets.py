@@ -9,7 +9,8 @@ import sqlite3
 from typing import NamedTuple
 
 import pytest
-from support.servers import BINARY, CLOSE, LONG, LOOPBACK, PING, PONG, TEXT, Raw, Server, frame, upgrade
+from support.servers import LONG, LOOPBACK, Raw, Server, upgrade
+from support.websocket_frames import BINARY, CLOSE, PING, PONG, TEXT, frame
 
 ROOM = "team"
 PAGE = "https://chat.example"

@@ -15,22 +15,9 @@ import time
 from itertools import pairwise
 
 import pytest
-from support.servers import (
-    CLOSE,
-    LONG,
-    LOOPBACK,
-    PING,
-    PONG,
-    TEXT,
-    TWISTD,
-    Raw,
-    Server,
-    frame,
-    numbered,
-    stored,
-    upgrade,
-)
+from support.servers import LONG, LOOPBACK, TWISTD, Raw, Server, numbered, stored, upgrade
 from support.web_doubles import EventParser
+from support.websocket_frames import CLOSE, PING, PONG, TEXT, close_code, frame, take_frames
 
 from chatd.operate.drain import TICK_SECONDS
 
@@ -93,7 +80,7 @@ class Member(Raw):
                 break
         self.send(frame(CLOSE, payload[:2]))
         assert self.rest() == b""
-        assert int.from_bytes(payload[:2]) == 1012
+        assert close_code(payload) == 1012
         return texts, moment(payload[2:].decode())
 
 
@@ -196,23 +183,14 @@ class Visitor(asyncio.Protocol):
             assert self._data.startswith(b"HTTP/1.1 101 "), bytes(self._data)
             self._data = self._data.partition(b"\r\n\r\n")[2]
             self._upgraded = True
-        data, at = bytes(self._data), 0
-        while len(data) >= at + 2:
-            size, begin = data[at + 1], at + 2
-            if size == 126:
-                size, begin = int.from_bytes(data[at + 2 : at + 4]), at + 4
-            elif size == 127:
-                size, begin = int.from_bytes(data[at + 2 : at + 10]), at + 10
-            if len(data) < begin + size:
-                break
-            self._frame(data[at] & 15, data[begin : begin + size])
-            at = begin + size
-        del self._data[:at]
+        found, self._data = take_frames(self._data)
+        for one in found:
+            self._frame(one.opcode, one.payload)
 
     def _frame(self, opcode, payload):
         if opcode == CLOSE:
             self.transport.write(frame(CLOSE, payload[:2]))
-            self.close = int.from_bytes(payload[:2]), payload[2:].decode()
+            self.close = close_code(payload), payload[2:].decode()
             self.closed = time.monotonic()
         elif payload.startswith(b'{"type":"message","id":"'):
             number = int(payload[24 : payload.index(b'"', 24)].rpartition(b"-")[2])

@@ -18,19 +18,13 @@ import urllib.request
 
 import pytest
 from support.servers import (
-    BINARY,
-    CLOSE,
     LONG,
     LOOPBACK,
-    PING,
-    PONG,
-    TEXT,
     Lines,
     Raw,
     Server,
     certificate_for,
     environment,
-    frame,
     missing,
     need,
     numbered,
@@ -39,6 +33,7 @@ from support.servers import (
     stored,
     upgrade,
 )
+from support.websocket_frames import BINARY, CLOSE, PING, PONG, TEXT, close_code, frame
 from websockets.sync.client import connect
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
@@ -634,7 +629,7 @@ def test_clients_that_do_not_read(tmp_path):
             while len(numbers) < len(said):
                 opcode, payload = client.frame()
                 if opcode == CLOSE:
-                    assert int.from_bytes(payload[:2]) == 1013
+                    assert close_code(payload) == 1013
                     break
                 numbers += [entry[0] for entry in numbered(json.loads(payload))]
             assert numbers == list(range(3, 3 + len(numbers)))
@@ -882,7 +877,7 @@ def test_a_kept_connection_serves_several_requests(server):
         for _ in range(3):
             client.send(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
             assert client.head()[0] == 200
-            assert client._take(3) == b"ok\n"
+            assert client.take(3) == b"ok\n"
 
 
 def test_lines_are_read_as_they_come_and_end_with_their_process():

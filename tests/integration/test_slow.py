@@ -3,7 +3,8 @@
 import socket
 
 import pytest
-from support.servers import CLOSE, TEXT, Raw, Server, post, upgrade
+from support.servers import Raw, Server, post, upgrade
+from support.websocket_frames import CLOSE, TEXT, close_code
 
 from chatd.room.room import MAX_LAG
 from chatd.room.tail import TAIL_BYTES
@@ -32,7 +33,7 @@ class Stalled(Raw):
         while True:
             opcode, payload = self.frame()
             if opcode == CLOSE:
-                return numbers, int.from_bytes(payload[:2])
+                return numbers, close_code(payload)
             assert opcode == TEXT
             numbers.append(int(payload[: payload.index(b'","data"')].rpartition(b"-")[2]))
             if payload.endswith(b'"message":"last"' + payload[payload.rindex(b',"timestamp"') :]):

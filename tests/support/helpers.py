@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from support.websocket_frames import read_frames
 from twisted.internet.defer import Deferred, execute
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
@@ -137,35 +138,6 @@ HEAD = (
     b"GET / HTTP/1.1\r\nHost: localhost:8085\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13"
 )
-MASK = b"\x12\x34\x56\x78"
-
-
-def masked(payload, mask=MASK, first=0x81):
-    size = len(payload)
-    length = (
-        bytes([0x80 | size])
-        if size < 126
-        else b"\xfe" + size.to_bytes(2)
-        if size < 65536
-        else b"\xff" + size.to_bytes(8)
-    )
-    return bytes([first]) + length + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
-
-
-def read_frames(data):
-    """Return the JSON of each frame in a server's stream (RFC 6455, section 5.2)."""
-    texts = []
-    while data:
-        size, begin = data[1], 2
-        if size == 126:
-            size, begin = int.from_bytes(data[2:4]), 4
-        elif size == 127:
-            size, begin = int.from_bytes(data[2:10]), 10
-        assert data[0] == 0x81
-        assert len(data) >= begin + size, "a frame was cut"
-        texts.append(json.loads(data[begin : begin + size]))
-        data = data[begin + size :]
-    return texts
 
 
 def read_events(data):

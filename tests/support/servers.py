@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from support import documented
 from support.needs import NODE, ROOT, missing, need  # noqa: F401 -- tests import them from here
+from support.websocket_frames import CLOSE, TEXT, close_code, frame, frame_at, take_frames
 
 TWISTD = pathlib.Path(sys.executable).with_name("twistd")
 WATCHED = ROOT / "tests" / "support" / "documented.py"
@@ -36,8 +37,6 @@ WATCHED = ROOT / "tests" / "support" / "documented.py"
 LONG = 60
 """Seconds after which what was waited for will not come any more."""
 LOOPBACK = "tcp:0:interface=127.0.0.1"
-
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
 def program(path):
@@ -250,25 +249,6 @@ def numbered(frame):
     return [(first + place, entry["username"], entry["message"]) for place, entry in enumerate(entries)]
 
 
-MASK = b"\x5a\xa5\x3c\xc3"
-
-
-def frame(opcode, payload=b"", *, fin=True, bits=0, masked=True, length=None):
-    """A client's WebSocket frame (RFC 6455, section 5.2), or what looks like one."""
-    size = len(payload) if length is None else length
-    head = bytes([fin << 7 | bits << 4 | opcode])
-    if size < 126:
-        head += bytes([masked << 7 | size])
-    elif size < 65536:
-        head += bytes([masked << 7 | 126]) + size.to_bytes(2)
-    else:
-        head += bytes([masked << 7 | 127]) + size.to_bytes(8)
-    if not masked:
-        return head + payload
-    key = (MASK * (len(payload) // 4 + 1))[: len(payload)]
-    return head + MASK + (int.from_bytes(payload) ^ int.from_bytes(key)).to_bytes(len(payload))
-
-
 def post(username, message):
     """A frame that posts."""
     return frame(TEXT, json.dumps({"username": username, "message": message}).encode())
@@ -315,7 +295,8 @@ class Raw:
         self._data += data
         return bool(data)
 
-    def _take(self, size):
+    def take(self, size):
+        """Return the next bytes; raises EOFError at the end."""
         while len(self._data) < size:
             if not self._more():
                 raise EOFError(bytes(self._data))
@@ -347,13 +328,14 @@ class Raw:
         return self.json()
 
     def frame(self):
-        """The next frame: its opcode and payload; EOFError at the end."""
-        opcode, size = self._take(2)
-        assert opcode & 0xF0 == 0x80, "whole frames, without reserved bits"
-        assert size < 128, "unmasked"
-        if size > 125:
-            size = int.from_bytes(self._take(2 if size == 126 else 8))
-        return opcode & 0x0F, self._take(size)
+        """Return the opcode and the payload of the next frame; raises EOFError at the end."""
+        while (found := frame_at(self._data)) is None:
+            if not self._more():
+                raise EOFError(bytes(self._data))
+        del self._data[: found.end]
+        assert found.first & 0xF0 == 0x80, "whole frames, without reserved bits"
+        assert not found.masked
+        return found.opcode, found.payload
 
     def json(self):
         """The next frame, which is a text."""
@@ -365,22 +347,8 @@ class Raw:
         """Read once, and answer the texts that are whole by now; None at the end."""
         if not self._more():
             return None
-        texts = []
-        while self._whole():
-            opcode, payload = self.frame()
-            if opcode == TEXT:
-                texts.append(json.loads(payload))
-        return texts
-
-    def _whole(self):
-        """Return whether the next frame is complete."""
-        if len(self._data) < 2:
-            return False
-        size, head = self._data[1], 2
-        if size > 125:
-            head = 4 if size == 126 else 10
-            size = int.from_bytes(self._data[2:head])
-        return len(self._data) >= head + size
+        found, self._data = take_frames(self._data)
+        return [json.loads(one.payload) for one in found if one.opcode == TEXT]
 
     def texts(self):
         """All texts that came, or are still to come, from a server that was killed."""
@@ -398,4 +366,4 @@ class Raw:
                 break
         self.send(frame(CLOSE, payload[:2]))
         assert self.rest() == b""
-        return int.from_bytes(payload[:2])
+        return close_code(payload)

@@ -15,18 +15,9 @@ import subprocess
 import pytest
 from support import booted
 from support.booted import PORT, UNITS
-from support.servers import (
-    CLOSE,
-    LONG,
-    TWISTD,
-    Lines,
-    certificate_for,
-    numbered,
-    post,
-    stored,
-    upgrade,
-)
+from support.servers import LONG, TWISTD, Lines, certificate_for, numbered, post, stored, upgrade
 from support.units import analyze, unit
+from support.websocket_frames import CLOSE
 
 from chatd.config import OPTIONS
 from chatd.operate.systemd import Notifier

@@ -26,8 +26,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.helpers import HEAD, REPEATABLE, ImmediateWorker, ManualTime, Turns, masked
+from support.helpers import HEAD, REPEATABLE, ImmediateWorker, ManualTime, Turns
 from support.transports import Wire
+from support.websocket_frames import close_code, frame_at, masked
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, execute
 from twisted.internet.error import ConnectionDone, ConnectionLost
@@ -371,21 +372,18 @@ class Client:
         return True
 
     def _take_body(self):
-        data = self._inbox
-        size, begin = data[1] if len(data) > 1 else 0, 2
-        if size == 126:
-            size, begin = int.from_bytes(data[2:4]), 4
-        if len(data) < max(begin + size, 2):
+        found = frame_at(self._inbox)
+        if found is None:
             return False
-        payload, self._inbox = data[begin : begin + size], data[begin + size :]
-        if data[0] == 0x88:
-            self.met(f"close {int.from_bytes(payload[:2])}")
+        self._inbox = self._inbox[found.end :]
+        if found.first == 0x88:
+            self.met(f"close {close_code(found.payload)}")
             self.over = True
-        elif data[0] == 0x89:
-            self.send(payload, first=0x8A)
+        elif found.first == 0x89:
+            self.send(found.payload, first=0x8A)
         else:
-            assert data[0] == 0x81
-            self.take(json.loads(payload))
+            assert found.first == 0x81
+            self.take(json.loads(found.payload))
         return True
 
     # Sending

@@ -10,8 +10,8 @@ import threading
 import pytest
 import twisted.internet
 import txaio
-from support.helpers import masked, read_frames
 from support.transports import Wire
+from support.websocket_frames import masked, read_frames
 from twisted.application.service import Application, IServiceMaker
 from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
 from twisted.logger import ILogObserver, LogLevel

@@ -11,7 +11,8 @@ from contextlib import closing
 
 import pytest
 from support.redises import Redis, each_binary
-from support.servers import LONG, ROOT, TEXT, TWISTD, Raw, Server, certificate_for, environment, frame, numbered
+from support.servers import LONG, ROOT, TWISTD, Raw, Server, certificate_for, environment, numbered
+from support.websocket_frames import TEXT, frame
 
 from chatd.config import Configuration
 from chatd.operate import check

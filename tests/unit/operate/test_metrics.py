@@ -20,12 +20,11 @@ from support.helpers import (
     ScriptedLog,
     Turns,
     enter,
-    masked,
-    read_frames,
 )
 from support.metrics import ALERTS, DASHBOARD, METRICS, Scrape, asked, panels, rules
 from support.servers import ROOT
 from support.web_doubles import Connection, Stream, Transport
+from support.websocket_frames import masked, read_frames
 from twisted.internet.defer import fail
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.helpers import Turns, read_frames
+from support.helpers import Turns
+from support.websocket_frames import read_frames
 
 from chatd.room.presence import MAX_TYPING, MAX_USERS, PRESENCE, ROUND_SECONDS, TYPING, Occupancy, Presence
 from chatd.room.sweep import SLICE_MEMBERS

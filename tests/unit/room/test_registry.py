@@ -20,10 +20,10 @@ from support.helpers import (
     count_held,
     enter,
     holds,
-    read_frames,
     result_of,
     stamped,
 )
+from support.websocket_frames import read_frames
 
 from chatd.messages import Id, PageRequest, Post
 from chatd.room.log import LogUnavailable, UnknownId

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.helpers import Reader, ScriptedLog, Slow, Turns, count_held, enter, holds, read_frames, stamped
+from support.helpers import Reader, ScriptedLog, Slow, Turns, count_held, enter, holds, stamped
+from support.websocket_frames import read_frames
 
 from chatd.messages import Entry, Id
 from chatd.room.log import EncodedPage, Page, PageRange

@@ -7,8 +7,9 @@ from http import HTTPStatus
 from urllib.parse import quote, urljoin, urlsplit
 
 import pytest
-from support.helpers import HEAD, ManualTime, RecordingPoster, masked, read_frames
+from support.helpers import HEAD, ManualTime, RecordingPoster
 from support.web_doubles import Connection, SecureTransport, Stream, Transport
+from support.websocket_frames import masked, read_frames, take_frames
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock
@@ -180,12 +181,9 @@ class WebSocket:
 
     def texts(self):
         """The JSON of its frames, as it came."""
-        data, texts = self.raw(), []
-        while data:
-            text = frames.payload(data[: 2 + data[1] if data[1] < 126 else 4 + int.from_bytes(data[2:4])])
-            texts.append(text.decode())
-            data = data[data.index(text) + len(text) :]
-        return texts
+        found, rest = take_frames(self.raw())
+        assert not rest, "a frame was cut"
+        return [one.payload.decode() for one in found]
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pathlib
 import pytest
 import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
-from support.helpers import HEAD, masked
+from support.helpers import HEAD
+from support.websocket_frames import masked
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport

@@ -2,7 +2,6 @@ import json
 import pathlib
 import re
 import string
-from typing import NamedTuple
 
 import jsonschema
 import orjson
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.helpers import REPEATABLE
+from support.websocket_frames import read_frame
 
 from chatd.messages import Code, Entry, Id, PageRequest, Post, Typing
 from chatd.transport import frames
@@ -1024,34 +1024,13 @@ def test_a_seed_that_goes_back_in_time_is_refused():
 # Frames of the server
 
 
-class Frame(NamedTuple):
-    fin: bool
-    opcode: int
-    header: int
-    payload: bytes
-
-
-def read_frame(data):
-    """Read the one WebSocket frame that `data` is, by RFC 6455, section 5.2."""
-    assert data[0] & 0x70 == 0, "a reserved bit is set"
-    assert data[1] & 0x80 == 0, "a server's frame is masked"
-    size, header = data[1], 2
-    if size == 126:
-        size, header = int.from_bytes(data[2:4], "big"), 4
-        assert size > 125, "the length could be shorter"
-    elif size == 127:
-        size, header = int.from_bytes(data[2:10], "big"), 10
-        assert 65535 < size < 1 << 63, "the length could be shorter, or is none"
-    assert len(data) == header + size
-    return Frame(data[0] & 0x80 != 0, data[0] & 0x0F, header, data[header:])
-
-
 @pytest.mark.parametrize(
     ("size", "header"), [(0, 2), (1, 2), (125, 2), (126, 4), (127, 4), (65535, 4), (65536, 10), (100_000, 10)]
 )
 def test_a_text_is_one_final_frame_with_the_shortest_header(size, header):
     payload = (b"0123456789" * 10_000)[:size]
-    assert read_frame(frames.text_frame(payload)) == Frame(fin=True, opcode=1, header=header, payload=payload)
+    frame = read_frame(frames.text_frame(payload))
+    assert (frame.first, frame.header, frame.payload) == (0x81, header, payload)
     assert frames.payload(frames.text_frame(payload)) == payload
 
 

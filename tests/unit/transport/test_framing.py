@@ -4,7 +4,7 @@ import pytest
 from autobahn.websocket.protocol import WebSocketServerProtocol
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import MASK, masked
+from support.websocket_frames import MASK, masked
 
 from chatd.transport.framing import (
     FIN,

@@ -8,7 +8,8 @@ from math import ceil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import REPEATABLE, read_frames, result_of
+from support.helpers import REPEATABLE, result_of
+from support.websocket_frames import read_frames
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 

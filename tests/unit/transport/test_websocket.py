@@ -5,8 +5,9 @@ from http import HTTPStatus
 
 import pytest
 import txaio
-from support.helpers import HEAD, masked, read_frames, result_of
+from support.helpers import HEAD, result_of
 from support.transports import Tcp, Wire
+from support.websocket_frames import close_code, frame_at, masked, read_frames
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone, ConnectionLost
@@ -147,8 +148,9 @@ class Client:
     def reads_close(self):
         """The code of the close frame that is all there is to read."""
         data = self.transport.read() + (self.transport.buffered() if isinstance(self.transport, Tcp) else b"")
-        assert data[0] == 0x88
-        return int.from_bytes(data[2:4])
+        frame = frame_at(data)
+        assert frame.first == 0x88
+        return close_code(frame.payload)
 
     def goes(self, reason=ConnectionDone):
         self.now.connectionLost(Failure(reason()))
@@ -1285,7 +1287,7 @@ def test_stalled_client_that_reads_is_evicted(client, rooms, pass_time, stall):
     data = client.transport.read().replace(b"\x89\x00", b"")  # without the ping
     close = data.index(b"\x88")
     assert read_frames(data[:close])[0]["data"]["message"] == "hi"
-    assert int.from_bytes(data[close + 2 : close + 4]) == 1013
+    assert close_code(frame_at(data, close).payload) == 1013
     pass_time(CLOSE_SECONDS)
     assert client.transport.aborted
 
