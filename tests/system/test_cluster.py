@@ -7,19 +7,23 @@ import json
 import re
 import socket
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
-from support.servers import LONG, ROOT, need, program
+from support.servers import LONG, ROOT, need
 
 from chatd.client.protocol import History, Posted
 from chatd.messages import Entry, Id
 
+sys.path.append(str(ROOT / "scripts"))
+
+from clustering.ledger import Ledger, Reader
+from clustering.processes import BALANCER, NODES, Balancer
+
 CLUSTER = ROOT / "scripts" / "cluster"
 SMALL = ("--clients=30", "--lead=0.2", "--drain=1")
 NONE = {"lost": 0, "duplicate": 0, "disorder": 0, "undelivered": 0, "unanswered": 0, "broken": 0}
-
-cluster = program(CLUSTER)
 
 
 @contextlib.contextmanager
@@ -55,8 +59,8 @@ class Story:
     """Four posts, acknowledged, which two clients are given, and the log has; and what else may become of them."""
 
     def __init__(self):
-        self.ledger = cluster.Ledger()
-        self.readers = [cluster.Reader(number) for number in range(2)]
+        self.ledger = Ledger()
+        self.readers = [Reader(number) for number in range(2)]
         self.log = [entry(number) for number in range(1, 5)]
         for reader in self.readers:
             self.ledger.begun(reader, History(Id("epoch", 0), []))
@@ -161,8 +165,8 @@ def test_what_it_does_not_understand_it_says_in_one_line(options):
 
 
 def test_the_documents_show_the_configuration_of_haproxy(tmp_path):
-    nodes = [SimpleNamespace(name=f"node{place + 1}", host=host, port=1) for place, host in enumerate(cluster.NODES)]
-    balancer = cluster.Balancer("haproxy", nodes, 600, None, "haproxy", tmp_path, cluster.BALANCER)
+    nodes = [SimpleNamespace(name=f"node{place + 1}", host=host, port=1) for place, host in enumerate(NODES)]
+    balancer = Balancer("haproxy", nodes, 600, None, "haproxy", tmp_path, BALANCER)
     shown = re.search(r"```haproxy\n(.*?)```", (ROOT / "docs" / "reliability.md").read_text("utf-8"), re.DOTALL)[1]
     used = balancer.configuration().replace(str(tmp_path), "/run")
     assert re.sub(r":\d+$", ":PORT", shown, flags=re.MULTILINE) == re.sub(r":\d+$", ":PORT", used, flags=re.MULTILINE)

@@ -1,0 +1,236 @@
+"""The clients."""
+
+import collections
+import functools
+import itertools
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.task import LoopingCall
+from twisted.python.failure import Failure
+from typing_extensions import override
+
+from chatd.client.client import Client, Listener, ServerAddress
+from chatd.client.protocol import (
+    Backoff,
+    ClientStopped,
+    Error,
+    Frame,
+    History,
+    Posted,
+    ProtocolError,
+    Rejected,
+    parse_frame,
+)
+from chatd.load.figures import Latencies
+from chatd.messages import Entry
+from clustering.ledger import Ledger, Reader
+from clustering.processes import LONG, TICK, sleep, until
+
+JOINING: Final = 50  # clients that join at a time
+REMEMBERED: Final = 4096  # frames that are read once for all clients
+TEXT_SIZE: Final = 100
+POSTERS, DEPTH = 10, 8  # who posts as fast as it goes, and how many posts wait for their acknowledgements
+Row = dict[str, Any]
+
+
+class Member(Listener):
+    """One client."""
+
+    def __init__(self, load: "Load", number: int, make: Callable[..., Client]) -> None:
+        self._load = load
+        self._lost: float | None = None
+        self.reader = Reader(number)
+        self.name = f"load-{number}"
+        chance = Random(number)  # noqa: S311 -- it is to be repeated
+        self.client = make(listener=self, backoff=Backoff(chance=chance))
+        self.here = False
+
+    @override
+    def on_history(self, history: History) -> None:
+        self._load.ledger.begun(self.reader, history)
+
+    @override
+    def on_entries(self, epoch: str, entries: Sequence[Entry]) -> None:
+        self._load.ledger.appended(self.reader, epoch, entries, time.time())
+
+    @override
+    def on_connect(self) -> None:
+        self.here = True
+        if self._lost is None:
+            self._load.came()
+        else:
+            self._load.away.add(time.monotonic() - self._lost)
+            self._lost = None
+
+    @override
+    def on_disconnect(self, reason: str, wait: float) -> None:
+        self._load.why = reason
+        if self.here:
+            self.here, self._lost = False, time.monotonic()
+            self._load.losses[re.sub(r" retry_after=.*", "", reason)] += 1
+
+    @override
+    def on_protocol_error(self, error: ProtocolError) -> None:
+        self._load.ledger.fault("disorder", f"client {self.reader.number}: {error}")
+
+    @override
+    def on_reject(self, error: Rejected) -> None:
+        self._load.ledger.fault("broken", f"client {self.reader.number} is turned away: {error}")
+
+    def post(self, text: str, due: float) -> "Deferred[Any]":
+        """Post what was due by then."""
+        answer = self.client.post(self.name, text)
+        return answer.addCallbacks(self._answered, self._unanswered, callbackArgs=(text, due))
+
+    def _answered(self, posted: Posted, text: str, due: float) -> None:
+        self._load.acks.add(time.monotonic() - due)
+        self._load.again += posted.duplicate
+        self._load.ledger.answered(text, posted)
+
+    def _unanswered(self, failure: Failure) -> None:
+        if not failure.check(ClientStopped):
+            self._load.ledger.fault("broken", f"a post was refused: {failure.getErrorMessage()}")
+
+
+class Load:
+    """All clients, spread over some addresses."""
+
+    def __init__(self, reactor: Any, addresses: Sequence[ServerAddress], count: int) -> None:
+        self._reactor = reactor
+        self._run = secrets.token_hex(3)
+        self.ledger = Ledger()
+        self.acks, self.away = Latencies(), Latencies()
+        self.losses: collections.Counter[str] = collections.Counter()
+        """Why connections ended."""
+        self.refusals: collections.Counter[str] = collections.Counter()
+        """The errors that came."""
+        self.again = 0
+        """How many acknowledgements said that the message was kept before."""
+        self.why = ""
+        self._joined = 0
+        remembering = functools.lru_cache(REMEMBERED)(parse_frame)  # the same bytes come to everyone
+
+        def decode(text: bytes) -> Frame:
+            frame = remembering(text) if text.startswith(b'{"type":"message"') else parse_frame(text)
+            if isinstance(frame, Error):
+                self.refusals[f"{frame.code}: {frame.message}"] += 1
+            return frame
+
+        endpoints = [(address, address.endpoint(reactor)) for address in addresses]
+        self.members = [
+            Member(self, number, functools.partial(Client, reactor, address, endpoint=endpoint, decode=decode))
+            for number, (address, endpoint) in zip(range(count), itertools.cycle(endpoints), strict=False)
+        ]
+        self._posters = itertools.cycle(self.members)
+        self._posting = LoopingCall(self._post)
+        self._rate = self._start = self._seconds = 0.0
+        self._cpu, self._due = 0.0, 0
+
+    async def join(self) -> None:
+        """Let all join."""
+        for some in range(0, len(self.members), JOINING):
+            members = self.members[some : some + JOINING]
+            for member in members:
+                member.client.start()
+            await until(
+                self._reactor,
+                lambda some=some, members=members: self._joined >= some + len(members),  # type: ignore[misc]
+                lambda: f"{self._joined} of {len(self.members)} clients joined ({self.why or 'no answer'})",
+            )
+
+    def came(self) -> None:
+        """A client has joined for the first time."""
+        self._joined += 1
+
+    def start(self, rate: float) -> None:
+        """Post from now on so many messages a second, by all clients in turn."""
+        self._rate, self._start, self._due = rate, time.monotonic(), 0
+        self._cpu = time.process_time()
+        self._posting.start(TICK)
+
+    def _post(self) -> None:
+        elapsed = time.monotonic() - self._start
+        while self._due <= elapsed * self._rate:
+            due = self._start + self._due / self._rate
+            self._due += 1
+            self.post(next(self._posters), due)
+
+    def post(self, member: Member, due: float) -> "Deferred[Any]":
+        """Post one message, which was due then."""
+        self.ledger.posted += 1
+        return member.post(f"{self._run} {self.ledger.posted} ".ljust(TEXT_SIZE, "."), due)
+
+    async def saturate(self, seconds: float) -> None:
+        """Post as fast as acknowledgements come, for so long."""
+        self._start, self._cpu = time.monotonic(), time.process_time()
+        end = self._start + seconds
+
+        def go_on(_: object, member: Member) -> None:
+            if time.monotonic() < end:
+                self.post(member, time.monotonic()).addCallback(go_on, member)
+
+        for member in self.members[:POSTERS]:
+            for _ in range(DEPTH):
+                go_on(None, member)
+        await sleep(self._reactor, seconds)
+
+    async def settle(self) -> None:
+        """Post no more, and wait for as long as anything comes until all have everything."""
+        if self._posting.running:
+            self._posting.stop()
+        self._seconds, self._cpu = time.monotonic() - self._start, time.process_time() - self._cpu
+        ledger, before, moved = self.ledger, (0, 0), time.monotonic()
+        while not self.level():
+            state = len(ledger.acked), ledger.delivered
+            if state != before:
+                before, moved = state, time.monotonic()
+            elif time.monotonic() > moved + LONG:
+                break
+            await sleep(self._reactor, TICK)
+        await sleep(self._reactor, 0.3)  # for what comes twice
+
+    def level(self) -> bool:
+        """Whether everything is acknowledged, and everyone has it."""
+        ledger = self.ledger
+        return len(ledger.acked) == ledger.posted and self.least() >= ledger.head and all(m.here for m in self.members)
+
+    def least(self) -> int:
+        """The number that everyone has got to."""
+        return min((member.reader.cursor for member in self.members), default=0)
+
+    async def stop(self) -> None:
+        """Let all go."""
+        await DeferredList([member.client.stop() for member in self.members])
+
+    def figures(self) -> Row:
+        """What was done, and how long it took, in milliseconds."""
+        ledger, seconds = self.ledger, self._seconds
+        return {
+            "seconds": round(seconds, 1),
+            "clients": len(self.members),
+            "posted": ledger.posted,
+            "acknowledged": len(ledger.acked),
+            "acknowledged_again": self.again,
+            "delivered": ledger.delivered,
+            "connections_lost": dict(self.losses),
+            "refusals": dict(self.refusals),
+            "late_ms": ledger.late.figures(),
+            "away_ms": self.away.figures(),
+            "ack_ms": self.acks.figures(),
+            "load_cpu": round(self._cpu / seconds, 2) if seconds else None,
+            "faults": dict(ledger.faults),
+            "told": ledger.told,
+        }
+
+    def __str__(self) -> str:
+        ledger, here = self.ledger, sum(member.here for member in self.members)
+        return (
+            f"{ledger.posted:,} posted, {len(ledger.acked):,} acknowledged, {ledger.delivered:,} delivered, "
+            f"{here:,} of {len(self.members):,} clients here, {sum(ledger.faults.values()):,} faults"
+        )
