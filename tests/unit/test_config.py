@@ -196,6 +196,7 @@ def test_empty_repeated_options(file, name):
 
 
 def test_server_without_a_port(file):
+    """Every source must name at least one endpoint for clients."""
     line = "--listen: give at least one server endpoint such as tcp:8085"
     assert refusal("--listen=") == refusal(CHATD_LISTEN="") == refusal(file("listen = []")) == line
 
@@ -214,6 +215,7 @@ def test_server_without_a_port(file):
     ],
 )
 def test_wrong_rooms_and_origins(name, text, fault):
+    """A wrong pattern is refused from the command line and from the environment."""
     line, good = f"--{name}: {text!r} {fault}", REPEATED[name][0]
     assert refusal(f"--{name}={good}", f"--{name}={text}") == line
     assert refusal(**{f"CHATD_{name.upper()}": f"{good} {text}"}) == line
@@ -251,6 +253,7 @@ def test_wrong_file(file, text, line):
 
 
 def test_file_that_cannot_be_read(tmp_path):
+    """The error names the path and the reason."""
     missing = tmp_path / "missing.toml"
     line = "cannot be read (No such file or directory): correct the path or its mode"
     assert refusal(f"--config={missing}") == refusal(CHATD_CONFIG=str(missing)) == f"--config: {missing} {line}"
@@ -301,10 +304,12 @@ def test_refused_store_hides_its_password(file, url, shown):
     ],
 )
 def test_url_without_its_password(url, shown):
+    """The password of a URL is replaced by asterisks."""
     assert veiled(url) == shown
 
 
 def test_seed_from_a_file(tmp_path):
+    """--seed reads the messages of a new log from a JSON file."""
     path = tmp_path / "seed.json"
     path.write_text('[{"username":"ann","message":"hi","timestamp":"2024-10-20T12:30:00Z"}]')
     assert read(f"--seed={path}").seed == ((1, "ann", "hi", "2024-10-20T12:30:00Z"),)
@@ -320,12 +325,14 @@ def test_seed_from_a_file(tmp_path):
     ],
 )
 def test_wrong_seed(tmp_path, text, fault):
+    """The error names the path of the seed and its fault."""
     path = tmp_path / "seed.json"
     path.write_text(text)
     assert refusal(f"--seed={path}").startswith(f"--seed: {path} {fault}")
 
 
 def test_seed_that_cannot_be_read(tmp_path):
+    """The error names the path of the seed and the reason."""
     missing = tmp_path / "missing.json"
     assert refusal(f"--seed={missing}") == f"--seed: {missing} cannot be read (No such file or directory)"
     assert refusal(f"--seed={tmp_path}") == f"--seed: {tmp_path} cannot be read (Is a directory)"
@@ -364,6 +371,7 @@ def test_check_is_a_flag():
 
 
 def test_version(capsys):
+    """--version prints the version and exits."""
     with pytest.raises(SystemExit) as end:
         read("--version")
     assert end.value.code == 0

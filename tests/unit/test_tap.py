@@ -117,6 +117,7 @@ def test_options_from_the_environment_and_a_file(environ, tmp_path):
 
 
 def test_help_of_the_command():
+    """`twistd chatd --help` prints the help of the configuration."""
     assert str(tap.Options()) == config.OptionParser().format_help()
 
 
