@@ -1,5 +1,6 @@
 """Doubles that the tests share: small, in memory, and passive until a test acts on them."""
 
+import io
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,6 +39,13 @@ class ManualTime:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+class Terminal(io.StringIO):
+    """A text stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 class RecordingPoster:

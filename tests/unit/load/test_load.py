@@ -1,0 +1,182 @@
+"""The figures, the options and the trial of the load tool, without a server."""
+
+import contextlib
+import io
+import re
+
+import pytest
+from support.helpers import Terminal
+from support.loops import reactor
+from twisted.internet.defer import Deferred
+
+from chatd.client.protocol import History
+from chatd.load import __main__ as program
+from chatd.load.figures import Latencies, Progress, summary
+from chatd.load.trial import UNTRIED, Trial
+from chatd.messages import Entry, Id
+
+# Figures
+
+
+def test_latencies_are_exact_to_two_percent():
+    latencies = Latencies()
+    assert latencies.figures() is None
+    for milliseconds in range(1000, 0, -1):
+        latencies.add(milliseconds / 1000)
+    figures = latencies.figures()
+    assert [*figures] == ["p50", "p95", "p99", "max"]
+    for name, true in (("p50", 500), ("p95", 950), ("p99", 990)):
+        assert true <= figures[name] <= 1.02 * true
+    assert figures["max"] == 1000
+    assert len(latencies._counts) < 400
+
+
+def test_percentiles_of_a_single_latency():
+    latencies = Latencies()
+    latencies.add(0.0)
+    assert latencies.figures() == {"p50": 0, "p95": 0, "p99": 0, "max": 0}
+    latencies.add(0.5)
+    assert latencies.figures()["p99"] == latencies.figures()["max"] == 500
+
+
+def test_progress_bar_on_a_terminal():
+    stream = Terminal()
+    progress = Progress(stream, lambda: 0)
+    progress.show(0.5, "half")
+    progress.clear()
+    assert stream.getvalue() == "\r\033[K[###############               ]  50%  half\r\033[K"
+
+
+def test_progress_lines_elsewhere():
+    """A stream that is no terminal gets a line every few seconds."""
+    now, stream = [0.0], io.StringIO()
+    progress = Progress(stream, lambda: now[0])
+    for now[0] in (0, 4, 5, 6, 9, 11):
+        progress.show(now[0] / 11, f"at {now[0]}")
+    progress.clear()
+    assert stream.getvalue() == " 45%  at 5\n100%  at 11\n"
+
+
+def test_summary_of_a_busy_program():
+    with contextlib.closing(io.StringIO()):
+        report = {
+            "url": "ws://h:80/",
+            "clients": 1,
+            "posters": 1,
+            "seconds": 0.0,
+            "posted": 0,
+            "acknowledged": 0,
+            "acknowledged_again": 0,
+            "delivered": 0,
+            "deliveries_per_second": None,
+            "of_others": 0,
+            "cut": 0,
+            "came_back": 0,
+            "fresh_starts": 0,
+            "logs_lost": 0,
+            "lost": 0,
+            "cpu": 0.93,
+            "latency_ms": {"ack": None},
+            "proved": False,
+        }
+        lines = summary(report).splitlines()
+    assert lines[-1] == "busy       this program used 93% of a core, so these times contain its own delays"
+    assert len(summary(report | {"cpu": None}).splitlines()) == len(lines) - 1
+
+
+@pytest.mark.parametrize(("lost", "words"), [(0, "0"), (1234, "1,234"), (None, "an unknown number of")])
+def test_summary_of_lost_messages(lost, words):
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/"])
+        report = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds)).report()
+    report |= {"fresh_starts": 9, "logs_lost": 2, "lost": lost}
+    assert summary(report).splitlines()[-1] == f"lost       {words} acknowledged messages; 9 fresh starts, 2 new logs"
+
+
+# Options
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        program.arguments(words)
+    assert ended.value.code == UNTRIED
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_default_options():
+    options = program.arguments(["ws://localhost:8085/"])
+    assert (options.clients, options.posters, options.rate, options.seconds, options.messages) == (
+        100,
+        100,
+        100,
+        10,
+        None,
+    )
+    assert (options.cut, options.patience, options.seed, options.lenient, options.json) == (10, 60, 1, False, False)
+    assert program.arguments(["ws://localhost:8085/", "--clients=7", "--posters=9"]).posters == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "the following arguments are required: URL"),
+        (("http://localhost/",), "'http://localhost/' is not a URL such as ws://localhost:8085/rooms/main"),
+        (("ws://h/", "--clients=0"), "argument --clients: '0' is not a whole number from 1 to 1,000,000"),
+        (("ws://h/", "--clients=1.5"), "argument --clients: '1.5' is not a whole number from 1 to 1,000,000"),
+        (("ws://h/", "--rate=-1"), "argument --rate: '-1' is not a number from 0 to 1,000,000"),
+        (("ws://h/", "--cut=nan"), "argument --cut: 'nan' is not a number from 0 to 1,000,000"),
+        (("ws://h/", "--room=A"), "argument --room: 'A' is not the name of a room, such as team-7"),
+        (("ws://h/", "--seconds=1", "--messages=1"), "not allowed with argument"),
+        (("ws://h/", "--nonsense"), "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_option_is_one_line(capsys, words, said):
+    line = refused(capsys, *words)
+    assert line.startswith("chatd.load: ")
+    assert said in line
+    assert line.endswith(": see --help\n")
+
+
+# Trials
+
+
+def test_post_in_a_second_log_counts_one_echo():
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/", "--clients=1", "--lenient"])
+        trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
+        (member,) = trial._members
+        member.post(loop.seconds())
+        entry = Entry(1, member.name, trial.proof.text(0, 0), "2026-01-01T00:00:00.000Z")
+        for epoch in ("abcd", "efgh"):
+            member.on_history(History(Id(epoch, 0), []))
+            member.on_entries(epoch, [entry])
+    assert trial.fault is None
+    assert sum(trial.echoes._counts.values()) == 1
+
+
+def test_unread_part_of_a_new_log_is_read_back():
+    with reactor() as loop:
+        options = program.arguments(["ws://127.0.0.1:1/", "--clients=2"])
+        trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
+        asked = []
+        trial._members[0].read_back = lambda before: asked.append((before, Deferred())) or asked[-1][1]
+        for member in trial._members:
+            member.on_history(History(Id("abcd", 0), []))
+        trial._members[0].on_history(History(Id("efgh", 7), []))
+        trial._settle()
+        assert trial._behind == trial._members[1:]
+        trial._members[1].on_history(History(Id("efgh", 7), []))
+        trial._members[1].paged = True
+        for number, more in ((7, True), (6, False)):
+            trial._settle()
+            trial._settle()
+            before, answer = asked.pop()
+            assert (before, asked) == (Id("efgh", number + 1), [])
+            entry = Entry(number, "ann", "hi", "2026-01-01T00:00:00.000Z")
+            trial._members[0]._read(History(Id("efgh", number), [entry], more=more))
+            answer.callback(None)
+        trial._settle()
+    assert re.fullmatch("the log abcd is lost, with 0 acknowledged messages: now there is efgh", trial.fault)
