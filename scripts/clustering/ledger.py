@@ -1,142 +1,151 @@
-"""What was posted, acknowledged and delivered, checked."""
+"""The ledger: what was posted, acknowledged and delivered in one scenario, and which promises the cluster broke.
+
+chatd.load.proof is the oracle, here as in `python -m chatd.load`: its checks of every delivery and every ack are those
+of one server, because a cluster promises the same.  The oracle raises at the first violation, and a ledger counts them
+all.  It therefore passes entries to the oracle one by one, and after a violation moves the reader to where the server
+believes it to be, so that one fault counts once.
+
+At the end the ledger compares what the clients received with the log that Redis and each node return.  It does not call
+`Proof.conclude`, which stops at the first loss, nor `Proof.forget`: the comparison needs all entries.
+"""
 
 import collections
 import datetime as dt
+import functools
 import itertools
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from chatd.client.protocol import (
-    History,
-    Posted,
-)
+from chatd.client.protocol import History, Posted
 from chatd.load.figures import Latencies
+from chatd.load.proof import Proof, Reader, Violation
 from chatd.messages import Entry
 
-TOLD: Final = 10  # faults that are told at length
-
-
-class Reader:
-    """What one client was given."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.epoch = ""
-        self.begin = 0
-        """The newest message when it first joined: those after it are awaited."""
-        self.cursor = 0
+TEXT_SIZE: Final = 100
+"""Characters in each message."""
+REMEMBERED: Final = 4096
+"""Frames and timestamps that are parsed once for all clients."""
+QUOTED: Final = 10
+"""Faults that the report describes; all others are only counted."""
 
 
 class Ledger:
-    """What was posted, acknowledged and given to whom; faults are counted by their kinds."""
+    """The posts, acks and deliveries of one scenario, with the number of faults of each kind."""
 
-    KINDS: Final = {
-        "lost": "acknowledged messages that are not in the log",
-        "duplicate": "messages that came, or were kept, twice",
-        "disorder": "gaps, and messages that were another under the same id",
-        "undelivered": "messages that a client was never given",
-        "unanswered": "posts that were never acknowledged",
-        "broken": "other promises that were not kept",
-    }
+    KINDS: Final = ("lost", "duplicate", "disorder", "undelivered", "unanswered", "broken")
+    """The kinds of chatd.load.proof, messages that a client never received, and posts without an ack."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str, clients: int) -> None:
+        self.proof = Proof(run, clients, clients, size=TEXT_SIZE)
         self.faults: collections.Counter[str] = collections.Counter(dict.fromkeys(self.KINDS, 0))
         self.told: list[str] = []
-        self.epoch = ""
-        self.head = 0
-        self.entries: dict[int, Entry] = {}
-        self.acked: dict[str, int] = {}
-        """Under which number each text was acknowledged."""
-        self.posted = 0
-        self.delivered = 0
+        """Descriptions of the first faults."""
+        self.acked = 0
         self.late = Latencies()
-        self._stamps: dict[int, float] = {}
 
-    def fault(self, kind: str, words: str, count: int = 1) -> None:
-        """Something is wrong."""
+    @property
+    def posted(self) -> int:
+        """The number of posts."""
+        return sum(self.proof.posted)
+
+    @property
+    def delivered(self) -> int:
+        """The number of deliveries to all clients."""
+        return self.proof.delivered
+
+    @property
+    def epoch(self) -> str:
+        """The epoch of the newest log."""
+        return self.proof.log.epoch
+
+    @property
+    def head(self) -> int:
+        """The highest number that a client received or an ack names."""
+        return self.proof.log.head
+
+    def fault(self, kind: str, text: str, count: int = 1) -> None:
+        """Count a fault, and keep its description if it is among the first."""
         self.faults[kind] += count
-        if len(self.told) < TOLD:
-            self.told.append(f"{kind}: {words}")
+        if len(self.told) < QUOTED:
+            self.told.append(f"{kind}: {text}")
+
+    def _check(self, rule: Callable[..., None], *what: object) -> bool:
+        """Apply a rule of the proof, and return whether it holds."""
+        try:
+            rule(*what)
+        except Violation as violation:
+            self.fault(violation.kind, str(violation))
+            return False
+        return True
 
     def begun(self, reader: Reader, history: History) -> None:
-        """A client was given these, in place of all that it had."""
-        epoch, number = history.end
-        if reader.epoch == epoch:
-            self.fault("broken", f"client {reader.number}, which had {epoch}-{reader.cursor}, was told to begin again")
-        if self.epoch != epoch:
-            if self.epoch:
-                self.fault("broken", f"the log {self.epoch} is gone: client {reader.number} was told of {epoch}")
-            self.epoch, self.head = epoch, 0
-            self.entries.clear()
-            self._stamps.clear()
-        reader.epoch, reader.begin, reader.cursor = epoch, number, number - len(history.entries)
-        self.appended(reader, epoch, history.entries, time.time())
+        """Check a history that replaces everything a client had."""
+        if not self._check(self.proof.check_history, reader, history):
+            reader.cursor = history.end.number
 
     def appended(self, reader: Reader, epoch: str, entries: Sequence[Entry], now: float) -> None:
-        """A client was given the next messages."""
-        if epoch != self.epoch:
-            self.fault("disorder", f"client {reader.number} was given messages of {epoch} in the log {self.epoch}")
+        """Check the next entries of a client, which received them at the time `now` in seconds since 1970."""
+        if reader.log is None or reader.log.epoch != epoch:
+            self.fault("disorder", f"client {reader.number} received messages of {epoch}, which is not its log")
             return
         for entry in entries:
-            number, expected = entry.number, reader.cursor + 1
-            if number < expected:
-                self.fault("duplicate", f"client {reader.number} was given {epoch}-{number} again")
-                continue
-            if number > expected:
-                self.fault("disorder", f"client {reader.number} was given {epoch}-{number} where {expected} was due")
-            known = self.entries.get(number)
-            if known is None:
-                self._learn(entry)
-            elif known is not entry and known != entry:
-                self.fault(
-                    "disorder", f"client {reader.number} was given {quoted(entry)}, and another one {quoted(known)}"
-                )
-            reader.cursor = number
-            self.delivered += 1
-            if number > reader.begin:
-                self.late.add(now - self._stamps[number])
+            if self._is_next(reader, entry):
+                self.late.add(now - _seconds(entry.timestamp))
 
-    def _learn(self, entry: Entry) -> None:
-        number = entry.number
-        self.entries[number] = entry
-        self._stamps[number] = dt.datetime.fromisoformat(entry.timestamp).timestamp()
-        self.head = max(self.head, number)
+    def _is_next(self, reader: Reader, entry: Entry) -> bool:
+        """Check an entry, and return whether it moved its client forward.
 
-    def answered(self, text: str, posted: Posted) -> None:
-        """A post was acknowledged."""
-        self.acked[text] = posted.id.number
-        self.head = max(self.head, posted.id.number if posted.id.epoch == self.epoch else 0)
+        A client that receives an old entry stays where it is.  A client that receives an entry beyond a gap continues
+        behind the gap.
+        """
+        before = reader.cursor
+        if not self._check(self.proof.check_entries, reader, (entry,)):
+            if entry.number > before + 1:
+                reader.cursor = entry.number - 1
+                self._check(self.proof.check_entries, reader, (entry,))
+            reader.cursor = max(before, entry.number)
+        return reader.cursor > before
 
-    def conclude(self, logs: dict[str, list[Entry]], readers: Sequence[Reader]) -> None:
-        """Compare all that was seen with the log, as each place tells it."""
+    def answered(self, reader: Reader, place: int, posted: Posted) -> None:
+        """Check and count an ack."""
+        self.acked += 1
+        self._check(self.proof.check_ack, reader, place, posted)
+
+    def conclude(self, logs: dict[str, list[Entry]]) -> None:
+        """Compare everything the clients received with the log, as each place returned it."""
         (place, log), *others = logs.items()
-        for other, told in others:
-            if told != log:
-                count = sum(one != another for one, another in itertools.zip_longest(log, told))
-                self.fault("disorder", f"{other} tells of {count} messages otherwise than {place}", count)
+        for other, entries in others:
+            if entries != log:
+                count = sum(one != another for one, another in itertools.zip_longest(log, entries))
+                self.fault("disorder", f"{other} and {place} differ in {count} messages", count)
         if [entry.number for entry in log] != [*range(1, len(log) + 1)]:
             self.fault("disorder", "the numbers of the log are not 1, 2, 3 ...")
-        for text, count in collections.Counter(entry.message for entry in log).items():
-            if count > 1:
-                self.fault("duplicate", f"{text.rstrip('.')!r} is in the log {count} times", count - 1)
         self._compare({entry.number: entry for entry in log})
-        if self.posted > len(self.acked):
-            self.fault("unanswered", "posts have no acknowledgement", self.posted - len(self.acked))
-        for reader in readers:
-            if reader.cursor < len(log):
-                missed = len(log) - reader.cursor
-                self.fault("undelivered", f"client {reader.number} has nothing after {reader.cursor}", missed)
+        for text in self.proof.missing_from(log):
+            self.fault("lost", f"{text.rstrip('.')!r} was acknowledged")
+        if self.proof.logs_lost:
+            self.fault("broken", f"the log {self.epoch} replaced another", self.proof.logs_lost)
+        if self.posted > self.acked:
+            self.fault("unanswered", "posts have no ack", self.posted - self.acked)
+        for one in self.proof.readers:
+            if one.cursor < len(log):
+                self.fault("undelivered", f"client {one.number} has nothing after {one.cursor}", len(log) - one.cursor)
 
-    def _compare(self, log: dict[int, Entry]) -> None:
-        for number, entry in self.entries.items():
-            if log.get(number) != entry:
-                self.fault("disorder", f"clients were given {quoted(entry)}, and the log has {quoted(log.get(number))}")
-        for text, number in self.acked.items():
-            if number not in log or log[number].message != text:
-                self.fault("lost", f"{text.rstrip('.')!r}, acknowledged as {number}")
+    def _compare(self, stored: dict[int, Entry]) -> None:
+        """Compare what the clients received with the entries of the log by number."""
+        for number, (entry, reader) in self.proof.log.known.items():
+            if stored.get(number) != entry:
+                self.fault(
+                    "disorder", f"client {reader} received {_quoted(entry)}, the log has {_quoted(stored.get(number))}"
+                )
 
 
-def quoted(entry: Entry | None) -> str:
-    """A message, in a few words."""
+@functools.lru_cache(REMEMBERED)
+def _seconds(timestamp: str) -> float:
+    """Return a timestamp in seconds since 1970."""
+    return dt.datetime.fromisoformat(timestamp).timestamp()
+
+
+def _quoted(entry: Entry | None) -> str:
+    """Return an entry in a few words."""
     return f"{entry.message.rstrip('.')!r} as {entry.number}, of {entry.timestamp}" if entry else "nothing"

@@ -29,12 +29,10 @@ from chatd.client.protocol import (
 )
 from chatd.load.figures import Latencies
 from chatd.messages import Entry
-from clustering.ledger import Ledger, Reader
+from clustering.ledger import REMEMBERED, Ledger
 from clustering.processes import LONG, TICK, sleep, until
 
 JOINING: Final = 50  # clients that join at a time
-REMEMBERED: Final = 4096  # frames that are read once for all clients
-TEXT_SIZE: Final = 100
 POSTERS, DEPTH = 10, 8  # who posts as fast as it goes, and how many posts wait for their acknowledgements
 Row = dict[str, Any]
 
@@ -45,8 +43,7 @@ class Member(Listener):
     def __init__(self, load: "Load", number: int, make: Callable[..., Client]) -> None:
         self._load = load
         self._lost: float | None = None
-        self.reader = Reader(number)
-        self.name = f"load-{number}"
+        self.reader = load.ledger.proof.readers[number]
         chance = Random(number)  # noqa: S311 -- it is to be repeated
         self.client = make(listener=self, backoff=Backoff(chance=chance))
         self.here = False
@@ -83,15 +80,17 @@ class Member(Listener):
     def on_reject(self, error: Rejected) -> None:
         self._load.ledger.fault("broken", f"client {self.reader.number} is turned away: {error}")
 
-    def post(self, text: str, due: float) -> "Deferred[Any]":
-        """Post what was due by then."""
-        answer = self.client.post(self.name, text)
-        return answer.addCallbacks(self._answered, self._unanswered, callbackArgs=(text, due))
+    def post(self, due: float) -> "Deferred[Any]":
+        """Post the next message of this client, which was due at the monotonic time `due`."""
+        proof, number = self._load.ledger.proof, self.reader.number
+        place, text = proof.post(number)
+        answer = self.client.post(proof.username(number), text)
+        return answer.addCallbacks(self._answered, self._unanswered, callbackArgs=(place, due))
 
-    def _answered(self, posted: Posted, text: str, due: float) -> None:
+    def _answered(self, posted: Posted, place: int, due: float) -> None:
         self._load.acks.add(time.monotonic() - due)
         self._load.again += posted.duplicate
-        self._load.ledger.answered(text, posted)
+        self._load.ledger.answered(self.reader, place, posted)
 
     def _unanswered(self, failure: Failure) -> None:
         if not failure.check(ClientStopped):
@@ -103,8 +102,7 @@ class Load:
 
     def __init__(self, reactor: Any, addresses: Sequence[ServerAddress], count: int) -> None:
         self._reactor = reactor
-        self._run = secrets.token_hex(3)
-        self.ledger = Ledger()
+        self.ledger = Ledger(secrets.token_hex(3), count)
         self.acks, self.away = Latencies(), Latencies()
         self.losses: collections.Counter[str] = collections.Counter()
         """Why connections ended."""
@@ -159,12 +157,7 @@ class Load:
         while self._due <= elapsed * self._rate:
             due = self._start + self._due / self._rate
             self._due += 1
-            self.post(next(self._posters), due)
-
-    def post(self, member: Member, due: float) -> "Deferred[Any]":
-        """Post one message, which was due then."""
-        self.ledger.posted += 1
-        return member.post(f"{self._run} {self.ledger.posted} ".ljust(TEXT_SIZE, "."), due)
+            next(self._posters).post(due)
 
     async def saturate(self, seconds: float) -> None:
         """Post as fast as acknowledgements come, for so long."""
@@ -173,7 +166,7 @@ class Load:
 
         def go_on(_: object, member: Member) -> None:
             if time.monotonic() < end:
-                self.post(member, time.monotonic()).addCallback(go_on, member)
+                member.post(time.monotonic()).addCallback(go_on, member)
 
         for member in self.members[:POSTERS]:
             for _ in range(DEPTH):
@@ -187,7 +180,7 @@ class Load:
         self._seconds, self._cpu = time.monotonic() - self._start, time.process_time() - self._cpu
         ledger, before, moved = self.ledger, (0, 0), time.monotonic()
         while not self.level():
-            state = len(ledger.acked), ledger.delivered
+            state = ledger.acked, ledger.delivered
             if state != before:
                 before, moved = state, time.monotonic()
             elif time.monotonic() > moved + LONG:
@@ -197,8 +190,9 @@ class Load:
 
     def level(self) -> bool:
         """Whether everything is acknowledged, and everyone has it."""
-        ledger = self.ledger
-        return len(ledger.acked) == ledger.posted and self.least() >= ledger.head and all(m.here for m in self.members)
+        ledger, proof = self.ledger, self.ledger.proof
+        here = all(member.here and proof.is_level(member.reader) for member in self.members)
+        return here and ledger.acked == ledger.posted
 
     def least(self) -> int:
         """The number that everyone has got to."""
@@ -215,7 +209,7 @@ class Load:
             "seconds": round(seconds, 1),
             "clients": len(self.members),
             "posted": ledger.posted,
-            "acknowledged": len(ledger.acked),
+            "acknowledged": ledger.acked,
             "acknowledged_again": self.again,
             "delivered": ledger.delivered,
             "connections_lost": dict(self.losses),
@@ -231,6 +225,6 @@ class Load:
     def __str__(self) -> str:
         ledger, here = self.ledger, sum(member.here for member in self.members)
         return (
-            f"{ledger.posted:,} posted, {len(ledger.acked):,} acknowledged, {ledger.delivered:,} delivered, "
+            f"{ledger.posted:,} posted, {ledger.acked:,} acknowledged, {ledger.delivered:,} delivered, "
             f"{here:,} of {len(self.members):,} clients here, {sum(ledger.faults.values()):,} faults"
         )

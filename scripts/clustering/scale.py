@@ -15,7 +15,8 @@ from typing import Any
 from twisted.internet.threads import deferToThread
 
 from chatd.load.figures import Latencies
-from clustering.load import POSTERS, TEXT_SIZE, Load, Row
+from clustering.ledger import TEXT_SIZE
+from clustering.load import POSTERS, Load, Row
 from clustering.processes import LONG, NODES, Cluster, Node, Redis, RigError, Tools, say, sleep
 
 
@@ -98,7 +99,7 @@ async def share(reactor: Any, tools: Tools, options: argparse.Namespace, count: 
                     "load_cpu": load.figures()["load_cpu"],
                 }
             )
-        ledger.conclude(await cluster.logs(ledger.epoch), [member.reader for member in load.members])
+        ledger.conclude(await cluster.logs(ledger.epoch))
         await load.stop()
     rows = [{"scenario": f"scale, {count} {'node' if count == 1 else 'nodes'}"} | row for row in rows]
     rows[-1] |= {"faults": dict(ledger.faults), "told": ledger.told}

@@ -39,7 +39,7 @@ class Run(NamedTuple):
     async def strike(self, act: Callable[[], object]) -> None:
         """Do something while many posts are on their way, some of them in the log but not acknowledged."""
         for member in self.chance.sample(self.load.members, math.ceil(len(self.load.members) * BURST)):
-            self.load.post(member, time.monotonic())
+            member.post(time.monotonic())
         await self.sleep(self.chance.uniform(0, WITHIN))
         act()
 
@@ -184,7 +184,7 @@ async def prove(reactor: Any, tools: Tools, options: argparse.Namespace, name: s
             await load.settle()
         finally:
             progress.stop()
-        load.ledger.conclude(await cluster.logs(load.ledger.epoch), [member.reader for member in load.members])
+        load.ledger.conclude(await cluster.logs(load.ledger.epoch))
         await load.stop()
     row = {"scenario": name} | done | load.figures()
     print(report(row, done), flush=True)
