@@ -78,12 +78,12 @@ class Ledger:
             return False
         return True
 
-    def begun(self, reader: Reader, history: History) -> None:
+    def check_history(self, reader: Reader, history: History) -> None:
         """Check a history that replaces everything a client had."""
         if not self._check(self.proof.check_history, reader, history):
             reader.cursor = history.end.number
 
-    def appended(self, reader: Reader, epoch: str, entries: Sequence[Entry], now: float) -> None:
+    def check_entries(self, reader: Reader, epoch: str, entries: Sequence[Entry], now: float) -> None:
         """Check the next entries of a client, which received them at the time `now` in seconds since 1970."""
         if reader.log is None or reader.log.epoch != epoch:
             self.fault("disorder", f"client {reader.number} received messages of {epoch}, which is not its log")
@@ -106,7 +106,7 @@ class Ledger:
             reader.cursor = max(before, entry.number)
         return reader.cursor > before
 
-    def answered(self, reader: Reader, place: int, posted: Posted) -> None:
+    def check_ack(self, reader: Reader, place: int, posted: Posted) -> None:
         """Check and count an ack."""
         self.acked += 1
         self._check(self.proof.check_ack, reader, place, posted)

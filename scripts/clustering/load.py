@@ -1,4 +1,10 @@
-"""The clients."""
+"""The clients: they post at a steady rate or as fast as acks arrive, and report everything to the ledger.
+
+The rate is an open loop: a post is due at its time, however slow the cluster is, and its latency counts from then.  A
+closed loop would post less while the cluster stalls, and hide the stall.
+
+All clients run in one process and receive the same frames, so each frame is parsed once.
+"""
 
 import collections
 import functools
@@ -32,35 +38,39 @@ from chatd.messages import Entry
 from clustering.ledger import REMEMBERED, Ledger
 from clustering.processes import LONG, TICK, sleep, until
 
-JOINING: Final = 50  # clients that join at a time
-POSTERS, DEPTH = 10, 8  # who posts as fast as it goes, and how many posts wait for their acknowledgements
+JOINING: Final = 50
+"""Clients that join at a time."""
+POSTERS, DEPTH = 10, 8
+"""At full speed: clients that post, and posts in flight of each."""
 Row = dict[str, Any]
+"""The figures of one measurement, as JSON."""
 
 
 class Member(Listener):
-    """One client."""
+    """One client, which keeps one place in the ledger over all its connections."""
 
     def __init__(self, load: "Load", number: int, make: Callable[..., Client]) -> None:
         self._load = load
         self._lost: float | None = None
         self.reader = load.ledger.proof.readers[number]
-        chance = Random(number)  # noqa: S311 -- it is to be repeated
+        chance = Random(number)  # noqa: S311 -- repeatable
         self.client = make(listener=self, backoff=Backoff(chance=chance))
         self.here = False
+        """True while the client is connected and has joined."""
 
     @override
     def on_history(self, history: History) -> None:
-        self._load.ledger.begun(self.reader, history)
+        self._load.ledger.check_history(self.reader, history)
 
     @override
     def on_entries(self, epoch: str, entries: Sequence[Entry]) -> None:
-        self._load.ledger.appended(self.reader, epoch, entries, time.time())
+        self._load.ledger.check_entries(self.reader, epoch, entries, time.time())
 
     @override
     def on_connect(self) -> None:
         self.here = True
         if self._lost is None:
-            self._load.came()
+            self._load.count_join()
         else:
             self._load.away.add(time.monotonic() - self._lost)
             self._lost = None
@@ -78,7 +88,7 @@ class Member(Listener):
 
     @override
     def on_reject(self, error: Rejected) -> None:
-        self._load.ledger.fault("broken", f"client {self.reader.number} is turned away: {error}")
+        self._load.ledger.fault("broken", f"client {self.reader.number} was rejected: {error}")
 
     def post(self, due: float) -> "Deferred[Any]":
         """Post the next message of this client, which was due at the monotonic time `due`."""
@@ -90,7 +100,7 @@ class Member(Listener):
     def _answered(self, posted: Posted, place: int, due: float) -> None:
         self._load.acks.add(time.monotonic() - due)
         self._load.again += posted.duplicate
-        self._load.ledger.answered(self.reader, place, posted)
+        self._load.ledger.check_ack(self.reader, place, posted)
 
     def _unanswered(self, failure: Failure) -> None:
         if not failure.check(ClientStopped):
@@ -98,21 +108,21 @@ class Member(Listener):
 
 
 class Load:
-    """All clients, spread over some addresses."""
+    """All clients of a run, in turn on the given addresses."""
 
     def __init__(self, reactor: Any, addresses: Sequence[ServerAddress], count: int) -> None:
         self._reactor = reactor
         self.ledger = Ledger(secrets.token_hex(3), count)
         self.acks, self.away = Latencies(), Latencies()
         self.losses: collections.Counter[str] = collections.Counter()
-        """Why connections ended."""
+        """The number of connections that ended, by reason."""
         self.refusals: collections.Counter[str] = collections.Counter()
-        """The errors that came."""
+        """The number of error frames, by code and message."""
         self.again = 0
-        """How many acknowledgements said that the message was kept before."""
+        """The number of acks for a message that an earlier attempt stored."""
         self.why = ""
         self._joined = 0
-        remembering = functools.lru_cache(REMEMBERED)(parse_frame)  # the same bytes come to everyone
+        remembering = functools.lru_cache(REMEMBERED)(parse_frame)  # all clients receive the same bytes
 
         def decode(text: bytes) -> Frame:
             frame = remembering(text) if text.startswith(b'{"type":"message"') else parse_frame(text)
@@ -131,7 +141,7 @@ class Load:
         self._cpu, self._due = 0.0, 0
 
     async def join(self) -> None:
-        """Let all join."""
+        """Connect all clients, and wait until they have joined.  Raises RigError after a timeout."""
         for some in range(0, len(self.members), JOINING):
             members = self.members[some : some + JOINING]
             for member in members:
@@ -142,12 +152,12 @@ class Load:
                 lambda: f"{self._joined} of {len(self.members)} clients joined ({self.why or 'no answer'})",
             )
 
-    def came(self) -> None:
-        """A client has joined for the first time."""
+    def count_join(self) -> None:
+        """Count a client that joined for the first time."""
         self._joined += 1
 
     def start(self, rate: float) -> None:
-        """Post from now on so many messages a second, by all clients in turn."""
+        """Begin to post at `rate` messages a second, from all clients in turn."""
         self._rate, self._start, self._due = rate, time.monotonic(), 0
         self._cpu = time.process_time()
         self._posting.start(TICK)
@@ -160,21 +170,21 @@ class Load:
             next(self._posters).post(due)
 
     async def saturate(self, seconds: float) -> None:
-        """Post as fast as acknowledgements come, for so long."""
+        """Post as fast as acks arrive, for a number of seconds."""
         self._start, self._cpu = time.monotonic(), time.process_time()
         end = self._start + seconds
 
-        def go_on(_: object, member: Member) -> None:
+        def post_next(_: object, member: Member) -> None:
             if time.monotonic() < end:
-                member.post(time.monotonic()).addCallback(go_on, member)
+                member.post(time.monotonic()).addCallback(post_next, member)
 
         for member in self.members[:POSTERS]:
             for _ in range(DEPTH):
-                go_on(None, member)
+                post_next(None, member)
         await sleep(self._reactor, seconds)
 
     async def settle(self) -> None:
-        """Post no more, and wait for as long as anything comes until all have everything."""
+        """Stop posting, and wait until all clients are level, or nothing has arrived for a long time."""
         if self._posting.running:
             self._posting.stop()
         self._seconds, self._cpu = time.monotonic() - self._start, time.process_time() - self._cpu
@@ -186,24 +196,24 @@ class Load:
             elif time.monotonic() > moved + LONG:
                 break
             await sleep(self._reactor, TICK)
-        await sleep(self._reactor, 0.3)  # for what comes twice
+        await sleep(self._reactor, 0.3)  # duplicates may follow
 
     def level(self) -> bool:
-        """Whether everything is acknowledged, and everyone has it."""
+        """Return whether all posts are acknowledged and all clients have received them."""
         ledger, proof = self.ledger, self.ledger.proof
         here = all(member.here and proof.is_level(member.reader) for member in self.members)
         return here and ledger.acked == ledger.posted
 
     def least(self) -> int:
-        """The number that everyone has got to."""
+        """Return the lowest cursor of all clients."""
         return min((member.reader.cursor for member in self.members), default=0)
 
     async def stop(self) -> None:
-        """Let all go."""
+        """Disconnect all clients."""
         await DeferredList([member.client.stop() for member in self.members])
 
     def figures(self) -> Row:
-        """What was done, and how long it took, in milliseconds."""
+        """Return the counts and the latencies; names that end in `_ms` are in milliseconds."""
         ledger, seconds = self.ledger, self._seconds
         return {
             "seconds": round(seconds, 1),
@@ -226,5 +236,5 @@ class Load:
         ledger, here = self.ledger, sum(member.here for member in self.members)
         return (
             f"{ledger.posted:,} posted, {ledger.acked:,} acknowledged, {ledger.delivered:,} delivered, "
-            f"{here:,} of {len(self.members):,} clients here, {sum(ledger.faults.values()):,} faults"
+            f"{here:,} of {len(self.members):,} clients connected, {sum(ledger.faults.values()):,} faults"
         )

@@ -1,4 +1,10 @@
-"""The processes of a cluster."""
+"""The processes of a cluster: Redis, nodes, a HAProxy in front of them, and a link to Redis that can stall.
+
+Each listens on an address of its own within 127.0.0.0/8, on a port that the kernel chose.  It keeps this port over
+restarts.  Outgoing connections use 127.0.0.1, so none of them can take the port while its process is down.
+
+The clients run in the same thread.  So waiting never blocks: it polls, or asks in another thread.
+"""
 # ruff: noqa: T201 -- a script prints
 
 import argparse
@@ -23,6 +29,7 @@ import hiredis
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
+from typing_extensions import override
 
 from chatd.client.client import ServerAddress
 from chatd.messages import Entry, Id
@@ -31,18 +38,19 @@ ROOT: Final = pathlib.Path(__file__).resolve().parent.parent.parent
 VENV: Final = ROOT / ".venv"
 BALANCER, STORE, LINK = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 NODES: Final = ("127.0.0.11", "127.0.0.12", "127.0.0.13")
-"""Of the loopback: while a server is away, no outgoing connection takes its port, as these are 127.0.0.1's."""
+"""Addresses of the loopback interface, one for each process."""
 LONG: Final = 30.0
-"""Seconds after which what was waited for will not come any more."""
+"""The timeout of every wait, in seconds."""
 TICK: Final = 0.01
+"""Seconds between two polls."""
 
 
 class RigError(Exception):
-    """It cannot be tried; the text says why, and what helps."""
+    """The test cannot run; the text gives the reason and the remedy."""
 
 
 def say(words: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(f"  {time.monotonic() - START:6.1f} s  {words}", flush=True)
 
 
@@ -50,12 +58,12 @@ START: Final = time.monotonic()
 
 
 def sleep(reactor: Any, seconds: float) -> "Deferred[None]":
-    """Fires in so many seconds."""
+    """Return a Deferred that fires after a number of seconds."""
     return deferLater(reactor, seconds)
 
 
 async def until(reactor: Any, true: Callable[[], object], what: Callable[[], str], seconds: float = LONG) -> None:
-    """Look again and again; RigError when it takes too long."""
+    """Poll until `true` returns true.  Raises RigError with the text of `what` after a timeout in seconds."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
@@ -64,7 +72,7 @@ async def until(reactor: Any, true: Callable[[], object], what: Callable[[], str
 
 
 def get(host: str, port: int, path: str) -> tuple[int, str]:
-    """Ask by HTTP, on a connection of its own; status 0 if there is no answer."""
+    """Return status and body of a GET request; the status is 0 if there is no response."""
     with contextlib.closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
         try:
             connection.request("GET", path)
@@ -75,14 +83,14 @@ def get(host: str, port: int, path: str) -> tuple[int, str]:
 
 
 def free_port(host: str) -> int:
-    """One that the kernel chose."""
+    """Return a free port of a host, which the kernel chooses."""
     with socket.socket() as sock:
         sock.bind((host, 0))
         return int(sock.getsockname()[1])
 
 
 class Process:
-    """A server of the cluster, which can be ended and started again."""
+    """A server of the cluster that can end and start again."""
 
     def __init__(self, reactor: Any, name: str, folder: pathlib.Path, host: str, core: int | None = None) -> None:
         self.reactor, self.name, self.host = reactor, name, host
@@ -93,20 +101,20 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:
-        """What to run."""
+        """Return the command line."""
         raise NotImplementedError
 
     async def is_ready(self) -> bool:
-        """Whether it serves."""
+        """Return whether the process serves."""
         with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 1):
             return True
         return False
 
     def start(self) -> None:
-        """Start it, on the port that it had."""
+        """Start the process, always on the same port."""
         kept = {name: text for name, text in os.environ.items() if not name.startswith(("CHATD_", "PYTHON"))}
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 -- its words are all from here
+            self._process = subprocess.Popen(  # noqa: S603 -- this module made the command
                 self.command(),
                 cwd=self.folder,
                 env=kept | {"PYTHONPATH": str(ROOT)},
@@ -118,11 +126,11 @@ class Process:
             os.sched_setaffinity(self._process.pid, {self.core})
 
     async def ready(self) -> float:
-        """Wait until it serves; answers how many seconds that took."""
+        """Wait until the process serves, and return the seconds that took.  Raises RigError after a timeout."""
         begin = time.monotonic()
         while not await self.is_ready():
             lines = (self.folder / "log").read_text(errors="replace").splitlines()
-            last = f"{self.name} says last: {lines[-1] if lines else 'nothing'}"
+            last = f"its last line is: {lines[-1] if lines else 'nothing'}"
             if self._process is None or self._process.poll() is not None:
                 raise RigError(f"{self.name} has ended: {last}")
             if time.monotonic() > begin + LONG:
@@ -131,12 +139,12 @@ class Process:
         return time.monotonic() - begin
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it lives."""
+        """Send a signal, if the process runs."""
         if self._process is not None:
             self._process.send_signal(number)
 
     async def ended(self, seconds: float = LONG) -> int:
-        """Wait for its end; answers its status."""
+        """Wait until the process ends, and return its status.  Raises RigError after a timeout in seconds."""
         process = self._process
         if process is None:
             raise RigError(f"{self.name} was never started")
@@ -144,40 +152,40 @@ class Process:
         return int(process.returncode)
 
     def end(self) -> None:
-        """Leave nothing of it."""
+        """Kill the process if it runs."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def cpu(self) -> float:
-        """Seconds of CPU time used, with the kernel's on its behalf."""
+        """Return the CPU seconds of the process, in user and kernel mode."""
         pid = self._process.pid if self._process else 0
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Redis(Process):
-    """The store."""
+    """The Redis that stores the rooms, with an append-only file."""
 
     def __init__(self, binary: str, fsync: str, *args: Any) -> None:
         super().__init__(*args)
         self._binary, self._fsync = binary, fsync
 
+    @override
     def command(self) -> list[str]:
-        """Process.command."""
         options = {"bind": self.host, "port": self.port, "dir": self.folder, "save": "", "appendonly": "yes"}
         words = [f"--{name}={text}" for name, text in (options | {"appendfsync": self._fsync}).items()]
         return [self._binary, *itertools.chain.from_iterable(word.split("=", 1) for word in words)]
 
+    @override
     async def is_ready(self) -> bool:
-        """Process.is_ready."""
         try:
             return bool(self.ask("PING") == b"PONG")
         except (OSError, EOFError, hiredis.ReplyError):
             return False
 
     def ask(self, *words: str | int) -> Any:
-        """The reply to a command; an error reply is raised."""
+        """Return the reply to a command.  Raises hiredis.ReplyError for an error reply."""
         with socket.create_connection((self.host, self.port), 5) as sock:
             sock.sendall(hiredis.pack_command(words))
             reader = hiredis.Reader()
@@ -191,7 +199,7 @@ class Redis(Process):
         return reply
 
     def log(self) -> list[Entry]:
-        """The messages of the room."""
+        """Return the entries of the room from its stream."""
         entries = []
         for stream_id, fields in self.ask("XRANGE", "{chatd}:room:main", "-", "+"):
             known = {name.decode(): text.decode() for name, text in zip(fields[::2], fields[1::2], strict=True)}
@@ -201,13 +209,13 @@ class Redis(Process):
         return entries
 
     def info(self, section: str, name: str) -> int:
-        """A number of INFO."""
+        """Return a number from a section of INFO."""
         found = re.search(rf"^{name}:(\d+)", self.ask("INFO", section).decode(), re.MULTILINE)
         return int(found[1]) if found else 0
 
 
 class Node(Process):
-    """A chatd."""
+    """A chatd node.  It is ready when /readyz returns 200 without degradation."""
 
     def __init__(self, store: str, options: Sequence[str], *args: Any) -> None:
         super().__init__(*args)
@@ -216,25 +224,25 @@ class Node(Process):
 
     @property
     def address(self) -> ServerAddress:
-        """Where clients find it."""
+        """The address for clients."""
         return ServerAddress.parse(f"ws://{self.host}:{self.port}/")
 
+    @override
     def command(self) -> list[str]:
-        """Process.command."""
         interface = f"interface={self.host}"
         endpoints = [f"--listen=tcp:{self.port}:{interface}:backlog=4096", f"--admin=tcp:{self.admin_port}:{interface}"]
         return [str(VENV / "bin/twistd"), "--nodaemon", "--pidfile=", "chatd", *endpoints, *self._options]
 
+    @override
     async def is_ready(self) -> bool:
-        """Process.is_ready: also not degraded."""
         return bool(await self.readiness() == (200, "ready\n"))
 
     def readiness(self) -> "Deferred[tuple[int, str]]":
-        """What it says of itself."""
+        """Return status and body of /readyz."""
         return deferToThread(get, self.host, self.admin_port, "/readyz")
 
     def pages(self, epoch: str) -> list[Entry]:
-        """The messages of the room, page by page."""
+        """Return the entries of the room, page by page."""
         entries: list[Entry] = []
         more = True
         with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=LONG)) as connection:
@@ -243,7 +251,7 @@ class Node(Process):
                 connection.request("GET", f"/rooms/main/messages?after={after}&limit=100")
                 page = json.loads(connection.getresponse().read())
                 if page.get("type") != "history":
-                    say(f"{self.name} gives no page after {after}: {page}")
+                    say(f"{self.name} returned no page after {after}: {page}")
                     break
                 number = Id.parse(page["id"]).number - len(page["data"])
                 for place, one in enumerate(page["data"], number + 1):
@@ -253,14 +261,14 @@ class Node(Process):
 
 
 class Balancer(Process):
-    """The HAProxy that clients come to."""
+    """The HAProxy to which clients connect.  It is ready when its statistics socket exists too."""
 
     def __init__(self, binary: str, nodes: Sequence[Node], clients: int, *args: Any) -> None:
         super().__init__(*args)
         self._binary, self._nodes, self._clients = binary, nodes, clients
 
     def configuration(self) -> str:
-        """The text of haproxy.cfg."""
+        """Return the text of haproxy.cfg."""
         servers = "\n".join(f"    server {node.name} {node.host}:{node.port}" for node in self._nodes)
         return f"""\
 global
@@ -287,17 +295,17 @@ backend nodes
 {servers}
 """
 
+    @override
     def command(self) -> list[str]:
-        """Process.command."""
         (self.folder / "haproxy.cfg").write_text(self.configuration())
         return [self._binary, "-db", "-f", str(self.folder / "haproxy.cfg")]
 
+    @override
     async def is_ready(self) -> bool:
-        """Process.is_ready: also for questions."""
         return (self.folder / "socket").exists() and await super().is_ready()
 
     def status(self) -> dict[str, tuple[bool, int]]:
-        """Of each node whether it is up, and how many connections it has."""
+        """Return whether each node is up, and its number of connections."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(5)
             sock.connect(str(self.folder / "socket"))
@@ -308,24 +316,24 @@ backend nodes
         return {row["svname"]: (row["status"] == "UP", int(row["scur"])) for row in servers}
 
     async def up(self, *nodes: Node) -> None:
-        """Wait until it sends clients to these."""
+        """Wait until HAProxy sends clients to these nodes."""
         names = ", ".join(node.name for node in nodes)
         await until(
             self.reactor,
             lambda: all(self.status()[node.name][0] for node in nodes),
-            lambda: f"HAProxy does not take {names} to be up",
+            lambda: f"HAProxy does not mark {names} up",
         )
 
 
 class Link(Process):
-    """A way to Redis that can stall: a HAProxy that passes bytes on until it is stopped by SIGSTOP."""
+    """A link to Redis that can stall: a HAProxy that forwards bytes until SIGSTOP stops it."""
 
     def __init__(self, binary: str, redis: Redis, *args: Any) -> None:
         super().__init__(*args)
         self._binary, self._redis = binary, redis
 
+    @override
     def command(self) -> list[str]:
-        """Process.command."""
         (self.folder / "haproxy.cfg").write_text(f"""\
 defaults
     mode tcp
@@ -340,14 +348,14 @@ listen redis
 
 
 class Tools(NamedTuple):
-    """What is needed besides chatd."""
+    """The paths of the programs that a cluster needs besides chatd."""
 
     redis: str
     haproxy: str
 
 
 class Cluster:
-    """A Redis, nodes and a HAProxy; on leaving, nothing of it is left."""
+    """A Redis, nodes and a HAProxy.  The context manager kills them and removes their folder."""
 
     def __init__(
         self,
@@ -396,7 +404,7 @@ class Cluster:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     async def start(self) -> None:
-        """Start everything, and wait until it serves."""
+        """Start all processes, and wait until they serve."""
         for some in ([self.redis], [self.link] if self.link else [], self.nodes, [self.balancer]):
             for process in some:
                 process.start()
@@ -410,11 +418,11 @@ class Cluster:
         )
 
     def spread(self) -> str:
-        """How many clients each node has."""
+        """Return the number of connections of each node, as text."""
         return ", ".join(f"{name} {count}" for name, (_, count) in self.balancer.status().items())
 
     async def logs(self, epoch: str) -> dict[str, list[Entry]]:
-        """The log as Redis and each node tell it."""
+        """Return the log as Redis and each node return it, by place."""
         logs = {"Redis": await deferToThread(self.redis.log)}
         for node in self.nodes:
             logs[node.name] = await deferToThread(node.pages, epoch)

@@ -1,4 +1,12 @@
-"""What messages cost."""
+"""The cost of a message: CPU time of the nodes and of Redis, and bytes in Redis, when nothing fails.
+
+`share` measures a room whose clients are spread over the nodes.  Its cost per message is a fixed part for each node,
+which every node pays, and a part for each delivery, which the nodes share.  `store` measures Redis alone, by posts over
+HTTP to rooms without members.
+
+With more than one core, Redis and the clients run on the last one, and the nodes on the others.  Figures exclude the
+CPU time of idle processes, which is measured first.
+"""
 # ruff: noqa: T201 -- a script prints
 
 import argparse
@@ -21,7 +29,7 @@ from clustering.processes import LONG, NODES, Cluster, Node, Redis, RigError, To
 
 
 async def scale(reactor: Any, tools: Tools, options: argparse.Namespace) -> list[Row]:
-    """What a message costs one node and two, and Redis."""
+    """Measure the cost of a message for one node, two nodes and Redis."""
     everything = os.sched_getaffinity(0)
     cores = sorted(everything) if len(everything) > 1 else []
     print(f"scale: {options.clients:,} clients, {options.rate:g} posts/s", flush=True)
@@ -35,26 +43,26 @@ async def scale(reactor: Any, tools: Tools, options: argparse.Namespace) -> list
 
 
 class Clock:
-    """The CPU time of the nodes and of Redis, less what they take when nothing is posted."""
+    """The CPU time of the nodes and of Redis, without the time that they use when idle."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._processes = (*cluster.nodes, cluster.redis)
         self.idle = [0.0 for _ in self._processes]
-        """The part of a core that each takes then."""
+        """The share of a core that each process uses when idle."""
         self._begin, self._before = 0.0, self.idle
 
     def start(self) -> None:
-        """From now on."""
+        """Begin to measure."""
         self._begin, self._before = time.monotonic(), [process.cpu() for process in self._processes]
 
     def stop(self) -> tuple[float, list[float]]:
-        """The seconds since then, and those of CPU time."""
+        """Return the seconds since `start`, and the CPU seconds of each process."""
         seconds = time.monotonic() - self._begin
         used = [process.cpu() - before for process, before in zip(self._processes, self._before, strict=True)]
         return seconds, [max(0.0, cpu - seconds * idle) for cpu, idle in zip(used, self.idle, strict=True)]
 
     async def rest(self, seconds: float) -> Row:
-        """Find out what they take when nothing is posted."""
+        """Measure the idle processes for a number of seconds, and return their shares in percent."""
         self.idle = [0.0 for _ in self._processes]
         self.start()
         await sleep(self._processes[0].reactor, seconds)
@@ -65,7 +73,7 @@ class Clock:
 
 
 async def share(reactor: Any, tools: Tools, options: argparse.Namespace, count: int, cores: Sequence[int]) -> list[Row]:
-    """One room, all of whose clients are spread over so many nodes, without HAProxy."""
+    """Measure one room whose clients are spread over `count` nodes, without HAProxy."""
     rows: list[Row] = []
     with Cluster(reactor, tools, options, nodes=count, settings=["--rate=0"], cores=cores) as cluster:
         await cluster.start()
@@ -108,7 +116,7 @@ async def share(reactor: Any, tools: Tools, options: argparse.Namespace, count: 
 
 
 async def store(reactor: Any, tools: Tools, options: argparse.Namespace, count: int, cores: Sequence[int]) -> list[Row]:
-    """What messages cost Redis that are posted to one node by HTTP, ten at a time, and told to all."""
+    """Measure Redis while one of `count` nodes receives posts by HTTP, ten at a time."""
     rows: list[Row] = []
     with Cluster(reactor, tools, options, nodes=count, settings=["--rate=0"], cores=cores) as cluster:
         await cluster.start()
@@ -143,20 +151,20 @@ async def store(reactor: Any, tools: Tools, options: argparse.Namespace, count: 
 
 
 def tell(rows: Sequence[Row]) -> None:
-    """What something costs, for people."""
+    """Print figures, one line for each row."""
     for row in rows:
         words = [f"{key} {value}" for key, value in row.items() if key not in ("scenario", "mode", "faults", "told")]
         print(f"{row['scenario']}, {row['mode']}: {'; '.join(words)}", *row.get("told", ()), sep="\n  ", flush=True)
 
 
 def sizes(redis: Redis, stream: str) -> list[int]:
-    """Bytes: of all that Redis has in memory, of a room's stream, of the feed, and of the append-only file."""
+    """Return four sizes in bytes: memory of Redis, stream of a room, feed, append-only file."""
     streams = [redis.ask("MEMORY", "USAGE", key, "SAMPLES", 0) or 0 for key in (stream, "{chatd}:feed")]
     return [redis.info("memory", "used_memory"), *streams, redis.info("persistence", "aof_current_size")]
 
 
 def post_all(node: Node, room: str, total: int, *, labelled: bool) -> None:
-    """Post so many messages by HTTP, a few at a time."""
+    """Post `total` messages by HTTP, a few at a time.  Raises RigError if one is not stored."""
 
     def post(part: int) -> None:
         with contextlib.closing(http.client.HTTPConnection(node.host, node.port, timeout=LONG)) as connection:
@@ -168,7 +176,7 @@ def post_all(node: Node, room: str, total: int, *, labelled: bool) -> None:
                 connection.request("POST", f"/rooms/{room}/messages", body, headers)
                 answer = connection.getresponse()
                 if answer.status != http.HTTPStatus.CREATED:
-                    raise RigError(f"a post was answered {answer.status}: {answer.read().decode()}")
+                    raise RigError(f"a post failed with status {answer.status}: {answer.read().decode()}")
                 answer.read()
 
     with ThreadPoolExecutor(POSTERS) as pool:

@@ -1,4 +1,11 @@
-"""The scenarios."""
+"""The scenarios: each makes one part of a cluster fail while the clients post, and then proves that nothing is lost.
+
+A failure finds most bugs while posts are in flight: some are stored and not acknowledged, others not yet stored.  So
+every failure follows a burst of posts after a few milliseconds at random.  The seed is fixed.
+
+`partition` stops the link instead of closing it.  A closed connection fails at once.  The bytes on a stalled one wait,
+and arrive later.  The node must notice by itself that Redis does not answer, keep its clients, and catch up.
+"""
 # ruff: noqa: T201 -- a script prints
 
 import argparse
@@ -19,12 +26,15 @@ from clustering.load import Load, Row
 from clustering.processes import LONG, Cluster, RigError, Tools, say, sleep, until
 
 PROGRESS: Final = 5.0
-SILENT: Final = 7.0  # seconds within which a node knows that Redis does not answer
-BURST, WITHIN = 0.1, 0.01  # which part of the clients post at once before something fails, and how many seconds before
+"""Seconds between lines of progress."""
+SILENT: Final = 7.0
+"""Seconds in which a node notices that Redis does not answer."""
+BURST, WITHIN = 0.1, 0.01
+"""Share of the clients that post at once before a failure, and the longest time before it in seconds."""
 
 
 class Run(NamedTuple):
-    """What a scenario works with."""
+    """A cluster and its clients, to which a scenario happens."""
 
     reactor: Any
     cluster: Cluster
@@ -33,11 +43,11 @@ class Run(NamedTuple):
     chance: Random
 
     def sleep(self, seconds: float) -> "Deferred[None]":
-        """Let the clients post for so long."""
+        """Let the clients post for a number of seconds."""
         return sleep(self.reactor, seconds)
 
     async def strike(self, act: Callable[[], object]) -> None:
-        """Do something while many posts are on their way, some of them in the log but not acknowledged."""
+        """Call `act` while many posts are in flight, some of them stored but not acknowledged."""
         for member in self.chance.sample(self.load.members, math.ceil(len(self.load.members) * BURST)):
             member.post(time.monotonic())
         await self.sleep(self.chance.uniform(0, WITHIN))
@@ -45,7 +55,7 @@ class Run(NamedTuple):
 
 
 async def roll(run: Run) -> Row:
-    """Replace each node."""
+    """Stop each node in turn by SIGTERM, wait for its drain, and start it again."""
     drains = []
     for node in run.cluster.nodes:
         say(f"SIGTERM to {node.name}; connections: {run.cluster.spread()}")
@@ -58,13 +68,13 @@ async def roll(run: Run) -> Row:
         node.start()
         await node.ready()
         await run.cluster.balancer.up(node)
-        say(f"{node.name} drained in {drains[-1]} s and is back")
+        say(f"{node.name} drained in {drains[-1]} s and is up again")
         await run.sleep(run.options.lead)
     return {"drains_s": drains}
 
 
 async def kill(run: Run) -> Row:
-    """Kill a node now and then, always the one that has most clients."""
+    """Kill the node with the most clients and start it again, repeatedly."""
     starts, begin = [], time.monotonic()
     while time.monotonic() < begin + run.options.seconds:
         due, status = time.monotonic() + run.options.every, run.cluster.balancer.status()
@@ -81,7 +91,7 @@ async def kill(run: Run) -> Row:
 async def _restart(run: Run, how: str, end: Callable[[], object]) -> Row:
     back = []
     for _ in range(run.options.times):
-        say(f"{how} of Redis; it comes back after {run.options.down:g} s")
+        say(f"{how} of Redis; it starts again after {run.options.down:g} s")
         await run.strike(end)
         await run.cluster.redis.ended()
         await run.sleep(run.options.down)
@@ -97,7 +107,7 @@ async def _restart(run: Run, how: str, end: Callable[[], object]) -> Row:
 
 
 async def shutdown(run: Run) -> Row:
-    """Restart Redis in good order."""
+    """Restart Redis by SHUTDOWN."""
 
     def end() -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -107,12 +117,12 @@ async def shutdown(run: Run) -> Row:
 
 
 async def kill_redis(run: Run) -> Row:
-    """Kill Redis, and start it again."""
+    """Restart Redis by kill -9."""
     return await _restart(run, "kill -9", lambda: run.cluster.redis.signal(signal.SIGKILL))
 
 
 async def partition(run: Run) -> Row:
-    """Cut a node off from Redis."""
+    """Cut a node off from Redis for a while.  It must keep its clients and catch up."""
     link, load, node = run.cluster.link, run.load, run.cluster.nodes[0]
     if link is None:
         raise RigError("there is no link")
@@ -123,20 +133,22 @@ async def partition(run: Run) -> Row:
     status, words = await node.readiness()
     behind = [member.reader for member in load.members if member.reader.cursor < load.ledger.head - 1]
     refused = sum(load.refusals.values())
-    say(f"{len(behind)} clients are behind, {refused} posts were refused; {node.name} says {status} {words.rstrip()!r}")
+    say(f"{len(behind)} clients are behind, {refused} posts were refused; {node.name}: {status} {words.rstrip()!r}")
     head, begin = load.ledger.head, time.monotonic()
     link.signal(signal.SIGCONT)
-    await until(run.reactor, lambda: load.least() >= head, lambda: "not all clients have caught up")
+    await until(run.reactor, lambda: load.least() >= head, lambda: "some clients have not caught up")
     caught_up = time.monotonic() - begin
-    say(f"healed, and all have caught up {caught_up:.2f} s after it")
+    say(f"healed; all clients caught up after {caught_up:.2f} s")
     await node.ready()
     ready = time.monotonic() - begin
     await run.sleep(run.options.cut / 3)
     lost = sum(load.losses.values()) - before
     if lost:
-        load.ledger.fault("broken", f"{lost} connections ended, which were to stay", lost)
+        load.ledger.fault("broken", f"{lost} connections ended during the cut", lost)
     if run.options.cut > SILENT and not (behind and refused):
-        load.ledger.fault("broken", f"the cut was none: {len(behind)} clients were behind, {refused} posts refused")
+        load.ledger.fault(
+            "broken", f"the link did not stall: {len(behind)} clients were behind, {refused} posts refused"
+        )
     return {
         "clients_behind": len(behind),
         "posts_refused": refused,
@@ -147,7 +159,7 @@ async def partition(run: Run) -> Row:
 
 
 class Scenario(NamedTuple):
-    """What is done while the clients post, and to which cluster."""
+    """An act, and the settings of the cluster to which it happens."""
 
     act: Callable[[Run], Awaitable[Row]]
     fsync: str = "everysec"
@@ -163,7 +175,7 @@ SCENARIOS: Final = {
 
 
 async def prove(reactor: Any, tools: Tools, options: argparse.Namespace, name: str, scenario: Scenario) -> Row:
-    """Run one scenario; answers its figures."""
+    """Run one scenario, print its report, and return its figures."""
     print(f"{name}: {options.clients:,} clients, {options.rate:g} posts/s, appendfsync {scenario.fsync}", flush=True)
     with Cluster(reactor, tools, options, fsync=scenario.fsync, link=scenario.link) as cluster:
         await cluster.start()
@@ -173,7 +185,7 @@ async def prove(reactor: Any, tools: Tools, options: argparse.Namespace, name: s
         await load.join()
         load.start(options.rate)
         progress.start(PROGRESS, now=False)
-        run, done = Run(reactor, cluster, load, options, Random(1)), {}  # noqa: S311 -- likewise
+        run, done = Run(reactor, cluster, load, options, Random(1)), {}  # noqa: S311 -- repeatable
         try:
             await sleep(reactor, options.lead)
             try:
@@ -192,12 +204,12 @@ async def prove(reactor: Any, tools: Tools, options: argparse.Namespace, name: s
 
 
 def report(row: Row, done: Row) -> str:
-    """A scenario for people."""
+    """Return the report of a scenario, as lines."""
     faults = ", ".join(f"{kind} {count}" for kind, count in row["faults"].items())
     lines = [f"{row['scenario']}: {faults}", *(f"  {line}" for line in row["told"])]
     lines.append(
         f"  {row['posted']:,} posted in {row['seconds']:g} s, {row['acknowledged']:,} acknowledged, "
-        f"{row['acknowledged_again']:,} of them had been kept by an earlier attempt; {row['delivered']:,} deliveries"
+        f"{row['acknowledged_again']:,} of them stored by an earlier attempt; {row['delivered']:,} deliveries"
     )
     lines.append("  " + "; ".join(f"{key} {value}" for key, value in done.items()))
     losses = ", ".join(f"{count:,} {why}" for why, count in row["connections_lost"].items())
@@ -208,5 +220,5 @@ def report(row: Row, done: Row) -> str:
             told = "  ".join(f"{key} {figure:,.0f}" for key, figure in row[f"{name}_ms"].items())
             lines.append(f"  {name:<5} {told} ms")
     if (row["load_cpu"] or 0) >= BUSY:
-        lines.append(f"  busy: the clients took {row['load_cpu']:.0%} of a core; their own delays are in these times")
+        lines.append(f"  busy: the clients used {row['load_cpu']:.0%} of a core; the times include their own delays")
     return "\n".join(lines)

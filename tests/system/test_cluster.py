@@ -1,6 +1,4 @@
-"""scripts/cluster: that it sees what it is there to see, and a short run on a real cluster; how long anything takes is
-not asked here.
-"""
+"""scripts/cluster: planted faults that the ledger must count, and short runs on a real cluster."""
 
 import contextlib
 import json
@@ -28,12 +26,12 @@ NONE = {"lost": 0, "duplicate": 0, "disorder": 0, "undelivered": 0, "unanswered"
 
 @contextlib.contextmanager
 def started(*options):
-    """The script, at work; it is not left behind."""
+    """Run the script, and end it afterwards."""
     process = subprocess.Popen([CLUSTER, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
-        process.terminate()  # and it ends its servers
+        process.terminate()  # it ends its servers too
         process.communicate(timeout=LONG)
 
 
@@ -44,11 +42,11 @@ def run(*options):
 
 
 def line(process, pattern):
-    """Read on to a line."""
+    """Read the output up to a line that matches a pattern, and return the match."""
     for text in process.stdout:
         if found := re.search(pattern, text):
             return found
-    raise AssertionError(f"{pattern!r} did not come: {process.stderr.read()}")
+    raise AssertionError(f"no line matches {pattern!r}: {process.stderr.read()}")
 
 
 class Story:
@@ -58,7 +56,7 @@ class Story:
         self.ledger = Ledger("run", 2)
         self.readers = self.ledger.proof.readers
         for reader in self.readers:
-            self.ledger.begun(reader, History(Id("epoch", 0), []))
+            self.ledger.check_history(reader, History(Id("epoch", 0), []))
         self.log = [self.entry(number, self.ledger.proof.post(0)[1]) for number in range(1, 5)]
         self.acks = [Posted(Id("epoch", number)) for number in range(1, 5)]
 
@@ -66,7 +64,7 @@ class Story:
         return Entry(number, self.ledger.proof.username(0), text, "2026-01-01T00:00:00.000Z")
 
     def give(self, number, entries):
-        self.ledger.appended(self.readers[number], "epoch", entries, 0.0)
+        self.ledger.check_entries(self.readers[number], "epoch", entries, 0.0)
 
     def give_all(self):
         for number in range(2):
@@ -75,7 +73,7 @@ class Story:
     def faults(self, **logs):
         """Acknowledge all posts, conclude, and return the number of faults of each kind."""
         for place, posted in enumerate(self.acks):
-            self.ledger.answered(self.readers[0], place, posted)
+            self.ledger.check_ack(self.readers[0], place, posted)
         self.ledger.conclude({"Redis": self.log} | logs)
         return {kind: count for kind, count in self.ledger.faults.items() if count}
 
@@ -144,7 +142,7 @@ def test_post_stored_under_another_number():
 def test_ack_before_the_poster_receives_the_entry():
     """Unless it answers a retry, an ack comes after the entry."""
     story = Story()
-    story.ledger.answered(story.readers[0], 0, story.acks.pop(0))
+    story.ledger.check_ack(story.readers[0], 0, story.acks.pop(0))
     assert story.ledger.faults["broken"] == 1
 
 
@@ -176,7 +174,7 @@ def test_client_told_to_start_over():
     """A client that has messages of a log must receive the rest, not another first history."""
     story = Story()
     story.give_all()
-    story.ledger.begun(story.readers[1], History(Id("epoch", 4), story.log))
+    story.ledger.check_history(story.readers[1], History(Id("epoch", 4), story.log))
     assert story.faults() == {"broken": 1}
 
 
@@ -185,7 +183,7 @@ def test_log_replaced_by_another():
     story = Story()
     story.give_all()
     for reader in story.readers:
-        story.ledger.begun(reader, History(Id("other", 0), []))
+        story.ledger.check_history(reader, History(Id("other", 0), []))
     story.log = []
     assert story.faults()["broken"] >= 1
 
@@ -193,11 +191,12 @@ def test_log_replaced_by_another():
 def test_messages_of_another_log():
     """Messages of another epoch than that of the client's history are out of order."""
     story = Story()
-    story.ledger.appended(story.readers[0], "other", story.log, 0.0)
+    story.ledger.check_entries(story.readers[0], "other", story.log, 0.0)
     assert story.ledger.faults["disorder"] == 1
 
 
-def test_help_explains_the_scenarios_and_gives_examples():
+def test_help_lists_scenarios_and_examples():
+    """--help names every scenario and the main options."""
     status, out, _ = run("--help")
     assert status == 0
     assert {"roll", "kill", "restart", "partition", "scale", "--clients", "--rate", "--json"} <= {*out.split()}
@@ -205,14 +204,16 @@ def test_help_explains_the_scenarios_and_gives_examples():
 
 
 @pytest.mark.parametrize("options", [["crash"], ["--clients", "x"], ["--rate", "0"], ["--fast"]])
-def test_what_it_does_not_understand_it_says_in_one_line(options):
+def test_wrong_usage(options):
+    """Wrong options are one line on standard error and exit status 2."""
     status, out, err = run(*options)
     assert (status, out) == (2, "")
     assert err.startswith("cluster: ")
     assert err.count("\n") == 1
 
 
-def test_the_documents_show_the_configuration_of_haproxy(tmp_path):
+def test_documented_haproxy_configuration(tmp_path):
+    """docs/reliability.md shows the configuration of HAProxy that the script uses, except for ports."""
     nodes = [SimpleNamespace(name=f"node{place + 1}", host=host, port=1) for place, host in enumerate(NODES)]
     balancer = Balancer("haproxy", nodes, 600, None, "haproxy", tmp_path, BALANCER)
     shown = re.search(r"```haproxy\n(.*?)```", (ROOT / "docs" / "reliability.md").read_text("utf-8"), re.DOTALL)[1]
@@ -220,7 +221,8 @@ def test_the_documents_show_the_configuration_of_haproxy(tmp_path):
     assert re.sub(r":\d+$", ":PORT", shown, flags=re.MULTILINE) == re.sub(r":\d+$", ":PORT", used, flags=re.MULTILINE)
 
 
-def test_a_cluster_that_is_rolled_and_killed_loses_nothing(tmp_path):
+def test_roll_and_kill_lose_nothing(tmp_path):
+    """A cluster loses nothing while its nodes are replaced and killed."""
     need("haproxy")
     figures = tmp_path / "figures.json"
     status, out, err = run("roll", "kill", *SMALL, "--seconds=2", "--every=1", f"--json={figures}")
@@ -238,7 +240,8 @@ def test_a_cluster_that_is_rolled_and_killed_loses_nothing(tmp_path):
         assert row["away_ms"]["max"] > 0
 
 
-def test_a_log_that_is_lost_in_the_midst_of_it_is_noticed():
+def test_lost_log_is_reported():
+    """The script notices that Redis is emptied during a run."""
     need("haproxy")
     with started("kill", *SMALL, "--seconds=1", "--every=1") as process:
         redis = line(process, r"redis at ([0-9.]+):(\d+)")
