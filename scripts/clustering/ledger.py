@@ -18,7 +18,7 @@ from typing import Final
 
 from chatd.client.protocol import History, Posted
 from chatd.load.figures import Latencies
-from chatd.load.proof import Proof, Reader, Violation
+from chatd.load.proof import Kind, Proof, Reader, Violation
 from chatd.messages import Entry
 
 TEXT_SIZE: Final = 100
@@ -107,9 +107,21 @@ class Ledger:
         return reader.cursor > before
 
     def check_ack(self, reader: Reader, place: int, posted: Posted) -> None:
-        """Check and count an ack."""
+        """Check and count an ack.
+
+        An ack that names the second copy of a post is no loss: the copy has been counted as a duplicate.
+        """
         self.acked += 1
-        self._check(self.proof.check_ack, reader, place, posted)
+        known = self.proof.log.known.get(posted.id.number)
+        try:
+            self.proof.check_ack(reader, place, posted)
+        except Violation as violation:
+            if (
+                violation.kind is not Kind.LOST
+                or not known
+                or known[0].message != self.proof.text(reader.number, place)
+            ):
+                self.fault(violation.kind, str(violation))
 
     def conclude(self, logs: dict[str, list[Entry]]) -> None:
         """Compare everything the clients received with the log, as each place returned it."""

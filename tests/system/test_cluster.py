@@ -114,10 +114,12 @@ def test_two_messages_under_one_id():
     assert story.faults() == {"disorder": 1}
 
 
-def test_post_stored_twice():
-    """A post must be in the log once."""
+@pytest.mark.parametrize("acknowledged", [4, 5], ids=["first", "second"])
+def test_post_stored_twice(acknowledged):
+    """A post must be in the log once; it is not lost, whichever copy is acknowledged."""
     story = Story()
     story.log.append(story.entry(5, story.log[3].message))
+    story.acks[3] = Posted(Id("epoch", acknowledged))
     story.give_all()
     assert story.faults() == {"duplicate": 1}
 
