@@ -116,7 +116,7 @@ def test_wscat_ws_websockets_and_aiohttp_see_one_order(tmp_path):
         assert [text for _, username, text in seen if username == name] == [f"Привет 👋 {n}" for n in range(POSTS)]
 
 
-def test_wscat_posts_what_is_given_on_its_command_line(tmp_path):
+def test_wscat_posts_from_its_command_line(tmp_path):
     node, wscat = need("node"), need("wscat")
     with Server(tmp_path) as server, connect(server.url) as other, contextlib.ExitStack() as stack:
         other.recv(LONG)

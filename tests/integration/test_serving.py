@@ -208,7 +208,7 @@ def test_retain_five_messages(tmp_path):
     assert [row[0] for row in stored(tmp_path / "chatd.sqlite")[1]] == [8, 9, 10, 11, 12]
 
 
-def test_a_short_history_says_that_there_is_more(tmp_path):
+def test_short_history_has_more(tmp_path):
     with Server(tmp_path, "--history=1") as server, Raw(server.port) as client:
         history = client.join()
         assert history["more"] is True

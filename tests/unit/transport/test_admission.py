@@ -84,7 +84,7 @@ def test_any_other_path_is_404(path):
         (["*"], ["main", "x"], []),
     ],
 )
-def test_the_operator_says_which_rooms_there_may_be(patterns, yes, no):
+def test_allowed_rooms(patterns, yes, no):
     for name in yes:
         assert visit(f"/rooms/{name}", rooms=patterns).room == name
     for name in no:
@@ -229,7 +229,7 @@ def test_what_is_empty_or_unknown_is_not_asked_for(query):
     assert visit(f"/?{query}") == JoinRequest("main", None, NOBODY, None)
 
 
-def test_of_what_is_said_twice_the_last_counts():
+def test_last_of_repeated_parameters_counts():
     asked = visit(
         "/?last_event_id=nonsense&last_event_id=k7Q2-1&events=nonsense&events=typing&username=ann&username=bob"
     )
@@ -456,13 +456,13 @@ def test_addresses_without_a_rate(now):
         (2, "spoofed, 203.0.113.9, 198.51.100.1", "203.0.113.9"),
     ],
 )
-def test_of_the_forwarded_only_what_trusted_proxies_added_counts(addresses, hops, forwarded, address):
+def test_only_trusted_proxies_count_in_forwarded(addresses, hops, forwarded, address):
     limit = addresses(hops)
     assert limit.take("peer", forwarded) == 0.0
     assert [*limit._addresses] == [address]
 
 
-def test_what_a_client_says_of_itself_buys_it_nothing(addresses):
+def test_client_cannot_forge_its_address(addresses):
     for hops, trusted in ((0, ""), (1, ", 203.0.113.9"), (2, ", 203.0.113.9, 198.51.100.1")):
         limit = addresses(hops)
         assert limit.take("peer", f"first{trusted}") == 0.0

@@ -328,7 +328,7 @@ def test_page_of_an_empty_room(house):
     "text",
     ["5", "-1", "k7Q2xe", "k7Q2xe-", "k7Q2xe-01", "k7Q2xe--1", "abc-1", "k7Q2xe-1x", "k7Q2xe-1%0a", "%C3%A9tat-1"],
 )
-def test_a_page_before_or_after_what_is_no_id_is_refused(house, name, text):
+def test_page_before_or_after_an_invalid_id(house, name, text):
     status, words = problem(house.get(f"/rooms/main/messages?{name}={text}".encode()))
     assert status == 400
     assert words.startswith(f'Validation error: "{name}" fails to match the required pattern: /')
@@ -485,7 +485,7 @@ def test_client_leaves_during_a_page_read(house):
 # One message
 
 
-def test_a_message_has_an_address_which_a_post_is_told(house):
+def test_post_returns_the_location_of_the_message(house):
     house.say("hi")
     response, body = house.post(username="ann", message="\N{SNOWMAN} <b>", label="c1")
     assert content((response, body), 201) == {"type": "ack", "label": "c1", "id": house.id(4)}
@@ -1135,7 +1135,7 @@ def evict(house, stream):
     house.log.down = False
 
 
-def test_a_reader_that_cannot_be_caught_up_is_told_to_come_back(house):
+def test_evicted_stream_may_reconnect_at_once(house):
     stream = house.stream()
     stream.read()
     evict(house, stream)
@@ -1473,7 +1473,7 @@ def test_page_of_another_origin(method, path, origin):
     ],
 )
 @pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
-def test_a_page_that_asks_first_is_told_what_it_may_ask(path, methods, origins):
+def test_cors_preflight(path, methods, origins):
     house = House(origins=origins)
     asked = (b"Access-Control-Request-Method: POST", b"Access-Control-Request-Headers: content-type,idempotency-key")
     response, body = house.ask(b"OPTIONS", path, b"Origin: https://chat.example", *asked)
@@ -1559,7 +1559,7 @@ def test_other_methods_are_405(house, events, method, path, allowed):
         "/rooms/Main",
     ],
 )
-def test_HEAD_answers_what_GET_does_without_the_body(house, path):
+def test_HEAD_answers_as_GET_without_the_body(house, path):
     path = path.format(house.epoch).encode()
     connection = house.connect()
     response, body = connection.ask(b"GET", path, b"Host: x")

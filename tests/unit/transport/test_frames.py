@@ -66,7 +66,7 @@ def test_key_order_and_whitespace_do_not_matter():
     assert parse(b' {\r\n\t"message" : "hi",\n"username":"ann" } ') == Post("ann", "hi")
 
 
-def test_of_duplicate_keys_the_last_counts():
+def test_last_of_duplicate_keys_counts():
     assert parse(b'{"username":"","message":"hi","username":"ann"}') == Post("ann", "hi")
     assert refusal(b'{"username":"ann","message":"hi","username":""}') == (
         'Validation error: "username" is not allowed to be empty'
@@ -433,7 +433,8 @@ def test_a_type_that_is_no_string_is_refused_with_the_same_words(kind):
     assert refusal(post_json(type=kind)) == 'Validation error: "type" must be one of [history, typing]'
 
 
-def test_a_post_that_says_it_is_something_else_is_judged_as_that():
+def test_post_with_another_type():
+    """The type decides which schema applies."""
     assert refusal(post_json(type="history")) == 'Validation error: "username" is not allowed'
     assert refusal(post_json(type="typing")) == 'Validation error: "message" is not allowed'
 
@@ -457,7 +458,7 @@ def test_there_a_type_is_a_key_like_any_other_unknown_one(kind):
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"NaN", b"\xff"])
-def test_there_too_what_is_not_json_is_refused(text):
+def test_http_post_that_is_not_json(text):
     assert str(refused(text, parse_post)) == "Invalid JSON format."
 
 
@@ -851,7 +852,7 @@ def test_every_schema_has_a_name_of_its_own():
 
 
 @every_form
-def test_a_schema_says_what_it_is_about(form):
+def test_schema_parts_have_titles(form):
     schema = ALL_FORMS[form].schema
     for part in (schema, *schema["properties"].values()):
         if part != {"const": form}:
@@ -970,14 +971,14 @@ def test_a_seed_may_have_milliseconds_and_equal_times():
         ),
     ],
 )
-def test_a_seed_that_cannot_be_used_is_refused_with_the_reason(text, reason):
+def test_invalid_seed_is_rejected_with_the_reason(text, reason):
     with pytest.raises(FrameError) as refused:
         parse_seed(text)
     assert str(refused.value).startswith(reason)
     assert "\n" not in str(refused.value)
 
 
-def test_a_fault_of_the_seed_is_told_with_its_place():
+def test_seed_error_names_the_message():
     text = seed_json("2024-10-20T12:30:00Z", "2024-10-20T12:30:00Z")[:-1] + b',{"username":"ann"}]'
     with pytest.raises(FrameError, match=r'^message 3: "message" is required$'):
         parse_seed(text)
@@ -1071,7 +1072,7 @@ def test_a_history_frame_is_these_bytes():
     )
 
 
-def test_a_history_frame_says_more_only_when_there_is_more():
+def test_history_frame_with_more():
     assert read_frame(history("k7Q2xY", 7, [ANN], more=True)).payload == (
         b'{"type":"history","id":"k7Q2xY-7","more":true,'
         b'"data":[{"username":"ann","message":"hi","timestamp":"2026-01-01T00:00:00.000Z"}]}'
@@ -1118,7 +1119,7 @@ def test_a_history_frame_that_answers_a_page_has_its_label():
 @pytest.mark.parametrize(
     "label", [*GOOD_LABELS, EVERY_CHARACTER[:47], EVERY_CHARACTER[47:], '"data":', '","data":[1],"']
 )
-def test_any_label_is_told_as_it_was_given(label):
+def test_label_is_returned_unchanged(label):
     history = frames.payload(frames.history_frame("k7Q2", 0, [], label=label))
     assert json.loads(history) == {"type": "history", "id": "k7Q2-0", "label": label, "data": []}
     ack = frames.payload(frames.ack_frame(Id("k7Q2", 7), label, duplicate=False))
@@ -1258,11 +1259,13 @@ def test_a_history_is_an_event_with_its_id_however_long_it_is(size):
         (frames.ack_frame(Id("k7Q2", 7), "c81f", duplicate=True), b"ack"),
     ],
 )
-def test_what_is_no_cursor_is_an_event_without_an_id(frame, kind):
+def test_events_without_an_id(frame, kind):
+    """Only messages and histories have an id to resume from."""
     assert frames.event(frame) == b"event: %b\ndata: %b\n\n" % (kind, frames.payload(frame))
 
 
-def test_any_other_text_is_a_message_without_an_id():
+def test_event_of_an_unknown_text():
+    """It is a message event without an id."""
     assert frames.event(frames.text_frame(b"hello")) == b"event: message\ndata: hello\n\n"
 
 
@@ -1270,7 +1273,7 @@ def test_any_other_text_is_a_message_without_an_id():
 @given(entries)
 @example(Entry(1, "\r", "\n\r\n\ndata: x\u2028\x85", "2026-01-01T00:00:00.000Z"))
 @example(Entry(1, "\n", "\n" * 500, "2026-01-01T00:00:00.000Z"))
-def test_an_event_is_three_lines_whatever_was_said(entry):
+def test_event_is_three_lines_for_any_text(entry):
     frame = frames.message_frame("k7Q2xY", entry)
     lines = re.split(rb"\r\n|\r|\n", frames.event(frame))
     assert lines[:2] == [b"event: message", b"id: k7Q2xY-%d" % entry.number]

@@ -72,7 +72,7 @@ def problem(response, body):
     return response.status, document["detail"]
 
 
-def test_a_problem_has_the_code_of_the_frame_that_says_the_same():
+def test_problem_has_the_code_of_the_error_frame():
     said = json.loads(web.problem(HTTPStatus.NOT_FOUND, "no", Code.UNKNOWN_ID))
     assert said == {"title": "Not Found", "status": 404, "detail": "no", "code": "UNKNOWN_ID"}
 
@@ -225,7 +225,7 @@ def test_health_is_never_cached(connection, path):
 
 
 @pytest.mark.parametrize("path", [b"/", b"/healthz", b"/readyz"])
-def test_HEAD_answers_what_GET_does_without_the_body(connection, path):
+def test_HEAD_answers_as_GET_without_the_body(connection, path):
     response, body = connection.ask(b"GET", path, b"Host: x")
     head, nothing = connection.ask(b"HEAD", path, b"Host: x")
     assert (head.status, nothing) == (response.status, "")
@@ -655,7 +655,8 @@ def test_whoever_names_websocket_among_others_asks_for_it(upgrading, upgrade):
 
 
 @pytest.mark.parametrize("method", [b"POST", b"OPTIONS", b"nonsense"])
-def test_the_websocket_side_says_what_is_wrong_with_it(upgrading, method):
+def test_invalid_upgrade_goes_to_the_websocket_side(upgrading, method):
+    """The HTTP side passes it on, and answers nothing itself."""
     connection = upgrading.connect()
     connection.send(handshake(b"Content-Length: 100000", method=method))
     assert upgrading.taken(connection)[0][0].startswith(method + b" ")

@@ -325,7 +325,7 @@ def test_post_while_the_log_is_down(clock, log, ann, bob):
     assert kinds(bob.hears()) == ["hi"]
 
 
-def test_a_post_that_may_have_been_stored_says_so_with_its_label(ann, bob):
+def test_post_in_doubt_is_reported_with_its_label(ann, bob):
     ann.refused(Post("ann", "hi", "a"), InDoubt("the disk has not answered"))
     ann.refused(Post("ann", "hi"), InDoubt("the disk has not answered"))
     error = {
@@ -431,7 +431,7 @@ def test_a_page_from_memory_is_answered_at_once(clock, ann):
     ],
 )
 @pytest.mark.usefixtures("old")
-def test_a_page_holds_what_was_asked_for(ann, request_, messages, end, more):
+def test_page_has_the_requested_entries(ann, request_, messages, end, more):
     ann.says(PAGE | request_)
     (page,) = ann.hears()
     assert "".join(entry["message"] for entry in page["data"]) == messages
@@ -878,7 +878,7 @@ def test_invalid_utf_8(log, ann):
     assert log.messages == []
 
 
-def test_a_refusal_is_logged_without_what_was_said(ann, events):
+def test_invalid_frame_is_logged_without_its_text(ann, events):
     ann.says(username="ann", secret="tell nobody")
     assert [event["log_format"].format(**event) for event in events] == [
         "#0 192.0.2.7:4321 in main sent an invalid frame"

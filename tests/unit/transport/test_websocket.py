@@ -226,7 +226,7 @@ def test_handshake_of_another_form(client, clock):
         (b"Host: localhost:8085\r\n", b"", 400),
     ],
 )
-def test_a_handshake_that_is_refused_is_told_why(client, events, old, new, code):
+def test_rejected_handshake_gets_the_reason(client, events, old, new, code):
     client.sends(HANDSHAKE.replace(old, new))
     head, _, body = client.transport.read().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % code)
@@ -495,7 +495,7 @@ def test_a_path_of_other_than_ascii_is_404(client):
 @pytest.mark.parametrize(
     ("target", "status"), [("/rooms/team-1", 101), ("/rooms/lobby", 101), ("/", 404), ("/rooms/main", 404)]
 )
-def test_the_operator_says_which_rooms_there_may_be(server, way, target, status):
+def test_allowed_rooms(server, way, target, status):
     client = Client(server(allowed=["team-*", "lobby"]))
     client.sends(way(target))
     assert client.transport.read().startswith(b"HTTP/1.1 %d " % status)
@@ -1204,7 +1204,7 @@ def test_a_transport_that_buffers_for_itself_pauses_its_member(factory, clock):
     assert len(client.reads()) == 1
 
 
-def test_a_connection_that_is_gone_is_not_written_to(client):
+def test_no_writes_to_a_lost_connection(client):
     client.joins()
     producer = client.transport.producer
     client.goes()
@@ -1455,7 +1455,7 @@ def last_words(data):
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_a_drain_sends_what_a_client_is_owed_before_its_close(factory, clock, drain, transport):
+def test_drain_sends_pending_answers_before_the_close(factory, clock, drain, transport):
     client = Client(factory, transport())
     client.joins()
     client.posts("hi", label="a")
