@@ -52,6 +52,9 @@ class Pause(Flag):
     HOLDING = FETCHING | BLOCKED
 
 
+_UNPAUSED: Final = Pause.NONE  # each frame compares with it, and Python 3.11 computes `Pause.NONE` at every use
+
+
 class SessionTransport(MemberTransport, Protocol):
     """The transport of a session."""
 
@@ -159,7 +162,7 @@ class Session(Membership):
 
     def received(self, text: bytes) -> None:
         """Handle the text of a frame, or hold it."""
-        if self._pauses is Pause.NONE or not self._pauses & Pause.HOLDING:
+        if self._pauses is _UNPAUSED or not self._pauses & Pause.HOLDING:
             self._take(text)
             return
         if self._held is None:
