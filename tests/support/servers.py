@@ -53,7 +53,9 @@ def program(path):
 
 def environment(**changes):
     """This process's environment without what would change a server."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CHATD_", "PYTHON", "COVERAGE"))}
+    # systemd sets the last four, for its own service and not for a server that a test starts.
+    foreign = ("CHATD_", "PYTHON", "COVERAGE", "NOTIFY_", "WATCHDOG_", "LISTEN_", "INVOCATION_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return kept | {"PYTHONPATH": str(ROOT)} | changes
 
 
