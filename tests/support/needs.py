@@ -1,7 +1,7 @@
 """The tools from outside PyPI that some tests need, and what is skipped where one is missing.
 
 `need` finds a tool for a test. As a program, which scripts/test runs first on any Python 3, this module lists the tools
-that this machine lacks.
+that this machine lacks. With the names of tools, it prints nothing and exits with 1 if one of them is missing.
 """
 
 import os
@@ -59,7 +59,8 @@ def find(tool):
     if NEEDS[tool][1] == NPM:
         path = MODULES / (".bin/wscat" if tool == "wscat" else tool)
         return str(path) if path.exists() else None
-    return shutil.which(tool)
+    # An ordinary user may run haproxy and mkfs.ext4, but often has no sbin in PATH.
+    return shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
 
 
 def missing(reason):
@@ -94,4 +95,6 @@ def report():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(any(find(tool) is None for tool in sys.argv[1:]))
     sys.stdout.write(report())

@@ -1,0 +1,110 @@
+"""scripts/check, scripts/test and scripts/serve: the arguments that they pass on, in a checkout of doubles."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from support.needs import ROOT
+from support.servers import LONG
+
+ECHO = '#!/bin/sh\necho "$(basename "$0")" "$@"\n'
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout whose programs print how they are called, and where Redis is missing."""
+    root = tmp_path / "checkout"
+    for folder in ("scripts", ".venv/bin", "tests/support", "tests/unit/room"):
+        (root / folder).mkdir(parents=True)
+    for name in ("check", "serve", "test", "venv"):
+        shutil.copy(ROOT / "scripts" / name, root / "scripts")
+    shutil.copy(ROOT / "tests/support/needs.py", root / "tests/support")
+    # Everything is installed already.
+    (root / ".venv/made-for").touch()
+    venv = (root / "scripts/venv").read_text()
+    found, rest = venv.split("# An environment works in one folder")
+    (root / "scripts/venv").write_text(found)
+    assert "install" in rest
+    for name in ("pytest", "ruff", "mypy", "twistd"):
+        program = root / ".venv/bin" / name
+        program.write_text(ECHO)
+        program.chmod(0o755)
+    (root / ".venv/bin/python").symlink_to(sys.executable)
+    return root
+
+
+def run(command, *arguments, path=os.defpath, code=0):
+    done = subprocess.run(
+        [command, *arguments],
+        env={"PATH": str(path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "selected"),
+    [
+        ([], ["tests/unit"]),
+        (["-x"], ["-x", "tests/unit"]),
+        (["-k", "resume"], ["-k", "resume", "tests/unit"]),
+        (["tests/unit/room"], ["tests/unit/room"]),
+        (["tests/unit/room::test_join", "-x"], ["tests/unit/room::test_join", "-x"]),
+    ],
+)
+def test_check_runs_unit_tests_unless_told_otherwise(checkout, arguments, selected):
+    """Options alone select no tests, and pytest would then run all of them."""
+    *_, pytest_ = run(checkout / "scripts/check", *arguments).splitlines()
+    assert pytest_.split() == ["pytest", "--quiet", "--numprocesses=auto", "--dist=worksteal", *selected]
+
+
+def bare(folder, *names):
+    """A folder with the few programs that the scripts need, and a Python under each of these names."""
+    folder.mkdir()
+    for name in ("sh", "dirname", "basename", "readlink"):
+        (folder / name).symlink_to(shutil.which(name))
+    for name in names:
+        (folder / name).symlink_to(sys.executable)
+    return folder
+
+
+def test_coverage_is_not_enforced_without_redis(checkout, tmp_path):
+    """The Redis store cannot be covered then; the run says so, and passes."""
+    text = run(checkout / "scripts/test", path=bare(tmp_path / "bin", "python3"))
+    assert text.startswith("This machine lacks these tools")
+    assert "Coverage is not enforced" in text
+    assert text.splitlines()[-1].endswith("--cov --cov-report=term --cov-fail-under=0")
+
+
+def test_coverage_is_enforced_with_redis(checkout, tmp_path):
+    folder = bare(tmp_path / "bin", "python3")
+    (folder / "redis-server").symlink_to(shutil.which("true"))
+    text = run(checkout / "scripts/test", path=folder)
+    assert "Coverage is not enforced" not in text
+    assert text.splitlines()[-1].endswith("--cov --cov-report=term")
+
+
+def test_python_may_have_another_name(checkout, tmp_path):
+    """scripts/test asks the Python that scripts/venv chooses for the list of tools."""
+    text = run(checkout / "scripts/test", "-x", path=bare(tmp_path / "bin", "python3.13"))
+    assert text.startswith("This machine lacks these tools")
+    assert text.splitlines()[-1] == "pytest -x"
+
+
+def test_no_python(checkout, tmp_path):
+    """The remedy is the only line."""
+    text = run(checkout / "scripts/test", path=bare(tmp_path / "bin"), code=1)
+    assert text == "chatd needs Python 3.11 or newer: install it and run this again\n"
+
+
+def test_serve_through_a_link(checkout, tmp_path):
+    link = tmp_path / "serve"
+    link.symlink_to(checkout / "scripts/serve")
+    assert run(link, "--ping=9").splitlines() == ["twistd --nodaemon --pidfile= chatd --ping=9"]
