@@ -111,7 +111,7 @@ def test_correct_stream_in_any_pieces(clients, order, size):
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
-def test_the_first_client_notices_a_message_that_is(clients, mutant):
+def test_first_client_notices_a_message_that_is(clients, mutant):
     with pytest.raises(bench.Fault, match=r"came where message \d and post \d were due"):
         clients.first.take(b"".join(mutant))
 
@@ -126,7 +126,7 @@ def test_every_other_client_notices_a_message_that_is(clients, mutant, early):
         two.take(b"".join(after))
 
 
-def test_the_last_message_lost_or_doubled_shows_at_the_end(clients):
+def test_last_message_lost_or_doubled_shows_at_the_end(clients):
     clients.first.take(b"".join(STREAM))
     clients.other.take(b"".join(STREAM[:-1]))
     assert clients.other.position < clients.first.position

@@ -125,7 +125,7 @@ def test_wscat_posts_from_its_command_line(tmp_path):
         assert numbered(json.loads(other.recv(LONG))) == [(3, "ann", "hi")]
 
 
-def test_a_client_of_another_subprotocol_is_served_all_the_same(tmp_path):
+def test_client_of_another_subprotocol_is_served_all_the_same(tmp_path):
     with Server(tmp_path) as server, connect(server.url, subprotocols=["graphql-ws", "chat.v1"]) as client:
         assert client.subprotocol == "chat.v1"
         with connect(server.url, subprotocols=["graphql-ws"]) as other:
@@ -158,7 +158,7 @@ def command_of(kind, code, folder):
     return node, "example.mjs"
 
 
-def test_the_readme_has_one_example_of_each_kind():
+def test_readme_has_one_example_of_each_kind():
     assert sorted(kind for kind, _ in snippets()) == sorted([*KINDS, "browser", "resume", "curl"])
 
 
@@ -194,7 +194,7 @@ def test_readme_client_that_loses_nothing(tmp_path):
     assert [row[1:3] for row in stored(tmp_path / "chatd.sqlite", "kitchen")[1]] == [("cy", "tea?")]
 
 
-def test_the_readmes_example_over_http_reads_posts_and_follows(tmp_path):
+def test_readmes_example_over_http_reads_posts_and_follows(tmp_path):
     need("curl")
     with Server(tmp_path) as server:
         code = example("curl").replace("localhost:8085", f"127.0.0.1:{server.port}")

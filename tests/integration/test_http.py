@@ -280,7 +280,7 @@ def test_post_read_and_page_on_one_connection(connection):
     assert connection.sock is sock, "all on one connection"
 
 
-def test_a_room_has_a_page_on_the_port_that_it_names(connection, common):
+def test_room_has_a_page_on_the_port_that_it_names(connection, common):
     answer, page = ask(connection, "GET", "/rooms/team-1")
     assert answer.status == 200
     assert f"{common.url}rooms/team-1" in page
@@ -302,7 +302,7 @@ def test_body_too_large(common, size):
 
 
 @asynchronous
-async def test_a_body_without_a_length_is_refused(common):
+async def test_body_without_a_length_is_refused(common):
     async def chunks():
         yield b"{}"
 

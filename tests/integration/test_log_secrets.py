@@ -358,7 +358,7 @@ def test_each_line_with_fields_about_a_member_names_the_room(run):
 
 
 @pytest.mark.parametrize("before", ["", "a", "ab"])
-def test_a_secret_is_found_in_whatever_form_it_is_logged(before):
+def test_secret_is_found_in_whatever_form_it_is_logged(before):
     secret = Secrets()
     text, _ = secret("here"), secret("elsewhere")
     data = (before + text + "!").encode()

@@ -364,7 +364,7 @@ def by_command(server):
 
 @pytest.mark.parametrize("drain", [by_signal, by_command])
 @pytest.mark.parametrize("members", [0, 1])
-def test_a_post_over_http_that_is_on_its_way_is_answered(tmp_path, members, drain):
+def test_post_over_http_that_is_on_its_way_is_answered(tmp_path, members, drain):
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "--drain=4", admin=LOOPBACK))
         people = [stack.enter_context(Member(server.port)) for _ in range(members)]

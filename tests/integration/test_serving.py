@@ -181,7 +181,7 @@ def test_fifty_kills(tmp_path, capsys):
         sys.stdout.write(f"\n{figures}\n")
 
 
-def test_a_memory_store_forgets_all_and_begins_a_new_history(tmp_path):
+def test_memory_store_forgets_all_and_begins_a_new_history(tmp_path):
     epochs = []
     for _ in range(2):
         with Server(tmp_path, "--store=memory:") as server, Raw(server.port) as client:
@@ -306,7 +306,7 @@ def test_second_server_on_one_store(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["listen", "admin"])
-def test_a_port_in_use_is_refused_in_one_line(tmp_path, option):
+def test_port_in_use_is_refused_in_one_line(tmp_path, option):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         other = {"listen": "--admin=", "admin": f"--listen={LOOPBACK}"}[option]
         endpoint = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1"
@@ -335,7 +335,7 @@ def test_what_hinders_the_start_is_one_line_of_json_too(tmp_path):
         ("foreign.sqlite", "foreign.sqlite is no chatd store: name another file"),
     ],
 )
-def test_a_store_that_cannot_be_opened_is_refused_in_one_line(tmp_path, store, reason):
+def test_store_that_cannot_be_opened_is_refused_in_one_line(tmp_path, store, reason):
     (tmp_path / "folder").mkdir()
     if store == "newer.sqlite":
         with Server(tmp_path, f"--store=sqlite:{store}"):
@@ -379,7 +379,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "reason"), BAD_OPTIONS, ids=[" ".join(options) for options, _ in BAD_OPTIONS])
-def test_a_bad_option_is_refused_in_exactly_one_line(tmp_path, options, reason):
+def test_bad_option_is_refused_in_exactly_one_line(tmp_path, options, reason):
     (tmp_path / "broken.json").write_text("[{")
     (tmp_path / "wrong.json").write_text('[{"username": "ann"}]')
     result = run(*options, cwd=tmp_path)
@@ -754,7 +754,7 @@ CLOSED = {
 
 
 @pytest.mark.parametrize("what", CLOSED)
-def test_a_breach_of_the_protocol_is_closed_with_its_code(server, what):
+def test_breach_of_the_protocol_is_closed_with_its_code(server, what):
     data, code = CLOSED[what]
     with Raw(server.port) as client:
         client.join()
@@ -777,7 +777,7 @@ def test_invalid_close_frame(server, payload, code):
     server.log.wait(rf"127\.0\.0\.1:{port} left main: {code}")
 
 
-def test_a_close_is_answered_with_a_close(server):
+def test_close_is_answered_with_a_close(server):
     with Raw(server.port) as client:
         client.join()
         client.send(frame(CLOSE, (1000).to_bytes(2) + b"bye"))
@@ -803,7 +803,7 @@ def test_fragments_with_pings_byte_by_byte(common_room, server):
         good.recv(LONG)
 
 
-def test_a_client_that_goes_without_a_word_is_gone(server):
+def test_client_that_goes_without_a_word_is_gone(server):
     for data in (b"", b"\x81", frame(TEXT, b"{", fin=False), frame(TEXT, b"{}", length=5000), frame(CLOSE)):
         with Raw(server.port) as client:
             client.join()
@@ -831,7 +831,7 @@ HANDSHAKES = {
 
 
 @pytest.mark.parametrize("what", HANDSHAKES)
-def test_a_bad_request_is_refused_with_its_status(server, what):
+def test_bad_request_is_refused_with_its_status(server, what):
     data, status = HANDSHAKES[what]
     with Raw(server.port) as client:
         client.send(data)
@@ -872,7 +872,7 @@ def test_no_chat_on_the_admin_port(server):
         assert client.head()[0] == 200
 
 
-def test_a_kept_connection_serves_several_requests(server):
+def test_kept_connection_serves_several_requests(server):
     with Raw(server.port) as client:
         for _ in range(3):
             client.send(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")

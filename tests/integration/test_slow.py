@@ -49,7 +49,7 @@ def posts(client, count):
 
 
 @pytest.mark.parametrize("store", ["memory:", "sqlite:chatd.sqlite"])
-def test_a_client_that_stalled_gets_every_message_in_order(tmp_path, store):
+def test_client_that_stalled_gets_every_message_in_order(tmp_path, store):
     count = MAX_LAG - 1000
     assert count * len(MESSAGE) > TAIL_BYTES, "so that the log is needed too"
     with Server(tmp_path, f"--store={store}") as server, Raw(server.port) as ann, Stalled(server.port) as stalled:

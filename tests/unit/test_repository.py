@@ -60,7 +60,7 @@ def test_every_link_in_a_document_leads_somewhere():
 
 
 @pytest.mark.parametrize("link", ["docs/none.md", "README.md#none", "#none", "docs/protocol.md#coming-back"])
-def test_a_broken_link_is_found(link):
+def test_broken_link_is_found(link):
     page = ROOT / "README.md"
     assert broken(page, f"# Here\n[here]({link}) [there](#here) [protocol](docs/protocol.md#resuming)\n") == [link]
 

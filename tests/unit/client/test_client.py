@@ -532,7 +532,7 @@ def test_handshake_times_out():
     assert table.watch.events == [("on_disconnect", "the server did not answer in time", 1.0)]
 
 
-def test_an_idle_server_is_pinged():
+def test_idle_server_is_pinged():
     """A server may ping once an hour, so the client finds out by itself whether it is alive."""
     table = Table()
     wire = table.join(1)

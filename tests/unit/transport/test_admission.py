@@ -55,7 +55,7 @@ def refusal(target, origin=None, **rules):
         ("/rooms/" + 64 * "a", 64 * "a"),
     ],
 )
-def test_a_path_names_a_room(path, room):
+def test_path_names_a_room(path, room):
     assert visit(path) == JoinRequest(room, None, NOBODY, None)
 
 
@@ -97,7 +97,7 @@ def test_root_without_room_main():
     assert visit("/", rooms=["ma*"]).room == "main"
 
 
-def test_a_pattern_widens_no_rule_of_names():
+def test_pattern_widens_no_rule_of_names():
     for path in ("/rooms/A", "/rooms/..", "/rooms/-a", "/rooms/" + 65 * "a"):
         assert refusal(path, rooms=["*"]) == HTTPStatus.NOT_FOUND
 
@@ -165,7 +165,7 @@ def test_what_is_no_pattern_of_room_names_is_said(text):
         ("null", ["null"], ["", "nullx", "https://null", "http://chat.example"]),
     ],
 )
-def test_a_page_may_connect_if_its_origin_is_the_operators(pattern, yes, no):
+def test_page_may_connect_if_its_origin_is_the_operators(pattern, yes, no):
     for origin in yes:
         assert visit("/", origin, origins=[pattern]).room == "main"
     for origin in no:
@@ -190,7 +190,7 @@ def test_where_no_origin_is_named_every_page_may_connect():
     assert not Admission(origins=[origin_pattern("null")]).any_origin
 
 
-def test_a_page_elsewhere_does_not_learn_which_rooms_there_are():
+def test_page_elsewhere_does_not_learn_which_rooms_there_are():
     assert refusal("/nowhere", "https://evil.example", origins=["null"]) == HTTPStatus.FORBIDDEN
 
 
@@ -238,7 +238,7 @@ def test_last_of_repeated_parameters_counts():
 
 @pytest.mark.parametrize("number", ["0", "1", "9" * 16])
 @pytest.mark.parametrize("epoch", ["k7Q2", "0123456789abcDEF"])
-def test_the_id_of_the_last_message_is_an_epoch_and_a_number(epoch, number):
+def test_id_of_the_last_message_is_an_epoch_and_a_number(epoch, number):
     assert visit(f"/?last_event_id={epoch}-{number}").last == Id(epoch, int(number))
 
 
@@ -262,11 +262,11 @@ def test_the_id_of_the_last_message_is_an_epoch_and_a_number(epoch, number):
         *("%20k7Q2-1", "null", "k7Q2-1%00"),
     ],
 )
-def test_a_malformed_id_is_400(text):
+def test_malformed_id_is_400(text):
     assert refusal(f"/?last_event_id={text}") == HTTPStatus.BAD_REQUEST
 
 
-def test_an_id_that_is_no_query_is_read_alike():
+def test_id_that_is_no_query_is_read_alike():
     assert last_id("k7Q2-3") == Id("k7Q2", 3)
     assert last_id(None) is None
     assert last_id("") is None
@@ -315,7 +315,7 @@ def test_any_other_username_is_400(text):
     assert refusal(f"/?username={text}") == HTTPStatus.BAD_REQUEST
 
 
-def test_a_query_that_is_not_utf_8_is_400_whatever_key_it_is_in():
+def test_query_that_is_not_utf_8_is_400_whatever_key_it_is_in():
     for query in ("x=%FF", "%FF=x", "last_event_id=%FF"):
         assert refusal(f"/?{query}") == HTTPStatus.BAD_REQUEST
 
@@ -374,11 +374,11 @@ def test_each_has_a_burst_of_its_own():
     assert [burst(rate, paced()) for _ in range(2)] == [3, 3]
 
 
-def test_a_burst_of_none_is_one():
+def test_burst_of_none_is_one():
     assert burst(Rate(1, 0, ManualTime()), paced()) == 1
 
 
-def test_a_clock_that_begins_at_zero_will_do():
+def test_clock_that_begins_at_zero_will_do():
     assert burst(Rate(1, 3, ManualTime(0.0)), paced()) == 3
 
 
@@ -497,7 +497,7 @@ def test_busy_addresses_are_kept(addresses, now, monkeypatch):
 @pytest.mark.parametrize(
     "origin", ["capacitor://localhost", "chrome-extension://abcdefgh", "http://[::1]:3000", "ionic://localhost"]
 )
-def test_an_app_or_an_address_may_be_an_origin(origin):
+def test_app_or_an_address_may_be_an_origin(origin):
     rules = Admission(origins=[origin_pattern(origin)])
     rules.check_origin(origin)
     with pytest.raises(HttpError):

@@ -353,25 +353,25 @@ def test_page_before_or_after_an_invalid_id(house, name, text):
         ("5%0A", "must be an integer"),
     ],
 )
-def test_a_limit_that_is_none_is_refused(house, limit, words):
+def test_limit_that_is_none_is_refused(house, limit, words):
     asked = house.get(f"/rooms/main/messages?limit={limit}".encode())
     assert problem(asked) == (400, f'Validation error: "limit" {words}')
 
 
-def test_a_page_both_before_and_after_is_refused(house):
+def test_page_both_before_and_after_is_refused(house):
     asked = house.get(f"/rooms/main/messages?before={house.id(2)}&after={house.id(1)}".encode())
     words = 'Validation error: "value" contains a conflict between optional exclusive peers [before, after]'
     assert problem(asked) == (400, words)
 
 
 @pytest.mark.parametrize("path", ["messages", "events"])
-def test_a_query_that_is_not_utf_8_is_refused(house, path):
+def test_query_that_is_not_utf_8_is_refused(house, path):
     assert problem(house.get(f"/rooms/main/{path}?limit=%FF".encode())) == (400, "the query is not UTF-8")
 
 
 @pytest.mark.parametrize("query", ["before={}-4", "after={}-3", "before={}-9999999999999999", "before=Other1-1"])
 @pytest.mark.parametrize("someone_is_there", [False, True])
-def test_a_page_at_an_id_that_the_log_never_had_is_404(house, query, someone_is_there):
+def test_page_at_an_id_that_the_log_never_had_is_404(house, query, someone_is_there):
     member = WebSocket(house) if someone_is_there else None
     asked = house.get(f"/rooms/main/messages?{query.format(house.epoch)}".encode())
     assert problem(asked, "UNKNOWN_ID") == (404, "there is no message of this id")
@@ -452,7 +452,7 @@ def test_what_is_not_there_is_404_and_nothing_is_logged(house, events, method, p
     assert events == []
 
 
-def test_a_room_that_the_operator_does_not_have_is_404():
+def test_room_that_the_operator_does_not_have_is_404():
     house = House(rooms=["team-*"])
     assert house.get(b"/rooms/team-1/messages")[0].status == 200
     for path in (b"/", b"/rooms/main", b"/rooms/main/messages", b"/rooms/main/events", b"/rooms/xteam-1/messages"):
@@ -501,7 +501,7 @@ def test_post_returns_the_location_of_the_message(house):
 
 @pytest.mark.parametrize("someone_is_there", [False, True])
 @pytest.mark.parametrize("message", ["{}-0", "{}-13", "{}-14", "{}-9999999999999999", "{}-4", "{}-1", "Other1-12"])
-def test_a_message_that_is_not_in_the_log_is_404(someone_is_there, message):
+def test_message_that_is_not_in_the_log_is_404(someone_is_there, message):
     house = House(retain="8")
     member = WebSocket(house) if someone_is_there else None
     house.say(*map(str, range(3, 13)))
@@ -515,7 +515,7 @@ def test_a_message_that_is_not_in_the_log_is_404(someone_is_there, message):
 
 
 @pytest.mark.parametrize("message", ["1", "k7Q2xe", "k7Q2xe-01", "k7Q2xe-1%20", "..", "%2e%2e", "k7Q2xe-1%0a"])
-def test_an_address_that_names_no_id_is_404(house, message):
+def test_address_that_names_no_id_is_404(house, message):
     asked = house.get(f"/rooms/main/messages/{message}".encode())
     assert problem(asked, "UNKNOWN_ID") == (404, "an id is an epoch and a number, such as k7Q2xe-1042")
 
@@ -562,7 +562,7 @@ def test_post_of_a_disconnected_client(house):
         (b'half"', 'half"'),
     ],
 )
-def test_an_idempotency_key_is_the_label(house, key, label):
+def test_idempotency_key_is_the_label(house, key, label):
     first = house.post(b"Idempotency-Key: " + key, username="ann", message="hi")
     assert content(first, 201) == {"type": "ack", "label": label, "id": house.id(3)}
     for again in (
@@ -590,13 +590,13 @@ def test_an_idempotency_key_is_the_label(house, key, label):
         rb'"a\ b"',
     ],
 )
-def test_an_idempotency_key_that_is_no_label_is_refused(house, key):
+def test_idempotency_key_that_is_no_label_is_refused(house, key):
     refused = house.post(b"Idempotency-Key: " + key, username="ann", message="hi")
     assert problem(refused) == (400, "Idempotency-Key: 1 to 64 visible ASCII characters")
     assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
 
 
-def test_a_key_and_a_label_that_differ_are_refused(house):
+def test_key_and_a_label_that_differ_are_refused(house):
     refused = house.post(b"Idempotency-Key: a", username="ann", message="hi", label="b")
     assert problem(refused) == (400, 'Idempotency-Key and "label" differ')
 
@@ -704,7 +704,7 @@ def test_body_too_large_or_without_length(house):
     assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=padded)[0].status == 201
 
 
-def test_a_post_to_no_room_is_404(house):
+def test_post_to_no_room_is_404(house):
     for path in (b"/rooms/Main/messages", b"/rooms//messages", b"/messages"):
         assert problem(house.post(path=path, username="ann", message="hi"))[0] == 404
 
@@ -857,7 +857,7 @@ def test_stream_begins_with_retry_and_history(house):
     assert stream.retries == [web.RETRY_AFTER_SECONDS * 1000]
 
 
-def test_the_first_bytes_of_a_stream_are_the_retry(house):
+def test_first_bytes_of_a_stream_are_the_retry(house):
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/empty/events", version=b"1.0")
     body = connection.transport.value().partition(b"\r\n\r\n")[2]
@@ -931,7 +931,7 @@ def test_stream_resume_too_far_back():
 
 @pytest.mark.parametrize("last", ["1", "k7Q2xe", "k7Q2xe-01", "null", "é", "k7Q2xe-1 k7Q2xe-2"])
 @pytest.mark.parametrize("how", ["header", "query"])
-def test_a_last_id_that_is_none_is_refused(house, how, last):
+def test_last_id_that_is_none_is_refused(house, how, last):
     if how == "header":
         asked = house.get(b"/rooms/main/events", b"Last-Event-ID: " + last.encode())
     else:
@@ -941,7 +941,7 @@ def test_a_last_id_that_is_none_is_refused(house, how, last):
 
 
 @pytest.mark.parametrize("header", [b"Last-Event-ID:", b"Last-Event-ID: ", b"X: y"])
-def test_an_empty_last_id_is_none(house, header):
+def test_empty_last_id_is_none(house, header):
     (history,) = house.stream(b"/rooms/main/events?last_event_id=", header).read()
     assert "resumed" not in history.json
 
@@ -991,7 +991,7 @@ def test_http_posters_are_not_present(house):
     assert [event.kind for event in stream.read()] == ["message"]
 
 
-def test_a_quiet_stream_is_pinged_with_comments(house):
+def test_quiet_stream_is_pinged_with_comments(house):
     stream = house.stream()
     stream.read()
     for count in range(4):
@@ -1032,7 +1032,7 @@ def test_full_stream_catches_up(house):
     assert not stream.connection.closing
 
 
-def test_a_reader_that_is_slow_from_the_first_byte_loses_nothing(house):
+def test_reader_that_is_slow_from_the_first_byte_loses_nothing(house):
     class Full(Transport):
         """Full as soon as anything is written."""
 
@@ -1104,7 +1104,7 @@ def test_evicted_stream_that_reads_again(house):
     assert house.forgotten
 
 
-def test_a_stream_ends_once(house):
+def test_stream_ends_once(house):
     stream = house.stream()
     full(stream)
     house.pass_time(STALL_SECONDS)
@@ -1168,7 +1168,7 @@ def test_ended_stream_held_open_is_dropped(house, version):
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-def test_a_drain_ends_a_stream_with_its_time_to_come_back(house, version):
+def test_drain_ends_a_stream_with_its_time_to_come_back(house, version):
     moments = [(0, 0), (0.0004, 0), (0.25, 250), (0.9999, 999), (9.75, 9750)]
     for seconds, retry in moments:
         stream = house.stream(version=version)
@@ -1208,7 +1208,7 @@ def test_pending_messages_of_a_stalled_stream(house):
     assert (client.head, client.has_pending(4)) == (0, False)
 
 
-def test_a_stream_that_is_read_no_more_goes_on(house):
+def test_stream_that_is_read_no_more_goes_on(house):
     stream = house.stream()
     stream.read()
     (client,) = house.connections.connected
@@ -1218,7 +1218,7 @@ def test_a_stream_that_is_read_no_more_goes_on(house):
     assert [event.json["data"]["message"] for event in stream.read()] == ["hi"]
 
 
-def test_a_drain_leaves_none_behind_that_does_not_go(house, events):
+def test_drain_leaves_none_behind_that_does_not_go(house, events):
     stream, slow = house.stream(), house.stream()
     full(slow)
     house.drain()
@@ -1333,13 +1333,13 @@ def test_when_all_have_left_nothing_is_left_of_them(house, events):
     assert {event["peer"] for event in events} == {"192.168.1.1:54321"}
 
 
-def test_a_reader_by_a_unix_socket_is_logged_as_such(house, events):
+def test_reader_by_a_unix_socket_is_logged_as_such(house, events):
     stream = Stream(house.connect(Transport(peerAddress=UNIXAddress(None))), b"/rooms/main/events")
     assert len(stream.read()) == 1
     assert "UNIXAddress" in events[-1]["peer"]
 
 
-def test_an_old_client_reads_a_stream_until_the_connection_ends(house):
+def test_old_client_reads_a_stream_until_the_connection_ends(house):
     stream = house.stream(version=b"1.0")
     house.say("hi")
     house.turn()
@@ -1351,7 +1351,7 @@ def test_an_old_client_reads_a_stream_until_the_connection_ends(house):
     assert stream.connection.closing
 
 
-def test_a_request_behind_a_stream_waits_and_hurts_nobody(house):
+def test_request_behind_a_stream_waits_and_hurts_nobody(house):
     stream = house.stream()
     stream.connection.begin(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"behind"}')
     house.say("hi")
@@ -1380,7 +1380,7 @@ def test_pipelined_stream_after_an_eviction(house):
     assert house.forgotten
 
 
-def test_a_stream_can_follow_other_requests_on_its_connection(house):
+def test_stream_can_follow_other_requests_on_its_connection(house):
     connection = house.connect()
     connection.ask(b"GET", b"/rooms/main/messages")
     connection.ask(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"hi"}')
@@ -1505,7 +1505,7 @@ def test_options_without_an_origin_name_the_methods(house):
 
 
 @pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
-def test_a_stream_may_be_read_by_the_page_that_asked_for_it(origins):
+def test_stream_may_be_read_by_the_page_that_asked_for_it(origins):
     stream = House(origins=origins).stream(b"/rooms/main/events", b"Origin: https://chat.example")
     assert len(stream.read()) == 1
     assert stream.headers["access-control-allow-origin"] == ("https://chat.example" if origins else "*")
@@ -1513,7 +1513,7 @@ def test_a_stream_may_be_read_by_the_page_that_asked_for_it(origins):
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 16385", b"Transfer-Encoding: chunked"])
-def test_a_page_may_read_that_its_body_is_refused(house, length):
+def test_page_may_read_that_its_body_is_refused(house, length):
     response, _ = house.ask(b"POST", b"/rooms/main/messages", JSON, b"Origin: https://chat.example", length)
     assert response.status in (411, 413)
     assert cors(response)["allow-origin"] in ("*", "https://chat.example")
@@ -1582,7 +1582,7 @@ def test_head_of_a_stream(house):
 
 
 @pytest.mark.parametrize(("path", "named"), [(b"/", "/"), (b"/rooms/team-1", "/rooms/team-1"), (b"/?x=y", "/")])
-def test_a_room_has_a_page_that_names_its_address(house, path, named):
+def test_room_has_a_page_that_names_its_address(house, path, named):
     response, page = house.get(path)
     assert response.status == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -1617,7 +1617,7 @@ def test_requests_on_one_connection_are_answered_in_their_order(house):
     assert not connection.closing
 
 
-def test_a_request_is_not_logged(house, events):
+def test_request_is_not_logged(house, events):
     house.post(username="ann", message="hi")
     for path in (b"/", b"/rooms/main", b"/rooms/main/messages", b"/rooms/Main", b"/rooms/main/messages?limit=0"):
         house.get(path)

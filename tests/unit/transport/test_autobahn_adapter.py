@@ -132,7 +132,7 @@ def test_no_connection_is_counted_before_the_first(factory):
     assert factory.getConnectionCount() == 0
 
 
-def test_the_adapter_alone_imports_autobahn():
+def test_adapter_alone_imports_autobahn():
     """Autobahn is imported in the adapter, and nowhere else in the wing."""
     folder = inspect.getfile(autobahn_adapter).rpartition("/")[0]
     assert "autobahn" in inspect.getsource(autobahn_adapter)

@@ -35,7 +35,7 @@ def test_expired_items_are_yielded_once(deadlines, clock):
     assert list(deadlines) == []
 
 
-def test_the_first_to_be_added_are_the_first_to_expire(deadlines, clock):
+def test_first_to_be_added_are_the_first_to_expire(deadlines, clock):
     for who in ("ann", "bob", "cy"):
         deadlines.add(who)
         clock.advance(1)

@@ -58,7 +58,7 @@ def refusal(text):
 # Posts
 
 
-def test_a_post_has_a_username_and_a_message():
+def test_post_has_a_username_and_a_message():
     assert parse(b'{"username":"ann","message":"hi"}') == Post("ann", "hi")
 
 
@@ -73,7 +73,7 @@ def test_last_of_duplicate_keys_counts():
     )
 
 
-def test_a_blank_text_is_a_text():
+def test_blank_text_is_a_text():
     assert parse(post_json(message=" ")) == Post("ann", " ")
 
 
@@ -101,12 +101,12 @@ def test_lengths_are_counted_in_code_points(name, limit, character):
     )
 
 
-def test_a_post_may_have_a_label():
+def test_post_may_have_a_label():
     assert parse(b'{"username":"ann","message":"hi","label":"c81f"}') == Post("ann", "hi", "c81f")
     assert parse(b'{"label":"c81f","message":"hi","username":"ann"}') == Post("ann", "hi", "c81f")
 
 
-def test_a_post_without_a_label_has_none():
+def test_post_without_a_label_has_none():
     assert parse(post_json()).label is None
     assert Post("ann", "hi").label is None
 
@@ -156,7 +156,7 @@ bad_labels = pytest.mark.parametrize(("label", "fault"), BAD_LABELS, ids=[ascii(
 
 
 @pytest.mark.parametrize("label", [*GOOD_LABELS, EVERY_CHARACTER[:47], EVERY_CHARACTER[47:]])
-def test_a_label_is_1_to_64_visible_ascii_characters(label):
+def test_label_is_1_to_64_visible_ascii_characters(label):
     assert is_label(label)
     assert parse(post_json(label=label)).label == label
     assert parse_post(post_json(label=label)).label == label
@@ -169,7 +169,7 @@ def test_there_are_94_visible_characters():
 
 
 @bad_labels
-def test_an_ill_formed_label_is_refused_and_not_echoed(label, fault):
+def test_ill_formed_label_is_refused_and_not_echoed(label, fault):
     assert not is_label(label)
     for text in (post_json(label=label), page_json(label=label)):
         error = refused(text)
@@ -192,7 +192,7 @@ def test_invalid_label_is_not_echoed(label, fault):
 
 
 @pytest.mark.parametrize("label", GOOD_LABELS)
-def test_the_error_has_the_frames_label_if_that_is_good(label):
+def test_error_has_the_frames_label_if_that_is_good(label):
     for text in (
         post_json(username="", label=label),
         post_json(username=..., message=..., label=label),
@@ -207,7 +207,7 @@ def test_the_error_has_the_frames_label_if_that_is_good(label):
     assert refused(post_json(message=1, label=label), parse_post).label == label
 
 
-def test_the_error_has_no_label_if_the_frame_has_none():
+def test_error_has_no_label_if_the_frame_has_none():
     for text in (b"", b"{", b"[]", b'"label"', b'["label"]', b"7", b"{}", post_json(username="")):
         assert refused(text).label is None
     assert FrameError("why").label is None
@@ -223,7 +223,7 @@ def test_of_duplicate_labels_the_last_counts():
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 30, "😀" * 30, "\0", " ", "é", "Алиса", "ann\n", "%s", "\U0010ffff" * 30])
-def test_a_username_has_1_to_30_code_points(name):
+def test_username_has_1_to_30_code_points(name):
     assert is_username(name)
     assert parse(post_json(username=name)).username == name
     assert parse(typing_json(username=name)) == Typing(name)
@@ -289,7 +289,7 @@ NO_ID = "fails to match the required pattern: /^[0-9A-Za-z]{4,16}-(0|[1-9][0-9]{
 
 
 @pytest.mark.parametrize(("text", "one"), GOOD_IDS)
-def test_an_id_is_an_epoch_and_a_number(text, one):
+def test_id_is_an_epoch_and_a_number(text, one):
     assert Id.parse(text) == one
     assert str(one) == f"{one}" == text
     assert parse(page_json(before=text)).before == one
@@ -313,7 +313,7 @@ def test_every_id_is_read_as_it_was_written(epoch, number):
 # Page requests and typing
 
 
-def test_a_page_request_may_ask_for_the_newest_messages():
+def test_page_request_may_ask_for_the_newest_messages():
     assert parse(b'{"type":"history"}') == PageRequest(before=None, after=None, limit=50, label=None)
 
 
@@ -334,7 +334,7 @@ def test_page_request_with_before_and_after():
 @pytest.mark.parametrize(
     ("limit", "read"), [(b"1", 1), (b"50", 50), (b"100", 100), (b"5.0", 5), (b"1e2", 100), (b"100.0", 100), (b"1E0", 1)]
 )
-def test_a_limit_is_1_to_100_however_the_number_is_written(limit, read):
+def test_limit_is_1_to_100_however_the_number_is_written(limit, read):
     answer = parse(b'{"type":"history","limit":%b}' % limit).limit
     assert answer == read
     assert type(answer) is int
@@ -379,17 +379,17 @@ def test_page_limit_and_default():
     assert (frames.PAGE_LIMIT, frames.PAGE_DEFAULT) == (100, 50)
 
 
-def test_a_limit_that_no_double_can_hold_is_no_json():
+def test_limit_that_no_double_can_hold_is_no_json():
     assert refusal(b'{"type":"history","limit":1e999}') == "Invalid JSON format."
 
 
 @pytest.mark.parametrize("value", [None, 7, 1.5, True, [], ["k7Q2-1"], {}, {"id": "k7Q2-1"}])
 @pytest.mark.parametrize("name", ["before", "after"])
-def test_an_id_that_is_no_string_is_refused(name, value):
+def test_id_that_is_no_string_is_refused(name, value):
     assert refusal(page_json(**{name: value})) == f'Validation error: "{name}" must be a string'
 
 
-def test_a_page_can_be_asked_for_without_json():
+def test_page_can_be_asked_for_without_json():
     assert frames.page_request({"type": "history", "after": "k7Q2-7", "limit": 3}) == PageRequest(
         before=None, after=Id("k7Q2", 7), limit=3, label=None
     )
@@ -422,14 +422,14 @@ def test_typing_is_refused_with_the_words_of_a_post(changes, fault):
 @pytest.mark.parametrize(
     "kind", ["message", "", "History", "history ", "typing\n", "ack", "__class__", 'a"b', "x" * 10**6]
 )
-def test_a_type_is_history_or_typing_or_absent(kind):
+def test_type_is_history_or_typing_or_absent(kind):
     fault = 'Validation error: "type" must be one of [history, typing]'
     assert refusal(post_json(type=kind)) == fault
     assert refusal(b'{"extra":1,"type":%b}' % json.dumps(kind).encode()) == fault  # before any other fault
 
 
 @pytest.mark.parametrize("kind", [None, True, 0, 1.5, [], ["history"], {}, {"history": 1}])
-def test_a_type_that_is_no_string_is_refused_with_the_same_words(kind):
+def test_type_that_is_no_string_is_refused_with_the_same_words(kind):
     assert refusal(post_json(type=kind)) == 'Validation error: "type" must be one of [history, typing]'
 
 
@@ -442,7 +442,7 @@ def test_post_with_another_type():
 # Posts over HTTP
 
 
-def test_a_post_is_read_where_nothing_else_may_be_sent():
+def test_post_is_read_where_nothing_else_may_be_sent():
     assert parse_post(post_json()) == Post("ann", "hi")
     assert parse_post(post_json(label="c81f")) == Post("ann", "hi", "c81f")
 
@@ -527,7 +527,7 @@ def test_what_is_no_object_is_refused(text):
 
 
 @pytest.mark.parametrize("digits", [b"9223372036854775808", b"18446744073709551616", b"9" * 308])
-def test_a_huge_integer_is_a_number_like_any_other(digits):
+def test_huge_integer_is_a_number_like_any_other(digits):
     assert refusal(digits) == 'Validation error: "value" must be of type object'
     assert refusal(b'{"username":"ann","message":' + digits + b"}") == 'Validation error: "message" must be a string'
 
@@ -538,12 +538,12 @@ def test_number_beyond_a_double():
 
 
 @pytest.mark.parametrize(("name", "limit"), FIELDS)
-def test_a_missing_key_is_refused(name, limit):
+def test_missing_key_is_refused(name, limit):
     assert refusal(post_json(**{name: ...})) == f'Validation error: "{name}" is required'
 
 
 @pytest.mark.parametrize(("name", "limit"), FIELDS)
-def test_an_empty_text_is_refused(name, limit):
+def test_empty_text_is_refused(name, limit):
     assert refusal(post_json(**{name: ""})) == f'Validation error: "{name}" is not allowed to be empty'
 
 
@@ -554,19 +554,19 @@ def test_what_is_no_string_is_refused(name, limit, value):
 
 
 @pytest.mark.parametrize(("name", "limit"), FIELDS)
-def test_a_text_that_is_too_long_is_refused(name, limit):
+def test_text_that_is_too_long_is_refused(name, limit):
     assert refusal(post_json(**{name: "x" * (limit + 1)})) == (
         f'Validation error: "{name}" length must be less than or equal to {limit} characters long'
     )
 
 
-def test_a_key_that_the_schema_does_not_know_is_refused():
+def test_key_that_the_schema_does_not_know_is_refused():
     assert refusal(post_json(extra=1)) == 'Validation error: "extra" is not allowed'
     assert refusal(post_json(extra=None)) == 'Validation error: "extra" is not allowed'
 
 
 @pytest.mark.parametrize("name", ["", "Username", "username ", "__proto__", "{name}", "%s", "$ref", "é", 'a"b'])
-def test_an_unknown_key_is_named_as_it_was_written(name):
+def test_unknown_key_is_named_as_it_was_written(name):
     assert refusal(post_json(**{name: "hi"})) == f'Validation error: "{name}" is not allowed'
 
 
@@ -638,7 +638,7 @@ def test_first_of_several_faults(text, first):
     assert refusal(text) == f"Validation error: {first}"
 
 
-def test_a_valid_document_has_no_fault():
+def test_valid_document_has_no_fault():
     assert MESSAGE.explain({"username": "ann", "message": "hi"}) is None
     assert MESSAGE.explain({"username": "ann", "message": "hi", "label": "c81f"}) is None
     assert FORMS["history"].explain({"type": "history", "after": "k7Q2-7", "limit": 5.0}) is None
@@ -837,7 +837,7 @@ every_form = pytest.mark.parametrize("form", ALL_FORMS)
 
 
 @every_form
-def test_a_schema_is_a_valid_one_of_2020_12(form):
+def test_schema_is_a_valid_one_of_2020_12(form):
     schema = ALL_FORMS[form].schema
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -861,7 +861,7 @@ def test_schema_parts_have_titles(form):
             assert part.get("examples") or part["type"] == "integer"
 
 
-def test_the_schemas_name_the_limits():
+def test_schemas_name_the_limits():
     limits = {
         form: {
             name: (part["minLength"], part["maxLength"])
@@ -934,11 +934,11 @@ def seed_json(*timestamps):
     return json.dumps(documents).encode()
 
 
-def test_a_seed_may_be_empty():
+def test_seed_may_be_empty():
     assert parse_seed(b"[]") == ()
 
 
-def test_a_seed_may_have_milliseconds_and_equal_times():
+def test_seed_may_have_milliseconds_and_equal_times():
     times = ["2024-10-20T12:30:00Z", "2024-10-20T12:30:00.0Z", "2024-10-20T12:30:00.5Z", "2024-10-20T12:30:00.500Z"]
     assert [entry.timestamp for entry in parse_seed(seed_json(*times))] == times
 
@@ -1011,12 +1011,12 @@ def test_seed_with_an_invalid_timestamp(timestamp):
     assert str(refused.value) == 'message 1: "timestamp" must be a time such as 2024-10-20T12:30:00Z'
 
 
-def test_a_seed_without_timestamps_is_refused():
+def test_seed_without_timestamps_is_refused():
     with pytest.raises(FrameError, match=r'^message 1: "timestamp" must be a time'):
         parse_seed(b'[{"username":"ann","message":"hi"}]')
 
 
-def test_a_seed_that_goes_back_in_time_is_refused():
+def test_seed_that_goes_back_in_time_is_refused():
     # As text the second would come after the first: it is the time that counts.
     with pytest.raises(FrameError, match=r'^message 2: "timestamp" is before that of message 1$'):
         parse_seed(seed_json("2024-10-20T12:30:00.5Z", "2024-10-20T12:30:00Z"))
@@ -1028,7 +1028,7 @@ def test_a_seed_that_goes_back_in_time_is_refused():
 @pytest.mark.parametrize(
     ("size", "header"), [(0, 2), (1, 2), (125, 2), (126, 4), (127, 4), (65535, 4), (65536, 10), (100_000, 10)]
 )
-def test_a_text_is_one_final_frame_with_the_shortest_header(size, header):
+def test_text_is_one_final_frame_with_the_shortest_header(size, header):
     payload = (b"0123456789" * 10_000)[:size]
     frame = read_frame(frames.text_frame(payload))
     assert (frame.first, frame.header, frame.payload) == (0x81, header, payload)
@@ -1039,7 +1039,7 @@ ANN = Entry(7, "ann", "hi", "2026-01-01T00:00:00.000Z")
 BOB = Entry(8, "Боб", '"quoted", \\ and 👋\n', "2026-01-01T00:00:01.500Z")
 
 
-def test_a_message_frame_is_these_bytes():
+def test_message_frame_is_these_bytes():
     assert frames.message_frame("k7Q2xY", ANN) == (
         b"\x81\x72"
         b'{"type":"message","id":"k7Q2xY-7",'
@@ -1061,7 +1061,7 @@ def history(epoch, number, entries, *, more=False):
     return frames.history_frame(epoch, number, [frames.message_frame(epoch, entry) for entry in entries], more=more)
 
 
-def test_a_history_frame_is_these_bytes():
+def test_history_frame_is_these_bytes():
     assert history("k7Q2xY", 8, [ANN, BOB]) == (
         b"\x81\x7e\x00\xd7"
         + (
@@ -1079,7 +1079,7 @@ def test_history_frame_with_more():
     )
 
 
-def test_the_history_of_an_empty_room_has_the_number_0():
+def test_history_of_an_empty_room_has_the_number_0():
     assert frames.history_frame("k7Q2", 0, []) == b'\x81\x2a{"type":"history","id":"k7Q2-0","data":[]}'
 
 
@@ -1105,7 +1105,7 @@ def test_history_frame_with_resumed():
     )
 
 
-def test_a_history_frame_that_answers_a_page_has_its_label():
+def test_history_frame_that_answers_a_page_has_its_label():
     ann = frames.message_frame("k7Q2", ANN)
     assert frames.payload(frames.history_frame("k7Q2", 7, [ann], more=True, label="h1")) == (
         b'{"type":"history","id":"k7Q2-7","more":true,"label":"h1",'
@@ -1135,7 +1135,7 @@ entries = st.builds(
 @REPEATABLE
 @given(entries)
 @example(Entry(1, '"data":', '"data":[{}]', "2026-01-01T00:00:00.000Z"))
-def test_a_history_holds_exactly_the_data_of_its_messages(entry):
+def test_history_holds_exactly_the_data_of_its_messages(entry):
     expected = {"username": entry.username, "message": entry.message, "timestamp": entry.timestamp}
     message = json.loads(read_frame(frames.message_frame("k7Q2xY", entry)).payload)
     assert message == {"type": "message", "id": f"k7Q2xY-{entry.number}", "data": expected}
@@ -1177,24 +1177,24 @@ def test_error_frame_with_code_label_and_retry_after():
         assert read_frame(error).payload == b'{"type":"error","message":' + text
 
 
-def test_an_error_frame_with_all_of_it_is_these_bytes():
+def test_error_frame_with_all_of_it_is_these_bytes():
     assert frames.error_frame("Rate limit exceeded", Code.RATE_LIMITED, "c82", 1.5) == (
         b"\x81\x66"
         b'{"type":"error","message":"Rate limit exceeded","code":"RATE_LIMITED","label":"c82","retry_after":1.5}'
     )
 
 
-def test_the_codes_are_words_for_programs():
+def test_codes_are_words_for_programs():
     assert {*Code} >= {"RATE_LIMITED", "LABEL_REUSED", "UNAVAILABLE", "UNKNOWN_ID"}
     assert all(re.fullmatch("[A-Z_]+", code) and code == code.name for code in Code)
 
 
-def test_an_error_frame_can_carry_any_refusal():
+def test_error_frame_can_carry_any_refusal():
     message = refusal(post_json(**{'a"\\\n': 1}))
     assert json.loads(read_frame(frames.error_frame(message)).payload)["message"] == message
 
 
-def test_an_ack_frame_is_these_bytes():
+def test_ack_frame_is_these_bytes():
     assert frames.ack_frame(Id("k7Q2", 1051), "c81f", duplicate=False) == (
         b'\x81\x2e{"type":"ack","label":"c81f","id":"k7Q2-1051"}'
     )
@@ -1203,7 +1203,7 @@ def test_an_ack_frame_is_these_bytes():
     )
 
 
-def test_an_ack_frame_may_do_without_a_label():
+def test_ack_frame_may_do_without_a_label():
     assert frames.payload(frames.ack_frame(Id("k7Q2", 7), None, duplicate=False)) == b'{"type":"ack","id":"k7Q2-7"}'
 
 
@@ -1229,7 +1229,7 @@ def test_typing_frame():
 # The same as Server-Sent Events
 
 
-def test_a_message_is_an_event_with_its_id():
+def test_message_is_an_event_with_its_id():
     assert frames.event(frames.message_frame("k7Q2xY", ANN)) == (
         b"event: message\n"
         b"id: k7Q2xY-7\n"
@@ -1240,7 +1240,7 @@ def test_a_message_is_an_event_with_its_id():
 
 
 @pytest.mark.parametrize("size", [0, 1, 100])
-def test_a_history_is_an_event_with_its_id_however_long_it_is(size):
+def test_history_is_an_event_with_its_id_however_long_it_is(size):
     longest = Entry(1, "😀" * 30, "\0" * 500, "2026-01-01T00:00:00.000Z")
     frame = history("k7Q2xY", 100, [longest] * size, more=True)
     assert read_frame(frame).header == {0: 2, 1: 4, 100: 10}[size]

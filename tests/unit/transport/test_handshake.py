@@ -9,7 +9,7 @@ from chatd.transport.handshake import MAGIC, Upgrade, parse_upgrade, switch
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 
 
-def test_a_plain_handshake_is_read():
+def test_plain_handshake_is_read():
     assert parse_upgrade(HEAD) == Upgrade("/", "", None, KEY, [])
 
 
@@ -26,7 +26,7 @@ def test_path_and_query_are_left_as_they_are_written(target):
     assert (upgrade.path, upgrade.query) == (path, query)
 
 
-def test_an_origin_is_left_as_it_is_written():
+def test_origin_is_left_as_it_is_written():
     assert parse_upgrade(HEAD + b"\r\nORIGIN:  HTTPS://Chat.Example  ").origin == "HTTPS://Chat.Example"
     assert parse_upgrade(HEAD + b"\r\nOrigin:").origin == ""
 
@@ -67,7 +67,7 @@ def test_any_other_head_is_left_to_autobahn(old, new):
         assert parse_upgrade(head) is None
 
 
-def test_the_answer_is_that_of_the_rfcs_example():
+def test_answer_is_that_of_the_rfcs_example():
     answer = switch("dGhlIHNhbXBsZSBub25jZQ==", None, "chatd")
     assert answer.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
     assert b"\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
@@ -75,9 +75,9 @@ def test_the_answer_is_that_of_the_rfcs_example():
     assert answer.endswith(b"\r\n\r\n")
 
 
-def test_the_answer_names_the_chosen_subprotocol():
+def test_answer_names_the_chosen_subprotocol():
     assert b"\r\nSec-WebSocket-Protocol: chat.v1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", "chat.v1", "chatd")
 
 
-def test_the_magic_is_autobahns():
+def test_magic_is_autobahns():
     assert MAGIC == WebSocketServerProtocol._WS_MAGIC

@@ -112,7 +112,7 @@ def test_page_without_a_host_header(connection):
         (b"\xff", "ws://\N{REPLACEMENT CHARACTER}/"),
     ],
 )
-def test_a_hostile_host_is_shown_as_text(connection, host, shown):
+def test_hostile_host_is_shown_as_text(connection, host, shown):
     plain = connection.ask(b"GET", b"/", b"Host: localhost")[1]
     response, page = connection.ask(b"GET", b"/", b"Host: " + host)
     assert response.status == 200
@@ -120,13 +120,13 @@ def test_a_hostile_host_is_shown_as_text(connection, host, shown):
     assert page.count(shown) == 3
 
 
-def test_the_page_may_load_and_run_nothing(connection):
+def test_page_may_load_and_run_nothing(connection):
     response, _ = connection.ask(b"GET", b"/", b"Host: x")
     policy = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'"
     assert response.headers["content-security-policy"] == policy
 
 
-def test_the_admin_port_has_no_page_but_a_line(admin):
+def test_admin_port_has_no_page_but_a_line(admin):
     response, text = admin.ask(b"GET", b"/", b"Host: x")
     assert (response.status, text) == (200, "chatd admin: GET /healthz /readyz /metrics, POST /drain\n")
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
@@ -181,7 +181,7 @@ def drains(clock):
 
 
 @pytest.mark.parametrize("body", [None, b"", b"now, please"])
-def test_a_drain_is_asked_for_and_answered_at_once(drains, body):
+def test_drain_is_asked_for_and_answered_at_once(drains, body):
     connection, asked = drains
     response, text = connection.ask(b"POST", b"/drain", b"Host: x", body=body)
     assert (response.status, text) == (202, "draining\n")
@@ -212,7 +212,7 @@ def test_what_is_for_operators_is_on_the_admin_port_alone(connection, method, pa
 
 
 @pytest.mark.parametrize("path", [b"/drain/", b"/drain/now", b"//drain"])
-def test_a_drain_has_one_name(drains, path):
+def test_drain_has_one_name(drains, path):
     connection, asked = drains
     assert problem(*connection.ask(b"POST", path))[0] == 404
     assert asked == []
@@ -247,13 +247,13 @@ def test_HEAD_answers_as_GET_without_the_body(connection, path):
     ],
 )
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"OPTIONS"])
-def test_an_unknown_path_is_404(connection, admin, method, path):
+def test_unknown_path_is_404(connection, admin, method, path):
     for port in (connection, admin):
         assert problem(*port.ask(method, path)) == (404, "there is nothing here")
 
 
 @pytest.mark.parametrize("path", [b"//", b"//healthz", b"/rooms", b"/rooms/main"])
-def test_the_admin_port_has_no_rooms(admin, path):
+def test_admin_port_has_no_rooms(admin, path):
     assert problem(*admin.ask(b"GET", path))[0] == 404
 
 
@@ -267,14 +267,14 @@ def test_other_methods_are_405(connection, admin, method, path):
         assert response.headers["allow"] == "GET, HEAD"
 
 
-def test_an_answer_names_its_server_and_is_not_kept(connection):
+def test_answer_names_its_server_and_is_not_kept(connection):
     for path in (b"/", b"/healthz", b"/nothing"):
         response, _ = connection.ask(b"GET", path)
         assert response.headers["server"] == f"chatd/{chatd.__version__}"
         assert response.headers["cache-control"] == "no-store"
 
 
-def test_a_request_leaves_no_line_in_the_log(clock, events):
+def test_request_leaves_no_line_in_the_log(clock, events):
     site = clients_site(clock)
     site.doStart()
     try:
@@ -292,7 +292,7 @@ def test_a_request_leaves_no_line_in_the_log(clock, events):
 
 
 @pytest.mark.parametrize("size", [0, 1, web.MAX_BODY])
-def test_a_body_that_is_announced_is_read(connection, size):
+def test_body_that_is_announced_is_read(connection, size):
     assert connection.ask(b"POST", b"/rooms", body=bytes(size))[1] == f"{size} bytes"
     assert not connection.closing
 
@@ -376,7 +376,7 @@ def test_request_that_is_not_http(connection, events, head):
     assert events == []
 
 
-def test_a_form_is_no_business_of_the_site(connection):
+def test_form_is_no_business_of_the_site(connection):
     # Twisted reads forms, and ends the connection of those that it cannot read.
     for kind in (b"multipart/form-data", b"multipart/form-data; boundary=x", b"application/x-www-form-urlencoded"):
         assert connection.ask(b"POST", b"/rooms", b"Content-Type: " + kind, body=b"--no form")[1] == "9 bytes"
@@ -444,7 +444,7 @@ def closing(clock):
     return Closing(clock)
 
 
-def test_a_site_without_connections_is_closed_at_once(closing):
+def test_site_without_connections_is_closed_at_once(closing):
     closing.close()
     assert closing.over == [None]
     gone = closing.connect()
@@ -496,7 +496,7 @@ def test_close_with_pipelined_requests(closing):
     assert connection.closing
 
 
-def test_the_next_request_of_a_connection_is_on_its_way_too(closing):
+def test_next_request_of_a_connection_is_on_its_way_too(closing):
     connection = closing.connect()
     connection.ask(b"GET", b"/healthz")
     connection.transport.clear()
@@ -614,7 +614,7 @@ def upgrading(clock):
 
 @pytest.mark.parametrize("pieces", [1, 7, 1000])
 @pytest.mark.parametrize("requests", [0, 1, 3])
-def test_a_request_for_a_websocket_is_given_back_as_it_came(upgrading, clock, requests, pieces):
+def test_request_for_a_websocket_is_given_back_as_it_came(upgrading, clock, requests, pieces):
     connection = upgrading.connect()
     data = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * requests + handshake()
     for begin in range(0, len(data), pieces):
@@ -672,7 +672,7 @@ def test_other_upgrades_are_not_offered(upgrading, upgrade):
     assert upgrading.site.channels == {connection.channel}
 
 
-def test_the_admin_port_has_no_websockets(admin):
+def test_admin_port_has_no_websockets(admin):
     assert admin.channel.site.upgrade is None
     admin.send(handshake().replace(b"/rooms/team?username=ann", b"/healthz"))
     assert admin.response()[1] == "ok\n"
@@ -726,14 +726,14 @@ def test_what_was_refused_asks_for_nothing_more(upgrading):
 # How long it may take
 
 
-def test_a_connection_that_asks_nothing_is_closed(clock, connection):
+def test_connection_that_asks_nothing_is_closed(clock, connection):
     clock.advance(web.HTTP_SECONDS - 0.1)
     assert not connection.closing
     clock.advance(0.1)
     assert connection.closing
 
 
-def test_a_request_that_trickles_in_is_dropped_at_its_deadline(clock, connection):
+def test_request_that_trickles_in_is_dropped_at_its_deadline(clock, connection):
     for byte in b"GET /h":
         assert not connection.closing
         connection.send(bytes([byte]))
@@ -743,7 +743,7 @@ def test_a_request_that_trickles_in_is_dropped_at_its_deadline(clock, connection
     assert connection.transport.value() == b""
 
 
-def test_a_body_that_trickles_in_is_dropped_at_the_same_deadline(clock, connection):
+def test_body_that_trickles_in_is_dropped_at_the_same_deadline(clock, connection):
     clock.advance(web.HTTP_SECONDS - 10)
     connection.begin(b"POST", b"/rooms", b"Content-Length: 100")
     for _ in range(10):
@@ -765,7 +765,7 @@ def test_each_request_of_a_connection_has_a_deadline_of_its_own(clock, connectio
     assert connection.closing
 
 
-def test_a_peer_that_does_not_take_the_close_is_aborted(clock, connection):
+def test_peer_that_does_not_take_the_close_is_aborted(clock, connection):
     clock.advance(web.HTTP_SECONDS)
     assert not connection.transport.disconnected
     clock.advance(connection.channel.abortTimeout)

@@ -194,7 +194,7 @@ def kinds(frames):
 # Being there
 
 
-def test_a_session_is_joined_from_its_join_to_its_leave(rooms, ann):
+def test_session_is_joined_from_its_join_to_its_leave(rooms, ann):
     assert ann.joined
     assert ann.session in ann.room.members
     ann.leave()
@@ -203,7 +203,7 @@ def test_a_session_is_joined_from_its_join_to_its_leave(rooms, ann):
     assert len(rooms) == 0
 
 
-def test_a_session_that_has_not_joined_is_not():
+def test_session_that_has_not_joined_is_not():
     session = Session(GONE, None, Counter())
     assert not session.joined
     session.leave()
@@ -232,13 +232,13 @@ def test_ack_follows_the_message(clock, ann, bob):
     assert bob.hears() == [message]
 
 
-def test_a_post_without_a_label_is_not_acknowledged(clock, ann):
+def test_post_without_a_label_is_not_acknowledged(clock, ann):
     ann.posts("hi")
     clock.advance(0)
     assert kinds(ann.hears()) == ["hi"]
 
 
-def test_a_label_is_never_sent_to_others(clock, rooms, ann, bob):
+def test_label_is_never_sent_to_others(clock, rooms, ann, bob):
     ann.posts("hi", label="secret")
     clock.advance(0)
     bob.says(PAGE)
@@ -257,7 +257,7 @@ def test_each_post_of_many_has_its_own_acknowledgement_in_order(clock, ann):
 
 
 @pytest.mark.parametrize("label", ["!", "~" * 64, '"\\'])
-def test_a_label_comes_back_as_it_was(clock, ann, label):
+def test_label_comes_back_as_it_was(clock, ann, label):
     ann.posts("hi", label=label)
     clock.advance(0)
     assert ann.hears()[1]["label"] == label
@@ -275,7 +275,7 @@ def test_retry_is_acknowledged_with_the_first_id(clock, log, ann, bob):
     assert (ann.hears(), bob.hears()) == ([], [])
 
 
-def test_a_retry_over_another_connection_is_known_too(clock, log, ann, rooms):
+def test_retry_over_another_connection_is_known_too(clock, log, ann, rooms):
     ann.posts("hi", label="a")
     ann.leave()
     again = Person(rooms)
@@ -397,7 +397,7 @@ def test_held_frames_until_the_next_waiting_answer(clock, log, ann):
 # Pages
 
 
-def test_a_page_from_memory_is_answered_at_once(clock, ann):
+def test_page_from_memory_is_answered_at_once(clock, ann):
     ann.posts("1", "2")
     clock.advance(0)
     ann.hears()
@@ -440,7 +440,7 @@ def test_page_has_the_requested_entries(ann, request_, messages, end, more):
     assert "resumed" not in page
 
 
-def test_a_page_does_not_move_the_cursor(old, clock, ann, bob):
+def test_page_does_not_move_the_cursor(old, clock, ann, bob):
     ann.says(PAGE | {"before": "k7Q2-3"})
     assert ann.cursor == bob.cursor == 5
     bob.posts("6")
@@ -448,7 +448,7 @@ def test_a_page_does_not_move_the_cursor(old, clock, ann, bob):
     assert kinds(ann.hears()) == [["1", "2"], "6"]
 
 
-def test_the_label_of_a_page_is_no_key_of_a_post(old, clock, log, ann):
+def test_label_of_a_page_is_no_key_of_a_post(old, clock, log, ann):
     for _ in range(2):
         ann.says(PAGE | {"label": "a"})
     ann.posts("hi", label="a")
@@ -648,7 +648,7 @@ def test_leave_with_invalid_utf_8_held(log, paging):
 # Being sent elsewhere
 
 
-def test_the_head_is_that_of_the_room(ann, bob, clock):
+def test_head_is_that_of_the_room(ann, bob, clock):
     assert (Session(GONE, None, Counter()).head, ann.head) == (0, 0)
     bob.posts("1", "2")
     assert (ann.head, ann.cursor) == (2, 0)
@@ -674,7 +674,7 @@ def test_messages_are_owed_until_they_were_handed_over(clock, ann, bob):
     assert bob.has_pending(3), "as if one more had come"
 
 
-def test_an_acknowledgement_is_owed_until_it_was_sent(clock, ann):
+def test_acknowledgement_is_owed_until_it_was_sent(clock, ann):
     ann.posts("1", label="a")
     assert ann.has_pending(0), "whatever the number"
     clock.advance(0)
@@ -683,7 +683,7 @@ def test_an_acknowledgement_is_owed_until_it_was_sent(clock, ann):
 
 
 @pytest.mark.parametrize("outcome", ["answer", "fail"])
-def test_a_page_is_owed_until_it_was_answered(log, paging, outcome):
+def test_page_is_owed_until_it_was_answered(log, paging, outcome):
     paging.hears()
     assert paging.has_pending(paging.cursor)
     getattr(log, outcome)()
@@ -863,7 +863,7 @@ def test_what_is_no_json_is_answered_and_changes_nothing(log, ann, text):
         ({"username": "ann", "label": 1}, None),
     ],
 )
-def test_an_error_echoes_a_label_that_is_well_formed(ann, document, label):
+def test_error_echoes_a_label_that_is_well_formed(ann, document, label):
     ann.says(document)
     (error,) = ann.hears()
     assert error.get("label") == label
@@ -941,7 +941,7 @@ def test_name_of_a_member(clock, rooms):
     assert present(watcher.hears()) == [{"count": 1, "join": [], "leave": ["ann"]}]
 
 
-def test_a_refused_frame_gives_no_name(clock, rooms, ann):
+def test_refused_frame_gives_no_name(clock, rooms, ann):
     ann.says(username="nobody")
     ann.says(username="nobody", message="")
     assert ann.name is None
@@ -959,7 +959,7 @@ def hasty(rooms, clock):
 LIMITED = {"type": "error", "message": "Rate limit exceeded", "code": "RATE_LIMITED"}
 
 
-def test_a_burst_goes_through_and_then_one_each_half_second(clock, log, hasty):
+def test_burst_goes_through_and_then_one_each_half_second(clock, log, hasty):
     hasty.posts(*"1234")
     assert log.messages == [*"123"]
     assert hasty.hears() == [LIMITED | {"retry_after": 0.5}]
@@ -1047,7 +1047,7 @@ def test_typing_too_often_is_dropped_without_a_word(clock, rooms, hasty):
     assert typing(watcher.hears()) == []
 
 
-def test_a_limited_post_gives_no_name(hasty):
+def test_limited_post_gives_no_name(hasty):
     hasty.says(*[{"username": "ann", "message": "hi"}] * 3, {"username": "bob", "message": "hi"})
     assert hasty.name == "ann"
 
@@ -1091,7 +1091,7 @@ def test_without_a_rate_there_is_no_limit(log, ann):
     assert len(log.messages) == 500
 
 
-def test_an_id_in_an_acknowledgement_can_be_paged_from(clock, ann):
+def test_id_in_an_acknowledgement_can_be_paged_from(clock, ann):
     ann.posts("hi", label="a")
     ann.posts("ho")
     clock.advance(0)

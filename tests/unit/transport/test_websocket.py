@@ -165,7 +165,7 @@ def client(factory):
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_a_client_gets_the_answer_and_the_history_at_once(factory, transport):
+def test_client_gets_the_answer_and_the_history_at_once(factory, transport):
     client = Client(factory, transport())
     (history,) = client.joins()
     assert history["type"] == "history"
@@ -289,18 +289,18 @@ def test_unsupported_websocket_version(client):
     assert b"\r\nSec-WebSocket-Version: " in client.transport.read().partition(b"\r\n\r\n")[0]
 
 
-def test_a_head_without_end_is_refused(client):
+def test_head_without_end_is_refused(client):
     client.sends(b"GET / HTTP/1.1\r\nX: " + b"x" * protocol.MAX_HEAD)
     assert client.transport.read().startswith(b"HTTP/1.1 431 ")
 
 
-def test_a_long_head_that_ends_is_refused(client):
+def test_long_head_that_ends_is_refused(client):
     client.sends(HEAD + b"\r\nX: " + b"x" * protocol.MAX_HEAD + b"\r\n\r\n")
     assert client.transport.read().startswith(b"HTTP/1.1 431 ")
 
 
 @pytest.mark.parametrize("transport", [Tcp, Wire])
-def test_a_request_without_an_upgrade_is_the_web_sites(factory, transport):
+def test_request_without_an_upgrade_is_the_web_sites(factory, transport):
     client = Client(factory, transport())
     client.sends(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
     client.sends(b"\r\n")
@@ -455,7 +455,7 @@ def test_under_tls_http_1_1_is_spoken_and_nothing_else(factory, named):
 
 
 @pytest.mark.parametrize("room", ["main", "a", "0", "team-1_b", 64 * "a"])
-def test_a_client_comes_into_the_room_that_the_path_names(factory, clock, way, room):
+def test_client_comes_into_the_room_that_the_path_names(factory, clock, way, room):
     here, elsewhere = Client(factory), Client(factory)
     here.joins(way(f"/rooms/{room}"))
     elsewhere.joins(way("/rooms/elsewhere"))
@@ -466,7 +466,7 @@ def test_a_client_comes_into_the_room_that_the_path_names(factory, clock, way, r
     assert here.protocol.session.room.name == room
 
 
-def test_the_root_is_the_room_main(factory, clock, way):
+def test_root_is_the_room_main(factory, clock, way):
     one, other = Client(factory), Client(factory)
     one.joins(way("/"))
     other.joins(way("/rooms/main?"))
@@ -488,7 +488,7 @@ def test_any_other_path_is_404(client, way, path):
     assert refusal(client, way(path)) == (404, "there is no room here; connect to / or to /rooms/NAME")
 
 
-def test_a_path_of_other_than_ascii_is_404(client):
+def test_path_of_other_than_ascii_is_404(client):
     assert refusal(client, HANDSHAKE.replace(b"GET / ", b"GET /rooms/m\xd0\xb0in "))[0] == 404
 
 
@@ -556,7 +556,7 @@ def test_what_is_empty_or_unknown_is_not_asked_for(client, clock, way, query):
         ("username=ann&username=bob", "bob"),
     ],
 )
-def test_a_client_is_known_by_the_name_that_it_came_with(client, clock, way, query, name):
+def test_client_is_known_by_the_name_that_it_came_with(client, clock, way, query, name):
     client.joins(way(f"/?events=presence,typing&{query}"))
     clock.advance(0)
     assert client.reads() == [{"type": "presence", "data": {"count": 1, "users": [name]}}]
@@ -585,7 +585,7 @@ def test_events_reach_only_watchers(factory, clock, way):
         *("https://team.example.net", "null"),
     ],
 )
-def test_a_page_of_the_operators_may_connect(server, way, origin):
+def test_page_of_the_operators_may_connect(server, way, origin):
     client = Client(server(origins=ORIGINS))
     assert client.joins(way("/", b"Origin: " + origin.encode()))
 
@@ -606,7 +606,7 @@ ORIGINS = ["https://chat.example", "*.example.org", "http://localhost:3000", "HT
         *("https://a.example.org:8443", "https://attacker.net/.example.org", "https://attacker.net", "http://null"),
     ],
 )
-def test_a_page_elsewhere_may_not(server, way, origin):
+def test_page_elsewhere_may_not(server, way, origin):
     client = Client(server(origins=ORIGINS))
     assert refusal(client, way("/", b"Origin: " + origin.encode())) == (403, "this page may not connect here")
 
@@ -680,7 +680,7 @@ def test_frames_behind_the_handshake_wait_for_the_room(held, clock, server, way)
     assert [frame["type"] for frame in texts] == ["history", "message"]
 
 
-def test_a_log_that_is_down_is_503_and_when_to_try_again(held, waiting, events):
+def test_log_that_is_down_is_503_and_when_to_try_again(held, waiting, events):
     held.fail()
     answer = waiting.transport.read()
     assert answer.startswith(b"HTTP/1.1 503 ")
@@ -702,7 +702,7 @@ def test_handshake_timeout_during_the_load_of_a_room(held, waiting, clock, conne
 # Posting
 
 
-def test_a_message_goes_to_all_and_its_sender(factory, clock):
+def test_message_goes_to_all_and_its_sender(factory, clock):
     ann, bob = Client(factory), Client(factory)
     ann.joins()
     bob.joins()
@@ -713,7 +713,7 @@ def test_a_message_goes_to_all_and_its_sender(factory, clock):
     assert bob.reads() == [message]
 
 
-def test_an_error_goes_to_the_sender_alone_and_closes_nothing(factory, clock):
+def test_error_goes_to_the_sender_alone_and_closes_nothing(factory, clock):
     ann, bob = Client(factory), Client(factory)
     ann.joins()
     bob.joins()
@@ -862,7 +862,7 @@ class FullStore(MemoryStore):
         self.refuse = lambda: poster.refused(post, LogUnavailable("disk full"))
 
 
-def test_a_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
+def test_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
     store = opened(FullStore(Retention(), lambda: 0.0))
     client = Client(server(Registry(store, frames, clock, 100)))
     client.joins()
@@ -1142,7 +1142,7 @@ def test_unread_acks_stop_the_reading(client, clock):
     assert [frame.get("label", frame["type"]) for frame in client.reads()] == ["message", "a", "message", "b"]
 
 
-def test_a_full_socket_is_left_alone_until_it_is_empty(client, clock):
+def test_full_socket_is_left_alone_until_it_is_empty(client, clock):
     client.joins()
     client.transport.socket.space = 10
     client.posts("1")
@@ -1192,7 +1192,7 @@ def test_unread_answers_stop_the_reading(client, nonsense):
     assert client.transport.read()
 
 
-def test_a_transport_that_buffers_for_itself_pauses_its_member(factory, clock):
+def test_transport_that_buffers_for_itself_pauses_its_member(factory, clock):
     client = Client(factory, Wire())
     client.joins()
     client.transport.producer.pauseProducing()
@@ -1213,7 +1213,7 @@ def test_no_writes_to_a_lost_connection(client):
     assert client.transport.read() == b""
 
 
-def test_a_member_that_the_tail_overran_is_closed_with_1013(client):
+def test_member_that_the_tail_overran_is_closed_with_1013(client):
     client.joins()
     client.protocol.evict()
     assert client.reads_close() == 1013
@@ -1299,7 +1299,7 @@ def test_evicted_client_that_stays_full_is_dropped(client, pass_time, stall, eve
     assert "took nothing" in [event.get("why") for event in events]
 
 
-def test_a_transport_that_takes_something_has_all_its_time_again(client, clock, pass_time):
+def test_transport_that_takes_something_has_all_its_time_again(client, clock, pass_time):
     client.joins()
     for _ in range(3):
         client.transport.socket.space = 0
@@ -1323,7 +1323,7 @@ def test_unanswered_close(client, pass_time):
 # Going
 
 
-def test_a_close_is_answered_and_the_member_leaves(client, factory, rooms, connections):
+def test_close_is_answered_and_the_member_leaves(client, factory, rooms, connections):
     client.joins()
     client.sends(masked(b"\x03\xe8", first=0x88))
     assert client.transport.disconnecting
@@ -1333,7 +1333,7 @@ def test_a_close_is_answered_and_the_member_leaves(client, factory, rooms, conne
     assert not connections.connected
 
 
-def test_a_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, connections, clock):
+def test_connection_that_breaks_leaves_nothing_behind(client, factory, rooms, connections, clock):
     client.joins()
     client.transport.socket.space = 0
     client.posts()
@@ -1368,12 +1368,12 @@ def test_log_lines_quote_no_message(client, events):
     assert not [event for event in events if "tell nobody" in str(event) or "secret" in str(event)]
 
 
-def test_a_peer_without_a_port_has_a_name_too(factory):
+def test_peer_without_a_port_has_a_name_too(factory):
     wire = Wire(peerAddress=UNIXAddress(b"/run/x"))
     assert "UNIXAddress" in Client(factory, wire).protocol.peer
 
 
-def test_a_socket_without_the_option_of_no_delay_is_served(factory):
+def test_socket_without_the_option_of_no_delay_is_served(factory):
     class Unix(Tcp):
         def setTcpNoDelay(self, enabled):
             raise OSError
