@@ -16,22 +16,19 @@ ECHO = '#!/bin/sh\necho "$(basename "$0")" "$@"\n'
 def checkout(tmp_path):
     """A checkout whose programs print how they are called, and where Redis is missing."""
     root = tmp_path / "checkout"
-    for folder in ("scripts", ".venv/bin", "tests/support", "tests/unit/room"):
+    for folder in ("scripts", "tests/support", "tests/unit/room"):
         (root / folder).mkdir(parents=True)
+    bin_ = tmp_path / "installed" / "bin"
+    bin_.mkdir(parents=True)
+    (root / ".venv").symlink_to(bin_.parent)  # so that scripts/venv installs nothing
     for name in ("check", "serve", "test", "venv"):
         shutil.copy(ROOT / "scripts" / name, root / "scripts")
     shutil.copy(ROOT / "tests/support/needs.py", root / "tests/support")
-    # Everything is installed already.
-    (root / ".venv/made-for").touch()
-    venv = (root / "scripts/venv").read_text()
-    found, rest = venv.split("# An environment works in one folder")
-    (root / "scripts/venv").write_text(found)
-    assert "install" in rest
     for name in ("pytest", "ruff", "mypy", "twistd"):
-        program = root / ".venv/bin" / name
+        program = bin_ / name
         program.write_text(ECHO)
         program.chmod(0o755)
-    (root / ".venv/bin/python").symlink_to(sys.executable)
+    (bin_ / "python").symlink_to(sys.executable)
     return root
 
 

@@ -84,7 +84,10 @@ def ci_rules(whole):
         and whole["jobs"]["check"]["steps"][-1]["run"] == "scripts/check",
         "every Python that is supported is tested": whole["jobs"]["check"]["strategy"]["matrix"]["python"] == PYTHONS,
         "both commands run on each Debian": whole["jobs"]["fresh"]["strategy"]["matrix"]["debian"] == DEBIANS
-        and all(f"scripts/{name} " in str(whole["jobs"]["fresh"]["steps"][-2:]) for name in ("serve", "test")),
+        and "scripts/serve >" in whole["jobs"]["fresh"]["steps"][-2]["run"]
+        and whole["jobs"]["fresh"]["steps"][-1]["run"].endswith(" scripts/test"),
+        "stale locks are found": whole["jobs"]["locks"]["steps"][-1]["run"].split("\n")[-3:-1]
+        == ["scripts/lock", "git diff --exit-code"],
         "what a test lacks is a failure": job["env"].get("CI") == "true",
         "the tests can boot machines": "--privileged" in job["container"].get("options", ""),
         "Go is new enough": version(go["go-version"])

@@ -47,7 +47,8 @@ def registry():
 class Fresh:
     """A machine with nothing but Python and git, on this machine's network, and a checkout in its user's home."""
 
-    def __init__(self, root, home):
+    def __init__(self, name, root, home):
+        self.name = name
         alone = () if pathlib.Path("/run/systemd/system").is_dir() else ("--keep-unit",)
         environment, files = registry()
         copy_checkout(home / "chatd")
@@ -80,22 +81,26 @@ class Fresh:
                 process.wait(LONG)
                 lines.close()
 
-    def run(self, *command):
+    def run(self, *command, seconds=SECONDS):
         """Run a command in the checkout, which must succeed; returns what it printed."""
         with self.start(*command) as (process, lines):
-            code = process.wait(SECONDS)
+            code = process.wait(seconds)
             lines.close()
         assert code == 0, lines.text
         return lines.text
 
 
-@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+DEBIANS = {"bookworm": "enforced", "trixie": "not enforced"}
+"""Whether the coverage is enforced: PyPI has a Redis for the Python of Debian 12, and none for that of Debian 13."""
+
+
+@pytest.fixture(scope="module", params=DEBIANS)
 def fresh(request, tmp_path_factory):
     """A machine of each Debian whose Python chatd supports."""
     root = debian(request.param)
     home = tmp_path_factory.mktemp(request.param) / "home"
     home.mkdir()
-    yield Fresh(root, home)
+    yield Fresh(request.param, root, home)
     shutil.rmtree(home)
 
 
@@ -139,3 +144,11 @@ def test_test(fresh):
     assert {"root", "node", "mmdebstrap"} <= listed
     assert "git" not in listed
     assert re.search(r"^\d+ passed", text, re.MULTILINE)
+
+
+@pytest.mark.whole
+def test_whole_suite(fresh):
+    """scripts/test passes as README prints it, without options, for an ordinary user who has nothing but Python."""
+    text = fresh.run("scripts/test", seconds=3 * SECONDS)
+    assert re.search(r"^=+ \d{4,} passed, \d+ skipped", text, re.MULTILINE), text
+    assert ("Coverage is not enforced" in text) == (DEBIANS[fresh.name] == "not enforced")
