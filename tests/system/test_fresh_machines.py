@@ -51,7 +51,7 @@ class Fresh:
         self.name = name
         alone = () if pathlib.Path("/run/systemd/system").is_dir() else ("--keep-unit",)
         environment, files = registry()
-        copy_checkout(home / "chatd")
+        succeed(need("git"), "init", "--quiet", copy_checkout(home / "chatd"))
         for path in (home, *home.rglob("*")):
             os.chown(path, UID, UID, follow_symlinks=False)
         self.checkout = home / "chatd"
