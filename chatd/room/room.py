@@ -10,9 +10,10 @@ A room is flushed in the reactor turn after something was appended.  No entry wa
 entries of one turn leave in one write.  Under load the system calls therefore follow the number of members, and not
 that of messages times members.
 
-A flush is a *pass* over the members.  A pass aims at the head it began with.  It stops every few milliseconds to let
-the reactor read, and then continues where it stopped.  The next pass begins after it.  Correctness does not depend on
-passes: the cursor alone states what a member has, and a pass without work changes nothing.
+A flush is a *pass* over the members, and then over those that wait for acknowledgements.  A pass aims at the head it
+began with.  It stops every few milliseconds to let the reactor read, and then continues where it stopped.  The next
+pass begins after it.  Correctness does not depend on passes: the cursor alone states what a member has, and a pass
+without work changes nothing.
 
 A member whose transport is full is not *ready*.  Its cursor stays, and the room keeps nothing for it; the transport
 keeps the rest of the frame that was cut.  When the transport has space again the member is served from the tail, or
@@ -34,6 +35,7 @@ from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id
 from chatd.room.encoder import Encoder
+from chatd.room.histories import Histories
 from chatd.room.log import EncodedPage, Log, Page, PageRange, UnknownId
 from chatd.room.presence import Presence, Report
 from chatd.room.sweep import sweep
@@ -41,8 +43,6 @@ from chatd.room.tail import NO_RUN, RUN_FRAMES, Run, Tail
 
 RUNS: Final = 16
 """The number of joined runs that a pass remembers; the cursors that many members share are few."""
-HISTORIES: Final = 16
-"""The number of history frames that a room remembers; clients that reconnect together have the same last entry."""
 MAX_LAG: Final = 10_000
 """The number of entries that a member may be behind and still catch up from the log."""
 LEFT: Final = sys.maxsize
@@ -105,7 +105,7 @@ class Room:
         self._clock = clock
         self._history = history
         self.presence = Presence(self.members, encoder, clock, report)
-        self._histories: dict[tuple[bool | None, int], tuple[bytes, int]] = {}
+        self._histories = Histories(clock)
         self._flush_call: IDelayedCall | None = None
         # The pass: the members yet to serve, the head it aims at, and its joined runs by cursor and form.
         self._pass: Iterator[Member] | None = None
@@ -117,8 +117,10 @@ class Room:
         self._refilling: dict[int, dict[Member, None]] = {}
         self._refills: dict[int, Sequence[bytes]] = {}
         self._next_refills: dict[int, Sequence[bytes]] = {}
-        # The acknowledgements to send, each with the epoch and the number of its entry.
+        # The acknowledgements to send, each with the epoch and the number of its entry.  And the members that this pass
+        # has yet to send them to.
         self._acks: dict[Member, list[tuple[str, int, bytes]]] = {}
+        self._acknowledging: Iterator[Member] | None = None
         # The sum of the cursors at which members have left, minus that of the cursors at which members have joined.
         self._delivered = 0
         self._load(page)
@@ -153,6 +155,11 @@ class Room:
         """The number of frames in the tail, and their size in bytes."""
         return self.head + 1 - self._tail.first, self._tail.bytes
 
+    @property
+    def histories_bytes(self) -> int:
+        """The size of the history frames that the room keeps."""
+        return self._histories.bytes
+
     def cursors(self) -> Counter[int]:
         """Count the members at each cursor."""
         return Counter(map(_cursor, self.members))
@@ -179,6 +186,8 @@ class Room:
         self._delivered += member.cursor
         member.cursor = LEFT
         self._acks.pop(member, None)
+        if not self.members:
+            self._histories.clear()
         self.presence.left(member)
 
     def resume(self, member: Member) -> None:
@@ -218,13 +227,9 @@ class Room:
         """Return the history frame for a client that has the entry `last`, and the number of the frame's last entry."""
         resumed = None if last is None else last.epoch == self.epoch and self._can_resume(last.number, backlog)
         key = resumed, (last.number if last is not None and resumed else self.head)
-        if key not in self._histories:
-            if len(self._histories) == HISTORIES:
-                self._histories.clear()
-            self._histories[key] = (
-                self._resumed_history(key[1], backlog) if resumed else self._newest_history(resumed=resumed)
-            )
-        return self._histories[key]
+        return self._histories.get(
+            key, lambda: self._resumed_history(key[1], backlog) if resumed else self._newest_history(resumed=resumed)
+        )
 
     def _resumed_history(self, number: int, backlog: Page | None) -> tuple[bytes, int]:
         if self._tail_reaches(number):
@@ -260,7 +265,7 @@ class Room:
 
     def restart(self, page: Page) -> None:
         """Load the newest entries of another history, or those beyond a gap, and send them to every member."""
-        self._pass = None
+        self._pass = self._acknowledging = None
         for kept in (self._runs, self._unfinished, self._refilling, self._refills, self._next_refills, self._histories):
             kept.clear()
         self._load(page)
@@ -288,10 +293,14 @@ class Room:
         if not sweep(self._pass, self._serve, self._clock):
             self._schedule()
             return
-        self._pass = None
         self._runs.clear()
         if self._acks:
-            self._send_acks()
+            if self._acknowledging is None:
+                self._acknowledging = iter([*self._acks])
+            if not sweep(self._acknowledging, self._send_acks, self._clock):
+                self._schedule()
+                return
+        self._pass = self._acknowledging = None
         if self._target < self.head or self._unfinished:
             self._schedule()
 
@@ -353,12 +362,13 @@ class Room:
         self._acks.setdefault(member, []).append((self._log.epoch, number, frame))
         self.resume(member)
 
-    def _send_acks(self) -> None:
+    def _send_acks(self, members: Sequence[Member]) -> None:
         """Send each member the acknowledgements of entries that it has."""
-        for member, acks in [*self._acks.items()]:
+        for member in members:
+            acks = self._acks.get(member, [])  # none if it has left
             due = [frame for epoch, number, frame in acks if epoch == self.epoch and number <= member.cursor]
             if len(due) == len(acks):
-                del self._acks[member]
+                self._acks.pop(member, None)
             else:
                 self._acks[member] = acks[len(due) :]
             if due:

@@ -181,7 +181,11 @@ class Turns(Clock):
     @property
     def idle(self):
         """True if the next turn has nothing to do."""
-        return all(call.getTime() > self.seconds() for call in self.calls)
+        return self.idle_for(0)
+
+    def idle_for(self, seconds):
+        """Return whether nothing is due within this time."""
+        return all(call.getTime() > self.seconds() + seconds for call in self.calls)
 
 
 def count_held(owner, *others):

@@ -19,6 +19,7 @@ METRICS = {
     "chatd_cursor_lag_messages_gcount": "gauge",
     "chatd_cursor_lag_messages_gsum": "gauge",
     "chatd_deliveries": "counter",
+    "chatd_histories_bytes": "gauge",
     "chatd_members": "gauge",
     "chatd_messages": "counter",
     "chatd_reactor_lag_seconds": "histogram",

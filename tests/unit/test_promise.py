@@ -51,7 +51,7 @@ HISTORY = 3
 MAX_LAG = 8
 LOW = {
     "chatd.room.room.MAX_LAG": MAX_LAG,
-    "chatd.room.room.HISTORIES": 2,
+    "chatd.room.histories.HISTORIES_BYTES": 900,
     "chatd.room.room.RUNS": 2,
     "chatd.room.tail.TAIL_BYTES": 900,
     "chatd.room.tail.RUN_BYTES": 500,

@@ -370,6 +370,16 @@ def test_tails_of_all_rooms(house):
     assert (scrape("chatd_tail_messages"), scrape("chatd_tail_bytes")) == (3, sum(map(len, frames)))
 
 
+def test_kept_histories(house):
+    """The history frames that rooms keep count, until a message makes them stale."""
+    ann = Person(house)
+    one = house.scrape()("chatd_histories_bytes")
+    Person(house, "/rooms/tea")
+    assert 0 < one < house.scrape()("chatd_histories_bytes")
+    ann.posts("1")
+    assert 0 < house.scrape()("chatd_histories_bytes") <= one
+
+
 # Refusals
 
 

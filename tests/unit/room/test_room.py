@@ -10,10 +10,11 @@ from support.helpers import Reader, ScriptedLog, Slow, Turns, count_held, enter,
 from support.websocket_frames import read_frames
 
 from chatd.messages import Entry, Id
+from chatd.room.histories import HISTORIES_SECONDS
 from chatd.room.log import EncodedPage, Page, PageRange
 from chatd.room.presence import PRESENCE, TYPING
 from chatd.room.registry import Registry
-from chatd.room.room import HISTORIES, MAX_LAG, RUNS
+from chatd.room.room import MAX_LAG, RUNS
 from chatd.room.sweep import SLICE_MEMBERS
 from chatd.transport import frames
 from chatd.transport.frames import ack_frame, event, message_frame
@@ -299,25 +300,54 @@ def test_changes_clear_cached_histories(log, rooms, clock):
     room, _, _ = enter(rooms)
     log.say(3)
     clock.turns()
-    before = count_held(room, log, clock)
-    for number in range(3):
-        room.leave(rejoin(room, number)[0])
-    assert count_held(room, log, clock) > before
+    assert room.histories_bytes == 0
+    rejoin(room, 0)
+    assert room.histories_bytes > 0
     log.trim(1)
-    assert count_held(room, log, clock) == before
+    assert room.histories_bytes == 0
+    rejoin(room, 1)
+    log.say()
+    assert room.histories_bytes == 0
 
 
-def test_cached_histories_are_bounded(log, rooms, clock):
+def test_cached_histories_are_bounded_in_bytes(log, rooms, clock, monkeypatch):
+    """A frame larger than the bound is shared too, but alone."""
     room, _, _ = enter(rooms)
-    log.say(HISTORIES * 3)
+    log.say(30)
     clock.turns()
-    sizes = [count_held(room, log, clock)]
-    for number in range(HISTORIES * 3):
-        member, history = rejoin(room, number)
-        assert history["resumed"] is True
-        rooms.leave(room, member)
-        sizes.append(count_held(room, log, clock))
-    assert max(sizes) == sizes[HISTORIES]
+    sizes = [len(room.join(Reader(), Id("abcd", number))) for number in range(30)]
+    monkeypatch.setattr("chatd.room.histories.HISTORIES_BYTES", 3 * max(sizes))
+    clock.advance(HISTORIES_SECONDS)
+    kept = []
+    for number in range(30):
+        rejoin(room, number)
+        kept.append(room.histories_bytes)
+    assert 2 * max(sizes) < max(kept) <= 3 * max(sizes)
+    monkeypatch.setattr("chatd.room.histories.HISTORIES_BYTES", 1)
+    frame = room.join(Reader(), Id("abcd", 0))
+    assert room.join(Reader(), Id("abcd", 0)) is frame
+    assert room.histories_bytes == len(frame)
+
+
+def test_cached_histories_expire(log, rooms, clock):
+    """A room that nothing is posted to keeps no copy of its newest entries."""
+    log.keep(3)
+    room, _, _ = enter(rooms)
+    assert room.histories_bytes > 0
+    clock.advance(HISTORIES_SECONDS - 0.1)
+    enter(rooms)
+    assert room.histories_bytes > 0
+    clock.advance(0.1)
+    assert room.histories_bytes == 0
+    assert enter(rooms)[0] is room
+    assert room.histories_bytes > 0
+
+
+def test_last_member_clears_cached_histories(log, rooms, clock):
+    room, member, _ = enter(rooms)
+    rooms.leave(room, member)
+    clock.turns()
+    assert (room.histories_bytes, clock.getDelayedCalls()) == (0, [])
 
 
 # Pages
@@ -643,6 +673,28 @@ def test_ack_after_refill(log, clock, short_tail):
     assert kinds(member)[-2:] == ["message 41", "ack 41"]
 
 
+def test_many_acks_are_sliced(log, rooms, clock):
+    """Acknowledgements for a crowd leave time for the reactor to read, as messages do."""
+
+    class Acked(Slow):
+        def send_frame(self, frame):
+            clock.rightNow += 0.001
+            super().send_frame(frame)
+
+    members = [enter(rooms, Acked(clock)) for _ in range(SLICE_MEMBERS * 3 - 1)]
+    log.say()
+    clock.turns()
+    for room, member, _ in members:
+        acknowledged(room, member, 1)
+    members.pop(100)[1].leave()
+    served = []
+    while not clock.idle:
+        clock.turn()
+        served.append(sum("ack 1" in kinds(member) for _, member, _ in members))
+    assert served[:3] == [SLICE_MEMBERS, SLICE_MEMBERS * 2, len(members)]
+    assert all(kinds(member) == ["message 1", "ack 1"] for _, member, _ in members)
+
+
 def test_leave_drops_acks(log, rooms, clock):
     room, member, _ = enter(rooms)
     enter(rooms)
@@ -720,7 +772,7 @@ def test_resume_at_head_schedules_nothing(rooms, clock):
     room, member, _ = enter(rooms)
     clock.turns()
     room.resume(member)
-    assert clock.getDelayedCalls() == []
+    assert clock.idle
 
 
 def test_joined_runs_are_bounded(log, rooms, clock):
@@ -1323,7 +1375,7 @@ class SlowReadersMachine(RuleBasedStateMachine):
             for member, (room, _) in self.members.items():
                 if not member.ready:
                     member.drain(room)
-            if not self.clock.getDelayedCalls():
+            if self.clock.idle:
                 break
             self.clock.turn()
         head = len(self.log.entries)

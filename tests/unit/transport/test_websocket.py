@@ -361,9 +361,9 @@ def test_upgrade_after_plain_requests(factory, clock, way, transport, cut):
     assert factory.getConnectionCount() == 2
     assert connections.connected == {client.now, other.now}
     assert [*connections.handshakes] == []
-    assert clock.getDelayedCalls() == []
     other.posts("ho")
     clock.advance(0)
+    assert clock.getDelayedCalls() == []
     assert [frame["data"]["message"] for frame in read_frames(written(client))] == ["ho"]
     client.goes()
     assert connections.connected == {other.now}
