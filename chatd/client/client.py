@@ -146,7 +146,10 @@ class Listener:
         """React to the end of a connection, or to a failed attempt; the next attempt is in `wait` seconds."""
 
     def on_reject(self, error: Rejected) -> None:
-        """React to a server that refused this client for good; the client does not try again."""
+        """React to a server that refused this client for good; the client does not try again.
+
+        The client calls this before the pending requests fail with the same error.
+        """
 
 
 class Client:
@@ -272,8 +275,10 @@ class Client:
         self._end = self._end or error
         self.connection_lost(str(error), None)
         if first:
-            self._requests.fail(error)
-            self._listener.on_reject(error)
+            try:
+                self._listener.on_reject(error)  # first: it names the cause of the failures that follow
+            finally:
+                self._requests.fail(error)
 
     def _connect_failed(self, failure: Failure) -> None:
         self._attempt = None

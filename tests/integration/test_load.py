@@ -16,6 +16,7 @@ from support.helpers import Terminal
 from support.loops import reactor
 from support.servers import TWISTD, Server
 from support.websocket_frames import TEXT, frame, frame_at
+from twisted.internet.base import BlockingResolver
 from twisted.internet.protocol import Factory, Protocol
 
 from chatd.load import __main__ as program
@@ -28,9 +29,13 @@ LISTEN = "tcp:0:interface=127.0.0.1:backlog=4096"
 
 
 def run(*words, tamper=None, tampered=0, port=None, err=None):
-    """Run the tool, by a relay to a port if there is one; return its status, its output and its errors."""
+    """Run the tool, by a relay to a port if there is one; return its status, its output and its errors.
+
+    The connections of the clients have their numbers: no threads resolve the address, which would mix them up.
+    """
     out, err = io.StringIO(), err or io.StringIO()
     with reactor() as loop, patch.object(Progress, "SECONDS", 3600):  # however slow the machine is
+        loop.installResolver(BlockingResolver())
         if port is not None:
             relay = Relay(loop, port, tamper, tampered)
             words = (f"ws://127.0.0.1:{relay.port}/", *words)
@@ -424,52 +429,27 @@ def test_relay_that_changes_nothing_is_proved(server):
 
 
 @pytest.mark.parametrize(
-    ("do", "words"),
+    ("do", "at", "words"),
     [
-        (drop, r"client \d+: (\w+)-501 arrived after \1-499, instead of \1-500"),
-        (double, r"client \d+: (\w+)-500 arrived after \1-500, again"),
-        (swap, r"client \d+: (\w+)-501 arrived after \1-499, instead of \1-500"),
-        (alter, r"(client \d+ received|\w+-500, as client \d+ received it, is not what anyone posted)"),
-        (exchange, r"client \d+ received load-.*-50[01], and client \d+ load-"),
+        (drop, 500, r"client \d+: (\w+)-501 arrived after \1-499, instead of \1-500"),
+        (double, 500, r"client \d+: (\w+)-500 arrived after \1-500, again"),
+        (double, 1000, r"client \d+: (\w+)-1000 arrived after \1-1000, again"),
+        (swap, 500, r"client \d+: (\w+)-501 arrived after \1-499, instead of \1-500"),
+        # Either this client or another one is the first that receives the message.
+        (alter, 500, r"(client \d+ received|\w+-500, as client \d+ received it, is not what anyone posted)"),
+        (exchange, 500, r"client \d+ received load-.*-50[01], and client \d+ load-"),
     ],
-    ids=["drop", "double", "swap", "alter", "exchange"],
+    ids=["drop", "double", "double the last", "swap", "alter", "exchange"],
 )
-def test_one_wrong_frame_in_a_hundred_thousand(server, do, words):
-    mutant = Mutant(do, 500)
+def test_one_wrong_frame_in_a_hundred_thousand(server, do, at, words):
+    """Client 57 posts nothing, so no acknowledgement can show the fault before the messages do."""
+    mutant = Mutant(do, at)
     status, out, err = run(*MANY, port=server.port, tamper=mutant, tampered=57)
     assert (status, mutant.done) == (REFUTED, 1)
     assert err.count("\n") == 1
     assert re.match(f"chatd.load: {words}", err), err
     report = json.loads(out)
     assert (report["proved"], report["fault"]) == (False, err.removeprefix("chatd.load: ").rstrip("\n"))
-
-
-@pytest.mark.parametrize(
-    ("do", "words"),
-    [
-        # The client that missed it reports it, or its acknowledgement does if that client posted it.
-        (
-            drop,
-            r"client \d+ has (\w+)-999 of \1-1000, and received no more in 2 seconds|post .*-1000 before the client ",
-        ),
-        (double, r"client \d+: (\w+)-1000 arrived after \1-1000, again"),
-    ],
-    ids=["drop", "double"],
-)
-def test_wrong_last_frame(server, do, words):
-    mutant = Mutant(do, 1000)
-    status, _, err = run(*MANY, "--patience=2", port=server.port, tamper=mutant, tampered=99)
-    assert (status, mutant.done) == (REFUTED, 1)
-    assert re.match(f"chatd.load: {words}", err), err
-
-
-def test_lost_acknowledgement(server):
-    mutant = Mutant(drop, 7, "ack")
-    status, _, err = run(*MANY, "--patience=2", port=server.port, tamper=mutant, tampered=3)
-    assert (status, mutant.done) == (REFUTED, 1)
-    assert re.match(
-        r"chatd.load: nothing was acknowledged in 2 seconds: 1 posts, 1 of client \d+ among them; the last", err
-    )
 
 
 def test_acknowledgement_with_a_wrong_id(server):
@@ -579,32 +559,3 @@ def test_log_lost_during_the_connections(server, lenient):
     assert status == (PROVED if lenient else REFUTED)
     if not lenient:
         assert re.match(r"chatd.load: the log \w+ is lost, with 0 acknowledged messages: now there is efghij\n", err)
-
-
-def test_not_all_clients_can_join(server):
-    class Few(Mutant):
-        def __call__(self, frame):
-            return b""
-
-    status, out, err = run("--clients=3", "--patience=1.5", port=server.port, tamper=Few(drop, 0), tampered=1)
-    assert (status, out) == (UNTRIED, "")
-    assert err == (
-        "chatd.load: 2 of 3 clients have joined, and no more are accepted (no answer): "
-        "ask for fewer --clients, or allow the server more\n"
-    )
-
-
-def test_progress_in_every_phase(server, monkeypatch):
-    monkeypatch.setattr("chatd.load.trial.TICKS", 1)
-
-    class Slow(Mutant):
-        def __call__(self, frame):
-            return frame if b'"label":' not in frame[:60] or b"ack" in frame[:20] else b""
-
-    words = ("--clients=3", "--rate=0", "--seconds=0.2", "--cut=0", "--patience=1")
-    err = Terminal()
-    status, _, said = run(*words, port=server.port, tamper=Slow(drop, 0), tampered=1, err=err)
-    assert status == REFUTED
-    assert "of 3 clients joined" in said
-    assert "acknowledged, " in said
-    assert "of 3 clients have everything" in said

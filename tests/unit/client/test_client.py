@@ -1,18 +1,12 @@
 """The client on a transport in memory, with the test at its other end."""
 
-import base64
-import hashlib
 import re
 
 import pytest
 from support.helpers import result_of
-from support.transports import Wire
+from support.server_ends import Endpoint
 from support.watches import Watch
-from support.websocket_frames import CLOSE, frame, read_frames
-from twisted.internet import error
-from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 
 from chatd.client.client import (
     CLOSE_SECONDS,
@@ -26,7 +20,6 @@ from chatd.client.client import (
 from chatd.client.protocol import Backoff, ClientStopped, Posted, ProtocolError, Rejected
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
-from chatd.transport.handshake import MAGIC
 
 # Addresses
 
@@ -75,61 +68,7 @@ def test_resource_has_the_query_and_the_last_id():
     assert ServerAddress.parse("ws://h").resource(None) == "/"
 
 
-# A wire in memory
-
-
-class ServerEnd(Wire):
-    """A connection with the test at its other end."""
-
-    def __init__(self, protocol):
-        super().__init__()
-        self.client = protocol
-        protocol.makeConnection(self)
-
-    def request(self):
-        return self.read().decode()
-
-    def answer(self, status="101 Switching Protocols", *headers):
-        key = re.search(r"Sec-WebSocket-Key: (\S+)", self.request())[1]
-        accept = base64.b64encode(hashlib.sha1(key.encode() + MAGIC).digest()).decode()
-        lines = [f"HTTP/1.1 {status}", "Upgrade: WebSocket", "Connection: Upgrade", f"Sec-WebSocket-Accept: {accept}"]
-        self.say("\r\n".join([*lines, *headers, "", ""]).encode())
-
-    def say(self, data):
-        self.client.dataReceived(data)
-
-    def close(self, code=None, reason=""):
-        self.say(frame(CLOSE, b"" if code is None else code.to_bytes(2) + reason.encode(), masked=False))
-
-    def said(self):
-        """Take the texts that the client sent."""
-        return read_frames(self.read(), masked=True)
-
-    def end(self):
-        """Report the loss of the connection to the client."""
-        self.client.connectionLost(Failure(error.ConnectionLost()))
-
-
-class Endpoint:
-    """An endpoint that accepts or refuses when the test asks for it."""
-
-    def __init__(self):
-        self.attempts = []
-
-    def connect(self, factory):
-        self.cancelled = False
-        attempt = Deferred(lambda _: setattr(self, "cancelled", True))
-        self.attempts.append((attempt, factory))
-        return attempt
-
-    def accept(self):
-        attempt, factory = self.attempts.pop()
-        wire = ServerEnd(factory.buildProtocol(None))
-        attempt.callback(wire.client)
-        return wire
-
-    def refuse(self, why=None):
-        self.attempts.pop()[0].errback(Failure(why or error.ConnectionRefusedError(111, "no")))
+# A client in memory
 
 
 class Longest:
@@ -436,6 +375,30 @@ def test_close_with_a_client_error_rejects(code):
     assert table.endpoint.attempts == []
     assert table.clock.calls == []
     assert result_of(table.client.stop()) is None
+
+
+def test_rejection_precedes_the_failed_requests():
+    """The listener learns the cause before the requests in flight fail of it."""
+    table = Table()
+    wire = table.join(7)
+    order = table.watch.events
+    table.client.post("ann", "hi").addErrback(lambda failure: order.append(("failed", failure.value)))
+    wire.close(1008, "why")
+    wire.end()
+    (kind, reason), failed = order[-2:]
+    assert (kind, failed) == ("on_reject", ("failed", reason))
+
+
+def test_requests_fail_though_on_reject_raises():
+    table = Table()
+    wire = table.join(7)
+    posted = table.client.post("ann", "hi")
+    table.watch.on_reject = lambda _: 1 / 0
+    wire.close(1008, "why")
+    with pytest.raises(ZeroDivisionError):
+        wire.end()
+    with pytest.raises(Rejected, match="why"):
+        result_of(posted)
 
 
 @pytest.mark.parametrize("status", ["400 Bad Request", "403 Forbidden", "404 Not Found", "200 OK", "505"])

@@ -1,0 +1,153 @@
+"""A trial on a clock and on transports in memory, with the test as the server."""
+
+import re
+
+import pytest
+from support.helpers import Terminal, result_of
+from support.server_ends import Endpoint
+from twisted.internet.task import Clock
+
+from chatd.client.client import ServerAddress
+from chatd.load import __main__ as program
+from chatd.load.figures import Progress
+from chatd.load.trial import INTERRUPTED, REFUTED, TICK, TICKS, UNTRIED, Trial
+from chatd.messages import Code, Entry, Id
+from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame
+
+
+class Address(ServerAddress):
+    """An address that leads to the test."""
+
+    def endpoint(self, reactor):
+        return reactor.endpoint
+
+
+class Table:
+    """A trial with its clock and its endpoint."""
+
+    def __init__(self, *words):
+        self.clock = Clock()
+        self.clock.endpoint = self.endpoint = Endpoint()
+        self.terminal = Terminal()
+        options = program.arguments(["ws://h/rooms/a", "--cut=0", *words])
+        self.trial = Trial(
+            options, Address(*options.url), "run", self.clock, Progress(self.terminal, self.clock.seconds)
+        )
+        self.trial.start()
+
+    def join(self):
+        """Accept the connection of the next client, up to the history."""
+        wire = self.endpoint.accept()
+        wire.answer()
+        wire.say(history_frame("abcd", 0, []))
+        wire.clear()
+        return wire
+
+    def tick(self, count=1):
+        self.clock.pump([TICK] * count)
+
+
+def message(number, post):
+    return message_frame("abcd", Entry(number, post["username"], post["message"], "2026-01-01T00:00:00.000Z"))
+
+
+def ack(number, post):
+    return ack_frame(Id("abcd", number), post["label"], duplicate=False)
+
+
+@pytest.fixture
+def posting():
+    """A trial of one client, whose only post is in flight, and the server's end of the connection."""
+    table = Table("--clients=1", "--rate=0", "--messages=1", "--patience=3")
+    wire = table.join()
+    table.tick()
+    (table.post,) = wire.said()
+    return table, wire
+
+
+def test_rejection_with_a_post_in_flight(posting):
+    """The trial reports the rejected client, not the post that fails with it."""
+    table, wire = posting
+    wire.close(1008)
+    wire.end()
+    assert table.trial.fault == "client 0 is rejected: closed with 1008"
+    assert result_of(table.trial.done) == REFUTED
+
+
+def test_protocol_error_with_a_post_in_flight(posting):
+    table, wire = posting
+    wire.say(error_frame("no"))
+    wire.end()
+    assert table.trial.fault == "client 0: an error answers no request: no"
+
+
+def test_refused_post(posting):
+    table, wire = posting
+    wire.say(error_frame("no", Code.LABEL_REUSED, table.post["label"]))
+    wire.end()
+    assert table.trial.fault == "client 0 was refused a request: no"
+
+
+def test_interrupt_with_a_post_in_flight(posting):
+    """A post that fails because the trial stops its clients is no fault."""
+    table, wire = posting
+    done = table.trial.interrupt()
+    wire.close(1000)
+    wire.end()
+    assert result_of(done) == INTERRUPTED
+    assert table.trial.fault == "interrupted: nothing is proved"
+
+
+def test_acknowledgement_that_never_arrives(posting):
+    table, _ = posting
+    table.tick(20 * TICKS)
+    assert table.trial.fault == (
+        "nothing was acknowledged in 3 seconds: 1 posts, 1 of client 0 among them; the last connection: no answer"
+    )
+
+
+def test_last_message_that_one_client_never_receives():
+    table = Table("--clients=2", "--posters=1", "--rate=0", "--messages=1", "--patience=3")
+    second, first = table.join(), table.join()
+    table.tick()
+    (post,) = first.said()
+    first.say(message(1, post) + ack(1, post))
+    table.tick()
+    for wire, number in ((first, 1), (second, 1)):
+        (page,) = wire.said()
+        wire.say(history_frame("abcd", number, [message(1, post)], label=page["label"]))
+    table.tick(4 * TICKS)
+    assert table.trial.fault is None
+    table.tick(16 * TICKS)
+    assert table.trial.fault == "client 1 has abcd-0 of abcd-1, and received no more in 3 seconds"
+
+
+def test_not_all_clients_can_join():
+    """A server that takes no more clients leaves the trial undecided."""
+    table = Table("--clients=3", "--patience=1.5")
+    wires = [table.join(), table.join()]
+    table.tick(8 * TICKS)
+    for wire in wires:
+        wire.close(1000)
+        wire.end()
+    assert result_of(table.trial.done) == UNTRIED
+    assert table.trial.fault == (
+        "2 of 3 clients have joined, and no more are accepted (no answer): "
+        "ask for fewer --clients, or allow the server more"
+    )
+
+
+def test_progress_in_every_phase():
+    table = Table("--clients=1", "--rate=0", "--seconds=0.1", "--patience=1")
+    table.tick(TICKS)
+    wire = table.join()
+    table.tick()
+    posts = wire.said()
+    table.tick(TICKS)
+    wire.say(b"".join(message(number, post) + ack(number, post) for number, post in enumerate(posts, 1)))
+    table.tick(TICKS)
+    assert re.findall(r"\]   0%  (.*?)(?:\r|$)", table.terminal.getvalue()) == [
+        "0 of 1 clients joined",
+        "8 posted, 0 acknowledged, 0 delivered, 0 reconnections",
+        "0 of 1 clients have everything",
+    ]
