@@ -10,20 +10,17 @@ sent again, and repeated ones are not delivered.
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientProtocol
-from autobahn.websocket.types import ConnectingRequest
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IDelayedCall, IReactorTime, IStreamClientEndpoint
-from twisted.internet.protocol import connectionDone
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from typing_extensions import override
 
+from chatd.client.connection import CONNECT_SECONDS, ClientConnection, ClientFactory
 from chatd.client.protocol import (
     WINDOW,
     Ack,
@@ -41,34 +38,7 @@ from chatd.client.protocol import (
     parse_frame,
 )
 from chatd.messages import Entry, Id
-from chatd.transport.framing import CloseCode, take_texts
 
-CONNECT_SECONDS: Final = 10
-"""The time limit of a connection attempt, and then of its handshake."""
-IDLE_SECONDS: Final = 25
-"""The silence after which the client pings the server, which may itself ping only once an hour."""
-SILENCE_SECONDS: Final = 60
-"""The silence after which the client gives up a connection."""
-CLOSE_SECONDS: Final = 5
-"""The time limit of the closing handshake."""
-
-SUBPROTOCOL: Final = "chat.v1"
-FINAL_CLOSE_CODES: Final = frozenset(
-    (
-        CloseCode.PROTOCOL_ERROR,
-        CloseCode.UNSUPPORTED_DATA,
-        CloseCode.INVALID_DATA,
-        CloseCode.POLICY_VIOLATION,
-        CloseCode.MESSAGE_TOO_BIG,
-    )
-)
-"""Close codes that blame the client, which would fail again."""
-TEMPORARY_STATUSES: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
-"""HTTP statuses after which a later attempt may succeed; all others but 101 are final."""
-
-_RETRY_AFTER = re.compile(r"retry_after=(\d+(?:\.\d+)?)")
-_SECONDS = re.compile(r"\d{1,6}")
-_STATUS = re.compile(r"HTTP/1\.1 (\d\d\d)(?: (.*))?")
 _log = Logger()
 
 
@@ -97,8 +67,12 @@ class ServerAddress(NamedTuple):
         return cls(secure, parts.hostname, port or (443 if secure else 80), path or "/", query)
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'wss' if self.secure else 'ws'}://{host}:{self.port}{self.path}"
+        return f"{'wss' if self.secure else 'ws'}://{self.uri_host}:{self.port}{self.path}"
+
+    @property
+    def uri_host(self) -> str:
+        """The host as a URL or a Host header has it: an IPv6 address stands in brackets."""
+        return f"[{self.host}]" if ":" in self.host else self.host
 
     def resource(self, last: Id | None) -> str:
         """Return the path and query of the handshake, which name the last id that the client has."""
@@ -183,9 +157,9 @@ class Client:
         self._requests = PendingRequests(window)
         self._backoff = backoff or Backoff()
         self._endpoint = endpoint or self.address.endpoint(reactor)
-        self._factory = _Factory(self, reactor)
+        self._factory = ClientFactory(self, str(self.address), reactor)
         self._attempt: Deferred[Any] | None = None
-        self._connection: _Connection | None = None
+        self._connection: ClientConnection | None = None
         self._timers: dict[Callable[[], None], IDelayedCall] = {}
         self._closed: Deferred[None] = Deferred()
         self._end: Exception | None = None
@@ -243,9 +217,13 @@ class Client:
             self._closed.callback(None)
         return self._closed
 
-    # For its connections
+    # For its connections (ConnectionOwner)
 
-    def connection_made(self, connection: "_Connection") -> None:
+    def target(self) -> tuple[str, int, str]:
+        """Return the host, the port and the resource that a handshake names now."""
+        return self.address.uri_host, self.address.port, self.address.resource(self.last)
+
+    def connection_made(self, connection: ClientConnection) -> None:
         """Record a new connection, before its handshake."""
         self._attempt = None
         self._connection = connection
@@ -345,142 +323,3 @@ class Client:
             timer.cancel()
         if seconds is not None:
             self._timers[call] = self._reactor.callLater(seconds, call)
-
-
-class _Factory(WebSocketClientFactory):
-    """The factory of the connections of one client."""
-
-    noisy = False
-
-    def __init__(self, client: Client, reactor: IReactorTime) -> None:
-        super().__init__(str(client.address), protocols=[SUBPROTOCOL], reactor=reactor)
-        self.client = client
-        self.protocol = _Connection
-        # Autobahn's own timers use one clock for the whole process, so this module has its own.
-        self.setProtocolOptions(openHandshakeTimeout=0, closeHandshakeTimeout=0, serverConnectionDropTimeout=0)
-        self.options = {name: getattr(self, name) for name in WebSocketClientProtocol.CONFIG_ATTRS}
-
-
-class _Connection(WebSocketClientProtocol):
-    """One connection.  It parses whole text frames itself, which are nearly all, and leaves the others to Autobahn."""
-
-    CONFIG_ATTRS: list[str] = []  # noqa: RUF012 -- empty: Autobahn would log each attribute of every connection
-    factory: _Factory
-    transport: Any  # Twisted's transports have more than ITransport names
-    status = 0
-    """The HTTP status of a refused handshake."""
-    retry_after: float | None = None
-    reason = ""
-    """The reason for the end of the connection, if it is known."""
-
-    @override
-    def connectionMade(self) -> None:
-        vars(self).update(self.factory.options)
-        self.client = self.factory.client
-        self._reactor = self.factory.reactor
-        self._heard = self._reactor.seconds()
-        self._deadline = self._reactor.callLater(CONNECT_SECONDS, self._check_silence)
-        self._patience: float = CONNECT_SECONDS
-        self.client.connection_made(self)
-        super().connectionMade()
-
-    @override
-    def startHandshake(self) -> None:
-        address = self.client.address
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        resource = address.resource(self.client.last)
-        self._actuallyStartHandshake(ConnectingRequest(host, address.port, resource, protocols=self.factory.protocols))
-
-    @override
-    def failHandshake(self, reason: str) -> None:
-        status = _STATUS.match(self.http_status_line)
-        if status and status[1] != "101":
-            self.status = int(status[1])
-            reason = f"refused with {status[1]} {status[2] or ''}".rstrip()
-        header = self.http_headers.get("retry-after", "")
-        self.retry_after = float(header) if _SECONDS.fullmatch(header) else None
-        self.abort(reason)
-
-    @override
-    def onOpen(self) -> None:
-        self.client.server = self.http_headers.get("server")
-        self._expect(SILENCE_SECONDS)
-
-    @override
-    def dataReceived(self, data: bytes) -> None:
-        self._heard = self._reactor.seconds()
-        if self.state == self.STATE_CONNECTING or self.inside_message or self.current_frame is not None:
-            self._dataReceived(data)
-            return
-        if self.data:
-            data = self.data + data
-        texts, rest, more = take_texts(data)
-        self.data = data[rest:]
-        for text in texts:
-            self.onMessage(text, isBinary=False)
-        if self.data and not more:
-            self.consumeData()
-
-    @override
-    def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        if self.state == self.STATE_OPEN and not self.client.handle_text(payload):
-            self.abort("the server broke the protocol")
-
-    @override
-    def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
-        super().sendCloseFrame(code, reasonUtf8, isReply)
-        self._expect(CLOSE_SECONDS)
-
-    @property
-    def can_send(self) -> bool:
-        """True while frames can be sent: after the opening handshake, before the closing one."""
-        return bool(self.state == self.STATE_OPEN)
-
-    def close(self) -> None:
-        """Start the closing handshake, or abort if the connection never opened."""
-        if self.state == self.STATE_CONNECTING:
-            self.abort()
-        else:
-            self.sendClose(CloseCode.NORMAL.value)  # Autobahn accepts plain integers only
-
-    def abort(self, reason: str = "dropped by the client") -> None:
-        """Drop the connection without a closing handshake."""
-        self.reason = reason
-        self.wasClean = True  # so that Autobahn does not warn of it
-        self.dropConnection(abort=True)
-
-    def _expect(self, seconds: float) -> None:
-        """Abort if nothing is received for so many seconds."""
-        self._patience = seconds
-        self._deadline.reset(min(seconds, IDLE_SECONDS))
-
-    def _check_silence(self) -> None:
-        """Ping a server that is idle, and abort if it is silent for too long."""
-        idle = self._reactor.seconds() - self._heard
-        if idle >= self._patience or self.state != self.STATE_OPEN:
-            self.abort("the server did not answer in time")
-            return
-        if idle >= IDLE_SECONDS:
-            self.sendPing()
-        wait = (self._patience if idle >= IDLE_SECONDS else IDLE_SECONDS) - idle
-        self._deadline = self._reactor.callLater(wait, self._check_silence)
-
-    @override
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if self._deadline.active():
-            self._deadline.cancel()
-        self._connectionLost(reason)  # not Autobahn's adapter, which composes lines for debugging
-
-    @override
-    def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
-        code, remote_reason = self.remoteCloseCode, self.remoteCloseReason or ""
-        if code is not None:
-            self.reason = f"closed with {code} {remote_reason}".rstrip()
-        found = _RETRY_AFTER.search(remote_reason)
-        if found:
-            self.retry_after = float(found[1])
-        reason = self.reason or self.wasNotCleanReason or "closed without a code"
-        if code in FINAL_CLOSE_CODES or (self.status and self.status not in TEMPORARY_STATUSES):
-            self.client.connection_rejected(Rejected(reason, code or self.status))
-        else:
-            self.client.connection_lost(reason, self.retry_after)

@@ -10,6 +10,9 @@ This module is pure: bytes in, values out.
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+SUBPROTOCOL: Final = "chat.v1"
+"""The name of chatd's protocol, which a handshake may name: `Sec-WebSocket-Protocol` (section 1.9)."""
+
 
 class Opcode(IntEnum):
     """The kinds of frames (RFC 6455, section 5.2)."""

@@ -36,13 +36,11 @@ from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import Admission, HttpError, JoinRequest, Rate, read_query, server_stopping
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
 from chatd.transport.connections import WEBSOCKET, Connections
-from chatd.transport.framing import CloseCode
+from chatd.transport.framing import SUBPROTOCOL, CloseCode
 from chatd.transport.handshake import Upgrade, parse_upgrade, switch
 from chatd.transport.http import HTTP_1_1, PROBLEM, RETRY_AFTER_SECONDS, SERVER, ChatSite, problem
 from chatd.transport.session import SCHEMA, Session
 
-SUBPROTOCOL: Final = "chat.v1"
-"""The subprotocol that is chosen if a client offers it; no client has to."""
 MAX_HEAD: Final = 16 << 10
 """The largest size of the head of a request, in bytes."""
 

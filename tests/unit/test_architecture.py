@@ -32,8 +32,10 @@ TWISTED_WITHOUT_REACTOR = {
     "twisted.logger",
     "twisted.python.failure",
 }
-SINGULAR_AND_PLURAL = {"Connection", "Option"}
+SINGULAR_AND_PLURAL = {"Connection", "connection", "Option"}
 """Names that may exist with an `s` too: one connection and the set of all; twistd itself names a class Options."""
+AUTOBAHN_ADAPTERS = {"chatd.transport.autobahn_adapter", "chatd.client.connection"}
+"""The modules that hold every use of Autobahn, one for the server and one for the client."""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,12 @@ def test_only_programs_import_the_global_reactor(trees):
     """Everything but the plugin and the command lines gets a reactor as an argument, so that tests hand in a clock."""
     users = {name for name, tree in trees.items() if "twisted.internet.reactor" in imported(tree)}
     assert {name for name in users if not name.endswith(".__main__")} == {"chatd.tap"}
+
+
+def test_only_adapters_import_autobahn(graph):
+    """A new version of Autobahn needs a look at two modules, and at no other."""
+    users = [graph.find_modules_that_directly_import(library) for library in ("autobahn", "txaio")]
+    assert set().union(*users) == AUTOBAHN_ADAPTERS
 
 
 @pytest.mark.parametrize("folder", ["", "plugins"])

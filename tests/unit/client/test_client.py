@@ -8,15 +8,8 @@ from support.server_ends import Endpoint
 from support.watches import Watch
 from twisted.internet.task import Clock
 
-from chatd.client.client import (
-    CLOSE_SECONDS,
-    CONNECT_SECONDS,
-    IDLE_SECONDS,
-    SILENCE_SECONDS,
-    Client,
-    Listener,
-    ServerAddress,
-)
+from chatd.client.client import Client, Listener, ServerAddress
+from chatd.client.connection import CLOSE_SECONDS, CONNECT_SECONDS, IDLE_SECONDS, SILENCE_SECONDS
 from chatd.client.protocol import Backoff, ClientStopped, Posted, ProtocolError, Rejected
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame

@@ -1,0 +1,218 @@
+"""One connection of the client, and everything that it relies on in Autobahn beyond the documented interface.
+
+Autobahn speaks WebSocket (RFC 6455).  `ClientConnection` is its protocol class, which uses these of its internals:
+
+- `CONFIG_ATTRS`: the names of the options that Autobahn copies to each connection, and formats for debugging, which
+  takes 0.1 ms.  The connection copies them itself and leaves Autobahn an empty list.
+- `_dataReceived`, `consumeData`, `data`, `inside_message` and `current_frame`: how Autobahn reads.  If it is between
+  two frames and between two messages, `framing` reads whole, unmasked text frames, which are nearly all that a server
+  sends.  Autobahn reads the others and refuses the invalid ones.
+- `_connectionLost`: what Autobahn's `connectionLost` calls after it has composed lines for debugging.
+- `failHandshake`, `http_status_line` and `http_headers`: the answer to a handshake.  Autobahn's callbacks report
+  neither the status of a refusal nor its `Retry-After`.
+- `sendCloseFrame`: begins the time limit of the closing handshake, whichever end starts it.
+- `dropConnection` and `wasClean`: end a connection at once, without Autobahn's warning in the log.
+- `state`: whether the opening handshake is finished and the closing one has not begun.
+- `remoteCloseCode`, `remoteCloseReason` and `wasNotCleanReason`: how the connection ended.  `onClose` gets 1006 instead
+  of the server's code if the connection did not end cleanly afterwards.
+
+The unit tests fail if Autobahn drops or renames a name that is used here.
+"""
+
+import re
+from typing import Any, Final, Protocol
+
+from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientProtocol
+from autobahn.wamp.types import TransportDetails
+from autobahn.websocket.types import ConnectingRequest
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from typing_extensions import override
+
+from chatd.client.protocol import Rejected
+from chatd.transport.framing import SUBPROTOCOL, CloseCode, take_texts
+
+CONNECT_SECONDS: Final = 10
+"""The time limit of a connection attempt, and then of its handshake."""
+IDLE_SECONDS: Final = 25
+"""The silence after which the client pings the server, which may itself ping only once an hour."""
+SILENCE_SECONDS: Final = 60
+"""The silence after which the client gives up a connection."""
+CLOSE_SECONDS: Final = 5
+"""The time limit of the closing handshake."""
+
+FINAL_CLOSE_CODES: Final = frozenset(
+    (
+        CloseCode.PROTOCOL_ERROR,
+        CloseCode.UNSUPPORTED_DATA,
+        CloseCode.INVALID_DATA,
+        CloseCode.POLICY_VIOLATION,
+        CloseCode.MESSAGE_TOO_BIG,
+    )
+)
+"""Close codes that blame the client, which would fail again."""
+TEMPORARY_STATUSES: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
+"""HTTP statuses after which a later attempt may succeed; all others but 101 are final."""
+
+_RETRY_AFTER = re.compile(r"retry_after=(\d+(?:\.\d+)?)")
+_SECONDS = re.compile(r"\d{1,6}")
+_STATUS = re.compile(r"HTTP/1\.1 (\d\d\d)(?: (.*))?")
+
+
+class ConnectionOwner(Protocol):
+    """The client, as its connections see it."""
+
+    server: str | None
+
+    def target(self) -> tuple[str, int, str]:
+        """Return the host, the port and the resource that a handshake names now."""
+
+    def connection_made(self, connection: "ClientConnection") -> None:
+        """Record a new connection, before its handshake."""
+
+    def handle_text(self, text: bytes) -> bool:
+        """Handle a text frame; return False if the connection must be dropped."""
+
+    def connection_lost(self, reason: str, retry_after: float | None) -> None:
+        """Reconnect later, after `retry_after` seconds if the server named a time."""
+
+    def connection_rejected(self, error: Rejected) -> None:
+        """Finish: no other connection would succeed."""
+
+
+class ClientFactory(WebSocketClientFactory):
+    """The factory of the connections of one client."""
+
+    noisy = False
+
+    def __init__(self, owner: ConnectionOwner, url: str, reactor: IReactorTime) -> None:
+        super().__init__(url, protocols=[SUBPROTOCOL], reactor=reactor)
+        self.owner = owner
+        self.protocol = ClientConnection
+        # Autobahn's own timers use one clock for the whole process, so this module has its own.
+        self.setProtocolOptions(openHandshakeTimeout=0, closeHandshakeTimeout=0, serverConnectionDropTimeout=0)
+        self.options = {name: getattr(self, name) for name in WebSocketClientProtocol.CONFIG_ATTRS}
+
+
+class ClientConnection(WebSocketClientProtocol):
+    """One connection.  It parses whole text frames itself, which are nearly all, and leaves the others to Autobahn."""
+
+    CONFIG_ATTRS: list[str] = []  # noqa: RUF012 -- Autobahn's type
+    factory: ClientFactory
+    transport: Any  # Twisted's transports have more than ITransport names
+    status = 0
+    """The HTTP status of a refused handshake."""
+    retry_after: float | None = None
+    reason = ""
+    """The reason for the end of the connection, if it is known."""
+
+    @override
+    def connectionMade(self) -> None:
+        vars(self).update(self.factory.options)
+        self.owner = self.factory.owner
+        self._reactor = self.factory.reactor
+        self._heard = self._reactor.seconds()
+        self._deadline = self._reactor.callLater(CONNECT_SECONDS, self._check_silence)
+        self._patience: float = CONNECT_SECONDS
+        self.owner.connection_made(self)
+        super().connectionMade()
+
+    @override
+    def onConnecting(self, transport_details: TransportDetails) -> ConnectingRequest:
+        host, port, resource = self.owner.target()
+        return ConnectingRequest(host, port, resource, protocols=self.factory.protocols)
+
+    @override
+    def failHandshake(self, reason: str) -> None:
+        status = _STATUS.match(self.http_status_line)
+        if status and status[1] != "101":
+            self.status = int(status[1])
+            reason = f"refused with {status[1]} {status[2] or ''}".rstrip()
+        header = self.http_headers.get("retry-after", "")
+        self.retry_after = float(header) if _SECONDS.fullmatch(header) else None
+        self.abort(reason)
+
+    @override
+    def onOpen(self) -> None:
+        self.owner.server = self.http_headers.get("server")
+        self._expect(SILENCE_SECONDS)
+
+    @override
+    def dataReceived(self, data: bytes) -> None:
+        self._heard = self._reactor.seconds()
+        if self.state == self.STATE_CONNECTING or self.inside_message or self.current_frame is not None:
+            self._dataReceived(data)
+            return
+        if self.data:
+            data = self.data + data
+        texts, rest, more = take_texts(data)
+        self.data = data[rest:]
+        for text in texts:
+            self.onMessage(text, isBinary=False)
+        if self.data and not more:
+            self.consumeData()
+
+    @override
+    def onMessage(self, payload: bytes, isBinary: bool) -> None:
+        if self.state == self.STATE_OPEN and not self.owner.handle_text(payload):
+            self.abort("the server broke the protocol")
+
+    @override
+    def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:
+        super().sendCloseFrame(code, reasonUtf8, isReply)
+        self._expect(CLOSE_SECONDS)
+
+    @property
+    def can_send(self) -> bool:
+        """True while frames can be sent: after the opening handshake, before the closing one."""
+        return bool(self.state == self.STATE_OPEN)
+
+    def close(self) -> None:
+        """Start the closing handshake, or abort if the connection never opened."""
+        if self.state == self.STATE_CONNECTING:
+            self.abort()
+        else:
+            self.sendClose(CloseCode.NORMAL.value)  # Autobahn accepts plain integers only
+
+    def abort(self, reason: str = "dropped by the client") -> None:
+        """Drop the connection without a closing handshake."""
+        self.reason = reason
+        self.wasClean = True  # so that Autobahn does not warn of it
+        self.dropConnection(abort=True)
+
+    def _expect(self, seconds: float) -> None:
+        """Abort if nothing is received for so many seconds."""
+        self._patience = seconds
+        self._deadline.reset(min(seconds, IDLE_SECONDS))
+
+    def _check_silence(self) -> None:
+        """Ping a server that is idle, and abort if it is silent for too long."""
+        idle = self._reactor.seconds() - self._heard
+        if idle >= self._patience or self.state != self.STATE_OPEN:
+            self.abort("the server did not answer in time")
+            return
+        if idle >= IDLE_SECONDS:
+            self.sendPing()
+        wait = (self._patience if idle >= IDLE_SECONDS else IDLE_SECONDS) - idle
+        self._deadline = self._reactor.callLater(wait, self._check_silence)
+
+    @override
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._deadline.active():
+            self._deadline.cancel()
+        self._connectionLost(reason)  # not Autobahn's adapter, which composes lines for debugging
+
+    @override
+    def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
+        code, remote_reason = self.remoteCloseCode, self.remoteCloseReason or ""
+        if code is not None:
+            self.reason = f"closed with {code} {remote_reason}".rstrip()
+        found = _RETRY_AFTER.search(remote_reason)
+        if found:
+            self.retry_after = float(found[1])
+        reason = self.reason or self.wasNotCleanReason or "closed without a code"
+        if code in FINAL_CLOSE_CODES or (self.status and self.status not in TEMPORARY_STATUSES):
+            self.owner.connection_rejected(Rejected(reason, code or self.status))
+        else:
+            self.owner.connection_lost(reason, self.retry_after)
