@@ -8,7 +8,7 @@ Autobahn speaks WebSocket (RFC 6455).  `AutobahnConnection` is its protocol clas
 - Whole, masked text frames, which are nearly all that clients send, are read by `framing`.  Autobahn
   reads the others and refuses the invalid ones.
 - The subclass sees what it needs to see through the hooks at the top of the class, and every answer that
-  Autobahn sends goes through `sendData`.
+  Autobahn sends goes through its `send_frame`.
 
 The unit tests fail if Autobahn drops or renames a name that is used here.
 """
@@ -80,6 +80,10 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     def text_received(self, text: bytes) -> None:
         """Handle the text of a message."""
+        raise NotImplementedError
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame, or the answer to a request, after everything that was sent before."""
         raise NotImplementedError
 
     def failing(self, code: int, reason: str) -> None:
@@ -167,7 +171,7 @@ class AutobahnConnection(WebSocketServerProtocol):
     @override
     def failHandshake(self, reason: str, code: int = 400, responseHeaders: Any = None) -> None:
         if self.state != self.STATE_CLOSED:
-            self.sendData(self.refusal(HTTPStatus(code), reason, responseHeaders or []))
+            self.send_frame(self.refusal(HTTPStatus(code), reason, responseHeaders or []))
             self.wasClean = True  # else Autobahn logs a warning
             self.dropConnection()
 
@@ -203,6 +207,13 @@ class AutobahnConnection(WebSocketServerProtocol):
             self.fail(CloseCode.UNSUPPORTED_DATA, "only text frames are understood")
         else:
             self.text_received(payload)
+
+    # Sending
+
+    @override
+    def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
+        # Not Autobahn's, which writes to the transport, whatever the room has handed to the socket.
+        self.send_frame(data)
 
     # Closing
 

@@ -185,7 +185,7 @@ class WebSocketConnection(AutobahnConnection):
         session.name = request.username
         self.factory.connections.add(self)
         self.transport.registerProducer(self, self._socket is None)
-        self.sendData(answer + session.join(ticket))
+        self.send_frame(answer + session.join(ticket))
         _log.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=request.room)
 
     # Reading
@@ -224,17 +224,14 @@ class WebSocketConnection(AutobahnConnection):
         self.transport.write(rest)
 
     @override
-    def sendData(self, data: bytes, sync: bool = False, chopsize: int | None = None) -> None:
+    def send_frame(self, frame: bytes) -> None:
         """Send an answer of Autobahn, the session or the room, in order with the entries of the room."""
         if not self.session.ready:
             # A client that does not take its answers is not read, so that they do not pile up.
-            self.transport.write(data)
+            self.transport.write(frame)
             self.session.block()
-        elif (taken := self.write(data)) < len(data):
-            self.hold(data[taken:])
-
-    def send_frame(self, frame: bytes) -> None:
-        self.sendData(frame)
+        elif (taken := self.write(frame)) < len(frame):
+            self.hold(frame[taken:])
 
     def ping(self) -> bool:
         if self._unanswered:

@@ -154,7 +154,7 @@ def install(report):
 
 def _watch_connections(connection, check):
     """See what a WebSocket connection is to write."""
-    for name in ("write", "sendData"):
+    for name in ("write", "send_frame"):
         setattr(connection, name, _before(getattr(connection, name), check))
 
 

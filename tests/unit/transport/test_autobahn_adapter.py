@@ -1,20 +1,16 @@
 """Autobahn still has every name that the adapter relies on, and calls every method that it overrides."""
 
-import ast
-import inspect
-import pathlib
-
 import pytest
 import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from support.helpers import HEAD
+from support.overrides import names_of, overrides, source_of, used_in
 from support.websocket_frames import masked
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from chatd.transport import autobahn_adapter
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
 from chatd.transport.websocket import ChatFactory, WebSocketConnection
 
@@ -23,11 +19,6 @@ REPLACED = {
     *("current_frame", "inside_message", "websocket_version", "__init__"),
 }
 """The attributes of Autobahn's connections that ours replace on purpose."""
-PYTHON = {
-    *("__module__", "__doc__", "__annotations__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"),
-    *("__implemented__", "__provides__", "__providedBy__", "__firstlineno__", "__static_attributes__"),
-    *("__annotate__", "__annotate_func__", "__annotations_cache__"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -54,24 +45,6 @@ def factory():
     return AutobahnFactory(WebSocketConnection, "chatd", Clock())
 
 
-def names_of(one):
-    """The names that a class declares itself."""
-    return {*vars(one), *inspect.get_annotations(one)} - PYTHON
-
-
-def used_in(one):
-    """The attributes of `self`, `super()` and `blank` that the source of a class uses."""
-    tree = ast.parse(inspect.getsource(one))
-    owners = ("self", "super()", "blank")
-    return {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) in owners
-    }
-
-
-def overrides(one):
-    return {name for name, value in vars(one).items() if getattr(value, "__override__", False)}
-
-
 def test_names_used_on_a_connection(theirs):
     """Autobahn's connections have every attribute that the adapter reads, sets or calls on its own."""
     used = used_in(AutobahnConnection) - names_of(AutobahnConnection)
@@ -91,7 +64,7 @@ def test_names_used_on_a_factory():
 
 def test_overridden_methods():
     """Autobahn defines and calls every method that is overridden."""
-    source = "".join(inspect.getsource(one) for one in WebSocketServerProtocol.__mro__[:-2])
+    source = source_of(WebSocketServerProtocol)
     ours = overrides(AutobahnConnection) | (overrides(WebSocketConnection) - names_of(AutobahnConnection))
     twisted = {"connectionMade", "connectionLost", "dataReceived"}
     assert ours >= {"processHandshake", "sendData", "sendCloseFrame", "_fail_connection", "onPong", "onOpen"}
@@ -130,15 +103,3 @@ def test_own_attributes(factory):
 
 def test_no_connection_is_counted_before_the_first(factory):
     assert factory.getConnectionCount() == 0
-
-
-def test_adapter_alone_imports_autobahn():
-    """Autobahn is imported in the adapter, and nowhere else in the wing."""
-    folder = inspect.getfile(autobahn_adapter).rpartition("/")[0]
-    assert "autobahn" in inspect.getsource(autobahn_adapter)
-    for path in pathlib.Path(folder).glob("*.py"):
-        tree = ast.parse(path.read_text())
-        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        if path.name != "autobahn_adapter.py":
-            assert not any(module.startswith(("autobahn", "txaio")) for module in modules), path.name
