@@ -1,19 +1,16 @@
-"""The figures, the options and the trial of the load tool, without a server."""
+"""The figures and the options of the load tool, without a server."""
 
 import contextlib
 import io
-import re
+import pickle
 
 import pytest
 from support.helpers import Terminal
 from support.loops import reactor
-from twisted.internet.defer import Deferred
 
-from chatd.client.protocol import History
 from chatd.load import __main__ as program
 from chatd.load.figures import Latencies, Progress, summary
 from chatd.load.trial import UNTRIED, Trial
-from chatd.messages import Entry, Id
 
 # Figures
 
@@ -28,7 +25,7 @@ def test_latencies_are_exact_to_two_percent():
     for name, true in (("p50", 500), ("p95", 950), ("p99", 990)):
         assert true <= figures[name] <= 1.02 * true
     assert figures["max"] == 1000
-    assert len(latencies._counts) < 400
+    assert len(pickle.dumps(latencies)) < 1000 * 8, "a latency takes less than its own number"
 
 
 def test_percentiles_of_a_single_latency():
@@ -138,45 +135,3 @@ def test_wrong_option_is_one_line(capsys, words, said):
     assert line.startswith("chatd.load: ")
     assert said in line
     assert line.endswith(": see --help\n")
-
-
-# Trials
-
-
-def test_post_in_a_second_log_counts_one_echo():
-    with reactor() as loop:
-        options = program.arguments(["ws://127.0.0.1:1/", "--clients=1", "--lenient"])
-        trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
-        (member,) = trial._members
-        member.post(loop.seconds())
-        entry = Entry(1, member.name, trial.proof.text(0, 0), "2026-01-01T00:00:00.000Z")
-        for epoch in ("abcd", "efgh"):
-            member.on_history(History(Id(epoch, 0), []))
-            member.on_entries(epoch, [entry])
-    assert trial.fault is None
-    assert sum(trial.echoes._counts.values()) == 1
-
-
-def test_unread_part_of_a_new_log_is_read_back():
-    with reactor() as loop:
-        options = program.arguments(["ws://127.0.0.1:1/", "--clients=2"])
-        trial = Trial(options, options.url, "run", loop, Progress(io.StringIO(), loop.seconds))
-        asked = []
-        trial._members[0].read_back = lambda before: asked.append((before, Deferred())) or asked[-1][1]
-        for member in trial._members:
-            member.on_history(History(Id("abcd", 0), []))
-        trial._members[0].on_history(History(Id("efgh", 7), []))
-        trial._settle()
-        assert trial._behind == trial._members[1:]
-        trial._members[1].on_history(History(Id("efgh", 7), []))
-        trial._members[1].paged = True
-        for number, more in ((7, True), (6, False)):
-            trial._settle()
-            trial._settle()
-            before, answer = asked.pop()
-            assert (before, asked) == (Id("efgh", number + 1), [])
-            entry = Entry(number, "ann", "hi", "2026-01-01T00:00:00.000Z")
-            trial._members[0]._read(History(Id("efgh", number), [entry], more=more))
-            answer.callback(None)
-        trial._settle()
-    assert re.fullmatch("the log abcd is lost, with 0 acknowledged messages: now there is efgh", trial.fault)

@@ -47,8 +47,8 @@ class Table:
         self.clock.pump([TICK] * count)
 
 
-def message(number, post):
-    return message_frame("abcd", Entry(number, post["username"], post["message"], "2026-01-01T00:00:00.000Z"))
+def message(number, post, epoch="abcd"):
+    return message_frame(epoch, Entry(number, post["username"], post["message"], "2026-01-01T00:00:00.000Z"))
 
 
 def ack(number, post):
@@ -151,3 +151,47 @@ def test_progress_in_every_phase():
         "8 posted, 0 acknowledged, 0 delivered, 0 reconnections",
         "0 of 1 clients have everything",
     ]
+
+
+def test_post_in_a_second_log_counts_one_echo():
+    """The latency of a post ends when its poster first receives it, even if the post is stored in a new log too."""
+    table = Table("--clients=1", "--rate=0", "--messages=1", "--lenient")
+    wire = table.join()
+    table.tick()
+    (post,) = wire.said()
+    table.tick()
+    wire.say(message(1, post))
+    table.tick(5)
+    wire.say(history_frame("efgh", 0, [], resumed=False) + message(1, post, "efgh"))
+    assert table.trial.fault is None
+    assert table.trial.report()["latency_ms"]["message"] == dict.fromkeys(("p50", "p95", "p99", "max"), 1000 * TICK)
+
+
+def test_unread_part_of_a_new_log_is_read_back():
+    """One client reads what no client has received, page by page, once all clients are at the head of the new log."""
+    table = Table("--clients=2", "--posters=1", "--rate=0", "--messages=1")
+    second, first = table.join(), table.join()
+    table.tick()
+    (post,) = first.said()
+    for wire in (first, second):
+        wire.say(message(1, post))
+    first.say(ack(1, post))
+    table.tick()
+    (page,) = second.said()
+    second.say(history_frame("abcd", 1, [], label=page["label"]))
+    table.tick()
+    first.clear()
+    first.say(history_frame("efgh", 7, [], resumed=False))
+    (page,) = first.said()
+    first.say(history_frame("efgh", 7, [], label=page["label"]))
+    table.tick(2)
+    assert first.said() == [], "the second client is not in the new log yet"
+    second.say(history_frame("efgh", 7, [], resumed=False))
+    for number, more in ((7, True), (6, False)):
+        table.tick(2)
+        (page,) = first.said()
+        assert page["before"] == f"efgh-{number + 1}"
+        other = message(number, {"username": "ann", "message": "hi"}, "efgh")
+        first.say(history_frame("efgh", number, [other], label=page["label"], more=more))
+    table.tick()
+    assert table.trial.fault == "the log abcd is lost, with 1 acknowledged messages: now there is efgh"
