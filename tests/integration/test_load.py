@@ -21,7 +21,7 @@ from twisted.internet.protocol import Factory, Protocol
 
 from chatd.load import __main__ as program
 from chatd.load.figures import Progress
-from chatd.load.trial import INTERRUPTED, PROVED, REFUTED, UNTRIED, Trial
+from chatd.load.trial import INTERRUPTED, PROVED, REFUTED, UNTRIED
 
 LISTEN = "tcp:0:interface=127.0.0.1:backlog=4096"
 
@@ -271,10 +271,17 @@ def test_interrupted_run_prints_its_figures(server):
     assert out.startswith(server.url)
 
 
-def test_unexpected_errors_propagate(server, monkeypatch):
-    monkeypatch.setattr(Trial, "_post", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(server.url, "--clients=2")
+def test_unexpected_errors_propagate(server):
+    """An error that is no fault of the server, here of the terminal, ends the program."""
+
+    class Broken(Terminal):
+        def write(self, text):
+            if " posted" in text:
+                raise OSError("the terminal is gone")
+            return super().write(text)
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        run(server.url, "--clients=2", err=Broken())
 
 
 # Faulty servers

@@ -4,6 +4,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ pytest.register_assert_rewrite("support.store_contract")
 # The same examples in every run and on every machine, and no file written beside the tests.
 REPEATABLE = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
+COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
+
 NEW_YEAR = 1_767_225_600.0
 """2026-01-01T00:00:00Z."""
 
@@ -39,6 +42,13 @@ class ManualTime:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+class Longest(Random):
+    """A source of chance with which every backoff lasts as long as it may."""
+
+    def random(self) -> float:
+        return 1.0
 
 
 class Terminal(io.StringIO):
@@ -188,23 +198,27 @@ class Turns(Clock):
         return all(call.getTime() > self.seconds() + seconds for call in self.calls)
 
 
-def count_held(owner, *others):
-    """Count the items in all collections reachable from an object, except through `others`.
-
-    An object that forgets what it should holds as many items afterwards as before.
-    """
-    seen, todo, items = {id(other) for other in others}, [owner], 0
+def held_by(owner, *others):
+    """Yield every object reachable from an object by attributes and collections, except through `others`."""
+    seen, todo = {id(other) for other in others}, [owner]
     while todo:
         one = todo.pop()
         if id(one) in seen or isinstance(one, (type, ModuleType)):
             continue
         seen.add(id(one))
-        if isinstance(one, (dict, list, tuple, set, frozenset, deque)):
-            items += len(one)
+        yield one
+        if isinstance(one, COLLECTIONS):
             todo += [*one, *one.values()] if isinstance(one, dict) else one
         else:
             todo += getattr(one, "__dict__", {}).values()
-    return items
+
+
+def count_held(owner, *others):
+    """Count the items in all collections reachable from an object, except through `others`.
+
+    An object that forgets what it should holds as many items afterwards as before.
+    """
+    return sum(len(one) for one in held_by(owner, *others) if isinstance(one, COLLECTIONS))
 
 
 def stamped(number):

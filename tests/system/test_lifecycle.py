@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from functools import partial
-from random import Random
 
 import pytest
 from botocore.exceptions import (
@@ -21,6 +20,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from botocore.session import Session
 from support import imds
+from support.helpers import Longest
 from support.imds import FILES, GROUP, INSTANCE, REGION, TARGET_GROUP, Cloud, settings, surroundings
 from support.loops import drive
 from support.servers import LONG, LOOPBACK, Lines, Raw, Server
@@ -35,13 +35,6 @@ from chatd.messages import Entry, Id
 LAUNCH, TERMINATE = "chatd-launch", "chatd-terminate"
 STEP = 0.5
 THROTTLED = ClientError({"Error": {"Code": "Throttling", "Message": "Rate exceeded"}}, "CompleteLifecycleAction")
-
-
-class Longest(Random):
-    """Has a Backoff wait as long as it may."""
-
-    def random(self):
-        return 1.0
 
 
 def load(*changes):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from support.helpers import result_of
+from support.helpers import Longest, result_of
 from support.server_ends import Endpoint
 from support.watches import Watch
 from twisted.internet.task import Clock
@@ -64,13 +64,6 @@ def test_resource_has_the_query_and_the_last_id():
 # A client in memory
 
 
-class Longest:
-    """A source of chance that always returns the upper bound."""
-
-    def random(self):
-        return 1.0
-
-
 def message(number):
     return message_frame("abcd", Entry(number, "ann", f"m{number}", "2026-01-01T00:00:00.000Z"))
 
@@ -78,9 +71,9 @@ def message(number):
 class Table:
     """A client with its clock and its endpoint."""
 
-    def __init__(self, url="ws://h:8085/rooms/a", **options):
+    def __init__(self, url="ws://h:8085/rooms/a", *, listener=None, **options):
         self.clock = Clock()
-        self.watch = Watch()
+        self.watch = listener or Watch()
         self.endpoint = Endpoint()
         backoff = Backoff(chance=Longest())
         self.client = Client(self.clock, url, self.watch, endpoint=self.endpoint, backoff=backoff, **options)
@@ -605,8 +598,7 @@ def test_drop_connection():
 
 
 def test_listener_methods_are_optional():
-    table = Table()
-    table.client._listener = Listener()
+    table = Table(listener=Listener())
     wire = table.join(1)
     wire.say(message(2) + presence_frame(1) + message(2))
     wire.end()
