@@ -540,13 +540,12 @@ def test_port_that_cannot_be_closed(server, events, fault):
     """A port that cannot be closed does not keep the others from closing."""
     server.start()
 
-    class Stuck:
-        def stopListening(self):
-            if isinstance(fault, Deferred):
-                return fault
-            raise fault
+    def stuck():
+        if isinstance(fault, Deferred):
+            return fault
+        raise fault
 
-    server.service._ports[0] = Stuck()
+    server.listen["tcp:8085"].port.stopListening = stuck
     assert server.stop().called
     assert server.journal == [STOPPING, DRAINING, "drain", "stop tcp:9085", "store.close", "stop tcp:8086"]
     server.drain.ports = None

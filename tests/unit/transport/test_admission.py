@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import REPEATABLE, ManualTime
+from support.helpers import REPEATABLE, ManualTime, count_held
 
 from chatd.messages import Id
 from chatd.transport import admission
@@ -437,7 +437,7 @@ def test_addresses_without_a_rate(now):
     """Without a rate there is no limit, and no address is stored."""
     limit = Addresses(None, 0, now)
     assert {limit.take("192.0.2.1", None) for _ in range(100)} == {0.0}
-    assert limit._addresses == {}
+    assert count_held(limit) == 0
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,8 @@ def test_addresses_without_a_rate(now):
 def test_only_trusted_proxies_count_in_forwarded(addresses, hops, forwarded, address):
     limit = addresses(hops)
     assert limit.take("peer", forwarded) == 0.0
-    assert [*limit._addresses] == [address]
+    limited = [name for name in ("peer", "spoofed", "203.0.113.9", "198.51.100.1") if limit.take(name, None)]
+    assert limited == [address]
 
 
 def test_client_cannot_forge_its_address(addresses):
@@ -482,7 +483,7 @@ def test_idle_addresses_are_removed(addresses, now, monkeypatch):
     for number in range(100):
         limit.take(f"192.0.2.{number}", None)
         now.advance(0.25)
-        assert len(limit._addresses) <= 10
+        assert count_held(limit) <= 10
 
 
 def test_busy_addresses_are_kept(addresses, now, monkeypatch):
@@ -507,12 +508,15 @@ def test_app_or_an_address_may_be_an_origin(origin):
 def test_address_scans_become_rarer(monkeypatch):
     """The limit for the next scan doubles with the number of busy addresses."""
     monkeypatch.setattr(admission, "MAX_ADDRESSES", 4)
-    now = ManualTime()
-    addresses = Addresses(Rate(1, 1, now), 0, now)
+    now, scans = ManualTime(), []
+    addresses = Addresses(Rate(1, 1, now), 0, lambda: scans.append(count_held(addresses)) or now())
     for number in range(8):
         assert not addresses.take(str(number), None)
-    assert addresses._most == 8
+    assert scans == [4]
     now.advance(10)
     addresses.take("another", None)
-    assert [*addresses._addresses] == ["another"]
-    assert addresses._most == 4
+    assert scans == [4, 8]
+    assert count_held(addresses) == 1
+    for number in range(4):
+        assert not addresses.take(str(number), None)
+    assert scans == [4, 8, 4]
