@@ -149,7 +149,7 @@ def install(report):
 
     _watch_connections(protocol.WebSocketConnection, watching(check_stream))
     _watch_requests(web.ChatSite.requestFactory, watching(check_answer), watching(check_event))
-    _watch_channels(web._Channel, watching(check_answer))
+    _watch_channels(web.ChatSite.protocol, watching(check_answer))
 
 
 def _watch_connections(connection, check):

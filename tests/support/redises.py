@@ -86,8 +86,8 @@ class Client:
     """A minimal client: bulk strings are bytes, statuses are text, and errors raise Refused."""
 
     def __init__(self, port, *auth):
-        self._socket = socket.create_connection((LOCAL, port), LONG)
-        self._file = self._socket.makefile("rb")
+        self.socket = socket.create_connection((LOCAL, port), LONG)
+        self._file = self.socket.makefile("rb")
         if auth:
             try:
                 self.call("AUTH", *auth)
@@ -103,13 +103,13 @@ class Client:
 
     def close(self):
         self._file.close()
-        self._socket.close()
+        self.socket.close()
 
     def send(self, *args):
         """Send a command without waiting for its reply."""
         parts = [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
         command = [b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)]
-        self._socket.sendall(b"".join(command))
+        self.socket.sendall(b"".join(command))
 
     def _read(self):
         line = self._file.readline()

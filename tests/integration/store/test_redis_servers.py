@@ -80,7 +80,7 @@ def test_pause_stops_replies(redis):
     with redis.client() as client:
         redis.pause()
         client.send("PING")
-        client._socket.settimeout(0.05)
+        client.socket.settimeout(0.05)
         with pytest.raises(TimeoutError):
             client.reply()
     redis.go_on()
@@ -212,10 +212,10 @@ def test_proxy_stall(proxy):
         with Client(proxy.port) as late:
             late.send("PING")
             for each in (client, late):
-                each._socket.settimeout(0.05)
+                each.socket.settimeout(0.05)
                 with pytest.raises(TimeoutError):
-                    each._socket.recv(1)
-                each._socket.settimeout(servers.LONG)
+                    each.socket.recv(1)
+                each.socket.settimeout(servers.LONG)
             proxy.go_on()
             assert client.reply() == "PONG"
             assert late.reply() == "PONG"
@@ -271,7 +271,7 @@ def test_proxy_tls(tmp_path, one):
     _, trusting = certificate_for(tmp_path)
     with Proxy(one.port, tls=tmp_path) as proxy:
         assert proxy.url(host="localhost") == f"rediss://localhost:{proxy.port}/0"
-        with Client(proxy.port) as client, trusting.wrap_socket(client._socket, server_hostname="127.0.0.1") as sock:
+        with Client(proxy.port) as client, trusting.wrap_socket(client.socket, server_hostname="127.0.0.1") as sock:
             sock.sendall(b"PING\r\n")
             assert sock.recv(100) == b"+PONG\r\n"
             proxy.cut()
@@ -279,4 +279,4 @@ def test_proxy_tls(tmp_path, one):
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
         for context, host in ((trusting, "localhost"), (ssl.create_default_context(), "127.0.0.1")):
             with Client(proxy.port) as client, pytest.raises(ssl.SSLCertVerificationError):
-                context.wrap_socket(client._socket, server_hostname=host)
+                context.wrap_socket(client.socket, server_hostname=host)

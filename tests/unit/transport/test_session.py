@@ -40,7 +40,7 @@ class Log(MemoryStore):
     @property
     def messages(self):
         """The messages of the room `main`."""
-        return [entry.message for entry in self._room("main").entries]
+        return [entry.message for entry in result_of(super().read("main", None, 1000)).entries]
 
     def read(self, room, after, limit):
         page = super().read(room, after, limit)
