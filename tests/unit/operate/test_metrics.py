@@ -24,6 +24,7 @@ from support.helpers import (
 )
 from support.metrics import ALERTS, DASHBOARD, METRICS, Scrape, asked, panels, rules
 from support.servers import ROOT
+from support.stores import FaultyStore
 from support.web_doubles import Connection, Stream, Transport
 from support.websocket_frames import masked, read_frames
 from twisted.internet.defer import fail
@@ -45,21 +46,6 @@ from chatd.transport.api import Api
 from chatd.transport.connections import Connections
 from chatd.transport.frames import message_frame
 from chatd.transport.websocket import ChatFactory
-
-
-class Log(MemoryStore):
-    """A log that can be down."""
-
-    down = False
-
-    def append(self, room, post, poster):
-        if self.down:
-            poster.refused(post, LogUnavailable())
-        else:
-            super().append(room, post, poster)
-
-    def read(self, room, after, limit):
-        return fail(LogUnavailable("no disk")) if self.down else super().read(room, after, limit)
 
 
 class Person:
@@ -103,7 +89,7 @@ class House:
 
     def __init__(self, *, store=None, rate=None):
         self.clock = Turns()
-        self.store = store or Log(Retention(), ManualTime())
+        self.store = store or FaultyStore()
         self.store.open(())
         self.rooms = Registry(self.store, frames, self.clock, 100)
         self.connections = Connections(self.clock, 25)

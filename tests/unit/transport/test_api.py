@@ -7,20 +7,19 @@ from http import HTTPStatus
 from urllib.parse import quote, urljoin, urlsplit
 
 import pytest
-from support.helpers import HEAD, ManualTime, RecordingPoster, count_held, result_of
+from support.helpers import HEAD, RecordingPoster, count_held, result_of
+from support.stores import FaultyStore
 from support.web_doubles import Connection, SecureTransport, Stream, Transport
 from support.websocket_frames import masked, read_frames, take_frames
 from twisted.internet.address import IPv4Address, UNIXAddress
-from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from chatd.messages import Entry, Post
-from chatd.room.log import InDoubt, LogUnavailable
+from chatd.room.log import InDoubt
 from chatd.room.registry import Registry
 from chatd.room.room import MAX_LAG
 from chatd.store.base import Retention
-from chatd.store.memory import MemoryStore
 from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
@@ -36,44 +35,12 @@ JSON = b"Content-Type: application/json"
 RETRY = str(web.RETRY_AFTER_SECONDS)
 
 
-class Log(MemoryStore):
-    """A log in memory that can be down, and whose answers and readers a test can hold."""
-
-    def __init__(self, retain):
-        super().__init__(retain, ManualTime())
-        self.down = False
-        self.held = None
-
-    def append(self, room, post, poster):
-        if self.held is not None:
-            self.held.append(lambda: super(Log, self).append(room, post, poster))
-        elif self.down:
-            poster.refused(post, LogUnavailable())
-        else:
-            super().append(room, post, poster)
-
-    def read(self, room, after, limit):
-        if self.down:
-            return fail(LogUnavailable("no disk"))
-        page = super().read(room, after, limit)
-        if self.held is None:
-            return page
-        waiting = Deferred()
-        self.held.append(lambda: page.chainDeferred(waiting))
-        return waiting
-
-    def let_go(self):
-        held, self.held = self.held, None
-        for answer in held:
-            answer()
-
-
 class House:
     """A server without sockets."""
 
     def __init__(self, *, retain="all", history=100, rooms=(), origins=(), rate=None, hops=0, seed=SEED):
         self.clock = Clock()
-        self.log = Log(Retention.parse(retain))
+        self.log = FaultyStore(Retention.parse(retain))
         self.log.open(seed)
         self.rooms = Registry(self.log, frames, self.clock, history)
         self.connections = Connections(self.clock)
@@ -475,11 +442,11 @@ def test_page_while_the_log_is_down(house, path):
 
 def test_client_leaves_during_a_page_read(house):
     """Nothing is written to a client that has disconnected."""
-    house.log.held = []
+    house.log.held = True
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/main/messages")
     connection.lose()
-    house.log.let_go()
+    house.log.release()
     assert connection.transport.value() == b""
 
 
@@ -526,11 +493,11 @@ def test_address_that_names_no_id_is_404(house, message):
 
 def test_post_is_acknowledged_once_stored(house):
     """The answer has the id of the stored message."""
-    house.log.held = []
+    house.log.held = True
     connection = house.connect()
     connection.begin(b"POST", b"/rooms/team-1/messages", JSON, body=b'{"username":"ann","message":"hi"}')
     assert connection.transport.value() == b""
-    house.log.let_go()
+    house.log.release()
     response, body = connection.response()
     assert content((response, body), 201) == {"type": "ack", "id": house.id(1)}
     assert response.headers["location"] == f"/rooms/team-1/messages/{house.id(1)}"
@@ -540,11 +507,11 @@ def test_post_is_acknowledged_once_stored(house):
 
 def test_post_of_a_disconnected_client(house):
     """The post of a client that disconnected is stored."""
-    house.log.held = []
+    house.log.held = True
     connection = house.connect()
     connection.begin(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"hi"}')
     connection.lose()
-    house.log.let_go()
+    house.log.release()
     assert connection.transport.value() == b""
     assert said(content(house.get(b"/rooms/main/messages")))[-1] == "hi"
 
@@ -1268,11 +1235,11 @@ def test_while_the_server_stops_all_is_503(house, method, path):
 
 def test_stop_during_the_load_of_a_room(house):
     """A stream whose room is being loaded when the server stops is a 503."""
-    house.log.held = []
+    house.log.held = True
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/main/events")
     house.drain()
-    house.log.let_go()
+    house.log.release()
     response, body = connection.response()
     assert problem((response, body), "UNAVAILABLE")[0] == 503
     assert response.headers["retry-after"] == RETRY
@@ -1282,11 +1249,11 @@ def test_stop_during_the_load_of_a_room(house):
 
 def test_reader_leaves_during_the_load_of_a_room(house, events):
     """Neither the reader nor the room remains."""
-    house.log.held = []
+    house.log.held = True
     connection = house.connect()
     connection.begin(b"GET", b"/rooms/main/events")
     connection.lose()
-    house.log.let_go()
+    house.log.release()
     gc.collect()
     assert events == []
     assert connection.transport.value() == b""
@@ -1295,12 +1262,12 @@ def test_reader_leaves_during_the_load_of_a_room(house, events):
 
 def test_posts_during_the_load_of_a_room(house):
     """Readers that wait for a room get what was posted meanwhile."""
-    house.log.held = []
+    house.log.held = True
     streams = [house.stream() for _ in range(3)]
-    held, house.log.held = house.log.held, None
-    assert len(held) == 1, "the log is read once"
+    house.log.held = False
+    assert len(house.log.waiting) == 1, "the log is read once"
     house.say("meanwhile")
-    held[0]()
+    house.log.answer()
     house.turn()
     for stream in streams:
         history, *messages = stream.read()
@@ -1606,13 +1573,13 @@ def test_header_that_is_not_utf_8(events, header, origins):
 
 
 def test_requests_on_one_connection_are_answered_in_their_order(house):
-    house.log.held = []
+    house.log.held = True
     connection = house.connect()
     body = b'{"username":"ann","message":"hi"}'
     for path in (b"/rooms/main/messages", b"/rooms/other/messages"):
         connection.begin(b"POST", path, JSON, body=body)
         connection.begin(b"GET", path)
-    house.log.let_go()
+    house.log.release()
     answers = re.findall(rb"HTTP/1\.1 (\d+) ", connection.transport.value())
     assert answers == [b"201", b"200", b"201", b"200"]
     assert not connection.closing

@@ -2,69 +2,27 @@
 
 import gc
 import json
-from collections import Counter, deque
+from collections import Counter
 from math import ceil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.helpers import REPEATABLE, result_of
+from support.stores import opened_store
 from support.websocket_frames import read_frames
-from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from chatd.messages import Id, Post
 from chatd.room.log import InDoubt, LogUnavailable
 from chatd.room.presence import EVENTS, ROUND_SECONDS
 from chatd.room.registry import Registry
-from chatd.store.base import Retention
-from chatd.store.memory import MemoryStore
 from chatd.transport import frames
 from chatd.transport.admission import Rate
 from chatd.transport.membership import GONE
 from chatd.transport.session import Session
 
 PAGE = {"type": "history"}
-
-
-class Log(MemoryStore):
-    """A log in memory that can be slow to read, full, or both."""
-
-    slow = full = False
-
-    def __init__(self):
-        super().__init__(Retention(), lambda: 1_800_000_000.0)
-        self.epoch = "k7Q2"
-        self.reads = deque()
-
-    @property
-    def messages(self):
-        """The messages of the room `main`."""
-        return [entry.message for entry in result_of(super().read("main", None, 1000)).entries]
-
-    def read(self, room, after, limit):
-        page = super().read(room, after, limit)
-        if not self.slow:
-            return page
-        reading = Deferred()
-        self.reads.append((reading, result_of(page)))
-        return reading
-
-    def answer(self):
-        """Answer the read that was asked for first."""
-        reading, page = self.reads.popleft()
-        reading.callback(page)
-
-    def fail(self):
-        """Fail it."""
-        reading, _ = self.reads.popleft()
-        reading.errback(LogUnavailable("the disk is gone"))
-
-    def append(self, room, post, poster):
-        if self.full:
-            poster.refused(post, LogUnavailable("the disk is full"))
-        else:
-            super().append(room, post, poster)
 
 
 class Person:
@@ -147,7 +105,7 @@ def clock():
 
 @pytest.fixture
 def log():
-    return Log()
+    return opened_store()
 
 
 @pytest.fixture
@@ -227,7 +185,7 @@ def test_ack_follows_the_message(clock, ann, bob):
     assert ann.hears() == []
     clock.advance(0)
     message, ack = ann.hears()
-    assert message["data"] == {"username": "ann", "message": "hi", "timestamp": "2027-01-15T08:00:00.000Z"}
+    assert message["data"] == {"username": "ann", "message": "hi", "timestamp": "2026-01-01T00:00:00.000Z"}
     assert ack == {"type": "ack", "label": "c81f", "id": "k7Q2-1"}
     assert bob.hears() == [message]
 
@@ -408,7 +366,7 @@ def test_page_from_memory_is_answered_at_once(clock, ann):
             "id": "k7Q2-2",
             "more": True,
             "label": "h1",
-            "data": [{"username": "ann", "message": "2", "timestamp": "2027-01-15T08:00:00.000Z"}],
+            "data": [{"username": "ann", "message": "2", "timestamp": "2026-01-01T00:00:00.000Z"}],
         }
     ]
     assert ann.reading
@@ -499,9 +457,7 @@ def test_unexpected_error_of_a_page_read(old, log, ann, events):
     log.slow = True
     ann.says(PAGE)
     ann.posts("6")
-    reading, _ = log.reads.popleft()
-    reading.errback(ZeroDivisionError("a fault of ours"))
-    del reading
+    log.fail(ZeroDivisionError("a fault of ours"))
     gc.collect()
     assert {event["log_level"].name for event in events} == {"critical"}
     assert log.messages == [*"123456"]
@@ -547,10 +503,10 @@ def test_held_posts_are_stored_once(log, paging):
 def test_several_pages_are_answered_in_order_one_at_a_time(log, paging):
     paging.says(PAGE | {"label": "h2", "limit": 1, "before": "k7Q2-3"}, {"type": "typing", "username": "ann"})
     paging.says(PAGE | {"label": "h3", "limit": 2})
-    assert len(log.reads) == 1
+    assert len(log.waiting) == 1
     log.answer()
     assert not paging.reading
-    assert len(log.reads) == 1
+    assert len(log.waiting) == 1
     log.answer()
     log.answer()
     assert [(frame["label"], [entry["message"] for entry in frame["data"]]) for frame in paging.hears()] == [
@@ -1073,7 +1029,7 @@ def test_rate_applies_to_held_posts_of_a_leaver(old, clock, log, hasty):
 @given(a_second=st.integers(1, 1000), pause=st.floats(0, 1))
 def test_retry_after_is_exact(a_second, pause):
     """A client that waits for retry_after is served, and less is too little."""
-    clock, log = Clock(), Log()
+    clock, log = Clock(), opened_store()
     person = Person(Registry(log, frames, clock, 1), rate=Rate(a_second, 1, clock.seconds))
     person.posts("1")
     clock.advance(min(pause, 0.99) / a_second)

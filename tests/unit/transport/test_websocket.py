@@ -5,11 +5,12 @@ from http import HTTPStatus
 
 import pytest
 import txaio
-from support.helpers import HEAD, result_of
+from support.helpers import HEAD
+from support.stores import opened_store
 from support.transports import Tcp, Wire
 from support.websocket_frames import close_code, frame_at, masked, read_frames
 from twisted.internet.address import UNIXAddress
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import succeed
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.task import Clock
@@ -18,11 +19,8 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 
 from chatd.operate.drain import TICK_SECONDS, Drain
-from chatd.room.log import LogUnavailable
 from chatd.room.presence import ROUND_SECONDS
 from chatd.room.registry import Registry
-from chatd.store.base import Retention
-from chatd.store.memory import MemoryStore
 from chatd.transport import frames
 from chatd.transport import http as web
 from chatd.transport import websocket as protocol
@@ -69,15 +67,9 @@ def clock():
     return Clock()
 
 
-def opened(store):
-    store.open(())
-    store.epoch = "k7Q2"
-    return store
-
-
 @pytest.fixture
 def store():
-    return opened(MemoryStore(Retention(), lambda: 1_800_000_000.0))
+    return opened_store()
 
 
 @pytest.fixture
@@ -630,29 +622,12 @@ def test_where_no_origin_is_named_every_page_may_connect(client, way, origin):
     assert client.joins(way("/", b"Origin: " + origin.encode()))
 
 
-class HeldStore(MemoryStore):
-    """A store whose reads wait for the test."""
-
-    slow = True
-
-    def read(self, room, after, limit):
-        page = super().read(room, after, limit)
-        if not self.slow:
-            return page
-        self.reading = Deferred()
-        self.page = result_of(page)
-        return self.reading
-
-    def answer(self):
-        self.reading.callback(self.page)
-
-    def fail(self):
-        self.reading.errback(LogUnavailable("down"))
-
-
 @pytest.fixture
 def held():
-    return opened(HeldStore(Retention(), lambda: 1_800_000_000.0))
+    """A store whose reads wait for the test."""
+    store = opened_store()
+    store.slow = True
+    return store
 
 
 @pytest.fixture(params=WAYS)
@@ -709,7 +684,7 @@ def test_message_goes_to_all_and_its_sender(factory, clock):
     ann.posts("hi")
     clock.advance(0)
     (message,) = ann.reads()
-    assert message["data"] == {"username": "ann", "message": "hi", "timestamp": "2027-01-15T08:00:00.000Z"}
+    assert message["data"] == {"username": "ann", "message": "hi", "timestamp": "2026-01-01T00:00:00.000Z"}
     assert bob.reads() == [message]
 
 
@@ -855,24 +830,17 @@ def test_many_messages_of_many_fragments_are_fine(client, clock):
     assert len(client.reads()) == 3
 
 
-class FullStore(MemoryStore):
-    """A store whose disk is full."""
-
-    def append(self, room, post, poster):
-        self.refuse = lambda: poster.refused(post, LogUnavailable("disk full"))
-
-
-def test_post_that_cannot_be_kept_is_answered_with_an_error(clock, server):
-    store = opened(FullStore(Retention(), lambda: 0.0))
-    client = Client(server(Registry(store, frames, clock, 100)))
+def test_post_that_cannot_be_kept_is_answered_with_an_error(client, store):
     client.joins()
+    store.held = True
     client.posts()
-    store.refuse()
+    client.posts()
+    store.fail()
     assert client.reads() == [
         {"type": "error", "message": "The message was not stored; try again.", "code": "UNAVAILABLE"}
     ]
     client.goes()
-    store.refuse()
+    store.fail()
     assert client.transport.read() == b""
 
 
@@ -906,7 +874,7 @@ def test_retries_after_a_lost_connection_are_stored_once(factory, clock, store):
     again.posts("3", label="c")
     clock.advance(0)
     assert [frame.get("duplicate", frame["type"]) for frame in again.reads()] == [True, True, "message", "ack"]
-    assert said(store) == ["1", "2", "3"]
+    assert store.messages == ["1", "2", "3"]
 
 
 def in_pieces(payload):
@@ -933,7 +901,7 @@ def test_message_too_big(client, clock, store, big, frame):
     client.sends(frame(text) + masked(b'{"username":"ann","message":"too late"}'))
     clock.advance(0)
     assert client.reads_close() == 1009
-    assert said(store) == ["before"]
+    assert store.messages == ["before"]
 
 
 @pytest.mark.parametrize("frame", [masked, in_pieces])
@@ -1003,11 +971,6 @@ def pager(request, archive, held, way):
     return client
 
 
-def said(store):
-    """Return the messages in the room `main`, whether or not its store is slow."""
-    return [entry.message for entry in result_of(MemoryStore.read(store, "main", None, 100)).entries]
-
-
 H1 = PAGE | {"label": "h1"}
 POST = {"username": "ann", "message": "4", "label": "a"}
 
@@ -1026,7 +989,7 @@ def test_page_read_stops_the_reading(held, clock, pager):
     )
     assert pager.transport.read() == b"\x8a\x0bstill here?"
     assert pager.transport.producerState == "paused"
-    assert said(held) == ["1", "2", "3"]
+    assert held.messages == ["1", "2", "3"]
     held.answer()
     assert pager.transport.producerState == "producing"
     clock.advance(0)
@@ -1050,23 +1013,23 @@ def test_client_closes_during_a_page_read(held, clock, pager):
     """Posts that arrived before are stored once."""
     pager.sends(masked(json.dumps(H1).encode()) + masked(json.dumps(POST).encode()) + masked(b"\x03\xe8", first=0x88))
     assert pager.reads_close() == 1000
-    assert said(held) == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3", "4"]
     held.answer()
     pager.goes()
     clock.advance(0)
     assert pager.transport.read() == b""
-    assert said(held) == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3", "4"]
 
 
 def test_connection_lost_during_a_page_read(held, clock, pager, connections):
     """Posts that arrived before are stored once."""
     pager.says(H1, POST)
     pager.goes(ConnectionLost)
-    assert said(held) == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3", "4"]
     held.answer()
     clock.advance(0)
     assert pager.transport.read() == b""
-    assert said(held) == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3", "4"]
     assert not connections.connected
 
 
@@ -1078,7 +1041,7 @@ def test_close_during_a_page_read(held, pager, connections, pass_time, finished)
         pager.protocol.finish()
     pager.protocol.restart(0.5)
     assert pager.reads_close() == 1012
-    assert said(held) == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3", "4"]
     held.answer()
     assert pager.transport.producerState == "producing"
     pager.sends(masked(b"\x03\xf4", first=0x88))
@@ -1101,10 +1064,10 @@ def test_unread_pages_stop_the_reading(archive, held):
     client.transport.socket.space = 10
     client.says(H1, H1, POST)
     assert client.transport.producerState == "paused"
-    assert said(held) == ["1", "2", "3"]
+    assert held.messages == ["1", "2", "3"]
     client.transport.drain()
     assert client.transport.producerState == "producing"
-    assert said(held) == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3", "4"]
     assert [frame["label"] for frame in client.reads()] == ["h1", "h1"]
 
 
@@ -1121,10 +1084,10 @@ def test_page_waits_for_the_log_and_the_reader(archive, held):
     client.sends(masked(b"ping", first=0x89))
     held.answer()
     assert client.transport.producerState == "paused"
-    assert said(held) == ["1", "2", "3"]
+    assert held.messages == ["1", "2", "3"]
     client.transport.drain()
     assert client.transport.producerState == "producing"
-    assert said(held) == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3", "4"]
 
 
 # Sending
@@ -1420,7 +1383,7 @@ def test_frames_after_the_close_are_not_posted(client, rooms, store):
     client.posts("too late", label="a")
     client.says(PAGE)
     assert client.reads_close() == 1012
-    assert said(store) == []
+    assert store.messages == []
 
 
 def test_finished_client_that_takes_its_answers(factory, clock):
