@@ -6,6 +6,8 @@ import re
 from http.client import HTTPResponse
 from typing import NamedTuple
 
+from support.helpers import HEAD
+from support.websocket_frames import masked, take_frames
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.testing import StringTransport
@@ -74,6 +76,56 @@ class Connection:
     @property
     def closing(self):
         return self.transport.disconnecting
+
+
+class WebSocketClient:
+    """A client over WebSocket, on a connection that a factory makes; `settle` runs after all that it sends."""
+
+    def __init__(self, factory, target="/", settle=lambda: None):
+        self.transport = Transport()
+        self.transport.connection = self
+        self.protocol = factory.buildProtocol(None)
+        self.protocol.makeConnection(self.transport)
+        self._settle = settle
+        self.send(HEAD.replace(b"GET / ", f"GET {target} ".encode()) + b"\r\n\r\n")
+        self._head, _, self._data = self._take().partition(b"\r\n\r\n")
+
+    def _take(self):
+        data = self.transport.value()
+        self.transport.clear()
+        return data
+
+    def send(self, data):
+        self.protocol.dataReceived(data)
+        self._settle()
+
+    def say(self, **document):
+        self.send(masked(json.dumps(document).encode()))
+
+    def post(self, *messages, **more):
+        for message in messages:
+            self.say(username="ann", message=message, **more)
+
+    def texts(self):
+        """Take the text of each frame received, as it was written."""
+        assert self._head.startswith(b"HTTP/1.1 101 ")
+        data, self._data = self._data + self._take(), b""
+        found, rest = take_frames(data)
+        assert not rest, "a frame was cut"
+        assert {(frame.first, frame.masked) for frame in found} <= {(0x81, False)}
+        return [frame.payload.decode() for frame in found]
+
+    def read(self):
+        """Take the JSON of each frame received."""
+        return [json.loads(text) for text in self.texts()]
+
+    def close(self, code):
+        self.send(masked(code.to_bytes(2), first=0x88))
+        self.lose()
+
+    def lose(self):
+        """End the transport."""
+        self.protocol.connectionLost(Failure(ConnectionDone()))
 
 
 class Event(NamedTuple):

@@ -15,7 +15,7 @@ TICK = drain.TICK_SECONDS
 SLACK = TICK + 1e-6
 
 
-class Person:
+class DrainedClient:
     """A client that records the calls it receives, and answers a close after `answers` seconds; None: never."""
 
     carrier = "websocket"
@@ -127,7 +127,7 @@ class Scene:
         looks.start(1)
 
     def people(self, count, **more):
-        return [Person(self, **more) for _ in range(count)]
+        return [DrainedClient(self, **more) for _ in range(count)]
 
     def note(self, what):
         self.journal.append((what, None))
@@ -415,24 +415,24 @@ def test_handshakes_are_accepted_until_the_grace_is_over(scene, budget):
 
 def test_client_that_connects_in_the_grace(scene):
     """A client that connects during the grace is released like the others."""
-    first = Person(scene)
+    first = DrainedClient(scene)
     scene.begin(8)
     scene.until(1.9)
-    late = Person(scene)
+    late = DrainedClient(scene)
     scene.until(8)
     assert (first.did, late.did) == (["finish", "restart"], ["finish", "restart"])
 
 
 def test_client_that_connects_while_the_ports_close(scene):
     """Releases begin when all ports are closed, and include clients that connected until then."""
-    first = Person(scene)
+    first = DrainedClient(scene)
     scene.ports = Deferred()
     scene.begin(8)
     scene.until(3)
     assert scene.closed is not None
     assert not scene.connections.stopping
     assert first.did == []
-    last = Person(scene)
+    last = DrainedClient(scene)
     scene.ports.callback(None)
     assert scene.connections.stopping
     scene.until(6 + SLACK)
@@ -483,7 +483,7 @@ def test_immediate_drain_expects_no_clients(scene):
 
 def test_unfinished_handshakes(scene):
     """A drain does not wait for unfinished handshakes."""
-    person = Person(scene)
+    person = DrainedClient(scene)
     scene.connections.remove(person, 1000)
     scene.connections.handshakes.add(person)
     scene.begin(30)
@@ -542,7 +542,7 @@ def test_client_waits_for_its_own_posts(scene):
 
 def test_client_is_released_at_the_settled_head(scene):
     """A client is released when it has read the log as it was when its posts settled."""
-    person = Person(scene)
+    person = DrainedClient(scene)
     scene.log = []
     scene.begin(30, immediate=True)
     scene.until(0.2)
@@ -859,7 +859,7 @@ def test_http_posts_settle_without_clients(scene):
 
 def test_order_at_the_end_of_the_budget(scene):
     """At the end of the budget the log is abandoned first, then clients and HTTP connections are aborted."""
-    person = Person(scene, answers=None)
+    person = DrainedClient(scene, answers=None)
     scene.requests.gone = Deferred()
     scene.begin(8)
     scene.until(7.99)
@@ -893,7 +893,7 @@ def test_client_that_does_not_answer_the_close(scene):
 def test_clients_are_aborted_at_the_end_of_the_budget(scene, budget):
     """All clients and handshakes that remain at the end of the budget are aborted."""
     people = scene.people(5, answers=None)
-    unfinished = Person(scene)
+    unfinished = DrainedClient(scene)
     scene.connections.remove(unfinished, 1000)
     scene.connections.handshakes.add(unfinished)
     scene.begin(budget)
@@ -923,7 +923,7 @@ def test_no_calls_are_left_after_an_early_end(scene):
     scene.until(26)
     assert scene.over < 26
     assert scene.others == 0
-    late = Person(scene)  # as if its handshake was refused
+    late = DrainedClient(scene)  # as if its handshake was refused
     scene.until(100)
     assert late.did == []
 
@@ -1077,7 +1077,7 @@ def test_immediate_drain_waits_a_second_for_readers(scene, moment):
 
 def test_late_log_and_slow_readers_share_a_second(scene):
     """A log that settles late leaves slow readers only the rest of the second."""
-    person = Person(scene)
+    person = DrainedClient(scene)
     person.waits = True
     scene.log = []
     scene.begin(30, immediate=True)
@@ -1109,7 +1109,7 @@ def test_skipped_pace_leaves_readers_a_second(scene):
 
 def test_skipped_pace_after_the_last_release(scene):
     """Skipping the pace after the last release changes nothing."""
-    person = Person(scene, answers=None)
+    person = DrainedClient(scene, answers=None)
     scene.begin(8)
     scene.until(7)
     assert person.did == ["finish", "restart"]

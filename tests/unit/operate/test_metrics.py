@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.helpers import (
-    HEAD,
     REPEATABLE,
     HeldWorker,
     ImmediateWorker,
@@ -25,11 +24,9 @@ from support.helpers import (
 from support.metrics import ALERTS, DASHBOARD, METRICS, Scrape, asked, panels, rules
 from support.servers import ROOT
 from support.stores import FaultyStore
-from support.web_doubles import Connection, Stream, Transport
-from support.websocket_frames import masked, read_frames
+from support.web_doubles import Connection, Stream, WebSocketClient
+from support.websocket_frames import masked
 from twisted.internet.defer import fail
-from twisted.internet.error import ConnectionDone
-from twisted.python.failure import Failure
 
 import chatd
 from chatd.messages import Code, Entry, Post
@@ -46,42 +43,6 @@ from chatd.transport.api import Api
 from chatd.transport.connections import Connections
 from chatd.transport.frames import message_frame
 from chatd.transport.websocket import ChatFactory
-
-
-class Person:
-    """The client end of a WebSocket connection."""
-
-    def __init__(self, house, path="/"):
-        self.house = house
-        self.transport = Transport()
-        self.transport.connection = self
-        self.protocol = house.factory.buildProtocol(None)
-        self.protocol.makeConnection(self.transport)
-        self.sends(HEAD.replace(b"GET / ", f"GET {path} ".encode()) + b"\r\n\r\n")
-
-    def sends(self, data):
-        self.protocol.dataReceived(data)
-        self.house.clock.turns()
-
-    def says(self, **document):
-        self.sends(masked(json.dumps(document).encode()))
-
-    def posts(self, *messages, **more):
-        for message in messages:
-            self.says(username="ann", message=message, **more)
-
-    def numbers(self):
-        """Return the ids of the messages received, without those in the history."""
-        head, _, frames = self.transport.value().partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 101 ")
-        return [text["id"] for text in read_frames(frames) if text["type"] == "message"]
-
-    def closes(self, code):
-        self.sends(masked(code.to_bytes(2), first=0x88))
-        self.lose()
-
-    def lose(self):
-        self.protocol.connectionLost(Failure(ConnectionDone()))
 
 
 class House:
@@ -118,6 +79,9 @@ class House:
 
     def scrape(self):
         return Scrape(self.metrics())
+
+    def client(self, target="/"):
+        return WebSocketClient(self.factory, target, self.clock.turns)
 
     def connect(self):
         return Connection(self.site)
@@ -156,7 +120,7 @@ def test_text_has_no_final_newline(house):
 def test_metrics_are_on_the_admin_port_alone(house):
     """The admin port serves /metrics, and the port for clients answers 404."""
     admin = web.admin(lambda: (True, "ready"), house.clock, drain=house.connections.abort, metrics=house.metrics)
-    Person(house)
+    house.client()
     response, text = Connection(admin).ask(b"GET", b"/metrics", b"Host: x")
     assert (response.status, response.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
     assert Scrape(text)("chatd_members") == 1
@@ -171,7 +135,7 @@ def test_metrics_are_on_the_admin_port_alone(house):
 
 def test_connections_by_transport(house):
     """Connections are counted by transport; members and rooms are counted over both."""
-    people = [Person(house), Person(house), Person(house, "/rooms/tea")]
+    people = [house.client(), house.client(), house.client("/rooms/tea")]
     house.stream("tea")
     scrape = house.scrape()
     assert scrape.some("chatd_connections") == {("websocket",): 3, ("events",): 1}
@@ -186,24 +150,24 @@ def test_connections_by_transport(house):
 def test_plain_requests_are_no_connections(house):
     """A request for a page and a refused handshake are not counted as connections."""
     house.ask(b"GET", b"/")
-    Person(house, "/nowhere")
+    house.client("/nowhere")
     assert house.scrape().some("chatd_connections") == {}
 
 
 def test_closes_by_code(house):
     """Closed connections are counted by close code, whether the client or the server chose it."""
-    Person(house).closes(1000)
-    Person(house).closes(1001)
-    Person(house).closes(1001)
-    Person(house).closes(3456)
-    Person(house).closes(4000)
-    Person(house).lose()
-    slow, asked = Person(house), Person(house)
+    house.client().close(1000)
+    house.client().close(1001)
+    house.client().close(1001)
+    house.client().close(3456)
+    house.client().close(4000)
+    house.client().lose()
+    slow, asked = house.client(), house.client()
     slow.protocol.evict()
     asked.protocol.restart(1.0)
     slow.lose()
     asked.lose()
-    aborted = Person(house)
+    aborted = house.client()
     aborted.protocol.abort()
     assert house.scrape().some("chatd_closes_total") == {
         ("1000", "websocket"): 1,
@@ -233,7 +197,7 @@ def test_closes_of_event_streams(house):
 
 def test_refused_handshake_is_no_close(house):
     """A client whose handshake is refused was never connected, so it does not count as closed."""
-    Person(house, "/nowhere").lose()
+    house.client("/nowhere").lose()
     assert house.scrape().some("chatd_closes_total") == {}
 
 
@@ -242,16 +206,16 @@ def test_refused_handshake_is_no_close(house):
 
 def test_messages_and_deliveries(house):
     """Each message counts once, and each member that receives it adds a delivery; history does not count."""
-    ann, bob = Person(house), Person(house)
-    ann.posts("1", "2")
-    cy = Person(house)  # reads both from the history
+    ann, bob = house.client(), house.client()
+    ann.post("1", "2")
+    cy = house.client()  # reads both from the history
     stream = house.stream()
-    bob.posts("3")
+    bob.post("3")
     house.ask(
         b"POST", b"/rooms/main/messages", b"Content-Type: application/json", body=b'{"username":"d","message":"4"}'
     )
     house.clock.turns()
-    got = [len(person.numbers()) for person in (ann, bob, cy)]
+    got = [sum(frame["type"] == "message" for frame in client.read()) for client in (ann, bob, cy)]
     stream.read()
     got.append(sum(event.kind == "message" for event in stream.events))
     assert got == [4, 4, 2, 2]
@@ -261,24 +225,24 @@ def test_messages_and_deliveries(house):
 
 def test_deliveries_outlive_members_and_rooms(house):
     """The counter of deliveries does not fall when members leave and rooms close."""
-    ann, bob, cy = Person(house), Person(house), Person(house, "/rooms/tea")
-    ann.posts("1", "2")
-    cy.posts("1")
+    ann, bob, cy = house.client(), house.client(), house.client("/rooms/tea")
+    ann.post("1", "2")
+    cy.post("1")
     bob.lose()
-    ann.posts("3")
+    ann.post("3")
     assert house.scrape()("chatd_deliveries_total") == 6
     ann.lose()
     cy.lose()
     scrape = house.scrape()
     assert (scrape("chatd_rooms"), scrape("chatd_deliveries_total"), scrape("chatd_messages_total")) == (0, 6, 4)
-    Person(house).posts("4")
+    house.client().post("4")
     assert house.scrape()("chatd_deliveries_total") == 7
 
 
 def test_retried_post_is_one_message(house):
     """Two posts with one label are one message."""
-    ann = Person(house)
-    ann.posts("1", "1", label="a")
+    ann = house.client()
+    ann.post("1", "1", label="a")
     assert house.scrape()("chatd_messages_total") == 1
 
 
@@ -350,8 +314,8 @@ def test_cursor_lag_of_the_current_members(house):
 
 def test_tails_of_all_rooms(house):
     """The depth of the tails is the sum over all rooms, in messages and in bytes."""
-    Person(house).posts("1", "22")
-    Person(house, "/rooms/tea").posts("333")
+    house.client().post("1", "22")
+    house.client("/rooms/tea").post("333")
     pages = [result_of(house.store.read(room, None, 9)) for room in ("main", "tea")]
     frames = [message_frame(house.store.epoch, entry) for page in pages for entry in page.entries]
     scrape = house.scrape()
@@ -373,15 +337,15 @@ def test_kept_histories(house):
 
 def test_rejected_frames_by_code(house):
     """Rejected frames are counted by error code; frames that break the schema count as `schema`."""
-    ann = Person(house)
-    ann.says(username="ann")
-    ann.sends(masked(b"{"))
-    ann.posts("1", "2", label="a")
-    ann.says(type="history", before=f"{house.store.epoch}-9")
+    ann = house.client()
+    ann.say(username="ann")
+    ann.send(masked(b"{"))
+    ann.post("1", "2", label="a")
+    ann.say(type="history", before=f"{house.store.epoch}-9")
     house.store.down = True
-    ann.posts("3")
+    ann.post("3")
     house.store.read = lambda *_: fail(LogUnavailable("no disk"))
-    ann.says(type="history", before=f"{house.store.epoch}-9")  # beyond the head, so the log must be read
+    ann.say(type="history", before=f"{house.store.epoch}-9")  # beyond the head, so the log must be read
     assert house.scrape().some("chatd_refusals_total") == {
         ("frame", "schema"): 2,
         ("frame", Code.LABEL_REUSED): 1,
@@ -393,10 +357,10 @@ def test_rejected_frames_by_code(house):
 def test_rate_limited_frames_have_one_code():
     """A frame above the rate counts as RATE_LIMITED, whether or not it is valid otherwise."""
     house = House(rate=(1, 1))
-    ann = Person(house)
-    ann.posts("1", "2")
-    ann.says(username="ann")
-    ann.says(type="typing", username="ann")  # dropped without an error
+    ann = house.client()
+    ann.post("1", "2")
+    ann.say(username="ann")
+    ann.say(type="typing", username="ann")  # dropped without an error
     assert house.scrape().some("chatd_refusals_total") == {("frame", Code.RATE_LIMITED): 2}
 
 
@@ -408,15 +372,15 @@ def test_every_error_code_exists_from_the_start(house):
 
 def test_refused_handshakes_and_requests_by_status(house):
     """Refused handshakes and refused requests are counted by their HTTP status."""
-    Person(house, "/nowhere")
-    Person(house, "/?events=all")
+    house.client("/nowhere")
+    house.client("/?events=all")
     house.ask(b"GET", b"/nowhere")
     house.ask(b"GET", b"/rooms/main/messages?limit=0")
     house.ask(b"POST", b"/rooms/main/messages", b"Content-Length: 1000000")
     house.ask(b"PUT", b"/rooms/main/messages")
     house.ask(b"HEAD", b"/rooms/a.b/messages")
     house.store.down = True
-    Person(house)
+    house.client()
     house.ask(b"GET", b"/rooms/main/messages")
     house.connect().send(b"nonsense\r\n\r\n")
     assert house.scrape().some("chatd_refusals_total") == {

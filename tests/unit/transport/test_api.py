@@ -7,13 +7,12 @@ from http import HTTPStatus
 from urllib.parse import quote, urljoin, urlsplit
 
 import pytest
-from support.helpers import HEAD, RecordingPoster, count_held, result_of
+from support.helpers import RecordingPoster, count_held, result_of
 from support.stores import FaultyStore
-from support.web_doubles import Connection, SecureTransport, Stream, Transport
-from support.websocket_frames import masked, read_frames, take_frames
+from support.web_doubles import Connection, SecureTransport, Stream, Transport, WebSocketClient
+from support.websocket_frames import masked
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
 
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt
@@ -93,6 +92,9 @@ class House:
             if client in self.connections.connected:
                 self.connections.closings.add(client)
 
+    def client(self, target="/"):
+        return WebSocketClient(self.factory, target)
+
     def stream(self, path=b"/rooms/main/events", *headers, **options):
         return Stream(self.connect(), path, *headers, **options)
 
@@ -121,36 +123,6 @@ class House:
             )
             and len(self.rooms) == 0
         )
-
-
-class WebSocket:
-    """A member over WebSocket, with no more than a test of HTTP needs."""
-
-    def __init__(self, house, path=b"/", query=b""):
-        self._protocol = house.factory.buildProtocol(None)
-        self._transport = StringTransport()
-        self._protocol.makeConnection(self._transport)
-        self._protocol.dataReceived(HEAD.replace(b"GET / ", b"GET " + path + query + b" ") + b"\r\n\r\n")
-        head, _, self._data = self._transport.value().partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 101 ")
-        self._transport.clear()
-
-    def send(self, **document):
-        self._protocol.dataReceived(masked(json.dumps(document).encode()))
-
-    def raw(self):
-        data, self._data = self._data + self._transport.value(), b""
-        self._transport.clear()
-        return data
-
-    def read(self):
-        return read_frames(self.raw())
-
-    def texts(self):
-        """The JSON of its frames, as it came."""
-        found, rest = take_frames(self.raw())
-        assert not rest, "a frame was cut"
-        return [one.payload.decode() for one in found]
 
 
 @pytest.fixture
@@ -209,7 +181,7 @@ def test_messages_are_the_newest_as_the_history_frame_has_them(house):
         ],
     }
     assert response.headers["cache-control"] == "no-store"
-    assert WebSocket(house).texts() == [body.rstrip("\n")]
+    assert house.client().texts() == [body.rstrip("\n")]
 
 
 @pytest.mark.parametrize("someone_is_there", [False, True])
@@ -242,7 +214,7 @@ def test_messages_are_the_newest_as_the_history_frame_has_them(house):
 def test_page_content_and_more(someone_is_there, query, want, more, rels):
     """A page has the messages that its query names, and whether more exist."""
     house = House(retain="8")
-    member = WebSocket(house) if someone_is_there else None
+    member = house.client() if someone_is_there else None
     house.say(*map(str, range(3, 13)))
     assert (member is not None) == bool(len(house.rooms))
     asked = re.sub(r"\{(\d+)\}", lambda found: house.id(found[1]), query)
@@ -260,7 +232,7 @@ def test_page_content_and_more(someone_is_there, query, want, more, rels):
 @pytest.mark.parametrize("rel", ["prev", "next"])
 def test_links_visit_every_message_once(limit, someone_is_there, rel):
     house = House(history=2)
-    member = WebSocket(house) if someone_is_there else None
+    member = house.client() if someone_is_there else None
     house.say(*map(str, range(3, 22)))
     url = f"http://chat.example/rooms/main/messages?limit={limit}"
     if rel == "next":
@@ -340,7 +312,7 @@ def test_query_that_is_not_utf_8_is_refused(house, path):
 @pytest.mark.parametrize("query", ["before={}-4", "after={}-3", "before={}-9999999999999999", "before=Other1-1"])
 @pytest.mark.parametrize("someone_is_there", [False, True])
 def test_page_at_an_id_that_the_log_never_had_is_404(house, query, someone_is_there):
-    member = WebSocket(house) if someone_is_there else None
+    member = house.client() if someone_is_there else None
     asked = house.get(f"/rooms/main/messages?{query.format(house.epoch)}".encode())
     assert problem(asked, "UNKNOWN_ID") == (404, "there is no message of this id")
     assert (member is not None) == bool(len(house.rooms))
@@ -471,7 +443,7 @@ def test_post_returns_the_location_of_the_message(house):
 @pytest.mark.parametrize("message", ["{}-0", "{}-13", "{}-14", "{}-9999999999999999", "{}-4", "{}-1", "Other1-12"])
 def test_message_that_is_not_in_the_log_is_404(someone_is_there, message):
     house = House(retain="8")
-    member = WebSocket(house) if someone_is_there else None
+    member = house.client() if someone_is_there else None
     house.say(*map(str, range(3, 13)))
     house.turn()
     asked = house.get(f"/rooms/main/messages/{message.format(house.epoch)}".encode())
@@ -614,10 +586,10 @@ def test_invalid_post_gets_the_words_of_websocket(house, body):
     asked = house.ask(b"POST", b"/rooms/main/messages", JSON, b"Idempotency-Key: a", body=body)
     assert problem(asked) == (400, REFUSED[body])
     assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
-    member = WebSocket(house)
+    member = house.client()
     member.read()
     if b"type" not in body and body.isascii():  # over WebSocket a type says what a frame is, and bytes must be UTF-8
-        member._protocol.dataReceived(masked(body))
+        member.send(masked(body))
         (error,) = member.read()
         assert (error["type"], error["message"]) == ("error", REFUSED[body])
     assert house.post(b"Idempotency-Key: a", username="ann", message="hi")[0].status == 201, "the key is free"
@@ -781,7 +753,7 @@ def test_unix_socket_is_one_address():
 
 def test_post_reaches_all_transports(house):
     """All members get one id, and labels are shared between the transports."""
-    member, reader = WebSocket(house), house.stream()
+    member, reader = house.client(), house.stream()
     member.read(), reader.read()
     document = content(house.post(b'Idempotency-Key: "a"', username="ann", message="hi"), 201)
     house.turn()
@@ -789,12 +761,12 @@ def test_post_reaches_all_transports(house):
     assert frame == event.json == content(house.get(f"/rooms/main/messages/{document['id']}".encode()))
     assert frame["id"] == event.id == document["id"] == house.id(3)
 
-    member.send(username="ann", message="hi", label="a")
+    member.say(username="ann", message="hi", label="a")
     house.turn()
     assert member.read() == [document | {"duplicate": True}]
-    member.send(username="ann", message="ho", label="a")
+    member.say(username="ann", message="ho", label="a")
     assert member.read()[0]["code"] == "LABEL_REUSED"
-    member.send(username="ann", message="ho", label="b")
+    member.say(username="ann", message="ho", label="b")
     house.turn()
     assert [frame["type"] for frame in member.read()] == ["message", "ack"]
     duplicate = content(house.post(b"Idempotency-Key: b", username="ann", message="ho"))
@@ -839,7 +811,7 @@ def test_event_data_equals_the_websocket_text(query):
     house.say("\N{SNOWMAN}\n\r\n\u2028\u2029\0 data: x", "</script>")
     query = query.format(house.epoch)
     member, stream = (
-        WebSocket(house, b"/rooms/main", query.encode()),
+        house.client("/rooms/main" + query),
         house.stream(f"/rooms/main/events{query}".encode()),
     )
     house.say("x" * 500, *"abc")
@@ -856,7 +828,7 @@ def test_event_data_equals_the_websocket_text(query):
 def test_stream_resumes_from_its_last_id(someone_is_there, how, last):
     """A reader that reconnects gets every missed message once."""
     house = House(history=3)
-    member = WebSocket(house) if someone_is_there else None
+    member = house.client() if someone_is_there else None
     house.say(*map(str, range(3, 10)))
     given = house.id(last).encode()
     stream = {
@@ -929,15 +901,15 @@ def test_what_cannot_be_asked_of_a_stream_is_refused(house, query, words):
 def test_presence_and_typing_events_have_no_id(house):
     stream = house.stream(b"/rooms/main/events?events=presence,typing&username=eve")
     other = house.stream(b"/rooms/main/events?username=dee")
-    member = WebSocket(house)
+    member = house.client()
     house.turn()
     assert [event.kind for event in other.read()] == ["history"]
     history, presence = stream.read()
     assert (history.kind, presence.kind) == ("history", "presence")
     assert presence.json["data"] == {"count": 3, "users": ["dee", "eve"]}
     assert presence.id == history.id, "it has none of its own"
-    member.send(type="typing", username="ann")
-    member.send(username="ann", message="hi")
+    member.say(type="typing", username="ann")
+    member.say(username="ann", message="hi")
     house.pass_time(1)
     assert [event.kind for event in stream.read()] == ["message", "presence", "typing"]
     message, presence, typing = stream.events[-3:]
@@ -988,7 +960,7 @@ def test_full_stream_catches_up(house):
     stream.read()
     full(stream)
     house.say(*"abcd")
-    WebSocket(house)
+    house.client()
     house.pass_time(PING_SECONDS)
     assert stream.transport.value() == b"", "neither messages nor presence nor pings"
     empty(stream)

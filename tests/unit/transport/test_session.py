@@ -25,8 +25,8 @@ from chatd.transport.session import Session
 PAGE = {"type": "history"}
 
 
-class Person:
-    """A client over a transport that is a string; what it is not, its session is."""
+class SessionClient:
+    """A client whose transport is a string; other names are those of its session."""
 
     number = 0
     peer = "192.0.2.7:4321"
@@ -64,7 +64,7 @@ class Person:
         self.ended = True
         self.session.leave()
 
-    # The person
+    # The client
 
     def says(self, *documents, **document):
         for said in documents or [document]:
@@ -116,12 +116,12 @@ def rooms(log, clock):
 
 @pytest.fixture
 def ann(rooms):
-    return Person(rooms)
+    return SessionClient(rooms)
 
 
 @pytest.fixture
 def bob(rooms):
-    return Person(rooms)
+    return SessionClient(rooms)
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_label_is_never_sent_to_others(clock, rooms, ann, bob):
     ann.posts("hi", label="secret")
     clock.advance(0)
     bob.says(PAGE)
-    newcomer = Person(rooms)
+    newcomer = SessionClient(rooms)
     newcomer.says(PAGE)
     assert "secret" not in str([bob.hears(), newcomer.hears()])
 
@@ -236,7 +236,7 @@ def test_retry_is_acknowledged_with_the_first_id(clock, log, ann, bob):
 def test_retry_over_another_connection_is_known_too(clock, log, ann, rooms):
     ann.posts("hi", label="a")
     ann.leave()
-    again = Person(rooms)
+    again = SessionClient(rooms)
     again.posts("hi", label="a")
     assert again.hears() == [{"type": "ack", "label": "a", "id": "k7Q2-1", "duplicate": True}]
     assert log.messages == ["hi"]
@@ -260,7 +260,7 @@ def test_reused_label(clock, log, ann):
 
 
 def test_labels_are_of_one_user_in_one_room(clock, rooms, ann):
-    other = Person(rooms, "other")
+    other = SessionClient(rooms, "other")
     ann.says(username="ann", message="1", label="a")
     ann.says(username="bob", message="2", label="a")
     other.says(username="ann", message="3", label="a")
@@ -519,7 +519,7 @@ def test_several_pages_are_answered_in_order_one_at_a_time(log, paging):
 
 def test_messages_of_others_still_come_while_a_page_is_fetched(clock, log, paging, rooms):
     log.slow = False
-    Person(rooms).posts("6")
+    SessionClient(rooms).posts("6")
     clock.advance(0)
     assert kinds(paging.hears()) == ["6"]
     log.answer()
@@ -854,17 +854,17 @@ def present(frames):
 
 
 def test_no_events_without_asking(clock, rooms, ann):
-    watcher = Person(rooms, events=EVENTS)
+    watcher = SessionClient(rooms, events=EVENTS)
     ann.says(type="typing", username="ann")
     ann.posts("hi")
-    Person(rooms).leave()
+    SessionClient(rooms).leave()
     clock.pump([0, ROUND_SECONDS, ROUND_SECONDS])
     assert kinds(ann.hears()) == ["hi"]
     assert {frame["type"] for frame in watcher.hears()} == {"message", "presence", "typing"}
 
 
 def test_typing_reaches_watchers_and_is_not_stored(clock, log, rooms, ann):
-    watcher = Person(rooms, events=frozenset({"typing"}))
+    watcher = SessionClient(rooms, events=frozenset({"typing"}))
     ann.says(type="typing", username="ann")
     clock.advance(0)
     assert watcher.hears() == [{"type": "typing", "data": {"users": ["ann"]}}]
@@ -873,7 +873,7 @@ def test_typing_reaches_watchers_and_is_not_stored(clock, log, rooms, ann):
 
 
 def test_typing_does_not_change_the_name(clock, rooms, ann):
-    watcher = Person(rooms, events=EVENTS, name="watcher")
+    watcher = SessionClient(rooms, events=EVENTS, name="watcher")
     ann.says(type="typing", username="someone")
     clock.advance(0)
     assert present(watcher.hears()) == [{"count": 2, "users": ["watcher"]}]
@@ -881,8 +881,8 @@ def test_typing_does_not_change_the_name(clock, rooms, ann):
 
 def test_name_of_a_member(clock, rooms):
     """A member has the name of its last post, and until then that of its request."""
-    watcher = Person(rooms, events=frozenset({"presence"}))
-    someone = Person(rooms, name="someone")
+    watcher = SessionClient(rooms, events=frozenset({"presence"}))
+    someone = SessionClient(rooms, name="someone")
     clock.advance(0)
     assert present(watcher.hears()) == [{"count": 2, "users": ["someone"]}]
     for message in "123":
@@ -909,7 +909,7 @@ def test_refused_frame_gives_no_name(clock, rooms, ann):
 @pytest.fixture
 def hasty(rooms, clock):
     """One who may send three at once, and two a second."""
-    return Person(rooms, rate=Rate(2, 3, clock.seconds))
+    return SessionClient(rooms, rate=Rate(2, 3, clock.seconds))
 
 
 LIMITED = {"type": "error", "message": "Rate limit exceeded", "code": "RATE_LIMITED"}
@@ -929,7 +929,7 @@ def test_burst_goes_through_and_then_one_each_half_second(clock, log, hasty):
 def test_rate_is_per_connection(rooms, clock, log):
     rate = Rate(1, 2, clock.seconds)
     for _ in range(2):
-        Person(rooms, rate=rate).posts("1", "2", "3")
+        SessionClient(rooms, rate=rate).posts("1", "2", "3")
     assert log.messages == ["1", "2"] * 2
 
 
@@ -995,7 +995,7 @@ def test_invalid_utf_8_above_the_rate(hasty):
 
 
 def test_typing_too_often_is_dropped_without_a_word(clock, rooms, hasty):
-    watcher = Person(rooms, events=frozenset({"typing"}))
+    watcher = SessionClient(rooms, events=frozenset({"typing"}))
     hasty.posts(*"123")
     hasty.says(type="typing", username="ann")
     assert hasty.hears() == []
@@ -1030,7 +1030,7 @@ def test_rate_applies_to_held_posts_of_a_leaver(old, clock, log, hasty):
 def test_retry_after_is_exact(a_second, pause):
     """A client that waits for retry_after is served, and less is too little."""
     clock, log = Clock(), opened_store()
-    person = Person(Registry(log, frames, clock, 1), rate=Rate(a_second, 1, clock.seconds))
+    person = SessionClient(Registry(log, frames, clock, 1), rate=Rate(a_second, 1, clock.seconds))
     person.posts("1")
     clock.advance(min(pause, 0.99) / a_second)
     person.sent = b""
