@@ -81,11 +81,6 @@ class Place:
 
 
 @pytest.fixture
-def clock():
-    return Turns()
-
-
-@pytest.fixture
 def place(clock):
     return Place(clock)
 

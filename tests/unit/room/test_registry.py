@@ -35,27 +35,6 @@ from chatd.transport import frames
 from chatd.transport.frames import ack_frame, event
 
 
-@pytest.fixture
-def clock():
-    return Turns()
-
-
-@pytest.fixture
-def log():
-    return ScriptedLog()
-
-
-@pytest.fixture
-def rooms(log, clock):
-    return Registry(log, frames, clock, 100)
-
-
-@pytest.fixture
-def short_tail(monkeypatch):
-    """Shorten the tail to a few frames, so that the log is needed soon."""
-    monkeypatch.setattr("chatd.room.tail.TAIL_BYTES", 400)
-
-
 def summary(history):
     """Return the answer of a history frame to a resume, its id, and the number of its entries."""
     return history.get("resumed"), history["id"], len(history["data"])

@@ -23,27 +23,6 @@ from chatd.transport.frames import ack_frame, event, message_frame
 FRAME = len(message_frame("abcd", Entry(1, "ann", "x", stamped(1))))
 
 
-@pytest.fixture
-def clock():
-    return Turns()
-
-
-@pytest.fixture
-def log():
-    return ScriptedLog()
-
-
-@pytest.fixture
-def rooms(log, clock):
-    return Registry(log, frames, clock, 100)
-
-
-@pytest.fixture
-def short_tail(monkeypatch):
-    """Shorten the tail to a few frames, so that the log is needed soon."""
-    monkeypatch.setattr("chatd.room.tail.TAIL_BYTES", 400)
-
-
 def number_of(text):
     return Id.parse(text["id"]).number
 

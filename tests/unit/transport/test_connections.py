@@ -1,7 +1,6 @@
 """The deadlines of connections, and how all of them end."""
 
 import pytest
-from twisted.internet.task import Clock
 
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Connections
 
@@ -32,30 +31,8 @@ class Connection:
 
 
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def connections(clock):
-    return Connections(clock)
-
-
-@pytest.fixture
 def client():
     return Connection()
-
-
-@pytest.fixture
-def pass_time(connections, clock):
-    """Lets time pass, and looks each second as the service does."""
-
-    def advance(seconds):
-        for _ in range(seconds):
-            clock.advance(1)
-            connections.check_deadlines()
-
-    return advance
 
 
 def reasons(events):

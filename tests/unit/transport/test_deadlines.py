@@ -1,12 +1,6 @@
 import pytest
-from twisted.internet.task import Clock
 
 from chatd.transport.deadlines import Deadlines
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from http import HTTPStatus
 import pytest
 from support.web_doubles import Connection, SecureTransport
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 from twisted.web.server import NOT_DONE_YET
 
 import chatd
@@ -43,11 +42,6 @@ def admin_site(clock, ready=ready, drain=lambda: None):
 
 
 SITES = pytest.mark.parametrize("site", [clients_site, admin_site])
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

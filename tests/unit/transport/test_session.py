@@ -99,11 +99,6 @@ class SessionClient:
 
 
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
 def log():
     return opened_store()
 

@@ -13,7 +13,6 @@ from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import succeed
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IProtocolNegotiationFactory
-from twisted.internet.task import Clock
 from twisted.logger import formatEvent
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
@@ -26,7 +25,7 @@ from chatd.transport import http as web
 from chatd.transport import websocket as protocol
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.autobahn_adapter import MAX_FRAGMENTS, MAX_MESSAGE
-from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Connections
+from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS
 from chatd.transport.handshake import parse_upgrade
 from chatd.transport.websocket import ChatFactory
 
@@ -63,11 +62,6 @@ def _restore_autobahns_clock():
 
 
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
 def store():
     return opened_store()
 
@@ -75,11 +69,6 @@ def store():
 @pytest.fixture
 def rooms(store, clock):
     return Registry(store, frames, clock, 100)
-
-
-@pytest.fixture
-def connections(clock):
-    return Connections(clock)
 
 
 @pytest.fixture
@@ -1184,18 +1173,6 @@ def test_member_that_the_tail_overran_is_closed_with_1013(client):
 
 
 # Deadlines
-
-
-@pytest.fixture
-def pass_time(connections, clock):
-    """Lets time pass, and looks each second as the service does."""
-
-    def advance(seconds):
-        for _ in range(seconds):
-            clock.advance(1)
-            connections.check_deadlines()
-
-    return advance
 
 
 def test_half_a_handshake_and_silence_is_dropped(client, pass_time, events):

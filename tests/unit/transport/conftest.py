@@ -1,0 +1,28 @@
+"""Fixtures that the tests of the transports share: connections whose time the test passes."""
+
+import pytest
+from twisted.internet.task import Clock
+
+from chatd.transport.connections import Connections
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def connections(clock):
+    return Connections(clock)
+
+
+@pytest.fixture
+def pass_time(connections, clock):
+    """Let time pass, and check the deadlines each second as the service does."""
+
+    def advance(seconds):
+        for _ in range(seconds):
+            clock.advance(1)
+            connections.check_deadlines()
+
+    return advance
