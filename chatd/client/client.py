@@ -93,8 +93,8 @@ class ServerAddress(NamedTuple):
 class Listener:
     """The callbacks of a client.  Override those that you need; each does nothing by default.
 
-    The client calls them in the reactor thread.  A callback should not raise: that ends the connection, and the client
-    does not deliver the same entries again.
+    The client calls them in the reactor thread.  A callback should not raise: the client then logs the exception, drops
+    the connection and reconnects.  It delivers the same entries again, until the callback accepts them.
     """
 
     def on_history(self, history: History) -> None:
@@ -228,15 +228,19 @@ class Client:
         self._attempt = None
         self._connection = connection
 
-    def handle_text(self, text: bytes) -> bool:
-        """Handle a text frame; return False if the connection must be dropped."""
+    def handle_text(self, text: bytes) -> str | None:
+        """Handle a text frame; return the reason if the connection must be dropped."""
         try:
-            self._handle(self._decode(text))
-        except ProtocolError as error:
-            _log.warn("{address}: {error}", address=self.address, error=error)
-            self._listener.on_protocol_error(error)
-            return False
-        return True
+            try:
+                self._handle(self._decode(text))
+            except ProtocolError as error:
+                _log.warn("{address}: {error}", address=self.address, error=error)
+                self._listener.on_protocol_error(error)
+                return "the server broke the protocol"
+        except Exception:  # noqa: BLE001 -- Autobahn would lose it, if the frame came with the handshake
+            _log.failure("{address}: a callback of the listener failed", address=self.address)
+            return "a callback of the listener failed"
+        return None
 
     def connection_lost(self, reason: str, retry_after: float | None) -> None:
         """Reconnect later, or finish if the client was stopped."""
@@ -271,8 +275,9 @@ class Client:
 
     def _handle(self, frame: Frame) -> None:
         if isinstance(frame, Message):
+            last = self.last
             self._cursor.message(frame)
-            self._listener.on_entries(frame.epoch, (frame.entry,))
+            self._deliver(last, self._listener.on_entries, frame.epoch, (frame.entry,))
         elif isinstance(frame, Ack) or (isinstance(frame, History) and frame.label is not None):
             self._requests.answer(frame)
             self._send()
@@ -286,11 +291,11 @@ class Client:
             raise ProtocolError(f"an error answers no request: {frame.message}")
 
     def _handle_history(self, frame: History) -> None:
-        new_log = self._cursor.greeted
+        new_log, last = self._cursor.greeted, self.last
         if self._cursor.history(frame):
-            self._listener.on_history(frame)
+            self._deliver(last, self._listener.on_history, frame)
         elif frame.entries:
-            self._listener.on_entries(frame.end.epoch, frame.entries)
+            self._deliver(last, self._listener.on_entries, frame.end.epoch, frame.entries)
         if new_log:
             self._requests.repeat()
             self._send()
@@ -299,6 +304,14 @@ class Client:
         self._requests.connect()
         self._send()
         self._listener.on_connect()
+
+    def _deliver(self, last: Id | None, callback: Callable[..., None], *received: Any) -> None:
+        """Call the listener with what follows `last`; if it raises, the next connection begins there again."""
+        try:
+            callback(*received)
+        except Exception:
+            self._cursor.last = last
+            raise
 
     def _request(self, document: dict[str, Any]) -> "Deferred[Any]":
         if self._end is not None:

@@ -71,8 +71,8 @@ class ConnectionOwner(Protocol):
     def connection_made(self, connection: "ClientConnection") -> None:
         """Record a new connection, before its handshake."""
 
-    def handle_text(self, text: bytes) -> bool:
-        """Handle a text frame; return False if the connection must be dropped."""
+    def handle_text(self, text: bytes) -> str | None:
+        """Handle a text frame; return the reason if the connection must be dropped."""
 
     def connection_lost(self, reason: str, retry_after: float | None) -> None:
         """Reconnect later, after `retry_after` seconds if the server named a time."""
@@ -155,8 +155,8 @@ class ClientConnection(WebSocketClientProtocol):
 
     @override
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
-        if self.state == self.STATE_OPEN and not self.owner.handle_text(payload):
-            self.abort("the server broke the protocol")
+        if self.state == self.STATE_OPEN and (fault := self.owner.handle_text(payload)):
+            self.abort(fault)
 
     @override
     def sendCloseFrame(self, code: int | None = None, reasonUtf8: bytes | None = None, isReply: bool = False) -> None:

@@ -7,12 +7,14 @@ from support.helpers import Longest, result_of
 from support.server_ends import Endpoint
 from support.watches import Watch
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
 
 from chatd.client.client import Client, Listener, ServerAddress
 from chatd.client.connection import CLOSE_SECONDS, CONNECT_SECONDS, IDLE_SECONDS, SILENCE_SECONDS
 from chatd.client.protocol import Backoff, ClientStopped, Posted, ProtocolError, Rejected
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
+from chatd.transport.handshake import switch
 
 # Addresses
 
@@ -297,6 +299,79 @@ def test_no_post_after_a_protocol_error():
     wire.end()
     table.clock.advance(1)
     assert len(table.join(7, resumed=True).said()) == 1
+
+
+# Listeners that raise
+
+
+class Fails:
+    """A callback that raises at its first call."""
+
+    def __init__(self, callback):
+        self.callback = callback
+        self.failed = False
+
+    def __call__(self, *received):
+        if self.failed:
+            return self.callback(*received)
+        self.failed = True
+        raise ValueError("the listener's own fault")
+
+
+def dropped(table, wire):
+    """End a connection that a failed callback has dropped, and return the head of the next request."""
+    assert wire.aborted
+    wire.end()
+    assert table.watch.events[-1][:2] == ("on_disconnect", "a callback of the listener failed")
+    table.clock.advance(1)
+    wire = table.endpoint.accept()
+    head = wire.value().decode()
+    wire.answer()
+    return head, wire
+
+
+def test_entry_is_delivered_again_after_a_raise():
+    """A listener that raises gets the same entries on the next connection, and those after them."""
+    table = Table()
+    wire = table.join(7)
+    table.watch.on_entries = Fails(table.watch.on_entries)
+    with capturedLogs() as events:
+        wire.say(message(8) + message(9))
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ValueError]
+    assert table.client.last == Id("abcd", 7)
+    head, wire = dropped(table, wire)
+    assert "last_event_id=abcd-7 " in head
+    wire.say(history_frame("abcd", 9, [message(8), message(9)], resumed=True))
+    assert table.watch.numbers == [8, 9]
+    assert table.client.last == Id("abcd", 9)
+
+
+def test_history_is_delivered_again_after_a_raise():
+    """A failure in the first history drops the connection, though Autobahn reads it within the handshake."""
+    table = Table()
+    table.watch.on_history = Fails(table.watch.on_history)
+    posted = table.client.post("ann", "hi")
+    wire = table.endpoint.accept()
+    key = re.search(r"Sec-WebSocket-Key: (\S+)", wire.request())[1]
+    wire.say(switch(key, None, "chatd") + history_frame("abcd", 2, [message(1), message(2)]))
+    assert table.client.last is None
+    head, wire = dropped(table, wire)
+    assert "last_event_id" not in head
+    wire.say(history_frame("abcd", 2, [message(1), message(2)]))
+    assert table.watch.numbers == [1, 2]
+    assert not posted.called
+    assert len(wire.said()) == 1
+
+
+@pytest.mark.parametrize("name", ["on_connect", "on_event", "on_protocol_error"])
+def test_other_callbacks_that_raise(name):
+    """A failure elsewhere reconnects too, and repeats nothing that was delivered."""
+    table = Table()
+    setattr(table.watch, name, Fails(None))
+    wire = table.join(7)
+    wire.say(presence_frame(1) + message(7))
+    head, _ = dropped(table, wire)
+    assert "last_event_id=abcd-7 " in head
 
 
 # Reconnecting
