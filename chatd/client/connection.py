@@ -169,10 +169,10 @@ class ClientConnection(WebSocketClientProtocol):
         return bool(self.state == self.STATE_OPEN)
 
     def close(self) -> None:
-        """Start the closing handshake, or abort if the connection never opened."""
+        """Start the closing handshake, or abort if the connection never opened; it may be ending already."""
         if self.state == self.STATE_CONNECTING:
             self.abort()
-        else:
+        elif self.can_send:
             self.sendClose(CloseCode.NORMAL.value)  # Autobahn accepts plain integers only
 
     def abort(self, reason: str = "dropped by the client") -> None:

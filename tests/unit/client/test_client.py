@@ -629,6 +629,18 @@ def test_stop_times_out():
     assert table.watch.kinds() == ["on_history", "on_connect"]
 
 
+def test_stop_after_a_time_out():
+    """A client whose silent connection was dropped stops before it learns of the end of that connection."""
+    table = Table()
+    wire = table.join(1)
+    table.clock.pump([1] * SILENCE_SECONDS)
+    assert wire.aborted
+    gone = table.client.stop()
+    wire.end()
+    assert result_of(gone) is None
+    assert table.clock.calls == []
+
+
 def test_stop_during_the_handshake():
     table = Table()
     wire = table.endpoint.accept()
