@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import Deferred, fail
-from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IDelayedCall, IReactorTime, IStreamClientEndpoint
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.logger import Logger
@@ -86,7 +87,14 @@ class ServerAddress(NamedTuple):
 
         With TLS it trusts the certificate authorities of the machine, or those in the file that SSL_CERT_FILE names.
         """
-        endpoint: IStreamClientEndpoint = HostnameEndpoint(reactor, self.host, self.port, CONNECT_SECONDS)
+        endpoint: IStreamClientEndpoint
+        # HostnameEndpoint resolves even an IP address in a thread, so that clients connect in any order.
+        if isIPv6Address(self.host):
+            endpoint = TCP6ClientEndpoint(reactor, self.host, self.port, CONNECT_SECONDS)
+        elif isIPAddress(self.host):
+            endpoint = TCP4ClientEndpoint(reactor, self.host, self.port, CONNECT_SECONDS)
+        else:
+            endpoint = HostnameEndpoint(reactor, self.host, self.port, CONNECT_SECONDS)
         return wrapClientTLS(optionsForClientTLS(self.host), endpoint) if self.secure else endpoint
 
 

@@ -16,7 +16,6 @@ from support.helpers import Terminal
 from support.loops import reactor
 from support.servers import TWISTD, Server
 from support.websocket_frames import TEXT, frame, frame_at
-from twisted.internet.base import BlockingResolver
 from twisted.internet.protocol import Factory, Protocol
 
 from chatd.load import __main__ as program
@@ -29,13 +28,9 @@ LISTEN = "tcp:0:interface=127.0.0.1:backlog=4096"
 
 
 def run(*words, tamper=None, tampered=0, port=None, err=None):
-    """Run the tool, by a relay to a port if there is one; return its status, its output and its errors.
-
-    The connections of the clients have their numbers: no threads resolve the address, which would mix them up.
-    """
+    """Run the tool, by a relay to a port if there is one; return its status, its output and its errors."""
     out, err = io.StringIO(), err or io.StringIO()
     with reactor() as loop, patch.object(Progress, "SECONDS", 3600):  # however slow the machine is
-        loop.installResolver(BlockingResolver())
         if port is not None:
             relay = Relay(loop, port, tamper, tampered)
             words = (f"ws://127.0.0.1:{relay.port}/", *words)
@@ -449,7 +444,7 @@ def test_relay_that_changes_nothing_is_proved(server):
     ids=["drop", "double", "double the last", "swap", "alter", "exchange"],
 )
 def test_one_wrong_frame_in_a_hundred_thousand(server, do, at, words):
-    """Client 57 posts nothing, so no acknowledgement can show the fault before the messages do."""
+    """Connection 57 is of client 57, which posts nothing, so no acknowledgement shows the fault before the messages."""
     mutant = Mutant(do, at)
     status, out, err = run(*MANY, port=server.port, tamper=mutant, tampered=57)
     assert (status, mutant.done) == (REFUTED, 1)

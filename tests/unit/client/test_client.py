@@ -4,8 +4,10 @@ import re
 
 import pytest
 from support.helpers import Longest, result_of
+from support.loops import reactor
 from support.server_ends import Endpoint
 from support.watches import Watch
+from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 
@@ -61,6 +63,20 @@ def test_resource_has_the_query_and_the_last_id():
     assert address.resource(None) == "/rooms/a?username=ann+b&last_event_id=abcd-1"
     assert address.resource(Id("abcd", 7)) == "/rooms/a?username=ann+b&last_event_id=abcd-7"
     assert ServerAddress.parse("ws://h").resource(None) == "/"
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("ws://192.0.2.7/", TCP4ClientEndpoint),
+        ("ws://[::1]/", TCP6ClientEndpoint),
+        ("ws://chat.example/", HostnameEndpoint),
+    ],
+)
+def test_only_names_are_resolved(url, kind):
+    """Clients of an IP address connect in the order of their starts, which threads would mix up."""
+    with reactor() as loop:
+        assert type(ServerAddress.parse(url).endpoint(loop)) is kind
 
 
 # A client in memory
