@@ -361,10 +361,12 @@ class Trial:
             self.fail(
                 f"nothing was acknowledged in {patience:g} seconds: {waiting}; the last connection: {self._reason}"
             )
-        else:
+        elif self._behind:
             reader, log = self._behind[-1].reader, self.proof.log
             has = f"client {reader.number} has {log.epoch}-{reader.cursor} of {log.epoch}-{log.head}"
             self.fail(f"{has}, and received no more in {patience:g} seconds")
+        else:
+            self.fail(f"the messages before {self.proof.unread()} were not received in {patience:g} seconds")
 
     def _finish(self, status: int, fault: str | None) -> None:
         if self.phase is Phase.OVER:

@@ -122,6 +122,20 @@ def test_last_message_that_one_client_never_receives():
     assert table.trial.fault == "client 1 has abcd-0 of abcd-1, and received no more in 3 seconds"
 
 
+def test_start_of_a_new_log_that_never_arrives(posting):
+    """The trial reads back what no client has received of a new log, and does not wait for it forever."""
+    table, wire = posting
+    wire.say(message(1, table.post) + ack(1, table.post))
+    wire.say(history_frame("efgh", 7, [], resumed=False))
+    table.tick()
+    (newest,) = wire.said()
+    wire.say(history_frame("efgh", 7, [], label=newest["label"]))
+    table.tick()
+    assert [request["before"] for request in wire.said()] == ["efgh-8"]
+    table.tick(20 * TICKS)
+    assert table.trial.fault == "the messages before efgh-8 were not received in 3 seconds"
+
+
 def test_not_all_clients_can_join():
     """A server that takes no more clients leaves the trial undecided."""
     table = Table("--clients=3", "--patience=1.5")
@@ -135,6 +149,19 @@ def test_not_all_clients_can_join():
         "2 of 3 clients have joined, and no more are accepted (no answer): "
         "ask for fewer --clients, or allow the server more"
     )
+
+
+def test_server_that_never_answers():
+    """The first client that times out ends the trial, though the others have not learned of their end yet."""
+    table = Table("--clients=3")
+    wires = [table.endpoint.accept() for _ in range(3)]
+    table.clock.pump([1] * 10)
+    assert all(wire.aborted for wire in wires)
+    for wire in wires:
+        wire.end()
+    assert result_of(table.trial.done) == UNTRIED
+    assert "the server did not answer in time" in table.trial.fault
+    assert table.clock.calls == []
 
 
 def test_progress_in_every_phase():
