@@ -1,7 +1,7 @@
 """The Python client: it reads a room without loss, stores each post once, and reconnects by itself.
 
 When a connection ends, the client pauses, reconnects with its last id, and repeats the requests that have
-no answer.  If the server tells it during a connection that the log is another one, it starts over with that log.
+no answer.  If the server announces another log during a connection, the client starts over with that log.
 
 A connection on which the server breaks the protocol is closed.  The next one repairs the damage: missing entries are
 sent again, and repeated ones are not delivered.
@@ -40,7 +40,7 @@ from chatd.client.protocol import (
 )
 from chatd.messages import Entry, Id
 
-_log = Logger()
+_logger = Logger()
 
 
 class ServerAddress(NamedTuple):
@@ -242,11 +242,11 @@ class Client:
             try:
                 self._handle(self._decode(text))
             except ProtocolError as error:
-                _log.warn("{address}: {error}", address=self.address, error=error)
+                _logger.warn("{address}: {error}", address=self.address, error=error)  # noqa: G010 -- Twisted's logger
                 self._listener.on_protocol_error(error)
                 return "the server broke the protocol"
-        except Exception:  # noqa: BLE001 -- Autobahn would lose it, if the frame came with the handshake
-            _log.failure("{address}: a callback of the listener failed", address=self.address)
+        except Exception:  # noqa: BLE001 -- Autobahn loses exceptions if the frame came with the handshake
+            _logger.failure("{address}: a callback of the listener failed", address=self.address)
             return "a callback of the listener failed"
         return None
 

@@ -204,7 +204,7 @@ class Posted(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
+class _PendingRequest:
     """One request, for all of its attempts."""
 
     text: bytes
@@ -222,7 +222,7 @@ class PendingRequests:
         self._largest_window = self._window = window
         self._name = secrets.token_urlsafe(12)
         self._count = 0
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, _PendingRequest] = {}
         self._unsent: list[int] = []  # a heap: the oldest first
         self._sent: set[int] = set()
         self._repeated: set[int] = set()
@@ -236,7 +236,7 @@ class PendingRequests:
         self._count += 1
         answer: Deferred[Any] = Deferred()
         text = orjson.dumps({**document, "label": f"{self._name}.{self._count}"})
-        self._requests[self._count] = _Request(text, answer)
+        self._requests[self._count] = _PendingRequest(text, answer)
         heappush(self._unsent, self._count)
         return answer
 
@@ -299,7 +299,7 @@ class PendingRequests:
         name, _, number = (label or "").rpartition(".")
         return int(number) if name == self._name and number.isdecimal() else 0
 
-    def _take(self, label: str | None) -> _Request | None:
+    def _take(self, label: str | None) -> _PendingRequest | None:
         number = self._number(label)
         self._sent.discard(number)
         return self._requests.pop(number, None)

@@ -1,4 +1,4 @@
-"""What a class declares, overrides and uses, for tests of the classes that derive from a library's."""
+"""The names that a class declares, overrides and uses, for tests of the classes that derive from a library's."""
 
 import ast
 import inspect
