@@ -324,9 +324,9 @@ def test_tails_of_all_rooms(house):
 
 def test_kept_histories(house):
     """The history frames that rooms keep count, until a message makes them stale."""
-    ann = Person(house)
+    ann = house.client()
     one = house.scrape()("chatd_histories_bytes")
-    Person(house, "/rooms/tea")
+    house.client("/rooms/tea")
     assert 0 < one < house.scrape()("chatd_histories_bytes")
     ann.posts("1")
     assert 0 < house.scrape()("chatd_histories_bytes") <= one
