@@ -152,11 +152,19 @@ class Drain:
         for client in some:
             client.finish()
         yield from self._settle(lambda: bool(self._clients.connected))
-        waiting = {client: client.member.head for client in some if client in self._clients.connected}
+        # The entry that each client must have got; None while the log has yet to answer frames that were held.
+        waiting: dict[Connection, int | None] = dict.fromkeys(some)
         enough = self._clock.seconds() + FULL_SECONDS
         while waiting:
+            if self._late() and any(client.member.awaits_log for client in waiting):
+                self._log.abandon()
             late = self._late() or self._clock.seconds() >= enough
             for client, head in [*waiting.items()]:
+                if not late and client.member.awaits_log:
+                    waiting[client] = None
+                    continue
+                if head is None:
+                    head = waiting[client] = client.member.head  # noqa: PLW2901 -- it is now known
                 if late or not client.member.has_pending(head):
                     del waiting[client]
                     self._restart(client)

@@ -69,6 +69,11 @@ class Membership:
         """The number of the newest entry in the room; 0 outside of a room."""
         return 0 if self.room is None else self.room.head
 
+    @property
+    def awaits_log(self) -> bool:
+        """True while the log has yet to answer the client's own frames."""
+        return False
+
     def has_pending(self, head: int) -> bool:
         """Return whether the client has yet to get the entry of this number, or an answer to its own frames."""
         return self.room is not None and self.cursor < head

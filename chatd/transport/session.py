@@ -80,7 +80,7 @@ def _is_text(text: bytes) -> bool:
 class Session(Membership):
     """A membership whose client sends frames; it receives the outcome of its posts (chatd.room.log.Poster)."""
 
-    __slots__ = ("_held", "_pauses", "_rate", "_refusals", "due")
+    __slots__ = ("_held", "_in_flight", "_pauses", "_rate", "_refusals", "due")
     _transport: SessionTransport
 
     def __init__(
@@ -93,9 +93,16 @@ class Session(Membership):
         """The rate limit, if there is one,"""
         self.due = 0.0
         """... and the state that it keeps of this client (admission.Paced)."""
+        self._in_flight = 0
+        """The number of posts that the log has yet to answer."""
         self._pauses = Pause.NONE
         self._held: deque[bytes] | None = None
         """Frames that arrived while a HOLDING reason was set."""
+
+    @property
+    @override
+    def awaits_log(self) -> bool:
+        return self.room is not None and (self._in_flight > 0 or Pause.FETCHING in self._pauses)
 
     @override
     def has_pending(self, head: int) -> bool:
@@ -120,6 +127,7 @@ class Session(Membership):
                     continue
                 break
             if isinstance(frame, Post):
+                self._in_flight += 1
                 self._rooms.post(room.name, frame, self)
         super().leave()
 
@@ -186,6 +194,7 @@ class Session(Membership):
             if frame.username != self.name:
                 self.name = frame.username
                 room.presence.changed()
+            self._in_flight += 1
             self._rooms.post(room.name, frame, self)
         elif isinstance(frame, PageRequest):
             self._page(room, frame)
@@ -250,6 +259,7 @@ class Session(Membership):
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
         """Acknowledge a post with a label, after the message itself."""
+        self._in_flight -= 1
         room = self.room
         if post.label is None or room is None:
             return
@@ -262,6 +272,7 @@ class Session(Membership):
             self.block()
 
     def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+        self._in_flight -= 1
         if self.room is None:
             return
         if isinstance(error, LabelReused):

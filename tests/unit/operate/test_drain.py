@@ -22,6 +22,7 @@ class DrainedClient:
     member = property(lambda self: self)
     joined = True
     head = cursor = 0
+    awaits_log = False
     waits = False
     """True while the client waits for an acknowledgement."""
 
@@ -538,6 +539,36 @@ def test_client_waits_for_its_own_posts(scene):
     assert scene.released() == 2
     scene.until(8)
     assert [person.did for person in people] == [["finish", "restart"]] * 2
+
+
+def test_client_is_released_after_frames_that_were_held(scene):
+    """Posts that waited for a page reach the log after it has settled, and are answered before the release too."""
+    (person,) = scene.people(1)
+    person.head = person.cursor = 3
+    person.awaits_log = True
+    scene.begin(8)
+    scene.until(end(8) + 0.1)
+    assert person.did == ["finish"]
+    person.awaits_log = False
+    person.head = 4  # its own message
+    scene.until(end(8) + 0.2)
+    person.head = 5  # that of somebody else
+    assert person.did == ["finish"]
+    person.cursor = 4
+    scene.until(end(8) + 0.3)
+    assert person.did == ["finish", "restart"]
+    assert scene.when("abandon") == []
+
+
+def test_frames_that_were_held_are_rejected_at_the_limit(scene):
+    """A log that never answers them holds the client no longer."""
+    (person,) = scene.people(1)
+    person.awaits_log = True
+    scene.begin(30)
+    scene.until(30)
+    assert person.did == ["finish", "restart"]
+    assert limit(30) - 1e-6 <= person.released <= limit(30) + SLACK
+    assert scene.when("abandon") == [person.released]
 
 
 def test_client_is_released_at_the_settled_head(scene):

@@ -328,7 +328,7 @@ def test_kept_histories(house):
     one = house.scrape()("chatd_histories_bytes")
     house.client("/rooms/tea")
     assert 0 < one < house.scrape()("chatd_histories_bytes")
-    ann.posts("1")
+    ann.post("1")
     assert 0 < house.scrape()("chatd_histories_bytes") <= one
 
 

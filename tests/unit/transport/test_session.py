@@ -655,6 +655,33 @@ def test_what_came_with_a_page_and_waits_is_owed_its_answers_too(clock, log, pag
     assert not paging.has_pending(6)
 
 
+def test_log_owes_an_answer_to_pages_and_held_posts(clock, log, paging):
+    """A post that was held while the log read a page is in flight once the page is answered, labelled or not."""
+    paging.hears()
+    paging.posts("6")
+    log.held = True
+    assert paging.awaits_log
+    log.answer()
+    assert paging.awaits_log
+    log.release()
+    assert not paging.awaits_log
+    assert paging.has_pending(paging.head)
+    clock.advance(0)
+    assert not paging.has_pending(paging.head)
+
+
+def test_log_owes_nothing_after_a_refusal_or_outside_of_a_room(log, ann):
+    log.held = True
+    ann.posts("1", "2", label="a")
+    log.fail()
+    assert ann.awaits_log
+    log.fail()
+    assert not ann.awaits_log
+    ann.posts("3")
+    ann.leave()
+    assert not ann.awaits_log
+
+
 def test_pending_while_the_transport_is_full(clock, ann, bob):
     assert not bob.has_pending(0)
     ann.stalls()
