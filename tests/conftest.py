@@ -14,7 +14,7 @@ documented.install(undocumented.append)
 
 @pytest.fixture
 def events():
-    """What is logged, as it is logged."""
+    """The list of events that are logged during the test."""
     seen = []
     globalLogPublisher.addObserver(seen.append)
     yield seen

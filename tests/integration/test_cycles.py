@@ -117,7 +117,7 @@ class Client:
                 self.given(text)
 
     def given(self, text):
-        """Nothing is missed, nothing comes twice, and all in the order of the ids."""
+        """Check that messages arrive once each, without gaps and in the order of their ids."""
         epoch, _, number = text["id"].partition("-")
         number = int(number)
         entries = [text["data"]] if text["type"] == "message" else text["data"]
@@ -149,7 +149,7 @@ class Client:
     # Posting
 
     def said(self):
-        """Everything that was not acknowledged, oldest first."""
+        """Return every post that has no ack, oldest first."""
         return b"".join(
             frame(TEXT, json.dumps({"username": self.name, "message": text, "label": label}).encode())
             for label, text in self.pending.items()
@@ -194,7 +194,7 @@ class Client:
             self.close()
 
     async def catch_up(self, heads):
-        """Reconnect for the missed messages."""
+        """Reconnect, and receive the missed messages."""
         await self.connect()
         while self.cursor < heads[self.room]:
             await self.hear()

@@ -46,7 +46,7 @@ class Program:
         self._process.stdin.flush()
 
     async def receive(self, count):
-        """The first `count` frames, the history among them; wscat's prompts may stand before them."""
+        """Return the first `count` frames, including the history, without wscat's prompts."""
         found = await asyncio.to_thread(self._lines.wait, r"^(?:> )*(\{.*)", count)
         return [match[1] for match in found]
 
@@ -66,7 +66,7 @@ class Library:
 
 
 async def room_full(url, stack, programs):
-    """Everyone at once: each has its history, then all post, and each gets all; answers what each got."""
+    """Connect all clients; each posts once it has its history. Return what each of them received."""
     async with contextlib.AsyncExitStack() as libraries:
         session = await libraries.enter_async_context(aiohttp.ClientSession())
         of_aiohttp = await libraries.enter_async_context(session.ws_connect(url))
@@ -139,7 +139,7 @@ KINDS = ["python", "node", "wscat"]
 
 
 def snippets():
-    """The kind and the text of each example in the README that is marked as tested."""
+    """Return the kind and the text of each example in the README that is marked as tested."""
     text = (ROOT / "README.md").read_text("utf-8")
     return re.findall(r"^<!-- test: (\S+) -->\s*\n```[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 

@@ -85,7 +85,7 @@ class Reader:
 
 @contextlib.asynccontextmanager
 async def sessions():
-    """A session of aiohttp that lets as many connect as like to."""
+    """Open a session of aiohttp without a limit of connections."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=LONG)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
@@ -94,7 +94,7 @@ async def sessions():
 
 @contextlib.asynccontextmanager
 async def following(server, *readers):
-    """Readers that follow a server's room meanwhile."""
+    """Run readers that follow a server's room meanwhile."""
     tasks = [asyncio.create_task(reader.follow(server)) for reader in readers]
     try:
         yield tasks
@@ -144,7 +144,7 @@ async def post_all_over_websocket(session, server, name):
 
 
 async def all_pages(session, server):
-    """All messages, by the links of the pages."""
+    """Return all messages, by the links of the pages."""
     entries, url = [], f"{base(server)}/rooms/main/messages?limit=7"
     while url:
         async with session.get(url) as answer:
@@ -247,7 +247,7 @@ def connection(common):
 
 
 def ask(connection, method, path, body=None, **headers):
-    """The answer that the client of the standard library gets."""
+    """Return the answer that the client of the standard library gets."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, fields)
     answer = connection.getresponse()
@@ -345,7 +345,7 @@ class Events(Raw):
         assert status == 200
 
     def next(self):
-        """The next event."""
+        """Return the next event."""
         while not self.parser.events:
             assert self._data or self._more(), "the stream has ended"
             self.parser.feed(bytes(self._data))
@@ -471,14 +471,14 @@ def test_over_tls_a_browser_joins_which_offers_its_protocols(tmp_path, offered):
 
 
 def secured(client, trust):
-    """A client by hand that speaks TLS."""
+    """Return a raw client over TLS."""
     client.socket = trust.wrap_socket(client.socket, server_hostname="127.0.0.1")
     return client
 
 
 @contextlib.contextmanager
 def kept(tmp_path, transport):
-    """A server, and a client of it on whose connection a request was answered."""
+    """Lend a server and a raw client whose connection has answered one request."""
     with contextlib.ExitStack() as stack:
         if transport == "tcp":
             server = stack.enter_context(Server(tmp_path))

@@ -19,7 +19,7 @@ BURST = 40
 
 @pytest.fixture(scope="module", params=["json", "text"])
 def run(request, tmp_path_factory):
-    """A server that everybody came to, from its start to its end: its log, its errors and what was said to it."""
+    """The log, the errors and the secrets of a server that every kind of client used, from its start to its end."""
     folder, secret = tmp_path_factory.mktemp(request.param), Secrets()
     options = (f"--log-format={request.param}", f"--rate=1:{BURST}", f"--origin={PAGE}")
     with Server(folder, *options, admin=LOOPBACK) as server:
@@ -42,19 +42,19 @@ class Secrets:
         self._used = {}
 
     def __call__(self, where):
-        """One more, said there: short enough for a name, and good as a label, in a path and in a query."""
+        """Return another secret for this place; it is valid as a username, a label, a path and a query."""
         assert where not in self._used.values()
         text = f"xyzzy{len(self._used):03}plugh"
         self._used[text] = where
         return text
 
     def found(self, log):
-        """The places of the secrets that are in a log, in any form."""
+        """Return the places of the secrets that are in a log, in any form."""
         return [where for text, where in self._used.items() if any(form in log for form in forms(text))]
 
 
 def forms(text):
-    """A text as it may be written: as it is, in capitals, in hexadecimal, escaped, in percents and in base64."""
+    """Yield the forms in which a log may write a text: plain, capitals, hexadecimal, escaped, percents, base64."""
     data = text.encode()
     yield from (text, text.upper(), data.hex(), data.hex(" "))
     yield from ("".join(pattern % byte for byte in data) for pattern in ("\\u%04x", "\\\\u%04x", "\\x%02x", "%%%02X"))
@@ -68,7 +68,7 @@ def said(**values):
 
 
 def post_over_websocket(client, secret):
-    """All that a member can say, good and bad, on a connection that stays open."""
+    """Send every kind of frame, valid and invalid, on a connection that stays open."""
 
     def refused(data, **error):
         client.send(data)
@@ -111,7 +111,7 @@ def post_over_websocket(client, secret):
 
 
 def breaches(secret):
-    """Messages that end a connection, with the close code of each."""
+    """Send messages that end a connection, and check the close code of each."""
     return [
         (frame(BINARY, secret("a binary frame").encode()), 1003),
         (frame(TEXT, secret("what is not UTF-8").encode() + b"\xff"), 1007),
@@ -129,7 +129,7 @@ def breaches(secret):
 
 
 def handshakes(secret):
-    """Requests for WebSocket that are refused, by chatd and by Autobahn, which likes to quote what it refuses."""
+    """Send handshakes that chatd or Autobahn refuses; Autobahn quotes them in its errors."""
     token = secret("a token of all refused handshakes")
     room = f"/rooms/{ROOM}"
 
@@ -164,7 +164,7 @@ def handshakes(secret):
 
 
 def over_http(port, secret):
-    """The twin over HTTP, and what is refused of it."""
+    """Send valid and invalid requests to the rooms over HTTP."""
     token, ann = secret("a token over HTTP"), secret("the username of a post over HTTP")
     messages, kind = f"/rooms/{ROOM}/messages", "application/json"
     content = json.dumps({"username": ann, "message": secret("a message over HTTP")})
@@ -207,7 +207,7 @@ def over_http(port, secret):
 
 
 def without_its_table(store, client, port, secret):
-    """A store that fails while it serves: what is said meanwhile is refused."""
+    """Break the store while it serves: posts are refused meanwhile."""
     with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as db:
         db.execute("ALTER TABLE messages RENAME TO elsewhere")
         ann, label = secret("the username of what is not stored"), secret("the label of what is not stored")
@@ -241,7 +241,7 @@ class Member(Raw):
             self.rest()
 
     def answer(self):
-        """The next frame, except presence and typing, which have a time of their own."""
+        """Return the next frame, except presence and typing, which may arrive at any time."""
         while (text := self.json())["type"] in ("presence", "typing"):
             pass
         return text
@@ -259,7 +259,7 @@ class Reader(Raw):
 
 
 def visit(server, folder, secret):
-    """Be everybody who may come, to the end of the server."""
+    """Act as every kind of client, until the server ends."""
     port, token = server.port, secret("a token of members")
     who = {"Authorization": f"Bearer {token}", "Cookie": f"session={token}", "Origin": PAGE}
     asked = f"?events=presence,typing&access_token={token}&username={secret('the username of a query')}"
@@ -298,7 +298,7 @@ def visit(server, folder, secret):
 
 
 def of_clients(run):
-    """The lines about clients: each sentence, and its fields, which the text format lacks."""
+    """Return the lines about clients: each sentence and its fields, which the text format lacks."""
     lines = []
     for line in run.log:
         if run.form == "json":

@@ -23,7 +23,7 @@ print(files.joinpath("static/index.html").is_file())
 
 
 def clean():
-    """The environment without this checkout."""
+    """Return the environment without this checkout."""
     return {name: value for name, value in environment().items() if name != "PYTHONPATH"}
 
 
@@ -55,7 +55,7 @@ def wheel(copy):
 
 @pytest.fixture(params=["wheel", "editable"])
 def installed(request, copy, tmp_path):
-    """A Python that has chatd installed, and of this one's packages what chatd depends on."""
+    """A Python with chatd and its dependencies installed."""
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")

@@ -1,4 +1,4 @@
-"""A server that is replaced: its clients go elsewhere as a stream, and nothing of what was said is lost."""
+"""A server is replaced: its clients move elsewhere at a pace, and no stored message is lost."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ def show(figures):
 
 
 def ask(port, method, path, body=None, **headers):
-    """One request on a connection of its own: the status and the text."""
+    """Send one request on its own connection; return the status and the text."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)) as connection:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
@@ -53,12 +53,12 @@ def ask(port, method, path, body=None, **headers):
 
 
 def said(message, label, username="ann"):
-    """A frame that posts with a label."""
+    """Return a frame that posts with a label."""
     return frame(TEXT, json.dumps({"username": username, "message": message, "label": label}).encode())
 
 
 def moment(reason):
-    """The seconds after which a close frame asks the client to reconnect."""
+    """Return the seconds after which a close frame asks the client to reconnect."""
     return float(re.fullmatch(r"retry_after=(\d+\.\d)", reason)[1])
 
 
@@ -261,7 +261,7 @@ COUNT = 50
 
 
 def in_flight(member):
-    """Have messages read by a server that cannot commit them yet."""
+    """Send messages that a server reads but cannot commit yet."""
     member.send(b"".join(said(f"{number}", f"{number}") for number in range(COUNT)) + frame(PING, b"read"))
     assert member.frame() == (PONG, b"read")
 
@@ -304,7 +304,7 @@ def test_failing_store_during_a_drain(tmp_path):
 
 
 def in_doubt(text):
-    """The label of a refusal that does not say whether the post was stored."""
+    """Return the label of a refusal that leaves open whether the post was stored."""
     assert (text["type"], text["code"]) == ("error", "UNAVAILABLE")
     assert text["message"] == "The message may not have been stored; try again with the same label."
     return text["label"]
@@ -341,7 +341,7 @@ KEYED = {"Content-Type": "application/json", "Idempotency-Key": '"a"'}
 
 @contextlib.contextmanager
 def keeping(port):
-    """An HTTP connection that was used, and is kept."""
+    """Open an HTTP connection that has answered a request and stays open."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)) as connection:
         connection.request("GET", "/healthz")
         assert connection.getresponse().read() == b"ok\n"
@@ -349,7 +349,7 @@ def keeping(port):
 
 
 def begin_post(server, connection):
-    """Have a post read by a server that cannot commit it yet."""
+    """Send a post that a server reads but cannot commit yet."""
     connection.request(*POST, KEYED)
     assert ask(server.port, "GET", "/healthz") == (200, "ok\n"), "which came after it"
 
@@ -618,7 +618,7 @@ class Heart:
 
 
 def posted(path):
-    """The number of each message of a writer in a log without gaps, in which each is once."""
+    """Check that a log has no gap and no duplicate; return the numbers of a writer's messages."""
     _, rows = stored(path)
     assert [row[0] for row in rows] == [*range(1, len(rows) + 1)]
     numbers = {message: number for number, _, message, _ in rows}
@@ -627,7 +627,7 @@ def posted(path):
 
 
 def most_in_a_second(moments):
-    """The number of these moments in the fullest second."""
+    """Return the number of these moments in the fullest second."""
     moments = sorted(moments)
     most = begin = 0
     for end, last in enumerate(moments):

@@ -14,7 +14,7 @@ ECHO = '#!/bin/sh\necho "$(basename "$0")" "$@"\n'
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose programs print how they are called, and where Redis is missing."""
+    """A checkout whose programs print their arguments, and which lacks Redis."""
     root = tmp_path / "checkout"
     for folder in ("scripts", "tests/support", "tests/unit/room"):
         (root / folder).mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_check_runs_unit_tests_unless_told_otherwise(checkout, arguments, select
 
 
 def bare(folder, *names):
-    """A folder with the few programs that the scripts need, and a Python under each of these names."""
+    """Return a folder with the few programs that the scripts need, and a Python under each of these names."""
     folder.mkdir()
     for name in ("sh", "dirname", "basename", "readlink"):
         (folder / name).symlink_to(shutil.which(name))

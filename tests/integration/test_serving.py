@@ -57,12 +57,12 @@ NAMES = [
 
 
 def lines_of(result):
-    """The lines in which a server that did not start said why, as text or JSON, on stdout or stderr."""
+    """Return the lines in which a server that did not start explained why, as text or JSON."""
     return [line for line in (result.stdout + result.stderr).splitlines() if "chatd: " in line]
 
 
 def only_line(result):
-    """The one line of a server that did not start; whatever else there is, there is no traceback."""
+    """Return the only line of a server that did not start, and check that there is no traceback."""
     assert result.returncode == 1
     assert "Traceback" not in result.stdout + result.stderr
     (line,) = lines_of(result)
@@ -93,7 +93,7 @@ class Burster(Raw):
         self.send(b"".join(post(self.name, f"{self.name}-{number}") for number in numbers))
 
     def see(self, text):
-        """Note a broadcast; answers its number and who said what."""
+        """Record a broadcast; return its number, its username and its message."""
         assert text["type"] == "message"
         ((number, username, message),) = numbered(text)
         assert number == self.cursor + 1, "in order, each once"
@@ -142,7 +142,7 @@ def test_fifty_kills(tmp_path, capsys):
     sent = received = 0
 
     def check(server):
-        """Every message that was seen is stored; others may be, without gaps or repetition."""
+        """Check that every broadcast is stored, and that the log has no gap and no duplicate."""
         nonlocal epoch
         found, rows = stored(path)
         epoch = epoch or found
@@ -641,7 +641,7 @@ def test_clients_that_do_not_read(tmp_path):
 
 @pytest.fixture(scope="module")
 def common_room(tmp_path_factory):
-    """One server and one client of good manners, for all the bad ones, and how much memory the server took at first."""
+    """A server for all misbehaving clients, one well-behaved client, and the server's memory at first."""
     with Server(tmp_path_factory.mktemp("common"), admin=LOOPBACK) as server, connect(server.url) as good:
         good.recv(LONG)
         yield server, good, server.memory()
@@ -654,7 +654,7 @@ def fragments(client):
 
 @pytest.fixture
 def server(common_room):
-    """The common server; whatever a test did to it, the client of good manners is served, and memory is not taken."""
+    """The common server. After each test it still serves the well-behaved client and uses no more memory."""
     server, good, memory = common_room
     yield server
     good.send('{"username":"good","message":"undisturbed"}')
@@ -843,7 +843,7 @@ def test_bad_request_is_refused_with_its_status(server, what):
 
 
 def get(port, path):
-    """The answer that a plain HTTP client of the standard library gets."""
+    """Return the answer that the standard library's HTTP client receives."""
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -66,7 +66,7 @@ def succeed(*command, statuses=(0,), **options):
 
 
 def nspawn(root, *options, binds=(), network=None):
-    """The command that runs something in a machine whose files are those of a folder, and whose changes are lost.
+    """Return the command that runs something in a machine with the files of a folder; the machine's changes are lost.
 
     `network` is the path of a network namespace; without one the machine has a loopback.
     """
@@ -81,7 +81,7 @@ def nspawn(root, *options, binds=(), network=None):
 
 
 def bootable(make):
-    """The root that is made of a machine; skips the test if none can run here."""
+    """Return the root of a machine; skip the test if none can run here."""
     need("root")
     root = make()
     works = subprocess.run([*nspawn(root), "true"], capture_output=True, text=True, check=False)
@@ -91,7 +91,7 @@ def bootable(make):
 
 
 def kept(name, make, *inputs):
-    """The folder in `build/` that `make` makes once for these inputs; other processes wait until it is complete."""
+    """Return the folder in `build/` that `make` makes once for these inputs; other processes wait for it."""
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"{name}-{key}"
     folder.parent.mkdir(exist_ok=True)
@@ -105,13 +105,13 @@ def kept(name, make, *inputs):
 
 
 def debian():
-    """The folder of a Debian that boots and that Packer can log in to, as Debian's image for EC2 is."""
+    """Return the folder of a Debian that boots and that Packer can log in to, as Debian's image for EC2 is."""
     mmdebstrap = [need("mmdebstrap"), "--quiet", "--variant=apt", f"--include={PACKAGES}", f"--customize-hook={SET_UP}"]
     return bootable(lambda: kept("guest", lambda folder: succeed(*mmdebstrap, SUITE, folder), SUITE, PACKAGES, SET_UP))
 
 
 def wheels():
-    """The folder of the locked wheels for each architecture, downloaded once, as scripts/bake downloads them."""
+    """Return the folder of the locked wheels for each architecture, downloaded once, as scripts/bake downloads them."""
     bake = program(ROOT / "scripts" / "bake")
 
     def make(folder):
@@ -125,7 +125,7 @@ def wheels():
 
 
 def pip_settings():
-    """The environment in which pip takes the locked wheels from that folder, and asks no index."""
+    """Return the environment in which pip takes the locked wheels from that folder, and asks no index."""
     return {"PIP_FIND_LINKS": str(wheels()), "PIP_NO_INDEX": "1"}
 
 
@@ -232,7 +232,7 @@ class Machine:
         shutil.rmtree(f"/run/systemd/nspawn/propagate/{self._name}", ignore_errors=True)
 
     def command(self, *command):
-        """The command that runs one in the machine."""
+        """Return the command that runs a command in the machine."""
         return [need("nsenter"), f"--target={self._leader}", "--all", "--", *command]
 
     def run(self, *command):
@@ -240,11 +240,11 @@ class Machine:
         return succeed(*self.command(*command))
 
     def path(self, name):
-        """The path of a file of the machine on the host; the name must not contain symbolic links."""
+        """Return the path of a file of the machine on the host; the name must not contain symbolic links."""
         return pathlib.Path(f"/proc/{self._leader}/root{name}")
 
     def connect(self, port=PORT):
-        """A client by hand, on the machine's network."""
+        """Return a raw client on the machine's network."""
 
         def connect():
             with pathlib.Path(f"/proc/{self._leader}/ns/net").open() as network:

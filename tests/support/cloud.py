@@ -30,7 +30,7 @@ TOOLS = ROOT / "packer" / "tools"
 
 
 def packer():
-    """The folder with Packer and its plugin, built once."""
+    """Return the folder with Packer and its plugin, built once."""
     need("go")
     recipe = [path.read_text() for path in sorted(TOOLS.rglob("*")) if path.is_file()]
 
@@ -147,7 +147,7 @@ class Account:
 
 
 def tags(form, kind):
-    """The tags that a request gives to what is of a kind."""
+    """Return the tags that a request gives to resources of one kind."""
     found = {}
     for name, value in form.items():
         if name.startswith("TagSpecification.") and name.endswith(".ResourceType") and value == kind:
@@ -238,7 +238,7 @@ class Builder(booted.Machine):
 
 
 def settings(folder, account=None):
-    """The environment of a Packer that knows of no account but this, and of no plugin but the one that was built."""
+    """Return the environment of a Packer that finds this account and the built plugin, and no others."""
     kept_ = {name: value for name, value in environment().items() if not name.startswith(("AWS_", "PACKER_", "PKR_"))}
     del kept_["PYTHONPATH"]
     return kept_ | {
@@ -277,7 +277,7 @@ def bake(account, builder, folder, *options):
 
 
 def copied(machine, folder):
-    """The files of a machine as they are now, in a folder: what a snapshot of its disk holds."""
+    """Return the files of a machine as they are now, in a folder: what a snapshot of its disk holds."""
     folder.mkdir()
     tar = ["tar", "--one-file-system", "--numeric-owner", "--xattrs"]
     read = subprocess.Popen([*tar, "-C", machine.path("/"), "-cf", "-", "."], stdout=subprocess.PIPE)
@@ -300,7 +300,7 @@ WantedBy=multi-user.target
 
 
 def agent(builder, folder):
-    """Put what stands for the CloudWatch agent into a machine, as a package; answers what is to be said of it."""
+    """Put a package that stands for the CloudWatch agent into a machine; return its URL and digest."""
     tree = folder / "agent"
     control = f"Package: {AGENT}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: an agent\n"
     for path, text in {"DEBIAN/control": control, f"usr/lib/systemd/system/{AGENT}.service": UNIT}.items():
@@ -314,7 +314,7 @@ def agent(builder, folder):
 
 
 def agents(folder, agent):
-    """The option that has bakes install an agent."""
+    """Return the option that has bakes install an agent."""
     path = folder / "agents.json"
     path.write_text(json.dumps({"amd64": [agent]}))
     return f"--agents={path}"

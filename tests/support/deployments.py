@@ -177,7 +177,7 @@ class Account:
         self.call("ssm", "label_parameter_version", Name=name, ParameterVersion=version, Labels=["last-good"])
 
     def recorded(self, stack=STACK):
-        """All images on record, the oldest first, and the one that is last-good."""
+        """Return all images on record, the oldest first, and the one that is last-good."""
         try:
             history = self.call("ssm", "get_parameter_history", Name=f"/chatd/{stack}/image")["Parameters"]
         except self._clients["ssm"].exceptions.ParameterNotFound:
@@ -280,7 +280,7 @@ class Account:
 
 
 def checkout(folder, *changes):
-    """A checkout with changes, each a file and a text of it in place of another; answers its scripts/deploy."""
+    """Make a checkout with changes, each a file, a text of it and its replacement; return its scripts/deploy."""
     (folder / "scripts").mkdir(parents=True)
     shutil.copytree(ROOT / "scripts" / "deploying", folder / "scripts" / "deploying")
     for name in ("deploy", "venv"):
@@ -299,7 +299,7 @@ def checkout(folder, *changes):
 
 
 def settings(account, **changes):
-    """The environment of a scripts/deploy that knows of no other account, and does not wait."""
+    """Return the environment of a scripts/deploy that knows of no other account, and does not wait."""
     kept = {
         name: value for name, value in environment().items() if not name.startswith("AWS_") and name != "PYTHONPATH"
     }
@@ -347,7 +347,7 @@ def deploy(account, *arguments, **more):
 
 @contextlib.contextmanager
 def running(chat, script=DEPLOY):
-    """An account whose stack runs an old image, which is last-good; there is a new one too."""
+    """Lend an account whose stack runs an old image, which is last-good, and which has a new image too."""
     with Account(chat.url, script) as account:
         account.old, account.new = (account.image(VERSION, days=days) for days in (2, 1))
         account.stack.exists(ImageId=account.old, **REST)
@@ -356,7 +356,7 @@ def running(chat, script=DEPLOY):
 
 
 def runs(account):
-    """The one image that all instances run."""
+    """Return the one image that all instances run."""
     (image,) = set(account.fleet.images.values())
     return image
 

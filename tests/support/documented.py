@@ -38,7 +38,7 @@ class Undocumented(AssertionError):
 
 @functools.cache
 def _validator(place):
-    """The validator of what a pointer into the documents names."""
+    """Return the validator of what a pointer into the documents names."""
     return jsonschema_rs.validator_for({"$ref": BASE + place}, registry=_registry)
 
 
@@ -84,7 +84,7 @@ def check_stream(data):
 
 
 def read_head(head):
-    """The status and the headers of an HTTP answer."""
+    """Return the status and the headers of an HTTP answer."""
     first, *lines = head.decode("latin-1").split("\r\n")
     return int(first.split(" ")[1]), [tuple(line.split(": ", 1)) for line in lines]
 
@@ -214,7 +214,7 @@ def _watch_channels(channel, check):
 
 
 def parts(data):
-    """The status, the headers and the body of a whole HTTP answer."""
+    """Return the status, the headers and the body of a whole HTTP answer."""
     head, _, body = data.partition(b"\r\n\r\n")
     return *read_head(head), body
 
@@ -258,7 +258,7 @@ _events = _openapi["components"]["responses"]["Events"]["content"]["text/event-s
 
 
 def die(error):
-    """A server's report."""
+    """Print an undocumented frame or answer, and end the process."""
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(STATUS)

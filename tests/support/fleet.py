@@ -68,7 +68,7 @@ class Fleet:
         self.alarm_named(ALARMS[1], state)
 
     def alarms(self, state):
-        """The alarms that are in a state."""
+        """Return the alarms that are in a state."""
         return [
             one["AlarmName"] for one in self._call("cloudwatch", "describe_alarms", StateValue=state)["MetricAlarms"]
         ]
@@ -98,7 +98,7 @@ class Fleet:
         self._call("autoscaling", "update_auto_scaling_group", AutoScalingGroupName=self._name, LaunchTemplate=template)
 
     def others(self, image):
-        """The instances that run something else."""
+        """Return the instances that run something else."""
         return [one for one, runs in self.images.items() if runs != image]
 
     def replace(self, instance):
@@ -114,7 +114,7 @@ class Fleet:
         self._call("elbv2", "register_targets", TargetGroupArn=self._target_group, Targets=targets)
 
     def health(self, unhealthy, leaving):
-        """The health of the targets: unhealthy are those of some images."""
+        """Return the health of the targets: unhealthy are those of some images."""
         images = self.images
         states = {one: "unhealthy" if image in unhealthy else "healthy" for one, image in images.items()}
         states |= dict.fromkeys(leaving, "draining")

@@ -374,7 +374,7 @@ class Formation:
 
 
 def change(logical, kind, replacement):
-    """A change of a resource; without a word on its replacement it is a new one."""
+    """Return a change of a resource; without a `replacement` the resource is new."""
     modified = {"Replacement": replacement, "PhysicalResourceId": f"{logical}-1"} if replacement else {}
     what = {"Action": "Modify" if replacement else "Add", "LogicalResourceId": logical, "ResourceType": kind}
     scope = {"Scope": ["Properties"] if replacement else [], "Details": []}

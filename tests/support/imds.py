@@ -30,7 +30,7 @@ REASONS = {"draining": "Target.DeregistrationInProgress", "unused": "Target.NotR
 
 
 def changed(name, *changes):
-    """The text of a program of the image, with parts of it changed."""
+    """Return the text of a program of the image, with parts of it changed."""
     text = (FILES / name).read_text()
     for old, new in changes:
         assert text.count(old) == 1, f"{old!r} is not in {name} once"
@@ -39,7 +39,7 @@ def changed(name, *changes):
 
 
 def load(name, *changes):
-    """A program of the image as a module, with parts of its text changed."""
+    """Return a program of the image as a module, with parts of its text changed."""
     if str(FILES) not in sys.path:
         sys.path.append(str(FILES))
     text = changed(name, *changes)
@@ -53,7 +53,7 @@ def load(name, *changes):
 
 
 def surroundings(cloud, **changes):
-    """The environment of a program that is to find this cloud and nothing else of AWS."""
+    """Return the environment of a program, in which it finds this cloud and nothing else of AWS."""
     own = {name: value for name, value in environment().items() if not name.startswith("AWS_")}
     return own | {"PYTHONDONTWRITEBYTECODE": "1"} | settings(cloud) | changes
 
@@ -246,7 +246,7 @@ class Cloud:
     # Interface of the tests
 
     def taken(self, action):
-        """The fields of the requests for an action that went well."""
+        """Return the fields of the requests for an action that succeeded."""
         with self._changed:
             return [fields for name, fields, fault in self.asked if name == action and fault is None]
 
@@ -261,7 +261,7 @@ class Cloud:
 
 
 def signed(request, body):
-    """The service that a request is signed for with the role's credentials; None if it is not."""
+    """Return the service that a request is signed for with the role's credentials; None if it is not."""
     head = request.headers
     scheme, _, rest = head.get("Authorization", "").partition(" ")
     parts = dict(part.strip().partition("=")[::2] for part in rest.split(","))

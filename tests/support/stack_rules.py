@@ -274,7 +274,7 @@ def _store(template):
 
 
 def seconds(template, units, ping):
-    """The timings that hold together, by name: of the template, the units' texts and chatd's default."""
+    """Return the timings that hold together, by name: of the template, the units' texts and chatd's default."""
     options = user_data(template)
     drains = [int(number) for unit in units for number in re.findall(r"--drain (\d+)", unit)]
     stops = [int(number) for unit in units for number in re.findall(r"TimeoutStopSec=(\d+)", unit)]
@@ -297,7 +297,7 @@ def seconds(template, units, ping):
 
 
 def user_data(template):
-    """The settings in user data, with what CloudFormation puts in left out."""
+    """Return the settings in user data, with what CloudFormation puts in left out."""
     parts = properties(template, "LaunchTemplate")["LaunchTemplateData"]["UserData"]["Fn::Base64"]["Fn::Join"][1]
     texts = [plain(one["Fn::If"][1] if isinstance(one, dict) and "Fn::If" in one else one) for one in parts]
     return dict(line.split("=", 1) for line in "".join(texts).splitlines())
@@ -308,7 +308,7 @@ UNITS = [ROOT / "packer" / "files" / name for name in ("chatd.service.conf", "ch
 
 
 def timing_faults(template, units=None, ping=None):
-    """The pairs that are in the wrong order."""
+    """Return the pairs that are in the wrong order."""
     units = [path.read_text() for path in UNITS] if units is None else units
     found = seconds(template, units, PING if ping is None else ping)
     order = [

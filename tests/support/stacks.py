@@ -39,7 +39,7 @@ AS_JSON = "import json, sys; from cfnlint.decode import cfn_yaml; print(json.dum
 
 
 def tools(lock):
-    """The folder of the programs that a lock file pins."""
+    """Return the folder of the programs that a lock file pins."""
     version = "{}.{}".format(*sys.version_info)
 
     def make(folder):
@@ -63,12 +63,12 @@ def run(lock, *arguments, cwd=None):
 
 @functools.cache
 def template():
-    """The template as JSON has it: `!Ref X` is {"Ref": "X"}.  Change no other than a copy."""
+    """Return the template as JSON has it: `!Ref X` is {"Ref": "X"}.  Change no other than a copy."""
     return json.loads(run(CHECKERS, "-c", AS_JSON, TEMPLATE))
 
 
 def of_type(template, kind):
-    """The resources of a type, by name."""
+    """Return the resources of a type, by name."""
     return {name: one["Properties"] for name, one in template["Resources"].items() if one["Type"] == kind}
 
 
@@ -77,12 +77,12 @@ def properties(template, name):
 
 
 def attributes(template, name, kind):
-    """The attributes of a load balancer or a target group."""
+    """Return the attributes of a load balancer or a target group."""
     return {one["Key"]: one["Value"] for one in properties(template, name)[f"{kind}Attributes"]}
 
 
 def plain(value):
-    """A value without what CloudFormation does to it."""
+    """Return a value without CloudFormation's functions."""
     if isinstance(value, dict) and len(value) == 1:
         ((key, inner),) = value.items()
         if key in ("Ref", "Fn::Sub"):
@@ -101,7 +101,7 @@ def launch(template):
 
 
 def refresh(template):
-    """How an update replaces the instances."""
+    """Return how an update replaces the instances."""
     return template["Resources"]["Group"]["UpdatePolicy"]["AutoScalingInstanceRefresh"]["Preferences"]
 
 
@@ -113,7 +113,7 @@ def attribute(template, name, key, **changes):
 
 
 def mutant(template, mutate):
-    """A copy of a template that is changed."""
+    """Return a copy of a template that is changed."""
     changed = copy.deepcopy(template)
     mutate(changed)
     return changed
@@ -153,7 +153,7 @@ def checkov(folder):
 
 
 def rehearsed(body):
-    """A template as ministack can make it."""
+    """Return a template as ministack can make it."""
     body = copy.deepcopy(body)
     resources = body["Resources"]
     gone = {name for name, one in resources.items() if one["Type"] in UNKNOWN}
@@ -207,13 +207,13 @@ class Account:
         self.url = f"http://127.0.0.1:{port}"
 
     def client(self, service):
-        """A client of one of its services."""
+        """Return a client of one of its services."""
         return client(service, self.url)
 
 
 @functools.cache
 def session():
-    """A session of botocore, which caches the models."""
+    """Return a session of botocore, which caches the models."""
     try:
         import botocore.session
     except ImportError:
@@ -223,7 +223,7 @@ def session():
 
 @functools.cache
 def client(service, url="http://127.0.0.1:9"):
-    """A client of a service of AWS, at a double of it."""
+    """Return a client of a service of AWS that talks to a double."""
     return session().create_client(
         service, region_name=REGION, endpoint_url=url, aws_access_key_id="testing", aws_secret_access_key="testing"
     )

@@ -58,7 +58,7 @@ class Connection:
         self.send(b"\r\n".join([head, *headers, b"", body or b""]))
 
     def response(self, method=b"GET"):
-        """The whole answer, parsed by the standard library."""
+        """Return the whole answer, parsed by the standard library."""
         response = HTTPResponse(self, method=method.decode())
         response.begin()
         return response, response.read().decode()

@@ -1,4 +1,4 @@
-"""The wire formats of AWS by botocore's model of each service: what a double answers cannot drift from what is real.
+"""Encode and decode AWS's wire formats by botocore's models, so that a double answers as the real service does.
 
 A result must be as the model has it, is written by moto's serializers, and must be the same when botocore has read it.
 """
@@ -40,7 +40,7 @@ class Wire:
         return parser.parse({"values": MultiDict(form)})
 
     def write(self, operation, result):
-        """The body that answers a result, which must be as the model has it."""
+        """Return the body that answers a result, which must fit the model."""
         from botocore.parsers import create_parser
         from moto.core.serialize import get_serializer_class
 
@@ -54,7 +54,7 @@ class Wire:
         return body
 
     def fault(self, fault):
-        """The body that answers an error."""
+        """Return the body that answers an error."""
         known = {shape.error_code for shape in self.model.error_shapes} | {
             shape.name for shape in self.model.error_shapes
         }

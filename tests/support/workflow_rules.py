@@ -17,7 +17,7 @@ OUTSIDERS = {"pull_request_target", "workflow_run", "issue_comment", "issues"}
 
 
 def texts():
-    """The workflows, by the names of their files."""
+    """Return the workflows, by the names of their files."""
     return {path.name: path.read_text() for path in sorted(FOLDER.iterdir())}
 
 

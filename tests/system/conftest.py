@@ -11,13 +11,13 @@ def baked(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat(tmp_path_factory):
-    """A real server, which stands for the instances behind the URL of a stack."""
+    """A real server that stands for the instances behind the URL of a stack."""
     with Server(tmp_path_factory.mktemp("chat"), "--store=memory:") as server:
         yield server
 
 
 @pytest.fixture
 def account(chat):
-    """An account whose stack runs an old image; a new one is there to roll out."""
+    """An account whose stack runs an old image, with a new image to roll out."""
     with deployments.running(chat) as account:
         yield account

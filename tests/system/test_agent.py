@@ -1,4 +1,4 @@
-"""How the CloudWatch agent of an EC2 instance learns what to tell: chatd-agent, as a program, and what it writes.
+"""chatd-agent, as a program: it writes the configuration of an EC2 instance's CloudWatch agent.
 
 The agent itself is not here.  Its configuration's keys are those of the schema in its sources (1.300071), which
 tells journald from version 1.300070 on.

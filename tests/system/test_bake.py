@@ -62,7 +62,7 @@ def run_packer(folder, *arguments, account=None):
 
 
 def variables(folder, **changes):
-    """The arguments that give the template's variables, with empty bundles."""
+    """Return the arguments that give the template's variables, with empty bundles."""
     for name in ("arm64", "amd64"):
         tarfile.open(folder / f"{name}.tar", "w").close()
     given = {

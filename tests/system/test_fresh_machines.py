@@ -27,14 +27,14 @@ SECONDS = 10 * LONG
 
 
 def debian(suite):
-    """The folder of a bare Debian with an ordinary user, made once."""
+    """Return the folder of a bare Debian with an ordinary user, made once."""
     command = [need("mmdebstrap"), "--quiet", "--variant=essential", f"--include={PACKAGES}"]
     command += [f"--customize-hook={USER}", suite]
     return bootable(lambda: kept(f"fresh-{suite}", lambda folder: succeed(*command, folder), PACKAGES, USER))
 
 
 def registry():
-    """The environment with which pip reaches the package registry that it reaches here, and the files it names."""
+    """Return the environment with which pip on another machine reaches the package registry that pip reaches here."""
     listed = succeed(sys.executable, "-m", "pip", "config", "list")
     found = {}
     for name, text in re.findall(r"^\S*?\.([a-z-]+)=(.*)$", listed, re.MULTILINE):

@@ -230,7 +230,7 @@ def cloud(host):
 
 
 def units(machine):
-    """The units of chatd on a machine, one a core."""
+    """Return the units of chatd on a machine, one a core."""
     cores = int(machine.run("nproc"))
     return ["chatd.service"] if cores == 1 else [f"chatd@{name}.service" for name in range(1, min(cores, 9) + 1)]
 
@@ -392,7 +392,7 @@ class Node:
         return sum(int(float(count)) for count in re.findall(r"(?m)^chatd_members (\S+)$", text))
 
     def completed(self):
-        """The hooks that were completed, with the instance that each was completed for."""
+        """Return the hooks that were completed, with the instance that each was completed for."""
         asked = self.cloud.taken("CompleteLifecycleAction")
         return [(fields["LifecycleHookName"], fields["InstanceId"]) for fields in asked]
 

@@ -38,7 +38,7 @@ THROTTLED = ClientError({"Error": {"Code": "Throttling", "Message": "Rate exceed
 
 
 def load(*changes):
-    """The program, with parts of its text changed, and the longest waits that it may have."""
+    """Return the program, with parts of its text changed, and the longest waits that it may have."""
     program = imds.load("chatd-lifecycle", *changes)
     program.Backoff = partial(Backoff, chance=Longest())
     return program
@@ -77,7 +77,7 @@ class Life:
         self.clock.pump([STEP] * int(seconds / STEP))
 
     def when(self, *what):
-        """The seconds at which something was asked."""
+        """Return the seconds at which something was asked."""
         return [second for second, *one in self.did if one[: len(what)] == [*what]]
 
     def completed(self, hook):
@@ -434,7 +434,7 @@ def cloud(monkeypatch):
 
 
 def environ(**changes):
-    """The settings that chatd-boot writes."""
+    """Return the settings that chatd-boot writes."""
     own = {"CHATD_INSTANCE": INSTANCE, "CHATD_REGION": REGION, "CHATD_ADMIN_PORTS": "8086", "CHATD_DRAIN": "120"}
     return own | {"CHATD_GROUP": GROUP, "CHATD_TARGET_GROUP": TARGET_GROUP} | changes
 

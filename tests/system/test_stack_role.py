@@ -66,7 +66,7 @@ PREFIXES = {"autoscaling": "autoscaling", "elbv2": "elasticloadbalancing", "ssm"
 
 
 def called():
-    """The actions that the programs of the image call, by what they name of botocore's clients."""
+    """Return the actions that the programs of the image call, by what they name of botocore's clients."""
     trees = [ast.parse((imds.FILES / name).read_text()) for name in ("chatd-boot", "chatd-lifecycle")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     services = {

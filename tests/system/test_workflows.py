@@ -26,7 +26,7 @@ GIVEN = {"STACK": "lab", "IMAGE": "ami-0123", "CLOUDFORMATION_ROLE": ROLE, "ARCH
 
 
 def changed(name, old, new):
-    """The workflows, with something else in one of them."""
+    """Return the workflows, with something else in one of them."""
     found = texts()
     assert old in found[name]
     return found | {name: found[name].replace(old, new)}
@@ -191,7 +191,7 @@ def test_broken_rule_is_found(change, found):
 
 
 def step(workflows, start):
-    """The step of the deployment whose name starts so."""
+    """Return the step of the deployment whose name starts so."""
     (found,) = (
         one for one in read(workflows["deploy.yml"])["jobs"]["deploy"]["steps"] if one.get("name", "").startswith(start)
     )
@@ -199,7 +199,7 @@ def step(workflows, start):
 
 
 def called(folder, workflows, **given):
-    """How the workflow calls scripts/deploy, and what the step says and answers; the checkout is left as it was."""
+    """Run a step; return its calls of scripts/deploy, its words and its status, and leave the checkout as it was."""
     checkout, temporary = folder / "checkout", folder / "temporary"
     (checkout / "scripts").mkdir(parents=True)
     temporary.mkdir()

@@ -54,7 +54,7 @@ def trees():
 
 
 def imported(tree):
-    """The modules that a tree imports, wherever the import stands; names imported from a module count too."""
+    """Yield the modules that a tree imports, wherever the import stands; names imported from a module count too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

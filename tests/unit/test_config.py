@@ -18,12 +18,12 @@ SEED = tuple(entry.number for entry in config.parse_seed(str(config.SEED)))
 
 
 def read(*words, **environ):
-    """The settings of a command line and an environment."""
+    """Return the settings of a command line and an environment."""
     return Configuration(words, environ).settings
 
 
 def refusal(*words, **environ):
-    """The line that a command line and an environment are refused with."""
+    """Return the line with which a command line and an environment are refused."""
     with pytest.raises(ConfigError) as refused:
         read(*words, **environ)
     line = str(refused.value)
@@ -33,7 +33,7 @@ def refusal(*words, **environ):
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a configuration file, and returns the words that name it."""
+    """A function that writes a configuration file and returns the options that name it."""
 
     def write(text):
         path = tmp_path / "chatd.toml"

@@ -18,7 +18,7 @@ FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 @functools.cache
 def tracked():
-    """The files that git keeps, or would."""
+    """Return the files that git keeps, or would."""
     listing = [need("git"), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, timeout=LONG, check=True).stdout
     return [ROOT / name for name in sorted({*names.split("\0")} - {""}) if (ROOT / name).exists()]
@@ -33,14 +33,14 @@ def prose(text):
 
 
 def anchors(text):
-    """The anchors that GitHub makes of headings."""
+    """Return the anchors that GitHub makes of headings."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken(page, text):
-    """The links of a page that lead nowhere."""
+    """Return the links of a page that lead nowhere."""
     found = []
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
         path, _, anchor = link.partition("#")

@@ -304,7 +304,7 @@ class Client:
         return self.transport.value()
 
     def history(self):
-        """The first frame after the handshake."""
+        """Return the first frame after the handshake."""
         head, _, frame = self.received.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 ")
         return json.loads(frame[frame.index(b"{") :])

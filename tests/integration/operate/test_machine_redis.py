@@ -79,7 +79,7 @@ def test_redis_that_refuses_the_login(tmp_path, auth, database, words):
 
 @contextmanager
 def says(reply):
-    """A server that sends one reply, whatever the command, and closes the connection."""
+    """Run a server that sends one reply, whatever the command, and closes the connection."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
 
         def serve():

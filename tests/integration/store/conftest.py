@@ -16,7 +16,7 @@ def loop():
 
 @each_binary
 def binary(request):
-    """The path of each server in turn."""
+    """Return the path of each server in turn."""
     return request.param
 
 

@@ -155,14 +155,14 @@ UNAVAILABLE, DOUBT = ("refused", LogUnavailable), ("refused", InDoubt)
 
 @pytest.fixture
 def brisk(monkeypatch):
-    """Shorter time limits."""
+    """Shorten the time limits."""
     monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(redis_session, "SESSION_BACKOFF_SECONDS", (0.02, 0.2))
 
 
 @pytest.fixture
 def node(loop, brisk, events):
-    """Makes nodes and closes them after the test, which may leave no call, no socket and no logged exception."""
+    """A function that makes nodes; they are closed after the test, and leave no call, socket or logged exception."""
     nodes = []
     readers = {*loop.getReaders()}
 
@@ -186,7 +186,7 @@ def node(loop, brisk, events):
 
 
 def durable(folder, **options):
-    """A server that loses no write that it has acknowledged."""
+    """Return a server that loses no write that it has acknowledged."""
     return Redis(folder, appendonly=True, fsync="always", **options)
 
 
@@ -501,7 +501,7 @@ def test_read_of_a_deleted_log(one, node):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """No check for silence, so that something else must notice."""
+    """Disable the check for silence, so that another check must detect the fault."""
     monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 100)
 
 
@@ -538,7 +538,7 @@ def test_feed_with_another_epoch(one, node, patient):
 
 @pytest.fixture
 def untold(node, loop):
-    """Makes a node whose posts have been answered while its feed is stalled."""
+    """A function that makes a node whose posts were answered while its feed was stalled."""
 
     def make(redis, asking, feed):
         made = node(None, link=WatchedLink(asking, loop, feed.url()), times=1)

@@ -18,7 +18,7 @@ from chatd.store.redis.link import Link, Lost, RedisAddress, Refusal, Script, wh
 
 @pytest.fixture
 def link(loop):
-    """Makes links with a fast clock; they may leave no call and no socket."""
+    """A function that makes links with a fast clock; they may leave no call and no socket."""
 
     def make(url, **options):
         made = Link(RedisAddress.parse(url), loop, **options)
@@ -32,7 +32,7 @@ def link(loop):
 
 @pytest.fixture
 def dial(loop, link):
-    """Dials and returns the connection, or raises; the fixture drops all connections."""
+    """A function that dials and returns the connection, or raises; the fixture drops all connections."""
     connections = []
 
     def make(url, *scripts, made=None, **options):
@@ -161,7 +161,7 @@ class Says(Protocol):
 
 @pytest.fixture
 def says(loop):
-    """Starts servers with one reply; returns their URL."""
+    """A function that starts a server with one reply and returns its URL."""
     ports = []
 
     def make(words):

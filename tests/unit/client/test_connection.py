@@ -17,7 +17,7 @@ REPLACED = {"factory", "transport", "CONFIG_ATTRS"}
 
 @pytest.fixture
 def factory():
-    """A factory of Autobahn's own."""
+    """A factory that Autobahn defines."""
     factory = WebSocketClientFactory("ws://h/", reactor=Clock())
     factory.protocol = WebSocketClientProtocol
     factory.setProtocolOptions(openHandshakeTimeout=0)

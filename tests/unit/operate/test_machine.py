@@ -28,7 +28,7 @@ HERE = ThisMachine()
 
 @pytest.fixture
 def proc(tmp_path):
-    """Writes files of a /proc, and returns a machine with it."""
+    """A function that writes the files of a /proc and returns a machine with it."""
 
     def write(*, environ=os.environ, timeout=machine.timeout_of, **files):
         for name, text in files.items():

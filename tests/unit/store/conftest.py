@@ -11,7 +11,7 @@ MEMORY = pathlib.Path("/dev/shm")
 
 @pytest.fixture
 def tmp_path(tmp_path):
-    """A folder in memory where there is one: each commit waits for a sync, and a disk makes that slow."""
+    """A folder in memory if the machine has one, because each commit syncs and disks make that slow."""
     if not os.access(MEMORY, os.W_OK):
         yield tmp_path
         return

@@ -18,7 +18,7 @@ def feed():
 
 
 def entry(seq, number, *, epoch="abcd", room="main", first=None):
-    """An entry of the feed as Redis sends it; `number` may be None, for an entry that only trims."""
+    """Return an entry of the feed as Redis sends it; `number` may be None, for an entry that only trims."""
     fields = {"e": epoch, "r": room}
     if number is not None:
         fields |= {"n": number, "u": "ann", "m": f"text {number}"}

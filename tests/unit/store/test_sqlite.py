@@ -94,7 +94,7 @@ def connections(monkeypatch):
 
 @pytest.fixture
 def opened(path, connections):
-    """Opens stores and closes them after the test, which may leave no connection and no lock."""
+    """A function that opens stores; they are closed after the test, which may leave no connection and no lock."""
     stores, paths = [], set()
 
     def build(where=path, *, retain=ALL, now=None, writer=None, reader=None, seed=()):
@@ -419,7 +419,7 @@ def test_failing_follower_is_logged(opened):
 
 @pytest.fixture
 def disk(connections):
-    """A disk that the tests can fill."""
+    """A disk that the test can fill."""
 
     class Disk:
         @staticmethod
@@ -1376,7 +1376,7 @@ class StoppableWorker(ThreadWorker):
 
 @pytest.fixture
 def thread_worker():
-    """Makes ThreadWorkers and stops them, because a failed test would never end otherwise."""
+    """A function that makes ThreadWorkers; they are stopped, because a failed test would never end otherwise."""
     workers = []
 
     def build(reactor):

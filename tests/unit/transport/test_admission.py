@@ -26,7 +26,7 @@ NOBODY = frozenset()
 
 
 def visit(target, origin=None, *, rooms=(), origins=()):
-    """The JoinRequest of a path, under rules as they are on the command line."""
+    """Return the JoinRequest of a path, under rules as they are on the command line."""
     rules = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
     path, _, query = target.partition("?")
     return rules.visit(path, read_query(query), origin)
@@ -328,7 +328,7 @@ def paced():
 
 
 def burst(rate, who, most=1000):
-    """The number of frames that are allowed at once."""
+    """Return the number of frames that are allowed at once."""
     return next(number for number in range(most) if rate.take(who))
 
 
@@ -420,7 +420,7 @@ def now():
 
 @pytest.fixture
 def addresses(now):
-    """Makes the addresses behind so many proxies, each of which may send one a second."""
+    """A function that makes Addresses behind this many proxies; each address may send one frame a second."""
     return lambda hops: Addresses(Rate(1, 1, now), hops, now)
 
 

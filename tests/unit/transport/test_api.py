@@ -63,7 +63,7 @@ class House:
         return Connection(self.site, transport)
 
     def ask(self, method, path, *headers, body=None, transport=None):
-        """One request on a connection of its own, which then goes."""
+        """Send one request on its own connection, and close it."""
         connection = self.connect(transport)
         response, text = connection.ask(method, path, b"Host: chat.example", *headers, body=body)
         connection.lose()
@@ -78,7 +78,7 @@ class House:
         return self.ask(b"POST", path, *([kind] if kind else []), *headers, body=body, transport=transport)
 
     def say(self, *messages, room="main"):
-        """Have messages in the log."""
+        """Append messages to the log."""
         poster = RecordingPoster()
         for message in messages:
             self.log.append(room, Post("ann", message), poster)
@@ -131,7 +131,7 @@ def house():
 
 
 def problem(answered, code=None):
-    """The status and the words of a refusal, which is a problem as RFC 9457 has it."""
+    """Return the status and the words of a refusal, which is a problem as RFC 9457 has it."""
     response, body = answered
     assert response.headers["content-type"] == "application/problem+json"
     document = json.loads(body)
@@ -151,14 +151,14 @@ def content(answered, status=200):
 
 
 def links(response):
-    """The links of an answer by relation (RFC 8288)."""
+    """Return the links of an answer by relation (RFC 8288)."""
     found = re.findall(r'<([^>]*)>; rel="(prev|next)"', response.headers.get("link", ""))
     assert ", ".join(f'<{url}>; rel="{rel}"' for url, rel in found) == response.headers.get("link", "")
     return {rel: url for url, rel in found}
 
 
 def numbers(document):
-    """The numbers of a page's messages: they count back from its id."""
+    """Return the numbers of a page's messages, which count back from its id."""
     end = int(document["id"].partition("-")[2])
     return [*range(end - len(document["data"]) + 1, end + 1)]
 
@@ -689,7 +689,7 @@ def test_post_in_doubt(house):
 
 
 def from_address(host, *forwarded):
-    """A transport from an address, and the headers that proxies added."""
+    """Return a transport from an address, and the headers that proxies added."""
     headers = [b"X-Forwarded-For: " + addresses for addresses in forwarded]
     return Transport(peerAddress=IPv4Address("TCP", host, 1)), headers
 
@@ -1065,7 +1065,7 @@ def test_resume_after_the_end_of_a_stream(house):
 
 
 def evict(house, stream):
-    """The log is down just when a reader must be caught up from it."""
+    """Fail the log just when a reader needs it to catch up."""
     full(stream)
     house.say(*["x" * 500] * (MAX_LAG - 3))
     assert any(room.held[0] < room.head - 2 for room in house.rooms), "so that the log is needed"

@@ -22,7 +22,7 @@ CONFLICT = '"value" contains a conflict between optional exclusive peers [before
 
 
 def post_json(**changes):
-    """A valid post's text, but for the changes; ... leaves a key out."""
+    """Return a valid post's text, but for the changes; ... leaves a key out."""
     document = {"username": "ann", "message": "hi"} | changes
     return json.dumps({name: value for name, value in document.items() if value is not ...}).encode()
 
@@ -37,14 +37,14 @@ def typing_json(**changes):
 
 
 def refused(text, read=parse):
-    """The error with which a text is refused."""
+    """Return the error with which a text is refused."""
     with pytest.raises(FrameError) as caught:
         read(text)
     return caught.value
 
 
 def answer_to(text, read=parse):
-    """The parsed frame, or the words and the label of its refusal."""
+    """Return the parsed frame, or the words and the label of its refusal."""
     try:
         return read(text)
     except FrameError as error:
@@ -728,7 +728,7 @@ REQUIRED = {"message": {"username", "message"}, "history": {"type"}, "typing": {
 
 
 def fault_of(form, document):
-    """The rules, as a client's author would read them."""
+    """Return the fault of a document by the rules, as a client's author would read them."""
     if not isinstance(document, dict):
         return '"value" must be of type object'
     for name in KEYS[form]:
@@ -768,7 +768,7 @@ def test_validators_agree_on_every_document(form):
 
 
 def answer_of(document):
-    """The expected result of `parse` for a document, by the documentation."""
+    """Return the expected result of `parse` for a document, by the documentation."""
     form = "message"
     if isinstance(document, dict) and "type" in document:
         form = document["type"]

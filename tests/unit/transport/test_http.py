@@ -31,13 +31,13 @@ def ready():
 
 
 def clients_site(clock, ready=ready):
-    """The site for clients."""
+    """Return the site for clients."""
     rooms = Registry()
     return web.site(ready, clock, {"": rooms, "rooms": rooms})
 
 
 def admin_site(clock, ready=ready, drain=lambda: None):
-    """The site on the admin port."""
+    """Return the site on the admin port."""
     return web.admin(ready, clock, drain=drain, metrics=lambda: "chatd_members 3.0")
 
 
@@ -57,7 +57,7 @@ def admin(clock):
 
 
 def problem(response, body):
-    """The status and the words of a refusal, which is a problem as RFC 9457 has it."""
+    """Return the status and the words of a refusal, which is a problem as RFC 9457 has it."""
     assert response.headers["content-type"] == "application/problem+json"
     document = json.loads(body)
     assert document["status"] == response.status
@@ -424,7 +424,7 @@ class Closing:
         return Connection(self.site)
 
     def posts(self):
-        """A connection on which a post is on its way."""
+        """Return a connection with a post in flight."""
         connection = self.connect()
         connection.begin(b"POST", b"/later", body=b"hello")
         return connection
@@ -591,7 +591,7 @@ class Upgrading(Closing):
         self.site.upgrade = lambda transport, data: self.given.append((transport, data))
 
     def taken(self, connection):
-        """The bytes that the WebSocket side got with the connection: its head, and the rest."""
+        """Return the bytes that the WebSocket side received with a connection: the head and the rest."""
         ((transport, data),) = self.given
         assert transport is connection.transport
         assert transport.producer is None

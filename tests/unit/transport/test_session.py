@@ -75,7 +75,7 @@ class SessionClient:
             self.says(username="ann", message=message, **more)
 
     def hears(self):
-        """The frames sent since the last call."""
+        """Return the frames sent since the last call."""
         frames, self.sent = read_frames(self.sent), b""
         return frames
 
@@ -83,7 +83,7 @@ class SessionClient:
         self.session.ready = False
 
     def takes_one_answer(self):
-        """Have room for what waits, and be full again with the next answer."""
+        """Take the waiting frames, and be full again after the next answer."""
         pause = self.send_frame
 
         def send_frame(frame):
@@ -121,7 +121,7 @@ def bob(rooms):
 
 @pytest.fixture
 def old(log):
-    """Messages that nobody here has in memory."""
+    """Messages that no room has in memory."""
 
     class Anyone:
         def posted(self, post, number, *, duplicate=False):
@@ -132,7 +132,7 @@ def old(log):
 
 
 def kinds(frames):
-    """A short form of each frame."""
+    """Return a short form of each frame."""
     return [
         {
             "message": lambda data: data["data"]["message"],
@@ -930,7 +930,7 @@ def test_refused_frame_gives_no_name(clock, rooms, ann):
 
 @pytest.fixture
 def hasty(rooms, clock):
-    """One who may send three at once, and two a second."""
+    """A client that may send three frames at once, and two a second."""
     return SessionClient(rooms, rate=Rate(2, 3, clock.seconds))
 
 

@@ -34,12 +34,12 @@ PAGE = {"type": "history"}
 
 
 def short(target="/", *headers):
-    """A handshake of the plain form."""
+    """Return a handshake of the plain form."""
     return b"\r\n".join([HEAD.replace(b"GET / ", b"GET %b " % target.encode()), *headers, b"", b""])
 
 
 def long(target="/", *headers):
-    """The same of another form, which is Autobahn's to answer."""
+    """Return a handshake of another form, which Autobahn answers."""
     return short(target, *headers).replace(
         b"Connection: keep-alive, Upgrade", b"Connection: keep-alive\r\nConnection: Upgrade"
     )
@@ -73,7 +73,7 @@ def rooms(store, clock):
 
 @pytest.fixture
 def server(clock, rooms, connections):
-    """Makes a factory of connections, by the operator's rules."""
+    """A function that makes a factory of connections under the operator's rules."""
 
     def server(rooms=rooms, *, allowed=(), origins=(), rate=None):
         return ChatFactory(
@@ -117,7 +117,7 @@ class Client:
         return read_frames(rest)
 
     def says(self, *documents):
-        """All in one piece, as TCP brings them."""
+        """Send all documents in one piece, as TCP delivers them."""
         self.sends(b"".join(masked(json.dumps(document).encode()) for document in documents))
 
     def posts(self, message="hi", username="ann", **more):
@@ -127,7 +127,7 @@ class Client:
         return read_frames(self.transport.read())
 
     def reads_close(self):
-        """The code of the close frame that is all there is to read."""
+        """Return the code of the close frame that is all there is to read."""
         data = self.transport.read() + (self.transport.buffered() if isinstance(self.transport, Tcp) else b"")
         frame = frame_at(data)
         assert frame.first == 0x88
@@ -253,7 +253,7 @@ def test_log_of_a_refused_handshake(client, events, old, new):
 
 
 def refusal(client, handshake):
-    """The status and the reason with which a handshake is refused."""
+    """Return the status and the reason with which a handshake is refused."""
     client.sends(handshake)
     head, _, body = client.transport.read().partition(b"\r\n\r\n")
     assert b" 101 " not in head
@@ -312,7 +312,7 @@ UPGRADED = b"HTTP/1.1 101 "
 
 
 def written(client):
-    """All that was written, in its order, if it was all left to the transport."""
+    """Return all bytes written; the transport must hold all of them, so that none overtakes another."""
     if isinstance(client.transport, Tcp):
         assert client.transport.socket.sent == b"", "it would overtake what the transport holds"
     return client.transport.buffered()
@@ -1205,7 +1205,7 @@ def test_unanswered_ping(client, pass_time):
 
 @pytest.fixture
 def stall(client, clock, pass_time):
-    """Takes nothing for so long that the server has had enough."""
+    """A function that lets the client take nothing until the server evicts it."""
 
     def stall():
         client.joins()
@@ -1389,7 +1389,7 @@ def drain(factory, connections, store, clock):
 
 
 def last_words(data):
-    """The labels, or else the types, of the frames before the final close, which asks to reconnect."""
+    """Return the labels, or else the types, of the frames before the final close, which asks to reconnect."""
     frames, close = data[: data.rindex(b"\x88")], data[data.rindex(b"\x88") :]
     assert close[2:4] == b"\x03\xf4"
     return [frame.get("label", frame["type"]) for frame in read_frames(frames)]
