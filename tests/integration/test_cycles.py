@@ -28,7 +28,7 @@ NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class Cut(Exception):
-    """The connection has ended."""
+    """Raised when the connection has ended."""
 
 
 class Client:

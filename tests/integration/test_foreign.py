@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote: those of other languages and libraries, and the examples in the README."""
+"""Third-party clients, in other languages and libraries, and the examples in the README."""
 
 import ast
 import asyncio
@@ -26,7 +26,7 @@ POSTS = 25
 
 
 class Program:
-    """A client in a process of its own: lines in are posted, and what it gets comes as lines out."""
+    """A client in its own process: it posts each line that it reads and prints each frame that it receives."""
 
     def __init__(self, stack, *command):
         self._process = subprocess.Popen(

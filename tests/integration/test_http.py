@@ -1,4 +1,4 @@
-"""HTTP and Server-Sent Events from real servers, with clients that nobody here wrote, beside members over WebSocket."""
+"""HTTP and Server-Sent Events of real servers, with third-party clients, beside members over WebSocket."""
 
 import asyncio
 import contextlib
@@ -326,7 +326,7 @@ async def test_forms_are_refused(common):
 
 
 class Events(Raw):
-    """A reader of events by hand."""
+    """A reader of events over a plain HTTP connection."""
 
     def __init__(self, port, room, *, small=False, **headers):
         if small:

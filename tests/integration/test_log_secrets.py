@@ -1,4 +1,4 @@
-"""The log of a run has clients by number and room, and none of their messages, names and secrets."""
+"""The log names clients by number and room, and contains no message, username or secret."""
 
 import base64
 import contextlib
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 class Secrets:
-    """Hands out texts that are nowhere else, and finds those that came out again."""
+    """A source of unique texts, which finds those that a log contains."""
 
     def __init__(self):
         self._used = {}
@@ -226,7 +226,7 @@ def without_its_table(store, client, port, secret):
 
 
 class Member(Raw):
-    """A member by whatever way, whose history was read."""
+    """A member over WebSocket that has read its history."""
 
     def __init__(self, port, query="", **headers):
         super().__init__(port)
@@ -329,7 +329,7 @@ def test_nothing_is_written_beside_the_log(run):
 
 
 def test_every_way_to_say_something_left_its_trace(run):
-    """Else nothing would be proved by finding nothing."""
+    """Every kind of client appears in the log, so that the search for secrets has something to find."""
     sentences = [sentence for sentence, _ in of_clients(run)]
     for pattern, least in ((r"joined", 17), (r"left", 17), (r"sent an invalid frame", 9), (REFUSED, 28)):
         assert len([sentence for sentence in sentences if re.search(pattern, sentence)]) >= least

@@ -117,7 +117,7 @@ def locked(path):
 
 
 class Visitor(asyncio.Protocol):
-    """A WebSocket client that posts, reads to its close, and knows what it was promised."""
+    """A WebSocket client that posts, reads to its close, and records the acks that it received."""
 
     def __init__(self, path="/", window=0, name="", sent=0):
         loop = asyncio.get_running_loop()
@@ -603,7 +603,7 @@ class Mover:
 
 
 class Heart:
-    """Beats every 20 ms, if it can."""
+    """A timer that beats every 20 ms unless the process stalls."""
 
     worst = 0.0
     """The longest time between two beats."""

@@ -1,4 +1,4 @@
-"""The server as its operators and its worst clients meet it: killed, stopped, out of disk, and lied to."""
+"""The server under kills, stops, full disks and misbehaving clients."""
 
 import contextlib
 import itertools

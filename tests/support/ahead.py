@@ -1,4 +1,4 @@
-"""Make what the tests keep in `build/`, ahead of them, as .ci/run has it; a test that needs it before then waits.
+"""Make the files that tests keep in `build/` before the tests need them; a test that needs one earlier waits.
 
 Failures here are left to the test, which reports them.
 """

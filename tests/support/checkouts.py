@@ -1,4 +1,4 @@
-"""A clean checkout, as a clone of what is here would be."""
+"""A clean checkout, like a clone of this one."""
 
 import shutil
 import subprocess

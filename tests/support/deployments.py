@@ -101,7 +101,7 @@ def named(service, operation):
 
 
 class Account:
-    """An account that nobody had before; a context manager.  `asked` has what it was asked for, as IAM names it."""
+    """A new account; a context manager.  `asked` has what it was asked for, as IAM names it."""
 
     def __init__(self, url_of_chat, script=DEPLOY):
         with CREATING:

@@ -1,4 +1,4 @@
-"""Holds what a server sends, in any test, to the documents in `schemas/`.
+"""Check everything that a server sends, in any test, against the documents in `schemas/`.
 
 `install` watches the places that send frames and HTTP answers: the WebSocket connection, the event stream and the
 HTTP request.  It reports everything that the AsyncAPI or the OpenAPI document does not describe, down to a single

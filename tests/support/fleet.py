@@ -1,4 +1,4 @@
-"""The instances of a stack, their targets and the alarms, at moto, as its group has them replaced."""
+"""The instances of a stack, their targets and the alarms at moto, and how the group replaces instances."""
 
 ALARMS = "chatd-unready", "chatd-faults"
 

@@ -1,4 +1,4 @@
-"""Real servers for the end-to-end tests, and a client by hand that can do what no good client does.
+"""Real servers for the end-to-end tests, and a raw client that can misbehave.
 
 A server is `twistd` in a process of its own, run from this checkout on a port that the kernel chose.
 Nothing here sleeps: every wait is for an event (a line of the log, a frame, the end of a process) and
@@ -159,7 +159,7 @@ class Server:
 
     @property
     def port(self):
-        """The port that it got for clients."""
+        """The port on which the server listens for clients."""
         return int(self.log.wait(r"ChatFactory(?: \(TLS\))? starting on (\d+)")[0][1])
 
     @property
@@ -270,7 +270,7 @@ def upgrade(path="/", **headers):
 
 
 class Raw:
-    """A client by hand: bytes out, and frames, or what an HTTP server says, in."""
+    """A raw client: it sends bytes, and receives frames or HTTP answers."""
 
     def __init__(self, port):
         self.socket = socket.create_connection(("127.0.0.1", port), LONG)

@@ -1,4 +1,4 @@
-"""scripts/deploying/stack.yaml as data, what others say of it, and a double of AWS to make it at.
+"""scripts/deploying/stack.yaml as data, its linters, and a double of AWS that creates it.
 
 cfn-lint and checkov read it, and ministack creates it.  Each runs in an environment of its own, made once and kept in
 `build/`, because their requirements conflict with ours and with each other's.

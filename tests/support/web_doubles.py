@@ -1,4 +1,4 @@
-"""HTTP in memory: connections to a site, and what is read from them as its clients read it."""
+"""HTTP and WebSocket in memory: connections to a site or a factory, which read as clients read."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 
 class Transport(StringTransport):
-    """A transport that, as the real ones do, takes a second farewell, and says nothing more once it is aborted."""
+    """A transport that may be closed twice and reports its loss once it is aborted, as real ones do."""
 
     def unregisterProducer(self):
         self.producer = self.streaming = None

@@ -44,7 +44,7 @@ def file(tmp_path):
 
 
 def test_defaults():
-    """The value of every option without any source."""
+    """Every option has its default without any source."""
     assert read()._replace(seed=()) == Settings(
         listen=("tcp:8085:backlog=4096",),
         admin=("tcp:8086:interface=127.0.0.1",),

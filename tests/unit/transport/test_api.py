@@ -1,4 +1,4 @@
-"""The rooms over HTTP: pages, posts and Server-Sent Events, as those know them who have no WebSocket."""
+"""The rooms over HTTP: pages, posts and Server-Sent Events, for clients without WebSocket."""
 
 import gc
 import json
@@ -112,7 +112,7 @@ class House:
 
     @property
     def forgotten(self):
-        """Return whether no trace of any client remains."""
+        """True if no trace of any client remains."""
         self.turn()
         return (
             not (
@@ -974,7 +974,7 @@ def test_full_stream_catches_up(house):
 
 def test_reader_that_is_slow_from_the_first_byte_loses_nothing(house):
     class Full(Transport):
-        """Full as soon as anything is written."""
+        """A transport that is full after any write."""
 
         def writeSequence(self, data):
             super().writeSequence(data)

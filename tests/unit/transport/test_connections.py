@@ -6,7 +6,7 @@ from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_S
 
 
 class Connection:
-    """A connection that notes what is asked of it."""
+    """A connection that records its calls."""
 
     peer = "192.0.2.7:4321"
     carrier = "websocket"

@@ -14,7 +14,7 @@ from chatd.transport import http as web
 
 
 class Registry(web.ChatResource):
-    """Stands for chatd.api: the page, and an answer that names what was posted."""
+    """A double of chatd.transport.api: the page, and an answer with the size of the post."""
 
     isLeaf = True
 

@@ -1,4 +1,4 @@
-"""A membership joins and leaves a room for a transport, and lets go of both."""
+"""A membership joins and leaves a room for a transport, and then holds neither."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from chatd.transport.membership import GONE, Membership
 
 
 class Transport:
-    """A transport that notes what it is asked for."""
+    """A transport that records its calls."""
 
     number = 1
     peer = "192.0.2.7:4321"
