@@ -21,10 +21,10 @@ from support.helpers import (
     enter,
     result_of,
 )
+from support.houses import House
 from support.metrics import ALERTS, DASHBOARD, METRICS, Scrape, asked, panels, rules
 from support.servers import ROOT
-from support.stores import FaultyStore
-from support.web_doubles import Connection, Stream, WebSocketClient
+from support.web_doubles import Connection
 from support.websocket_frames import masked
 from twisted.internet.defer import fail
 
@@ -38,35 +38,16 @@ from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore
 from chatd.transport import frames
 from chatd.transport import http as web
-from chatd.transport.admission import Addresses, Admission, Rate
-from chatd.transport.api import Api
-from chatd.transport.connections import Connections
 from chatd.transport.frames import message_frame
-from chatd.transport.websocket import ChatFactory
 
 
-class House:
-    """A server without sockets."""
+class MeasuredHouse(House):
+    """A house without messages that is starting, and its metrics."""
 
-    def __init__(self, *, store=None, rate=None):
-        self.clock = Turns()
-        self.store = store or FaultyStore()
-        self.store.open(())
-        self.rooms = Registry(self.store, frames, self.clock, 100)
-        self.connections = Connections(self.clock, 25)
-        limit = rate and Rate(*rate, self.clock.seconds)
-        api = Api(self.rooms, self.connections, Admission(), Addresses(limit, 0, self.clock.seconds))
-        self.site = web.site(lambda: (False, "starting"), self.clock, {"": api, "rooms": api})
-        self.factory = ChatFactory(
-            rooms=self.rooms,
-            connections=self.connections,
-            admission=Admission(),
-            site=self.site,
-            reactor=self.clock,
-            rate=limit,
-        )
+    def __init__(self, **options):
+        super().__init__(seed=(), ready=False, **options)
         self.metrics = Metrics(
-            store=self.store,
+            store=self.log,
             rooms=self.rooms,
             connections=self.connections,
             refusals={
@@ -80,22 +61,13 @@ class House:
     def scrape(self):
         return Scrape(self.metrics())
 
-    def client(self, target="/"):
-        return WebSocketClient(self.factory, target, self.clock.turns)
-
-    def connect(self):
-        return Connection(self.site)
-
-    def ask(self, method, path, *headers, body=None):
-        return self.connect().ask(method, path, b"Host: x", *headers, body=body)[0].status
-
-    def stream(self, room="main"):
-        return Stream(self.connect(), f"/rooms/{room}/events".encode())
+    def status(self, method, path, *headers, body=None):
+        return self.ask(method, path, *headers, body=body)[0].status
 
 
 @pytest.fixture
 def house():
-    return House()
+    return MeasuredHouse()
 
 
 def test_every_metric_exists_from_the_start(house):
@@ -127,7 +99,7 @@ def test_metrics_are_on_the_admin_port_alone(house):
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
     assert "/metrics" in Connection(admin).ask(b"GET", b"/")[1]
-    assert house.ask(b"GET", b"/metrics") == 404
+    assert house.status(b"GET", b"/metrics") == 404
 
 
 # Connections
@@ -136,7 +108,7 @@ def test_metrics_are_on_the_admin_port_alone(house):
 def test_connections_by_transport(house):
     """Connections are counted by transport; members and rooms are counted over both."""
     people = [house.client(), house.client(), house.client("/rooms/tea")]
-    house.stream("tea")
+    house.stream(b"/rooms/tea/events")
     scrape = house.scrape()
     assert scrape.some("chatd_connections") == {("websocket",): 3, ("events",): 1}
     assert (scrape("chatd_members"), scrape("chatd_rooms")) == (4, 2)
@@ -149,7 +121,7 @@ def test_connections_by_transport(house):
 
 def test_plain_requests_are_no_connections(house):
     """A request for a page and a refused handshake are not counted as connections."""
-    house.ask(b"GET", b"/")
+    house.status(b"GET", b"/")
     house.client("/nowhere")
     assert house.scrape().some("chatd_connections") == {}
 
@@ -211,7 +183,7 @@ def test_messages_and_deliveries(house):
     cy = house.client()  # reads both from the history
     stream = house.stream()
     bob.post("3")
-    house.ask(
+    house.status(
         b"POST", b"/rooms/main/messages", b"Content-Type: application/json", body=b'{"username":"d","message":"4"}'
     )
     house.clock.turns()
@@ -284,7 +256,7 @@ def test_cursor_lag_of_the_current_members(house):
     """The histogram of the cursor lag covers the members of this moment."""
     log, clock = ScriptedLog(), Turns()
     rooms = Registry(log, frames, clock, 100)
-    metrics = Metrics(store=house.store, rooms=rooms, connections=house.connections, refusals={}, clock=clock)
+    metrics = Metrics(store=house.log, rooms=rooms, connections=house.connections, refusals={}, clock=clock)
     readers = [enter(rooms, reader)[1] for reader in (Reader(), Reader(), Reader(space=0), Reader(space=1))]
     log.say(8)
     clock.turns()
@@ -316,8 +288,8 @@ def test_tails_of_all_rooms(house):
     """The depth of the tails is the sum over all rooms, in messages and in bytes."""
     house.client().post("1", "22")
     house.client("/rooms/tea").post("333")
-    pages = [result_of(house.store.read(room, None, 9)) for room in ("main", "tea")]
-    frames = [message_frame(house.store.epoch, entry) for page in pages for entry in page.entries]
+    pages = [result_of(house.log.read(room, None, 9)) for room in ("main", "tea")]
+    frames = [message_frame(house.log.epoch, entry) for page in pages for entry in page.entries]
     scrape = house.scrape()
     assert (scrape("chatd_tail_messages"), scrape("chatd_tail_bytes")) == (3, sum(map(len, frames)))
 
@@ -341,11 +313,11 @@ def test_rejected_frames_by_code(house):
     ann.say(username="ann")
     ann.send(masked(b"{"))
     ann.post("1", "2", label="a")
-    ann.say(type="history", before=f"{house.store.epoch}-9")
-    house.store.down = True
+    ann.say(type="history", before=f"{house.log.epoch}-9")
+    house.log.down = True
     ann.post("3")
-    house.store.read = lambda *_: fail(LogUnavailable("no disk"))
-    ann.say(type="history", before=f"{house.store.epoch}-9")  # beyond the head, so the log must be read
+    house.log.read = lambda *_: fail(LogUnavailable("no disk"))
+    ann.say(type="history", before=f"{house.log.epoch}-9")  # beyond the head, so the log must be read
     assert house.scrape().some("chatd_refusals_total") == {
         ("frame", "schema"): 2,
         ("frame", Code.LABEL_REUSED): 1,
@@ -356,7 +328,7 @@ def test_rejected_frames_by_code(house):
 
 def test_rate_limited_frames_have_one_code():
     """A frame above the rate counts as RATE_LIMITED, whether or not it is valid otherwise."""
-    house = House(rate=(1, 1))
+    house = MeasuredHouse(rate=(1, 1))
     ann = house.client()
     ann.post("1", "2")
     ann.say(username="ann")
@@ -374,14 +346,14 @@ def test_refused_handshakes_and_requests_by_status(house):
     """Refused handshakes and refused requests are counted by their HTTP status."""
     house.client("/nowhere")
     house.client("/?events=all")
-    house.ask(b"GET", b"/nowhere")
-    house.ask(b"GET", b"/rooms/main/messages?limit=0")
-    house.ask(b"POST", b"/rooms/main/messages", b"Content-Length: 1000000")
-    house.ask(b"PUT", b"/rooms/main/messages")
-    house.ask(b"HEAD", b"/rooms/a.b/messages")
-    house.store.down = True
+    house.status(b"GET", b"/nowhere")
+    house.status(b"GET", b"/rooms/main/messages?limit=0")
+    house.status(b"POST", b"/rooms/main/messages", b"Content-Length: 1000000")
+    house.status(b"PUT", b"/rooms/main/messages")
+    house.status(b"HEAD", b"/rooms/a.b/messages")
+    house.log.down = True
     house.client()
-    house.ask(b"GET", b"/rooms/main/messages")
+    house.status(b"GET", b"/rooms/main/messages")
     house.connect().send(b"nonsense\r\n\r\n")
     assert house.scrape().some("chatd_refusals_total") == {
         ("handshake", "404"): 1,
@@ -397,9 +369,9 @@ def test_refused_handshakes_and_requests_by_status(house):
 
 def test_good_answers_and_unreadiness_are_no_refusals(house):
     """Successful responses and the 503 of /readyz are not refusals."""
-    assert house.ask(b"GET", b"/readyz") == 503
-    assert house.ask(b"GET", b"/rooms/main/messages") == 200
-    assert house.ask(b"OPTIONS", b"/rooms/main/messages") == 204
+    assert house.status(b"GET", b"/readyz") == 503
+    assert house.status(b"GET", b"/rooms/main/messages") == 200
+    assert house.status(b"OPTIONS", b"/rooms/main/messages") == 204
     house.stream().connection.lose()
     assert house.scrape().some("chatd_refusals_total") == {}
 
@@ -412,7 +384,7 @@ def sqlite(tmp_path):
     """A house whose log is a file; the test runs its writer and sets its clock."""
     now, writer = ManualTime(), HeldWorker()
     store = SqliteStore(tmp_path / "log", Retention(), now, writer, ImmediateWorker())
-    house = House(store=store)
+    house = MeasuredHouse(log=store)
     house.now, house.writer = now, writer
     yield house
     closed = store.close()
@@ -442,15 +414,15 @@ def test_duration_of_commits(sqlite):
 
 def test_failing_store_is_down_until_it_succeeds(sqlite, monkeypatch):
     """A failed commit sets chatd_store_up to 0, and the next successful one to 1."""
-    commit = sqlite.store.file.commit
-    monkeypatch.setattr(sqlite.store.file, "commit", lambda posts: 1 / 0)
+    commit = sqlite.log.file.commit
+    monkeypatch.setattr(sqlite.log.file, "commit", lambda posts: 1 / 0)
     poster = RecordingPoster()
     assert sqlite.scrape()("chatd_store_up") == 1
     sqlite.rooms.post("main", Post("ann", "hi"), poster)
     sqlite.writer.run()
     scrape = sqlite.scrape()
     assert (scrape("chatd_store_up"), scrape("chatd_commit_seconds_count"), scrape("chatd_messages_total")) == (0, 1, 0)
-    monkeypatch.setattr(sqlite.store.file, "commit", commit)
+    monkeypatch.setattr(sqlite.log.file, "commit", commit)
     sqlite.rooms.post("main", Post("ann", "hi"), poster)
     sqlite.writer.run()
     scrape = sqlite.scrape()
@@ -477,7 +449,7 @@ def test_scrape_with_a_failing_disk(tmp_path):
 
 def test_size_of_a_log_in_memory():
     """The size of a log in memory is the number of messages that it retains."""
-    house = House(store=MemoryStore(Retention(messages=2), ManualTime()))
+    house = MeasuredHouse(log=MemoryStore(Retention(messages=2), ManualTime()))
     for room in ("main", "main", "main", "tea"):
         house.rooms.post(room, Post("ann", "hi"), RecordingPoster())
     scrape = house.scrape()
@@ -490,7 +462,7 @@ def test_seed_is_no_posted_message():
     store = MemoryStore(Retention(), ManualTime())
     store.open((Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),))
     store.open = lambda _: None
-    scrape = House(store=store).scrape()
+    scrape = MeasuredHouse(log=store).scrape()
     assert (scrape("chatd_log_messages"), scrape("chatd_messages_total")) == (1, 0)
 
 

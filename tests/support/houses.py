@@ -1,0 +1,121 @@
+"""A server without sockets: WebSocket, HTTP and events over one store with faults."""
+
+import json
+
+from support.helpers import RecordingPoster, Turns
+from support.stores import FaultyStore
+from support.web_doubles import Connection, Stream, WebSocketClient
+
+from chatd.messages import Entry, Post
+from chatd.room.registry import Registry
+from chatd.store.base import Retention
+from chatd.transport import frames
+from chatd.transport import http as web
+from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
+from chatd.transport.api import Api
+from chatd.transport.connections import Connections
+from chatd.transport.websocket import ChatFactory
+
+SEED = (
+    Entry(1, "Alice", "Hello!", "2024-10-20T12:30:00Z"),
+    Entry(2, "Bob", "Hi Alice!", "2024-10-20T12:31:00Z"),
+)
+JSON = b"Content-Type: application/json"
+
+
+class House:
+    """A server without sockets."""
+
+    def __init__(
+        self, *, log=None, retain="all", history=100, rooms=(), origins=(), rate=None, hops=0, seed=SEED, ready=True
+    ):
+        self.clock = Turns()
+        self.log = log or FaultyStore(Retention.parse(retain))
+        self.log.open(seed)
+        self.rooms = Registry(self.log, frames, self.clock, history)
+        self.connections = Connections(self.clock)
+        admission = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
+        limit = Rate(*rate, self.clock.seconds) if rate else None
+        addresses = Addresses(limit, hops, self.clock.seconds)
+        api = Api(self.rooms, self.connections, admission, addresses)
+        self.site = web.site(lambda: (ready, "ready" if ready else "starting"), self.clock, {"": api, "rooms": api})
+        self.factory = ChatFactory(
+            rooms=self.rooms,
+            connections=self.connections,
+            admission=admission,
+            site=self.site,
+            reactor=self.clock,
+            rate=limit,
+        )
+
+    @property
+    def epoch(self):
+        return self.log.epoch
+
+    def id(self, number):
+        return f"{self.epoch}-{number}"
+
+    def connect(self, transport=None):
+        return Connection(self.site, transport)
+
+    def ask(self, method, path, *headers, body=None, transport=None):
+        """Send one request on its own connection, and close it."""
+        connection = self.connect(transport)
+        response, text = connection.ask(method, path, b"Host: chat.example", *headers, body=body)
+        connection.lose()
+        return response, text
+
+    def get(self, path, *headers):
+        return self.ask(b"GET", path, *headers)
+
+    def post(self, *headers, path=b"/rooms/main/messages", kind=JSON, transport=None, **document):
+        """Post a message; headers come before what it is."""
+        body = json.dumps(document).encode()
+        return self.ask(b"POST", path, *([kind] if kind else []), *headers, body=body, transport=transport)
+
+    def say(self, *messages, room="main"):
+        """Append messages to the log."""
+        poster = RecordingPoster()
+        for message in messages:
+            self.log.append(room, Post("ann", message), poster)
+        assert len(poster.numbers) == len(messages)
+
+    def drain(self, retry_after=0.5):
+        """Send all clients elsewhere, at once."""
+        self.connections.stopping = True
+        for client in [*self.connections.connected]:
+            client.restart(retry_after)
+            if client in self.connections.connected:
+                self.connections.closings.add(client)
+
+    def client(self, target="/"):
+        return WebSocketClient(self.factory, target, self.turn)
+
+    def stream(self, path=b"/rooms/main/events", *headers, **options):
+        return Stream(self.connect(), path, *headers, **options)
+
+    def turn(self):
+        """Let the reactor turn, until nothing is due."""
+        while any(call.getTime() <= self.clock.seconds() for call in self.clock.getDelayedCalls()):
+            self.clock.advance(0)
+
+    def pass_time(self, seconds):
+        """Let time pass as the service does: once a second all are looked at."""
+        for _ in range(seconds):
+            self.clock.advance(1)
+            self.connections.check_deadlines()
+            self.turn()
+
+    @property
+    def forgotten(self):
+        """True if no trace of any client remains."""
+        self.turn()
+        return (
+            not (
+                self.connections.connected
+                or [*self.connections.stalls]
+                or [*self.connections.pings]
+                or [*self.connections.closings]
+            )
+            and len(self.rooms) == 0
+        )
