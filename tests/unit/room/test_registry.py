@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 from support.helpers import (
     REPEATABLE,
     Reader,
@@ -23,6 +23,7 @@ from support.helpers import (
     result_of,
     stamped,
 )
+from support.room_machines import RoomMachine
 from support.websocket_frames import read_frames
 
 from chatd.messages import Id, PageRequest, Post
@@ -1304,7 +1305,7 @@ class Recorded:
         return Id(epoch, end)
 
 
-class LostLogMachine(RuleBasedStateMachine):
+class LostLogMachine(RoomMachine):
     """However often the log is interrupted or lost, each client has a gapless run of each history, once.
 
     Every text is appended once, so that an entry of one history never equals one of another.
@@ -1312,16 +1313,8 @@ class LostLogMachine(RuleBasedStateMachine):
 
     LAG = 8
 
-    @initialize(tail=st.integers(200, 2000), history=st.integers(1, 5))
-    def begin(self, tail, history):
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("chatd.room.tail.TAIL_BYTES", tail)
-        self.patch.setattr("chatd.room.tail.RUN_BYTES", 400)
-        self.patch.setattr("chatd.room.sweep.SLICE_MEMBERS", 2)
-        self.patch.setattr("chatd.room.sweep.SLICE_SECONDS", -1)
+    def prepare(self):
         self.patch.setattr("chatd.room.registry.MAX_LAG", self.LAG)
-        self.clock, self.log = Turns(), ScriptedLog()
-        self.rooms = Registry(self.log, frames, self.clock, history)
         self.logs = {self.log.epoch: self.log.entries}
         self.untold = []
         self.removed = 0
@@ -1329,10 +1322,6 @@ class LostLogMachine(RuleBasedStateMachine):
         self.away = []
         self.texts = count()
         self.delivered = 0
-
-    def teardown(self):
-        if hasattr(self, "patch"):
-            self.patch.undo()
 
     def write(self, number):
         for _ in range(number):
@@ -1388,21 +1377,8 @@ class LostLogMachine(RuleBasedStateMachine):
             client.acks.append(place)
 
     @rule()
-    def turn(self):
-        self.clock.turn()
-
-    @rule()
     def wait(self):
         self.clock.advance(RELOAD_SECONDS)
-
-    @rule()
-    def hold(self):
-        self.log.held = True
-
-    @rule()
-    @precondition(lambda self: self.log.waiting)
-    def answer(self):
-        self.log.answer()
 
     @rule()
     @precondition(lambda self: self.log.waiting)

@@ -5,8 +5,9 @@ import gc
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.helpers import Reader, ScriptedLog, Slow, Turns, count_held, enter, held_by, holds, stamped
+from hypothesis.stateful import invariant, precondition, rule
+from support.helpers import Reader, ScriptedLog, Slow, count_held, enter, held_by, holds, stamped
+from support.room_machines import RoomMachine
 from support.websocket_frames import read_frames
 
 from chatd.messages import Entry, Id
@@ -1255,29 +1256,17 @@ def test_restart_clears_cached_histories(log, rooms):
 # Any order of events
 
 
-class SlowReadersMachine(RuleBasedStateMachine):
+class SlowReadersMachine(RoomMachine):
     """Whatever members and transports do, each client receives a gapless run of the log, once.
 
     A client that reconnects is another member; what its members received is one run.
     """
 
-    @initialize(tail=st.integers(200, 2000), history=st.integers(1, 5))
-    def begin(self, tail, history):
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("chatd.room.tail.TAIL_BYTES", tail)
-        self.patch.setattr("chatd.room.tail.RUN_BYTES", 400)
-        self.patch.setattr("chatd.room.sweep.SLICE_MEMBERS", 2)
-        self.patch.setattr("chatd.room.sweep.SLICE_SECONDS", -1)
-        self.clock, self.log = Turns(), ScriptedLog()
-        self.rooms = Registry(self.log, frames, self.clock, history)
+    def prepare(self):
         self.members = {}
         """The room of each member, and the number of the last entry of its history."""
         self.acks = {}
         self.away = []
-
-    def teardown(self):
-        if hasattr(self, "patch"):
-            self.patch.undo()
 
     def enter(self, member, had):
         self.log.held, held = False, self.log.held
@@ -1307,19 +1296,6 @@ class SlowReadersMachine(RuleBasedStateMachine):
             number = len(self.log.entries)
             acknowledged(self.members[member][0], member, number)
             self.acks[member].append(number)
-
-    @rule()
-    def turn(self):
-        self.clock.turn()
-
-    @rule()
-    def hold(self):
-        self.log.held = True
-
-    @rule()
-    @precondition(lambda self: self.log.waiting)
-    def answer(self):
-        self.log.answer()
 
     @rule(which=st.randoms(use_true_random=False), space=st.none() | st.integers(0, 600))
     @precondition(lambda self: any(not member.ready for member in self.members))
