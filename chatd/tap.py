@@ -92,10 +92,11 @@ def _store(settings: config.Settings, reactor: Any) -> Store:
     """Make the store that the options name."""
     kind, _, rest = settings.store.partition(":")
     if kind == "memory":
-        return MemoryStore(settings.retain, time.time)
+        return MemoryStore(settings.retain, time.time, time.monotonic)
     if kind == "sqlite":
         writer, reader = ThreadWorker(reactor, "chatd-write"), ThreadWorker(reactor, "chatd-read")
-        return SqliteStore(pathlib.Path(rest), settings.retain, time.time, writer, reader)
+        path = pathlib.Path(rest)
+        return SqliteStore(path, settings.retain, time.time, writer, reader, clock=reactor, steady=time.monotonic)
     # Imported late: txredisapi imports the reactor, which twistd must have installed before.
     from chatd.store.redis.link import Link, RedisAddress
     from chatd.store.redis.store import RedisStore

@@ -9,10 +9,11 @@ import re
 import secrets
 import string
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 from typing_extensions import override
 
 from chatd.histogram import Histogram
@@ -24,8 +25,14 @@ DAY: Final = 86_400
 """Seconds in a day."""
 MILLISECOND: Final = 0.001
 """The resolution of timestamps, in seconds."""
+JUMP_SECONDS: Final = 60
+"""The largest step of the wall clock, in seconds, that counts as a correction; a larger one is a jump."""
+STEADY_SECONDS: Final = 3600
+"""How long the wall clock must run without a jump before messages are removed by their age."""
 SEED_ROOM: Final = MAIN
 """The room that receives the seed of a new log."""
+
+_log = Logger()
 
 
 class StoreError(Exception):
@@ -127,21 +134,95 @@ def answer_retry(post: Post, number: int, poster: Poster, *, same: bool) -> None
         poster.refused(post, LabelReused())
 
 
-class Stamp:
-    """The clock of a log: the wall clock, except that it never goes back.
+def notify(receive: Callable[..., object], *args: object, **options: object) -> None:
+    """Call a follower or a poster, and log its exception, so that the others are still notified."""
+    try:
+        receive(*args, **options)
+    except Exception:  # noqa: BLE001 -- their faults are not those of the store
+        _log.failure("a follower or poster failed")
 
-    `now` returns seconds since 1970; `last` is the newest timestamp in the log.
+
+class Moment(NamedTuple):
+    """One reading of the wall clock."""
+
+    seconds: float
+    text: str
+
+    def after(self, last: str) -> str:
+        """Return the timestamp of a message that follows one with the timestamp `last`, or "" for the first one.
+
+        After a small step back of the clock, timestamps wait for it.  After a jump back they follow it, because
+        the timestamp before was wrong or this one is, and numbers give the order.
+        """
+        if not last:
+            return self.text
+        before = instant(last)
+        return timestamp(before) if 0 < before - self.seconds <= JUMP_SECONDS else self.text
+
+
+class Ages(NamedTuple):
+    """The timestamps of messages that are young enough to be kept."""
+
+    oldest: str
+    newest: str
+    """Later timestamps were given by a clock that was wrong, and the age of their messages is unknown."""
+
+    def too_old(self, timestamps: Iterable[str]) -> int:
+        """Return how many of the oldest messages, given by their timestamps in order, are too old.
+
+        The first message that is young enough ends them, because all later messages are younger.  A message of
+        unknown age counts as too old only before another one that is.
+        """
+        old = 0
+        for count, text in enumerate(timestamps, 1):
+            if text < self.oldest:
+                old = count
+            elif text <= self.newest:
+                break
+        return old
+
+
+class LogClock:
+    """The wall clock as logs use it.
+
+    `now` returns seconds since 1970.  The wall clock may jump: a machine without a battery starts in 1970, and some
+    firmware in 2099.  Compared with `steady`, seconds that pass evenly, a jump is seen but not which of the two
+    times is wrong.  After a start and after a jump, no message is therefore removed by its age for STEADY_SECONDS.
     """
 
-    def __init__(self, now: Callable[[], float], last: str | None) -> None:
+    def __init__(self, now: Callable[[], float], steady: Callable[[], float] | None = None) -> None:
         self._now = now
-        self._last = instant(last) if last else 0.0
-        self._text = timestamp(self._last)
+        self._steady = steady or now
+        self._offset = now() - self._steady()
+        self._since = self._steady()
+        self._moment = Moment(0.0, timestamp(0.0))
 
-    def __call__(self) -> str:
-        """Return the timestamp of a message appended now."""
+    def read(self) -> Moment:
+        """Return the time now, to the millisecond."""
         now = self._now()
-        if now - self._last >= MILLISECOND:
-            self._last = now
-            self._text = timestamp(now)
-        return self._text
+        if not 0 <= now - self._moment.seconds < MILLISECOND:
+            self._moment = Moment(now, timestamp(now))
+        return self._moment
+
+    def ages(self, seconds: float) -> Ages | None:
+        """Return which messages are at most so many seconds old; None while the clock may be wrong."""
+        now, steady = self._now(), self._steady()
+        offset, before = now - steady, self._offset
+        self._offset = offset
+        if abs(offset - before) > JUMP_SECONDS:
+            self._since = steady
+            _log.warn(
+                "the clock has jumped from {before} to {now}: no message is removed by its age for {minutes} minutes",
+                before=timestamp(before + steady),
+                now=timestamp(now),
+                minutes=STEADY_SECONDS // 60,
+            )
+        if steady - self._since < STEADY_SECONDS:
+            return None
+        return Ages(timestamp(now - seconds), timestamp(now + JUMP_SECONDS))
+
+
+def log_removed(messages: int) -> None:
+    """Log that retention has removed messages."""
+    if messages:
+        _log.info("{messages} messages removed that --retain no longer keeps", messages=messages)

@@ -1,6 +1,7 @@
 """A log in memory: lost when the process ends.
 
-Use it for tests, for benchmarks, and for rooms that may forget.
+Use it for tests, for benchmarks, and for rooms that may forget.  Whoever may post can fill it, and its size is
+therefore bounded: by a number of messages in each room, even if all are retained, and by a number of rooms.
 """
 
 from collections import deque
@@ -12,19 +13,23 @@ from typing_extensions import override
 
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
-from chatd.room.log import Page, Poster
-from chatd.store.base import SEED_ROOM, Retention, Stamp, Store, answer_retry, new_epoch, timestamp
+from chatd.room.log import LogUnavailable, Page, Poster
+from chatd.store.base import SEED_ROOM, LogClock, Retention, Store, answer_retry, log_removed, new_epoch, notify
 
 KEEP: Final = 10_000
 """The most messages of each room, unless the retention names a number."""
+MAX_ROOMS: Final = 10_000
+"""The most rooms.  Posts to more are refused, unless rooms without messages can be forgotten."""
 
 
 class _Room:
     """One room's entries, at most `keep` of them; `head` is the number of the newest."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, head: int) -> None:
         self.entries: deque[Entry] = deque()
-        self.head = 0
+        self.head = head
+        self.stamped = ""
+        """The timestamp of the newest entry."""
         self._keep = keep
         # Each label's number, and each number's label: both are dropped with the entry.
         self._labelled: dict[tuple[str, str], int] = {}
@@ -39,6 +44,7 @@ class _Room:
             self.drop()
         self.entries.append(entry)
         self.head = entry.number
+        self.stamped = entry.timestamp
         if label is not None:
             key = self._labels[entry.number] = entry.username, label
             self._labelled[key] = entry.number
@@ -58,44 +64,52 @@ class _Room:
 class MemoryStore(Store):
     """A store in memory: appending, reading and trimming succeed at once.
 
-    `now` returns the time in seconds since 1970.
+    `now` returns the time in seconds since 1970, and `steady` seconds that pass evenly.
     """
 
     epoch: str = ""
 
-    def __init__(self, retain: Retention, now: Callable[[], float]) -> None:
+    def __init__(self, retain: Retention, now: Callable[[], float], steady: Callable[[], float] | None = None) -> None:
         super().__init__(Histogram(()))
         self._retain = retain
-        self._now = now
-        self._stamp = Stamp(now, None)
+        self._clock = LogClock(now, steady)
         self._rooms: dict[str, _Room] = {}
+        self._forgotten = 0
+        """The highest number in any room that was forgotten; every new room continues after it."""
+        self._aged = 0
+        """The number of messages removed because of their age, and not logged yet."""
 
     @override
     def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
         self.epoch = new_epoch()
         for entry in seed:
             self._room(SEED_ROOM).append(entry, None)
-            self._stamp = Stamp(self._now, entry.timestamp)
         return self.trim()
 
     @override
     def append(self, room: str, post: Post, poster: Poster) -> None:
+        if room not in self._rooms and len(self._rooms) >= MAX_ROOMS:
+            self._forget_rooms()
+            if len(self._rooms) >= MAX_ROOMS:
+                self._faults["rooms"] = f"memory: holds {MAX_ROOMS} rooms, and no more: use --store sqlite:PATH"
+                notify(poster.refused, post, LogUnavailable(self._faults["rooms"]))
+                return
         log = self._room(room)
         stored = log.find(post)
         if stored is not None:
-            answer_retry(post, stored.number, poster, same=stored.message == post.message)
+            notify(answer_retry, post, stored.number, poster, same=stored.message == post.message)
             return
-        entry = Entry(log.head + 1, post.username, post.message, self._stamp())
+        entry = Entry(log.head + 1, post.username, post.message, self._clock.read().after(log.stamped))
         first = log.first
         log.append(entry, post.label)
         for follower in self._followers:
-            follower.appended(room, (entry,))
+            notify(follower.appended, room, (entry,))
         self._trim(room, log, first)
-        poster.posted(post, entry.number)
+        notify(poster.posted, post, entry.number)
 
     @override
     def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
-        log = self._rooms.get(room) or _Room(0)
+        log = self._rooms.get(room) or _Room(0, self._forgotten)
         skip = max(0, len(log.entries) - limit if after is None else after + 1 - log.first)
         entries = [log.entries[index] for index in range(skip, min(skip + limit, len(log.entries)))]
         return succeed(Page(entries, log.first, log.head))
@@ -108,6 +122,10 @@ class MemoryStore(Store):
     def trim(self) -> "Deferred[None]":
         for name, log in self._rooms.items():
             self._trim(name, log, log.first)
+        if not all(log.entries for log in self._rooms.values()):
+            self._faults.pop("rooms", None)
+        log_removed(self._aged)
+        self._aged = 0
         return succeed(None)
 
     @override
@@ -124,15 +142,32 @@ class MemoryStore(Store):
 
     def _room(self, name: str) -> _Room:
         if name not in self._rooms:
-            self._rooms[name] = _Room(self._retain.messages or KEEP)
+            self._rooms[name] = _Room(self._retain.messages or KEEP, self._forgotten)
+            self._faults.pop("rooms", None)
         return self._rooms[name]
+
+    def _forget_rooms(self) -> None:
+        """Forget the rooms without messages.
+
+        Their numbers are never used again, because new rooms continue after the highest of them.
+        """
+        empty = {name: log for name, log in self._rooms.items() if not log.entries}
+        if not empty:
+            return
+        self._forgotten = max(self._forgotten, *(log.head for log in empty.values()))
+        for name in empty:
+            del self._rooms[name]
+        for follower in self._followers:
+            notify(follower.interrupted)
 
     def _trim(self, name: str, log: _Room, first: int) -> None:
         """Remove entries that are too old, and notify the followers if the oldest entry is no longer `first`."""
-        if self._retain.seconds:
-            oldest = timestamp(self._now() - self._retain.seconds)
-            while log.entries and log.entries[0].timestamp < oldest:
+        ages = self._clock.ages(self._retain.seconds) if self._retain.seconds else None
+        if ages is not None:
+            old = ages.too_old(entry.timestamp for entry in log.entries)
+            self._aged += old
+            for _ in range(old):
                 log.drop()
         if log.first != first:
             for follower in self._followers:
-                follower.trimmed(name, log.first)
+                notify(follower.trimmed, name, log.first)

@@ -5,16 +5,20 @@ therefore share one disk sync (*group commit*), and no post waits for a batch to
 and stamped in the transaction that stores them.  Followers and posters are notified only after the commit.
 
 A second thread reads.  The reactor's thread touches the file when it opens it; later it only asks for its size.
+After a failure the store tries the disk every few seconds, so that it recovers without a post.
 `chatd.store.sqlite_file` holds the SQL.
 """
 
 import pathlib
 import sqlite3
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IReactorFromThreads
+from twisted.internet.defer import TimeoutError as DeferredTimeout
+from twisted.internet.interfaces import IDelayedCall, IReactorFromThreads, IReactorTime
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -23,12 +27,16 @@ from typing_extensions import override
 
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
-from chatd.room.log import InDoubt, LogUnavailable, Page, Poster
-from chatd.store.base import Retention, Store, answer_retry
+from chatd.room.log import MAIN, InDoubt, LogUnavailable, Page, Poster
+from chatd.store.base import Retention, Store, answer_retry, notify
 from chatd.store.sqlite_file import Commit, SqliteFile
 
 MAX_PENDING: Final = 10_000
 """The most posts that may wait for the disk; more are refused, so that a slow disk does not fill the memory."""
+PROBE_SECONDS: Final = 5
+"""The interval at which a failing disk is tried."""
+CLOSE_SECONDS: Final = 10
+"""How long a disk that does not answer may delay the end of the process."""
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -48,11 +56,12 @@ class Worker(Protocol):
 
 
 class ThreadWorker(Worker):
-    """A Worker on a thread pool of one."""
+    """A Worker on a thread pool of one, which a disk that does not answer cannot keep from ending the process."""
 
     def __init__(self, reactor: IReactorFromThreads, name: str) -> None:
         self._reactor = reactor
         self._pool = ThreadPool(minthreads=1, maxthreads=1, name=name)
+        self._pool.threadFactory = partial(threading.Thread, daemon=True)  # type: ignore[assignment]
 
     @override
     def start(self) -> None:
@@ -78,19 +87,32 @@ class _Pending(NamedTuple):
 class SqliteStore(Store):
     """A store in one SQLite file.
 
-    `now` returns the time in seconds since 1970.
+    `now` returns the time in seconds since 1970, and `steady` seconds that pass evenly.
     """
 
     epoch: str = ""
 
     def __init__(
-        self, path: pathlib.Path, retain: Retention, now: Callable[[], float], writer: Worker, reader: Worker
+        self,
+        path: pathlib.Path,
+        retain: Retention,
+        now: Callable[[], float],
+        writer: Worker,
+        reader: Worker,
+        *,
+        clock: IReactorTime,
+        steady: Callable[[], float] | None = None,
     ) -> None:
         super().__init__(Histogram(SECONDS))
-        self.file = SqliteFile(path, retain, now)
+        self.file = SqliteFile(path, retain, now, steady)
         self._now = now
         self._writer = writer
         self._reader = reader
+        self._clock = clock
+        self._probe_call: IDelayedCall | None = None
+        self._closing = False
+        self._in_doubt = False
+        """True after a batch that may be stored although the followers do not know it."""
         self._gathering: list[_Pending] = []
         """The posts of the next commit."""
         self._committing: list[_Pending] | None = None
@@ -112,15 +134,30 @@ class SqliteStore(Store):
 
     @override
     def close(self) -> "Deferred[None]":
-        return self.settled().addCallback(self._close)
+        closed: Deferred[None] = self.settled().addCallback(self._close)
+        return closed.addTimeout(CLOSE_SECONDS, self._clock).addErrback(self._not_closed)
 
     def _close(self, _: None) -> "Deferred[None] | None":
+        if self._closing:
+            return None
         if self._committing is not None:  # posts arrived meanwhile
-            return self.close()
+            return self.settled().addCallback(self._close)
+        self._closing = True
+        if self._probe_call is not None and self._probe_call.active():
+            self._probe_call.cancel()
+        # The file is closed in a thread, because that can take as long as a commit.
+        idle = self._reader.do(_nothing)
+        return idle.addCallback(lambda _: self._writer.do(self.file.close)).addCallback(self._closed)
+
+    def _closed(self, _: None) -> None:
         self._writer.stop()
         self._reader.stop()
-        self.file.close()
-        return None
+
+    def _not_closed(self, failure: Failure) -> None:
+        """Give up a disk that does not answer; the process ends without it."""
+        failure.trap(DeferredTimeout)
+        self.abandon()
+        _logger.error("the store was not closed: the disk has not answered for {seconds} s", seconds=CLOSE_SECONDS)
 
     @override
     def usage(self) -> Mapping[str, int]:
@@ -153,20 +190,26 @@ class SqliteStore(Store):
         return result
 
     def _committed(self, commit: Commit, batch: Sequence[_Pending]) -> None:
-        self._faults.pop("write", None)
+        self._writable()
         self._notify(commit)
         for (_, post, poster), (number, stored) in zip(batch, commit.outcomes, strict=False):  # empty if abandoned
             if stored is None:
-                poster.posted(post, number)
+                notify(poster.posted, post, number)
             else:
-                answer_retry(post, number, poster, same=stored == post.message)
+                notify(answer_retry, post, number, poster, same=stored == post.message)
 
     def _failed(self, failure: Failure, batch: Sequence[_Pending]) -> None:
-        self._faults["write"] = f"the log cannot be written: {failure.value}"
+        self._unwritable(failure)
+        error: LogUnavailable
+        if isinstance(failure.value, InDoubt):
+            self._in_doubt = True
+            error, outcome = failure.value, "may or may not be stored"
+        else:
+            error, outcome = LogUnavailable(str(failure.value)), "were not stored"
         if batch:  # empty if it was abandoned
-            _logger.error("{posts} posts were not stored: {error}", posts=len(batch), error=failure.value)
+            _logger.error("{posts} posts {outcome}: {error}", posts=len(batch), outcome=outcome, error=error)
         for _, post, poster in batch:
-            poster.refused(post, LogUnavailable(str(failure.value)))
+            notify(poster.refused, post, error)
 
     def _next(self, _: None) -> None:
         self._committing = None
@@ -183,9 +226,9 @@ class SqliteStore(Store):
         for follower in self._followers:
             for room, entries in commit.entries.items():
                 if entries:
-                    follower.appended(room, entries)
+                    notify(follower.appended, room, entries)
             for room, first in commit.firsts.items():
-                follower.trimmed(room, first)
+                notify(follower.trimmed, room, first)
 
     @override
     def settled(self) -> "Deferred[None]":
@@ -204,14 +247,41 @@ class SqliteStore(Store):
         if abandoned:
             _logger.error("{posts} posts abandoned: the disk has not answered", posts=len(abandoned))
         for _, post, poster in abandoned:
-            poster.refused(post, InDoubt("the disk has not answered"))
+            notify(poster.refused, post, InDoubt("the disk has not answered"))
 
     @override
     def trim(self) -> "Deferred[None]":
         return self._writer.do(self.file.trim).addCallbacks(
-            lambda firsts: self._notify(Commit([], {}, firsts)),
-            lambda failure: _logger.error("old messages were not removed: {error}", error=failure.value),
+            lambda firsts: self._notify(Commit([], {}, firsts)), self._not_trimmed
         )
+
+    def _not_trimmed(self, failure: Failure) -> None:
+        self._unwritable(failure)
+        _logger.error("old messages were not removed: {error}", error=failure.value)
+
+    # Faults
+
+    def _writable(self) -> None:
+        self._faults.pop("write", None)
+        if self._in_doubt:
+            self._in_doubt = False
+            for follower in self._followers:
+                notify(follower.interrupted)
+
+    def _unwritable(self, failure: Failure) -> None:
+        self._faults["write"] = f"the log cannot be written: {failure.value}"
+        self._probe_later()
+
+    def _probe_later(self) -> None:
+        if not self._closing and (self._probe_call is None or not self._probe_call.active()):
+            self._probe_call = self._clock.callLater(PROBE_SECONDS, self._probe)
+
+    def _probe(self) -> None:
+        """Try what failed when it was last tried."""
+        if "write" in self._faults:
+            self._writer.do(self.file.probe).addCallbacks(lambda _: self._writable(), self._unwritable)
+        if "read" in self._faults:
+            self.read(MAIN, None, 1).addErrback(lambda _: None)  # the fault is noted already
 
     # Reading
 
@@ -228,4 +298,9 @@ class SqliteStore(Store):
         """Turn an error of SQLite into LogUnavailable."""
         failure.trap(sqlite3.Error)
         self._faults["read"] = f"the log cannot be read: {failure.value}"
+        self._probe_later()
         return Failure(LogUnavailable(str(failure.value)))
+
+
+def _nothing() -> None:
+    """Find out that a worker has no other work."""

@@ -6,6 +6,10 @@ writes, and `page` in another.  Readers see a snapshot, because the file is in w
 The file states the newest format that has `written` to it, and the oldest format that can still read it.
 Formats only add (tables, and columns with a default).  Older code therefore reads and writes
 what newer code wrote, until `readable_since` forbids it.
+
+A COMMIT can fail after its pages were written, because the disk did not sync them.  SQLite forgets them, but whoever
+recovers the file after a kill finds them: they are *in doubt*.  The next commit overwrites them, wherever they begin.
+A failed commit is therefore followed by one without effect.  If that succeeds, the batch is certainly not stored.
 """
 
 import fcntl
@@ -17,9 +21,11 @@ from contextlib import ExitStack, closing
 from itertools import chain
 from typing import Final, NamedTuple
 
+from twisted.logger import Logger
+
 from chatd.messages import Entry, Post
-from chatd.room.log import Page
-from chatd.store.base import SEED_ROOM, Retention, Stamp, StoreError, new_epoch, timestamp
+from chatd.room.log import InDoubt, LogUnavailable, Page
+from chatd.store.base import SEED_ROOM, LogClock, Retention, StoreError, log_removed, new_epoch
 
 FORMAT: Final = 2
 """The format this code writes; it reads every file whose `readable_since` is not higher."""
@@ -29,6 +35,16 @@ APPLICATION_ID: Final = 0x63686174
 """Marks the file as ours (`chat`), for SQLite and for file(1)."""
 ROWS: Final = 256
 """The most messages that one statement inserts.  Python's GIL is released once per statement."""
+BUSY_MILLISECONDS: Final = 5000
+"""How long a statement waits for another program that writes to the file."""
+PROBE_BYTES: Final = 1 << 20
+"""The bytes that a disk has free after it was full, before it counts as writable."""
+WAL_ROWS: Final = 4096
+"""The number of messages after which the size of the write-ahead log is looked at."""
+WAL_USUAL: Final = 64 << 20
+"""The size in bytes that the write-ahead log has at most, unless another program keeps SQLite from emptying it."""
+WAL_MOST: Final = 1 << 30
+"""The size in bytes at which posts are rejected, so that the write-ahead log does not fill the disk."""
 
 _SCHEMA: Final = """
 CREATE TABLE log (
@@ -53,6 +69,8 @@ CREATE TABLE messages (
 """
 _INDEX: Final = "CREATE UNIQUE INDEX labels ON messages (room, username, label) WHERE label IS NOT NULL"
 
+_log = Logger()
+
 
 class Commit(NamedTuple):
     """The effect of one transaction."""
@@ -65,39 +83,69 @@ class Commit(NamedTuple):
     """The number of the oldest entry left, by room, in rooms that were trimmed."""
 
 
+def _place(file: pathlib.Path) -> tuple[int, int] | None:
+    """Return the device and the inode of a file; None if there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _lost(file: pathlib.Path) -> str:
+    return f"{file} was removed, renamed or replaced: put it back, or restart the server"
+
+
 class SqliteFile:
     """A log in one file.
 
-    `now` returns the time in seconds since 1970.
+    `now` returns the time in seconds since 1970, and `steady` seconds that pass evenly.
     """
 
-    def __init__(self, path: pathlib.Path, retain: Retention, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        path: pathlib.Path,
+        retain: Retention,
+        now: Callable[[], float],
+        steady: Callable[[], float] | None = None,
+    ) -> None:
         self.epoch = ""
         self.path = path
         self.writer: sqlite3.Connection
         self.reader: sqlite3.Connection
         self._retain = retain
-        self._now = now
+        self._clock = LogClock(now, steady)
+        self._file = self._wal = path
+        """The paths of the file and of its write-ahead log, without symbolic links, which SQLite follows too."""
+        self._places: dict[pathlib.Path, tuple[int, int] | None] = {}
+        """The device and the inode of each file that is open."""
+        self._misplaced = False
+        """True if a file was not in its place when that was last looked at."""
+        self._unseen = 0
+        """The number of messages stored since the write-ahead log was last looked at."""
+        self._wal_size = 0
+        self._aged = 0
+        """The number of messages removed by commits because of their age, and not logged yet."""
 
     # Opening
 
     def open(self, seed: Sequence[Entry]) -> None:
         """Lock the file; if it is new, write an epoch and the seed in one transaction.
 
-        Raises StoreError if the folder cannot be written, another chatd uses the file, it is not a store,
-        or a newer chatd wrote it in a format that this code cannot read.
+        Raises StoreError if the folder cannot be written, another chatd uses the file under any name, it is not a
+        store, it has several names, or a newer chatd wrote it in a format that this code cannot read.
         """
         if str(self.path) == ":memory:":  # SQLite would give each connection a database of its own
             raise StoreError(":memory: is no file: to keep messages in memory, use --store memory:")
         try:
             with ExitStack() as opened:
-                opened.callback(os.close, self._take_lock())
+                self._take_locks(opened)
                 self.writer = self._connect(opened)
                 self.epoch = self._check(seed)
-                (last,) = self.writer.execute("SELECT max(stamped) FROM rooms").fetchone()
-                self._stamp = Stamp(self._now, last)
-                self.trim()
                 self.reader = self._connect(opened)
+                files = self._file, self._wal, pathlib.Path(f"{self._file}-shm")
+                self._places = {file: _place(file) for file in files}
+                self.trim()
                 self._opened = opened.pop_all()
         except sqlite3.Error as error:
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
@@ -110,20 +158,41 @@ class SqliteFile:
         """Close the connections and release the lock."""
         self._opened.close()
 
-    def _take_lock(self) -> int:
-        """Lock a file beside the store, because SQLite holds its own locks only during transactions."""
-        path = f"{self.path}-lock"
+    def _take_locks(self, opened: ExitStack) -> None:
+        """Lock the file, and a file beside it that stays when scripts/restore replaces the store.
+
+        SQLite holds its own locks only during transactions.  The locks end with the process, whatever ends it.
+        """
+        self._file = pathlib.Path(os.path.realpath(self.path))
+        self._wal = pathlib.Path(f"{self._file}-wal")
+        beside = pathlib.Path(f"{self._file}-lock")
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._take_lock(beside, opened)
         except OSError as error:
             raise StoreError(
-                f"{self.path.parent} cannot be written ({error.strerror}): "
+                f"{beside if beside.exists() else self.path.parent} cannot be written ({error.strerror}): "
                 "make it writable for this user, or name another file with --store sqlite:PATH"
             ) from None
         try:
+            lock = self._take_lock(self._file, opened)
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} cannot be opened ({error.strerror}): name another with --store sqlite:PATH"
+            ) from None
+        names = os.fstat(lock).st_nlink
+        if names > 1:
+            raise StoreError(
+                f"{self.path} has {names} names (hard links), and its write-ahead log belongs to one of them: "
+                "remove the others, or name another file with --store sqlite:PATH"
+            )
+
+    def _take_lock(self, file: pathlib.Path, opened: ExitStack) -> int:
+        """Lock a file, which only this user may read if it is new."""
+        lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        opened.callback(os.close, lock)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(lock)
             raise StoreError(
                 f"{self.path} is in use by another chatd: stop that one, or name another file with --store sqlite:PATH"
             ) from None
@@ -134,6 +203,8 @@ class SqliteFile:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         opened.enter_context(closing(connection))
         connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA journal_size_limit={WAL_USUAL}")
+        connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
         return connection
 
     def _check(self, seed: Sequence[Entry]) -> str:
@@ -177,54 +248,147 @@ class SqliteFile:
 
     def usage(self) -> Mapping[str, int]:
         """Return the bytes of the file and its write-ahead log, and the free bytes; nothing if the disk fails."""
-        files = self.path, self.path.with_name(f"{self.path.name}-wal")
         try:
-            disk = os.statvfs(self.path.parent)
-            size = sum(file.stat().st_size for file in files if file.exists())
+            disk = os.statvfs(self._file)
+            wal = self._wal.stat().st_size
+            size = self._file.stat().st_size + wal
         except OSError:
             return {}
-        return {"bytes": size, "free_bytes": disk.f_bavail * disk.f_frsize}
+        return {"bytes": size, "wal_bytes": wal, "free_bytes": disk.f_bavail * disk.f_frsize}
+
+    # Health
+
+    def probe(self) -> None:
+        """Raise what a commit would raise; write to the file and sync it, without a change."""
+        self._empty_wal()
+        self._overwrite()
+        disk = os.statvfs(self._file)
+        if disk.f_bavail * disk.f_frsize < PROBE_BYTES:  # what was written may have taken no new space
+            raise LogUnavailable("the disk is full")
+
+    def _overwrite(self) -> None:
+        """Commit a transaction without effect, which overwrites what is left of one that failed."""
+        self._check_files()
+        db = self.writer
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for _ in range(2):  # SQLite writes no page that an update leaves unchanged
+                db.execute("UPDATE log SET written = -written")
+            db.execute("COMMIT")
+        finally:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        if self.writer.in_transaction:
+            self.writer.execute("ROLLBACK")
+
+    def _check_files(self) -> None:
+        """Raise LogUnavailable if a file is not in its place: whatever is written would be lost with it."""
+        for file, place in self._places.items():
+            if _place(file) != place:
+                self._misplaced = True
+                raise LogUnavailable(_lost(file))
+        self._misplaced = False
+
+    def _empty_wal(self) -> None:
+        """Look at the size of the write-ahead log; raise LogUnavailable if it is too large and cannot be emptied."""
+        self._unseen = 0
+        before, self._wal_size = self._wal_size, self._wal.stat().st_size
+        if self._wal_size <= WAL_USUAL:
+            return
+        try:
+            self.writer.execute("PRAGMA busy_timeout=0")
+            self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self.writer.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+        self._wal_size = self._wal.stat().st_size
+        grown = (
+            f"{self._wal} has grown to {self._wal_size >> 20} MiB, because another program reads the store: "
+            "end that program"
+        )
+        if self._wal_size > WAL_USUAL >= before:
+            _log.warn("{grown}", grown=grown)
+        if self._wal_size > WAL_MOST:
+            raise LogUnavailable(grown)
 
     # Writing
 
     def commit(self, posts: Sequence[tuple[str, Post]]) -> Commit:
-        """Number, stamp and store posts, each with its room, in one transaction; on an exception none is stored."""
+        """Number, stamp and store posts, each with its room, in one transaction.
+
+        On an exception none is stored; after InDoubt, they may be.
+        """
         db = self.writer
-        stamp = self._stamp()
+        if self._misplaced:
+            self._check_files()
+        if self._unseen >= WAL_ROWS or self._wal_size > WAL_MOST:
+            self._empty_wal()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            commit, aged = self._store(posts)
+            self._end()
+        finally:
+            self._roll_back()
+        if _place(self._file) != self._places[self._file]:
+            self._misplaced = True
+            raise InDoubt(_lost(self._file))
+        self._unseen += len(posts)
+        self._aged += aged
+        return commit
+
+    def _end(self) -> None:
+        """Commit the transaction; raise InDoubt if it failed, and it is not known whether it is on the disk."""
+        try:
+            self.writer.execute("COMMIT")
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # before the page that would have ended it
+                raise
+            try:
+                self._roll_back()
+                self._overwrite()
+            except (sqlite3.Error, OSError, LogUnavailable):
+                raise InDoubt(str(error)) from None
+            raise
+
+    def _store(self, posts: Sequence[tuple[str, Post]]) -> tuple[Commit, int]:
+        """Insert posts in the open transaction, and trim their rooms; return also how many messages age removed."""
+        now = self._clock.read()
+        stamps: dict[str, str] = {}
         entries: dict[str, list[Entry]] = {}
         heads: dict[str, int] = {}
         outcomes: list[tuple[int, str | None]] = []
         rows: list[tuple[str, int, str, str, str, str | None]] = []
         labelled: dict[tuple[str, str, str], tuple[int, str]] = {}
         """The labels of this batch, which the table does not hold yet."""
-        try:
-            db.execute("BEGIN IMMEDIATE")
-            for room, post in posts:
-                if room not in heads:
-                    heads[room] = self._head(room)
-                    entries[room] = []
-                if post.label is not None:
-                    key = room, post.username, post.label
-                    stored = labelled.get(key) or self._labelled(*key)
-                    if stored is not None:
-                        outcomes.append(stored)
-                        continue
-                    labelled[key] = heads[room] + 1, post.message
-                number = heads[room] = heads[room] + 1
-                entry = Entry(number, post.username, post.message, stamp)
-                outcomes.append((number, None))
-                rows.append((room, *entry, post.label))
-                entries[room].append(entry)
-            self._insert(rows)
-            for room, new in entries.items():
-                if new:
-                    self._set_head(room, new[-1].number, stamp)
-            firsts = {room: first for room, new in entries.items() if new and (first := self._trim(room))}
-            db.execute("COMMIT")
-        finally:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-        return Commit(outcomes, entries, firsts)
+        for room, post in posts:
+            if room not in heads:
+                heads[room], last = self._head(room)
+                stamps[room] = now.after(last)
+                entries[room] = []
+            if post.label is not None:
+                key = room, post.username, post.label
+                stored = labelled.get(key) or self._labelled(*key)
+                if stored is not None:
+                    outcomes.append(stored)
+                    continue
+                labelled[key] = heads[room] + 1, post.message
+            number = heads[room] = heads[room] + 1
+            entry = Entry(number, post.username, post.message, stamps[room])
+            outcomes.append((number, None))
+            rows.append((room, *entry, post.label))
+            entries[room].append(entry)
+        self._insert(rows)
+        for room, new in entries.items():
+            if new:
+                self._set_head(room, new[-1].number, new[-1].timestamp)
+        firsts: dict[str, int] = {}
+        total = 0
+        for room, new in entries.items():
+            removed = self._trim(room) if new else 0
+            if removed:
+                total += removed
+                firsts[room] = self._bounds(self.writer, room)[0]
+        return Commit(outcomes, entries, firsts), total if self._retain.seconds else 0
 
     def _labelled(self, room: str, username: str, label: str) -> tuple[int, str] | None:
         """Return the number and the text of the message that has a label."""
@@ -232,9 +396,10 @@ class SqliteFile:
         row: tuple[int, str] | None = self.writer.execute(query, (room, username, label)).fetchone()
         return row
 
-    def _head(self, room: str) -> int:
-        row = self.writer.execute("SELECT head FROM rooms WHERE name = ?", (room,)).fetchone()
-        return int(row[0]) if row else 0
+    def _head(self, room: str) -> tuple[int, str]:
+        """Return the number and the timestamp of the newest message of a room, or 0 and ""."""
+        row = self.writer.execute("SELECT head, stamped FROM rooms WHERE name = ?", (room,)).fetchone()
+        return (int(row[0]), str(row[1])) if row else (0, "")
 
     def _set_head(self, room: str, head: int, stamped: str) -> None:
         self.writer.execute(
@@ -258,28 +423,44 @@ class SqliteFile:
 
     def trim(self) -> dict[str, int]:
         """Remove what is no longer retained; return the first number left, in rooms that were trimmed."""
+        self._check_files()
         if self._retain == Retention():
             return {}
+        firsts: dict[str, int] = {}
+        total = 0
         with self.writer as db:
             db.execute("BEGIN IMMEDIATE")
-            rooms = db.execute("SELECT name FROM rooms").fetchall()
-            return {room: first for (room,) in rooms if (first := self._trim(room))}
+            for (room,) in db.execute("SELECT name FROM rooms").fetchall():
+                removed = self._trim(room)
+                if removed:
+                    total += removed
+                    firsts[room] = self._bounds(db, room)[0]
+        log_removed(total + self._aged)
+        self._aged = 0
+        return firsts
 
     def _trim(self, room: str) -> int:
-        """Trim one room; return the first number left, or 0 if nothing was removed."""
+        """Trim one room; return the number of messages removed."""
         db, retain = self.writer, self._retain
-        removed = 0
+        last = 0
         if retain.messages:
-            last = self._head(room) - retain.messages
-            removed = db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
+            last = self._head(room)[0] - retain.messages
         elif retain.seconds:
-            # Timestamps never go back within a room, so the messages that are too old are its first ones.
-            oldest = timestamp(self._now() - retain.seconds)
-            query = "SELECT number FROM messages WHERE room = ? AND timestamp >= ? ORDER BY number LIMIT 1"
-            row = db.execute(query, (room, oldest)).fetchone()
-            first = row[0] if row else self._head(room) + 1
-            removed = db.execute("DELETE FROM messages WHERE room = ? AND number < ?", (room, first)).rowcount
-        return self._bounds(db, room)[0] if removed else 0
+            last = self._last_old(room, retain.seconds)
+        if last <= 0:
+            return 0
+        return db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
+
+    def _last_old(self, room: str, seconds: int) -> int:
+        """Return the number of the last message that is too old, as `Ages.too_old` counts; 0 if there is none."""
+        db, ages = self.writer, self._clock.ages(seconds)
+        if ages is None:
+            return 0
+        young = "SELECT number FROM messages WHERE room = ? AND timestamp BETWEEN ? AND ? ORDER BY number LIMIT 1"
+        row = db.execute(young, (room, *ages)).fetchone()
+        before = "SELECT max(number) FROM messages WHERE room = ? AND number < ? AND timestamp < ?"
+        (last,) = db.execute(before, (room, row[0] if row else self._head(room)[0] + 1, ages.oldest)).fetchone()
+        return last or 0
 
     # Reading
 

@@ -32,16 +32,28 @@ NEW_YEAR = 1_767_225_600.0
 
 
 class ManualTime:
-    """Seconds since 1970 that pass only when the test advances them."""
+    """Seconds since 1970 that pass only when the test advances them.
+
+    `steady` returns seconds that pass with it, except when it is set back or jumps.
+    """
 
     def __init__(self, now: float = NEW_YEAR) -> None:
         self.now = now
+        self._passed = 0.0
 
     def __call__(self) -> float:
         return self.now
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+        self._passed += max(seconds, 0.0)
+
+    def jump(self, seconds: float) -> None:
+        """Set the clock, while no time passes."""
+        self.now += seconds
+
+    def steady(self) -> float:
+        return self._passed
 
 
 class Longest(Random):

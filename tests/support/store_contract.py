@@ -1,20 +1,23 @@
 """The contract of all stores: tests that run over each of them.
 
 The test module of a store subclasses StoreContract and provides `make`; it overrides `wait` if the store needs a
-reactor.  If the log outlives the process, it subclasses DurableStoreContract and provides `again`.  These tests
-do not know where a store keeps its messages.
+reactor.  If the log outlives the process, it subclasses DurableStoreContract and provides `again`.  If it keeps time
+with a LogClock, it subclasses ClockContract, and if it guards itself against its followers and posters, GuardContract.
+These tests do not know where a store keeps its messages.
 """
 
+import itertools
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import NEW_YEAR, REPEATABLE, ManualTime, RecordingFollower, RecordingPoster, result_of
+from twisted.logger import capturedLogs, formatEvent
 
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LabelReused, Page
-from chatd.store.base import DAY, Retention, timestamp
+from chatd.store.base import DAY, JUMP_SECONDS, STEADY_SECONDS, LogClock, Retention, instant, timestamp
 
 SEED = (
     Entry(1, "Alice", "Hello!", "2024-10-20T12:30:00Z"),
@@ -96,6 +99,8 @@ class Bench:
 class StoreContract:
     gathers = False
     """True if posts that arrive during a commit share the next one, and are trimmed after it."""
+    recovers = False
+    """True if timestamps and ages are those of a LogClock, which recovers after a jump."""
 
     @pytest.fixture
     def make(self):
@@ -153,6 +158,8 @@ class StoreContract:
         """Retention applies to the seed, and its numbers are not reused."""
         assert bench(retain="1", seed=SEED).read("main") == Page([SEED[1]], first=2, head=2)
         old = bench(retain="30d", seed=SEED)
+        old.now.advance(STEADY_SECONDS)
+        old.trim()
         assert old.read("main") == Page([], first=3, head=2)
         assert old.post("main", "hi") == [3]
 
@@ -249,9 +256,9 @@ class StoreContract:
         assert log.read("main").entries[0].timestamp == "2026-01-01T23:59:59.250Z"
 
     def test_timestamps_never_go_back(self, bench):
-        """A clock that is set back stops the timestamps until it has caught up."""
+        """A clock that is set back a little stops the timestamps until it has caught up."""
         log = bench(seed=SEED)
-        for step in (5, -3600, 1, 3600, -1, 0.5, -(10**9), 2, 10**9, 60):
+        for step in (5, -JUMP_SECONDS, 1, 3600, -1, 0.5, -JUMP_SECONDS + 1, 2, 10**9, 60):
             log.now.advance(step)
             log.post("main", "hi")
         stamps = [entry.timestamp for entry in log.read("main").entries[len(SEED) :]]
@@ -262,7 +269,7 @@ class StoreContract:
 
     def test_message_is_not_older_than_the_seed(self, bench):
         log = bench(seed=SEED)
-        log.now.now = 0
+        log.now.now = instant(SEED[-1].timestamp) - JUMP_SECONDS
         log.post("main", "hi")
         assert log.read("main").entries[-1].timestamp == "2024-10-20T12:31:00.000Z"
 
@@ -772,7 +779,7 @@ class StoreContract:
         @given(st.sampled_from(["all", "1", "3", "1d", "2d"]), st.sampled_from([(), SEED]), self.operations)
         def check(retain, seed, steps):
             log = Bench(make, self.wait, Retention.parse(retain), seed)
-            model = Model(Retention.parse(retain), seed, log.now)
+            model = Model(Retention.parse(retain), seed, log.now, recovers=self.recovers)
             before = log.read("main").entries
             for number, (step, what) in enumerate(steps):
                 if step == "post":
@@ -795,8 +802,9 @@ class StoreContract:
                             [*followed, what] if event == "appended" else [e for e in followed if e.number >= what]
                         )
                 assert followed == log.read(room).entries
-                stamps = [entry.timestamp for entry in followed if entry not in SEED]
-                assert stamps == sorted(stamps)
+                stamps = [instant(entry.timestamp) for entry in followed if entry not in SEED]
+                steps = [after - before for before, after in itertools.pairwise(stamps)]
+                assert [step for step in steps if (-JUMP_SECONDS if self.recovers else -(10**12)) <= step < 0] == []
             self.wait(log.store.close())
 
         check()
@@ -817,7 +825,7 @@ class StoreContract:
         @given(st.sampled_from(["all", "1", "2", "4", "1d"]), st.lists(steps, max_size=20))
         def check(retain, steps):
             log = Bench(make, self.wait, Retention.parse(retain), SEED)
-            model = Model(Retention.parse(retain), SEED, log.now, gathers=self.gathers)
+            model = Model(Retention.parse(retain), SEED, log.now, gathers=self.gathers, recovers=self.recovers)
             sent = []
             for step, what in steps:
                 if step in ("send", "again"):
@@ -830,7 +838,7 @@ class StoreContract:
                     model.trim()
                 else:
                     log.reopen(again, retain)
-                    model.trim()
+                    model.reopen()
             for room in ("main", "a"):
                 page, expected = log.read(room), model.read(room, None, 100)
                 assert [entry[:3] for entry in page.entries] == [entry[:3] for entry in expected.entries]
@@ -842,6 +850,146 @@ class StoreContract:
     def test_labels_equal_the_model(self, make):
         """For any sequence of labelled posts, outcomes equal those of the Model below."""
         self.check_labels(make, self.label_steps)
+
+
+class ClockContract(StoreContract):
+    recovers = True
+    far = instant("2099-07-01T00:00:00.000Z") - NEW_YEAR
+
+    def test_room_does_not_set_the_time_of_another(self, bench):
+        """A message that was stamped by a wrong clock changes the time of no other room."""
+        log = bench()
+        log.now.jump(50)
+        log.post("a", "hi")
+        log.now.jump(-50)
+        log.post("b", "hi")
+        assert log.read("b").entries[-1].timestamp == "2026-01-01T00:00:00.000Z"
+
+    def test_timestamps_recover_with_the_clock(self, bench):
+        """After one message of 2099, the next has the right time again, and numbers give the order."""
+        log = bench()
+        log.now.jump(self.far)
+        log.post("main", "one")
+        log.now.jump(-self.far)
+        log.post("main", "two")
+        assert [(entry.number, entry.timestamp) for entry in log.read("main").entries] == [
+            (1, "2099-07-01T00:00:00.000Z"),
+            (2, "2026-01-01T00:00:00.000Z"),
+        ]
+
+    def test_jump_of_the_clock_removes_nothing(self, bench):
+        """Neither posts nor a trim remove messages by a clock that has jumped, until it has run for an hour."""
+        log = bench(retain="30d")
+        log.post("main", "one")
+        log.post("quiet", "one")
+        log.now.advance(2 * STEADY_SECONDS)
+        log.trim()
+        log.now.jump(self.far)
+        log.post("main", "two")
+        log.trim()
+        log.now.advance(STEADY_SECONDS - 1)
+        log.trim()
+        assert log.texts("main") == ["one", "two"]
+        assert log.texts("quiet") == ["one"]
+        log.now.jump(-self.far)
+        for _ in range(29 * 24):
+            log.now.advance(3600)
+            log.trim()
+        assert log.texts("main") == ["one", "two"]
+        assert log.texts("quiet") == ["one"]
+        log.now.advance(DAY)
+        log.trim()
+        assert log.texts("quiet") == []
+
+    def test_start_with_a_wrong_clock_removes_nothing(self, bench):
+        """In the first hour of a store, nothing is removed by its age."""
+        log = bench(retain="30d", seed=SEED)
+        log.trim()
+        log.post("main", "hi")
+        assert log.read("main").first == 1
+        log.now.advance(STEADY_SECONDS)
+        log.trim()
+        assert log.read("main").first == 3
+
+    def test_message_of_a_wrong_clock_ages(self, bench):
+        """A message from 2099 is removed with those around it, and keeps none of them."""
+        log = bench(retain="2d")
+        log.post("main", "one")
+        log.now.jump(self.far)
+        log.post("main", "two")
+        log.now.jump(-self.far)
+        log.now.advance(DAY)
+        log.post("main", "three")
+        assert log.texts("main") == ["one", "two", "three"]
+        log.now.advance(DAY + 1)
+        log.post("main", "four")
+        assert log.texts("main") == ["two", "three", "four"], "the age of the second is unknown"
+        log.now.advance(DAY)
+        log.post("main", "five")
+        assert log.texts("main") == ["four", "five"]
+
+    def test_removal_by_age_is_logged(self, bench):
+        """A trim logs how many messages it and the posts before it removed, and nothing if that is none."""
+        log = bench(retain="1d")
+        log.post("main", *"abc")
+        log.post("quiet", *"de")
+        with capturedLogs() as events:
+            log.trim()
+            log.now.advance(DAY + 1)
+            log.post("main", "f")
+            log.trim()
+            log.trim()
+        assert [formatEvent(event) for event in events] == ["5 messages removed that --retain no longer keeps"]
+
+
+class GuardContract(StoreContract):
+    def test_failing_poster_disturbs_nobody(self, bench):
+        """Whatever a poster raises, each of the others gets its outcome, and the store goes on."""
+        log = bench()
+
+        class Failing(RecordingPoster):
+            def posted(self, post, number, *, duplicate=False):
+                super().posted(post, number, duplicate=duplicate)
+                raise ZeroDivisionError
+
+            def refused(self, post, error):
+                super().refused(post, error)
+                raise ZeroDivisionError
+
+        posts = [Post("ann", text, label) for text, label in ("a-", "bl", "bl", "cl", "d-", "e-")]
+        for kind in (Failing, RecordingPoster):
+            posters = [Failing() if number % 2 else kind() for number, _ in enumerate(posts)]
+            with capturedLogs():
+                for post, poster in zip(posts, posters, strict=True):
+                    log.store.append("main", post, poster)
+                self.wait(log.store.settled())
+            assert [len(poster.events) for poster in posters] == [1] * len(posts)
+        posters = [Failing() for _ in posts]
+        with capturedLogs():
+            for post, poster in zip(posts, posters, strict=True):
+                log.store.append("main", post, poster)
+            log.store.abandon()
+        assert [len(poster.events) for poster in posters] == [1] * len(posts)
+        self.wait(log.store.settled())
+        assert log.store.fault is None
+
+    def test_failing_follower_disturbs_nobody(self, bench):
+        """Whatever a follower raises, the other followers and the posters are notified."""
+        log = bench(retain="2")
+
+        class Failing(RecordingFollower):
+            def appended(self, room, entries):
+                raise ZeroDivisionError
+
+            trimmed = appended
+
+        log.store.follow(Failing())
+        after = RecordingFollower()
+        log.store.follow(after)
+        with capturedLogs() as events:
+            assert log.post("main", *"abc") == [1, 2, 3]
+        assert after.events == log.new_events()
+        assert {event["log_failure"].type for event in events} == {ZeroDivisionError}
 
 
 class DurableStoreContract(StoreContract):
@@ -881,14 +1029,19 @@ class DurableStoreContract(StoreContract):
 class Model:
     """The simplest log: all entries ever appended, and the number of the first one that is kept."""
 
-    def __init__(self, retain, seed, now, *, gathers=False):
+    def __init__(self, retain, seed, now, *, gathers=False, recovers=False):
         self.gathers = gathers
+        self.recovers = recovers
         self.labels = {}
         self.retain = retain
         self.now = now
         self.rooms = {"main": [*seed]}
         self.firsts = {}
         self.newest = max((entry.timestamp for entry in seed), default="")
+        self.reopen()
+
+    def reopen(self):
+        self.clock = LogClock(self.now, self.now.steady)
         self.trim()
 
     def post(self, room, text):
@@ -912,7 +1065,8 @@ class Model:
             same = entries[labelled[-1] - 1].message == post.message
             return ("duplicate", labelled[-1]) if same else REUSED
         self.newest = max(self.newest, timestamp(self.now()))
-        entries.append(Entry(len(entries) + 1, post.username, post.message, self.newest))
+        stamp = self.clock.read().after(entries[-1].timestamp if entries else "") if self.recovers else self.newest
+        entries.append(Entry(len(entries) + 1, post.username, post.message, stamp))
         labelled.append(len(entries))
         return "posted", len(entries)
 
@@ -925,7 +1079,10 @@ class Model:
         first = self.firsts.get(room, 1)
         if self.retain.messages:
             first = max(first, len(entries) - self.retain.messages + 1)
-        if self.retain.seconds:
+        if self.retain.seconds and self.recovers:
+            ages = self.clock.ages(self.retain.seconds)
+            first += ages.too_old(entry.timestamp for entry in entries[first - 1 :]) if ages else 0
+        elif self.retain.seconds:
             oldest = timestamp(self.now() - self.retain.seconds)
             first = max(first, *(e.number + 1 for e in entries if e.timestamp < oldest), 1)
         self.firsts[room] = first

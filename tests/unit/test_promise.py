@@ -32,6 +32,7 @@ from support.websocket_frames import close_code, frame_at, masked
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, execute
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.task import Clock
 from twisted.internet.tcp import Connection
 from twisted.python.failure import Failure
 
@@ -159,7 +160,7 @@ class SqliteLog:
 
     def start(self):
         self.writer, self.reader = Disk(self._look), Disk()
-        self.store = SqliteStore(self._path, self._retain, self._now, self.writer, self.reader)
+        self.store = SqliteStore(self._path, self._retain, self._now, self.writer, self.reader, clock=Clock())
         self.store.open(())
         self._db = self.store.file.writer
         self._db.execute("PRAGMA synchronous=OFF")  # no machine loses its power here

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 
 import pytest
 import twisted.internet
@@ -23,7 +24,7 @@ from chatd.operate import check
 from chatd.operate import logging as logs
 from chatd.operate.machine import ThisMachine
 from chatd.service import TRIM_SECONDS
-from chatd.store.base import DAY, Retention
+from chatd.store.base import DAY, STEADY_SECONDS, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.redis import link
 from twisted.plugins import chatd_plugin
@@ -444,10 +445,14 @@ def test_garbage_collection_skips_the_objects_of_the_start():
     assert gc.get_freeze_count() > 0
 
 
-def test_messages_older_than_the_retention_are_removed(reactor):
-    """The periodic trim removes messages older than --retain."""
+def test_messages_older_than_the_retention_are_removed(reactor, monkeypatch):
+    """The periodic trim removes messages older than --retain, when the clock has run for an hour."""
+    began = time.time()
+    monkeypatch.setattr(time, "monotonic", reactor.seconds)
+    monkeypatch.setattr(time, "time", lambda: began + reactor.seconds())
     start("--retain=1d")
-    reactor.advance(TRIM_SECONDS)
+    for _ in range(STEADY_SECONDS // TRIM_SECONDS):
+        reactor.advance(TRIM_SECONDS)
     assert Client(reactor.tcpServers[0][1], HANDSHAKE).history()["data"] == []
 
 

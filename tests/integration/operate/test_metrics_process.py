@@ -44,7 +44,9 @@ def scraped(tmp_path_factory):
 def test_metrics_of_a_real_server(scraped):
     """A server process reports every metric, with the values that its traffic must cause."""
     scrape = Scrape(scraped)
-    assert scrape.types == METRICS | {"chatd_log_bytes": "gauge", "chatd_log_free_bytes": "gauge"}
+    assert scrape.types == METRICS | dict.fromkeys(
+        ("chatd_log_bytes", "chatd_log_free_bytes", "chatd_log_wal_bytes"), "gauge"
+    )
     assert scrape.some("chatd_connections") == {("websocket",): 2}
     assert (scrape("chatd_messages_total"), scrape("chatd_deliveries_total")) == (1, 2)
     assert (scrape("chatd_members"), scrape("chatd_rooms"), scrape("chatd_tail_messages")) == (2, 1, 3)

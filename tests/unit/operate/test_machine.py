@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.helpers import ImmediateWorker, ManualTime, result_of
+from twisted.internet.task import Clock
 
 from chatd.messages import Post
 from chatd.operate import machine
@@ -171,7 +172,7 @@ def test_locked_store(tmp_path):
 
 @contextmanager
 def opened(path):
-    store = SqliteStore(path, Retention(), ManualTime(), ImmediateWorker(), ImmediateWorker())
+    store = SqliteStore(path, Retention(), ManualTime(), ImmediateWorker(), ImmediateWorker(), clock=Clock())
     store.open(())
     yield store
     result_of(store.close())

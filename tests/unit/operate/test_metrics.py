@@ -27,6 +27,7 @@ from support.servers import ROOT
 from support.web_doubles import Connection
 from support.websocket_frames import masked
 from twisted.internet.defer import fail
+from twisted.internet.task import Clock
 
 import chatd
 from chatd.messages import Code, Entry, Post
@@ -383,7 +384,7 @@ def test_good_answers_and_unreadiness_are_no_refusals(house):
 def sqlite(tmp_path):
     """A house whose log is a file; the test runs its writer and sets its clock."""
     now, writer = ManualTime(), HeldWorker()
-    store = SqliteStore(tmp_path / "log", Retention(), now, writer, ImmediateWorker())
+    store = SqliteStore(tmp_path / "log", Retention(), now, writer, ImmediateWorker(), clock=Clock())
     house = MeasuredHouse(log=store)
     house.now, house.writer = now, writer
     yield house
@@ -438,12 +439,15 @@ def test_size_of_a_log_in_a_file(sqlite, tmp_path):
     assert all(file.stat().st_size for file in files)
     assert scrape("chatd_log_bytes") == sum(file.stat().st_size for file in files)
     assert scrape("chatd_log_free_bytes") > 0
-    assert scrape.types == METRICS | {"chatd_log_bytes": "gauge", "chatd_log_free_bytes": "gauge"}
+    assert scrape.types == METRICS | dict.fromkeys(
+        ("chatd_log_bytes", "chatd_log_free_bytes", "chatd_log_wal_bytes"), "gauge"
+    )
 
 
 def test_scrape_with_a_failing_disk(tmp_path):
     """A store whose files cannot be read reports no sizes, and the scrape succeeds."""
-    store = SqliteStore(tmp_path / "gone" / "log", Retention(), ManualTime(), ImmediateWorker(), ImmediateWorker())
+    workers = ImmediateWorker(), ImmediateWorker()
+    store = SqliteStore(tmp_path / "gone" / "log", Retention(), ManualTime(), *workers, clock=Clock())
     assert store.usage() == {}
 
 

@@ -2,10 +2,22 @@ import re
 
 import pytest
 from support.helpers import NEW_YEAR, ManualTime, RecordingPoster
+from twisted.logger import capturedLogs, formatEvent
 
 from chatd.messages import Post
 from chatd.room.log import LabelReused
-from chatd.store.base import DAY, Retention, Stamp, answer_retry, instant, new_epoch, timestamp
+from chatd.store.base import (
+    DAY,
+    JUMP_SECONDS,
+    STEADY_SECONDS,
+    Ages,
+    LogClock,
+    Retention,
+    answer_retry,
+    instant,
+    new_epoch,
+    timestamp,
+)
 
 
 def test_retain_all():
@@ -65,44 +77,136 @@ def test_timestamp_is_utc_in_milliseconds(seconds, text):
     assert timestamp(seconds) == text
 
 
-def test_stamp_follows_the_clock():
+def test_moment_follows_the_clock():
     now = ManualTime()
-    stamp = Stamp(now, None)
-    assert stamp() == "2026-01-01T00:00:00.000Z"
+    clock = LogClock(now)
+    assert clock.read().after("") == "2026-01-01T00:00:00.000Z"
     now.advance(1.25)
-    assert stamp() == "2026-01-01T00:00:01.250Z"
+    assert clock.read().after("2026-01-01T00:00:00.000Z") == "2026-01-01T00:00:01.250Z"
 
 
-def test_stamp_waits_for_a_clock_that_went_back():
+def test_timestamps_wait_for_a_clock_set_back():
+    """A correction of up to a minute stops the timestamps of a room until the clock has caught up."""
     now = ManualTime()
-    stamp = Stamp(now, None)
-    stamp()
-    now.advance(-3600)
-    assert stamp() == "2026-01-01T00:00:00.000Z"
-    now.advance(3600)
-    assert stamp() == "2026-01-01T00:00:00.000Z"
-    now.advance(2)
-    assert stamp() == "2026-01-01T00:00:02.000Z"
+    clock = LogClock(now)
+    last = clock.read().after("")
+    now.jump(-JUMP_SECONDS)
+    assert clock.read().after(last) == last
+    now.advance(JUMP_SECONDS + 2)
+    assert clock.read().after(last) == "2026-01-01T00:00:02.000Z"
 
 
-@pytest.mark.parametrize("last", ["2026-01-01T00:00:10.123Z", "2026-01-01T00:00:10Z"])
-def test_stamp_is_not_older_than_the_log(last):
+@pytest.mark.parametrize("last", ["2026-01-01T00:01:00.001Z", "2099-01-01T00:00:00.000Z", "9999-12-31T23:59:59.999Z"])
+def test_timestamps_follow_a_clock_that_recovers(last):
+    """A timestamp that is more than a minute ahead was wrong, and does not hold the next ones."""
+    assert LogClock(ManualTime()).read().after(last) == "2026-01-01T00:00:00.000Z"
+
+
+@pytest.mark.parametrize("last", ["2026-01-01T00:00:10.123Z", "2026-01-01T00:00:10Z", "2026-01-01T02:00:10+02:00"])
+def test_stamp_is_not_older_than_the_message_before(last):
     now = ManualTime()
-    stamp = Stamp(now, last)
-    assert stamp() == last.replace("10Z", "10.000Z")
+    clock = LogClock(now)
+    assert clock.read().after(last) == f"2026-01-01T00:00:10.{'123' if '.' in last else '000'}Z"
     now.advance(11)
-    assert stamp() == "2026-01-01T00:00:11.000Z"
+    assert clock.read().after(last) == "2026-01-01T00:00:11.000Z"
 
 
-def test_stamps_with_steps_below_a_millisecond():
+def test_timestamps_with_steps_below_a_millisecond():
     now = ManualTime()
-    stamp = Stamp(now, None)
-    stamps = []
+    clock = LogClock(now)
+    stamps = [""]
     for step in [0.0004] * 50 + [-0.0003] * 20 + [0.0009] * 30:
         now.advance(step)
-        stamps.append(stamp())
+        stamps.append(clock.read().after(stamps[-1]))
     assert stamps == sorted(stamps)
-    assert stamps[-1] > stamps[0]
+    assert stamps[-1] > stamps[1]
+
+
+# The age of messages
+
+
+@pytest.fixture
+def now():
+    return ManualTime()
+
+
+@pytest.fixture
+def clock(now):
+    """A clock that has run for long enough."""
+    clock = LogClock(now, now.steady)
+    now.advance(STEADY_SECONDS)
+    return clock
+
+
+def test_no_age_in_the_first_hour(now):
+    """A clock that was wrong when the server started has an hour to be corrected."""
+    clock = LogClock(now, now.steady)
+    assert clock.ages(DAY) is None
+    now.advance(STEADY_SECONDS - 1)
+    assert clock.ages(DAY) is None
+    now.advance(1)
+    assert clock.ages(DAY) == ("2025-12-31T01:00:00.000Z", "2026-01-01T01:01:00.000Z")
+
+
+@pytest.mark.parametrize("jump", [73 * 365 * DAY, -56 * 365 * DAY, JUMP_SECONDS + 1, -JUMP_SECONDS - 1])
+def test_no_age_in_the_hour_after_a_jump(now, clock, jump):
+    """No message is removed by a clock that has jumped, and the jump is logged once."""
+    assert clock.ages(DAY)
+    now.jump(jump)
+    with capturedLogs() as events:
+        for _ in range(3):
+            assert clock.ages(DAY) is None
+    (line,) = map(formatEvent, events)
+    assert line == (
+        f"the clock has jumped from 2026-01-01T01:00:00.000Z to {timestamp(now())}: "
+        "no message is removed by its age for 60 minutes"
+    )
+    now.advance(STEADY_SECONDS)
+    assert clock.ages(DAY)
+
+
+def test_no_age_in_the_hour_after_a_recovery(now, clock):
+    now.jump(10**9)
+    assert clock.ages(DAY) is None
+    now.advance(STEADY_SECONDS - 1)
+    now.jump(-(10**9))
+    assert clock.ages(DAY) is None
+    now.advance(STEADY_SECONDS - 1)
+    assert clock.ages(DAY) is None
+    now.advance(1)
+    assert clock.ages(DAY)
+
+
+@pytest.mark.parametrize("step", [JUMP_SECONDS, -JUMP_SECONDS])
+def test_correction_is_no_jump(now, clock, step):
+    for _ in range(10):
+        now.advance(1000)
+        now.jump(step)
+        assert clock.ages(DAY)
+
+
+@pytest.mark.parametrize(
+    ("timestamps", "old"),
+    [
+        ("", 0),
+        ("3", 0),
+        ("1", 1),
+        ("12", 2),
+        ("1234", 2),
+        ("345", 0),
+        ("3123", 0),  # younger than the one before, whatever its timestamp
+        ("9", 0),
+        ("99", 0),
+        ("193", 1),
+        ("913", 2),
+        ("1919", 3),
+        ("3919", 0),
+        ("94", 0),
+    ],
+)
+def test_messages_that_are_too_old(timestamps, old):
+    """Ages 3 to 5 are young, 1 and 2 are too old, and 9 is a time to come."""
+    assert Ages("3", "5").too_old(timestamps) == old
 
 
 def test_retry_with_the_same_message():

@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 from support.helpers import ManualTime, RecordingPoster, result_of
-from support.store_contract import SEED, StoreContract
+from support.store_contract import SEED, ClockContract, GuardContract
 
 from chatd.messages import Post
 from chatd.store import memory
@@ -25,10 +25,10 @@ def growth(work):
     return after - before
 
 
-class TestMemoryStore(StoreContract):
+class TestMemoryStore(ClockContract, GuardContract):
     @pytest.fixture
     def make(self):
-        return MemoryStore
+        return lambda retain, now: MemoryStore(retain, now, now.steady)
 
     def test_messages_are_lost_with_the_store(self, bench):
         first = bench(seed=SEED)

@@ -6,23 +6,27 @@ import shutil
 import sqlite3
 import threading
 from contextlib import closing
+from functools import partial
 
 import pytest
+from support.failing_disk import FailingDisk, system_sqlite
 from support.helpers import HeldWorker, ImmediateWorker, ManualTime, RecordingFollower, RecordingPoster, result_of
-from support.store_contract import SEED, DurableStoreContract
+from support.store_contract import SEED, ClockContract, DurableStoreContract, GuardContract
+from twisted.internet.defer import succeed
+from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 
 from chatd.messages import Post
 from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
 from chatd.store import sqlite, sqlite_file
-from chatd.store.base import DAY, Retention, StoreError
-from chatd.store.sqlite import SqliteStore, ThreadWorker
+from chatd.store.base import DAY, STEADY_SECONDS, Retention, StoreError
+from chatd.store.sqlite import CLOSE_SECONDS, PROBE_SECONDS, SqliteStore, ThreadWorker
 from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS
 
 ALL = Retention()
 
 
-class TestSqliteStore(DurableStoreContract):
+class TestSqliteStore(ClockContract, GuardContract, DurableStoreContract):
     worker = ImmediateWorker
 
     @pytest.fixture
@@ -39,7 +43,7 @@ class TestSqliteStore(DurableStoreContract):
         return lambda store, retain, now: self.build(paths[store], retain, now, paths)
 
     def build(self, path, retain, now, paths):
-        store = SqliteStore(path, retain, now, self.worker(), self.worker())
+        store = SqliteStore(path, retain, now, self.worker(), self.worker(), clock=Clock(), steady=now.steady)
         paths[store] = path
         return store
 
@@ -56,8 +60,9 @@ class TestSqliteStoreInBatches(TestSqliteStore):
         return self.asked[-1]
 
     def wait(self, deferred):
-        for worker in self.asked:
-            worker.run_all()
+        while any(worker.held for worker in self.asked):
+            for worker in self.asked:
+                worker.run_all()
         return super().wait(deferred)
 
 
@@ -97,10 +102,10 @@ def opened(path, connections):
     """A function that opens stores; they are closed after the test, which may leave no connection and no lock."""
     stores, paths = [], set()
 
-    def build(where=path, *, retain=ALL, now=None, writer=None, reader=None, seed=()):
+    def build(where=path, *, retain=ALL, now=None, writer=None, reader=None, seed=(), clock=None):
         paths.add(where)
-        writer = writer or ImmediateWorker()
-        store = SqliteStore(where, retain, now or ManualTime(), writer, reader or ImmediateWorker())
+        writer, reader, now = writer or ImmediateWorker(), reader or ImmediateWorker(), now or ManualTime()
+        store = SqliteStore(where, retain, now, writer, reader, clock=clock or Clock(), steady=now.steady)
         store.open(seed)
         stores.append((store, writer))
         return store
@@ -170,16 +175,17 @@ def test_log_outlives_the_process(opened):
 
 
 def test_timestamps_after_a_restart(opened):
-    """A clock that was set back between two processes does not move timestamps back."""
+    """A clock that was set back a little between two processes does not move the timestamps of a room back."""
     now = ManualTime()
     store = opened(now=now)
     post(store, "one")
     result_of(store.close())
-    now.advance(-3600)
+    now.advance(-30)
     store = opened(now=now)
-    for room in ("main", "other"):  # the rooms share one clock
-        post(store, "two", room=room)
-        assert page(store, room).entries[-1].timestamp == "2026-01-01T00:00:00.000Z"
+    post(store, "two")
+    post(store, "two", room="other")
+    assert page(store).entries[-1].timestamp == "2026-01-01T00:00:00.000Z"
+    assert page(store, "other").entries[-1].timestamp == "2025-12-31T23:59:30.000Z"
 
 
 def test_numbers_after_a_trim_and_a_restart(opened):
@@ -189,19 +195,40 @@ def test_numbers_after_a_trim_and_a_restart(opened):
     result_of(store.close())
     now.advance(2 * DAY)
     store = opened(retain=Retention(seconds=DAY), now=now)
+    now.advance(STEADY_SECONDS)
+    result_of(store.trim())
     assert page(store) == Page([], first=3, head=2)
     assert post(store, "three").numbers == [3]
 
 
-@pytest.mark.parametrize("retain", [Retention(messages=2), Retention(seconds=DAY)])
-def test_opening_trims(opened, retain):
-    now = ManualTime()
-    store = opened(now=now)
-    post(store, "one", "two")
-    now.advance(DAY + 1)
-    post(store, "three", "four")
+def test_opening_trims(opened):
+    """An opening removes the messages above the number that is retained, and logs how many."""
+    store = opened()
+    post(store, "one", "two", "three", "four")
+    post(store, "one", "two", "three", room="other")
     result_of(store.close())
-    assert texts(opened(retain=retain, now=now)) == ["three", "four"]
+    with capturedLogs() as events:
+        store = opened(retain=Retention(messages=2))
+    assert texts(store) == ["three", "four"]
+    assert [formatEvent(event) for event in events] == ["3 messages removed that --retain no longer keeps"]
+
+
+def test_start_in_2099_removes_nothing(opened):
+    """A start with a wrong clock removes no message by its age while the clock can be corrected."""
+    now = ManualTime()
+    store = opened(retain=Retention(seconds=30 * DAY), now=now)
+    post(store, "one", "two")
+    result_of(store.close())
+    now.jump(73 * 365 * DAY)
+    store = opened(retain=Retention(seconds=30 * DAY), now=now)
+    post(store, "three")
+    now.advance(STEADY_SECONDS - 1)
+    result_of(store.trim())
+    now.jump(-73 * 365 * DAY)
+    post(store, "four")
+    now.advance(STEADY_SECONDS)
+    result_of(store.trim())
+    assert texts(store) == ["one", "two", "three", "four"]
 
 
 def test_notified_messages_are_on_disk(opened, path, tmp_path):
@@ -236,8 +263,11 @@ def test_seed_is_written_once(opened):
 
 @pytest.mark.parametrize("posts", [0, 1])
 def test_seed_is_not_written_again_after_a_trim(opened, posts):
-    store = opened(retain=Retention(seconds=DAY), seed=SEED)
+    now = ManualTime()
+    store = opened(retain=Retention(seconds=DAY), seed=SEED, now=now)
+    now.advance(STEADY_SECONDS)
     post(store, *["hi"] * posts)
+    result_of(store.trim())
     result_of(store.close())
     store = opened(seed=SEED)
     assert texts(store) == ["hi"] * posts
@@ -408,7 +438,7 @@ def test_failing_follower_is_logged(opened):
     store.follow(Failing())
     with capturedLogs() as events:
         post(store, "one")
-    assert [event["log_format"] for event in events] == ["a follower or poster failed after a commit"]
+    assert [event["log_format"] for event in events] == ["a follower or poster failed"]
     assert events[0]["log_failure"].type is ZeroDivisionError
     assert post(store, "two").numbers == [2]
     result_of(store.settled())
@@ -596,7 +626,7 @@ def test_too_many_pending_posts_are_no_fault(opened, monkeypatch):
 def test_usage_counts_files_and_free_space(opened, path):
     store = opened()
     before = store.usage()
-    assert before.keys() == {"bytes", "free_bytes"}
+    assert before.keys() == {"bytes", "free_bytes", "wal_bytes"}
     assert before["bytes"] >= path.stat().st_size > 0
     assert before["free_bytes"] > 0
     post(store, *["x" * 500] * 50)
@@ -672,7 +702,7 @@ def test_open_memory(opened, tmp_path, monkeypatch):
 
 def test_open_folder(opened, path):
     path.mkdir()
-    assert refused(opened, path).startswith(" cannot be opened (unable to open database file)")
+    assert refused(opened, path).startswith(" cannot be opened (Is a directory): ")
 
 
 def test_open_in_missing_folder(opened, tmp_path):
@@ -1130,11 +1160,11 @@ def test_close_waits_and_stops_the_workers(opened):
     poster = post(store, "one", "two")
     closed = store.close()
     writer.run()
-    assert not closed.called
     assert writer.running
     writer.run()
-    assert result_of(closed) is None
     assert poster.numbers == [1, 2]
+    writer.run_all()
+    assert result_of(closed) is None
     assert not writer.running
     assert not reader.running
     assert texts(opened()) == ["one", "two"]
@@ -1150,9 +1180,10 @@ def test_close_waits_for_later_posts(opened):
     writer.run()
     post(store, "three", poster=poster)
     writer.run()
+    writer.run()
     assert closed == []
     assert writer.running
-    writer.run()
+    writer.run_all()
     assert closed == [None]
     assert poster.numbers == [1, 2, 3]
     assert not writer.running
@@ -1163,7 +1194,10 @@ def test_close_answers_reads_and_trims(opened):
     writer, reader = HeldWorker(), HeldWorker()
     store = opened(writer=writer, reader=reader, seed=SEED)
     reading, trimming = store.read("main", None, 10), store.trim()
-    result_of(store.close())
+    closed = store.close()
+    reader.run_all()
+    writer.run_all()
+    result_of(closed)
     assert result_of(reading).head == 2
     assert result_of(trimming) is None
 
@@ -1328,13 +1362,442 @@ def test_close_waits_for_the_abandoned_commit(stuck, opened):
     store, writer, _, poster = stuck
     store.abandon()
     closed = store.close()
-    assert not closed.called
-    assert writer.running
     writer.run()
+    assert writer.running
+    writer.run_all()
     assert result_of(closed) is None
     assert not writer.running
     assert poster.numbers == []
     assert texts(opened()) == ["one"]
+
+
+# Commits in doubt
+
+
+@pytest.fixture
+def failing_sync():
+    """A disk under SQLite whose syncs of the write-ahead log the test can let fail."""
+    with FailingDisk().installed(system_sqlite()) as disk:
+        yield disk
+
+
+def test_failed_sync_stores_nothing(opened, path, tmp_path, failing_sync):
+    """A post that is answered as not stored is not in the log that a kill leaves."""
+    store = opened()
+    post(store, "one")
+    failing_sync.failures = 1
+    poster = post(store, "two", label="l")
+    assert [(what, type(error)) for what, _, error in poster.events] == [("refused", LogUnavailable)]
+    assert poster.refusals == ["disk I/O error"]
+    assert texts(opened(copy_of(path, tmp_path / "killed"))) == ["one"]
+    assert post(store, "two", label="l").events[0][::2] == ("posted", 2)
+    assert texts(store) == ["one", "two"]
+
+
+def test_failed_sync_leaves_a_post_behind(opened, path, tmp_path, failing_sync, monkeypatch):
+    """What a failed sync leaves is found after a kill, unless another commit overwrites it."""
+    store = opened()
+
+    def fail():
+        raise LogUnavailable
+
+    failing_sync.failures = 1
+    monkeypatch.setattr(store.file, "_overwrite", fail)
+    assert [type(event[2]) for event in post(store, "one", label="l").events] == [InDoubt]
+    assert texts(store) == []
+    survivor = opened(copy_of(path, tmp_path / "killed"))
+    assert texts(survivor) == ["one"]
+    assert post(survivor, "one", label="l").events[0][::2] == ("duplicate", 1)
+    assert post(store, "one", label="l").numbers == [1]
+    assert texts(opened(copy_of(path, tmp_path / "later"))) == ["one"]
+
+
+def test_failed_sync_on_a_failing_disk_is_in_doubt(opened, path, tmp_path, failing_sync):
+    """While syncs fail, a power failure may bring back a post, and its poster learns that; the next commit ends it."""
+    store, follower = opened(), RecordingFollower()
+    store.follow(follower)
+    post(store, "one")
+    failing_sync.failures = 1000
+    with capturedLogs() as events:
+        poster = post(store, "two", label="l")
+    assert [(what, type(error)) for what, _, error in poster.events] == [("refused", InDoubt)]
+    assert [formatEvent(event) for event in events] == ["1 posts may or may not be stored: disk I/O error"]
+    assert store.fault == "the log cannot be written: disk I/O error"
+    assert texts(store) == ["one"]
+    failing_sync.failures = 0
+    assert post(store, "three").numbers == [2]
+    assert texts(opened(copy_of(path, tmp_path / "later"))) == ["one", "three"]
+    assert [event[0] for event in follower.events] == ["appended", "interrupted", "appended"]
+    assert post(store, "two", label="l").numbers == [3]
+
+
+class WrappedConnection(sqlite3.Connection):
+    """A connection whose next commits fail with an error."""
+
+    failures = 0
+    code = sqlite3.SQLITE_IOERR_FSYNC
+
+    def execute(self, sql, *parameters):
+        if sql == "COMMIT":
+            self._fail()
+        return super().execute(sql, *parameters)
+
+    def _fail(self):
+        if self.failures:
+            self.failures -= 1
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = self.code
+            raise error
+
+
+@pytest.fixture
+def wrapped(monkeypatch):
+    """Makes every connection a WrappedConnection."""
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=WrappedConnection))
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "error"),
+    [
+        (1, sqlite3.SQLITE_IOERR_FSYNC, LogUnavailable),
+        (2, sqlite3.SQLITE_IOERR_FSYNC, InDoubt),
+        (2, sqlite3.SQLITE_IOERR_WRITE, InDoubt),
+        (2, sqlite3.SQLITE_FULL, LogUnavailable),
+    ],
+)
+def test_failed_commit(opened, wrapped, failures, code, error):
+    """A failed commit is in doubt unless another follows it at once, or the disk was full before its end."""
+    store = opened()
+    store.file.writer.failures, store.file.writer.code = failures, code
+    assert type(post(store, "one", label="l").events[0][2]) is error
+    store.file.writer.failures = 0
+    assert post(store, "two").numbers == [1]
+    assert post(store, "one", label="l").numbers == [2]
+
+
+def test_commit_fails_in_a_lost_file(opened, path, wrapped):
+    """A failed commit is in doubt if the file is not in its place any more."""
+    store = opened()
+    store.file.writer.failures = 1
+    path.rename(path.with_name("elsewhere"))
+    assert type(post(store, "one").events[0][2]) is InDoubt
+
+
+def test_failed_commit_of_every_poster(opened, wrapped):
+    """Every poster of a batch in doubt gets the same answer, and abandoned ones get no second answer."""
+    writer = HeldWorker()
+    store = opened(writer=writer)
+    poster = post(store, "one")
+    post(store, "two", "three", poster=poster)
+    writer.run()
+    store.file.writer.failures = 2
+    writer.run()
+    assert [type(event[2]) for event in poster.events] == [int, InDoubt, InDoubt]
+    post(store, "four", poster=poster)
+    store.file.writer.failures = 2
+    store.abandon()
+    writer.run()
+    assert poster.refusals == ["disk I/O error", "disk I/O error", IN_DOUBT]
+
+
+# Recovery without a post
+
+
+def test_fault_ends_without_a_post(opened, path):
+    """The store tries a failing disk every few seconds, and stops when that succeeds."""
+    clock = Clock()
+    store = opened(clock=clock)
+    run_sql(path, "ALTER TABLE messages RENAME TO elsewhere", "ALTER TABLE log RENAME TO other")
+    assert post(store, "one").refusals
+    with pytest.raises(LogUnavailable):
+        page(store)
+    clock.advance(PROBE_SECONDS)
+    assert store.fault == (
+        "the log cannot be written: no such table: log; the log cannot be read: no such table: messages"
+    )
+    run_sql(path, "ALTER TABLE other RENAME TO log")
+    clock.advance(PROBE_SECONDS)
+    assert store.fault == "the log cannot be read: no such table: messages"
+    run_sql(path, "ALTER TABLE elsewhere RENAME TO messages")
+    clock.advance(PROBE_SECONDS)
+    assert store.fault is None
+    assert clock.getDelayedCalls() == []
+    assert run_sql(path, "SELECT written FROM log") == [(FORMAT,)]
+
+
+def test_full_disk_stays_a_fault(opened, disk, monkeypatch):
+    """A trial takes no space, and a disk without free space therefore stays at fault."""
+    clock = Clock()
+    store = opened(clock=clock)
+    disk.fill()
+    while not post(store, "x" * 500).refusals:
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_file, "PROBE_BYTES", 1 << 60)
+        clock.advance(PROBE_SECONDS)
+    assert store.fault == "the log cannot be written: the disk is full"
+    clock.advance(PROBE_SECONDS)
+    assert store.fault is None
+
+
+def test_closed_store_tries_no_disk(opened, path):
+    clock = Clock()
+    store = opened(clock=clock)
+    run_sql(path, "ALTER TABLE messages RENAME TO elsewhere")
+    post(store, "one")
+    assert clock.getDelayedCalls()
+    result_of(store.close())
+    assert clock.getDelayedCalls() == []
+
+
+# Files that are lost
+
+
+def test_file_is_removed_while_the_server_runs(opened, path):
+    """Posts are rejected, because what is written to a removed file ends with the process."""
+    clock = Clock()
+    store, follower = opened(clock=clock), RecordingFollower()
+    store.follow(follower)
+    post(store, "one")
+    path.unlink()
+    first, later = post(store, "two"), post(store, "three")
+    assert [type(poster.events[0][2]) for poster in (first, later)] == [InDoubt, LogUnavailable]
+    lost = f"{path} was removed, renamed or replaced: put it back, or restart the server"
+    assert first.refusals == later.refusals == [lost]
+    assert store.fault == f"the log cannot be written: {lost}"
+    assert texts(store)[0] == "one", "what is stored can be read"
+    clock.advance(PROBE_SECONDS)
+    assert store.fault == f"the log cannot be written: {lost}"
+    assert [event[0] for event in follower.events] == ["appended"]
+
+
+def test_file_is_put_back(opened, path):
+    """The store recovers when its own file is in its place again, and not with another."""
+    clock = Clock()
+    store, follower = opened(clock=clock), RecordingFollower()
+    store.follow(follower)
+    post(store, "one", label="1")
+    path.rename(path.with_name("aside"))
+    assert isinstance(post(store, "two", label="2").events[0][2], InDoubt)
+    path.write_bytes(path.with_name("aside").read_bytes())
+    assert post(store, "three", label="3").refusals
+    path.with_name("aside").replace(path)
+    clock.advance(PROBE_SECONDS)
+    assert store.fault is None
+    assert [event[0] for event in follower.events] == ["appended", "interrupted"]
+    assert post(store, "two", label="2").events[0][::2] == ("duplicate", 2)
+    assert post(store, "three", label="3").numbers == [3]
+    assert [event[0] for event in follower.events] == ["appended", "interrupted", "appended"]
+
+
+def test_file_is_put_back_before_the_next_post(opened, path):
+    store = opened()
+    path.rename(path.with_name("aside"))
+    assert post(store, "one", label="1").refusals
+    path.with_name("aside").rename(path)
+    assert post(store, "two").numbers == [2]
+    assert store.fault is None
+
+
+@pytest.mark.parametrize("ending", ["-wal", "-shm"])
+def test_file_of_sqlite_is_removed(opened, path, ending):
+    """A trim notices that a file of SQLite is lost, and posts are rejected from then on."""
+    store = opened(retain=Retention(messages=5))
+    path.with_name(f"{path.name}{ending}").unlink()
+    with capturedLogs() as events:
+        result_of(store.trim())
+    lost = f"{path}{ending} was removed, renamed or replaced: put it back, or restart the server"
+    assert [formatEvent(event) for event in events] == [f"old messages were not removed: {lost}"]
+    assert store.fault == f"the log cannot be written: {lost}"
+    assert post(store, "one").refusals == [lost]
+
+
+def test_commit_asks_once_for_the_place_of_the_file(opened, monkeypatch):
+    """A batch costs one look at the file system."""
+    writer, looks = HeldWorker(), []
+    store = opened(writer=writer)
+    post(store, "one")
+    post(store, *"abcdefgh", room="other")
+    writer.run()
+    look = pathlib.Path.stat
+    monkeypatch.setattr(pathlib.Path, "stat", lambda *args, **options: looks.append(args) or look(*args, **options))
+    writer.run()
+    assert len(looks) == 1
+
+
+# The size of the write-ahead log
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Lower limits for the write-ahead log."""
+    monkeypatch.setattr(sqlite_file, "WAL_ROWS", 10)
+    monkeypatch.setattr(sqlite_file, "WAL_USUAL", 100_000)
+    monkeypatch.setattr(sqlite_file, "WAL_MOST", 400_000)
+
+
+def test_old_reader_does_not_fill_the_disk(opened, path, small):
+    """While another program reads, the write-ahead log grows up to a limit; then posts are rejected."""
+    clock = Clock()
+    store = opened(clock=clock)
+    post(store, "before")
+    wal = path.with_name(f"{path.name}-wal")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader, capturedLogs() as events:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM messages").fetchall()
+        poster = RecordingPoster()
+        while not poster.refusals:
+            post(store, "x" * 500, poster=poster)
+            assert wal.stat().st_size < 600_000
+        grown = f"{wal} has grown to 0 MiB, because another program reads the store: end that program"
+        assert poster.refusals == [grown]
+        assert store.usage()["wal_bytes"] == wal.stat().st_size > 400_000
+        assert store.fault == f"the log cannot be written: {grown}"
+        clock.advance(PROBE_SECONDS)
+        assert store.fault == f"the log cannot be written: {grown}"
+        assert texts(store)[0] == "before"
+    lines = [formatEvent(event) for event in events]
+    assert lines == [grown, f"1 posts were not stored: {grown}"]
+    clock.advance(PROBE_SECONDS)
+    assert store.fault is None
+    assert wal.stat().st_size < 100_000
+    assert post(store, "after").numbers == [len(poster.numbers) + 2]
+
+
+def test_write_ahead_log_shrinks_after_a_reader(opened, path, small):
+    store = opened()
+    wal = path.with_name(f"{path.name}-wal")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM messages").fetchall()
+        while wal.stat().st_size < 200_000:
+            assert post(store, "x" * 500).numbers
+    post(store, *["more"] * 30)
+    assert wal.stat().st_size <= 100_000
+
+
+def test_limits_of_the_write_ahead_log(opened, connections):
+    opened()
+    for connection in connections:
+        assert connection.execute("PRAGMA journal_size_limit").fetchone() == (64 << 20,)
+    assert sqlite_file.WAL_MOST == 1 << 30
+
+
+# Permissions and locks
+
+
+def test_new_files_are_readable_by_their_user_only(opened, path):
+    mask = os.umask(0o022)
+    try:
+        post(opened(), "one")
+    finally:
+        os.umask(mask)
+    modes = {file.name.removeprefix(path.name): file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    assert modes == {"": 0o600, "-wal": 0o600, "-shm": 0o600, "-lock": 0o600}
+
+
+def test_permissions_of_an_existing_file_stay(opened, path):
+    result_of(opened().close())
+    path.chmod(0o640)
+    post(opened(), "one")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hardlink", "folder"])
+def test_file_in_use_by_another_name(opened, path, tmp_path, kind):
+    """A second server is refused whatever the name by which it knows the file, and the first one continues."""
+    store = opened()
+    post(store, "one")
+    other = tmp_path / "other"
+    if kind == "symlink":
+        other.symlink_to(path)
+    elif kind == "hardlink":
+        other.hardlink_to(path)
+    else:
+        other.symlink_to(tmp_path)
+        other /= path.name
+    assert refused(opened, other).startswith(" is in use by another chatd: ")
+    assert post(store, "two").numbers == [2]
+    if kind == "hardlink":
+        other.unlink()
+
+
+def test_file_in_use_whose_lock_was_removed(opened, path):
+    """The lock beside the file can be removed without effect, because the file itself is locked too."""
+    opened()
+    path.with_name(f"{path.name}-lock").unlink()
+    assert refused(opened, path).startswith(" is in use by another chatd: ")
+
+
+def test_store_by_a_symbolic_link(opened, path, tmp_path):
+    """The other files stand beside the real one, and the store is the same."""
+    folder = tmp_path / "links"
+    folder.mkdir()
+    link = folder / "link.sqlite"
+    link.symlink_to(path)
+    store = opened(link)
+    post(store, "one")
+    assert [*folder.iterdir()] == [link]
+    result_of(store.close())
+    assert texts(opened()) == ["one"]
+
+
+def test_file_with_several_names_is_refused(opened, path, tmp_path):
+    """After a kill, the write-ahead log belongs to one name, and the other would show an old log."""
+    result_of(opened(seed=SEED).close())
+    other = tmp_path / "other"
+    other.hardlink_to(path)
+    for where in (path, other):
+        assert refused(opened, where) == (
+            " has 2 names (hard links), and its write-ahead log belongs to one of them: "
+            "remove the others, or name another file with --store sqlite:PATH"
+        )
+    other.unlink()
+    opened()
+
+
+def test_lock_that_cannot_be_written(opened, path, monkeypatch):
+    """The error names the lock, such as one that root left, and not the folder."""
+    lock = path.with_name(f"{path.name}-lock")
+    lock.touch()
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", forbidden)
+        with pytest.raises(StoreError, match=rf"^{lock} cannot be written \(Permission denied\): make it writable"):
+            opened()
+
+
+# A disk that does not answer
+
+
+def test_close_on_a_disk_that_does_not_answer(opened):
+    """The end of the process waits for a commit, but not for ever; its poster learns that it is in doubt."""
+    clock, writer = Clock(), HeldWorker()
+    store = opened(writer=writer, clock=clock)
+    poster, closed = post(store, "one", "two"), []
+    store.close().addCallback(closed.append)
+    with capturedLogs() as events:
+        clock.advance(CLOSE_SECONDS - 0.1)
+        assert (closed, poster.events) == ([], [])
+        clock.advance(0.1)
+    assert closed == [None]
+    assert poster.refusals == [IN_DOUBT] * 2
+    assert formatEvent(events[-1]) == f"the store was not closed: the disk has not answered for {CLOSE_SECONDS} s"
+
+
+def test_read_that_does_not_answer(opened):
+    clock, reader, closed = Clock(), HeldWorker(), []
+    store = opened(reader=reader, clock=clock)
+    store.read("main", None, 1)
+    store.close().addCallback(closed.append)
+    assert closed == []
+    clock.advance(CLOSE_SECONDS)
+    assert closed == [None]
+    reader.run_all()
+    store.file.close()
 
 
 # Threads
@@ -1354,9 +1817,11 @@ class QueueReactor:
         function(*args, **kwargs)
 
     def result_of(self, deferred):
-        while not deferred.called:
+        results = []
+        deferred.addBoth(results.append)
+        while not results:
             self.turn()
-        return result_of(deferred)
+        return result_of(succeed(results[0]))
 
 
 class StoppableWorker(ThreadWorker):
@@ -1439,7 +1904,7 @@ def test_worker_finishes_before_it_stops(thread):
 
 def test_store_with_real_threads(path, thread_worker):
     reactor = QueueReactor()
-    store = SqliteStore(path, ALL, ManualTime(), thread_worker(reactor), thread_worker(reactor))
+    store = SqliteStore(path, ALL, ManualTime(), thread_worker(reactor), thread_worker(reactor), clock=Clock())
     store.open(SEED)
     follower, poster = RecordingFollower(), RecordingPoster()
     store.follow(follower)
