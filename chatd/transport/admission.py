@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 from http import HTTPStatus
+from ipaddress import IPv6Address, ip_address
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import parse_qs
 
@@ -23,6 +24,8 @@ from chatd.transport.frames import is_username
 NO_EVENTS: Final[frozenset[str]] = frozenset()
 MAX_ADDRESSES: Final = 10_000
 """The number of addresses in memory above which idle ones are removed."""
+NETWORK_BITS: Final = 64
+"""The bits of an IPv6 address that name a network (RFC 4291, section 2.5.4): one host can have all addresses of it."""
 
 ROUNDING: Final = 1e-6
 """The seconds that sums of fractions may lose."""
@@ -164,14 +167,39 @@ class Rate:
         return 0.0
 
 
+_HOST_PORT = re.compile(r"\[([^][]+)\](?::[0-9]{1,5})?|([^:]+):[0-9]{1,5}")
+"""An address with brackets or a port, as some proxies write it (RFC 7239, section 6)."""
+
+
+def network(text: str) -> str | None:
+    """Return the host or network that an IP address stands for under a rate limit; None if the text is no address.
+
+    That is an IPv4 address, also one that is mapped into IPv6, or the first 64 bits of an IPv6 address.
+    """
+    match = _HOST_PORT.fullmatch(text)
+    try:
+        address = ip_address(match[1] or match[2] if match else text)
+    except ValueError:
+        return None
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is None:
+            return str(IPv6Address(int(address) >> NETWORK_BITS << NETWORK_BITS))
+        address = address.ipv4_mapped
+    return str(address)
+
+
 class _Address:
-    due = 0.0
+    __slots__ = ("due",)
+
+    def __init__(self) -> None:
+        self.due = 0.0
 
 
 class Addresses:
     """The rate limits of addresses; None sets no limit.
 
-    `hops` proxies stand before the server and are trusted to add to `X-Forwarded-For` (RFC 7239, section 7.4).
+    `hops` proxies stand before the server and are trusted to add to `X-Forwarded-For` (RFC 7239, section 7.4).  What is
+    no IP address there counts as the address of the connection, so that nobody can fill the memory with names.
     """
 
     def __init__(self, rate: Rate | None, hops: int, now: Callable[[], float]) -> None:
@@ -185,8 +213,9 @@ class Addresses:
         """Count one more request of the address behind a connection; return as Rate.take does."""
         if self._rate is None:
             return 0.0
-        entries = [entry.strip() for entry in forwarded.split(",")] if forwarded else []
-        address = entries[-self._hops] if 0 < self._hops <= len(entries) else peer
+        entries = forwarded.rsplit(",", self._hops)[-self._hops :] if forwarded and self._hops else []
+        named = entries[0].strip() if len(entries) == self._hops and entries else ""
+        address = network(named) or network(peer) or peer
         if len(self._addresses) >= self._most:
             now = self._now()
             self._addresses = {name: one for name, one in self._addresses.items() if one.due > now}

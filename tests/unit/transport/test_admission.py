@@ -17,6 +17,7 @@ from chatd.transport.admission import (
     JoinRequest,
     Rate,
     last_id,
+    network,
     origin_pattern,
     read_query,
     room_pattern,
@@ -461,6 +462,63 @@ def test_only_trusted_proxies_count_in_forwarded(addresses, hops, forwarded, add
     assert limit.take("peer", forwarded) == 0.0
     limited = [name for name in ("peer", "spoofed", "203.0.113.9", "198.51.100.1") if limit.take(name, None)]
     assert limited == [address]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("203.0.113.9", "203.0.113.9"),
+        ("203.0.113.9:4711", "203.0.113.9"),
+        ("::ffff:203.0.113.9", "203.0.113.9"),
+        ("[::ffff:203.0.113.9]:4711", "203.0.113.9"),
+        ("::ffff:cb00:7109", "203.0.113.9"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+        ("2001:DB8:1:2::7", "2001:db8:1:2::"),
+        ("[2001:db8:1:2::7]", "2001:db8:1:2::"),
+        ("[2001:db8:1:2::7]:4711", "2001:db8:1:2::"),
+        ("2001:db8:1:3::7", "2001:db8:1:3::"),
+        ("fe80::7%eth0", "fe80::"),
+        (f"fe80::7%{'e' * 5000}", "fe80::"),
+        ("::1", "::"),
+        ("", None),
+        ("unknown", None),
+        ("_hidden", None),
+        ("[unknown]", None),
+        ("[]:4711", None),
+        ("203.0.113", None),
+        ("203.0.113.09", None),
+        ("203.0.113.9:port", None),
+        ("203.0.113.9:", None),
+        ("203.0.113.256", None),
+        ("203.0.113.9/32", None),
+        ("3405803785", None),
+        ("x" * 5000, None),
+        ("1" * 5000, None),
+        ("٣.0.113.9", None),
+    ],
+)
+def test_network_of_an_address(text, found):
+    """A rate applies to a host with IPv4 and to a network of 64 bits with IPv6, with or without a port."""
+    assert network(text) == found
+
+
+def test_hosts_of_a_network_share_a_rate(addresses):
+    limit = addresses(1)
+    assert limit.take("proxy", "2001:db8:1:2::1") == 0.0
+    assert limit.take("proxy", "[2001:db8:1:2:ffff::2]:9") == pytest.approx(1)
+    assert limit.take("proxy", "2001:db8:1:3::1") == 0.0
+    direct = addresses(0)
+    assert direct.take("2001:db8:1:2::1", None) == 0.0
+    assert direct.take("2001:db8:1:2::2", None) == pytest.approx(1)
+
+
+def test_forged_addresses_take_no_memory(addresses):
+    """What is no address counts as the peer, whatever its length."""
+    limit = addresses(1)
+    for number in range(100):
+        limit.take("192.0.2.1", f"{number}" * 2500)
+    limit.take("unix", "x")
+    assert [*limit._addresses] == ["192.0.2.1", "unix"]
 
 
 def test_client_cannot_forge_its_address(addresses):
