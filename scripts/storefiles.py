@@ -9,6 +9,9 @@ Only the standard library is used, so that any Python can run it.
 # ruff: noqa: INP001 -- scripts import this module from their own folder
 
 import argparse
+import contextlib
+import datetime as dt
+import fcntl
 import os
 import pathlib
 import signal
@@ -24,6 +27,8 @@ APPLICATION_ID: Final = 0x63686174
 """As in chatd.store.sqlite_file."""
 PAGES: Final = 1000
 """Pages copied per step: 4 MB, a few milliseconds."""
+SIDE_FILES: Final = "-wal", "-shm", "-journal"
+"""The endings of files that SQLite applies to the store beside which they stand."""
 
 
 class StoreFault(Exception):
@@ -47,6 +52,10 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> Contents:
 
     Raises StoreFault if the source is no store, or is damaged.
     """
+    if source.exists() and source.stat().st_nlink > 1:
+        raise StoreFault(
+            f"{source} has several names (hard links), and only one has its write-ahead log: remove the other names"
+        )
     try:
         with closing(connect(source)) as db, closing(sqlite3.connect(target, isolation_level=None)) as copied:
             db.execute("BEGIN")
@@ -59,14 +68,19 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> Contents:
             faults = copied.execute("PRAGMA integrity_check(1)").fetchone()
             if faults != ("ok",):
                 raise StoreFault(f"{source} is damaged ({' '.join(faults[0].split())}): take another")
-            counts = "(SELECT count(*) FROM rooms), (SELECT count(*) FROM messages)"
-            return Contents(*copied.execute(f"SELECT epoch, readable_since, {counts} FROM log").fetchone())  # noqa: S608
+            return contents_of(copied)
     except sqlite3.Error as error:
         raise StoreFault(
             f"{source} cannot be copied ({error}): check that it is a chatd store, and that the disk has space"
         ) from None
     finally:
         tell("")
+
+
+def contents_of(db: sqlite3.Connection) -> Contents:
+    """Summarize an open store."""
+    counts = "(SELECT count(*) FROM rooms), (SELECT count(*) FROM messages)"
+    return Contents(*db.execute(f"SELECT epoch, readable_since, {counts} FROM log").fetchone())  # noqa: S608
 
 
 def connect(path: pathlib.Path) -> sqlite3.Connection:
@@ -85,12 +99,48 @@ def beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield pathlib.Path(name, path.name)
 
 
-def put(file: pathlib.Path, place: pathlib.Path) -> None:
-    """Rename a file to its final name, atomically and durably."""
+def put(file: pathlib.Path, place: pathlib.Path, contents: Contents) -> None:
+    """Rename a file to its final name, atomically and durably, and verify that it has these contents there."""
     for path in (file, file.parent):
         sync(path)
     file.replace(place)
     sync(place.parent)
+    try:
+        with closing(connect(place)) as db:
+            found = contents_of(db)
+    except sqlite3.Error as error:
+        raise StoreFault(f"{place} cannot be read after it was written ({error}): remove it, and try again") from None
+    if found != contents:
+        raise StoreFault(
+            f"{place} does not hold what was written to it: remove it and the files beside it, and try again"
+        )
+
+
+def put_aside(path: pathlib.Path, why: str) -> str | None:
+    """Rename the files of a store, so that SQLite does not apply its log to another file; return the new name.
+
+    The main file is renamed first: after an interruption no store is left without its log.
+    """
+    aside = f"{path}.before-{why}-{dt.datetime.now(dt.timezone.utc):%Y%m%dT%H%M%S.%fZ}"  # noqa: UP017 -- old Pythons
+    found = None
+    for suffix in ("", *SIDE_FILES):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{path}{suffix}", f"{aside}{suffix}")  # noqa: PTH104 -- these are names, not paths
+            found = aside
+    return found
+
+
+@contextmanager
+def unused(path: pathlib.Path) -> Iterator[None]:
+    """Hold the lock of a file, so that no server uses it meanwhile under any name; a missing file has none."""
+    with contextlib.ExitStack() as held:
+        if path.exists():
+            lock = held.enter_context(path.open("rb"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreFault(f"{path} is in use by a chatd: stop it, or name another file") from None
+        yield
 
 
 def sync(path: pathlib.Path) -> None:

@@ -215,6 +215,7 @@ def test_backup_prints_its_content(store, tmp_path):
         "readable_since": sqlite_file.READABLE_SINCE,
         "rooms": 1,
         "messages": 5,
+        "kept": None,
     }
     assert stored(tmp_path / "one") == stored(tmp_path / "two") == stored(store)
 
@@ -264,6 +265,114 @@ def test_backup_replaces_a_file_only_on_request(store, tmp_path):
     line = run("backup", "--force", "chatd.sqlite", cwd=tmp_path, code=1)
     assert line == "backup: chatd.sqlite is the store itself: name another file\n"
     assert names(tmp_path) == ["chatd.sqlite", "chatd.sqlite-lock", "copy"]
+
+
+@pytest.fixture
+def stale(store, tmp_path):
+    """The file `copy` of a server that was killed, whose write-ahead log holds two messages of its own."""
+    epoch, rows = stored(store)
+    place = tmp_path / "copy"
+    shutil.copy(store, place)
+    with closing(sqlite3.connect(place, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("DELETE FROM messages WHERE number > 3")
+        db.execute("PRAGMA wal_checkpoint")
+        db.execute("UPDATE messages SET message = 'stale'")
+        db.execute("UPDATE log SET epoch = 'stale'")
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{place}{suffix}", tmp_path / f"killed{suffix}")
+    for suffix in ("", "-wal"):
+        (tmp_path / f"killed{suffix}").replace(f"{place}{suffix}")
+    (tmp_path / "copy-shm").unlink(missing_ok=True)
+    assert (tmp_path / "copy-wal").stat().st_size
+    return epoch, rows
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_stale_write_ahead_log_is_put_aside(store, tmp_path, stale, main):
+    """A write-ahead log that stands beside the file to make is kept, and does not get into the backup."""
+    if not main:
+        (tmp_path / "copy").unlink()
+    (tmp_path / "copy-journal").write_text("journal")
+    said = run("backup", *["--force"] * main, "copy", cwd=tmp_path)
+    (aside,) = re.findall(r"; what was there is (copy\.before-backup-\d{8}T\d{6}\.\d{6}Z)\n", said)
+    assert stored(tmp_path / "copy") == stale
+    assert [name for name in names(tmp_path) if name.startswith("copy-")] == []
+    assert (tmp_path / f"{aside}-journal").read_text() == "journal"
+    (tmp_path / f"{aside}-journal").unlink()
+    if main:
+        assert stored(tmp_path / aside)[0] == "stale"
+
+
+def test_backup_is_verified_under_its_name(store, tmp_path, stale, scripts, monkeypatch):
+    """A backup that does not have its contents under its name is an error."""
+    load = scripts("backup")
+    monkeypatch.setattr(load, "put_aside", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["backup", "--force", f"--store={store}", str(tmp_path / "copy")])
+    with pytest.raises(sys.modules["storefiles"].StoreFault, match=r"copy (does not hold|cannot be read)"):
+        load.main()
+
+
+def test_backup_onto_a_store_in_use_is_rejected(store, tmp_path):
+    """The store of a running server is no place for a backup, whatever its name."""
+    other = tmp_path / "other"
+    other.mkdir()
+    with Server(other) as server:
+        say(server, "three")
+        (tmp_path / "link").symlink_to(other / "chatd.sqlite")
+        for place in ("other/chatd.sqlite", "link"):
+            line = run("backup", "--force", place, cwd=tmp_path, code=1)
+            assert line == f"backup: {place} is in use by a chatd: stop it, or name another file\n"
+        say(server, "four")
+        server.stop()
+
+
+@pytest.mark.parametrize("name", ["backup", "restore"])
+def test_source_with_several_names_is_rejected(store, tmp_path, name):
+    """One of the names may lack the write-ahead log, and with it the newest messages."""
+    (tmp_path / "other").hardlink_to(store)
+    arguments = ["--store=other", "copy"] if name == "backup" else ["other", "copy"]
+    line = run(name, *arguments, cwd=tmp_path, code=1)
+    assert line == (
+        f"{name}: other has several names (hard links), and only one has its write-ahead log: remove the other names\n"
+    )
+
+
+def test_restore_to_a_link_of_a_store_in_use(tmp_path, made):
+    """A restore is refused while a server uses the store under another name."""
+    with Server(tmp_path) as server:
+        for kind, place in (("symbolic", tmp_path / "symbolic"), ("hard", tmp_path / "hard")):
+            if kind == "symbolic":
+                place.symlink_to(tmp_path / "chatd.sqlite")
+            else:
+                place.hardlink_to(tmp_path / "chatd.sqlite")
+            line = run("restore", "--force", made / "chatd.sqlite", place, cwd=tmp_path, code=1)
+            assert "is in use by a chatd" in line
+            place.unlink()
+        server.stop()
+
+
+def test_restore_through_a_link_keeps_the_link(store, tmp_path):
+    """The file that a symbolic link names is replaced, with the files beside it."""
+    run("backup", "copy", cwd=tmp_path)
+    folder = tmp_path / "links"
+    folder.mkdir()
+    (folder / "link").symlink_to(store)
+    run("restore", "--force", "copy", "links/link", cwd=tmp_path)
+    assert (folder / "link").is_symlink()
+    assert names(folder) == ["link"]
+    assert stored(store)[0] != stored(tmp_path / "copy")[0]
+
+
+def test_restored_store_is_private(store, tmp_path):
+    """A new store cannot be read by others, even if its backup could; an existing store keeps its mode."""
+    run("backup", "copy", cwd=tmp_path)
+    (tmp_path / "copy").chmod(0o644)
+    run("restore", "copy", "new.sqlite", cwd=tmp_path)
+    assert (tmp_path / "new.sqlite").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "new.sqlite").chmod(0o604)
+    run("restore", "--force", "copy", "new.sqlite", cwd=tmp_path)
+    assert (tmp_path / "new.sqlite").stat().st_mode & 0o777 == 0o604
 
 
 def test_progress_on_a_terminal(store, tmp_path):
