@@ -16,6 +16,7 @@ from chatd.config import Settings, veiled
 from chatd.messages import Entry
 from chatd.room.log import MAIN
 from chatd.store.base import timestamp
+from chatd.store.memory import KEEP
 from chatd.store.sqlite_file import FORMAT
 from chatd.transport.admission import room_pattern
 from chatd.transport.frames import history_frame, message_frame
@@ -88,6 +89,9 @@ class Machine(Protocol):
 
     def locked(self, store: Path) -> bool:
         """Return whether a running server uses a store."""
+
+    def names(self, store: Path) -> int:
+        """Return the number of names (hard links) of a store; 1 if there is none."""
 
     def readable_since(self, store: Path) -> int | None:
         """Return the format that a server needs to read a store; 0 for a file that is no store; None if unknown."""
@@ -204,7 +208,8 @@ def _store(settings: Settings, machine: Machine) -> Iterator[str]:
     kind, _, rest = settings.store.partition(":")
     option = f"--store {settings.store}"
     if kind == "memory":
-        yield f"{option} all messages are lost when the server stops: store them with --store sqlite:PATH"
+        kept = f", and each room keeps {KEEP:,} at most" if settings.retain.messages is None else ""
+        yield f"{option} all messages are lost when the server stops{kept}: store them with --store sqlite:PATH"
     if kind != "sqlite":
         return
     path = settings.folder / rest
@@ -212,6 +217,12 @@ def _store(settings: Settings, machine: Machine) -> Iterator[str]:
     if unwritable is not None:
         yield f"{option}: {unwritable} is missing, or this user cannot write it: create it, or make it writable"
         return
+    names = machine.names(path)
+    if names > 1:
+        yield f"{option}: the file has {names} names (hard links), and a store may have only one: remove the others"
+    readable = next((file for file in (path, Path(f"{path}-wal")) if machine.world_readable(file)), None)
+    if readable is not None:
+        yield f"{option}: every user of this machine can read the messages in {readable}: chmod o= {readable}"
     if machine.locked(path):
         yield f"{option}: another chatd uses it: stop that one, name another file, or share a redis://"
     elif (since := machine.readable_since(path)) == 0:

@@ -93,6 +93,7 @@ class ThisMachine(Machine):
 
     @override
     def unwritable(self, store: Path) -> Path | None:
+        store = Path(os.path.realpath(store))
         if not os.access(store.parent, os.W_OK | os.X_OK):
             return store.parent
         files = [Path(f"{store}{suffix}") for suffix in ("", "-lock", "-wal", "-shm")]
@@ -100,18 +101,15 @@ class ThisMachine(Machine):
 
     @override
     def locked(self, store: Path) -> bool:
+        # The file itself is locked too, because it can have other names.
+        return any(_locked(path) for path in (f"{os.path.realpath(store)}-lock", store))
+
+    @override
+    def names(self, store: Path) -> int:
         try:
-            lock = os.open(f"{store}-lock", os.O_RDONLY | os.O_CLOEXEC)
+            return store.stat().st_nlink
         except OSError:
-            return False
-        try:
-            # A shared lock, so that two checks do not take each other for a server.  It is held for a moment.
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(lock)
-        return False
+            return 1
 
     @override
     def readable_since(self, store: Path) -> int | None:
@@ -206,6 +204,22 @@ class ThisMachine(Machine):
             return (self._proc / name).read_text(errors="surrogateescape")
         except OSError:
             return ""
+
+
+def _locked(path: str | Path) -> bool:
+    """Return whether another process holds the lock of a file."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # A shared lock, so that two checks do not take each other for a server.  It is held for a moment.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _tls(plain: socket.socket, host: str) -> ssl.SSLSocket:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
 from typing_extensions import override
 
 from chatd.histogram import Histogram
@@ -20,6 +21,8 @@ KEEP: Final = 10_000
 """The most messages of each room, unless the retention names a number."""
 MAX_ROOMS: Final = 10_000
 """The most rooms.  Posts to more are refused, unless rooms without messages can be forgotten."""
+
+_log = Logger()
 
 
 class _Room:
@@ -82,6 +85,8 @@ class MemoryStore(Store):
     @override
     def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
         self.epoch = new_epoch()
+        if self._retain.messages is None:
+            _log.info("memory: each room keeps {messages} messages at most; --retain N keeps N", messages=KEEP)
         for entry in seed:
             self._room(SEED_ROOM).append(entry, None)
         return self.trim()

@@ -42,6 +42,7 @@ class FakeMachine:
     contents: str | None = ""
     lacking: Path | None = None
     locks: str = ""
+    links: int = 1
     since: int | None = 1
     mounted: str = "ext4"
     space: int = 1 << 40
@@ -68,6 +69,10 @@ class FakeMachine:
 
     def locked(self, store):
         return store == Path(self.locks)
+
+    def names(self, store):
+        assert store == Path("/srv/chatd.sqlite")
+        return self.links
 
     def readable_since(self, store):
         assert store == Path("/srv/chatd.sqlite")
@@ -134,7 +139,31 @@ BAD = [
         {"admin": ("haproxy:ssl:1:interface=127.0.0.1:privateKey=k",)},
         {"readable": "k"},
     ),
-    ("--store memory: all messages are lost when the server stops: ", {"store": "memory:"}, {}),
+    (
+        "--store memory: all messages are lost when the server stops, and each room keeps 10,000 at most: ",
+        {"store": "memory:"},
+        {},
+    ),
+    (
+        "--store memory: all messages are lost when the server stops: ",
+        {"store": "memory:", "retain": Retention(messages=20_000)},
+        {},
+    ),
+    (
+        "--store sqlite:chatd.sqlite: the file has 2 names (hard links), and a store may have only one: remove ",
+        {},
+        {"links": 2},
+    ),
+    (
+        "--store sqlite:chatd.sqlite: every user of this machine can read the messages in /srv/chatd.sqlite: chmod o= ",
+        {},
+        {"readable": "/srv/chatd.sqlite"},
+    ),
+    (
+        "--store sqlite:chatd.sqlite: every user of this machine can read the messages in /srv/chatd.sqlite-wal: ",
+        {},
+        {"readable": "/srv/chatd.sqlite-wal"},
+    ),
     (
         "--store sqlite:chatd.sqlite: /srv is missing, or this user cannot write it: ",
         {},

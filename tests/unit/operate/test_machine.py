@@ -170,6 +170,36 @@ def test_locked_store(tmp_path):
         assert not HERE.locked(store)
 
 
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_locked_store_under_another_name(tmp_path, kind):
+    store, other = tmp_path / "chatd.sqlite", tmp_path / "other"
+    with opened(store):
+        (other.symlink_to if kind == "symbolic" else other.hardlink_to)(store)
+        assert HERE.locked(other)
+        if kind == "symbolic":
+            (tmp_path / "chatd.sqlite-lock").unlink()
+        assert HERE.locked(other)
+    assert not HERE.locked(other)
+
+
+def test_names_of_a_store(tmp_path):
+    store = tmp_path / "chatd.sqlite"
+    assert HERE.names(store) == 1
+    store.touch()
+    assert HERE.names(store) == 1
+    (tmp_path / "other").hardlink_to(store)
+    assert HERE.names(store) == 2
+
+
+def test_store_through_a_link_is_writable(tmp_path, monkeypatch):
+    """The files beside the real store count, and not the folder of the link."""
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link"
+    link.symlink_to(tmp_path / "chatd.sqlite")
+    monkeypatch.setattr(os, "access", lambda path, mode: "links" not in str(path))
+    assert HERE.unwritable(link) is None
+
+
 @contextmanager
 def opened(path):
     store = SqliteStore(path, Retention(), ManualTime(), ImmediateWorker(), ImmediateWorker(), clock=Clock())

@@ -6,6 +6,7 @@ from support.helpers import ManualTime, RecordingPoster, result_of
 from support.store_contract import SEED, ClockContract, GuardContract
 
 from chatd.messages import Post
+from chatd.room.log import Page
 from chatd.store import memory
 from chatd.store.base import DAY, Retention
 from chatd.store.memory import MemoryStore
@@ -117,3 +118,42 @@ class TestMemoryStore(ClockContract, GuardContract):
         log.post("main", "d")
         assert log.texts("main") == ["d"]
         assert log.new_events()[-1] == ("trimmed", "main", 4)
+
+    def test_number_of_rooms_is_bounded(self, bench, monkeypatch):
+        """A post to one room too many is refused and is a fault; other rooms go on."""
+        monkeypatch.setattr(memory, "MAX_ROOMS", 2)
+        log, poster = bench(), RecordingPoster()
+        log.post("a", "hi")
+        log.post("b", "hi")
+        log.store.append("c", Post("ann", "hi"), poster)
+        assert poster.refusals == [log.store.fault] == ["memory: holds 2 rooms, and no more: use --store sqlite:PATH"]
+        assert log.post("a", "ho") == [2]
+        log.trim()
+        assert log.store.fault is not None
+
+    def test_rooms_without_messages_are_forgotten(self, bench, monkeypatch):
+        """A room that has lost its messages makes place for another, and no number is used twice."""
+        monkeypatch.setattr(memory, "MAX_ROOMS", 2)
+        log, poster = bench(retain="1d"), RecordingPoster()
+        log.post("a", *"123")
+        log.now.advance(DAY / 2)
+        log.post("b", "1")
+        log.store.append("c", Post("ann", "hi"), poster)
+        assert log.store.fault
+        log.now.advance(DAY / 2 + 1)
+        log.trim()
+        assert log.store.fault is None
+        log.new_events()
+        assert log.post("c", "1", "2") == [4, 5]
+        assert log.new_events()[0] == ("interrupted",)
+        assert log.read("a") == Page([], first=4, head=3)
+        assert log.read("c")[1:] == (4, 5)
+        assert log.texts("b") == ["1"]
+        log.store.append("a", Post("ann", "hi"), poster)
+        assert len(poster.refusals) == 2
+        log.now.advance(DAY + 1)
+        log.trim()
+        assert log.post("a", "again") == [6]
+
+    def test_bound_of_rooms(self):
+        assert memory.MAX_ROOMS == 10_000
