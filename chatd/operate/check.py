@@ -217,6 +217,21 @@ def _store(settings: Settings, machine: Machine) -> Iterator[str]:
     if unwritable is not None:
         yield f"{option}: {unwritable} is missing, or this user cannot write it: create it, or make it writable"
         return
+    yield from _store_file(option, path, machine)
+    file_system = machine.file_system(path.parent)
+    if file_system in SHARED:
+        yield f"{option}: SQLite's log and locks are not reliable on {file_system}: name a file on a local disk"
+    if file_system in FLEETING:
+        yield (
+            f"{option}: {file_system} does not outlive {FLEETING[file_system]}, and messages are lost with it: "
+            "name a file on a disk or a permanent volume"
+        )
+    free = machine.free(path.parent)
+    if free < FREE:
+        yield f"{option}: its disk has {free >> 20} MiB free: free some space, or store less with --retain"
+
+
+def _store_file(option: str, path: Path, machine: Machine) -> Iterator[str]:
     names = machine.names(path)
     if names > 1:
         yield f"{option}: the file has {names} names (hard links), and a store may have only one: remove the others"
@@ -232,17 +247,6 @@ def _store(settings: Settings, machine: Machine) -> Iterator[str]:
             f"{option}: a newer chatd wrote it in format {since}, and this one reads up to format {FORMAT}: "
             "run that version"
         )
-    file_system = machine.file_system(path.parent)
-    if file_system in SHARED:
-        yield f"{option}: SQLite's log and locks are not reliable on {file_system}: name a file on a local disk"
-    if file_system in FLEETING:
-        yield (
-            f"{option}: {file_system} does not outlive {FLEETING[file_system]}, and messages are lost with it: "
-            "name a file on a disk or a permanent volume"
-        )
-    free = machine.free(path.parent)
-    if free < FREE:
-        yield f"{option}: its disk has {free >> 20} MiB free: free some space, or store less with --retain"
 
 
 def _redis(settings: Settings, machine: Machine) -> Iterator[str]:
