@@ -84,7 +84,7 @@ class Commit(NamedTuple):
 
 
 def _place(file: pathlib.Path) -> tuple[int, int] | None:
-    """Return the device and the inode of a file; None if there is none."""
+    """Return the device and the inode of a file; None if it is missing."""
     try:
         found = file.stat()
     except OSError:
@@ -132,8 +132,8 @@ class SqliteFile:
     def open(self, seed: Sequence[Entry]) -> None:
         """Lock the file; if it is new, write an epoch and the seed in one transaction.
 
-        Raises StoreError if the folder cannot be written, another chatd uses the file under any name, it is not a
-        store, it has several names, or a newer chatd wrote it in a format that this code cannot read.
+        Raises StoreError if the folder cannot be written or another chatd uses the file under any name.  Raises it
+        also if the file is no store, has several names, or has a format that this code cannot read.
         """
         if str(self.path) == ":memory:":  # SQLite would give each connection a database of its own
             raise StoreError(":memory: is no file: to keep messages in memory, use --store memory:")
@@ -291,7 +291,8 @@ class SqliteFile:
         self._misplaced = False
 
     def _empty_wal(self) -> None:
-        """Look at the size of the write-ahead log; raise LogUnavailable if it is too large and cannot be emptied."""
+        """Look at the files; raise LogUnavailable if the write-ahead log is too large and cannot be emptied."""
+        self._check_files()
         self._unseen = 0
         before, self._wal_size = self._wal_size, self._wal.stat().st_size
         if self._wal_size <= WAL_USUAL:
@@ -319,9 +320,7 @@ class SqliteFile:
         On an exception none is stored; after InDoubt, they may be.
         """
         db = self.writer
-        if self._misplaced:
-            self._check_files()
-        if self._unseen >= WAL_ROWS or self._wal_size > WAL_MOST:
+        if self._misplaced or self._unseen >= WAL_ROWS or self._wal_size > WAL_MOST:
             self._empty_wal()
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -452,7 +451,7 @@ class SqliteFile:
         return db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
 
     def _last_old(self, room: str, seconds: int) -> int:
-        """Return the number of the last message that is too old, as `Ages.too_old` counts; 0 if there is none."""
+        """Return the number of the last message that is too old, as `Ages.too_old` counts; 0 if all are kept."""
         db, ages = self.writer, self._clock.ages(seconds)
         if ages is None:
             return 0

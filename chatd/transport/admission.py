@@ -174,7 +174,7 @@ _HOST_PORT = re.compile(r"\[([^][]+)\](?::[0-9]{1,5})?|([^:]+):[0-9]{1,5}")
 def network(text: str) -> str | None:
     """Return the host or network that an IP address stands for under a rate limit; None if the text is no address.
 
-    That is an IPv4 address, also one that is mapped into IPv6, or the first 64 bits of an IPv6 address.
+    The network is an IPv4 address, also one that is mapped into IPv6, or the first 64 bits of an IPv6 address.
     """
     match = _HOST_PORT.fullmatch(text)
     try:

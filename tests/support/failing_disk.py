@@ -19,7 +19,7 @@ METHODS = 19
 SYNC = 5
 """The place of xSync among them."""
 _KEPT = []
-"""What open files refer to: it must outlive them, and so the tests."""
+"""The objects that open files refer to.  Files may outlive the test, and so must these."""
 
 
 class FileSystem(ctypes.Structure):

@@ -929,7 +929,7 @@ class ClockContract(StoreContract):
         assert log.texts("main") == ["four", "five"]
 
     def test_removal_by_age_is_logged(self, bench):
-        """A trim logs how many messages it and the posts before it removed, and nothing if that is none."""
+        """A trim logs how many messages it and the posts before it removed, if they removed any."""
         log = bench(retain="1d")
         log.post("main", *"abc")
         log.post("quiet", *"de")

@@ -1395,7 +1395,7 @@ def test_failed_sync_stores_nothing(opened, path, tmp_path, failing_sync):
 
 
 def test_failed_sync_leaves_a_post_behind(opened, path, tmp_path, failing_sync, monkeypatch):
-    """What a failed sync leaves is found after a kill, unless another commit overwrites it."""
+    """A kill after a failed sync brings the post back, unless another commit overwrites it."""
     store = opened()
 
     def fail():
@@ -1722,7 +1722,7 @@ def test_file_in_use_by_another_name(opened, path, tmp_path, kind):
         other.unlink()
 
 
-def test_file_in_use_whose_lock_was_removed(opened, path):
+def test_file_in_use_without_its_lock(opened, path):
     """The lock beside the file can be removed without effect, because the file itself is locked too."""
     opened()
     path.with_name(f"{path.name}-lock").unlink()
