@@ -1,4 +1,4 @@
-"""A disk under SQLite that fails to sync, as disks do: what was written before stays.
+"""A disk under SQLite that fails to write or to sync, as disks do: what was written before stays.
 
 The functions of SQLite's own file system (https://sqlite.org/vfs.html) are replaced while the test runs.  This works
 where Python uses the SQLite library of the system, and not where it carries its own.
@@ -11,13 +11,13 @@ import sqlite3
 
 import pytest
 
-IOERR_FSYNC = 1034
+Write = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
 Sync = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 Open = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 METHODS = 19
 """The number of words in sqlite3_io_methods: its version, and its functions."""
-SYNC = 5
-"""The place of xSync among them."""
+WRITE, SYNC = 3, 5
+"""The places of xWrite and xSync among them."""
 _KEPT = []
 """The objects that open files refer to.  Files may outlive the test, and so must these."""
 
@@ -37,26 +37,34 @@ class FileSystem(ctypes.Structure):
 
 
 class FailingDisk:
-    """Fails the next `failures` syncs of files whose names have a given ending."""
+    """Fails the next `failures` syncs of a write-ahead log, and, with an `error`, all but the next `writes` writes."""
 
     def __init__(self):
         self.failures = 0
-        self.ending = "-wal"
+        self.writes = 0
+        self.error = None
 
-    def _opened(self, name, file):
-        """Replace xSync of a file that was opened."""
+    def _opened(self, file):
+        """Replace functions of a file that was opened."""
         methods = ctypes.cast(file, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p)))
         words = (ctypes.c_void_p * METHODS)(*methods.contents[:METHODS])
-        sync = Sync(words[SYNC])
+        write, sync = Write(words[WRITE]), Sync(words[SYNC])
+
+        def failing_write(file, data, size, offset):
+            if self.error is not None:
+                if not self.writes:
+                    return self.error
+                self.writes -= 1
+            return write(file, data, size, offset)
 
         def failing_sync(file, flags):
-            if self.failures > 0 and name.endswith(self.ending):
+            if self.failures:
                 self.failures -= 1
-                return IOERR_FSYNC
+                return sqlite3.SQLITE_IOERR_FSYNC
             return sync(file, flags)
 
-        replaced = Sync(failing_sync)
-        words[SYNC] = ctypes.cast(replaced, ctypes.c_void_p).value
+        replaced = Write(failing_write), Sync(failing_sync)
+        words[WRITE], words[SYNC] = (ctypes.cast(one, ctypes.c_void_p).value for one in replaced)
         methods[0] = ctypes.cast(words, ctypes.POINTER(ctypes.c_void_p))
         _KEPT.extend((words, replaced))
 
@@ -70,8 +78,8 @@ class FailingDisk:
 
         def opening(vfs, name, file, flags, out):
             result = open_file(vfs, name, file, flags, out)  # SQLite keeps the pointer to the name
-            if result == 0 and name:
-                self._opened(ctypes.string_at(name).decode(), file)
+            if result == 0 and name and ctypes.string_at(name).endswith(b"-wal"):
+                self._opened(file)
             return result
 
         replaced = Open(opening)

@@ -1394,15 +1394,15 @@ def test_failed_sync_stores_nothing(opened, path, tmp_path, failing_sync):
     assert texts(store) == ["one", "two"]
 
 
-def test_failed_sync_leaves_a_post_behind(opened, path, tmp_path, failing_sync, monkeypatch):
+def test_failed_sync_leaves_a_post_behind(opened, path, tmp_path, failing_sync):
     """A kill after a failed sync brings the post back, unless another commit overwrites it."""
     store = opened()
 
-    def fail():
-        raise LogUnavailable
+    def deny(action, name, *_):
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_UPDATE and name == "log" else sqlite3.SQLITE_OK
 
     failing_sync.failures = 1
-    monkeypatch.setattr(store.file, "_overwrite", fail)
+    store.file.writer.set_authorizer(deny)  # so that nothing overwrites it
     assert [type(event[2]) for event in post(store, "one", label="l").events] == [InDoubt]
     assert texts(store) == []
     survivor = opened(copy_of(path, tmp_path / "killed"))
@@ -1429,6 +1429,24 @@ def test_failed_sync_on_a_failing_disk_is_in_doubt(opened, path, tmp_path, faili
     assert texts(opened(copy_of(path, tmp_path / "later"))) == ["one", "three"]
     assert [event[0] for event in follower.events] == ["appended", "interrupted", "appended"]
     assert post(store, "two", label="l").numbers == [3]
+
+
+@pytest.mark.parametrize("error", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE])
+def test_failed_write_leaves_no_post_behind(opened, path, tmp_path, failing_sync, error):
+    """Wherever a commit stops for a disk that is full or broken, a kill does not bring a refused post back."""
+    store, outcomes = opened(), []
+    post(store, "one")
+    while "posted" not in outcomes:
+        number = len(outcomes)
+        failing_sync.writes, failing_sync.error = number, error
+        (what, _, outcome), *_ = post(store, "two", label="l").events
+        failing_sync.error = None
+        outcomes.append(what)
+        if what == "refused":
+            assert type(outcome) is (LogUnavailable if error == sqlite3.SQLITE_FULL else InDoubt)
+            assert texts(opened(copy_of(path, tmp_path / f"{number}"))) == ["one"]
+    assert len(outcomes) > 6, "a frame is two writes, and a post changes several pages"
+    assert texts(store) == ["one", "two"]
 
 
 class WrappedConnection(sqlite3.Connection):
