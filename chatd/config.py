@@ -261,7 +261,8 @@ OPTIONS: Final = (
         name="retain",
         metavar="N|Nd|all",
         default="all",
-        help="keep the newest N messages of each room, or N days of messages, or all",
+        help="keep the newest N messages of each room, or N days of messages, or all; `memory:` keeps at most 10,000 "
+        "unless N is given",
         parse=Retention.parse,
     ),
     Option(

@@ -93,7 +93,8 @@ class ThisMachine(Machine):
 
     @override
     def unwritable(self, store: Path) -> Path | None:
-        store = Path(os.path.realpath(store))
+        if store.is_symlink():  # the server's other files stand beside the real one
+            store = store.resolve()
         if not os.access(store.parent, os.W_OK | os.X_OK):
             return store.parent
         files = [Path(f"{store}{suffix}") for suffix in ("", "-lock", "-wal", "-shm")]
