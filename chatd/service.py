@@ -35,7 +35,7 @@ LOOK_SECONDS: Final = 1
 TRIM_SECONDS: Final = 600
 """The interval at which rooms without new posts are trimmed."""
 
-_log = Logger()
+_logger = Logger()
 
 
 def page_url(endpoint: str, address: object) -> str | None:
@@ -164,7 +164,7 @@ class ChatService(Service):
         """Run a loop, and start it again after a failure, since connections rely on it."""
 
         def failed(failure: Failure) -> None:
-            _log.failure("a call that runs every {interval} s failed", failure, interval=interval)
+            _logger.failure("a call that runs every {interval} s failed", failure, interval=interval)
             self._repeat(loop, interval)
 
         loop.start(interval, now=False).addErrback(failed)
@@ -174,7 +174,7 @@ class ChatService(Service):
             maybeDeferred(port.stopListening)
             return
         ports.append(port)
-        _log.info("listening on {endpoint}", endpoint=text)
+        _logger.info("listening on {endpoint}", endpoint=text)
         url = page_url(text, port.getHost())
         if ports is self._ports and url:
             self._urls.append(url)
@@ -185,9 +185,9 @@ class ChatService(Service):
             and self._readiness.why_not == "starting"
         ):
             self._readiness.why_not = None
-            _log.info("ready, with the log {epoch}", epoch=self._store.epoch)
+            _logger.info("ready, with the log {epoch}", epoch=self._store.epoch)
             for one in self._urls:
-                _log.info("Open {url}", url=one)
+                _logger.info("Open {url}", url=one)
             self._notify(READY="1", STATUS="ready")
 
     def _not_listening(self, failure: Failure, text: str, faults: list[str]) -> None:
@@ -196,12 +196,12 @@ class ChatService(Service):
         reason = error.socketError if isinstance(error, CannotListenError) else error
         faults.append(f"cannot listen on {text} ({reason}): choose another with --listen or --admin")
         if self.running:
-            _log.error("{fault}", fault=faults[-1])
+            _logger.error("{fault}", fault=faults[-1])
 
     def signalled(self, number: int) -> None:
         """Note a signal that ends the process.  The second one, or SIGINT, makes the drain immediate."""
         if self._told_to_stop or number == signal.SIGINT:
-            _log.info("skipping the paced drain")
+            _logger.info("skipping the paced drain")
             self._drain.skip_pace()
         self._told_to_stop = True
 
@@ -213,7 +213,7 @@ class ChatService(Service):
         self._draining.append(done)
         if len(self._draining) == 1:
             self._readiness.why_not = "draining"
-            _log.info("draining")
+            _logger.info("draining")
             self._notify(STATUS="draining")
             self._drain.run(self._close_ports, expecting=expecting).addBoth(self._gone)
         return done
@@ -226,8 +226,8 @@ class ChatService(Service):
         self._drained = True
         self._readiness.why_not = "drained"
         if isinstance(result, Failure):
-            _log.failure("the drain failed", result)
-        _log.info("drained")
+            _logger.failure("the drain failed", result)
+        _logger.info("drained")
         draining, self._draining = self._draining, []
         for done in draining:
             done.callback(None)
@@ -236,7 +236,7 @@ class ChatService(Service):
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
         """Drain, and close everything; fire when that is done."""
         super().stopService()
-        _log.info("stopping")
+        _logger.info("stopping")
         self._notify(STOPPING="1", STATUS="stopping")
         yield self.drain()
         for loop, _ in self._loops:
@@ -244,4 +244,4 @@ class ChatService(Service):
         yield self._store.close()
         for port in self._admin_ports:
             yield maybeDeferred(port.stopListening)
-        _log.info("stopped")
+        _logger.info("stopped")

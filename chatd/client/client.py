@@ -242,7 +242,7 @@ class Client:
             try:
                 self._handle(self._decode(text))
             except ProtocolError as error:
-                _logger.warn("{address}: {error}", address=self.address, error=error)  # noqa: G010 -- Twisted's logger
+                _logger.warn("{address}: {error}", address=self.address, error=error)
                 self._listener.on_protocol_error(error)
                 return "the server broke the protocol"
         except Exception:  # noqa: BLE001 -- Autobahn loses exceptions if the frame came with the handshake

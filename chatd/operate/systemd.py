@@ -16,7 +16,7 @@ from twisted.logger import Logger
 SEND_SECONDS: Final = 1
 """The time that the reactor waits for systemd to take a datagram.  It only waits if the queue is full."""
 
-_log = Logger()
+_logger = Logger()
 
 
 class Notifier:
@@ -42,7 +42,7 @@ class Notifier:
                 sender.settimeout(SEND_SECONDS)
                 sender.sendto(datagram.encode(), self._address)
         except OSError as error:
-            _log.warn("cannot notify systemd of {datagram!r}: {error}", datagram=datagram, error=error)
+            _logger.warn("cannot notify systemd of {datagram!r}: {error}", datagram=datagram, error=error)
 
     def alive(self) -> None:
         """Feed the watchdog."""

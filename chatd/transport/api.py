@@ -42,7 +42,7 @@ PREFLIGHT_SECONDS: Final = 7200
 _ROUTE = re.compile(r"/|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<id>[^/]+)|/events)?")
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
-_log = Logger()
+_logger = Logger()
 
 
 class Reply:
@@ -82,7 +82,7 @@ def _meaning(failure: Failure) -> HttpError:
     if failure.check(UnknownId):
         return HttpError(HTTPStatus.NOT_FOUND, "there is no message of this id", Code.UNKNOWN_ID)
     failure.trap(LogUnavailable)
-    _log.error("the log cannot be read: {error}", error=failure.value)
+    _logger.error("the log cannot be read: {error}", error=failure.value)
     return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the log cannot be read now", Code.UNAVAILABLE)
 
 

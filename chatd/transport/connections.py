@@ -27,7 +27,7 @@ CLOSE_SECONDS: Final = 5
 WEBSOCKET, EVENT_STREAM = CARRIERS = "websocket", "events"
 """The kinds of connections."""
 
-_log = Logger()
+_logger = Logger()
 
 
 class Connection(Protocol):
@@ -121,7 +121,7 @@ class Connections:
                 self._drop(client, "did not answer a ping")
 
     def _drop(self, client: Connection, why: str) -> None:
-        _log.info(
+        _logger.info(
             "#{connection} {peer} is dropped: it {why} in time",
             connection=client.number,
             peer=client.peer,

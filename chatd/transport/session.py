@@ -31,7 +31,7 @@ NOT_STORED: Final = "The message was not stored; try again."
 IN_DOUBT: Final = "The message may not have been stored; try again with the same label."
 """The error sent to the poster when the store fails and may have stored the post; Code.UNAVAILABLE."""
 
-_log = Logger()
+_logger = Logger()
 _T = TypeVar("_T")
 
 
@@ -210,7 +210,7 @@ class Session(Membership):
             self._held = None
             self._transport.fail_not_text()
             return
-        _log.info(
+        _logger.info(
             "#{connection} {peer} in {room} sent an invalid frame",
             connection=self._transport.number,
             peer=self._transport.peer,
@@ -247,7 +247,7 @@ class Session(Membership):
         if failure.check(UnknownId):
             self._err("There is no message of this id.", Code.UNKNOWN_ID, request.label)
             return
-        _log.error("the log cannot be read: {error}", error=failure.value)
+        _logger.error("the log cannot be read: {error}", error=failure.value)
         self._err("The log cannot be read now; try again.", Code.UNAVAILABLE, request.label)
 
     def _page_done(self, result: _T) -> _T:

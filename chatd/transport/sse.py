@@ -19,7 +19,7 @@ from chatd.transport.framing import CloseCode
 from chatd.transport.http import RETRY_AFTER_SECONDS, SERVER
 from chatd.transport.membership import Membership
 
-_log = Logger()
+_logger = Logger()
 
 
 @implementer(IPushProducer)
@@ -57,7 +57,7 @@ class EventStream:
         self._connections.add(self)
         history = self.member.join(ticket)
         request.write(b"retry: %d\n\n%b" % (RETRY_AFTER_SECONDS * 1000, event(history)))
-        _log.info(
+        _logger.info(
             "#{connection} {peer} joined {room} for events",
             connection=self.number,
             peer=self.peer,
@@ -126,4 +126,4 @@ class EventStream:
         self.member.detach()
         if self._connections.remove(self, self._code):
             room = self.member.room_name
-            _log.info("#{connection} {peer} left {room}", connection=self.number, peer=self.peer, room=room)
+            _logger.info("#{connection} {peer} left {room}", connection=self.number, peer=self.peer, room=room)

@@ -45,7 +45,7 @@ MAX_HEAD: Final = 16 << 10
 """The largest size of the head of a request, in bytes."""
 
 _WEBSOCKET = re.compile(rb"\r\nupgrade:[^\r\n]*websocket", re.IGNORECASE)
-_log = Logger()
+_logger = Logger()
 _T = TypeVar("_T")
 
 
@@ -153,14 +153,14 @@ class WebSocketConnection(AutobahnConnection):
 
     def _not_opened(self, failure: Failure) -> None:
         failure.trap(LogUnavailable)
-        _log.error("the log cannot be read: {error}", error=failure.value)
+        _logger.error("the log cannot be read: {error}", error=failure.value)
         raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the room cannot be read now")
 
     @override
     def refusal(self, status: HTTPStatus, reason: str, headers: Sequence[tuple[str, object]]) -> bytes:
         """Compose a problem that states the reason."""
         # The log does not get the reason, in which Autobahn quotes the request with all its secrets.
-        _log.info("{peer} refused: {code} {phrase}", peer=self.peer, code=status.value, phrase=status.phrase)
+        _logger.info("{peer} refused: {code} {phrase}", peer=self.peer, code=status.value, phrase=status.phrase)
         self.factory.refused_handshakes[str(status.value)] += 1
         body = problem(status, reason)
         headers = [("Content-Type", PROBLEM), ("Content-Length", len(body)), *headers]
@@ -186,7 +186,7 @@ class WebSocketConnection(AutobahnConnection):
         self.factory.connections.add(self)
         self.transport.registerProducer(self, self._socket is None)
         self.send_frame(answer + session.join(ticket))
-        _log.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=request.room)
+        _logger.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=request.room)
 
     # Reading
 
@@ -278,7 +278,7 @@ class WebSocketConnection(AutobahnConnection):
 
     @override
     def failing(self, code: int, reason: str) -> None:
-        _log.info(
+        _logger.info(
             "#{connection} {peer} connection failed: {code} {reason}",
             connection=self.number,
             peer=self.peer,
@@ -302,7 +302,7 @@ class WebSocketConnection(AutobahnConnection):
     def closed(self, code: int) -> None:
         self.session.detach()
         if self.factory.connections.remove(self, code):
-            _log.info(
+            _logger.info(
                 "#{connection} {peer} left {room}: {code}",
                 connection=self.number,
                 peer=self.peer,
