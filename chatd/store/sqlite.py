@@ -76,7 +76,7 @@ class ThreadWorker(Worker):
         self._pool.stop()
 
 
-class _Pending(NamedTuple):
+class _QueuedPost(NamedTuple):
     """A post that is not in the log yet."""
 
     room: str
@@ -113,9 +113,9 @@ class SqliteStore(Store):
         self._closing = False
         self._in_doubt = False
         """True after a batch that may be stored although the followers do not know it."""
-        self._gathering: list[_Pending] = []
+        self._gathering: list[_QueuedPost] = []
         """The posts of the next commit."""
-        self._committing: list[_Pending] | None = None
+        self._committing: list[_QueuedPost] | None = None
         """The posts of the commit in progress; None if there is no commit."""
         self._settling: list[Deferred[None]] = []
         """Callers of settled() that wait for the commit in progress."""
@@ -170,7 +170,7 @@ class SqliteStore(Store):
         if len(self._gathering) >= MAX_PENDING:
             poster.refused(post, LogUnavailable("too many posts wait for the disk"))
             return
-        self._gathering.append(_Pending(room, post, poster))
+        self._gathering.append(_QueuedPost(room, post, poster))
         if self._committing is None:
             self._commit()
 
@@ -189,7 +189,7 @@ class SqliteStore(Store):
         self.commits.add(max(0.0, self._now() - begun))  # the clock may be set back
         return result
 
-    def _committed(self, commit: Commit, batch: Sequence[_Pending]) -> None:
+    def _committed(self, commit: Commit, batch: Sequence[_QueuedPost]) -> None:
         self._writable()
         self._notify(commit)
         for (_, post, poster), (number, stored) in zip(batch, commit.outcomes, strict=False):  # empty if abandoned
@@ -198,7 +198,7 @@ class SqliteStore(Store):
             else:
                 notify(answer_retry, post, number, poster, same=stored == post.message)
 
-    def _failed(self, failure: Failure, batch: Sequence[_Pending]) -> None:
+    def _failed(self, failure: Failure, batch: Sequence[_QueuedPost]) -> None:
         self._unwritable(failure)
         error: LogUnavailable
         if isinstance(failure.value, InDoubt):
