@@ -24,7 +24,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel, Request
 from twisted.web.resource import IResource, Resource
-from twisted.web.server import Request as SiteRequest
+from twisted.web.server import Request as TwistedRequest
 from twisted.web.server import Site
 
 import chatd
@@ -143,7 +143,7 @@ def page(request: Request, path: str) -> bytes:
     return answer(request, HTTPStatus.OK, body, "text/html; charset=utf-8", content_security_policy=policy)
 
 
-class _Request(SiteRequest):
+class _SiteRequest(TwistedRequest):
     """A request whose answer has only the headers that a resource sets."""
 
     defaultContentType = None  # what Twisted takes for none
@@ -248,7 +248,7 @@ class ChatSite(Site):
     """The HTTP site, which logs no line for each request."""
 
     noisy = False
-    requestFactory = _Request
+    requestFactory = _SiteRequest
     protocol = _Channel  # type: ignore[assignment]  # HTTP/2 is not offered
 
     def __init__(self, resource: IResource, reactor: IReactorTime) -> None:
