@@ -101,7 +101,7 @@ class Admission:
         if origin is not None and self._origins and not any(pattern.match(origin) for pattern in self._origins):
             raise HttpError(HTTPStatus.FORBIDDEN, "this page may not connect here")
 
-    def visit(self, path: str, query: Mapping[str, Sequence[str]], origin: str | None) -> JoinRequest:
+    def join_request(self, path: str, query: Mapping[str, Sequence[str]], origin: str | None) -> JoinRequest:
         """Validate the request of a client that connects, or raise HttpError; ignore unknown keys of the query."""
         self.check_origin(origin)
         room = self.room(path)

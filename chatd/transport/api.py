@@ -264,15 +264,15 @@ class Api(ChatResource):
 
     def _events(self, request: Request, path: str, query: str) -> Any:
         """Answer with a stream of events."""
-        visit = self._admission.visit(path, read_query(query), None)
-        last = last_id(_header(request, b"last-event-id")) or visit.last
+        wanted = self._admission.join_request(path, read_query(query), None)
+        last = last_id(_header(request, b"last-event-id")) or wanted.last
         if request.method == b"HEAD":
             body = answer(request, HTTPStatus.OK, b"", "text/event-stream")
             request.responseHeaders.removeHeader(b"content-length")
             return body
-        stream = EventStream(request, self._rooms, self._connections, visit)
+        stream = EventStream(request, self._rooms, self._connections, wanted)
         reply = Reply(request)
-        self._rooms.open(visit.room, last).addCallback(stream.join).addErrback(reply.failed)
+        self._rooms.open(wanted.room, last).addCallback(stream.join).addErrback(reply.failed)
         return NOT_DONE_YET
 
 

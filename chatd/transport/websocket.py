@@ -130,7 +130,7 @@ class WebSocketConnection(AutobahnConnection):
     def admit(self, path: str, query: str, origin: str | None, protocols: Sequence[str]) -> "Deferred[str | None]":
         """Find the room, at once if someone is in it; the result is the subprotocol chosen, or HttpError."""
         factory = self.factory
-        request = factory.admission.visit(path, read_query(query), origin)
+        request = factory.admission.join_request(path, read_query(query), origin)
         opening = factory.rooms.open(request.room, request.last)
         if not opening.called:
             # Frames that a client sends before it has its answer stay in its socket.

@@ -30,7 +30,7 @@ def visit(target, origin=None, *, rooms=(), origins=()):
     """Return the JoinRequest of a path, under rules as they are on the command line."""
     rules = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
     path, _, query = target.partition("?")
-    return rules.visit(path, read_query(query), origin)
+    return rules.join_request(path, read_query(query), origin)
 
 
 def refusal(target, origin=None, **rules):
