@@ -196,23 +196,23 @@ class Api(ChatResource):
             raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
         reply = Reply(request)
 
-        def paged(excerpt: EncodedPage) -> None:
-            more = excerpt.older if wanted.after is None else excerpt.newer
-            frame = history_frame(self._rooms.epoch, excerpt.end, excerpt.frames, more=more)
-            links = ", ".join(self._links(excerpt, wanted.limit))
+        def paged(encoded: EncodedPage) -> None:
+            more = encoded.older if wanted.after is None else encoded.newer
+            frame = history_frame(self._rooms.epoch, encoded.end, encoded.frames, more=more)
+            links = ", ".join(self._links(encoded, wanted.limit))
             reply.send(HTTPStatus.OK, payload(frame) + b"\n", **({"link": links} if links else {}))
 
         self._rooms.page(room, wanted).addCallback(paged).addErrback(reply.failed)
         return NOT_DONE_YET
 
-    def _links(self, excerpt: EncodedPage, limit: int) -> list[str]:
+    def _links(self, encoded: EncodedPage, limit: int) -> list[str]:
         """Compose the links to the pages before and after this one, if the log has them."""
         epoch, links = self._rooms.epoch, []
-        if excerpt.older:
-            first = Id(epoch, excerpt.end - len(excerpt.frames) + 1)
+        if encoded.older:
+            first = Id(epoch, encoded.end - len(encoded.frames) + 1)
             links.append(f'<?before={first}&limit={limit}>; rel="prev"')
-        if excerpt.newer:
-            links.append(f'<?after={Id(epoch, excerpt.end)}&limit={limit}>; rel="next"')
+        if encoded.newer:
+            links.append(f'<?after={Id(epoch, encoded.end)}&limit={limit}>; rel="next"')
         return links
 
     def _message(self, request: Request, room: str, text: str) -> int:
@@ -223,9 +223,9 @@ class Api(ChatResource):
             raise HttpError(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
         reply = Reply(request)
 
-        def found(excerpt: EncodedPage) -> None:
-            if excerpt.end == wanted.number and excerpt.frames:
-                reply.send(HTTPStatus.OK, payload(excerpt.frames[0]) + b"\n")
+        def found(encoded: EncodedPage) -> None:
+            if encoded.end == wanted.number and encoded.frames:
+                reply.send(HTTPStatus.OK, payload(encoded.frames[0]) + b"\n")
             else:
                 raise UnknownId
 
