@@ -108,7 +108,7 @@ class ChatService(Service):
         self._drain = drain
         self._drained = False
         self._draining: list[Deferred[None]] = []
-        self._told_to_stop = False
+        self._stop_requested = False
         self._clock = clock
         self._observer = observer
         self._notify = notify
@@ -200,10 +200,10 @@ class ChatService(Service):
 
     def signalled(self, number: int) -> None:
         """Note a signal that ends the process.  The second one, or SIGINT, makes the drain immediate."""
-        if self._told_to_stop or number == signal.SIGINT:
+        if self._stop_requested or number == signal.SIGINT:
             _logger.info("skipping the paced drain")
             self._drain.skip_pace()
-        self._told_to_stop = True
+        self._stop_requested = True
 
     def drain(self, *, expecting: bool = False) -> "Deferred[None]":
         """Drain once; fire when all clients are disconnected.  `expecting` is as in `Drain.run`."""
@@ -215,14 +215,14 @@ class ChatService(Service):
             self._readiness.why_not = "draining"
             _logger.info("draining")
             self._notify(STATUS="draining")
-            self._drain.run(self._close_ports, expecting=expecting).addBoth(self._gone)
+            self._drain.run(self._close_ports, expecting=expecting).addBoth(self._finish_drain)
         return done
 
     def _close_ports(self) -> "Deferred[Any]":
         """Close the ports for clients.  The admin port stays open."""
         return DeferredList([maybeDeferred(port.stopListening) for port in self._ports])
 
-    def _gone(self, result: object) -> None:
+    def _finish_drain(self, result: object) -> None:
         self._drained = True
         self._readiness.why_not = "drained"
         if isinstance(result, Failure):

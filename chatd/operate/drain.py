@@ -104,9 +104,9 @@ class Drain:
         connections.stopping = True
         yield DeferredList((yield from self._in_turn([*connections.connected])))
         yield connections.empty()
-        gone = self._requests.close()
+        closed = self._requests.close()
         yield from self._settle(lambda: self._requests.asked)
-        yield gone
+        yield closed
         if over.active():
             over.cancel()
 

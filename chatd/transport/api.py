@@ -50,15 +50,15 @@ class Reply:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._gone = False
+        self._disconnected = False
         request.notifyFinish().addErrback(self._left)
 
     def _left(self, _: Failure) -> None:
-        self._gone = True
+        self._disconnected = True
 
     def send(self, status: HTTPStatus, body: bytes, kind: str = "application/json", **headers: str) -> None:
         """Send the answer, if the client is still connected."""
-        if not self._gone:
+        if not self._disconnected:
             self._request.write(answer(self._request, status, body, kind, **headers))
             self._request.finish()
 

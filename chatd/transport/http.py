@@ -174,7 +174,7 @@ class _Channel(HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Remove the connection from those of the site."""
         super().connectionLost(reason)
-        self.site.gone(self)
+        self.site.remove(self)
         if self.when_lost is not None:
             self.when_lost()
 
@@ -227,7 +227,7 @@ class _Channel(HTTPChannel):
         self.setTimeout(None)
         cast(Any, self._networkProducer).unregisterProducer()
         self._networkProducer.resumeProducing()  # else it stays paused while answers wait to be sent
-        self.site.gone(self)
+        self.site.remove(self)
         upgrade(self.transport, head + self.clearLineBuffer())
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
@@ -285,7 +285,7 @@ class ChatSite(Site):
         for channel in [*self.channels]:
             channel.transport.abortConnection()
 
-    def gone(self, channel: _Channel) -> None:
+    def remove(self, channel: _Channel) -> None:
         """Remove a connection that has ended."""
         self.channels.discard(channel)
         if not self.channels:

@@ -40,7 +40,7 @@ class EventStream:
         self.member.name = wanted.username
         address = request.getClientAddress()
         self.peer = f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
-        self._channel.when_lost = self._gone
+        self._channel.when_lost = self._client_left
 
     def join(self, ticket: JoinTicket) -> None:
         """Begin the stream with the history and join the room, unless the client or the server is leaving."""
@@ -93,7 +93,7 @@ class EventStream:
         self.member.resume()
 
     def stopProducing(self) -> None:
-        """IPushProducer: the transport has ended; _gone() follows."""
+        """IPushProducer: the transport has ended; _client_left() follows."""
 
     def evict(self) -> None:
         """MemberTransport.evict: the client reconnects by itself, with its last id."""
@@ -121,7 +121,7 @@ class EventStream:
     def abort(self) -> None:
         self._channel.transport.abortConnection()
 
-    def _gone(self) -> None:
+    def _client_left(self) -> None:
         self._open = False
         self.member.detach()
         if self._connections.remove(self, self._code):
