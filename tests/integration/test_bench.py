@@ -112,7 +112,7 @@ def test_correct_stream_in_any_pieces(clients, order, size):
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
 def test_first_client_notices_a_message_that_is(clients, mutant):
-    with pytest.raises(bench.Fault, match=r"came where message \d and post \d were due"):
+    with pytest.raises(bench.StreamError, match=r"came where message \d and post \d were due"):
         clients.first.take(b"".join(mutant))
 
 
@@ -122,7 +122,7 @@ def test_every_other_client_notices_a_message_that_is(clients, mutant, early):
     streams = [(clients.first, STREAM), (clients.other, mutant)]
     (one, before), (two, after) = reversed(streams) if early else streams
     one.take(b"".join(before))
-    with pytest.raises(bench.Fault, match="client 1 got"):
+    with pytest.raises(bench.StreamError, match="client 1 got"):
         two.take(b"".join(after))
 
 
