@@ -62,9 +62,9 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> Contents:
             if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
                 raise StoreFault(f"{source} is no chatd store: name another file")
             copied.execute("PRAGMA synchronous=OFF")  # put() syncs it once, when it is complete
-            db.backup(copied, pages=PAGES, progress=lambda _, left, all_: tell(f"{100 * (all_ - left) // all_} %"))
+            db.backup(copied, pages=PAGES, progress=lambda _, left, all_: show(f"{100 * (all_ - left) // all_} %"))
             copied.execute("PRAGMA journal_mode=DELETE")  # one file, even for readers without write permission
-            tell("verifying")
+            show("verifying")
             faults = copied.execute("PRAGMA integrity_check(1)").fetchone()
             if faults != ("ok",):
                 raise StoreFault(f"{source} is damaged ({' '.join(faults[0].split())}): take another")
@@ -74,7 +74,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> Contents:
             f"{source} cannot be copied ({error}): check that it is a chatd store, and that the disk has space"
         ) from None
     finally:
-        tell("")
+        show("")
 
 
 def contents_of(db: sqlite3.Connection) -> Contents:
@@ -152,7 +152,7 @@ def sync(path: pathlib.Path) -> None:
         os.close(opened)
 
 
-def tell(progress: str) -> None:
+def show(progress: str) -> None:
     """Show the progress on a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{progress}")

@@ -38,7 +38,7 @@ class Ledger:
     def __init__(self, run: str, clients: int) -> None:
         self.proof = Proof(run, clients, clients, size=TEXT_SIZE)
         self.faults: collections.Counter[str] = collections.Counter(dict.fromkeys(self.KINDS, 0))
-        self.told: list[str] = []
+        self.first_faults: list[str] = []
         """Descriptions of the first faults."""
         self.acked = 0
         self.late = Latencies()
@@ -66,8 +66,8 @@ class Ledger:
     def fault(self, kind: str, text: str, count: int = 1) -> None:
         """Count a fault, and keep its description if it is among the first."""
         self.faults[kind] += count
-        if len(self.told) < QUOTED:
-            self.told.append(f"{kind}: {text}")
+        if len(self.first_faults) < QUOTED:
+            self.first_faults.append(f"{kind}: {text}")
 
     def _check(self, rule: Callable[..., None], *what: object) -> bool:
         """Apply a rule of the proof, and return whether it holds."""

@@ -229,7 +229,7 @@ class Load:
             "ack_ms": self.acks.figures(),
             "load_cpu": round(self._cpu / seconds, 2) if seconds else None,
             "faults": dict(ledger.faults),
-            "told": ledger.told,
+            "first_faults": ledger.first_faults,
         }
 
     def __str__(self) -> str:

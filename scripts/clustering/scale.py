@@ -110,8 +110,8 @@ async def share(reactor: Any, tools: Tools, options: argparse.Namespace, count: 
         ledger.conclude(await cluster.logs(ledger.epoch))
         await load.stop()
     rows = [{"scenario": f"scale, {count} {'node' if count == 1 else 'nodes'}"} | row for row in rows]
-    rows[-1] |= {"faults": dict(ledger.faults), "told": ledger.told}
-    tell(rows)
+    rows[-1] |= {"faults": dict(ledger.faults), "first_faults": ledger.first_faults}
+    show(rows)
     return rows
 
 
@@ -146,15 +146,22 @@ async def store(reactor: Any, tools: Tools, options: argparse.Namespace, count: 
                 row["label_bytes"] = redis.ask("MEMORY", "USAGE", key)
             rows.append(row)
     rows = [{"scenario": f"Redis, {count} {'node' if count == 1 else 'nodes'}"} | row for row in rows]
-    tell(rows)
+    show(rows)
     return rows
 
 
-def tell(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[Row]) -> None:
     """Print figures, one line for each row."""
     for row in rows:
-        words = [f"{key} {value}" for key, value in row.items() if key not in ("scenario", "mode", "faults", "told")]
-        print(f"{row['scenario']}, {row['mode']}: {'; '.join(words)}", *row.get("told", ()), sep="\n  ", flush=True)
+        words = [
+            f"{key} {value}" for key, value in row.items() if key not in ("scenario", "mode", "faults", "first_faults")
+        ]
+        print(
+            f"{row['scenario']}, {row['mode']}: {'; '.join(words)}",
+            *row.get("first_faults", ()),
+            sep="\n  ",
+            flush=True,
+        )
 
 
 def sizes(redis: Redis, stream: str) -> list[int]:

@@ -206,7 +206,7 @@ async def prove(reactor: Any, tools: Tools, options: argparse.Namespace, name: s
 def report(row: Row, done: Row) -> str:
     """Return the report of a scenario, as lines."""
     faults = ", ".join(f"{kind} {count}" for kind, count in row["faults"].items())
-    lines = [f"{row['scenario']}: {faults}", *(f"  {line}" for line in row["told"])]
+    lines = [f"{row['scenario']}: {faults}", *(f"  {line}" for line in row["first_faults"])]
     lines.append(
         f"  {row['posted']:,} posted in {row['seconds']:g} s, {row['acknowledged']:,} acknowledged, "
         f"{row['acknowledged_again']:,} of them stored by an earlier attempt; {row['delivered']:,} deliveries"
@@ -217,8 +217,8 @@ def report(row: Row, done: Row) -> str:
     lines += [f"  {count:,} times {why}" for why, count in row["refusals"].items()]
     for name in ("late", "away", "ack"):
         if row[f"{name}_ms"]:
-            told = "  ".join(f"{key} {figure:,.0f}" for key, figure in row[f"{name}_ms"].items())
-            lines.append(f"  {name:<5} {told} ms")
+            figures = "  ".join(f"{key} {figure:,.0f}" for key, figure in row[f"{name}_ms"].items())
+            lines.append(f"  {name:<5} {figures} ms")
     if (row["load_cpu"] or 0) >= BUSY:
         lines.append(f"  busy: the clients used {row['load_cpu']:.0%} of a core; the times include their own delays")
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def verify(stack: Stack, image: str, within: float) -> dict[str, Any]:
     state = stack.there()
     url = state.output("WebSocketURL")
     deadline = stack.clock.now() + within
-    told = ""
+    reported = ""
     while True:
         try:
             wrong, instances = running(stack.account, state, image)
@@ -50,9 +50,9 @@ def verify(stack: Stack, image: str, within: float) -> dict[str, Any]:
             return {"image": image, "version": expected, "instances": instances, "url": url}
         if stack.clock.now() >= deadline:
             raise NotVerified(f"{image} is not verified: {wrong}")
-        if wrong != told:
+        if wrong != reported:
             say(f"not yet: {wrong}")
-            told = wrong
+            reported = wrong
         stack.clock.sleep(POLL_SECONDS)
 
 

@@ -185,12 +185,12 @@ def test_backup_ends_despite_constant_writes(store, tmp_path, scripts, monkeypat
     steps = []
     with closing(sqlite3.connect(store, isolation_level=None)) as writer:
 
-        def tell(progress):
+        def show(progress):
             steps.append(progress)
             assert len(steps) < 100
             writer.execute("UPDATE rooms SET head = head + 1")
 
-        monkeypatch.setattr(storefiles, "tell", tell)
+        monkeypatch.setattr(storefiles, "show", show)
         monkeypatch.setattr(sys, "argv", ["backup", f"--store={store}", str(tmp_path / "copy")])
         assert load.main().startswith(f"{tmp_path}/copy: the log ")
     percents = [int(step.removesuffix(" %")) for step in steps if step.endswith(" %")]
@@ -626,11 +626,11 @@ name, when, number, *arguments = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(name))
 import storefiles
 storefiles.PAGES = 1
-said = storefiles.tell
-def tell(progress):
+said = storefiles.show
+def show(progress):
     if progress.endswith(when) and progress != "100 %":
         os.kill(os.getpid(), int(number))
-storefiles.tell = tell
+storefiles.show = show
 sys.argv = [name, *arguments]
 runpy.run_path(name, run_name="__main__")
 """
