@@ -147,7 +147,7 @@ class Proof:
         if reader.log is not None and reader.log.epoch == epoch:
             raise Violation(
                 Kind.BROKEN,
-                f"client {reader.number} had {epoch}-{reader.cursor} and was told to start over at {history.end}: "
+                f"client {reader.number} had {epoch}-{reader.cursor} and had to start over at {history.end}: "
                 f"either the log lost messages, or the client missed more of them than the server sends again",
             )
         log = self._enter(epoch)

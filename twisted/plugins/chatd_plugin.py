@@ -1,4 +1,4 @@
-"""Tell twistd of the chatd command."""
+"""The plugin that gives twistd the chatd command."""
 
 from twisted.application.service import ServiceMaker
 

@@ -218,7 +218,7 @@ def test_log_ends_before_a_received_message():
 def test_fresh_start_in_the_same_log():
     given = Given().post(0, 0)
     given.give(0, 1)
-    with pytest.raises(Violation, match="client 0 had abcd-1 and was told to start over at abcd-2"):
+    with pytest.raises(Violation, match="client 0 had abcd-1 and had to start over at abcd-2"):
         given.begin(0, 2, given.log[1])
 
 
