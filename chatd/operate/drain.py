@@ -70,7 +70,7 @@ class Drain:
     def __init__(
         self, connections: Connections, log: PendingPosts, requests: Requests, budget: float, clock: IReactorTime
     ) -> None:
-        self._clients = connections
+        self._connections = connections
         self._log = log
         self._requests = requests
         self._budget = budget
@@ -92,7 +92,7 @@ class Drain:
 
         The grace ends early when no client is connected, unless more are `expecting`.
         """
-        connections, clock = self._clients, self._clock
+        connections, clock = self._connections, self._clock
         begin = clock.seconds()
         over = clock.callLater(self._budget, self._abort)
         self._end = begin + self._budget - min(ANSWER_SECONDS, self._budget / 4)
@@ -112,7 +112,7 @@ class Drain:
 
     def _abort(self) -> None:
         self._log.abandon()
-        self._clients.abort()
+        self._connections.abort()
         self._requests.abort()
 
     def _late(self) -> bool:
@@ -129,7 +129,7 @@ class Drain:
         released: list[Deferred[None]] = []
         due = 0.0
         last = self._clock.seconds() - TICK_SECONDS
-        while leaving and self._clients.connected:
+        while leaving and self._connections.connected:
             now = self._clock.seconds()
             passed, left = min(now - last, MISSED_TICKS * TICK_SECONDS), self._end - now
             last = now
@@ -151,7 +151,7 @@ class Drain:
         """Stop reading from some clients, and release each when it has its answers."""
         for client in some:
             client.finish()
-        yield from self._settle(lambda: bool(self._clients.connected))
+        yield from self._settle(lambda: bool(self._connections.connected))
         # The entry that each client must have got; None while the log has yet to answer frames that were held.
         waiting: dict[Connection, int | None] = dict.fromkeys(some)
         enough = self._clock.seconds() + FULL_SECONDS
@@ -180,8 +180,8 @@ class Drain:
             self._log.abandon()
 
     def _restart(self, client: Connection) -> None:
-        if client in self._clients.connected:
+        if client in self._connections.connected:
             spread = SPREAD_SECONDS if self._immediate is None else IMMEDIATE_SPREAD_SECONDS
             client.restart(random.random() * spread)  # noqa: S311 -- no secret
-            if client in self._clients.connected:
-                self._clients.closings.add(client)
+            if client in self._connections.connected:
+                self._connections.closings.add(client)

@@ -82,7 +82,7 @@ class Metrics(Collector):
     ) -> None:
         self._store = store
         self._rooms = rooms
-        self._clients = connections
+        self._connections = connections
         self._refusals = refusals
         self._lag = ReactorLag(clock)
         self._started = time.time()
@@ -95,13 +95,13 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the current value of every metric."""
-        yield from self._who()
+        yield from self._clients()
         yield from self._messages()
         yield from self._refused()
-        yield from self._log()
+        yield from self._store_metrics()
         yield from self._process()
 
-    def _who(self) -> Iterator[Metric]:
+    def _clients(self) -> Iterator[Metric]:
         """Yield the current connections and members, and the closes."""
         connections = GaugeMetricFamily("chatd_connections", "Open connections.", labels=["transport"])
         closes = CounterMetricFamily(
@@ -109,10 +109,10 @@ class Metrics(Collector):
             "Closed connections by close code; 1006: without a close frame, like every event stream.",
             labels=["transport", "code"],
         )
-        now = Counter(client.carrier for client in self._clients.connected)
+        now = Counter(client.carrier for client in self._connections.connected)
         for carrier in CARRIERS:
             connections.add_metric([carrier], now[carrier])
-            ended = {code: number for (by, code), number in self._clients.closes.items() if by == carrier}
+            ended = {code: number for (by, code), number in self._connections.closes.items() if by == carrier}
             for code in CODES:
                 closes.add_metric([carrier, str(code)], ended.pop(code, 0))
             closes.add_metric([carrier, "other"], sum(ended.values()))
@@ -162,7 +162,7 @@ class Metrics(Collector):
                 refusals.add_metric([kind, reason], number)
         yield refusals
 
-    def _log(self) -> Iterator[Metric]:
+    def _store_metrics(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "chatd_store_up", "1, or 0 if the last write or read of the log failed.", not self._store.fault
         )
