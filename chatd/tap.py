@@ -30,8 +30,7 @@ from chatd.service import ChatService, Readiness
 from chatd.store.base import Store
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore, ThreadWorker
-from chatd.transport import frames
-from chatd.transport import http as web
+from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
@@ -122,7 +121,7 @@ def makeService(options: Options) -> IService:
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
     readiness = Readiness(lambda: store.fault)
     api = Api(rooms, connections, admission, addresses)
-    site = web.site(readiness, reactor, {"": api, "rooms": api})
+    site = http.site(readiness, reactor, {"": api, "rooms": api})
     factory = ChatFactory(
         rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor, rate=rate
     )
@@ -140,7 +139,7 @@ def makeService(options: Options) -> IService:
         seed=settings.seed,
         connections=connections,
         factory=factory,
-        admin_factory=web.admin(
+        admin_factory=http.admin(
             readiness,
             reactor,
             drain=lambda: service.drain(expecting=True),  # a load balancer may still send clients

@@ -20,9 +20,8 @@ from twisted.python.failure import Failure
 from chatd.operate.drain import TICK_SECONDS, Drain
 from chatd.room.presence import ROUND_SECONDS
 from chatd.room.registry import Registry
-from chatd.transport import frames
+from chatd.transport import frames, websocket
 from chatd.transport import http as web
-from chatd.transport import websocket as protocol
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.autobahn_adapter import MAX_FRAGMENTS, MAX_MESSAGE
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS
@@ -271,12 +270,12 @@ def test_unsupported_websocket_version(client):
 
 
 def test_head_without_end_is_refused(client):
-    client.sends(b"GET / HTTP/1.1\r\nX: " + b"x" * protocol.MAX_HEAD)
+    client.sends(b"GET / HTTP/1.1\r\nX: " + b"x" * websocket.MAX_HEAD)
     assert client.transport.read().startswith(b"HTTP/1.1 431 ")
 
 
 def test_long_head_that_ends_is_refused(client):
-    client.sends(HEAD + b"\r\nX: " + b"x" * protocol.MAX_HEAD + b"\r\n\r\n")
+    client.sends(HEAD + b"\r\nX: " + b"x" * websocket.MAX_HEAD + b"\r\n\r\n")
     assert client.transport.read().startswith(b"HTTP/1.1 431 ")
 
 
