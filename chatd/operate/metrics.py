@@ -35,12 +35,13 @@ from chatd.histogram import SECONDS, Histogram
 from chatd.room.registry import Registry
 from chatd.store.base import Store
 from chatd.transport.connections import CARRIERS, Connections
+from chatd.transport.framing import CloseCode
 
 LAG_SECONDS: Final = 0.5
 """The interval between two samples of the reactor lag."""
 LAGS: Final = (0, 1, 10, 100, 1000, 10_000)
 """Bounds for the number of messages that a member is behind.  Beyond the last, a member is evicted."""
-CODES: Final = (1000, 1001, 1002, 1003, 1006, 1007, 1008, 1009, 1011, 1012, 1013)
+CODES: Final = tuple(CloseCode)
 """The close codes that are counted one by one.  Clients may invent others (RFC 6455, section 7.4.2)."""
 _STATM: Final = Path("/proc/self/statm")
 
