@@ -7,6 +7,7 @@ import gc
 import os
 import pathlib
 import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
@@ -115,7 +116,8 @@ def makeService(options: Options) -> IService:
     store: Store = _store(settings, reactor)
     rooms = Registry(store, frames, reactor, settings.history, store.lobby)
     connections = Connections(reactor, settings.ping)
-    admission = Admission([*map(room_pattern, settings.rooms)], [*map(origin_pattern, settings.origin)])
+    rooms_allowed, origins = [*map(room_pattern, settings.rooms)], [*map(origin_pattern, settings.origin)]
+    admission = Admission(rooms_allowed, origins, proxied=settings.proxy_hops > 0)
     a_second, burst = settings.rate
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
@@ -144,6 +146,7 @@ def makeService(options: Options) -> IService:
             reactor,
             drain=lambda: service.drain(expecting=True),  # a load balancer may still send clients
             metrics=metrics,
+            hostname=socket.gethostname(),
         ),
         listen=options.listen,
         admin=options.admin,

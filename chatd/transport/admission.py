@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 from http import HTTPStatus
 from ipaddress import IPv6Address, ip_address
+from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import parse_qs
 
@@ -27,23 +28,35 @@ MAX_ADDRESSES: Final = 10_000
 NETWORK_BITS: Final = 64
 """The bits of an IPv6 address that name a network (RFC 4291, section 2.5.4): one host can have all addresses of it."""
 
+ANY_ORIGIN: Final = r".*\Z"
+"""The pattern of `*`, which every page matches."""
 ROUNDING: Final = 1e-6
 """The seconds that sums of fractions may lose."""
 
 _PATH = re.compile(r"/rooms/([a-z0-9][a-z0-9_-]{0,63})")
 _ROOMS = re.compile(r"[a-z0-9_*?-]+")
+_PAGE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\[\]:/]+)(?::([0-9]+))?")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/]+)(?::([0-9]*))?")
+_PORTS = {"http": "80", "https": "443"}
 _ORIGIN = re.compile(
     r"null|(?!wss?:)[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:]+\])(:[0-9]+)?|(https?://)?\*\.[a-z0-9_.-]+(:[0-9]+)?"
 )
 
 
 class HttpError(Exception):
-    """A refused request: a status, and the reason in one line."""
+    """A refused request: a status, the reason in one line, and headers of the answer."""
 
-    def __init__(self, status: HTTPStatus, detail: str, code: Code | None = None) -> None:
+    def __init__(
+        self,
+        status: HTTPStatus,
+        detail: str,
+        code: Code | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.code = code
+        self.headers = headers
 
 
 def server_stopping() -> HttpError:
@@ -73,20 +86,67 @@ def origin_pattern(text: str) -> str:
     """Read an origin (RFC 6454), or a pattern for a domain, as a regular expression.
 
     `https://chat.example` is that one; `https://*.example` every host below, and `*.example` by either scheme.
+    `*` is every origin.
     """
+    if text == "*":
+        return ANY_ORIGIN
     text = text.lower()
     if not _ORIGIN.fullmatch(text):
         raise ValueError(f"{text!r} is no origin such as https://chat.example or *.example")
     return re.sub(r"^(.*)\\\*", lambda found: f"{found[1] or 'https?://'}[a-z0-9_.-]+", re.escape(text)) + r"\Z"
 
 
-class Admission:
-    """The rules for rooms and for the origins of pages; an empty list allows all."""
+def is_same_host(origin: str, host: str) -> bool:
+    """Return whether a page of this origin was loaded from the host in a Host header.
 
-    def __init__(self, rooms: Sequence[str] = (), origins: Sequence[str] = ()) -> None:
+    The scheme of the request is unknown behind a proxy.  So that of the page decides the default port of both.
+    """
+    page, server = _PAGE.fullmatch(origin.lower()), _HOST.fullmatch(host.lower())
+    if page is None or server is None:
+        return False
+    port = _PORTS.get(page[1])
+    return page[2] == server[1] and (page[3] or port) == (server[2] or port)
+
+
+def check_operator(headers: Mapping[str, str], hostname: str) -> None:
+    """Raise HttpError 403 for requests that a web page may have sent.
+
+    A page sends its origin, or how it relates to this server (Fetch Metadata).  One that made its own name
+    resolve to this machine sends that name as the host.  So the host must be an address, a name without a
+    dot such as `localhost`, or this machine's name.
+    """
+    host = headers.get("host", "").lower()
+    server = _HOST.fullmatch(host)
+    name = server[1] if server else host
+    if not (is_address(name.strip("[]")) or "." not in name or name == hostname.lower()):
+        raise HttpError(HTTPStatus.FORBIDDEN, "this is the admin port of another host; send Host: localhost")
+    origin = headers.get("origin")
+    page = headers.get("sec-fetch-site", "none")
+    if (origin is not None and not is_same_host(origin, host)) or page not in ("none", "same-origin"):
+        raise HttpError(HTTPStatus.FORBIDDEN, "no web page may use the admin port")
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is an IP address."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Admission:
+    """The rules for rooms and for the origins of pages.
+
+    An empty list of rooms allows all rooms, and an empty list of origins the pages of the server's own host.
+    With `proxied`, that is also the host that a proxy names in X-Forwarded-Host.
+    """
+
+    def __init__(self, rooms: Sequence[str] = (), origins: Sequence[str] = (), *, proxied: bool = False) -> None:
         self._rooms = [re.compile(pattern) for pattern in rooms]
         self._origins = [re.compile(pattern) for pattern in origins]
-        self.any_origin = not origins
+        self._proxied = proxied
+        self.any_origin = ANY_ORIGIN in origins
 
     def room(self, path: str) -> str:
         """Return the room that a path names, `/rooms/NAME` as written or `/`; raise HttpError 404 for others."""
@@ -96,14 +156,23 @@ class Admission:
             raise HttpError(HTTPStatus.NOT_FOUND, "there is no room here; connect to / or to /rooms/NAME")
         return name
 
-    def check_origin(self, origin: str | None) -> None:
-        """Refuse pages of other origins with HttpError 403; requests without an Origin header are allowed."""
-        if origin is not None and self._origins and not any(pattern.match(origin) for pattern in self._origins):
+    def check_origin(self, origin: str | None, host: str | None, forwarded: str | None = None) -> None:
+        """Refuse pages of other origins with HttpError 403; requests without an Origin header are allowed.
+
+        `host` and `forwarded` are the headers Host and X-Forwarded-Host, neither of which a page can set.
+        """
+        if origin is None or self.any_origin:
+            return
+        if self._origins:
+            allowed = any(pattern.match(origin) for pattern in self._origins)
+        else:
+            hosts = [host or "", *(forwarded.split(",") if forwarded and self._proxied else ())]
+            allowed = any(is_same_host(origin, one.strip()) for one in hosts)
+        if not allowed:
             raise HttpError(HTTPStatus.FORBIDDEN, "this page may not connect here")
 
-    def join_request(self, path: str, query: Mapping[str, Sequence[str]], origin: str | None) -> JoinRequest:
+    def join_request(self, path: str, query: Mapping[str, Sequence[str]]) -> JoinRequest:
         """Validate the request of a client that connects, or raise HttpError; ignore unknown keys of the query."""
-        self.check_origin(origin)
         room = self.room(path)
         if not query:
             return JoinRequest(room, None, NO_EVENTS, None)

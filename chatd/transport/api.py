@@ -33,9 +33,13 @@ from chatd.transport.frames import (
     parse_post,
 )
 from chatd.transport.framing import payload
-from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, answer, page, problem
+from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, answer, page, problem, retry_after
 from chatd.transport.sse import EventStream
 
+EVENTS: Final = "text/event-stream"
+"""The media type of Server-Sent Events."""
+IDENTITY: Final = "identity"
+"""The content coding of a body that is not encoded (RFC 9110, section 12.5.3)."""
 PREFLIGHT_SECONDS: Final = 7200
 """The time for which a browser may cache the answer to a preflight request."""
 
@@ -64,15 +68,26 @@ class Reply:
 
     def refuse(self, refused: HttpError) -> None:
         """Answer with a problem."""
-        self.send(refused.status, problem(refused.status, str(refused), refused.code), PROBLEM, **_retry(refused))
+        status, body, kind = _refusal(self._request, refused)
+        self.send(status, body, kind)
 
     def failed(self, failure: Failure) -> None:
         """Answer with the HTTP error of a failure."""
         self.refuse(_meaning(failure))
 
 
-def _retry(refused: HttpError) -> dict[str, str]:
-    return {"retry_after": str(RETRY_AFTER_SECONDS)} if refused.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+def _refusal(request: Request, refused: HttpError) -> tuple[HTTPStatus, bytes, str]:
+    """Set the headers of the answer that refuses a request, and return its status, body and media type.
+
+    An EventSource gives up for good on any status but 200 (HTML Living Standard, section 9.2.3).  It gets a
+    stream that ends instead of a 503, and reconnects.
+    """
+    streams = request.path.endswith(b"/events") and EVENTS in (_header(request, b"accept") or "")
+    if streams and refused.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return HTTPStatus.OK, b"retry: %d\n\n" % (RETRY_AFTER_SECONDS * 1000), EVENTS
+    for name, value in {**retry_after(refused), **refused.headers}.items():
+        request.setHeader(name, value)
+    return refused.status, problem(refused.status, str(refused), refused.code), PROBLEM
 
 
 def _meaning(failure: Failure) -> HttpError:
@@ -89,16 +104,15 @@ def _meaning(failure: Failure) -> HttpError:
 class Posting:
     """A post in flight, whose outcome is the answer to a request (chatd.room.log.Poster)."""
 
-    def __init__(self, reply: Reply, path: str, epoch: Callable[[], str]) -> None:
+    def __init__(self, reply: Reply, epoch: Callable[[], str]) -> None:
         self._reply = reply
-        self._path = path
         self._epoch = epoch
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
         message = Id(self._epoch(), number)
         status = HTTPStatus.OK if duplicate else HTTPStatus.CREATED
         body = payload(ack_frame(message, post.label, duplicate=duplicate)) + b"\n"
-        self._reply.send(status, body, location=f"{self._path}/messages/{message}")
+        self._reply.send(status, body, location=f"messages/{message}")
 
     def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
         if isinstance(error, LabelReused):
@@ -129,15 +143,15 @@ class Api(ChatResource):
             self._allow(request)
             return self._route(request)
         except HttpError as refused:
-            body = problem(refused.status, str(refused), refused.code)
-            return answer(request, refused.status, body, PROBLEM, **_retry(refused))
+            return answer(request, *_refusal(request, refused))
 
     def _allow(self, request: Request) -> None:
         """Check the origin, and let its page read the answer (Fetch, section 3.2)."""
         origin = _header(request, b"origin")
         if not self._admission.any_origin:
             request.setHeader("vary", "Origin")
-        self._admission.check_origin(origin)
+        hosts = _header(request, b"host"), _header(request, b"x-forwarded-host")
+        self._admission.check_origin(origin, *hosts)
         allowed = "*" if self._admission.any_origin else origin
         if allowed is not None:
             request.setHeader("access-control-allow-origin", allowed)
@@ -242,11 +256,14 @@ class Api(ChatResource):
         peer = str(getattr(address, "host", address))
         wait = self._addresses.take(peer, _header(request, b"x-forwarded-for"))
         if wait:
-            request.setHeader("retry-after", str(ceil(wait)))
-            raise HttpError(HTTPStatus.TOO_MANY_REQUESTS, "Rate limit exceeded", Code.RATE_LIMITED)
+            status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
+            raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
         if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             # No HTML form sends this type, so pages of other origins need a preflight request.
             raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+        if (_header(request, b"content-encoding") or IDENTITY).lower() != IDENTITY:
+            accepted = {"Accept-Encoding": IDENTITY}
+            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send it without Content-Encoding", headers=accepted)
         try:
             post = parse_post(cast(BytesIO, request.content).read())
         except FrameError as error:
@@ -256,7 +273,7 @@ class Api(ChatResource):
             if post.label not in (None, label):
                 raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
             post = post._replace(label=label)
-        posting = Posting(Reply(request), f"/rooms/{room}", lambda: self._rooms.epoch)
+        posting = Posting(Reply(request), lambda: self._rooms.epoch)
         self._rooms.post(room, post, posting)
         return NOT_DONE_YET
 
@@ -264,10 +281,10 @@ class Api(ChatResource):
 
     def _events(self, request: Request, path: str, query: str) -> Any:
         """Answer with a stream of events."""
-        wanted = self._admission.join_request(path, read_query(query), None)
+        wanted = self._admission.join_request(path, read_query(query))
         last = last_id(_header(request, b"last-event-id")) or wanted.last
         if request.method == b"HEAD":
-            body = answer(request, HTTPStatus.OK, b"", "text/event-stream")
+            body = answer(request, HTTPStatus.OK, b"", EVENTS)
             request.responseHeaders.removeHeader(b"content-length")
             return body
         stream = EventStream(request, self._rooms, self._connections, wanted)

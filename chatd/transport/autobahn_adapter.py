@@ -1,10 +1,11 @@
 """Everything that chatd relies on in Autobahn beyond its documented interface, each use with its reason.
 
-Autobahn speaks WebSocket (RFC 6455).  `AutobahnConnection` is its protocol class, changed in three ways.
+Autobahn speaks WebSocket (RFC 6455).  `AutobahnConnection` is its protocol class, changed in four ways.
 
 - A connection costs little.  Autobahn gives each connection some sixty attributes, three Deferreds and a
   validator before anything has arrived: 6 KB, and most of the time that a connection takes to make.  Here
   they belong to the class, and a connection that needs one of its own makes it then.
+- The opening handshake is not Autobahn's: `heads` and `handshake` read it, as they read every request.
 - Whole, masked text frames, which are nearly all that clients send, are read by `framing`.  Autobahn
   reads the others and refuses the invalid ones.
 - The subclass sees what it needs to see through the hooks at the top of the class, and every answer that
@@ -13,23 +14,18 @@ Autobahn speaks WebSocket (RFC 6455).  `AutobahnConnection` is its protocol clas
 The unit tests fail if Autobahn drops or renames a name that is used here.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
-from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
 
 import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
 from autobahn.util import encode_truncate
-from autobahn.websocket.types import ConnectionDeny, ConnectionRequest
 from autobahn.websocket.utf8validator import Utf8Validator
-from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.transport.admission import HttpError
 from chatd.transport.framing import MAX_REASON, CloseCode, take_masked_texts
 
 MAX_MESSAGE: Final = 16 << 10
@@ -54,7 +50,7 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     # Autobahn fires these Deferreds.
     is_closed = is_open = _Ignored()
-    # Autobahn's own handshake sets these; the short one of our subclass leaves them as they are.
+    # Autobahn's own handshake sets these; that of our subclass leaves them as they are.
     current_frame: Any = None
     inside_message = False
     websocket_version = 13
@@ -68,14 +64,6 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     def request_received(self, data: bytes) -> None:
         """Handle the bytes of a request received so far."""
-        raise NotImplementedError
-
-    def admit(self, path: str, query: str, origin: str | None, protocols: Sequence[str]) -> "Deferred[str | None]":
-        """Judge a valid handshake; the result is the subprotocol chosen, or HttpError."""
-        raise NotImplementedError
-
-    def refusal(self, status: HTTPStatus, reason: str, headers: Sequence[tuple[str, object]]) -> bytes:
-        """Compose the answer that refuses a handshake."""
         raise NotImplementedError
 
     def text_received(self, text: bytes) -> None:
@@ -136,16 +124,12 @@ class AutobahnConnection(WebSocketServerProtocol):
     def processHandshake(self) -> None:
         self.request_received(self.data)
 
-    def autobahn_handshake(self) -> None:
-        """Let Autobahn read the request: it calls onConnect, or refuses it."""
-        super().processHandshake()
-
     def keep(self, rest: bytes) -> None:
         """Keep the bytes that follow a handshake until read_kept()."""
         self.data = rest
 
     def opened(self) -> None:
-        """Take note that a handshake that Autobahn has not read was answered."""
+        """Take note that the handshake was answered."""
         self.state = self.STATE_OPEN
 
     def read_kept(self) -> None:
@@ -159,21 +143,11 @@ class AutobahnConnection(WebSocketServerProtocol):
         self.state = self.STATE_CLOSED  # nothing that arrives late is read
         return self.data
 
-    @override
-    def onConnect(  # type: ignore[override]  # Autobahn accepts a Deferred too
-        self, request: ConnectionRequest
-    ) -> "Deferred[str | None]":
-        # Autobahn decodes the path and the query; chatd reads them as they were sent.
-        path, _, query = self.http_request_uri.partition("?")
-        admitted = maybeDeferred(self.admit, path, query, request.headers.get("origin"), request.protocols)
-        return admitted.addErrback(_denied)
-
-    @override
-    def failHandshake(self, reason: str, code: int = 400, responseHeaders: Any = None) -> None:
-        if self.state != self.STATE_CLOSED:
-            self.send_frame(self.refusal(HTTPStatus(code), reason, responseHeaders or []))
-            self.wasClean = True  # else Autobahn logs a warning
-            self.dropConnection()
+    def refuse(self, answer: bytes) -> None:
+        """Send the answer that refuses a request, and close the connection."""
+        self.send_frame(answer)
+        self.wasClean = True  # else Autobahn logs a warning
+        self.dropConnection()
 
     # Receiving
 
@@ -256,13 +230,6 @@ class AutobahnConnection(WebSocketServerProtocol):
         self.closed((self.localCloseCode if self.closedByMe else code) or CloseCode.ABNORMAL)
 
 
-def _denied(failure: Failure) -> None:
-    """Give Autobahn a refusal in its own type."""
-    failure.trap(HttpError)
-    refused: Any = failure.value
-    raise ConnectionDeny(refused.status.value, str(refused)) from None
-
-
 class AutobahnFactory(WebSocketServerFactory, Generic[_T]):
     """Autobahn's factory, whose connections share the attributes that Autobahn would give to each."""
 
@@ -276,7 +243,6 @@ class AutobahnFactory(WebSocketServerFactory, Generic[_T]):
             maxMessagePayloadSize=MAX_MESSAGE,
             openHandshakeTimeout=0,  # connections.Connections has all deadlines
             closeHandshakeTimeout=0,
-            allowNullOrigin=True,
         )
         self.protocol = self._lean(connection)
 

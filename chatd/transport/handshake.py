@@ -1,21 +1,29 @@
-"""The opening handshake of RFC 6455, for the plain form that nearly every client sends.
+"""The opening handshake of RFC 6455, section 4.2.
 
-A handshake of any other form is not judged here: Autobahn accepts or refuses it.
-
-This module is pure: bytes in, values out.
+This module is pure: the head of a request in, values and bytes out.
 """
 
 import base64
 import hashlib
 import re
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Final, NamedTuple
+
+from chatd.transport.admission import HttpError
+from chatd.transport.heads import Head
 
 MAGIC: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """The bytes that a server appends to the key of a client (RFC 6455, section 1.3)."""
+VERSIONS: Final = {"13": "origin", "8": "sec-websocket-origin"}
+"""The versions of the protocol, newest first, and the header in which each has the origin of the page."""
+KEY_SIZE: Final = 24
+"""The length of a key, which is 16 bytes in base64."""
 
+_ACCEPTED = ",".join(VERSIONS)
 _KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
-_REQUEST = re.compile(r"GET (/[!-~]*) HTTP/1\.1")
+_NO_BASE64 = re.compile(r"[^A-Za-z0-9+/]")
+_VERSION = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
 class Upgrade(NamedTuple):
@@ -30,36 +38,77 @@ class Upgrade(NamedTuple):
     """The subprotocols that the client offers."""
 
 
-def parse_upgrade(head: bytes) -> Upgrade | None:
-    """Parse the head of a request, without the empty line; return None unless it is a plain handshake.
-
-    A plain handshake is an HTTP/1.1 request with each header once, version 13 and a valid key
-    (RFC 6455, section 4.2.1).
-    """
-    first, *lines = head.decode("latin-1").split("\r\n")
-    request = _REQUEST.fullmatch(first)
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        headers[name.lower()] = value.strip()
-        if not colon:
-            return None
-    good = (
-        request is not None
-        and len(headers) == len(lines)
-        and "#" not in request[1]
-        and "host" in headers
-        and headers.get("upgrade", "").lower() == "websocket"
-        and "upgrade" in [token.strip() for token in headers.get("connection", "").lower().split(",")]
-        and headers.get("sec-websocket-version") == "13"
-        and _KEY.fullmatch(headers.get("sec-websocket-key", ""))
-    )
-    if not good or request is None:
-        return None
-    path, _, query = request[1].partition("?")
+def read_upgrade(head: Head) -> Upgrade:
+    """Read the handshake in the head of a request; raise HttpError unless it is valid (section 4.2.1)."""
+    headers = head.headers
+    if head.method != "GET":
+        raise HttpError(
+            HTTPStatus.METHOD_NOT_ALLOWED, f'HTTP method "{head.method}" not allowed', headers={"Allow": "GET"}
+        )
+    if head.version != "HTTP/1.1":
+        raise HttpError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f'Unsupported HTTP version "{head.version}"')
+    if head.length != 0:
+        raise _invalid("an opening handshake has no body")
+    if "websocket" not in head.options("upgrade"):
+        upgrade = headers["upgrade"]
+        raise _invalid(f'HTTP Upgrade headers do not include "websocket" value (case-insensitive): "{upgrade}"')
+    connection = headers.get("connection")
+    if connection is None:
+        raise _invalid("HTTP Connection header missing")
+    if "upgrade" not in head.options("connection"):
+        raise _invalid(f'HTTP Connection headers do not include "upgrade" value (case-insensitive): "{connection}"')
+    version = headers.get("sec-websocket-version")
+    if version not in VERSIONS:
+        raise HttpError(
+            HTTPStatus.BAD_REQUEST, _wrong_version(version, head), headers={"Sec-WebSocket-Version": _ACCEPTED}
+        )
     offered = headers.get("sec-websocket-protocol")
-    protocols = [name.strip() for name in offered.split(",")] if offered else []
-    return Upgrade(path, query, headers.get("origin"), headers["sec-websocket-key"], protocols)
+    protocols = _protocols(offered) if offered else []
+    if VERSIONS[version] in head.repeated:
+        raise _invalid("HTTP Origin header appears more than once in opening handshake request")
+    key = headers.get("sec-websocket-key")
+    if key is None or not _KEY.fullmatch(key):
+        raise _invalid(_wrong_key(key, head))
+    path, _, query = head.target.partition("?")
+    return Upgrade(path, query, headers.get(VERSIONS[version]), key, protocols)
+
+
+def _invalid(detail: str) -> HttpError:
+    return HttpError(HTTPStatus.BAD_REQUEST, detail)
+
+
+def _wrong_version(version: str | None, head: Head) -> str:
+    """Explain what is wrong with the version of a handshake."""
+    if version is None:
+        return "WebSocket connection denied - Hixie76 protocol not supported."
+    if "sec-websocket-version" in head.repeated:
+        return "HTTP Sec-WebSocket-Version header appears more than once in opening handshake request"
+    if _VERSION.fullmatch(version):
+        return f"WebSocket version {version} not supported (supported versions: {_ACCEPTED})"
+    return f'could not parse HTTP Sec-WebSocket-Version header "{version}" in opening handshake request'
+
+
+def _protocols(offered: str) -> list[str]:
+    """Return the subprotocols that a client offers; raise HttpError if one is offered twice (section 4.1)."""
+    protocols = [name for member in offered.split(",") if (name := member.strip(" \t"))]
+    for index, name in enumerate(protocols):
+        if name in protocols[:index]:
+            raise _invalid(f'duplicate protocol "{name}" specified in HTTP Sec-WebSocket-Protocol header')
+    return protocols
+
+
+def _wrong_key(key: str | None, head: Head) -> str:
+    """Explain what is wrong with the key of a handshake."""
+    if key is None:
+        return "HTTP Sec-WebSocket-Key header missing"
+    if "sec-websocket-key" in head.repeated:
+        return "HTTP Sec-WebSocket-Key header appears more than once in opening handshake request"
+    if len(key) != KEY_SIZE:
+        return f'bad Sec-WebSocket-Key (length must be {KEY_SIZE} ASCII chars) "{key}"'
+    wrong = _NO_BASE64.search(key[:-2])
+    if not key.endswith("==") or wrong is None:
+        return f'bad Sec-WebSocket-Key (invalid base64 encoding) "{key}"'
+    return f'bad character "{wrong[0]}" in Sec-WebSocket-Key (invalid base64 encoding) "{key}"'
 
 
 def accept_token(key: bytes) -> bytes:

@@ -19,19 +19,28 @@ from typing import Any, Final, cast
 
 import orjson
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IHalfCloseableProtocol, IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel, Request
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request as TwistedRequest
 from twisted.web.server import Site
+from zope.interface import implementer
 
 import chatd
 from chatd.messages import Code
+from chatd.transport.admission import HttpError, check_operator
+from chatd.transport.heads import HEAD_END, MAX_HEAD, MAX_HEADERS, Head, check_partial, invalid, parse, too_long
 
 HTTP_SECONDS: Final = 75
-"""The time in which a request must arrive, and the idle limit: longer than that of a load balancer."""
+"""The time in which a request must arrive."""
+KEEP_ALIVE_SECONDS: Final = 620
+"""The time for which an idle connection is kept after an answer.
+
+Load balancers keep theirs for up to 600 seconds.  One that sends a request on a connection which the server
+is about to close answers its client with 502.
+"""
 MAX_BODY: Final = 16 << 10
 """The largest size of a request body in bytes, as for WebSocket messages."""
 
@@ -43,6 +52,9 @@ HTTP_1_1: Final = b"http/1.1"
 """The name of HTTP/1.1 in TLS (ALPN)."""
 PROBLEM: Final = "application/problem+json"
 """The media type of problem()."""
+
+HEAD: Final = b"HEAD "
+"""The begin of a request whose answer has no body."""
 
 TEXT: Final = "text/plain; charset=utf-8"
 METRICS: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -58,6 +70,27 @@ def problem(status: HTTPStatus, detail: str, code: Code | None = None) -> bytes:
     """Encode a problem (RFC 9457): the status, the reason in one line, and the code that an error frame has."""
     document = {"title": status.phrase, "status": status.value, "detail": detail}
     return orjson.dumps(document | ({"code": code} if code else {})) + b"\n"
+
+
+def refusal(refused: HttpError, *, bodiless: bool) -> bytes:
+    """Compose the answer that refuses a request by its head and closes the connection."""
+    status, body = refused.status, problem(refused.status, str(refused), refused.code)
+    headers = {
+        "Server": SERVER,
+        "Connection": "close",
+        "Access-Control-Allow-Origin": "*",
+        "Content-Type": PROBLEM,
+        "Content-Length": str(len(body)),
+        **retry_after(refused),
+        **refused.headers,
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {status.value} {status.phrase}\r\n{lines}\r\n".encode() + (b"" if bodiless else body)
+
+
+def retry_after(refused: HttpError) -> dict[str, str]:
+    """Return the Retry-After header of a 503."""
+    return {"Retry-After": str(RETRY_AFTER_SECONDS)} if refused.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
 
 
 def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "application/json", **headers: str) -> bytes:
@@ -152,17 +185,37 @@ class _SiteRequest(TwistedRequest):
     def process(self) -> None:
         """Handle the whole request."""
         self.channel.asked = True
+        self.channel.idle = False
         super().process()
 
+    def _handleStar(self) -> None:
+        """Answer OPTIONS for the whole server (RFC 9110, section 9.3.7) with the methods that some path has."""
+        self.write(answer(self, HTTPStatus.NO_CONTENT, b"", "", allow="GET, HEAD, OPTIONS, POST"))
+        self.finish()
 
+
+@implementer(IHalfCloseableProtocol)
 class _Channel(HTTPChannel):
-    """An HTTP connection on which each request has one deadline, which bytes that arrive do not extend."""
+    """An HTTP connection on which each request has one deadline, which bytes that arrive do not extend.
+
+    A line of this line receiver is a whole head.  Twisted's parser gets the lines of a valid one only.
+    """
+
+    delimiter = HEAD_END
+    MAX_LENGTH = MAX_HEAD
+    # Twisted has no limits of its own.
+    maxHeaders = MAX_HEADERS
+    totalHeadersSize = 4 * MAX_HEAD
 
     transport: Any
     site: "ChatSite"
     _refused = False
     asked = False
     """True while a request waits for its answer."""
+    idle = False
+    """True from an answer until the next request begins."""
+    half_closed = False
+    """True if the client has finished sending."""
     when_lost: Callable[[], None] | None = None
     """A function to call when the connection has ended."""
 
@@ -181,67 +234,103 @@ class _Channel(HTTPChannel):
     def requestDone(self, request: Request) -> None:
         """Wait for the next request after an answer, unless the site is closing."""
         self.asked = False
+        self.idle = True
+        self._savedTimeOut = KEEP_ALIVE_SECONDS
         if self.site.closing:
             self.persistent = False
         super().requestDone(request)
+        self._close_if_finished()
 
     def resetTimeout(self) -> None:
         """Keep the timeout that was set when the request began; Twisted calls this for all bytes that arrive."""
 
     def dataReceived(self, data: bytes) -> None:
         """Read bytes; ignore those that arrive after a refusal, as they may under TLS."""
-        if not self._refused:
-            super().dataReceived(data)
+        if self._refused:
+            return
+        super().dataReceived(data)
+        self._close_if_finished()
+        if self.idle and (self._buffer or not self.line_mode):
+            self.idle = False
+            self.setTimeout(HTTP_SECONDS)
+        if self.line_mode and HEAD_END not in self._buffer:
+            try:
+                check_partial(self._buffer)
+            except HttpError as refused:
+                self._refuse(refused, bodiless=self._buffer.startswith(HEAD))
 
-    def _respondToBadRequestAndDisconnect(self) -> None:
-        """Refuse a request that is not HTTP."""
-        self._refuse(HTTPStatus.BAD_REQUEST, "this is no HTTP request")
-
-    def allHeadersReceived(self) -> None:
-        """Check the head of a request: a body must have a small Content-Length, so that none is spooled to the disk."""
-        if self.site.upgrade is not None and self._is_upgrade():
-            self._give_back(self.site.upgrade)
-        elif self.length is None:
-            self._refuse(HTTPStatus.LENGTH_REQUIRED, "say the body's length in Content-Length")
-        elif self.length > MAX_BODY:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {MAX_BODY} bytes")
+    def lineReceived(self, line: bytes) -> None:
+        """Read a head."""
+        if not line:  # empty lines before a request (RFC 9112, section 2.2)
+            return
+        try:
+            head = parse(line)
+        except HttpError as refused:
+            self._refuse(refused, bodiless=line.startswith(HEAD))
         else:
-            super().allHeadersReceived()
+            self.head_received(head)
 
-    def allContentReceived(self) -> None:
-        """Handle a whole request, unless it was refused."""
-        if not self._refused:
-            super().allContentReceived()
+    def lineLengthExceeded(self, line: bytes) -> None:
+        """Refuse a head that is too long."""
+        self._refuse(too_long(), bodiless=line.startswith(HEAD))
 
-    def _is_upgrade(self) -> bool:
-        """Check for a WebSocket handshake, which a proxy may send on a connection that it has kept."""
-        wanted = self.requests[-1].requestHeaders.getRawHeaders(b"upgrade", [])
-        return any(b"websocket" in value.lower() for value in wanted)
+    def head_received(self, head: Head) -> None:
+        """Begin a request: a body must have a small Content-Length, so that none is spooled to the disk."""
+        try:
+            self.site.guard(head)
+            if self.site.upgrade is not None and head.asks_for_websocket:
+                self._give_back(self.site.upgrade, head)
+                return
+            _check_plain(head)
+        except HttpError as refused:
+            self._refuse(refused, bodiless=head.method == "HEAD")
+            return
+        for line in head.lines():
+            super().lineReceived(line)
 
-    def _give_back(self, upgrade: Callable[[Any, bytes], None]) -> None:
-        """Let the WebSocket factory continue this connection, with the request as it arrived."""
-        headers = self.requests[-1].requestHeaders.getAllRawHeaders()
-        lines = [b"%b: %b\r\n" % (name, value) for name, values in headers for value in values]
-        head = b"%b %b %b\r\n%b\r\n" % (self._command, self._path, self._version, b"".join(lines))
+    def readConnectionLost(self) -> None:
+        """IHalfCloseableProtocol: answer what the client has asked before it finished sending; then close.
+
+        An answer that does not end by itself ends now.
+        """
+        self.half_closed = True
+        if self._requestProducer is not None:
+            self.loseConnection()
+        self._close_if_finished()
+
+    def _close_if_finished(self) -> None:
+        """Close the connection when a client that sends no more has all its answers."""
+        if self.half_closed and not self.asked and not self._busyReceiving:
+            self.loseConnection()
+
+    def writeConnectionLost(self) -> None:
+        """IHalfCloseableProtocol: the server does not half-close."""
+
+    def _give_back(self, upgrade: Callable[[Any, Head, bytes], None], head: Head) -> None:
+        """Let the WebSocket factory continue this connection, which a proxy may have kept for handshakes too."""
         self._refused = True
         self.setTimeout(None)
         cast(Any, self._networkProducer).unregisterProducer()
         self._networkProducer.resumeProducing()  # else it stays paused while answers wait to be sent
         self.site.remove(self)
-        upgrade(self.transport, head + self.clearLineBuffer())
+        upgrade(self.transport, head, self.clearLineBuffer())
 
-    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+    def _refuse(self, refused: HttpError, *, bodiless: bool) -> None:
         """Refuse a request without reading its body, and close the connection."""
-        body = problem(status, detail)
         self._refused = True
-        self.site.refused[str(status.value)] += 1
-        self.transport.write(
-            f"HTTP/1.1 {status.value} {status.phrase}\r\nServer: {SERVER}\r\nConnection: close\r\n"
-            "Access-Control-Allow-Origin: *\r\n"
-            f"Content-Type: {PROBLEM}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
+        self.site.refused[str(refused.status.value)] += 1
+        self.transport.write(refusal(refused, bodiless=bodiless))
         self.loseConnection()
+
+
+def _check_plain(head: Head) -> None:
+    """Raise HttpError unless the site reads this version of HTTP and a body of this length."""
+    if head.version not in ("HTTP/1.0", "HTTP/1.1"):
+        raise invalid()
+    if head.length is None:
+        raise HttpError(HTTPStatus.LENGTH_REQUIRED, "say the body's length in Content-Length")
+    if head.length > MAX_BODY:
+        raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {MAX_BODY} bytes")
 
 
 class ChatSite(Site):
@@ -257,8 +346,10 @@ class ChatSite(Site):
         """The number of requests answered with a problem, by status."""
         self.channels: set[_Channel] = set()
         """The open connections."""
-        self.upgrade: Callable[[Any, bytes], None] | None = None
-        """Continues a connection that begins a WebSocket handshake after other requests, from these bytes on."""
+        self.upgrade: Callable[[Any, Head, bytes], None] | None = None
+        """Continues a connection that begins a WebSocket handshake after other requests, and the bytes behind it."""
+        self.guard: Callable[[Head], None] = lambda _: None
+        """Raises HttpError for a request that may not use this site."""
         self.closing = False
         """True if each connection closes after its answer."""
         self._empty: list[Deferred[None]] = []
@@ -324,11 +415,20 @@ def site(ready: Ready, reactor: IReactorTime, resources: Mapping[str, IResource]
     return ChatSite(root, reactor)
 
 
-def admin(ready: Ready, reactor: IReactorTime, *, drain: Callable[[], object], metrics: Callable[[], str]) -> ChatSite:
-    """Make the site of the admin port."""
+def admin(
+    ready: Ready,
+    reactor: IReactorTime,
+    *,
+    drain: Callable[[], object],
+    metrics: Callable[[], str],
+    hostname: str = "localhost",
+) -> ChatSite:
+    """Make the site of the admin port of the machine with this name, which no web page may use."""
     resources = {
         "": Text(lambda: (HTTPStatus.OK, "chatd admin: GET /healthz /readyz /metrics, POST /drain")),
         "metrics": Text(lambda: (HTTPStatus.OK, metrics()), METRICS),
         "drain": Command(drain, lambda: ready()[1]),
     }
-    return site(ready, reactor, resources)
+    admin = site(ready, reactor, resources)
+    admin.guard = lambda head: check_operator(head.headers, hostname)
+    return admin

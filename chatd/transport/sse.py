@@ -63,6 +63,8 @@ class EventStream:
             peer=self.peer,
             room=self.member.room_name,
         )
+        if self._channel.half_closed:
+            self._channel.loseConnection()
 
     def write(self, data: bytes) -> int:
         """MemberTransport.write: what the transport does not take, it buffers."""

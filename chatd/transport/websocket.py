@@ -13,13 +13,11 @@ transports (TLS, a proxy protocol) have buffers of their own, and pause and resu
 streaming producer.
 """
 
-import re
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from socket import socket
-from typing import Any, Final, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IProtocolNegotiationFactory, IPullProducer, IPushProducer, IReactorTime
@@ -37,14 +35,11 @@ from chatd.transport.admission import Admission, HttpError, JoinRequest, Rate, r
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
 from chatd.transport.connections import WEBSOCKET, Connections
 from chatd.transport.framing import SUBPROTOCOL, CloseCode
-from chatd.transport.handshake import Upgrade, parse_upgrade, switch
-from chatd.transport.http import HTTP_1_1, PROBLEM, RETRY_AFTER_SECONDS, SERVER, ChatSite, problem
+from chatd.transport.handshake import read_upgrade, switch
+from chatd.transport.heads import Head, take
+from chatd.transport.http import HEAD, HTTP_1_1, SERVER, ChatSite, refusal
 from chatd.transport.session import SCHEMA, Session
 
-MAX_HEAD: Final = 16 << 10
-"""The largest size of the head of a request, in bytes."""
-
-_WEBSOCKET = re.compile(rb"\r\nupgrade:[^\r\n]*websocket", re.IGNORECASE)
 _logger = Logger()
 _T = TypeVar("_T")
 
@@ -59,6 +54,8 @@ class WebSocketConnection(AutobahnConnection):
     session: Session
     admitted: tuple[JoinRequest, JoinTicket]
     """The request and the ticket, from the admission until the client joins."""
+    _loading = False
+    """True while the room is read from the log for a handshake."""
     _unanswered = False
     """True while a ping waits for its pong."""
     _socket: socket | None = None
@@ -88,93 +85,86 @@ class WebSocketConnection(AutobahnConnection):
     @override
     def request_received(self, data: bytes) -> None:
         """Wait for the whole head of the request, and choose who answers it."""
-        end = data.find(b"\r\n\r\n")
-        if end < 0 or end > MAX_HEAD:
-            if len(data) > MAX_HEAD:
-                self.failHandshake("the request's head is too long", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        if self._loading:  # these bytes follow the handshake, and some transports cannot be paused at once
             return
-        upgrade = parse_upgrade(data[:end])
-        if upgrade is not None:
-            self._upgrade(upgrade, data[end + 4 :])
-        elif _WEBSOCKET.search(data, 0, end):
-            self.autobahn_handshake()
-        else:
-            self._hand_over()
+        try:
+            head, rest = take(data)
+        except HttpError as refused:
+            self._refuse(refused, bodiless=data.startswith(HEAD))
+            return
+        self.keep(rest)
+        if head is not None:
+            self.head_received(head)
 
-    def _hand_over(self) -> None:
+    def head_received(self, head: Head) -> None:
+        """Answer a handshake, and hand any other request to the web site."""
+        if head.asks_for_websocket:
+            admitted = maybeDeferred(self._admit, head)
+            admitted.addCallback(self._switch).addErrback(self._deny, bodiless=head.method == "HEAD")
+        else:
+            self._hand_over(head)
+
+    def _hand_over(self, head: Head) -> None:
         """Let the web site continue this connection, as if it had been there from the start."""
         self.factory.connections.handshakes.discard(self)
         self.session.detach()
-        data = self.release_transport()
+        rest = self.release_transport()
         channel = self.factory.site.buildProtocol(self.transport.getPeer())
         replace_protocol(self.transport, channel)
-        channel.dataReceived(data)
+        channel.head_received(head)
+        channel.dataReceived(rest)
 
-    def _upgrade(self, upgrade: Upgrade, rest: bytes) -> None:
-        """Answer a plain handshake, and keep the bytes that follow it until then."""
-        self.keep(rest)
-        admitted = maybeDeferred(self.admit, upgrade.path, upgrade.query, upgrade.origin, upgrade.protocols)
-        admitted.addCallbacks(self._switch, self._deny, callbackArgs=(upgrade.key,))
-
-    def _switch(self, protocol: str | None, key: str) -> None:
+    def _switch(self, answer: bytes) -> None:
         self.opened()
-        self._join(switch(key, protocol, SERVER))
+        self._join(answer)
         self.read_kept()
 
-    def _deny(self, failure: Failure) -> None:
+    def _deny(self, failure: Failure, *, bodiless: bool) -> None:
         failure.trap(HttpError)
-        refused = cast(HttpError, failure.value)
-        self.failHandshake(str(refused), refused.status)
+        self._refuse(cast(HttpError, failure.value), bodiless=bodiless)
 
-    @override
-    def admit(self, path: str, query: str, origin: str | None, protocols: Sequence[str]) -> "Deferred[str | None]":
-        """Find the room, at once if someone is in it; the result is the subprotocol chosen, or HttpError."""
-        factory = self.factory
-        request = factory.admission.join_request(path, read_query(query), origin)
+    def _refuse(self, refused: HttpError, *, bodiless: bool) -> None:
+        """Answer with a problem that states the reason, and close the connection."""
+        if self.is_connecting:
+            # The log does not get the reason, which may quote the request with all its secrets.
+            status = refused.status
+            _logger.info("{peer} refused: {code} {phrase}", peer=self.peer, code=status.value, phrase=status.phrase)
+            self.factory.refused_handshakes[str(status.value)] += 1
+            self.refuse(refusal(refused, bodiless=bodiless))
+
+    def _admit(self, head: Head) -> "Deferred[bytes]":
+        """Find the room, at once if someone is in it; the result is the answer to the handshake, or HttpError."""
+        factory, headers = self.factory, head.headers
+        upgrade = read_upgrade(head)
+        factory.admission.check_origin(upgrade.origin, headers["host"], headers.get("x-forwarded-host"))
+        request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
         opening = factory.rooms.open(request.room, request.last)
         if not opening.called:
             # Frames that a client sends before it has its answer stay in its socket.
+            self._loading = True
             self.transport.pauseProducing()
             opening.addBoth(self._resume_reading)
-        chosen = SUBPROTOCOL if SUBPROTOCOL in protocols else None
-        return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, chosen))
+        chosen = SUBPROTOCOL if SUBPROTOCOL in upgrade.protocols else None
+        answer = switch(upgrade.key, chosen, SERVER)
+        return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
 
     def _resume_reading(self, result: _T) -> _T:
+        del self._loading
         self.transport.resumeProducing()
         return result
 
-    def _opened(self, ticket: JoinTicket, request: JoinRequest, chosen: str | None) -> str | None:
+    def _opened(self, ticket: JoinTicket, request: JoinRequest, answer: bytes) -> bytes:
         if not self.is_connecting:
             raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "the handshake took too long")
         if self.factory.connections.stopping:
             raise server_stopping()
         self.admitted = request, ticket
-        return chosen
+        return answer
 
-    def _not_opened(self, failure: Failure) -> None:
+    def _not_opened(self, failure: Failure) -> NoReturn:
         failure.trap(LogUnavailable)
         _logger.error("the log cannot be read: {error}", error=failure.value)
         raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the room cannot be read now")
-
-    @override
-    def refusal(self, status: HTTPStatus, reason: str, headers: Sequence[tuple[str, object]]) -> bytes:
-        """Compose a problem that states the reason."""
-        # The log does not get the reason, in which Autobahn quotes the request with all its secrets.
-        _logger.info("{peer} refused: {code} {phrase}", peer=self.peer, code=status.value, phrase=status.phrase)
-        self.factory.refused_handshakes[str(status.value)] += 1
-        body = problem(status, reason)
-        headers = [("Content-Type", PROBLEM), ("Content-Length", len(body)), *headers]
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            headers.append(("Retry-After", RETRY_AFTER_SECONDS))
-        if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            headers.append(("Allow", "GET"))
-        lines = [f"HTTP/1.1 {status.value} {status.phrase}", f"Server: {SERVER}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        return "\r\n".join([*lines, "", ""]).encode() + body
-
-    @override
-    def onOpen(self) -> None:
-        self._join(b"")
 
     def _join(self, answer: bytes) -> None:
         """Join, and send the answer to the handshake with the history, all in one reactor turn."""
@@ -352,9 +342,10 @@ class ChatFactory(AutobahnFactory[WebSocketConnection]):
         """IProtocolNegotiationFactory: the protocols under TLS (RFC 7301)."""
         return [HTTP_1_1]
 
-    def take_back(self, transport: Any, data: bytes) -> None:
+    def take_back(self, transport: Any, head: Head, rest: bytes) -> None:
         """Continue a connection that served plain requests and now begins a handshake."""
         connection = cast(WebSocketConnection, self.buildProtocol(transport.getPeer()))
         replace_protocol(transport, connection)
         connection.buffer()  # the last answer may still be in the transport
-        connection.dataReceived(data)
+        connection.keep(rest)
+        connection.head_received(head)

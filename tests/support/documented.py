@@ -202,11 +202,11 @@ def _watch_channels(channel, check):
     """See what is answered to a request that is not read to its end."""
     refuse = channel._refuse
 
-    def refused(self, status, detail):
+    def refused(self, *args, **named):
         transport = self.transport
         self.transport = Tap(transport, lambda data: check("POST", "/rooms/main/messages", *parts(data)))
         try:
-            refuse(self, status, detail)
+            refuse(self, *args, **named)
         finally:
             self.transport = transport
 

@@ -34,7 +34,8 @@ class House:
         self.log.open(seed)
         self.rooms = Registry(self.log, frames, self.clock, history)
         self.connections = Connections(self.clock)
-        admission = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
+        allowed, pages = [room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins]
+        admission = Admission(allowed, pages, proxied=hops > 0)
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
         api = Api(self.rooms, self.connections, admission, addresses)

@@ -51,7 +51,9 @@ class Connection:
         self.channel.dataReceived(data)
 
     def begin(self, method, path, *headers, body=None, version=b"1.1"):
-        """Send a request."""
+        """Send a request, which names the host x unless it names another."""
+        if not any(header.lower().startswith(b"host:") for header in headers):
+            headers = (b"Host: x", *headers)
         if body is not None:
             headers += (b"Content-Length: %d" % len(body),)
         head = b"%b %b HTTP/%b" % (method, path, version)

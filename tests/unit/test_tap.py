@@ -325,7 +325,7 @@ def test_server_answers_on_both_ports(reactor):
     assert b"<h1>A chat room</h1>" in Client(connections, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
     assert b"\r\n\r\nchatd admin: " in Client(admin, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
     for factory in (connections, admin):
-        assert Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received.endswith(b"\r\n\r\nready\n")
+        assert Client(factory, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").received.endswith(b"\r\n\r\nready\n")
     assert Client(connections, HANDSHAKE).history()["type"] == "history"
 
 
@@ -493,10 +493,11 @@ def test_stop_continues_the_drain_of_the_admin_port(reactor):
     service = start("--drain=3")
     connections, admin = (factory for _, factory, *_ in reactor.tcpServers)
     client = Client(connections, HANDSHAKE)
+    drain = b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
     for _ in range(2):
-        assert b" 202 Accepted\r\n" in Client(admin, b"POST /drain HTTP/1.1\r\nContent-Length: 0\r\n\r\n").received
+        assert b" 202 Accepted\r\n" in Client(admin, drain).received
     for factory in (connections, admin):
-        assert Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received.endswith(b"\r\n\r\ndraining\n")
+        assert Client(factory, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").received.endswith(b"\r\n\r\ndraining\n")
     reactor.advance(1)
     stopped = service.stopService()
     reactor.advance(2)
@@ -509,7 +510,7 @@ def test_failing_store_is_degraded_and_ready(reactor, monkeypatch):
     monkeypatch.setattr(MemoryStore, "fault", "the log is tired")
     start()
     for _, factory, *_ in reactor.tcpServers:
-        answer = Client(factory, b"GET /readyz HTTP/1.1\r\n\r\n").received
+        answer = Client(factory, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").received
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert answer.endswith(b"\r\n\r\ndegraded: the log is tired\n")
 

@@ -16,6 +16,7 @@ from chatd.transport.admission import (
     HttpError,
     JoinRequest,
     Rate,
+    check_operator,
     last_id,
     network,
     origin_pattern,
@@ -26,11 +27,12 @@ from chatd.transport.admission import (
 NOBODY = frozenset()
 
 
-def visit(target, origin=None, *, rooms=(), origins=()):
+def join_request(target, origin=None, *, rooms=(), origins=()):
     """Return the JoinRequest of a path, under rules as they are on the command line."""
     rules = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
     path, _, query = target.partition("?")
-    return rules.join_request(path, read_query(query), origin)
+    rules.check_origin(origin, "host.example")
+    return rules.join_request(path, read_query(query))
 
 
 def refusal(target, origin=None, **rules):
@@ -184,11 +186,130 @@ def test_requests_without_origin_are_allowed():
     assert visit("/", None, origins=["https://chat.example"])
 
 
-def test_where_no_origin_is_named_every_page_may_connect():
-    for origin in ("https://anything.example", "null", "nonsense", None):
-        assert visit("/", origin)
-    assert Admission().any_origin
+def test_every_page_may_connect_by_a_star():
+    for origin in ("https://anything.example", "null", "nonsense", "", None):
+        assert visit("/", origin, origins=["null", "*"])
+    assert Admission(origins=[origin_pattern("*")]).any_origin
     assert not Admission(origins=[origin_pattern("null")]).any_origin
+    assert not Admission().any_origin
+
+
+SAME_HOST = [
+    ("https://chat.example", "chat.example"),
+    ("https://chat.example", "chat.example:443"),
+    ("https://chat.example:443", "chat.example"),
+    ("http://chat.example", "Chat.Example:80"),
+    ("http://chat.example:8085", "chat.example:8085"),
+    ("http://localhost:8085", "localhost:8085"),
+    ("http://[::1]:8085", "[::1]:8085"),
+    ("http://192.0.2.1", "192.0.2.1"),
+    ("capacitor://localhost", "localhost"),
+]
+FOREIGN = [
+    ("https://chat.example", "evil.example"),
+    ("https://chat.example.evil.example", "chat.example"),
+    ("https://chat.example:8443", "chat.example"),
+    ("https://chat.example", "chat.example:80"),
+    ("http://localhost:3000", "localhost:8085"),
+    ("https://evil.example", None),
+    ("https://evil.example", ""),
+    ("https://evil.example@chat.example", "chat.example"),
+    ("https://chat.example/", "chat.example"),
+    ("https://chat.example, https://chat.example", "chat.example"),
+    ("chat.example", "chat.example"),
+    ("null", "null"),
+    ("null", "chat.example"),
+    ("", "chat.example"),
+    ("%%%", "chat.example"),
+]
+
+
+def refuses(rules, *hosts):
+    """Return whether a page is refused, always with the same status."""
+    try:
+        rules.check_origin(*hosts)
+    except HttpError as refused:
+        return refused.status == HTTPStatus.FORBIDDEN
+    return False
+
+
+@pytest.mark.parametrize("case", SAME_HOST + FOREIGN)
+def test_page_of_the_same_host(case):
+    """By default, pages of the host that the request names may connect, and no others."""
+    origin, host = case
+    for rules in (Admission(), Admission(proxied=True)):
+        assert refuses(rules, origin, host) == (case in FOREIGN)
+        assert not refuses(rules, None, host)
+
+
+@pytest.mark.parametrize("forwarded", ["chat.example", "a.example, chat.example", "chat.example,10.0.0.1:80"])
+def test_host_that_a_proxy_forwards(forwarded):
+    """Behind trusted proxies, pages may also be of a host that a proxy names."""
+    asked = "https://chat.example", "backend:8085", forwarded
+    assert not refuses(Admission(proxied=True), *asked)
+    assert refuses(Admission(), *asked)
+    assert refuses(Admission(proxied=True), "https://evil.example", *asked[1:])
+    assert refuses(Admission(proxied=True, origins=[origin_pattern("https://other.example")]), *asked)
+
+
+OWN = "host.example"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"host": ""},
+        {"host": "localhost"},
+        {"host": "localhost:8086"},
+        {"host": "127.0.0.1:8086"},
+        {"host": "[::1]:8086"},
+        {"host": "192.0.2.1"},
+        {"host": "chatd-1:8086"},
+        {"host": "Host.Example:8086"},
+        {"host": "localhost:8086", "origin": "http://localhost:8086", "sec-fetch-site": "same-origin"},
+        {"host": "localhost:8086", "sec-fetch-site": "none"},
+    ],
+)
+def test_operator_may_use_the_admin_port(headers):
+    check_operator(headers, OWN)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "evil.example:8086"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "127.1"},
+        {"host": "a.host.example"},
+        {"host": "evil.example@localhost"},
+    ],
+)
+def test_foreign_host_on_the_admin_port(headers):
+    """A page that made its own name resolve to this machine sends that name; scripts learn what to send."""
+    with pytest.raises(HttpError, match=r"send Host: localhost$") as refused:
+        check_operator(headers, OWN)
+    assert refused.value.status == HTTPStatus.FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://localhost:3000"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site", "origin": "http://localhost:8086"},
+        {"sec-fetch-site": "none, cross-site"},
+    ],
+)
+def test_page_on_the_admin_port(headers):
+    """No other page may use it, of whatever origin."""
+    with pytest.raises(HttpError, match=r"^no web page may use the admin port$") as refused:
+        check_operator({"host": "localhost:8086"} | headers, OWN)
+    assert refused.value.status == HTTPStatus.FORBIDDEN
 
 
 def test_page_elsewhere_does_not_learn_which_rooms_there_are():
@@ -198,7 +319,15 @@ def test_page_elsewhere_does_not_learn_which_rooms_there_are():
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "*", "chat.example", "https://", "https://chat.example/", "https://chat.example/x", "https://a*.example"),
+        *(
+            "",
+            "**",
+            "chat.example",
+            "https://",
+            "https://chat.example/",
+            "https://chat.example/x",
+            "https://a*.example",
+        ),
         *(
             "wss://chat.example",
             "https://chat.example:",
@@ -560,9 +689,9 @@ def test_busy_addresses_are_kept(addresses, now, monkeypatch):
 )
 def test_app_or_an_address_may_be_an_origin(origin):
     rules = Admission(origins=[origin_pattern(origin)])
-    rules.check_origin(origin)
+    rules.check_origin(origin, None)
     with pytest.raises(HttpError):
-        rules.check_origin(f"{origin}1")
+        rules.check_origin(f"{origin}1", None)
 
 
 def test_address_scans_become_rarer(monkeypatch):

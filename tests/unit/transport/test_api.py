@@ -12,6 +12,7 @@ from support.houses import JSON, House
 from support.web_doubles import SecureTransport, Stream, Transport
 from support.websocket_frames import masked
 from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.interfaces import IHalfCloseableProtocol
 
 from chatd.room.log import InDoubt
 from chatd.room.room import MAX_LAG
@@ -270,12 +271,7 @@ def test_what_is_no_name_of_a_room_is_404(house, events, name, rest):
         b"/%72ooms/main/messages",
         b"/messages",
         b"/main",
-        b"http://chat.example/rooms/main/messages",
-        b"http://chat.example/",
-        b"chat.example:80",
-        b"x",
-        b"/#",
-        b"/rooms/main#messages",
+        b"http://chat.example//",
         b"/rooms/main?/messages".replace(b"?", b"%3F"),
     ],
 )
@@ -309,6 +305,33 @@ def test_page_while_the_log_is_down(house, path):
     assert house.get(b"/rooms/main/messages")[0].status == 200
 
 
+@pytest.mark.parametrize("why", ["the log is down", "the server stops", "it stops during the load"])
+def test_event_source_reconnects(house, why):
+    """An EventSource, which gives up on any status but 200, gets an empty stream instead of a 503."""
+    connection = house.connect()
+    house.log.down, house.log.held = why == "the log is down", why == "it stops during the load"
+    if why == "the server stops":
+        house.drain()
+    connection.begin(b"GET", b"/rooms/main/events", b"Accept: text/event-stream")
+    if house.log.held:
+        house.drain()
+        house.log.release()
+    response, body = connection.response()
+    assert (response.status, body) == (200, f"retry: {RETRY}000\n\n")
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["content-length"] == str(len(body))
+    connection.lose()
+    assert house.forgotten
+
+
+def test_only_event_streams_reconnect(house):
+    """A page of the log is a 503 whatever the client accepts, and a missing room is a 404."""
+    house.log.down = True
+    accept = b"Accept: text/event-stream"
+    assert house.get(b"/rooms/main/messages", accept)[0].status == 503
+    assert house.get(b"/rooms/-/events", accept)[0].status == 404
+
+
 def test_client_leaves_during_a_page_read(house):
     """Nothing is written to a client that has disconnected."""
     house.log.held = True
@@ -327,7 +350,8 @@ def test_post_returns_the_location_of_the_message(house):
     response, body = house.post(username="ann", message="\N{SNOWMAN} <b>", label="c1")
     assert content((response, body), 201) == {"type": "ack", "label": "c1", "id": house.id(4)}
     location = response.headers["location"]
-    assert location == f"/rooms/main/messages/{house.id(4)}"
+    assert location == f"messages/{house.id(4)}"
+    location = f"/rooms/main/{location}"
     assert content(house.get(location.encode())) == {
         "type": "message",
         "id": house.id(4),
@@ -369,7 +393,7 @@ def test_post_is_acknowledged_once_stored(house):
     house.log.release()
     response, body = connection.response()
     assert content((response, body), 201) == {"type": "ack", "id": house.id(1)}
-    assert response.headers["location"] == f"/rooms/team-1/messages/{house.id(1)}"
+    assert response.headers["location"] == f"messages/{house.id(1)}"
     assert said(content(house.get(b"/rooms/team-1/messages"))) == ["hi"]
     assert house.forgotten
 
@@ -516,6 +540,81 @@ def test_longest_message_fully_escaped(house):
 )
 def test_what_a_form_can_send_or_is_no_json_is_415(house, kind):
     assert problem(house.post(kind=kind, username="ann", message="hi")) == (415, "send application/json")
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"GZIP", b"identity, gzip", b"br"])
+def test_compressed_post_is_415(house, coding):
+    """The answer names the accepted coding (RFC 9110, section 15.5.16)."""
+    answered = house.post(b"Content-Encoding: " + coding, username="ann", message="hi")
+    assert problem(answered) == (415, "send it without Content-Encoding")
+    assert answered[0].headers["accept-encoding"] == "identity"
+
+
+def test_post_of_the_coding_identity(house):
+    assert house.post(b"Content-Encoding: Identity", username="ann", message="hi")[0].status == 201
+
+
+# Clients that finish sending before they read, as `nc -N` does
+
+
+def finish(connection):
+    """Half-close a connection, as a client does."""
+    connection.channel.readConnectionLost()
+
+
+def test_half_closed_client_gets_its_answer(house):
+    """The answer to a post is sent when it is stored, and then the connection closes."""
+    connection = house.connect()
+    house.log.held = True
+    connection.begin(b"GET", b"/rooms/main/messages")
+    assert IHalfCloseableProtocol.providedBy(connection.channel)
+    finish(connection)
+    assert not connection.closing
+    house.log.release()
+    assert numbers(content(connection.response())) == [1, 2]
+    assert connection.closing
+    connection.channel.writeConnectionLost()  # the server never half-closes
+
+
+def test_half_closed_client_gets_all_answers(house):
+    """Pipelined requests are answered too."""
+    connection = house.connect()
+    house.log.held = True
+    for _ in range(2):
+        connection.begin(b"GET", b"/rooms/main/messages")
+    connection.begin(b"GET", b"/healthz")
+    finish(connection)
+    house.log.release()
+    assert connection.transport.value().count(b"HTTP/1.1 200 OK\r\n") == 3
+    assert connection.closing
+
+
+@pytest.mark.parametrize(
+    "begun", [b"", b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_half_closed_client_that_waits_for_nothing(house, begun):
+    """A connection without a whole request closes at once."""
+    connection = house.connect()
+    connection.send(begun)
+    finish(connection)
+    assert connection.closing
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_half_closed_reader_of_events(house, held):
+    """It gets the history, and then the connection closes, because readers close so too."""
+    house.log.held = held
+    connection = house.connect()
+    stream = Stream(connection, b"/rooms/main/events")
+    finish(connection)
+    if held:
+        assert not connection.closing
+        house.log.release()
+    (history,) = stream.read()
+    assert numbers(history.json) == [1, 2]
+    assert connection.closing
+    connection.lose()
+    assert house.forgotten
     assert numbers(content(house.get(b"/rooms/main/messages"))) == [1, 2]
 
 
@@ -1253,8 +1352,8 @@ REQUESTS = [
 
 @pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
 @pytest.mark.parametrize("origin", [[], [b"Origin: https://chat.example"], [b"Origin: null"]])
-def test_any_page_may_read_without_origin_rules(house, method, path, status, origin):
-    response, _ = house.ask(method, path, *origin)
+def test_any_page_may_read_by_a_star(method, path, status, origin):
+    response, _ = House(origins=["*"]).ask(method, path, *origin)
     assert response.status == status
     assert cors(response) == {"allow-origin": "*", "expose-headers": EXPOSED}
     assert response.headers["vary"] is None
@@ -1275,6 +1374,23 @@ def test_allowed_pages_may_read_answers(method, path, status):
     assert response.headers["vary"] == "Origin"
 
 
+@pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
+def test_page_of_the_same_host(house, method, path, status):
+    """By default, pages of the host that the request names may read answers and errors."""
+    response, _ = house.ask(method, path, b"Origin: https://chat.example")
+    assert response.status == status
+    assert cors(response) == {"allow-origin": "https://chat.example", "expose-headers": EXPOSED}
+    assert response.headers["vary"] == "Origin"
+
+
+def test_page_of_the_host_that_a_proxy_names():
+    """Behind trusted proxies, X-Forwarded-Host counts too; otherwise it does not."""
+    for hops, status in ((1, 200), (0, 403)):
+        headers = (b"Origin: https://front.example", b"X-Forwarded-Host: front.example")
+        assert House(hops=hops).get(b"/rooms/main/messages", *headers)[0].status == status
+
+
+@pytest.mark.parametrize("rules", [{"origins": ["https://chat.example"]}, {}, {"hops": 1}])
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"OPTIONS"])
 @pytest.mark.parametrize("path", [b"/", b"/rooms/main/messages", b"/rooms/main/events", b"/rooms/nothing/here"])
 @pytest.mark.parametrize(
@@ -1282,15 +1398,15 @@ def test_allowed_pages_may_read_answers(method, path, status):
     [
         b"https://evil.example",
         b"null",
-        b"http://chat.example",
+        b"http://chat.example:443",
         b"https://chat.example.evil.example",
         b"https://chat.example:8443",
         b"",
     ],
 )
-def test_page_of_another_origin(method, path, origin):
+def test_page_of_another_origin(method, path, origin, rules):
     """It gets a 403 that it may not read."""
-    house = House(origins=["https://chat.example"])
+    house = House(**rules)
     response, body = house.ask(method, path, JSON, b"Origin: " + origin, body=b'{"username":"a","message":"b"}')
     assert problem((response, body)) == (403, "this page may not connect here")
     assert cors(response) == {}
@@ -1309,14 +1425,14 @@ def test_page_of_another_origin(method, path, origin):
         (b"/rooms/main/events", "GET, HEAD, OPTIONS"),
     ],
 )
-@pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
+@pytest.mark.parametrize("origins", [["*"], ["https://chat.example"]])
 def test_cors_preflight(path, methods, origins):
     house = House(origins=origins)
     asked = (b"Access-Control-Request-Method: POST", b"Access-Control-Request-Headers: content-type,idempotency-key")
     response, body = house.ask(b"OPTIONS", path, b"Origin: https://chat.example", *asked)
     assert (response.status, body) == (204, "")
     assert cors(response) == {
-        "allow-origin": "https://chat.example" if origins else "*",
+        "allow-origin": origins[0],
         "allow-methods": methods,
         "allow-headers": "Content-Type, Idempotency-Key, Last-Event-ID",
         "max-age": str(PREFLIGHT_SECONDS),
@@ -1334,19 +1450,19 @@ def test_no_content_has_no_length(house, headers):
     assert response.headers["transfer-encoding"] is None
 
 
-def test_options_without_an_origin_name_the_methods(house):
-    response, body = house.ask(b"OPTIONS", b"/rooms/main/messages")
+def test_options_without_an_origin_name_the_methods():
+    response, body = House(origins=["*"]).ask(b"OPTIONS", b"/rooms/main/messages")
     assert (response.status, body) == (204, "")
     assert response.headers["allow"] == "GET, HEAD, OPTIONS, POST"
     assert cors(response) == {"allow-origin": "*", "expose-headers": EXPOSED}
 
 
-@pytest.mark.parametrize("origins", [[], ["https://chat.example"]])
-def test_stream_may_be_read_by_the_page_that_asked_for_it(origins):
-    stream = House(origins=origins).stream(b"/rooms/main/events", b"Origin: https://chat.example")
+@pytest.mark.parametrize("origin", ["*", "https://chat.example"])
+def test_stream_may_be_read_by_the_page_that_asked_for_it(origin):
+    stream = House(origins=[origin]).stream(b"/rooms/main/events", b"Origin: https://chat.example")
     assert len(stream.read()) == 1
-    assert stream.headers["access-control-allow-origin"] == ("https://chat.example" if origins else "*")
-    assert stream.headers.get("vary") == ("Origin" if origins else None)
+    assert stream.headers["access-control-allow-origin"] == origin
+    assert stream.headers.get("vary") == (None if origin == "*" else "Origin")
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 16385", b"Transfer-Encoding: chunked"])

@@ -67,7 +67,7 @@ def test_overridden_methods():
     source = source_of(WebSocketServerProtocol)
     ours = overrides(AutobahnConnection) | (overrides(WebSocketConnection) - names_of(AutobahnConnection))
     twisted = {"connectionMade", "connectionLost", "dataReceived"}
-    assert ours >= {"processHandshake", "sendData", "sendCloseFrame", "_fail_connection", "onPong", "onOpen"}
+    assert ours >= {"processHandshake", "sendData", "sendCloseFrame", "_fail_connection", "onPong", "onClose"}
     assert {name for name in ours if not hasattr(WebSocketServerProtocol, name)} == set()
     assert {name for name in ours - twisted if f"self.{name}" not in source} == set()
 
