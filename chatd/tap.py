@@ -31,7 +31,7 @@ from chatd.service import ChatService, Readiness
 from chatd.store.base import Store
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore, ThreadWorker
-from chatd.transport import frames, http
+from chatd.transport import frames, http, proxied
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
@@ -51,11 +51,11 @@ def _reactor() -> Any:
 def _endpoint(text: str) -> IStreamServerEndpoint:
     """Parse a Twisted server endpoint."""
     try:
-        endpoint: IStreamServerEndpoint = serverFromString(_reactor(), text)
+        endpoint: IStreamServerEndpoint = serverFromString(_reactor(), text.removeprefix(proxied.PREFIX))
     except Exception as error:  # noqa: BLE001 -- every kind of endpoint is a plug-in with errors of its own
         reason = " ".join(str(error).split())
         raise ValueError(f"{text!r} is no server endpoint such as tcp:8085 ({reason})") from None
-    return endpoint
+    return proxied.ProxiedEndpoint(endpoint) if text.startswith(proxied.PREFIX) else endpoint
 
 
 class Options(usage.Options):

@@ -49,13 +49,13 @@ def read_upgrade(head: Head) -> Upgrade:
         raise HttpError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f'Unsupported HTTP version "{head.version}"')
     if head.length != 0:
         raise _invalid("an opening handshake has no body")
-    if "websocket" not in head.options("upgrade"):
+    if not head.has_option("upgrade", "websocket"):
         upgrade = headers["upgrade"]
         raise _invalid(f'HTTP Upgrade headers do not include "websocket" value (case-insensitive): "{upgrade}"')
     connection = headers.get("connection")
     if connection is None:
         raise _invalid("HTTP Connection header missing")
-    if "upgrade" not in head.options("connection"):
+    if not head.has_option("connection", "upgrade"):
         raise _invalid(f'HTTP Connection headers do not include "upgrade" value (case-insensitive): "{connection}"')
     version = headers.get("sec-websocket-version")
     if version not in VERSIONS:

@@ -58,14 +58,15 @@ class Head(NamedTuple):
         """True for a WebSocket handshake, also for an invalid one."""
         return "websocket" in self.headers.get("upgrade", "").lower()
 
-    def options(self, name: str) -> list[str]:
-        """Return the members of a header that is a list, in lower case (RFC 9110, section 5.6.1)."""
-        return [member.strip(" \t") for member in self.headers.get(name, "").lower().split(",")]
+    def has_option(self, name: str, option: str) -> bool:
+        """Return whether a header that is a list has this member, whatever its case (RFC 9110, section 5.6.1)."""
+        value = self.headers.get(name, "").lower()
+        return value == option or (option in value and option in [member.strip(" \t") for member in value.split(",")])
 
     def lines(self) -> Iterator[bytes]:
         """Compose the lines of the head, with the empty line that ends it."""
         yield f"{self.method} {self.target} {self.version}".encode()
-        closing = {"connection": "close"} if "close" in self.options("connection") else {}
+        closing = {"connection": "close"} if self.has_option("connection", "close") else {}
         for name, value in {**self.headers, **closing}.items():
             yield f"{name}: {value}".encode("latin-1")
         yield b""

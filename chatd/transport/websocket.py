@@ -100,7 +100,7 @@ class WebSocketConnection(AutobahnConnection):
         """Answer a handshake, and hand any other request to the web site."""
         if head.asks_for_websocket:
             admitted = maybeDeferred(self._admit, head)
-            admitted.addCallback(self._switch).addErrback(self._deny, bodiless=head.method == "HEAD")
+            admitted.addCallbacks(self._switch, self._deny, errbackArgs=(head,))
         else:
             self._hand_over(head)
 
@@ -119,9 +119,9 @@ class WebSocketConnection(AutobahnConnection):
         self._join(answer)
         self.read_kept()
 
-    def _deny(self, failure: Failure, *, bodiless: bool) -> None:
+    def _deny(self, failure: Failure, head: Head) -> None:
         failure.trap(HttpError)
-        self._refuse(cast(HttpError, failure.value), bodiless=bodiless)
+        self._refuse(cast(HttpError, failure.value), bodiless=head.method == "HEAD")
 
     def _refuse(self, refused: HttpError, *, bodiless: bool) -> None:
         """Answer with a problem that states the reason, and close the connection."""
