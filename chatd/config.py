@@ -135,7 +135,7 @@ class Settings(NamedTuple):
     rooms: tuple[str, ...]
     """Patterns as `room_pattern` reads them; none: any room."""
     origin: tuple[str, ...]
-    """Patterns as `origin_pattern` reads them; none: any origin."""
+    """Patterns as `origin_pattern` reads them; none: the server's own host."""
     rate: tuple[int, int]
     """Frames a second, and the burst."""
     proxy_hops: int
@@ -278,10 +278,11 @@ OPTIONS: Final = (
         name="origin",
         metavar="PATTERN",
         default="",
-        help="allow only browser pages from `https://chat.example`, `https://*.example` or `*.example`",
+        help="allow only browser pages from `https://chat.example`, `https://*.example`, `*.example`, or from "
+        "anywhere: `*`",
         parse=_checked(origin_pattern),
         repeated=True,
-        shown="any",
+        shown="pages of the server's own host",
     ),
     Option(
         name="rate",
@@ -294,7 +295,7 @@ OPTIONS: Final = (
         name="proxy-hops",
         metavar="N",
         default="0",
-        help="number of trusted proxies that add to `X-Forwarded-For`",
+        help="number of trusted proxies that add to `X-Forwarded-For`, and may set `X-Forwarded-Host`",
         parse=Number(0, 100),
     ),
     Option(

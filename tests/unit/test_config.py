@@ -210,7 +210,7 @@ def test_server_without_a_port(file):
         ),
         *(
             ("origin", text, "is no origin such as https://chat.example or *.example")
-            for text in ("chat.example", "*", "https://chat.example/", "wss://chat.example", "https://a.*.example")
+            for text in ("chat.example", "**", "https://chat.example/", "wss://chat.example", "https://a.*.example")
         ),
     ],
 )
