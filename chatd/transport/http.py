@@ -78,7 +78,8 @@ def refusal(refused: HttpError, *, bodiless: bool) -> bytes:
     headers = {
         "Server": SERVER,
         "Connection": "close",
-        "Access-Control-Allow-Origin": "*",
+        # A page that is refused may not read why.
+        **({} if status == HTTPStatus.FORBIDDEN else {"Access-Control-Allow-Origin": "*"}),
         "Content-Type": PROBLEM,
         "Content-Length": str(len(body)),
         **retry_after(refused),

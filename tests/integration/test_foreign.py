@@ -3,17 +3,19 @@
 import ast
 import asyncio
 import contextlib
+import http.server
 import json
 import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import aiohttp
 import pytest
 import websockets
 from support.browser import Page
-from support.servers import LONG, NODE, ROOT, Lines, Server, environment, need, numbered, stored
+from support.servers import LONG, LOOPBACK, NODE, ROOT, Lines, Raw, Server, environment, need, numbered, stored
 from websockets.sync.client import connect
 
 WS = """
@@ -261,3 +263,64 @@ def test_page_reaches_no_other_host(tmp_path):
         page.run(f"new WebSocket('ws://127.0.0.1:{server.port}/').onerror = () => console.log({{}})")
         page.wait(1)
     assert any("Content Security Policy" in text for text in page.refused)
+
+
+@contextlib.contextmanager
+def foreign_site():
+    """The URL of an empty page that another server serves."""
+
+    class Empty(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Log nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{site.server_port}/"
+        finally:
+            site.shutdown()
+            thread.join(LONG)
+
+
+ATTACK = """
+const drained = await fetch("http://HOST:ADMIN/drain", {method: "POST", mode: "no-cors"}).then(() => 1, () => 1);
+const read = await fetch("http://HOST:ADMIN/metrics").then(() => 1, () => 0);
+const form = document.createElement("form");
+form.method = "post";
+form.target = "frame";
+form.action = "http://HOST:ADMIN/drain";
+const frame = document.createElement("iframe");
+frame.name = "frame";
+document.body.append(frame, form);
+const loaded = new Promise((done) => (frame.onload = done));
+form.submit();
+await loaded;
+const joined = await new Promise((done) => {
+  const room = new WebSocket("ws://HOST:PORT/");
+  room.onopen = () => done(1);
+  room.onerror = () => done(0);
+});
+console.log({drained, read, joined});
+"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_page_of_another_server(host, tmp_path):
+    """It can neither drain the server, by a script or a form, nor read its metrics, nor join a room."""
+    with Server(tmp_path, admin=LOOPBACK) as server, foreign_site() as site:
+        script = ATTACK.replace("HOST", host).replace("ADMIN", f"{server.admin_port}").replace("PORT", f"{server.port}")
+        with Page(tmp_path / "profile", site) as page:
+            page.run(script)
+            assert page.wait(1) == [{"drained": 1, "read": 0, "joined": 0}]
+        with Raw(server.admin_port) as operator:
+            operator.send(b"GET /readyz HTTP/1.0\r\n\r\n")
+            assert operator.rest().endswith(b"\r\n\r\nready\n")
+        with connect(server.url) as client:
+            client.recv(LONG)

@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import ssl
+from urllib.parse import urljoin
 
 import aiohttp
 import pytest
@@ -266,7 +267,7 @@ def test_post_read_and_page_on_one_connection(connection):
     for number in range(1, 6):
         answer, document = say(connection, "pages", f"{number}")
         assert answer.status == 201
-        _, message = ask(connection, "GET", answer.headers["Location"])
+        _, message = ask(connection, "GET", urljoin("/rooms/pages/messages", answer.headers["Location"]))
         assert (message["id"], message["data"]["message"]) == (document["id"], f"{number}")
         sock = sock or connection.sock
     answer, page = ask(connection, "GET", "/rooms/pages/messages?limit=2")
@@ -278,6 +279,19 @@ def test_post_read_and_page_on_one_connection(connection):
     assert ask(connection, "OPTIONS", "/rooms/pages/messages")[0].status == 204
     assert ask(connection, "GET", "/healthz")[1] == "ok\n"
     assert connection.sock is sock, "all on one connection"
+
+
+@pytest.mark.parametrize("times", range(5))
+def test_half_closed_client_gets_its_answer(common, times):
+    """A client may finish sending with its request, as `nc -N` does, and gets the answer to its post."""
+    body = json.dumps({"username": "ann", "message": f"{times}"}).encode()
+    head = (
+        b"POST /rooms/half/messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    with Raw(common.port) as client:
+        client.socket.sendall(head % len(body) + body)
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.rest().startswith(b"HTTP/1.1 201 Created\r\n")
 
 
 def test_room_has_a_page_on_the_port_that_it_names(connection, common):

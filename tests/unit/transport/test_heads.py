@@ -1,7 +1,8 @@
 """One grammar: heads.jsonl has the verdict on every head, and each path that reads heads comes to it.
 
-A row has a request, in which `HOST:PORT` stands for the server's own name, and three statuses.  `websocket` is the answer on
-the port for clients.  `plain` is the answer there if the request asks for another upgrade.  `admin` is that of the admin port.
+A row has a request, in which `HOST:PORT` stands for the server's own name, and three statuses.  `websocket` is the
+answer on the port for clients.  `plain` is the answer there if the request asks for another upgrade.  `admin` is that
+of the admin port.
 """
 
 import json
