@@ -30,6 +30,8 @@ NETWORK_BITS: Final = 64
 
 ANY_ORIGIN: Final = r".*\Z"
 """The pattern of `*`, which every page matches."""
+PRIVATE_DOMAINS: Final = frozenset(("internal", "local", "localhost"))
+"""Top-level domains that the public DNS will never have (RFC 6761, RFC 6762, ICANN's resolution of July 2024)."""
 ROUNDING: Final = 1e-6
 """The seconds that sums of fractions may lose."""
 
@@ -114,13 +116,14 @@ def check_operator(headers: Mapping[str, str], hostname: str) -> None:
     """Raise HttpError 403 for requests that a web page may have sent.
 
     A page sends its origin, or how it relates to this server (Fetch Metadata).  One that made its own name
-    resolve to this machine sends that name as the host.  So the host must be an address, a name without a
-    dot such as `localhost`, or this machine's name.
+    resolve to this machine sends that name as the host.  So the host must be an address, this machine's
+    name, or a name that nobody can have in the public DNS.
     """
     host = headers.get("host", "").lower()
     server = _HOST.fullmatch(host)
     name = server[1] if server else host
-    if not (is_address(name.strip("[]")) or "." not in name or name == hostname.lower()):
+    private = "." not in name or name.rpartition(".")[2] in PRIVATE_DOMAINS
+    if not (private or is_address(name.strip("[]")) or name == hostname.lower()):
         raise HttpError(HTTPStatus.FORBIDDEN, "this is the admin port of another host; send Host: localhost")
     origin = headers.get("origin")
     page = headers.get("sec-fetch-site", "none")

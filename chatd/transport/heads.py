@@ -141,7 +141,9 @@ def _check_host(head: Head) -> None:
     elif "host" in head.repeated:
         raise invalid(f"HTTP Host header appears more than once{where}")
     else:
-        raise invalid(f'invalid HTTP Host header "{host}"')
+        _, colon, port = host.rpartition(":")
+        wrong = f'invalid port "{port}" in' if colon and "]" not in port else "invalid"
+        raise invalid(f'{wrong} HTTP Host header "{host}"')
 
 
 def _in_origin_form(head: Head) -> Head:

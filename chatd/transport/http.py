@@ -7,7 +7,8 @@ GET /metrics  the metrics for Prometheus (on the admin port)
 POST /drain   send all clients elsewhere, and keep running (on the admin port)
 /rooms/...    the rooms over HTTP: see chatd.transport.api
 
-Refused requests and WebSocket handshakes are answered with a problem (RFC 9457).
+The admin port refuses every request that a web page may have sent.  Refused requests and WebSocket handshakes
+are answered with a problem (RFC 9457).
 """
 
 import html
@@ -204,7 +205,7 @@ class _Channel(HTTPChannel):
 
     delimiter = HEAD_END
     MAX_LENGTH = MAX_HEAD
-    # Twisted has no limits of its own.
+    # Limits of Twisted, which no valid head reaches.
     maxHeaders = MAX_HEADERS
     totalHeadersSize = 4 * MAX_HEAD
 

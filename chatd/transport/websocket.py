@@ -1,7 +1,7 @@
 """WebSocket connections, and the factory that makes them.
 
-Every connection to the port begins here.  A request that asks for no upgrade is handed, with all its
-bytes, to the web site, so that WebSocket connections, which are the many, have no HTTP machinery.
+Every connection to the port begins here.  A request that asks for no WebSocket is handed to the web site,
+so that WebSocket connections, which are the many, have no HTTP machinery.
 
 A connection holds a session: the session gets the frames that arrive, and the connection sends what the
 room and the session hand over.

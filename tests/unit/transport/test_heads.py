@@ -203,3 +203,23 @@ def test_end_of_a_head():
     assert take(b"") == (None, b"")
     with pytest.raises(HttpError, match="too long"):
         take(head + b"\r\nX: " + bytes(MAX_HEAD))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "detail"),
+    [
+        (b"Host: x\r\n", b"", "HTTP Host header missing{}"),
+        (b"Host: x", b"Host: x\r\nHost: x", "HTTP Host header appears more than once{}"),
+        (b"Host: x", b"Host: x:y", 'invalid port "y" in HTTP Host header "x:y"'),
+        (b"Host: x", b"Host: [::1]y", 'invalid HTTP Host header "[::1]y"'),
+        (b"Host: x", b"Host: a/b", 'invalid HTTP Host header "a/b"'),
+        (b"GET / ", b"GET /#top ", 'HTTP requested resource contains a fragment identifier "top"'),
+        (b"Host: x", b"Host: x\r\nno colon", "this is no HTTP request"),
+    ],
+)
+def test_reason_of_a_refused_head(old, new, detail):
+    """A client gets the reason; that of a handshake says that it is one."""
+    for upgrade, where in ((b"", ""), (b"\r\nUpgrade: websocket", " in opening handshake request")):
+        with pytest.raises(HttpError) as refused:
+            parse(b"GET / HTTP/1.1\r\nHost: x\r\n".replace(old, new).removesuffix(b"\r\n") + upgrade)
+        assert str(refused.value) == detail.format(where)
