@@ -18,7 +18,7 @@ from chatd.room.log import MAIN
 from chatd.store.base import timestamp
 from chatd.store.memory import KEEP
 from chatd.store.sqlite_file import FORMAT
-from chatd.transport.admission import room_pattern
+from chatd.transport.admission import OWN_DOMAINS, room_pattern
 from chatd.transport.frames import history_frame, message_frame
 
 NOTHING: Final = "nothing to worry about"
@@ -40,8 +40,6 @@ SHARED: Final = frozenset(
 """Network file systems, where SQLite's write-ahead log and locks do not work reliably."""
 FLEETING: Final = {"tmpfs": "the machine", "ramfs": "the machine", "overlay": "the container"}
 """File systems that do not outlive the machine or the container."""
-OWN_DOMAINS: Final = frozenset({"example", "internal", "invalid", "lan", "local", "localhost", "test"})
-"""Top-level domains without an owner (RFC 2606, RFC 6762): every host below them is the operator's own."""
 REDIS_PORT: Final = 6379
 REDIS: Final = 6, 2
 """The oldest version of Redis that has the commands of the store."""

@@ -30,8 +30,8 @@ NETWORK_BITS: Final = 64
 
 ANY_ORIGIN: Final = r".*\Z"
 """The pattern of `*`, which every page matches."""
-PRIVATE_DOMAINS: Final = frozenset(("internal", "local", "localhost"))
-"""Top-level domains that the public DNS will never have (RFC 6761, RFC 6762, ICANN's resolution of July 2024)."""
+OWN_DOMAINS: Final = frozenset({"example", "internal", "invalid", "lan", "local", "localhost", "test"})
+"""Top-level domains without an owner (RFC 2606, RFC 6762): every host below them is the operator's own."""
 ROUNDING: Final = 1e-6
 """The seconds that sums of fractions may lose."""
 
@@ -122,8 +122,8 @@ def check_operator(headers: Mapping[str, str], hostname: str) -> None:
     host = headers.get("host", "").lower()
     server = _HOST.fullmatch(host)
     name = server[1] if server else host
-    private = "." not in name or name.rpartition(".")[2] in PRIVATE_DOMAINS
-    if not (private or is_address(name.strip("[]")) or name == hostname.lower()):
+    own = "." not in name or name.rpartition(".")[2] in OWN_DOMAINS
+    if not (own or is_address(name.strip("[]")) or name == hostname.lower()):
         raise HttpError(HTTPStatus.FORBIDDEN, "this is the admin port of another host; send Host: localhost")
     origin = headers.get("origin")
     page = headers.get("sec-fetch-site", "none")

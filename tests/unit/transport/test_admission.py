@@ -252,7 +252,7 @@ def test_host_that_a_proxy_forwards(forwarded):
     assert refuses(Admission(proxied=True, origins=[origin_pattern("https://other.example")]), *asked)
 
 
-OWN = "host.example"
+OWN = "host.chat.com"
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ OWN = "host.example"
         {"host": "chatd-1:8086"},
         {"host": "chatd-1.internal:8086"},
         {"host": "chatd.ns.svc.cluster.local"},
-        {"host": "Host.Example:8086"},
+        {"host": "Host.Chat.Com:8086"},
         {"host": "localhost:8086", "origin": "http://localhost:8086", "sec-fetch-site": "same-origin"},
         {"host": "localhost:8086", "sec-fetch-site": "none"},
     ],
@@ -280,14 +280,14 @@ def test_operator_may_use_the_admin_port(headers):
 @pytest.mark.parametrize(
     "headers",
     [
-        {"host": "evil.example"},
-        {"host": "evil.example:8086"},
-        {"host": "127.0.0.1.evil.example"},
+        {"host": "evil.com"},
+        {"host": "evil.com:8086"},
+        {"host": "127.0.0.1.evil.com"},
         {"host": "127.1"},
-        {"host": "chatd.internal.evil.example"},
+        {"host": "chatd.internal.evil.com"},
         {"host": "localhost."},
-        {"host": "a.host.example"},
-        {"host": "evil.example@localhost"},
+        {"host": "a.host.chat.com"},
+        {"host": "evil.com@localhost"},
     ],
 )
 def test_foreign_host_on_the_admin_port(headers):
