@@ -27,6 +27,7 @@ from chatd.service import TRIM_SECONDS
 from chatd.store.base import DAY, STEADY_SECONDS, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.redis import link
+from chatd.transport.proxied import ProxiedFactory
 from twisted.plugins import chatd_plugin
 
 HANDSHAKE = (
@@ -350,6 +351,15 @@ def handshake(target="/", *headers):
 def status(reactor, data):
     """Return the status of the first port's response to a request."""
     return int(Client(reactor.tcpServers[0][1], data).received.split(b" ", 2)[1])
+
+
+def test_listen_behind_a_proxy(reactor):
+    """Connections to an endpoint whose text begins with `haproxy:` begin with a header, and no others do."""
+    start("--listen=haproxy:tcp:8085", "--listen=tcp:8087")
+    factories = {port: factory for port, factory, *_ in reactor.tcpServers}
+    assert isinstance(factories[8085], ProxiedFactory)
+    assert not isinstance(factories[8087], ProxiedFactory)
+    assert "'haproxy:nonsense' is no server endpoint" in refusal("--listen=haproxy:nonsense")
 
 
 def test_rooms_limits_the_rooms(reactor):

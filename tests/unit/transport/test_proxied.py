@@ -7,11 +7,9 @@ import pytest
 from support.transports import Wire
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.testing import MemoryReactor
 from zope.interface import implementer
 
-from chatd import tap
-from chatd.transport.proxied import ProxiedEndpoint, ProxiedFactory, is_partial
+from chatd.transport.proxied import ProxiedFactory, is_partial
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 ADDRESSES = socket.inet_aton("192.0.2.7") + socket.inet_aton("192.0.2.1") + struct.pack("!HH", 4321, 8085)
@@ -105,18 +103,3 @@ def test_half_close():
     wire, behind = connect()
     wire.protocol.readConnectionLost()
     assert len(behind.lost) == 1
-
-
-def test_endpoint(monkeypatch):
-    """An endpoint whose text begins with `haproxy:` reads the header, and no other does."""
-    reactor = MemoryReactor()
-    monkeypatch.setattr(tap, "_reactor", lambda: reactor)
-    endpoint = tap._endpoint("haproxy:tcp:8085")
-    assert isinstance(endpoint, ProxiedEndpoint)
-    endpoint.listen(Factory.forProtocol(Behind))
-    ((port, factory, *_),) = reactor.tcpServers
-    assert port == 8085
-    assert isinstance(factory, ProxiedFactory)
-    assert not isinstance(tap._endpoint("tcp:8085"), ProxiedEndpoint)
-    with pytest.raises(ValueError, match="'haproxy:nonsense' is no server endpoint"):
-        tap._endpoint("haproxy:nonsense")
