@@ -134,8 +134,7 @@ def _check_headers(what, response, headers):
 
 def install(report):
     """Watch what leaves this process; `report` is called with what was undocumented."""
-    from chatd.transport import http as web
-    from chatd.transport import websocket
+    from chatd.transport import http, websocket
 
     def watching(check):
         def checked(*args):
@@ -148,8 +147,8 @@ def install(report):
         return checked
 
     _watch_connections(websocket.WebSocketConnection, watching(check_stream))
-    _watch_requests(web.ChatSite.requestFactory, watching(check_answer), watching(check_event))
-    _watch_channels(web.ChatSite.protocol, watching(check_answer))
+    _watch_requests(http.ChatSite.requestFactory, watching(check_answer), watching(check_event))
+    _watch_channels(http.ChatSite.protocol, watching(check_answer))
 
 
 def _watch_connections(connection, check):

@@ -9,8 +9,7 @@ from support.web_doubles import Connection, Stream, WebSocketClient
 from chatd.messages import Entry, Post
 from chatd.room.registry import Registry
 from chatd.store.base import Retention
-from chatd.transport import frames
-from chatd.transport import http as web
+from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
@@ -39,7 +38,7 @@ class House:
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
         api = Api(self.rooms, self.connections, admission, addresses)
-        self.site = web.site(lambda: (ready, "ready" if ready else "starting"), self.clock, {"": api, "rooms": api})
+        self.site = http.site(lambda: (ready, "ready" if ready else "starting"), self.clock, {"": api, "rooms": api})
         self.factory = ChatFactory(
             rooms=self.rooms,
             connections=self.connections,

@@ -41,8 +41,7 @@ from chatd.room.registry import Registry
 from chatd.store.base import DAY, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore
-from chatd.transport import frames
-from chatd.transport import http as web
+from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
@@ -598,7 +597,7 @@ class Machine(RuleBasedStateMachine):
             rooms=rooms,
             connections=self.connections,
             admission=admission,
-            site=web.ChatSite(api, self.clock),
+            site=http.ChatSite(api, self.clock),
             reactor=self.clock,
         )
 

@@ -37,8 +37,7 @@ from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore
-from chatd.transport import frames
-from chatd.transport import http as web
+from chatd.transport import frames, http
 from chatd.transport.frames import message_frame
 
 
@@ -92,7 +91,7 @@ def test_text_has_no_final_newline(house):
 
 def test_metrics_are_on_the_admin_port_alone(house):
     """The admin port serves /metrics, and the port for clients answers 404."""
-    admin = web.admin(lambda: (True, "ready"), house.clock, drain=house.connections.abort, metrics=house.metrics)
+    admin = http.admin(lambda: (True, "ready"), house.clock, drain=house.connections.abort, metrics=house.metrics)
     house.client()
     response, text = Connection(admin).ask(b"GET", b"/metrics", b"Host: x")
     assert (response.status, response.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")

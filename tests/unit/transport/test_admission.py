@@ -27,7 +27,7 @@ from chatd.transport.admission import (
 NOBODY = frozenset()
 
 
-def join_request(target, origin=None, *, rooms=(), origins=()):
+def asked_room(target, origin=None, *, rooms=(), origins=()):
     """Return the JoinRequest of a path, under rules as they are on the command line."""
     rules = Admission([room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins])
     path, _, query = target.partition("?")
@@ -37,7 +37,7 @@ def join_request(target, origin=None, *, rooms=(), origins=()):
 
 def refusal(target, origin=None, **rules):
     with pytest.raises(HttpError) as refused:
-        visit(target, origin, **rules)
+        asked_room(target, origin, **rules)
     assert "\n" not in str(refused.value)
     assert refused.value.code is None
     return refused.value.status
@@ -59,7 +59,7 @@ def refusal(target, origin=None, **rules):
     ],
 )
 def test_path_names_a_room(path, room):
-    assert visit(path) == JoinRequest(room, None, NOBODY, None)
+    assert asked_room(path) == JoinRequest(room, None, NOBODY, None)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_any_other_path_is_404(path):
 )
 def test_allowed_rooms(patterns, yes, no):
     for name in yes:
-        assert visit(f"/rooms/{name}", rooms=patterns).room == name
+        assert asked_room(f"/rooms/{name}", rooms=patterns).room == name
     for name in no:
         assert refusal(f"/rooms/{name}", rooms=patterns) == HTTPStatus.NOT_FOUND
 
@@ -97,7 +97,7 @@ def test_allowed_rooms(patterns, yes, no):
 def test_root_without_room_main():
     """The path / is refused when the patterns exclude the room main."""
     assert refusal("/", rooms=["team-*"]) == HTTPStatus.NOT_FOUND
-    assert visit("/", rooms=["ma*"]).room == "main"
+    assert asked_room("/", rooms=["ma*"]).room == "main"
 
 
 def test_pattern_widens_no_rule_of_names():
@@ -170,7 +170,7 @@ def test_what_is_no_pattern_of_room_names_is_said(text):
 )
 def test_page_may_connect_if_its_origin_is_the_operators(pattern, yes, no):
     for origin in yes:
-        assert visit("/", origin, origins=[pattern]).room == "main"
+        assert asked_room("/", origin, origins=[pattern]).room == "main"
     for origin in no:
         assert refusal("/", origin, origins=[pattern]) == HTTPStatus.FORBIDDEN, origin
 
@@ -178,17 +178,17 @@ def test_page_may_connect_if_its_origin_is_the_operators(pattern, yes, no):
 def test_one_of_several_origins_is_enough():
     rules = {"origins": ["https://a.example", "*.b.example"]}
     for origin in ("https://a.example", "https://x.b.example"):
-        assert visit("/", origin, **rules)
+        assert asked_room("/", origin, **rules)
     assert refusal("/", "https://c.example", **rules) == HTTPStatus.FORBIDDEN
 
 
 def test_requests_without_origin_are_allowed():
-    assert visit("/", None, origins=["https://chat.example"])
+    assert asked_room("/", None, origins=["https://chat.example"])
 
 
 def test_every_page_may_connect_by_a_star():
     for origin in ("https://anything.example", "null", "nonsense", "", None):
-        assert visit("/", origin, origins=["null", "*"])
+        assert asked_room("/", origin, origins=["null", "*"])
     assert Admission(origins=[origin_pattern("*")]).any_origin
     assert not Admission(origins=[origin_pattern("null")]).any_origin
     assert not Admission().any_origin
@@ -351,7 +351,7 @@ def test_what_is_no_origin_is_said(text):
 
 
 def test_what_is_asked_for_is_read():
-    assert visit("/rooms/a?last_event_id=k7Q2-1042&events=presence,typing&username=ann") == JoinRequest(
+    assert asked_room("/rooms/a?last_event_id=k7Q2-1042&events=presence,typing&username=ann") == JoinRequest(
         "a", Id("k7Q2", 1042), frozenset({"presence", "typing"}), "ann"
     )
 
@@ -360,11 +360,11 @@ def test_what_is_asked_for_is_read():
     "query", ["", "last_event_id=&events=&username=", "last_event_id", "colour=red&colour=%00", "&&", "LAST_EVENT_ID=x"]
 )
 def test_what_is_empty_or_unknown_is_not_asked_for(query):
-    assert visit(f"/?{query}") == JoinRequest("main", None, NOBODY, None)
+    assert asked_room(f"/?{query}") == JoinRequest("main", None, NOBODY, None)
 
 
 def test_last_of_repeated_parameters_counts():
-    asked = visit(
+    asked = asked_room(
         "/?last_event_id=nonsense&last_event_id=k7Q2-1&events=nonsense&events=typing&username=ann&username=bob"
     )
     assert asked == JoinRequest("main", Id("k7Q2", 1), frozenset({"typing"}), "bob")
@@ -373,7 +373,7 @@ def test_last_of_repeated_parameters_counts():
 @pytest.mark.parametrize("number", ["0", "1", "9" * 16])
 @pytest.mark.parametrize("epoch", ["k7Q2", "0123456789abcDEF"])
 def test_id_of_the_last_message_is_an_epoch_and_a_number(epoch, number):
-    assert visit(f"/?last_event_id={epoch}-{number}").last == Id(epoch, int(number))
+    assert asked_room(f"/?last_event_id={epoch}-{number}").last == Id(epoch, int(number))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_id_that_is_no_query_is_read_alike():
     ],
 )
 def test_events_are_chosen_by_name(text, events):
-    assert visit(f"/?events={text}").events == events
+    assert asked_room(f"/?events={text}").events == events
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_unknown_events_are_400(text):
 )
 def test_username_of_a_join_request(text, username):
     """A username is 1 to 30 code points of percent-encoded UTF-8."""
-    assert visit(f"/?username={text}").username == username
+    assert asked_room(f"/?username={text}").username == username
 
 
 @pytest.mark.parametrize("text", [31 * "a", 31 * "%F0%9F%91%8B", "%FF", "%D0", "%ED%A0%80", "a%C0%80"])

@@ -16,11 +16,11 @@ from twisted.internet.interfaces import IHalfCloseableProtocol
 
 from chatd.room.log import InDoubt
 from chatd.room.room import MAX_LAG
-from chatd.transport import http as web
+from chatd.transport import http
 from chatd.transport.api import PREFLIGHT_SECONDS
 from chatd.transport.connections import PING_SECONDS, STALL_SECONDS
 
-RETRY = str(web.RETRY_AFTER_SECONDS)
+RETRY = str(http.RETRY_AFTER_SECONDS)
 
 
 @pytest.fixture
@@ -636,7 +636,7 @@ def test_body_too_large_or_without_length(house):
     """A body that is too large is a 413; one without a length is a 411."""
     for length, status in ((b"Content-Length: 16385", 413), (b"Transfer-Encoding: chunked", 411)):
         assert problem(house.ask(b"POST", b"/rooms/main/messages", JSON, length))[0] == status
-    padded = b'{"username":"ann","message":"hi"}'.ljust(web.MAX_BODY)
+    padded = b'{"username":"ann","message":"hi"}'.ljust(http.MAX_BODY)
     assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=padded)[0].status == 201
 
 
@@ -778,11 +778,11 @@ def test_stream_begins_with_retry_and_history(house):
     stream = house.stream()
     (history,) = stream.read()
     assert stream.status == 200
-    assert stream.retries == [web.RETRY_AFTER_SECONDS * 1000]
+    assert stream.retries == [http.RETRY_AFTER_SECONDS * 1000]
     assert stream.headers["content-type"] == "text/event-stream"
     assert stream.headers["cache-control"] == "no-store"
     assert stream.headers["x-accel-buffering"] == "no"
-    assert stream.headers["server"] == web.SERVER
+    assert stream.headers["server"] == http.SERVER
     assert "content-length" not in stream.headers
     assert (history.kind, history.id) == ("history", house.id(2))
     house.say("hi", "ho")
@@ -790,7 +790,7 @@ def test_stream_begins_with_retry_and_history(house):
     assert [(event.kind, event.id) for event in stream.read()] == [("message", house.id(3)), ("message", house.id(4))]
     assert stream.last == house.id(4)
     assert not stream.ended
-    assert stream.retries == [web.RETRY_AFTER_SECONDS * 1000]
+    assert stream.retries == [http.RETRY_AFTER_SECONDS * 1000]
 
 
 def test_first_bytes_of_a_stream_are_the_retry(house):
@@ -1115,7 +1115,7 @@ def test_drain_ends_a_stream_with_its_time_to_come_back(house, version):
         assert stream.read() == []
         assert stream.ended or version == b"1.0"
         assert stream.connection.closing
-        assert stream.retries == [web.RETRY_AFTER_SECONDS * 1000, retry]
+        assert stream.retries == [http.RETRY_AFTER_SECONDS * 1000, retry]
         assert not gone.called
         stream.connection.lose()
         assert gone.called
@@ -1321,7 +1321,7 @@ def test_stream_can_follow_other_requests_on_its_connection(house):
     connection.ask(b"GET", b"/rooms/main/messages")
     connection.ask(b"POST", b"/rooms/main/messages", JSON, body=b'{"username":"ann","message":"hi"}')
     stream = Stream(connection, b"/rooms/main/events")
-    house.clock.advance(2 * web.HTTP_SECONDS)
+    house.clock.advance(2 * http.HTTP_SECONDS)
     assert numbers(stream.read()[0].json) == [1, 2, 3]
     assert not connection.closing
 

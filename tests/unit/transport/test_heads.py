@@ -21,8 +21,7 @@ from twisted.internet.task import Clock
 from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
-from chatd.transport import frames
-from chatd.transport import http as web
+from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, HttpError
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
@@ -44,9 +43,9 @@ class Server:
         rooms = Registry(store, frames, clock, 100)
         connections, admission = Connections(clock), Admission()
         api = Api(rooms, connections, admission, Addresses(None, 0, clock.seconds))
-        site = web.site(lambda: (True, "ready"), clock, {"": api, "rooms": api})
+        site = http.site(lambda: (True, "ready"), clock, {"": api, "rooms": api})
         self.open = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=clock)
-        self.admin = web.admin(lambda: (True, "ready"), clock, drain=lambda: None, metrics=lambda: "")
+        self.admin = http.admin(lambda: (True, "ready"), clock, drain=lambda: None, metrics=lambda: "")
 
     def connect(self, port):
         return Client(self.open if port == "open" else self.admin)

@@ -10,21 +10,21 @@ from twisted.web.server import NOT_DONE_YET
 
 import chatd
 from chatd.messages import Code
-from chatd.transport import http as web
+from chatd.transport import http
 from chatd.transport.heads import MAX_HEAD, parse
 
 
-class Registry(web.ChatResource):
+class Registry(http.ChatResource):
     """A double of chatd.transport.api: the page, and an answer with the size of the post."""
 
     isLeaf = True
 
     def render_GET(self, request):
-        return web.page(request, request.path.decode())
+        return http.page(request, request.path.decode())
 
     def render_POST(self, request):
         request.of_a_double = True  # see documented.py
-        return web.answer(request, HTTPStatus.OK, b"%d bytes" % len(request.content.read()), "text/plain")
+        return http.answer(request, HTTPStatus.OK, b"%d bytes" % len(request.content.read()), "text/plain")
 
 
 def ready():
@@ -34,12 +34,12 @@ def ready():
 def clients_site(clock, ready=ready):
     """Return the site for clients."""
     rooms = Registry()
-    return web.site(ready, clock, {"": rooms, "rooms": rooms})
+    return http.site(ready, clock, {"": rooms, "rooms": rooms})
 
 
 def admin_site(clock, ready=ready, drain=lambda: None):
     """Return the site on the admin port."""
-    return web.admin(ready, clock, drain=drain, metrics=lambda: "chatd_members 3.0", hostname="host.example")
+    return http.admin(ready, clock, drain=drain, metrics=lambda: "chatd_members 3.0", hostname="host.example")
 
 
 SITES = pytest.mark.parametrize("site", [clients_site, admin_site])
@@ -68,7 +68,7 @@ def problem(response, body):
 
 
 def test_problem_has_the_code_of_the_error_frame():
-    said = json.loads(web.problem(HTTPStatus.NOT_FOUND, "no", Code.UNKNOWN_ID))
+    said = json.loads(http.problem(HTTPStatus.NOT_FOUND, "no", Code.UNKNOWN_ID))
     assert said == {"title": "Not Found", "status": 404, "detail": "no", "code": "UNKNOWN_ID"}
 
 
@@ -285,7 +285,7 @@ def test_request_leaves_no_line_in_the_log(clock, events):
 # Bodies
 
 
-@pytest.mark.parametrize("size", [0, 1, web.MAX_BODY])
+@pytest.mark.parametrize("size", [0, 1, http.MAX_BODY])
 def test_body_that_is_announced_is_read(connection, size):
     assert connection.ask(b"POST", b"/rooms", body=bytes(size))[1] == f"{size} bytes"
     assert not connection.closing
@@ -305,7 +305,7 @@ def test_body_byte_by_byte_and_pipelined_request(connection):
 
 
 REFUSED = {
-    b"Content-Length: %d" % (web.MAX_BODY + 1): (413, "the body is larger than 16384 bytes"),
+    b"Content-Length: %d" % (http.MAX_BODY + 1): (413, "the body is larger than 16384 bytes"),
     b"Content-Length: 1000000000000": (413, "the body is larger than 16384 bytes"),
     b"Transfer-Encoding: chunked": (411, "say the body's length in Content-Length"),
 }
@@ -408,7 +408,7 @@ def test_callback_on_connection_lost(clock):
 # Closing
 
 
-class Later(web.ChatResource):
+class Later(http.ChatResource):
     """A resource that answers when the test calls it."""
 
     def __init__(self):
@@ -422,7 +422,7 @@ class Later(web.ChatResource):
 
     def answer(self, text):
         request = self.requests.pop(0)
-        request.write(web.answer(request, HTTPStatus.CREATED, text, "text/plain"))
+        request.write(http.answer(request, HTTPStatus.CREATED, text, "text/plain"))
         request.finish()
 
 
@@ -431,7 +431,7 @@ class Closing:
 
     def __init__(self, clock):
         self.later = Later()
-        self.site = web.site(ready, clock, {"later": self.later})
+        self.site = http.site(ready, clock, {"later": self.later})
         self.over = []
 
     def connect(self):
@@ -558,7 +558,7 @@ def test_answer_without_content(closing):
     """A 204 has neither a media type nor a length."""
     connection = closing.posts()
     (request,) = closing.later.requests
-    request.write(web.answer(request, HTTPStatus.NO_CONTENT, b"", ""))
+    request.write(http.answer(request, HTTPStatus.NO_CONTENT, b"", ""))
     request.finish()
     response, text = connection.response()
     assert (response.status, text) == (204, "")
@@ -727,7 +727,7 @@ def test_what_was_refused_asks_for_nothing_more(upgrading):
 
 
 def test_connection_that_asks_nothing_is_closed(clock, connection):
-    clock.advance(web.HTTP_SECONDS - 0.1)
+    clock.advance(http.HTTP_SECONDS - 0.1)
     assert not connection.closing
     clock.advance(0.1)
     assert connection.closing
@@ -737,14 +737,14 @@ def test_request_that_trickles_in_is_dropped_at_its_deadline(clock, connection):
     for byte in b"GET /h":
         assert not connection.closing
         connection.send(bytes([byte]))
-        clock.advance(web.HTTP_SECONDS / 6)
-    assert clock.seconds() == web.HTTP_SECONDS
+        clock.advance(http.HTTP_SECONDS / 6)
+    assert clock.seconds() == http.HTTP_SECONDS
     assert connection.closing
     assert connection.transport.value() == b""
 
 
 def test_body_that_trickles_in_is_dropped_at_the_same_deadline(clock, connection):
-    clock.advance(web.HTTP_SECONDS - 10)
+    clock.advance(http.HTTP_SECONDS - 10)
     connection.begin(b"POST", b"/rooms", b"Content-Length: 100")
     for _ in range(10):
         assert not connection.closing
@@ -756,18 +756,18 @@ def test_body_that_trickles_in_is_dropped_at_the_same_deadline(clock, connection
 
 def test_each_request_of_a_connection_has_a_deadline_of_its_own(clock, connection):
     for _ in range(3):
-        clock.advance(web.HTTP_SECONDS - 1)
+        clock.advance(http.HTTP_SECONDS - 1)
         assert connection.ask(b"GET", b"/healthz")[1] == "ok\n"
-    clock.advance(web.KEEP_ALIVE_SECONDS - 1)
+    clock.advance(http.KEEP_ALIVE_SECONDS - 1)
     for byte in b"GET /h":
         assert not connection.closing
         connection.send(bytes([byte]))
-        clock.advance(web.HTTP_SECONDS / 6)
+        clock.advance(http.HTTP_SECONDS / 6)
     assert connection.closing
 
 
 def test_peer_that_does_not_take_the_close_is_aborted(clock, connection):
-    clock.advance(web.HTTP_SECONDS)
+    clock.advance(http.HTTP_SECONDS)
     assert not connection.transport.disconnected
     clock.advance(connection.channel.abortTimeout)
     assert connection.transport.disconnected

@@ -20,8 +20,7 @@ from twisted.python.failure import Failure
 from chatd.operate.drain import TICK_SECONDS, Drain
 from chatd.room.presence import ROUND_SECONDS
 from chatd.room.registry import Registry
-from chatd.transport import frames, websocket
-from chatd.transport import http as web
+from chatd.transport import frames, http
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.autobahn_adapter import MAX_FRAGMENTS, MAX_MESSAGE
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS
@@ -79,7 +78,7 @@ def server(clock, rooms, connections):
             rooms=rooms,
             connections=connections,
             admission=Admission([room_pattern(text) for text in allowed], [origin_pattern(text) for text in origins]),
-            site=web.site(lambda: (True, "ready"), clock, {}),
+            site=http.site(lambda: (True, "ready"), clock, {}),
             reactor=clock,
             rate=rate,
         )
@@ -279,7 +278,7 @@ def test_request_without_an_upgrade_is_the_web_sites(factory, transport):
     client = Client(factory, transport())
     client.sends(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
     client.sends(b"\r\n")
-    assert isinstance(client.now, web.HTTPChannel)
+    assert isinstance(client.now, http.HTTPChannel)
     answer = client.transport.value()
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"ok\n")
@@ -294,7 +293,7 @@ def test_behind_a_wrapper_the_web_site_is_put_in_the_wrapper(factory):
     wrapper.makeConnection(wire)
     wrapper.dataReceived(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     assert wire.value().endswith(b"ok\n")
-    assert isinstance(wrapper.wrappedProtocol, web.HTTPChannel)
+    assert isinstance(wrapper.wrappedProtocol, http.HTTPChannel)
     wrapper.connectionLost(Failure(ConnectionDone()))
 
 
@@ -365,7 +364,7 @@ def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, connections):
     wrapper.makeConnection(wire)
     wrapper.dataReceived(HEALTH)
     wrapper.dataReceived(HANDSHAKE[:50])
-    assert isinstance(wrapper.wrappedProtocol, web.HTTPChannel)
+    assert isinstance(wrapper.wrappedProtocol, http.HTTPChannel)
     wrapper.dataReceived(HANDSHAKE[50:])
     assert connections.connected == {wrapper.wrappedProtocol}
     assert UPGRADED in wire.value()
