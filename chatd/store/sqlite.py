@@ -5,7 +5,8 @@ therefore share one disk sync (*group commit*), and no post waits for a batch to
 and stamped in the transaction that stores them.  Followers and posters are notified only after the commit.
 
 A second thread reads.  The reactor's thread touches the file when it opens it; later it only asks for its size.
-After a failure the store tries the disk every few seconds, so that it recovers without a post.
+Every few seconds the store looks whether its files are in place or, after a failure, tries the disk.  It therefore
+notices a fault, and recovers from one, without a post.
 `chatd.store.sqlite_file` holds the SQL.
 """
 
@@ -33,8 +34,8 @@ from chatd.store.sqlite_file import Commit, SqliteFile
 
 MAX_PENDING: Final = 10_000
 """The most posts that may wait for the disk; more are refused, so that a slow disk does not fill the memory."""
-PROBE_SECONDS: Final = 5
-"""The interval at which a failing disk is tried."""
+LOOK_SECONDS: Final = 5
+"""The interval at which the store looks at its files, or tries a failing disk."""
 CLOSE_SECONDS: Final = 10
 """How long a disk that does not answer may delay the end of the process."""
 
@@ -109,7 +110,9 @@ class SqliteStore(Store):
         self._writer = writer
         self._reader = reader
         self._clock = clock
-        self._probe_call: IDelayedCall | None = None
+        self._look_call: IDelayedCall
+        self._looking = False
+        """True while the writer has not answered the last look."""
         self._closing = False
         self._in_doubt = False
         """True after a batch that may be stored although the followers do not know it."""
@@ -130,6 +133,7 @@ class SqliteStore(Store):
         self.epoch = self.file.epoch
         self._writer.start()
         self._reader.start()
+        self._look_later()
         return succeed(None)
 
     @override
@@ -143,8 +147,7 @@ class SqliteStore(Store):
         if self._committing is not None:  # posts arrived meanwhile
             return self.settled().addCallback(self._close)
         self._closing = True
-        if self._probe_call is not None and self._probe_call.active():
-            self._probe_call.cancel()
+        self._look_call.cancel()
         # The file is closed in a thread, because that can take as long as a commit.
         idle = self._reader.do(_nothing)
         return idle.addCallback(lambda _: self._writer.do(self.file.close)).addCallback(self._closed)
@@ -270,18 +273,34 @@ class SqliteStore(Store):
 
     def _unwritable(self, failure: Failure) -> None:
         self._faults["write"] = f"the log cannot be written: {failure.value}"
-        self._probe_later()
 
-    def _probe_later(self) -> None:
-        if not self._closing and (self._probe_call is None or not self._probe_call.active()):
-            self._probe_call = self._clock.callLater(PROBE_SECONDS, self._probe)
+    def _look_later(self) -> None:
+        self._look_call = self._clock.callLater(LOOK_SECONDS, self._look)
 
-    def _probe(self) -> None:
-        """Try what failed when it was last tried."""
-        if "write" in self._faults:
-            self._writer.do(self.file.probe).addCallbacks(lambda _: self._writable(), self._unwritable)
+    def _look(self) -> None:
+        """Look at the files, and try what failed when it was last tried."""
+        self._look_later()
+        if self._looking:  # behind a commit that takes so long
+            if "disk" not in self._faults:
+                self._faults["disk"] = f"the disk has not answered for {LOOK_SECONDS} s"
+                _logger.error("{fault}", fault=self._faults["disk"])
+            return
+        self._looking = True
         if "read" in self._faults:
             self.read(MAIN, None, 1).addErrback(lambda _: None)  # the fault is noted already
+        if "write" in self._faults:
+            looked = self._writer.do(self.file.probe).addCallbacks(lambda _: self._writable(), self._unwritable)
+        else:
+            looked = self._writer.do(self.file.check_files).addErrback(self._lost)
+        looked.addCallback(self._looked)
+
+    def _looked(self, _: None) -> None:
+        self._looking = False
+        self._faults.pop("disk", None)
+
+    def _lost(self, failure: Failure) -> None:
+        self._unwritable(failure)
+        _logger.error("{fault}", fault=self._faults["write"])
 
     # Reading
 
@@ -298,7 +317,6 @@ class SqliteStore(Store):
         """Turn an error of SQLite into LogUnavailable."""
         failure.trap(sqlite3.Error)
         self._faults["read"] = f"the log cannot be read: {failure.value}"
-        self._probe_later()
         return Failure(LogUnavailable(str(failure.value)))
 
 

@@ -268,7 +268,7 @@ class SqliteFile:
 
     def _overwrite(self) -> None:
         """Commit a transaction without effect, which overwrites what is left of one that failed."""
-        self._check_files()
+        self.check_files()
         db = self.writer
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -282,7 +282,7 @@ class SqliteFile:
         if self.writer.in_transaction:
             self.writer.execute("ROLLBACK")
 
-    def _check_files(self) -> None:
+    def check_files(self) -> None:
         """Raise LogUnavailable if a file is not in its place: whatever is written would be lost with it."""
         for file, place in self._places.items():
             if _place(file) != place:
@@ -292,7 +292,7 @@ class SqliteFile:
 
     def _empty_wal(self) -> None:
         """Look at the files; raise LogUnavailable if the write-ahead log is too large and cannot be emptied."""
-        self._check_files()
+        self.check_files()
         self._unseen = 0
         before, self._wal_size = self._wal_size, self._wal.stat().st_size
         if self._wal_size <= WAL_USUAL:
@@ -422,7 +422,7 @@ class SqliteFile:
 
     def trim(self) -> dict[str, int]:
         """Remove what is no longer retained; return the first number left, in rooms that were trimmed."""
-        self._check_files()
+        self.check_files()
         if self._retain == Retention():
             return {}
         firsts: dict[str, int] = {}

@@ -20,7 +20,7 @@ from chatd.messages import Post
 from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
 from chatd.store import sqlite, sqlite_file
 from chatd.store.base import DAY, STEADY_SECONDS, Retention, StoreError
-from chatd.store.sqlite import CLOSE_SECONDS, PROBE_SECONDS, SqliteStore, ThreadWorker
+from chatd.store.sqlite import CLOSE_SECONDS, LOOK_SECONDS, SqliteStore, ThreadWorker
 from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS
 
 ALL = Retention()
@@ -1522,24 +1522,23 @@ def test_failed_commit_of_every_poster(opened, wrapped):
 
 
 def test_fault_ends_without_a_post(opened, path):
-    """The store tries a failing disk every few seconds, and stops when that succeeds."""
+    """The store tries a failing disk every few seconds, until that succeeds."""
     clock = Clock()
     store = opened(clock=clock)
     run_sql(path, "ALTER TABLE messages RENAME TO elsewhere", "ALTER TABLE log RENAME TO other")
     assert post(store, "one").refusals
     with pytest.raises(LogUnavailable):
         page(store)
-    clock.advance(PROBE_SECONDS)
+    clock.advance(LOOK_SECONDS)
     assert store.fault == (
         "the log cannot be written: no such table: log; the log cannot be read: no such table: messages"
     )
     run_sql(path, "ALTER TABLE other RENAME TO log")
-    clock.advance(PROBE_SECONDS)
+    clock.advance(LOOK_SECONDS)
     assert store.fault == "the log cannot be read: no such table: messages"
     run_sql(path, "ALTER TABLE elsewhere RENAME TO messages")
-    clock.advance(PROBE_SECONDS)
+    clock.advance(LOOK_SECONDS)
     assert store.fault is None
-    assert clock.getDelayedCalls() == []
     assert run_sql(path, "SELECT written FROM log") == [(FORMAT,)]
 
 
@@ -1552,17 +1551,33 @@ def test_full_disk_stays_a_fault(opened, disk, monkeypatch):
         pass
     with monkeypatch.context() as patch:
         patch.setattr(sqlite_file, "PROBE_BYTES", 1 << 60)
-        clock.advance(PROBE_SECONDS)
+        clock.advance(LOOK_SECONDS)
     assert store.fault == "the log cannot be written: the disk is full"
-    clock.advance(PROBE_SECONDS)
+    clock.advance(LOOK_SECONDS)
     assert store.fault is None
 
 
-def test_closed_store_tries_no_disk(opened, path):
+def test_disk_that_does_not_answer_is_a_fault(opened):
+    """A commit that takes longer than two looks is a fault until it ends, and is logged once."""
+    clock, writer = Clock(), HeldWorker()
+    store = opened(clock=clock, writer=writer)
+    poster = post(store, "one")
+    with capturedLogs() as events:
+        clock.advance(LOOK_SECONDS)
+        assert store.fault is None
+        clock.advance(LOOK_SECONDS)
+        clock.advance(LOOK_SECONDS)
+    assert store.fault == f"the disk has not answered for {LOOK_SECONDS} s"
+    assert [formatEvent(event) for event in events] == [store.fault]
+    assert len(writer.held) == 2, "looks do not pile up"
+    writer.run_all()
+    assert poster.numbers == [1]
+    assert store.fault is None
+
+
+def test_closed_store_looks_at_no_file(opened, path):
     clock = Clock()
     store = opened(clock=clock)
-    run_sql(path, "ALTER TABLE messages RENAME TO elsewhere")
-    post(store, "one")
     assert clock.getDelayedCalls()
     result_of(store.close())
     assert clock.getDelayedCalls() == []
@@ -1584,7 +1599,7 @@ def test_file_is_removed_while_the_server_runs(opened, path):
     assert first.refusals == later.refusals == [lost]
     assert store.fault == f"the log cannot be written: {lost}"
     assert texts(store)[0] == "one", "what is stored can be read"
-    clock.advance(PROBE_SECONDS)
+    clock.advance(LOOK_SECONDS)
     assert store.fault == f"the log cannot be written: {lost}"
     assert [event[0] for event in follower.events] == ["appended"]
 
@@ -1600,7 +1615,7 @@ def test_file_is_put_back(opened, path):
     path.write_bytes(path.with_name("aside").read_bytes())
     assert post(store, "three", label="3").refusals
     path.with_name("aside").replace(path)
-    clock.advance(PROBE_SECONDS)
+    clock.advance(LOOK_SECONDS)
     assert store.fault is None
     assert [event[0] for event in follower.events] == ["appended", "interrupted"]
     assert post(store, "two", label="2").events[0][::2] == ("duplicate", 2)
@@ -1617,17 +1632,33 @@ def test_file_is_put_back_before_the_next_post(opened, path):
     assert store.fault is None
 
 
-@pytest.mark.parametrize("ending", ["-wal", "-shm"])
-def test_file_of_sqlite_is_removed(opened, path, ending):
-    """A trim notices that a file of SQLite is lost, and posts are rejected from then on."""
-    store = opened(retain=Retention(messages=5))
+@pytest.mark.parametrize("ending", ["", "-wal", "-shm"])
+def test_file_is_removed_from_an_idle_server(opened, path, ending):
+    """The store notices without a post that one of its files is lost, logs it once, and rejects posts."""
+    clock = Clock()
+    store = opened(clock=clock)
+    clock.advance(LOOK_SECONDS)
+    assert store.fault is None
     path.with_name(f"{path.name}{ending}").unlink()
     with capturedLogs() as events:
-        result_of(store.trim())
+        clock.advance(LOOK_SECONDS)
+        clock.advance(LOOK_SECONDS)
     lost = f"{path}{ending} was removed, renamed or replaced: put it back, or restart the server"
-    assert [formatEvent(event) for event in events] == [f"old messages were not removed: {lost}"]
+    assert [formatEvent(event) for event in events] == [f"the log cannot be written: {lost}"]
     assert store.fault == f"the log cannot be written: {lost}"
     assert post(store, "one").refusals == [lost]
+
+
+def test_trim_of_a_removed_file(opened, path):
+    """Nothing is removed from a file that is lost, and the failure is logged."""
+    store = opened(retain=Retention(messages=1))
+    post(store, "one")
+    path.unlink()
+    with capturedLogs() as events:
+        result_of(store.trim())
+    lost = f"{path} was removed, renamed or replaced: put it back, or restart the server"
+    assert [formatEvent(event) for event in events] == [f"old messages were not removed: {lost}"]
+    assert store.fault == f"the log cannot be written: {lost}"
 
 
 def test_commit_asks_once_for_the_place_of_the_file(opened, monkeypatch):
@@ -1671,12 +1702,12 @@ def test_old_reader_does_not_fill_the_disk(opened, path, small):
         assert poster.refusals == [grown]
         assert store.usage()["wal_bytes"] == wal.stat().st_size > 400_000
         assert store.fault == f"the log cannot be written: {grown}"
-        clock.advance(PROBE_SECONDS)
+        clock.advance(LOOK_SECONDS)
         assert store.fault == f"the log cannot be written: {grown}"
         assert texts(store)[0] == "before"
     lines = [formatEvent(event) for event in events]
     assert lines == [grown, f"1 posts were not stored: {grown}"]
-    clock.advance(PROBE_SECONDS)
+    clock.advance(LOOK_SECONDS)
     assert store.fault is None
     assert wal.stat().st_size < 100_000
     assert post(store, "after").numbers == [len(poster.numbers) + 2]
