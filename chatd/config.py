@@ -406,7 +406,7 @@ class Configuration:
         """True if `--check` was given: the server then only checks its options."""
         word = given[CONFIG.name]
         path = _path(environ.get(CONFIG.variable, "") if word is None else word)
-        file = {} if path is None else read_file(path)
+        file = {} if path is None else read_file(path, CONFIG.variable if word is None else f"--{CONFIG.name}")
         self._given = {option.name: self._pick(option, given[option.name], environ, file) for option in OPTIONS}
         self.settings = self._settings(path)
 
@@ -420,7 +420,7 @@ class Configuration:
             return Given(option, source, [words] if isinstance(words, str) else words)
         text = environ.get(option.variable)
         if text or (option.repeated and text is not None):
-            return Given(option, source, option.split(text))
+            return Given(option, option.variable, option.split(text))
         return file.get(option.name, Given(option, source, option.split(option.default)))
 
     def _settings(self, path: Path | None) -> Settings:
@@ -440,25 +440,25 @@ class Configuration:
         return self._given[name].values(make)
 
 
-def read_file(path: Path) -> dict[str, Given]:
-    """Read a configuration file; return its options by name."""
+def read_file(path: Path, source: str) -> dict[str, Given]:
+    """Read the configuration file that `source` names; return its options by name."""
     try:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config: {path} cannot be read ({error.strerror}): correct the path or its mode") from None
+        raise ConfigError(f"{source}: {path} cannot be read ({error.strerror}): correct the path or its mode") from None
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"--config: {path} is not TOML ({reason}): write lines like {OPTIONS[0].toml}") from None
+        raise ConfigError(f"{source}: {path} is not TOML ({reason}): write lines like {OPTIONS[0].toml}") from None
     options = {option.name: option for option in OPTIONS}
     found = {}
     for key, value in document.items():
         if key not in options:
             raise ConfigError(f"{path}: there is no option {key!r}: {_nearest(key, [*options]) or HELP}")
-        source = f"{path}: {key}"
+        place = f"{path}: {key}"
         try:
-            found[key] = Given(options[key], source, options[key].from_toml(value))
+            found[key] = Given(options[key], place, options[key].from_toml(value))
         except ValueError as error:
-            raise ConfigError(f"{source}: {error}") from None
+            raise ConfigError(f"{place}: {error}") from None
     return found
 
 

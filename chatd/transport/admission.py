@@ -80,7 +80,7 @@ class JoinRequest(NamedTuple):
 def room_pattern(text: str) -> str:
     """Read a pattern of room names, such as `team-*`, as a regular expression; raise ValueError if it is invalid."""
     if not _ROOMS.fullmatch(text):
-        raise ValueError(f"{text!r} is no pattern of room names such as team-*")
+        raise ValueError(f"{text!r} is not a pattern of room names such as team-*")
     return translate(text)
 
 
@@ -94,7 +94,7 @@ def origin_pattern(text: str) -> str:
         return ANY_ORIGIN
     text = text.lower()
     if not _ORIGIN.fullmatch(text):
-        raise ValueError(f"{text!r} is no origin such as https://chat.example or *.example")
+        raise ValueError(f"{text!r} is not an origin such as https://chat.example or *.example")
     return re.sub(r"^(.*)\\\*", lambda found: f"{found[1] or 'https?://'}[a-z0-9_.-]+", re.escape(text)) + r"\Z"
 
 

@@ -391,13 +391,13 @@ def test_bad_option_is_refused_in_exactly_one_line(tmp_path, options, reason):
 
 
 def test_invalid_value_in_the_environment(tmp_path):
-    """The error names the option."""
+    """The error names the variable."""
     result = run(cwd=tmp_path, env=environment(CHATD_PROXY_HOPS="lots"))
     assert result.returncode == 1
-    assert result.stderr == "chatd: --proxy-hops: 'lots' is not a whole number from 0 to 100\n"
+    assert result.stderr == "chatd: CHATD_PROXY_HOPS: 'lots' is not a whole number from 0 to 100\n"
 
 
-# Told what to do
+# What it prints and reads
 
 
 def test_help_names_each_option(tmp_path):

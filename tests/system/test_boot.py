@@ -189,7 +189,7 @@ REFUSED = [
     ("CHATD_STORE_PARAMETER=\n", "line 1: CHATD_STORE_PARAMETER is empty"),
     ("CHATD_STORE_PARAMETER=redis://:hunter2@x\n", "is neither the name nor the ARN of an SSM parameter"),
     (f"{SAYS}CHATD_HISTORY=some\n", "line 2: CHATD_HISTORY: 'some' is not a whole number"),
-    (f"{SAYS}CHATD_ROOMS=main A!\n", "CHATD_ROOMS: 'A!' is no pattern"),
+    (f"{SAYS}CHATD_ROOMS=main A!\n", "CHATD_ROOMS: 'A!' is not a pattern"),
     (f"{SAYS}CHATD_TARGET_GROUP={TARGET_GROUP}\n", "CHATD_TARGET_GROUP needs CHATD_GROUP"),
     (f"{SAYS}CHATD_TARGET_GROUP=chatd\n", "line 2: CHATD_TARGET_GROUP is not the ARN of a target group"),
 ]

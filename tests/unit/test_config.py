@@ -132,7 +132,8 @@ def test_wrong_value(file, name, text, allowed):
     """A wrong value is refused with the place where it was given and with what is allowed."""
     assert refusal(f"--{name}={text}") == f"--{name}: {text!r} {allowed}"
     if text:
-        assert refusal(**{f"CHATD_{name.upper().replace('-', '_')}": text}) == f"--{name}: {text!r} {allowed}"
+        variable = f"CHATD_{name.upper().replace('-', '_')}"
+        assert refusal(**{variable: text}) == f"{variable}: {text!r} {allowed}"
     assert refusal(file(f"{name} = {json.dumps(text)}")).endswith(f"chatd.toml: {name}: {text!r} {allowed}")
 
 
@@ -205,20 +206,20 @@ def test_server_without_a_port(file):
     ("name", "text", "fault"),
     [
         *(
-            ("rooms", text, "is no pattern of room names such as team-*")
+            ("rooms", text, "is not a pattern of room names such as team-*")
             for text in ("Main", "/rooms/main", "[ab]", "a,b", "\N{CYRILLIC SMALL LETTER A}")
         ),
         *(
-            ("origin", text, "is no origin such as https://chat.example or *.example")
+            ("origin", text, "is not an origin such as https://chat.example or *.example")
             for text in ("chat.example", "**", "https://chat.example/", "wss://chat.example", "https://a.*.example")
         ),
     ],
 )
 def test_wrong_rooms_and_origins(name, text, fault):
     """A wrong pattern is refused from the command line and from the environment."""
-    line, good = f"--{name}: {text!r} {fault}", REPEATED[name][0]
-    assert refusal(f"--{name}={good}", f"--{name}={text}") == line
-    assert refusal(**{f"CHATD_{name.upper()}": f"{good} {text}"}) == line
+    variable, good = f"CHATD_{name.upper()}", REPEATED[name][0]
+    assert refusal(f"--{name}={good}", f"--{name}={text}") == f"--{name}: {text!r} {fault}"
+    assert refusal(**{variable: f"{good} {text}"}) == f"{variable}: {text!r} {fault}"
 
 
 # The file
@@ -256,7 +257,8 @@ def test_file_that_cannot_be_read(tmp_path):
     """The error names the path and the reason."""
     missing = tmp_path / "missing.toml"
     line = "cannot be read (No such file or directory): correct the path or its mode"
-    assert refusal(f"--config={missing}") == refusal(CHATD_CONFIG=str(missing)) == f"--config: {missing} {line}"
+    assert refusal(f"--config={missing}") == f"--config: {missing} {line}"
+    assert refusal(CHATD_CONFIG=str(missing)) == f"CHATD_CONFIG: {missing} {line}"
     assert refusal(f"--config={tmp_path}").startswith(f"--config: {tmp_path} cannot be read (Is a directory): ")
     (tmp_path / "binary").write_bytes(b"\xff")
     assert refusal(f"--config={tmp_path / 'binary'}").startswith(f"--config: {tmp_path / 'binary'} is not TOML (")

@@ -109,7 +109,7 @@ def test_pattern_widens_no_rule_of_names():
     "text", ["", "Team-*", "a b", "[ab]", "a/b", "rooms/a.b", "\N{CYRILLIC SMALL LETTER A}", "a\n"]
 )
 def test_what_is_no_pattern_of_room_names_is_said(text):
-    with pytest.raises(ValueError, match="is no pattern of room names such as team-"):
+    with pytest.raises(ValueError, match="is not a pattern of room names such as team-"):
         room_pattern(text)
 
 
@@ -343,7 +343,7 @@ def test_page_elsewhere_does_not_learn_which_rooms_there_are():
     ],
 )
 def test_what_is_no_origin_is_said(text):
-    with pytest.raises(ValueError, match="is no origin such as https://chat"):
+    with pytest.raises(ValueError, match="is not an origin such as https://chat"):
         origin_pattern(text)
 
 
