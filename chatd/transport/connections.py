@@ -17,8 +17,6 @@ from chatd.transport.membership import Membership
 
 HANDSHAKE_SECONDS: Final = 10
 """The time in which a client must send its whole request."""
-PING_SECONDS: Final = 25
-"""The default time between pings, below the idle limit of every load balancer; a pong is due by the next ping."""
 STALL_SECONDS: Final = 40
 """The time after which a transport that takes nothing is closed, and after which it is then dropped."""
 CLOSE_SECONDS: Final = 5
@@ -65,9 +63,9 @@ class Connection(Protocol):
 
 
 class Connections:
-    """The set of all connections, which pings each of them every `ping` seconds."""
+    """The set of all connections, which pings each of them every `ping` seconds; a pong is due by the next ping."""
 
-    def __init__(self, clock: IReactorTime, ping: float = PING_SECONDS) -> None:
+    def __init__(self, clock: IReactorTime, ping: float) -> None:
         self.connected: set[Connection] = set()
         """The connections whose handshake was answered."""
         self.closes: Counter[tuple[str, int]] = Counter()

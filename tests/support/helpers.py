@@ -28,6 +28,9 @@ REPEATABLE = settings(derandomize=True, deadline=None, database=None, max_exampl
 COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
 
 NEW_YEAR = 1_767_225_600.0
+
+PING_SECONDS = 25
+"""The time between two pings of the connections in tests."""
 """2026-01-01T00:00:00Z."""
 
 

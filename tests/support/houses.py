@@ -2,7 +2,7 @@
 
 import json
 
-from support.helpers import RecordingPoster, Turns
+from support.helpers import PING_SECONDS, RecordingPoster, Turns
 from support.stores import FaultyStore
 from support.web_doubles import Connection, Stream, WebSocketClient
 
@@ -32,7 +32,7 @@ class House:
         self.log = log or FaultyStore(Retention.parse(retain))
         self.log.open(seed)
         self.rooms = Registry(self.log, frames, self.clock, history)
-        self.connections = Connections(self.clock)
+        self.connections = Connections(self.clock, PING_SECONDS)
         allowed, pages = [room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins]
         admission = Admission(allowed, pages, proxied=hops > 0)
         limit = Rate(*rate, self.clock.seconds) if rate else None

@@ -13,6 +13,8 @@ from support.imds import FILES, GROUP, INSTANCE, REGION, TARGET_GROUP, Cloud, se
 from support.servers import LONG
 from support.units import analyze, unit
 
+from chatd import config
+
 boot = imds.load("chatd-boot")
 
 NAME = "/chatd/store"
@@ -130,6 +132,11 @@ def test_environment_of_chatd_is_readable_by_root_alone(cloud, run):
         "CHATD_STORE": URL,
     }
     assert cloud.taken("GetParameter") == [{"Name": NAME, "WithDecryption": True}]
+
+
+def test_options_that_the_image_sets_exist():
+    """A renamed option would otherwise become one that user data may set."""
+    assert {option.name for option in config.OPTIONS} >= boot.FIXED
 
 
 def test_room_of_the_lifecycle_is_added_to_the_rooms(cloud, run):

@@ -448,6 +448,49 @@ def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     assert settings._replace(config=None) == expected
 
 
+DEFAULTS = (
+    r"`--(?P<name>[a-z-]+)`,? \(?(?P<value>[0-9][\w:]*)(?: [a-z]+)? by default",
+    r"(?i)\bby default,? \(?`--(?P<name>[a-z-]+)[ =](?P<value>[^`]+)`",
+    r"(?i)\bdefault of `--(?P<name>[a-z-]+)`,? (?:is |of )?\(?(?P<value>[0-9][\w:]*)",
+    r"(?P<value>[0-9][\w:]*)(?: s| seconds?)? \(`--(?P<name>[a-z-]+)`",
+)
+"""The forms in which prose may state the default of an option."""
+
+
+def stated(page):
+    """Yield the name and the value of each default that a page states, across the ends of its lines."""
+    text = " ".join(page.split())
+    for form in DEFAULTS:
+        yield from ((found["name"], found["value"]) for found in re.finditer(form, text))
+
+
+def test_stated_defaults():
+    """A default in the prose is the default of the option."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    defaults = {option.name: option.default for option in config.OPTIONS}
+    found = [(page.name, *one) for page in pages for one in stated(page.read_text("utf-8"))]
+    assert {(page, name) for page, name, _ in found} >= {
+        *((page, "ping") for page in ("protocol.md", "deploy.md", "performance.md")),
+        ("protocol.md", "rate"),
+    }
+    assert [one for one in found if one[2] != defaults[one[1]]] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(`--ping`, 24 s by default)",
+        "`--ping` (24 by\ndefault)",
+        "By default (`--ping 24`) ...",
+        "the default of `--ping` is 24",
+        "every 24 seconds (`--ping`)",
+    ],
+)
+def test_stated_default_is_found(text):
+    """The test above sees every form, so a wrong number fails it."""
+    assert [*stated(text)] == [("ping", "24")]
+
+
 def test_each_option_is_documented():
     table = config.tables()["options"]
     for option in (*config.OPTIONS, config.CONFIG):

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.helpers import HEAD, REPEATABLE, ImmediateWorker, ManualTime, Turns
+from support.helpers import HEAD, PING_SECONDS, REPEATABLE, ImmediateWorker, ManualTime, Turns
 from support.transports import Wire
 from support.websocket_frames import close_code, frame_at, masked
 from twisted.internet.address import IPv4Address
@@ -590,7 +590,7 @@ class Machine(RuleBasedStateMachine):
         self.log.start()
         self.clock = Turns()
         rooms = Registry(self.log.store, frames, self.clock, HISTORY)
-        self.connections = Connections(self.clock)
+        self.connections = Connections(self.clock, PING_SECONDS)
         admission = Admission()
         api = Api(rooms, self.connections, admission, Addresses(None, 0, self.clock.seconds))
         self.factory = ChatFactory(

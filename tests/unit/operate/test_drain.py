@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import pytest
+from support.helpers import PING_SECONDS
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock, LoopingCall, deferLater
 
@@ -111,7 +112,7 @@ class Scene:
 
     def __init__(self):
         self.clock = Clock()
-        self.connections = Connections(self.clock)
+        self.connections = Connections(self.clock, PING_SECONDS)
         self.journal = []
         self.moments = []
         """The calls that concern no client, each with its time."""

@@ -1,6 +1,7 @@
 """Fixtures that the tests of the transports share: connections whose time the test passes."""
 
 import pytest
+from support.helpers import PING_SECONDS
 from twisted.internet.task import Clock
 
 from chatd.transport.connections import Connections
@@ -13,7 +14,7 @@ def clock():
 
 @pytest.fixture
 def connections(clock):
-    return Connections(clock)
+    return Connections(clock, PING_SECONDS)
 
 
 @pytest.fixture

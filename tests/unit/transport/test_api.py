@@ -7,7 +7,7 @@ from http import HTTPStatus
 from urllib.parse import quote, urljoin, urlsplit
 
 import pytest
-from support.helpers import RecordingPoster, count_held, result_of
+from support.helpers import PING_SECONDS, RecordingPoster, count_held, result_of
 from support.houses import JSON, House
 from support.web_doubles import SecureTransport, Stream, Transport
 from support.websocket_frames import masked
@@ -18,7 +18,7 @@ from chatd.room.log import InDoubt
 from chatd.room.room import MAX_LAG
 from chatd.transport import http
 from chatd.transport.api import PREFLIGHT_SECONDS
-from chatd.transport.connections import PING_SECONDS, STALL_SECONDS
+from chatd.transport.connections import STALL_SECONDS
 
 RETRY = str(http.RETRY_AFTER_SECONDS)
 

@@ -1,8 +1,9 @@
 """The deadlines of connections, and how all of them end."""
 
 import pytest
+from support.helpers import PING_SECONDS
 
-from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS, Connections
+from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, STALL_SECONDS, Connections
 
 
 class Connection:

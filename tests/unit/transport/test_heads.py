@@ -14,7 +14,7 @@ from io import BytesIO
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import REPEATABLE
+from support.helpers import PING_SECONDS, REPEATABLE
 from support.transports import Wire
 from twisted.internet.task import Clock
 
@@ -41,7 +41,7 @@ class Server:
         store = MemoryStore(Retention(), lambda: 0.0)
         store.open(())
         rooms = Registry(store, frames, clock, 100)
-        connections, admission = Connections(clock), Admission()
+        connections, admission = Connections(clock, PING_SECONDS), Admission()
         api = Api(rooms, connections, admission, Addresses(None, 0, clock.seconds))
         site = http.site(lambda: (True, "ready"), clock, {"": api, "rooms": api})
         self.open = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=clock)

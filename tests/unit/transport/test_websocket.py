@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 import pytest
 import txaio
-from support.helpers import HEAD
+from support.helpers import HEAD, PING_SECONDS
 from support.stores import opened_store
 from support.transports import Tcp, Wire
 from support.websocket_frames import close_code, frame_at, masked, read_frames
@@ -23,7 +23,7 @@ from chatd.room.registry import Registry
 from chatd.transport import frames, http
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.autobahn_adapter import MAX_FRAGMENTS, MAX_MESSAGE
-from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, PING_SECONDS, STALL_SECONDS
+from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, STALL_SECONDS
 from chatd.transport.heads import MAX_HEAD
 from chatd.transport.websocket import ChatFactory
 
