@@ -60,7 +60,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> Contents:
         with closing(connect(source)) as db, closing(sqlite3.connect(target, isolation_level=None)) as copied:
             db.execute("BEGIN")
             if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
-                raise StoreFault(f"{source} is no chatd store: name another file")
+                raise StoreFault(f"{source} is not a chatd store: name another file")
             copied.execute("PRAGMA synchronous=OFF")  # put() syncs it once, when it is complete
             db.backup(copied, pages=PAGES, progress=lambda _, left, all_: show(f"{100 * (all_ - left) // all_} %"))
             copied.execute("PRAGMA journal_mode=DELETE")  # one file, even for readers without write permission

@@ -188,7 +188,7 @@ class ThisMachine(Machine):
             ):
                 return _facts(_Redis(connection), server)
         except hiredis.ProtocolError:
-            raise Unreached("the server there is no Redis, or speaks TLS") from None
+            raise Unreached("the server there is not a Redis, or speaks TLS") from None
         except TimeoutError:
             raise Unreached("it does not answer") from None
         except ssl.SSLCertVerificationError as error:

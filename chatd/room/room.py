@@ -57,7 +57,7 @@ class Member(Protocol):
     cursor: int
     """The number of the last entry handed to it."""
     ready: bool
-    """True while its transport takes more; the transport calls Room.resume when that is so again."""
+    """True while its transport takes data; the transport calls Room.resume when it takes data again."""
     events: frozenset[str]
     """The notices that it wants besides entries: see chatd.room.presence."""
     name: str | None

@@ -40,8 +40,8 @@ class Run(NamedTuple):
     def cut(self, taken: int) -> tuple[int, bytes]:
         """Return the number of the frame in which a transport stopped after `taken` bytes, and the rest of that frame.
 
-        The rest must be sent before anything else.  A cut between two frames counts as the next frame, whole, because
-        a transport reports that it has space only after it held something.
+        The caller must send the rest before anything else.  If the transport stopped between two frames, the rest is
+        the whole next frame, because a transport reports that it has space only after it held something.
         """
         ends = enumerate(accumulate(map(len, self.pieces)), self.end - len(self.pieces) + 1)
         number, end = next((number, end) for number, end in ends if end > taken)

@@ -136,7 +136,7 @@ class SqliteFile:
         also if the file is no store, has several names, or has a format that this code cannot read.
         """
         if str(self.path) == ":memory:":  # SQLite would give each connection a database of its own
-            raise StoreError(":memory: is no file: to keep messages in memory, use --store memory:")
+            raise StoreError(":memory: is not a file: to keep messages in memory, use --store memory:")
         try:
             with ExitStack() as opened:
                 self._take_locks(opened)
@@ -150,7 +150,7 @@ class SqliteFile:
         except sqlite3.Error as error:
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                 raise StoreError(
-                    f"{self.path} is no chatd store ({error}): name another file with --store sqlite:PATH"
+                    f"{self.path} is not a chatd store ({error}): name another file with --store sqlite:PATH"
                 ) from None
             raise StoreError(f"{self.path} cannot be opened ({error}): name another with --store sqlite:PATH") from None
 
@@ -214,7 +214,7 @@ class SqliteFile:
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         new = not application and not tables
         if not new and application != APPLICATION_ID:
-            raise StoreError(f"{self.path} is no chatd store: name another file with --store sqlite:PATH")
+            raise StoreError(f"{self.path} is not a chatd store: name another file with --store sqlite:PATH")
         db.execute("PRAGMA journal_mode=WAL")  # persistent, so set it only in a file that is ours
         if new:
             self._create(seed)

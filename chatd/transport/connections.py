@@ -47,7 +47,7 @@ class Connection(Protocol):
         """The place of the client in its room."""
 
     def ping(self) -> bool:
-        """Ask the client for a sign of life, and return whether it answered the last time."""
+        """Send a ping, and return whether the client answered the previous one."""
 
     def evict(self) -> None:
         """Close the connection, because the client is too slow."""
@@ -133,7 +133,7 @@ class Connections:
             client.abort()
 
     def empty(self) -> "Deferred[None]":
-        """Return a Deferred that fires when there is no connection."""
+        """Return a Deferred that fires when no client is connected."""
         if not self.connected:
             return succeed(None)
         empty: Deferred[None] = Deferred()

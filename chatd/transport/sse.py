@@ -67,19 +67,19 @@ class EventStream:
             self._channel.loseConnection()
 
     def write(self, data: bytes) -> int:
-        """MemberTransport.write: what the transport does not take, it buffers."""
+        """Write all of the bytes: the transport buffers what the socket does not take."""
         self._request.write(data)
         return len(data)
 
     def hold(self, rest: bytes) -> None:
-        """MemberTransport.hold: write() takes all."""
+        """Raise NotImplementedError: write() takes all bytes, so nothing remains to hold."""
         raise NotImplementedError
 
     def send_frame(self, frame: bytes) -> None:
         self._request.write(event(frame))
 
     def ping(self) -> bool:
-        """Connection.ping: send a comment; a client that does not read it stalls in the end."""
+        """Send a comment, and return True; a client that does not read comments stalls in the end."""
         if self.member.ready:
             self._request.write(b":\n\n")
         return True
@@ -98,11 +98,11 @@ class EventStream:
         """IPushProducer: the transport has ended; _client_left() follows."""
 
     def evict(self) -> None:
-        """MemberTransport.evict: the client reconnects by itself, with its last id."""
+        """End the stream; the client reconnects by itself, with its last id."""
         self._end(CloseCode.TRY_AGAIN_LATER, b"retry: 0\n\n")
 
     def finish(self) -> None:
-        """Connection.finish: nothing is read from the client anyway."""
+        """Do nothing, because nothing is read from the client anyway."""
 
     def restart(self, retry_after: float) -> None:
         self._end(CloseCode.SERVICE_RESTART, b"retry: %d\n\n" % (retry_after * 1000))

@@ -78,7 +78,7 @@ def running(account: Account, state: State, image: str) -> tuple[str, list[str]]
         ]
     }
     wrong = [f"{one} runs {images.get(one, 'nothing')}" for one in serving if images.get(one) != image]
-    wrong += [f"{one} is no target" for one in serving if one not in health]
+    wrong += [f"{one} is not a target" for one in serving if one not in health]
     wrong += [f"{one} is {word}" for one, word in sorted(health.items()) if word not in ("healthy", LEAVING)]
     wrong += [f"{one} is {LEAVING}" for one in serving if health.get(one) == LEAVING]
     return ", ".join(wrong), serving

@@ -322,7 +322,7 @@ def test_what_hinders_the_start_is_one_line_of_json_too(tmp_path):
     result = run("--log-format=json", "--listen", LOOPBACK, "--admin=", cwd=tmp_path)
     assert result.returncode == 1
     events = [json.loads(line)["event"] for line in result.stdout.splitlines()]
-    assert [event for event in events if "chatd.sqlite is no chatd store" in event] == events[-1:]
+    assert [event for event in events if "chatd.sqlite is not a chatd store" in event] == events[-1:]
     assert "Traceback" not in result.stdout + result.stderr
 
 
@@ -332,7 +332,7 @@ def test_what_hinders_the_start_is_one_line_of_json_too(tmp_path):
         ("missing/chatd.sqlite", "missing cannot be written (No such file or directory)"),
         ("folder", "folder cannot be opened"),
         ("newer.sqlite", "was written by a newer chatd, in format 9"),
-        ("foreign.sqlite", "foreign.sqlite is no chatd store: name another file"),
+        ("foreign.sqlite", "foreign.sqlite is not a chatd store: name another file"),
     ],
 )
 def test_store_that_cannot_be_opened_is_refused_in_one_line(tmp_path, store, reason):

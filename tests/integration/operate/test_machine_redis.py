@@ -108,7 +108,7 @@ def test_refusal_is_cut_before_the_command():
         (b"", "it closed the connection"),
         (b"$5\r\nab", "it closed the connection"),
         *(
-            (data, "the server there is no Redis, or speaks TLS")
+            (data, "the server there is not a Redis, or speaks TLS")
             for data in (b"HTTP/1.1 400 Bad Request\r\n", b":1\r\n")
         ),
     ],

@@ -660,7 +660,7 @@ def refused(opened, where):
 def test_open_text_file(opened, path, text):
     path.write_text(text)
     assert refused(opened, path) == (
-        " is no chatd store (file is not a database): name another file with --store sqlite:PATH"
+        " is not a chatd store (file is not a database): name another file with --store sqlite:PATH"
     )
     assert path.read_text() == text
 
@@ -669,7 +669,7 @@ def test_open_text_file(opened, path, text):
 def test_open_foreign_database(opened, path, application):
     run_sql(path, f"PRAGMA application_id = {application}", "CREATE TABLE log (line TEXT)")
     before = path.read_bytes()
-    assert refused(opened, path) == " is no chatd store: name another file with --store sqlite:PATH"
+    assert refused(opened, path) == " is not a chatd store: name another file with --store sqlite:PATH"
     assert path.read_bytes() == before  # including the journal mode
     assert not path.with_name("chat.sqlite-wal").exists()
 
@@ -684,7 +684,7 @@ def test_open_damaged_file(opened, path):
     with path.open("r+b") as file:
         file.seek(100)
         file.write(b"\xff" * 400)
-    assert refused(opened, path).startswith(" is no chatd store (")
+    assert refused(opened, path).startswith(" is not a chatd store (")
 
 
 def test_open_empty_file(opened, path):
@@ -695,7 +695,7 @@ def test_open_empty_file(opened, path):
 def test_open_memory(opened, tmp_path, monkeypatch):
     """`sqlite::memory:` is refused, and the option that keeps messages in memory is named."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StoreError, match=r"^:memory: is no file: to keep messages in memory, use --store memory:$"):
+    with pytest.raises(StoreError, match=r"^:memory: is not a file: to keep messages in memory, use --store memory:$"):
         opened(pathlib.Path(":memory:"))
     assert [*tmp_path.iterdir()] == []
 
