@@ -32,7 +32,7 @@ STEADY_SECONDS: Final = 3600
 SEED_ROOM: Final = MAIN
 """The room that receives the seed of a new log."""
 
-_log = Logger()
+_logger = Logger()
 
 
 class StoreError(Exception):
@@ -139,7 +139,7 @@ def notify(receive: Callable[..., object], *args: object, **options: object) -> 
     try:
         receive(*args, **options)
     except Exception:  # noqa: BLE001 -- their faults are not those of the store
-        _log.failure("a follower or poster failed")
+        _logger.failure("a follower or poster failed")
 
 
 class Moment(NamedTuple):
@@ -211,7 +211,7 @@ class LogClock:
         self._offset = offset
         if abs(offset - before) > JUMP_SECONDS:
             self._since = steady
-            _log.warn(
+            _logger.warn(
                 "the clock has jumped from {before} to {now}: no message is removed by its age for {minutes} minutes",
                 before=timestamp(before + steady),
                 now=timestamp(now),
@@ -225,4 +225,4 @@ class LogClock:
 def log_removed(messages: int) -> None:
     """Log that retention has removed messages."""
     if messages:
-        _log.info("{messages} messages removed that --retain no longer keeps", messages=messages)
+        _logger.info("{messages} messages removed that --retain no longer keeps", messages=messages)
