@@ -239,7 +239,7 @@ def _store_file(option: str, path: Path, machine: Machine) -> Iterator[str]:
     if machine.locked(path):
         yield f"{option}: another chatd uses it: stop that one, name another file, or share a redis://"
     elif (since := machine.readable_since(path)) == 0:
-        yield f"{option}: the file is no chatd store: name another file"
+        yield f"{option}: the file is not a chatd store: name another file"
     elif since is not None and since > FORMAT:
         yield (
             f"{option}: a newer chatd wrote it in format {since}, and this one reads up to format {FORMAT}: "

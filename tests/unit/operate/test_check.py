@@ -170,7 +170,7 @@ BAD = [
         {"lacking": Path("/srv"), "mounted": "nfs", "space": 0, "locks": "/srv/chatd.sqlite"},
     ),
     ("--store sqlite:chatd.sqlite: another chatd uses it: ", {}, {"locks": "/srv/chatd.sqlite", "since": 99}),
-    ("--store sqlite:chatd.sqlite: the file is no chatd store: ", {}, {"since": 0}),
+    ("--store sqlite:chatd.sqlite: the file is not a chatd store: ", {}, {"since": 0}),
     (
         f"--store sqlite:chatd.sqlite: a newer chatd wrote it in format {check.FORMAT + 1}, ",
         {},
