@@ -169,7 +169,9 @@ class RedisConnection(txredisapi.HiredisProtocol):
         return self.whenDisconnected()
 
 
-class _Factory(Factory):
+class RedisFactory(Factory):
+    """Builds connections to Redis."""
+
     noisy = False
 
     def __init__(self, clock: IReactorTime) -> None:
@@ -194,7 +196,7 @@ class Link:
     @inlineCallbacks
     def dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, RedisConnection]:
         """Connect, authenticate, and load scripts; fail with a Refusal, or one of Lost or TlsErrors."""
-        factory = _Factory(self.clock)
+        factory = RedisFactory(self.clock)
         try:
             connection = yield self._endpoint().connect(factory)
         except Exception:

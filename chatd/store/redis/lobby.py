@@ -61,7 +61,7 @@ class RedisLobby(Lobby):
         self._dirty: dict[str, dict[str, None]] = {}
         """The rooms to publish, each with the users that type there."""
         self._others: set[str] = set()
-        self._line: RedisConnection | None = None
+        self._connection: RedisConnection | None = None
         self._ticks = 0
 
     @override
@@ -77,43 +77,43 @@ class RedisLobby(Lobby):
             self._here.pop(room, None)
         self._dirty.setdefault(room, {}).update(dict.fromkeys(typing))
 
-    def connected(self, line: RedisConnection) -> "Deferred[None]":
+    def connected(self, connection: RedisConnection) -> "Deferred[None]":
         """Begin with a new session: read the stream from its end, and publish every room again."""
         self._dirty |= {room: {} for room in self._here if room not in self._dirty}
-        return line.ask("XREVRANGE", STREAM, "+", "-", "COUNT", 1).addCallback(self._begin, line)
+        return connection.ask("XREVRANGE", STREAM, "+", "-", "COUNT", 1).addCallback(self._begin, connection)
 
-    def _begin(self, newest: Sequence[Any], line: RedisConnection) -> None:
+    def _begin(self, newest: Sequence[Any], connection: RedisConnection) -> None:
         self.seen = newest[0][0] if newest else NO_ENTRY
-        self._line = line
-        self._publish(line)
+        self._connection = connection
+        self._publish(connection)
 
     def disconnected(self) -> None:
         """Stop publishing, because the session has ended."""
-        self._line = None
+        self._connection = None
 
     def close(self) -> "Deferred[Any]":
         """Publish what is left, normally that every room is empty, and remove this node; fire when Redis replies."""
-        if self._line is None:
+        if self._connection is None:
             return succeed(None)
-        self._publish(self._line)
-        return self._line.ask("DEL", self._key(self.node)).addErrback(self._failed)
+        self._publish(self._connection)
+        return self._connection.ask("DEL", self._key(self.node)).addErrback(self._failed)
 
     def tick(self) -> None:
         """Publish what was reported, and send and check heartbeats; call this once a second."""
-        if self._line is None:
+        if self._connection is None:
             return
-        self._publish(self._line)
+        self._publish(self._connection)
         self._ticks += 1
         if self._ticks % BEAT_SECONDS == 0:
-            self._beat(self._line)
+            self._beat(self._connection)
 
-    def _publish(self, line: RedisConnection) -> None:
+    def _publish(self, connection: RedisConnection) -> None:
         dirty, self._dirty = self._dirty, {}
         for room, typing in dirty.items():
             keys = [STREAM, f"{{chatd}}:here:{room}", self._key(self.node)]
             typed = orjson.dumps([*typing]) if typing else b""
             arguments = self._here.get(room, b""), typed, LIVE_SECONDS * 1000, KEEP
-            line.run(ANNOUNCE, keys, self.node, room, *arguments).addCallbacks(
+            connection.run(ANNOUNCE, keys, self.node, room, *arguments).addCallbacks(
                 self._answered, self._failed, callbackArgs=(room,)
             )
 
@@ -129,18 +129,18 @@ class RedisLobby(Lobby):
         """Ignore an error of Redis: the next session or the next change publishes the room again."""
         failure.trap(Refusal, *Lost)
 
-    def _beat(self, line: RedisConnection) -> None:
+    def _beat(self, connection: RedisConnection) -> None:
         """Send this node's heartbeat, and check those of the others."""
-        line.ask("SET", self._key(self.node), "1", "PX", LIVE_SECONDS * 1000).addErrback(self._failed)
+        connection.ask("SET", self._key(self.node), "1", "PX", LIVE_SECONDS * 1000).addErrback(self._failed)
         if self._others:
             others = sorted(self._others)
-            asked = line.ask("MGET", *map(self._key, others))
+            asked = connection.ask("MGET", *map(self._key, others))
             asked.addCallbacks(self._counted, self._failed, callbackArgs=(others,))
 
     def _counted(self, lives: Sequence[bytes | None], others: Sequence[str]) -> None:
         for node, life in zip(others, lives, strict=True):
             if life is None:
-                _logger.info("node {node} is gone", node=node)
+                _logger.info("node {node} has left", node=node)
                 self._others.discard(node)
                 for listener in self._listeners:
                     listener.node_left(node)

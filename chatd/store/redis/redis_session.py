@@ -37,7 +37,7 @@ RUN: Final = 1000
 SILENCE_SECONDS: Final = 2.0
 """How long the feed may be silent before the log is checked again."""
 FAREWELL_SECONDS: Final = 1.0
-"""The time limit for telling the other nodes that this one leaves."""
+"""The time limit for announcing that this node leaves."""
 SESSION_BACKOFF_SECONDS: Final = 0.1, 1.0
 """The pause before the next session: the first, doubled after each failure, and the longest."""
 
@@ -64,7 +64,7 @@ class RedisSession:
         prepare: Callable[[RedisConnection], "Deferred[Any]"],
     ) -> None:
         self.lobby = RedisLobby()
-        self.line: RedisConnection | None = None
+        self.connection: RedisConnection | None = None
         """The connection for posts and reads; None while there is no session."""
         self.clock = link.clock
         self._link = link
@@ -72,7 +72,7 @@ class RedisSession:
         self._faults = faults
         self._scripts = scripts
         self._prepare = prepare
-        self._lines: list[RedisConnection] = []
+        self._connections: list[RedisConnection] = []
         self._ticks = LoopingCall(self._tick)
         self._pause = SESSION_BACKOFF_SECONDS[0]
         self._closing = False
@@ -88,7 +88,7 @@ class RedisSession:
         return opened
 
     def stop(self) -> "Deferred[None]":
-        """Tell the other nodes that this one leaves, end the session, and start no other."""
+        """Announce that this node leaves, end the session, and start no other."""
         farewell = self.lobby.close().addTimeout(FAREWELL_SECONDS, self.clock)
         return farewell.addErrback(lambda failure: failure.trap(DeferredTimeoutError)).addCallback(self._stop)
 
@@ -101,17 +101,17 @@ class RedisSession:
         return self._ended
 
     def _tick(self) -> None:
-        for line in self._lines:
-            line.drop_if_overdue()
+        for connection in self._connections:
+            connection.drop_if_overdue()
         self.lobby.tick()
 
     def drop(self) -> "Deferred[Any]":
         """End the session, which fails all requests; fire when the connections are closed."""
         self._faults.setdefault("session", f"there is no connection to the log at {self._link.address}")
-        self.line = None
+        self.connection = None
         self.lobby.disconnected()
         self._feed.give_up()
-        return DeferredList([line.drop() for line in self._lines])
+        return DeferredList([connection.drop() for connection in self._connections])
 
     # Faults
 
@@ -165,7 +165,7 @@ class RedisSession:
                 self._failed(Failure())
             with suppress(CancelledError):
                 yield self.drop()
-            self._lines.clear()
+            self._connections.clear()
             if not self._closing:
                 with suppress(CancelledError):
                     yield deferLater(self.clock, self._pause * random.uniform(0.5, 1))  # noqa: S311 -- no secret
@@ -174,26 +174,26 @@ class RedisSession:
     @inlineCallbacks
     def _session(self, seed: Sequence[Entry], opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
         """Connect, check the log, and read its feed until something fails."""
-        line = yield self._dial(OPEN, *self._scripts, ANNOUNCE)
-        yield self._check(line, seed)
+        connection = yield self._dial(OPEN, *self._scripts, ANNOUNCE)
+        yield self._check(connection, seed)
         if not opened.called:
-            yield self._prepare(line)
-            self._feed.seen = yield self._check(line, seed)
-        feed = yield self._dial()
-        feed.patience = SILENCE_SECONDS + REPLY_SECONDS
-        line.whenDisconnected().addCallback(lambda _: feed.drop())
-        yield self.lobby.connected(line)
-        self.line = line
+            yield self._prepare(connection)
+            self._feed.seen = yield self._check(connection, seed)
+        reader = yield self._dial()
+        reader.patience = SILENCE_SECONDS + REPLY_SECONDS
+        connection.whenDisconnected().addCallback(lambda _: reader.drop())
+        yield self.lobby.connected(connection)
+        self.connection = connection
         self._pause = SESSION_BACKOFF_SECONDS[0]
         if self._faults.pop("session", None) and opened.called:
             _logger.info("reconnected to the log at {address}", address=self._link.address)
         if not opened.called:
             opened.callback(None)
-        yield self._follow(line, feed, seed)
+        yield self._follow(connection, reader, seed)
 
     @inlineCallbacks
     def _follow(
-        self, line: RedisConnection, feed: RedisConnection, seed: Sequence[Entry]
+        self, connection: RedisConnection, reader: RedisConnection, seed: Sequence[Entry]
     ) -> Generator["Deferred[Any]", Any, None]:
         """Read the feed and the lobby's stream, and check the log whenever the feed is silent."""
         block = int(SILENCE_SECONDS * 1000)
@@ -201,7 +201,7 @@ class RedisSession:
         while True:
             before = self._feed.seen
             cursors = before, self.lobby.seen
-            reply = yield feed.ask("XREAD", "COUNT", RUN, "BLOCK", block, "STREAMS", FEED, STREAM, *cursors)
+            reply = yield reader.ask("XREAD", "COUNT", RUN, "BLOCK", block, "STREAMS", FEED, STREAM, *cursors)
             for stream, entries in reply or ():
                 if stream == STREAM.encode():
                     self.lobby.read(entries)
@@ -210,17 +210,17 @@ class RedisSession:
             if self._feed.seen != before:
                 heard = self.clock.seconds()
             elif reply is None or self.clock.seconds() - heard >= SILENCE_SECONDS:
-                yield self._check(line, seed)
+                yield self._check(connection, seed)
                 heard = self.clock.seconds()
 
     @inlineCallbacks
     def _dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, RedisConnection]:
-        line = yield self._link.dial(*scripts)
-        self._lines.append(line)
-        return line  # type: ignore[no-any-return]
+        connection = yield self._link.dial(*scripts)
+        self._connections.append(connection)
+        return connection  # type: ignore[no-any-return]
 
     @inlineCallbacks
-    def _check(self, line: RedisConnection, seed: Sequence[Entry]) -> Generator["Deferred[Any]", Any, bytes]:
+    def _check(self, connection: RedisConnection, seed: Sequence[Entry]) -> Generator["Deferred[Any]", Any, bytes]:
         """Check that the log is the one this node knows, and adopt its epoch; create a log if it does not exist.
 
         Returns the newest entry of the feed.
@@ -229,12 +229,12 @@ class RedisSession:
         for _, *fields, stamp in seed:
             words += [*fields, stamp, round(instant(stamp) * MICROSECONDS)]
         try:
-            epoch, readable, written, newest = yield line.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
+            epoch, readable, written, newest = yield connection.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
         except Refusal as refusal:
-            if line is self.line and code_of(Failure()) in _PASSING:
+            if connection is self.connection and code_of(Failure()) in _PASSING:
                 self._unwritable(refusal)
                 return self._feed.seen
-            yield self._link.refused(line, refusal)
+            yield self._link.refused(connection, refusal)
             raise
         self.writable()
         if int(readable) > FORMAT:

@@ -50,7 +50,7 @@ _logger = Logger()
 _T = TypeVar("_T")
 
 
-class _Pending(NamedTuple):
+class _SentPost(NamedTuple):
     """A post in flight."""
 
     post: Post
@@ -74,11 +74,11 @@ class RedisStore(Store):
         self._session = RedisSession(link, self._feed, self._faults, SCRIPTS, self._trim)
         self.lobby = self._session.lobby
         self._clock = link.clock
-        self._tickets = 0
-        self._pending: dict[int, _Pending] = {}
-        """The posts in flight by ticket."""
+        self._serials = 0
+        self._pending: dict[int, _SentPost] = {}
+        """The posts in flight by serial."""
         self._settling: deque[tuple[int, Deferred[None]]] = deque()
-        """Callers of settled(), each with the last ticket that it waits for."""
+        """Callers of settled(), each with the last serial that it waits for."""
 
     @property
     @override
@@ -101,7 +101,7 @@ class RedisStore(Store):
 
     @override
     def append(self, room: str, post: Post, poster: Poster) -> None:
-        if self._session.line is None:
+        if self._session.connection is None:
             poster.refused(post, LogUnavailable(self.fault))
             return
         if len(self._pending) >= MAX_PENDING:
@@ -110,9 +110,9 @@ class RedisStore(Store):
         label, text_digest = LOG, ""
         if post.label is not None:
             label, text_digest = label_key(room, post.username, post.label), digest(post.message)
-        ticket = self._tickets = self._tickets + 1
-        self._pending[ticket] = _Pending(post, poster, self._clock.seconds())
-        self._session.line.run(
+        serial = self._serials = self._serials + 1
+        self._pending[serial] = _SentPost(post, poster, self._clock.seconds())
+        self._session.connection.run(
             APPEND,
             [*KEYS, room_key(room), label],
             self.epoch,
@@ -123,12 +123,12 @@ class RedisStore(Store):
             text_digest,
             max(LABEL_SECONDS, self._retain.seconds or 0) * 1000,
             *self._trimming(),
-        ).addBoth(self._timed, ticket).addCallbacks(
-            self._stored, self._not_stored, callbackArgs=(ticket,), errbackArgs=(ticket,)
+        ).addBoth(self._timed, serial).addCallbacks(
+            self._stored, self._not_stored, callbackArgs=(serial,), errbackArgs=(serial,)
         ).addErrback(lambda failure: _logger.failure("a poster failed", failure))
 
-    def _timed(self, result: _T, ticket: int) -> _T:
-        pending = self._pending.get(ticket)
+    def _timed(self, result: _T, serial: int) -> _T:
+        pending = self._pending.get(serial)
         if pending is not None:
             self.commits.add(max(0.0, self._clock.seconds() - pending.begun))
         return result
@@ -138,11 +138,11 @@ class RedisStore(Store):
         given = "" if self._now is None else round(self._now() * MICROSECONDS)
         return self._retain.messages or 0, (self._retain.seconds or 0) * MICROSECONDS, FEED_LENGTH, given
 
-    def _stored(self, reply: Sequence[int], ticket: int) -> None:
-        pending = self._pending.get(ticket)
+    def _stored(self, reply: Sequence[int], serial: int) -> None:
+        pending = self._pending.get(serial)
         if not reply:
             self._session.drop()  # the next session adopts the new epoch
-            self._refuse(ticket, LogUnavailable("the log has lost messages"))
+            self._refuse(serial, LogUnavailable("the log has lost messages"))
             return
         self._session.writable()
         if pending is None:  # abandoned
@@ -150,7 +150,7 @@ class RedisStore(Store):
         number, seq, *same = reply
 
         def answer() -> None:
-            if self._pending.pop(ticket, None) is None:
+            if self._pending.pop(serial, None) is None:
                 return
             if same:
                 answer_retry(pending.post, number, pending.poster, same=same[0] == 1)
@@ -158,18 +158,18 @@ class RedisStore(Store):
                 pending.poster.posted(pending.post, number)
             self._settle()
 
-        self._feed.when(seq, answer, lambda: self._refuse(ticket, InDoubt("the feed has not reached the message")))
+        self._feed.when(seq, answer, lambda: self._refuse(serial, InDoubt("the feed has not reached the message")))
 
-    def _not_stored(self, failure: Failure, ticket: int) -> None:
+    def _not_stored(self, failure: Failure, serial: int) -> None:
         if failure.check(Refusal):
             self._session.refused(failure)
-            self._refuse(ticket, LogUnavailable(str(failure.value)))
+            self._refuse(serial, LogUnavailable(str(failure.value)))
         else:
             failure.trap(*Lost)
-            self._refuse(ticket, InDoubt(why(failure)))
+            self._refuse(serial, InDoubt(why(failure)))
 
-    def _refuse(self, ticket: int, error: LogUnavailable) -> None:
-        pending = self._pending.pop(ticket, None)
+    def _refuse(self, serial: int, error: LogUnavailable) -> None:
+        pending = self._pending.pop(serial, None)
         if pending is not None:
             pending.poster.refused(pending.post, error)
             self._settle()
@@ -179,11 +179,11 @@ class RedisStore(Store):
         if not self._pending:
             return succeed(None)
         settled: Deferred[None] = Deferred()
-        self._settling.append((self._tickets, settled))
+        self._settling.append((self._serials, settled))
         return settled
 
     def _settle(self) -> None:
-        oldest = next(iter(self._pending), self._tickets + 1)
+        oldest = next(iter(self._pending), self._serials + 1)
         while self._settling and self._settling[0][0] < oldest:
             self._settling.popleft()[1].callback(None)
 
@@ -191,30 +191,30 @@ class RedisStore(Store):
     def abandon(self) -> None:
         if self._pending:
             _logger.error("{posts} posts abandoned: Redis has not answered", posts=len(self._pending))
-        for ticket in [*self._pending]:
-            self._refuse(ticket, InDoubt("Redis has not answered"))
+        for serial in [*self._pending]:
+            self._refuse(serial, InDoubt("Redis has not answered"))
 
     # Trimming
 
     @override
     def trim(self) -> "Deferred[None]":
-        line = self._session.line
-        if line is None:
+        connection = self._session.connection
+        if connection is None:
             return succeed(None)
-        return self._trim(line).addCallbacks(
+        return self._trim(connection).addCallbacks(
             self._reached, lambda failure: _logger.error("old messages were not removed: {error}", error=failure.value)
         )
 
     @inlineCallbacks
-    def _trim(self, line: RedisConnection) -> Generator["Deferred[Any]", Any, int]:
+    def _trim(self, connection: RedisConnection) -> Generator["Deferred[Any]", Any, int]:
         """Trim every room; return the number of the feed's entry that announces the last one."""
         seq = 0
         cursor = b"0"
         while self._retain != Retention():
-            cursor, flat = yield line.ask("HSCAN", HEADS, cursor, "COUNT", ROOMS)
+            cursor, flat = yield connection.ask("HSCAN", HEADS, cursor, "COUNT", ROOMS)
             rooms = [room.decode() for room in flat[::2]]
             for some in _slices(rooms, ROOMS):
-                seq = yield line.run(TRIM, [*KEYS, *map(room_key, some)], *self._trimming(), *some)
+                seq = yield connection.run(TRIM, [*KEYS, *map(room_key, some)], *self._trimming(), *some)
             if cursor == b"0":
                 break
         return seq
@@ -229,9 +229,9 @@ class RedisStore(Store):
 
     @override
     def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
-        if self._session.line is None:
+        if self._session.connection is None:
             return fail(LogUnavailable(self.fault))
-        asked = self._session.line.run(PAGE, [*KEYS, room_key(room)], room, "" if after is None else after, limit)
+        asked = self._session.connection.run(PAGE, [*KEYS, room_key(room)], room, "" if after is None else after, limit)
         return asked.addCallbacks(self._page, self._unreadable, callbackArgs=(after is None,))
 
     def _page(self, reply: Sequence[Any], newest: bool) -> "Deferred[Page]":
