@@ -72,12 +72,12 @@ class RedisAddress(NamedTuple):
         """
         try:
             parts = urlsplit(url)
-            port = parts.port or PORT
+            port = PORT if parts.port is None else parts.port
         except ValueError:
             parts, port = urlsplit(""), 0
         database = parts.path.lstrip("/") or "0"
         good = parts.scheme in ("redis", "rediss") and parts.hostname and not parts.query and not parts.fragment
-        if not good or not re.fullmatch(r"[0-9]{1,5}", database):
+        if not good or not port or not re.fullmatch(r"[0-9]{1,5}", database):
             raise ValueError("is no redis://HOST:PORT/DATABASE")
         username, password = (unquote(part) if part else None for part in (parts.username, parts.password))
         if username and not password and not password_elsewhere:
@@ -258,3 +258,32 @@ def why(failure: Failure) -> str:
     if isinstance(error, SSL.Error):
         return f"no TLS: {' '.join(str(reason[-1]) for reason in error.args[0]) if error.args else 'it hung up'}"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+_REMEDIES: Final = {
+    "OOM": "give it more memory, or retain less",
+    "MISCONF": "let it write to its disk",
+    "NOREPLICAS": "start its replicas",
+    "WRONGTYPE": "name another database with --store, because another program uses a key of this one",
+    "NOAUTH": "give its password in --store or --store-password-file",
+    "WRONGPASS": "correct the user or the password",
+    "NOPERM": "grant its user the permissions that docs/operations.md lists",
+    "LOADING": "wait until it has loaded its data",
+    "BUSY": "end the script that it runs, with SCRIPT KILL",
+    "DB index is out of range": "name a database that it has with --store",
+    "SELECT is not allowed": "name database 0 with --store, because it is a cluster",
+}
+"""What an operator can do about an error reply, by the code or a part of the text."""
+
+
+def remedy(failure: Failure) -> str:
+    """Return what an operator can do about a failure."""
+    error = failure.value
+    if isinstance(error, txredisapi.ResponseError):
+        found = (act for sign, act in _REMEDIES.items() if sign in str(error))
+        return next(found, "correct it, or name another with --store")
+    if isinstance(error, TlsErrors):
+        return "correct its certificate, or the address in --store"
+    if isinstance(error, OSError) and error.filename is not None:
+        return "correct --store-password-file"
+    return "start it, or name another with --store"

@@ -1,11 +1,14 @@
 """Presence between nodes: which node has which members in a room.
 
 Each node keeps its own members in a hash of the room, and publishes changes in a stream that all nodes read beside the
-feed.  Presence may be lost without harm: a node publishes it again in each session.  Nodes
-that send no heartbeat for a while count as dead, and their members with them.
+feed.  Nodes that send no heartbeat for a while count as dead, and their members with them.
+
+Presence may be lost without harm.  A node publishes all its rooms again in each session, after each new epoch, and when
+its heartbeat was missing, because the other nodes may have dropped it.  Each reply holds the occupancy of the
+room at all other nodes.  A node that missed entries of the stream therefore asks for its rooms again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import orjson
@@ -27,6 +30,10 @@ LIVE_SECONDS: Final = 15
 """How long a node counts as alive after a heartbeat."""
 BEAT_SECONDS: Final = 5
 """The time between heartbeats."""
+LASTING_SECONDS: Final = 3600
+"""How long the hash of a room is kept after it was published; it outlives the nodes that are killed."""
+ROUND_SECONDS: Final = LASTING_SECONDS // 2
+"""The time in which each room is published again."""
 
 _logger = Logger()
 
@@ -42,6 +49,11 @@ def _decode(data: bytes) -> Occupancy:
         return Occupancy(0, frozenset())
     members, users = orjson.loads(data)
     return Occupancy(members, None if users is None else frozenset(users))
+
+
+def _place(stream_id: bytes) -> tuple[int, ...]:
+    """Return the two parts of an entry's id, by which entries are ordered."""
+    return tuple(map(int, stream_id.split(b"-")))
 
 
 class RedisLobby(Lobby):
@@ -60,6 +72,12 @@ class RedisLobby(Lobby):
         """The occupancy last reported, by room."""
         self._dirty: dict[str, dict[str, None]] = {}
         """The rooms to publish, each with the users that type there."""
+        self._unsure: dict[str, None] = {}
+        """The rooms whose occupancy at the other nodes this node may not know."""
+        self._unpublished: dict[str, None] = {}
+        """The rooms to publish again after the next heartbeat, because publishing them failed."""
+        self._round: list[str] = []
+        """The rooms that are yet to be published in this round."""
         self._others: set[str] = set()
         self._connection: RedisConnection | None = None
         self._ticks = 0
@@ -78,14 +96,18 @@ class RedisLobby(Lobby):
         self._dirty.setdefault(room, {}).update(dict.fromkeys(typing))
 
     def connected(self, connection: RedisConnection) -> "Deferred[None]":
-        """Begin with a new session: read the stream from its end, and publish every room again."""
-        self._dirty |= {room: {} for room in self._here if room not in self._dirty}
+        """Begin with a new session or epoch: read the stream from its end, and publish every room again."""
+        self._send_heartbeat(connection).addErrback(self._failed)
         return connection.ask("XREVRANGE", STREAM, "+", "-", "COUNT", 1).addCallback(self._begin, connection)
 
     def _begin(self, newest: Sequence[Any], connection: RedisConnection) -> None:
         self.seen = newest[0][0] if newest else NO_ENTRY
         self._connection = connection
+        self._publish_all()
         self._publish(connection)
+
+    def _publish_all(self) -> None:
+        self._dirty |= {room: {} for room in self._here if room not in self._dirty}
 
     def disconnected(self) -> None:
         """Stop publishing, because the session has ended."""
@@ -102,40 +124,78 @@ class RedisLobby(Lobby):
         """Publish what was reported, and send and check heartbeats; call this once a second."""
         if self._connection is None:
             return
+        self._continue_round()
         self._publish(self._connection)
         self._ticks += 1
         if self._ticks % BEAT_SECONDS == 0:
             self._beat(self._connection)
 
+    def _continue_round(self) -> None:
+        """Mark some rooms to be published, so that all of them are within a round."""
+        if self._ticks % ROUND_SECONDS == 0:
+            self._round += self._here
+        share = 1 + len(self._here) // ROUND_SECONDS
+        self._unsure |= dict.fromkeys(self._round[:share])
+        del self._round[:share]
+
     def _publish(self, connection: RedisConnection) -> None:
         dirty, self._dirty = self._dirty, {}
+        unsure, self._unsure = self._unsure, {}
         for room, typing in dirty.items():
-            keys = [STREAM, f"{{chatd}}:here:{room}", self._key(self.node)]
-            typed = orjson.dumps([*typing]) if typing else b""
-            arguments = self._here.get(room, b""), typed, LIVE_SECONDS * 1000, KEEP
-            connection.run(ANNOUNCE, keys, self.node, room, *arguments).addCallbacks(
-                self._answered, self._failed, callbackArgs=(room,)
-            )
+            self._announce(connection, room, typing, again=True)
+        for room in unsure:
+            if room in self._here and room not in dirty:
+                self._announce(connection, room, (), again=False)
+
+    def _announce(self, connection: RedisConnection, room: str, typing: Collection[str], *, again: bool) -> None:
+        keys = [STREAM, f"{{chatd}}:here:{room}", self._key(self.node)]
+        typed = orjson.dumps([*typing]) if typing else b""
+        limits = LIVE_SECONDS * 1000, KEEP, LASTING_SECONDS * 1000
+        connection.run(
+            ANNOUNCE, keys, self.node, room, self._here.get(room, b""), typed, *limits, "1" if again else ""
+        ).addCallbacks(self._answered, self._not_published, callbackArgs=(room,), errbackArgs=(room,))
 
     @staticmethod
     def _key(node: str) -> str:
         return f"{{chatd}}:node:{node}"
 
-    def _answered(self, others: Sequence[bytes], room: str) -> None:
-        for node, data in zip(others[::2], others[1::2], strict=True):
-            self._elsewhere(room, node.decode(), data)
+    def _answered(self, reply: Sequence[Any], room: str) -> None:
+        missing, newest, *flat = reply
+        if missing:
+            self._publish_all()
+        if _place(newest) < _place(self.seen):  # the stream has overtaken this reply
+            self._unsure[room] = None
+            return
+        others = {node.decode(): data for node, data in zip(flat[::2], flat[1::2], strict=True)}
+        for node in {*others, *self._others}:
+            self._elsewhere(room, node, others.get(node, b""))
+
+    def _not_published(self, failure: Failure, room: str) -> None:
+        self._failed(failure)
+        self._unpublished[room] = None
 
     def _failed(self, failure: Failure) -> None:
-        """Ignore an error of Redis: the next session or the next change publishes the room again."""
+        """Ignore an error of Redis, because the next heartbeat or session repairs what it caused."""
         failure.trap(Refusal, *Lost)
+
+    def _send_heartbeat(self, connection: RedisConnection) -> "Deferred[Any]":
+        """Fire with None if the last heartbeat was missing."""
+        return connection.ask("SET", self._key(self.node), "1", "PX", LIVE_SECONDS * 1000, "GET")
 
     def _beat(self, connection: RedisConnection) -> None:
         """Send this node's heartbeat, and check those of the others."""
-        connection.ask("SET", self._key(self.node), "1", "PX", LIVE_SECONDS * 1000).addErrback(self._failed)
+        self._send_heartbeat(connection).addCallbacks(self._beaten, self._failed)
         if self._others:
             others = sorted(self._others)
             asked = connection.ask("MGET", *map(self._key, others))
             asked.addCallbacks(self._counted, self._failed, callbackArgs=(others,))
+
+    def _beaten(self, life: bytes | None) -> None:
+        """Publish again what the other nodes do not have, because they dropped this node or Redis refused it."""
+        if life is None:
+            self._publish_all()
+        failed, self._unpublished = self._unpublished, {}
+        self._dirty |= {room: {} for room in failed if room not in self._dirty}
 
     def _counted(self, lives: Sequence[bytes | None], others: Sequence[str]) -> None:
         for node, life in zip(others, lives, strict=True):
@@ -145,8 +205,11 @@ class RedisLobby(Lobby):
                 for listener in self._listeners:
                     listener.node_left(node)
 
-    def read(self, entries: Sequence[tuple[bytes, Sequence[bytes]]]) -> None:
-        """Read the next entries of the stream, and notify the listeners."""
+    def read(self, entries: Sequence[tuple[bytes, Sequence[bytes]]], *, full: bool = False) -> None:
+        """Read the next entries of the stream, and notify the listeners; `full` if there may be more."""
+        if full and self._connection is not None:
+            oldest = self._connection.ask("XRANGE", STREAM, "-", "+", "COUNT", 1)
+            oldest.addCallbacks(self._look_for_gap, self._failed, callbackArgs=(self.seen,))
         for stream_id, (_, name, _, room, _, data, _, typed) in entries:
             self.seen = stream_id
             node = name.decode()
@@ -156,6 +219,12 @@ class RedisLobby(Lobby):
             if typed:
                 for listener in self._listeners:
                     listener.typing(room.decode(), orjson.loads(typed))
+
+    def _look_for_gap(self, oldest: Sequence[Any], before: bytes) -> None:
+        """Ask for every room again, if the stream has dropped entries that this node had not read."""
+        if oldest and before != NO_ENTRY and _place(oldest[0][0]) > _place(before):
+            _logger.info("the stream of presence has dropped entries that this node had not read: asking again")
+            self._unsure |= dict.fromkeys(self._here)
 
     def _elsewhere(self, room: str, node: str, data: bytes) -> None:
         self._others.add(node)

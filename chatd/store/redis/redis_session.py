@@ -24,8 +24,19 @@ from twisted.python.failure import Failure
 from chatd.messages import Entry
 from chatd.store.base import SEED_ROOM, StoreError, instant, new_epoch
 from chatd.store.redis.feed import EpochChanged, Feed
-from chatd.store.redis.keys import FEED, KEYS, MICROSECONDS, room_key
-from chatd.store.redis.link import REPLY_SECONDS, Link, Lost, RedisConnection, Refusal, Script, TlsErrors, code_of, why
+from chatd.store.redis.keys import FEED, KEYS, MICROSECONDS, digest, room_key
+from chatd.store.redis.link import (
+    REPLY_SECONDS,
+    Link,
+    Lost,
+    RedisConnection,
+    Refusal,
+    Script,
+    TlsErrors,
+    code_of,
+    remedy,
+    why,
+)
 from chatd.store.redis.lobby import ANNOUNCE, STREAM, RedisLobby
 
 FORMAT: Final = 1
@@ -34,6 +45,8 @@ READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code writes."""
 RUN: Final = 1000
 """The most entries that one read of the feed returns."""
+SEED_PIECE: Final = 500
+"""The most messages of the seed that one script stores."""
 SILENCE_SECONDS: Final = 2.0
 """How long the feed may be silent before the log is checked again."""
 FAREWELL_SECONDS: Final = 1.0
@@ -42,7 +55,9 @@ SESSION_BACKOFF_SECONDS: Final = 0.1, 1.0
 """The pause before the next session: the first, doubled after each failure, and the longest."""
 
 OPEN: Final = Script("open")
-_PASSING: Final = frozenset({"OOM", "MISCONF", "NOREPLICAS", "BUSY", "WRONGTYPE", "NOPERM"})
+_FULL: Final = frozenset({"OOM", "MISCONF", "NOREPLICAS"})
+"""Refusals of writes alone: everything can still be read."""
+_PASSING: Final = _FULL | {"BUSY", "WRONGTYPE", "NOPERM"}
 """Refusals that a new session would not cure."""
 
 _logger = Logger()
@@ -76,15 +91,19 @@ class RedisSession:
         self._ticks = LoopingCall(self._tick)
         self._pause = SESSION_BACKOFF_SECONDS[0]
         self._closing = False
+        self._seed: Sequence[Entry] = ()
+        self._seed_digest = ""
         self._ended: Deferred[None] = succeed(None)
         faults["session"] = "it is not open yet"
 
     def start(self, seed: Sequence[Entry]) -> "Deferred[None]":
         """Start the first session; fire when it is there, however many attempts that takes."""
         opened: Deferred[None] = Deferred()
+        self._seed = seed
+        self._seed_digest = digest(*(text for entry in seed for text in entry[1:]))
         self._ticks.clock = self.clock
         self._ticks.start(1, now=False)
-        self._ended = self._run(seed, opened)
+        self._ended = self._run(opened)
         return opened
 
     def stop(self) -> "Deferred[None]":
@@ -117,7 +136,7 @@ class RedisSession:
 
     def refused(self, refusal: Failure) -> None:
         """Note that Redis refused a write."""
-        self._unwritable(refusal.value)
+        self._unwritable(refusal)
         self.unreadable(refusal)
 
     def unreadable(self, refusal: Failure) -> None:
@@ -129,9 +148,9 @@ class RedisSession:
         """Note that Redis accepted a write."""
         self._faults.pop("write", None)
 
-    def _unwritable(self, error: object) -> None:
-        words = f"the log at {self._link.address} cannot be written ({error})"
-        self._report("write", words, "posts are refused until it can")
+    def _unwritable(self, refusal: Failure) -> None:
+        words = f"the log at {self._link.address} cannot be written ({refusal.value})"
+        self._report("write", words, f"{remedy(refusal)}; posts are refused until then")
 
     def _failed(self, failure: Failure) -> None:
         if self._closing:
@@ -139,8 +158,9 @@ class RedisSession:
         if failure.check(StoreError):
             words = str(failure.value)
         else:
-            words = f"the log at {self._link.address} cannot be reached ({why(failure)})"
-        new = self._report("session", words, "start it, or name another with --store; retrying")
+            what = "refuses" if failure.check(Refusal) else "cannot be reached"
+            words = f"the log at {self._link.address} {what} ({why(failure)})"
+        new = self._report("session", words, f"{remedy(failure)}; retrying")
         if new and not failure.check(*Lost, *TlsErrors, Refusal, StoreError):
             _logger.failure("unexpected error in the Redis session", failure)
 
@@ -155,10 +175,10 @@ class RedisSession:
     # One session after the other
 
     @inlineCallbacks
-    def _run(self, seed: Sequence[Entry], opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
+    def _run(self, opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
         while not self._closing:
             try:
-                yield self._session(seed, opened)
+                yield self._session(opened)
             except (EpochChanged, CancelledError):
                 pass
             except Exception:  # noqa: BLE001 -- the store must retry after any error
@@ -172,13 +192,13 @@ class RedisSession:
                 self._pause = min(2 * self._pause, SESSION_BACKOFF_SECONDS[1])
 
     @inlineCallbacks
-    def _session(self, seed: Sequence[Entry], opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
+    def _session(self, opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
         """Connect, check the log, and read its feed until something fails."""
         connection = yield self._dial(OPEN, *self._scripts, ANNOUNCE)
-        yield self._check(connection, seed)
+        yield self._check(connection)
         if not opened.called:
             yield self._prepare(connection)
-            self._feed.seen = yield self._check(connection, seed)
+            self._feed.seen = yield self._check(connection)
         reader = yield self._dial()
         reader.patience = SILENCE_SECONDS + REPLY_SECONDS
         connection.whenDisconnected().addCallback(lambda _: reader.drop())
@@ -189,12 +209,10 @@ class RedisSession:
             _logger.info("reconnected to the log at {address}", address=self._link.address)
         if not opened.called:
             opened.callback(None)
-        yield self._follow(connection, reader, seed)
+        yield self._follow(connection, reader)
 
     @inlineCallbacks
-    def _follow(
-        self, connection: RedisConnection, reader: RedisConnection, seed: Sequence[Entry]
-    ) -> Generator["Deferred[Any]", Any, None]:
+    def _follow(self, connection: RedisConnection, reader: RedisConnection) -> Generator["Deferred[Any]", Any, None]:
         """Read the feed and the lobby's stream, and check the log whenever the feed is silent."""
         block = int(SILENCE_SECONDS * 1000)
         heard = self.clock.seconds()
@@ -204,13 +222,16 @@ class RedisSession:
             reply = yield reader.ask("XREAD", "COUNT", RUN, "BLOCK", block, "STREAMS", FEED, STREAM, *cursors)
             for stream, entries in reply or ():
                 if stream == STREAM.encode():
-                    self.lobby.read(entries)
+                    self.lobby.read(entries, full=len(entries) == RUN)
                 else:
                     self._feed.take(entries)
             if self._feed.seen != before:
                 heard = self.clock.seconds()
             elif reply is None or self.clock.seconds() - heard >= SILENCE_SECONDS:
-                yield self._check(connection, seed)
+                epoch = self._feed.epoch
+                yield self._check(connection)
+                if self._feed.epoch != epoch:  # what was lost may include the presence of this node
+                    yield self.lobby.connected(connection)
                 heard = self.clock.seconds()
 
     @inlineCallbacks
@@ -220,27 +241,53 @@ class RedisSession:
         return connection  # type: ignore[no-any-return]
 
     @inlineCallbacks
-    def _check(self, connection: RedisConnection, seed: Sequence[Entry]) -> Generator["Deferred[Any]", Any, bytes]:
+    def _check(self, connection: RedisConnection) -> Generator["Deferred[Any]", Any, bytes]:
         """Check that the log is the one this node knows, and adopt its epoch; create a log if it does not exist.
 
         Returns the newest entry of the feed.
         """
-        words: list[str | bytes | int] = [new_epoch(), FORMAT, READABLE_SINCE, self._feed.epoch, self._feed.seen]
-        for _, *fields, stamp in seed:
-            words += [*fields, stamp, round(instant(stamp) * MICROSECONDS)]
         try:
-            epoch, readable, written, newest = yield connection.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
+            reply = yield self._open(connection)
         except Refusal as refusal:
-            if connection is self.connection and code_of(Failure()) in _PASSING:
-                self._unwritable(refusal)
+            if connection is self.connection and code_of(Failure()) in _PASSING - _FULL:
+                self._unwritable(Failure())
                 return self._feed.seen
             yield self._link.refused(connection, refusal)
             raise
-        self.writable()
+        epoch, readable, written, newest, lost, refused = reply
         if int(readable) > FORMAT:
             raise StoreError(
                 f"the log at {self._link.address} was written by a newer chatd, in format {int(written)}, which format "
                 f"{FORMAT} cannot read: run that version again"
             )
+        if refused:
+            self._unwritable(Failure(Refusal(refused.decode())))
+        else:
+            self.writable()
+        if lost:
+            _logger.error(
+                "the log at {address} has lost {lost}: its epoch is now {epoch}",
+                address=self._link.address,
+                lost=lost.decode(),
+                epoch=epoch.decode(),
+            )
         self._feed.adopt(epoch.decode(), newest)
         return newest  # type: ignore[no-any-return]
+
+    @inlineCallbacks
+    def _open(self, connection: RedisConnection) -> Generator["Deferred[Any]", Any, list[bytes]]:
+        """Run the script `open`, and give it the seed in pieces if the log is new; return its last reply."""
+        stored, piece = 0, self._seed[:0]
+        while True:
+            words: list[str | bytes | int] = [new_epoch(), FORMAT, READABLE_SINCE, self._feed.epoch, self._feed.seen]
+            words += [self._seed_digest, len(self._seed), stored]
+            for _, *fields, stamp in piece:
+                words += [*fields, stamp, round(instant(stamp) * MICROSECONDS)]
+            reply = yield connection.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
+            if len(reply) > 1:
+                refusal = Refusal(reply[-1].decode())
+                if reply[-1] and code_of(Failure(refusal)) not in _FULL:  # such as READONLY
+                    raise refusal
+                return reply  # type: ignore[no-any-return]
+            stored = reply[0]
+            piece = self._seed[stored : stored + SEED_PIECE]

@@ -214,7 +214,8 @@ class RedisStore(Store):
             cursor, flat = yield connection.ask("HSCAN", HEADS, cursor, "COUNT", ROOMS)
             rooms = [room.decode() for room in flat[::2]]
             for some in _slices(rooms, ROOMS):
-                seq = yield connection.run(TRIM, [*KEYS, *map(room_key, some)], *self._trimming(), *some)
+                keys = [*KEYS, *map(room_key, some)]
+                seq = yield connection.run(TRIM, keys, self.epoch, *self._trimming(), *some)
             if cursor == b"0":
                 break
         return seq
@@ -236,10 +237,10 @@ class RedisStore(Store):
 
     def _page(self, reply: Sequence[Any], newest: bool) -> "Deferred[Page]":
         """Decode a page; fire with it when the feed has reached the instant of the page."""
-        epoch, seq, first, head, entries = reply
-        if epoch != self.epoch.encode():
+        if not reply or reply[0] != self.epoch.encode():
             self._session.drop()
             raise LogUnavailable("the log has lost messages")
+        _, seq, first, head, entries = reply
         found = [message_of(stream_id, number_of(stream_id), fields_of(flat)) for stream_id, flat in entries]
         page = Page(found[::-1] if newest else found, first, head)
         answer: Deferred[Page] = Deferred()

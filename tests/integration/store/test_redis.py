@@ -529,7 +529,7 @@ def test_post_to_a_log_that_went_back(one, node, patient):
 def test_feed_with_another_epoch(one, node, patient):
     node = node(one.url, times=1)
     node.post("a")
-    one.call("HSET", LOG, "epoch", "other")
+    one.call("HSET", LOG, "epoch", "other", "seq", 2)
     one.call("XADD", FEED, "2-2000000000000000", "e", "other", "r", "main", "n", "4", "u", "bob", "m", "b")
     until(node.loop, lambda: node.store.epoch == "other")
     assert (node.heard(), node.interruptions) == (["a"], 1)

@@ -152,7 +152,7 @@ def test_stopping_node_empties_its_rooms(nodes, server):
     nodes.close(one)
     nodes.hears(two, ("main", one.node, NOBODY))
     assert server.call("KEYS", "{chatd}:here:*") == []
-    assert server.call("KEYS", "{chatd}:node:*") == []
+    assert server.call("KEYS", "{chatd}:node:*") == [f"{{chatd}}:node:{two.node}".encode()]
 
 
 def test_dead_node_is_removed(nodes, server):

@@ -9,6 +9,28 @@
 --          before, also whether it was for the same message (1 or 0).
 --          Nothing if the log is not the one that the node knows.
 
+-- Return the number and the digest that a label names; nothing if its message was trimmed or lost.
+local function find(stream, kept, username, head)
+    local oldest = kept and redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+    if not oldest then
+        return nil
+    end
+    local number, digest = string.match(kept, '^(%d+) (%x+)$')
+    number = tonumber(number)
+    if number < parts(oldest[1]) or number > head then
+        return nil
+    end
+    local entry = redis.call('XRANGE', stream, number, number)[1]
+    if entry then
+        local _, writer, _, message = unpack(entry[2])
+        local _, length = string.gsub(message, '[^\128-\191]', '') -- in characters, as keys.digest counts them
+        if writer ~= username or redis.sha1hex(length .. ':' .. message) ~= digest then
+            return nil -- another message has its number
+        end
+    end
+    return number, digest
+end
+
 local epoch, seen, room, username, message, digest, remember, keep, age, feed, given = unpack(ARGV)
 local stream, label = KEYS[4], KEYS[5]
 
@@ -17,23 +39,24 @@ if log[1] ~= epoch or tonumber(log[2]) < tonumber(seen) then
     return {}
 end
 
+local number = head(room, stream)
+if not number or tonumber(log[2]) ~= newest(FEED) then
+    return {}
+end
+
 if digest ~= '' then
-    local kept = redis.call('GET', label)
-    local oldest = kept and redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
-    if oldest then
-        local number, said = string.match(kept, '^(%d+) (%x+)$')
-        if tonumber(number) >= parts(oldest[1]) then -- else the message was trimmed, and its label with it
-            return { tonumber(number), tonumber(log[2]), said == digest and 1 or 0 }
-        end
+    local used, said = find(stream, redis.call('GET', label), username, number)
+    if used then
+        return { used, tonumber(log[2]), said == digest and 1 or 0 }
     end
 end
 
--- Redis does not roll back: first check that every key can be written.
-redis.call('XLEN', stream)
-redis.call('XLEN', FEED)
-
 local now = time(given, log[3])
-local number = redis.call('HINCRBY', HEADS, room, 1)
+if number == 0 and redis.call('EXISTS', stream) == 1 then
+    redis.call('DEL', stream) -- an empty stream does not take numbers again
+end
+number = number + 1
+redis.call('HSET', HEADS, room, text(number))
 redis.call('XADD', stream, text(number) .. '-' .. text(now), 'u', username, 'm', message)
 if digest ~= '' then
     redis.call('SET', label, text(number) .. ' ' .. digest, 'PX', remember)

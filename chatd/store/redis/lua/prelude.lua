@@ -1,6 +1,8 @@
 -- The code that the scripts share; it precedes each script.
 --
--- {chatd}:log       hash: epoch, written, readable_since; seq, the number of the feed's newest entry; stamped, its time
+-- {chatd}:log       hash: epoch, written, readable_since; seq, the number of the feed's newest entry; stamped, its time.
+--                   While it is created, only seeding, the digest of the seed.  Without an epoch it has lost something,
+--                   and lost names the key.
 -- {chatd}:heads     hash: the number of the newest message of each room, which stays when that message is trimmed
 -- {chatd}:room:NAME stream: the messages of a room, with ids N-MICROSECONDS; N is 1, 2, 3 ... without gaps
 -- {chatd}:feed      stream: the changes of all rooms, in one order, with ids SEQ-MICROSECONDS
@@ -31,10 +33,38 @@ local function parts(id)
     return tonumber(number), tonumber(micros)
 end
 
+-- Return the number and the time of a stream's newest entry; 0 and 0 without one.
+local function newest(stream)
+    local entry = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', 1)[1]
+    if entry then
+        return parts(entry[1])
+    end
+    return 0, 0
+end
+
 -- Return the number of the oldest message that a room keeps.
 local function first(stream, head)
     local entry = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
     return entry and parts(entry[1]) or head + 1
+end
+
+-- Return the number of the newest message of a room, 0 without one.  If the log has lost it, return nothing: then
+-- the next `open` draws another epoch.
+local function head(room, stream)
+    local number = tonumber(redis.call('HGET', HEADS, room) or 0)
+    local kept = newest(stream)
+    if kept > 0 then
+        return math.max(number, kept) -- also if the heads were lost
+    elseif number == 0 then
+        return redis.call('EXISTS', HEADS) == 1 and 0 or nil
+    elseif redis.call('EXISTS', stream) == 1 then
+        return number -- all of its messages were trimmed
+    end
+    redis.call('HDEL', LOG, 'epoch') -- first, because Redis accepts it also when memory is full
+    redis.call('HSET', LOG, 'lost', stream)
+    -- The numbers go on, so that no label of a lost message matches another one.
+    redis.call('XADD', stream, text(number) .. '-0', 'u', '', 'm', '')
+    redis.call('XTRIM', stream, 'MAXLEN', 0)
 end
 
 -- Append an entry to the feed, which keeps about `keep` entries; return its number.  Each entry names the
