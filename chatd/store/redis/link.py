@@ -28,6 +28,8 @@ from twisted.internet.ssl import optionsForClientTLS
 from twisted.python.failure import Failure
 from typing_extensions import override
 
+from chatd.store.redis.keys import LOG
+
 CONNECT_SECONDS: Final = 5
 """The time limit for connecting."""
 REPLY_SECONDS: Final = 5
@@ -161,6 +163,14 @@ class RedisConnection(txredisapi.HiredisProtocol):
         """Drop the connection if a reply is overdue; call this once a second."""
         if self.replyQueue.waiting and self._clock.seconds() - self._since > self.patience:
             self.drop()
+
+    def keep_alive(self) -> None:
+        """Send a request if no reply is due; call this once a second.
+
+        Redis closes connections that are idle for its `timeout`, but not those that wait for the feed.
+        """
+        if not self.replyQueue.waiting:
+            self.ask("EXISTS", LOG).addErrback(lambda failure: failure.trap(Refusal, *Lost))
 
     def drop(self) -> "Deferred[Any]":
         """Abort the connection, which fails all requests; fire when it is closed."""

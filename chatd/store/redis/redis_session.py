@@ -91,6 +91,7 @@ class RedisSession:
         self._ticks = LoopingCall(self._tick)
         self._pause = SESSION_BACKOFF_SECONDS[0]
         self._closing = False
+        self._dropped = False
         self._seed: Sequence[Entry] = ()
         self._seed_digest = ""
         self._ended: Deferred[None] = succeed(None)
@@ -122,12 +123,14 @@ class RedisSession:
     def _tick(self) -> None:
         for connection in self._connections:
             connection.drop_if_overdue()
+            connection.keep_alive()
         self.lobby.tick()
 
     def drop(self) -> "Deferred[Any]":
         """End the session, which fails all requests; fire when the connections are closed."""
         self._faults.setdefault("session", f"there is no connection to the log at {self._link.address}")
         self.connection = None
+        self._dropped = True
         self.lobby.disconnected()
         self._feed.give_up()
         return DeferredList([connection.drop() for connection in self._connections])
@@ -153,7 +156,7 @@ class RedisSession:
         self._report("write", words, f"{remedy(refusal)}; posts are refused until then")
 
     def _failed(self, failure: Failure) -> None:
-        if self._closing:
+        if self._closing or (self._dropped and failure.check(*Lost)):
             return
         if failure.check(StoreError):
             words = str(failure.value)
@@ -194,6 +197,7 @@ class RedisSession:
     @inlineCallbacks
     def _session(self, opened: "Deferred[None]") -> Generator["Deferred[Any]", Any, None]:
         """Connect, check the log, and read its feed until something fails."""
+        self._dropped = False
         connection = yield self._dial(OPEN, *self._scripts, ANNOUNCE)
         yield self._check(connection)
         if not opened.called:
@@ -285,6 +289,7 @@ class RedisSession:
                 words += [*fields, stamp, round(instant(stamp) * MICROSECONDS)]
             reply = yield connection.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
             if len(reply) > 1:
+                reply[-1] = reply[-1].strip(b"-\r\n")  # Redis 6.2 gives the whole line
                 refusal = Refusal(reply[-1].decode())
                 if reply[-1] and code_of(Failure(refusal)) not in _FULL:  # such as READONLY
                     raise refusal

@@ -1,8 +1,14 @@
 """Fixtures that the tests of the Redis store share."""
 
+import gc
+
 import pytest
 from support import loops
-from support.redises import Proxy, Redis, each_binary
+from support.redis_nodes import Node
+from support.redises import FastClock, Proxy, Redis, WatchedLink, each_binary, wait_in
+from twisted.logger import LogLevel
+
+from chatd.store.redis import redis_session
 
 
 @pytest.fixture
@@ -32,3 +38,35 @@ def proxy(one):
     """A network in front of that server."""
     with Proxy(one.port) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def brisk(monkeypatch):
+    """Shorten the time limits."""
+    monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(redis_session, "SESSION_BACKOFF_SECONDS", (0.02, 0.2))
+
+
+@pytest.fixture
+def node(loop, brisk, events):
+    """A function that makes nodes; they are closed after the test, and leave no call, socket or logged exception."""
+    nodes = []
+    readers = {*loop.getReaders()}
+
+    def make(url, *, at_once=False, link=None, times=5, **options):
+        link = link or WatchedLink(url, loop)
+        link.clock = FastClock(loop, times)
+        nodes.append(Node(loop, link, **options))
+        if not at_once:
+            wait_in(loop, nodes[-1].opened)
+        return nodes[-1]
+
+    yield make
+    for one in nodes:
+        one.store.abandon()
+        one.close()
+    assert loop.getDelayedCalls() == []
+    assert {*loop.getReaders()} <= readers | {loop.waker}
+    assert loop.getWriters() == []
+    gc.collect()  # logs failures that nobody handled
+    assert [event for event in events if event["log_level"] == LogLevel.critical] == []

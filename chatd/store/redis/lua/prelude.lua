@@ -51,14 +51,14 @@ end
 -- Return the number of the newest message of a room, 0 without one.  If the log has lost it, return nothing: then
 -- the next `open` draws another epoch.
 local function head(room, stream)
-    local number = tonumber(redis.call('HGET', HEADS, room) or 0)
+    local number = redis.call('HGET', HEADS, room)
+    if not number and redis.call('EXISTS', HEADS) == 0 then
+        return nil
+    end
     local kept = newest(stream)
-    if kept > 0 then
-        return math.max(number, kept) -- also if the heads were lost
-    elseif number == 0 then
-        return redis.call('EXISTS', HEADS) == 1 and 0 or nil
-    elseif redis.call('EXISTS', stream) == 1 then
-        return number -- all of its messages were trimmed
+    number = math.max(tonumber(number or 0), kept) -- the heads may have been lost
+    if kept > 0 or number == 0 or redis.call('EXISTS', stream) == 1 then
+        return number
     end
     redis.call('HDEL', LOG, 'epoch') -- first, because Redis accepts it also when memory is full
     redis.call('HSET', LOG, 'lost', stream)
