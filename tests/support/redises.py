@@ -442,6 +442,7 @@ class _Side(asyncio.Protocol):
 
     def __init__(self, proxy, peer=None):
         self._proxy = proxy
+        self._of_server = peer is None
         self.peer = peer
         self.transport = None
 
@@ -455,8 +456,8 @@ class _Side(asyncio.Protocol):
             self.peer.look()
 
     def look(self):
-        """Read if there is a peer to write to and the proxy is not stalled."""
-        if self.peer is None or self._proxy.stalled:
+        """Read if there is a peer to write to and the proxy is neither stalled nor, for replies, muted."""
+        if self.peer is None or self._proxy.stalled or (self._proxy.muted and self._of_server):
             self.transport.pause_reading()
         else:
             self.transport.resume_reading()
@@ -490,7 +491,7 @@ class Proxy:
     def __init__(self, target, *, tls=None):
         self.target = target
         self.port = None
-        self.stalled = False
+        self.stalled = self.muted = False
         self.sides = set()
         self._tasks = set()
         self._listening = None
@@ -607,8 +608,13 @@ class Proxy:
         for side in self.sides:
             side.look()
 
+    def _mute(self):
+        self.muted = True
+        for side in self.sides:
+            side.look()
+
     def _go_on(self):
-        self.stalled = False
+        self.stalled = self.muted = False
         if self._listening is not None:
             self._loop.add_reader(self._listening, self._accept)
         self._listen()
@@ -623,6 +629,10 @@ class Proxy:
         """Stop forwarding in both directions; connections stay open, and new ones are not served."""
         self._do(self._stall)
 
+    def mute(self):
+        """Stop forwarding replies; requests still reach the server."""
+        self._do(self._mute)
+
     def cut(self):
         """Reset all connections; new ones are served."""
         self._do(self._cut)
@@ -632,7 +642,7 @@ class Proxy:
         self._do(self._refuse)
 
     def go_on(self):
-        """End a `stall` or `refuse`, on the same port."""
+        """End a `stall`, `mute` or `refuse`, on the same port."""
         self._do(self._go_on)
 
 

@@ -71,7 +71,7 @@ class RedisStore(Store):
         self._retain = retain
         self._now = now
         self._feed = Feed(self._followers)
-        self._session = RedisSession(link, self._feed, self._faults, SCRIPTS, self._trim)
+        self._session = RedisSession(link, self._feed, self._faults, SCRIPTS, self._prepare)
         self.lobby = self._session.lobby
         self._clock = link.clock
         self._serials = 0
@@ -201,9 +201,16 @@ class RedisStore(Store):
         connection = self._session.connection
         if connection is None:
             return succeed(None)
-        return self._trim(connection).addCallbacks(
-            self._reached, lambda failure: _logger.error("old messages were not removed: {error}", error=failure.value)
-        )
+        return self._trim(connection).addCallbacks(self._reached, self._not_trimmed)
+
+    def _prepare(self, connection: RedisConnection) -> "Deferred[Any]":
+        """Trim before the first session is ready; the log can also be read if Redis refuses that."""
+
+        def failed(failure: Failure) -> None:
+            failure.trap(Refusal)
+            self._not_trimmed(failure)
+
+        return self._trim(connection).addErrback(failed)
 
     @inlineCallbacks
     def _trim(self, connection: RedisConnection) -> Generator["Deferred[Any]", Any, int]:
@@ -219,6 +226,9 @@ class RedisStore(Store):
             if cursor == b"0":
                 break
         return seq
+
+    def _not_trimmed(self, failure: Failure) -> None:
+        _logger.error("old messages were not removed: {error}", error=failure.value)
 
     def _reached(self, seq: int) -> "Deferred[None]":
         """Fire when the feed has reached an entry, or never will."""

@@ -455,6 +455,22 @@ def test_stored_post_with_a_late_feed_entry(one, untold):
         assert [*map(outcome, posters)] == [DOUBT, DOUBT]
 
 
+def test_stored_post_whose_reply_is_lost(one, proxy, node, loop):
+    """The post is in doubt, and a retry with its label stores nothing more."""
+    node = node(proxy.url(), times=1)
+    node.post("a")
+    proxy.mute()
+    posters = node.start("b", "c", label=True)
+    until(loop, lambda: one.call("HGET", HEADS, "main") == b"5")
+    proxy.cut()
+    node.settle()
+    assert [*map(outcome, posters)] == [DOUBT, DOUBT]
+    proxy.go_on()
+    assert node.post_until_kept("b", "c") == [("duplicate", 4), ("duplicate", 5)]
+    node.hears("a", "b", "c")
+    assert node.texts() == ["a", "b", "c"]
+
+
 def test_lost_post_with_a_reused_number(tmp_path, untold, node):
     """A post that Redis lost is in doubt, even if another one has its number."""
     with durable(tmp_path / "data") as redis, Proxy(redis.port) as asking, Proxy(redis.port) as feed:
@@ -815,6 +831,60 @@ def test_reads_while_writes_are_refused(one, node, fault):
     node.up()
 
 
+@pytest.mark.parametrize("fault", [out_of_memory, without_replicas, without_disk])
+def test_session_begins_while_writes_are_refused(one, node, fault):
+    """A node that starts, or reconnects, reads every room and rejects posts."""
+    first = node(one.url)
+    first.post("a", "b")
+    first.post("c", room="other")
+    with fault(one) as code:
+        late = node(one.url, retain="2")
+        assert code in late.store.fault
+        one.call("CLIENT", "KILL", "TYPE", "normal")
+        first.fails(code)
+        until(late.loop, lambda: len(late.link.lines) > 1)
+        late.fails(code)
+        for each in (first, late):
+            until(each.loop, lambda each=each: "cannot be written" in each.store.fault, "it is not degraded")
+            until(each.loop, lambda each=each: "connection" not in each.store.fault, "it is not connected")
+            assert each.texts("other") == ["c"]
+            assert each.post("d") == [UNAVAILABLE]
+        if fault is out_of_memory:  # trimming needs no memory
+            assert late.read().entries == first.read().entries
+            assert late.read().first == 3
+    for each in (first, late):
+        each.up()
+    assert late.post("e") == [("posted", 5)]
+
+
+@pytest.mark.parametrize("fault", [out_of_memory, without_replicas])
+def test_new_log_while_writes_are_refused(one, node, fault):
+    """A log is created as soon as Redis accepts writes; the fault names the refusal until then."""
+    with fault(one) as code:
+        node = node(one.url, at_once=True)
+        assert "refuses" in node.fails(code)
+    wait_in(node.loop, node.opened)
+    assert node.read() == Page([*SEED], 1, 2)
+
+
+def test_refused_trim_at_the_start(one, node, events):
+    """A foreign key in place of a room does not keep a node from starting."""
+    first = node(one.url)
+    first.post("a", room="other")
+    one.call("SET", "{chatd}:room:other", "mine")
+    late = node(one.url, retain="1")
+    assert late.store.fault is None
+    assert any("were not removed" in event["log_format"] for event in events)
+
+
+def test_database_out_of_range(one, node, events):
+    """A Redis that answers does not count as one that cannot be reached."""
+    node = node(one.url.removesuffix("/0") + "/99", at_once=True)
+    assert "refuses (ERR DB index is out of range)" in node.fails("refuses")
+    (line,) = [event for event in events if event["log_format"] == "{fault}: {remedy}"]
+    assert line["remedy"] == "name a database that it has with --store; retrying"
+
+
 def test_script_flush(one, node):
     node = node(one.url)
     node.post("a")
@@ -956,12 +1026,16 @@ def test_unreadable_format_is_refused(one, node):
 def test_newer_format_that_stays_readable(one, node):
     first = node(one.url)
     first.post("a", label=True)
-    one.call("HSET", LOG, "written", FORMAT + 1, "more", "x")
-    one.call("XADD", "{chatd}:room:main", "4-2000000000000000", "u", "bob", "m", "b", "more", "x")
-    one.call("HSET", HEADS, "main", 4)
-    one.call("HSET", LOG, "seq", 2, "stamped", 2000000000000000)
     epoch = first.store.epoch
-    one.call("XADD", FEED, "2-2000000000000000", "e", epoch, "r", "main", "n", 4, "u", "bob", "m", "b", "more", "x")
+    with one.client() as client:
+        client.call("MULTI")
+        client.call("HSET", LOG, "written", FORMAT + 1, "more", "x")
+        client.call("XADD", "{chatd}:room:main", "4-2000000000000000", "u", "bob", "m", "b", "more", "x")
+        client.call("HSET", HEADS, "main", 4)
+        client.call("HSET", LOG, "seq", 2, "stamped", 2000000000000000)
+        fields = "e", epoch, "r", "main", "n", 4, "u", "bob", "m", "b", "more", "x"
+        client.call("XADD", FEED, "2-2000000000000000", *fields)
+        client.call("EXEC")
     first.hears("a", "b")
     second = node(one.url)
     assert second.texts() == ["a", "b"]

@@ -221,6 +221,22 @@ def test_proxy_stall(proxy):
             assert late.reply() == "PONG"
 
 
+def test_proxy_mute(one, proxy):
+    """Requests have their effect, and replies arrive later."""
+    with Client(proxy.port) as client:
+        proxy.mute()
+        client.send("SET", "key", "text")
+        with one.client() as near:
+            while near.call("GET", "key") is None:
+                pass
+        client._socket.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            client._socket.recv(1)
+        client._socket.settimeout(servers.LONG)
+        proxy.go_on()
+        assert client.reply() == "OK"
+
+
 @pytest.mark.parametrize("stalled", [False, True])
 def test_proxy_cut(proxy, stalled):
     with Client(proxy.port) as client:

@@ -9,7 +9,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from chatd.store.redis import link as redis_link
-from chatd.store.redis.link import Link, Lost, RedisAddress, RedisConnection, Refusal, code_of, why
+from chatd.store.redis.link import Link, Lost, RedisAddress, RedisConnection, Refusal, code_of, remedy, why
 
 # Addresses
 
@@ -47,6 +47,7 @@ def test_parse_address(url, address, text):
         "redis://h:port",
         "redis://h:65536",
         "redis://h:-1",
+        "redis://h:0",
         "redis://[::1",
         "redis://h/x",
         "redis://h/0/1",
@@ -112,6 +113,33 @@ def test_code_of_a_refusal(text, code):
 )
 def test_description_of_a_failure(error, words):
     assert why(Failure(error)) == words
+
+
+@pytest.mark.parametrize(
+    ("error", "act"),
+    [
+        (Refusal("WRONGTYPE Operation against a key"), "another program uses a key"),
+        (Refusal("ERR Error running script (call to f_02): @user_script:1: WRONGTYPE Operation"), "another program"),
+        (Refusal("ERR DB index is out of range"), "name a database that it has"),
+        (Refusal("ERR SELECT is not allowed in cluster mode"), "name database 0"),
+        (Refusal("OOM command not allowed when used memory > 'maxmemory'."), "more memory"),
+        (Refusal("MISCONF Errors writing to the AOF file"), "write to its disk"),
+        (Refusal("NOREPLICAS Not enough good replicas to write."), "start its replicas"),
+        (Refusal("NOAUTH Authentication required."), "give its password"),
+        (Refusal("WRONGPASS invalid username-password pair"), "correct the user or the password"),
+        (Refusal("NOPERM this user has no permissions to run the 'xadd' command"), "grant its user the permissions"),
+        (Refusal("LOADING Redis is loading the dataset in memory"), "wait until"),
+        (Refusal("BUSY Redis is busy running a script."), "SCRIPT KILL"),
+        (Refusal("ERR unknown command"), "correct it"),
+        (ConnectError(), "start it"),
+        (redis_link.SSL.Error(), "correct its certificate"),
+        (FileNotFoundError(2, "No such file", "/x"), "correct --store-password-file"),
+    ],
+)
+def test_remedy_of_a_failure(error, act):
+    """Only a Redis that does not answer needs to be started."""
+    assert act in remedy(Failure(error))
+    assert ("start it, or" in remedy(Failure(error))) == isinstance(error, ConnectError)
 
 
 # A connection
@@ -188,6 +216,20 @@ def test_request_does_not_restart_the_time_limit(line):
         assert not line.look(1)
         line.ask("PING")
     assert line.look(0.1)
+
+
+def test_idle_connection_is_kept_alive(line):
+    """A request is sent if no reply is due, because Redis may close idle connections after a second."""
+    sent = line.transport.value
+    line.connection.keep_alive()
+    assert sent().count(b"EXISTS") == 1
+    line.connection.keep_alive()
+    assert sent().count(b"EXISTS") == 1
+    line.connection.dataReceived(b":1\r\n")
+    line.connection.keep_alive()
+    assert sent().count(b"EXISTS") == 2
+    line.end()
+    line.connection.keep_alive()
 
 
 def test_longer_time_limit(line):
