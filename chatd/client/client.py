@@ -60,7 +60,7 @@ class ServerAddress(NamedTuple):
             port = parts.port
         except ValueError:
             scheme = ""
-        if scheme not in ("ws", "wss") or not re.fullmatch(r"[!-~]+", url) or not parts.hostname:
+        if scheme not in ("ws", "wss") or not re.fullmatch(r"[!-~]+", url) or not parts.hostname or port == 0:
             raise ValueError(f"{url!r} is not a URL such as ws://localhost:8085/rooms/main")
         if "@" in place or fragment:
             raise ValueError(f"{url!r} must have neither a user nor a fragment")

@@ -46,6 +46,7 @@ def test_parse_addresses(url, address, text):
         "ws://h:x/",
         "ws://h:70000/",
         "ws://[::1/",
+        "ws://h:0/",
         "ws://h/a b",
         "ws://h/é",
         "ws://ann@h/",
