@@ -1,13 +1,14 @@
 """The lobby: presence shared between nodes through a real Redis; the tests call `tick`."""
 
 import pytest
-from support.redises import Redis, WatchedLink, each_binary, until, wait_in
+from support.redises import Proxy, Redis, WatchedLink, each_binary, until, wait_in
 
 from chatd.room.presence import Occupancy
 from chatd.store.base import Retention
 from chatd.store.redis import lobby as redis_lobby
+from chatd.store.redis import redis_session
 from chatd.store.redis.link import Link, RedisAddress
-from chatd.store.redis.lobby import BEAT_SECONDS, LIVE_SECONDS
+from chatd.store.redis.lobby import BEAT_SECONDS, LASTING_SECONDS, LIVE_SECONDS
 from chatd.store.redis.store import RedisStore
 
 ANN, BOB = Occupancy(1, frozenset({"ann"})), Occupancy(2, frozenset({"bob", "bo"}))
@@ -45,9 +46,9 @@ class Nodes:
         self.server = server
         self.open = []
 
-    def add(self):
-        """Open one more node."""
-        link = WatchedLink(self.server.url, self.loop)
+    def add(self, feed=None):
+        """Open one more node; its feed may come from another URL."""
+        link = WatchedLink(self.server.url, self.loop, feed)
         store = RedisStore(link, Retention())
         guest = RecordingListener(store, link)
         self.wait(store.open(()))
@@ -65,6 +66,18 @@ class Nodes:
         self.until(lambda: len(guest.events) >= len(events))
         heard, guest.events[:] = guest.events[: len(events)], guest.events[len(events) :]
         assert heard == [*events]
+
+    def say(self, guest, here, *rooms):
+        """Report an occupancy of rooms, and wait until it is published."""
+        for room in rooms:
+            guest.store.lobby.report(room, here, ())
+        self.beat(guest, 1)
+
+    def beat(self, guest, ticks=BEAT_SECONDS):
+        """Let so many seconds pass at a node, and wait for the answers."""
+        for _ in range(ticks):
+            guest.store.lobby.tick()
+        self.answered(guest)
 
     def answered(self, guest):
         """Wait until Redis has answered all requests of a node."""
@@ -190,6 +203,111 @@ def test_heartbeat_without_changes(nodes, server):
         for _ in range(BEAT_SECONDS):
             one.store.lobby.tick()
         nodes.until(lambda: server.call("EXISTS", life) == 1)
+
+
+def test_missing_heartbeat_publishes_all_rooms(nodes, server):
+    """A live node whose key vanished is back at the nodes that dropped it."""
+    one, two = nodes.add(), nodes.add()
+    nodes.say(one, ANN, "main", "other")
+    nodes.hears(two, ("main", one.node, ANN), ("other", one.node, ANN))
+    server.call("DEL", f"{{chatd}}:node:{one.node}")
+    nodes.beat(two)
+    nodes.hears(two, one.node)
+    nodes.beat(one)
+    nodes.beat(one, 1)
+    nodes.until(lambda: {*two.events} >= {("main", one.node, ANN), ("other", one.node, ANN)})
+
+
+def test_change_after_a_missing_heartbeat_publishes_all_rooms(nodes, server):
+    """A change in one room restores the key, but not the rooms that the other nodes dropped."""
+    one, two = nodes.add(), nodes.add()
+    nodes.say(one, ANN, "main", "other")
+    nodes.hears(two, ("main", one.node, ANN), ("other", one.node, ANN))
+    server.call("DEL", f"{{chatd}}:node:{one.node}")
+    nodes.say(one, BOB, "main")
+    nodes.hears(two, ("main", one.node, BOB))
+    nodes.beat(one, 1)
+    nodes.hears(two, ("main", one.node, BOB), ("other", one.node, ANN))
+
+
+def test_new_epoch_publishes_all_rooms(nodes, server, brisk):
+    """Presence survives the loss of everything in Redis."""
+    one, two = nodes.add(), nodes.add()
+    nodes.say(one, ANN, "main")
+    nodes.say(two, BOB, "main")
+    nodes.hears(two, ("main", one.node, ANN))
+    nodes.until(lambda: one.events)
+    one.events.clear()
+    two.events.clear()
+    server.flush()
+    nodes.until(lambda: ("main", two.node, BOB) in one.events and ("main", one.node, ANN) in two.events)
+    assert server.call("HLEN", "{chatd}:here:main") == 2
+
+
+def test_gap_in_the_stream_asks_again(nodes, server, monkeypatch):
+    """A node that was stalled learns of a member that left, although the stream has dropped that entry."""
+    monkeypatch.setattr(redis_session, "RUN", 2)
+    with Proxy(server.port) as feed:
+        one, two = nodes.add(), nodes.add(feed.url())
+        nodes.say(two, BOB, "main")
+        nodes.say(one, ANN, "main")
+        nodes.hears(two, ("main", one.node, ANN))
+        feed.stall()
+        nodes.say(one, NOBODY, "main")
+        nodes.say(one, ANN, "a", "b")
+        server.call("XTRIM", redis_lobby.STREAM, "MAXLEN", 2)
+        feed.go_on()
+        nodes.hears(two, ("a", one.node, ANN), ("b", one.node, ANN))
+        nodes.answered(two)
+        nodes.beat(two, 1)
+        nodes.hears(two, ("main", one.node, NOBODY))
+
+
+def test_late_reply_does_not_undo_the_stream(nodes, server):
+    """A reply that is older than what was read from the stream is not used, and the node asks again."""
+    with Proxy(server.port) as feed:
+        one, two = nodes.add(), nodes.add(feed.url())
+        nodes.say(one, ANN, "main")
+        nodes.hears(two, ("main", one.node, ANN))
+        feed.stall()
+        two.store.lobby.seen, seen = b"9999999999999-0", two.store.lobby.seen
+        nodes.say(two, BOB, "main")
+        assert two.events == []
+        two.store.lobby.seen = seen
+        nodes.beat(two, 1)
+        nodes.hears(two, ("main", one.node, ANN))
+
+
+def test_rooms_of_killed_nodes_expire(nodes, server, monkeypatch):
+    """A live node publishes its rooms again in time, without news for the others."""
+    monkeypatch.setattr(redis_lobby, "ROUND_SECONDS", 3)
+    one, two = nodes.add(), nodes.add()
+    rooms = ["a", "b", "c", "d"]
+    nodes.say(one, ANN, *rooms)
+    nodes.hears(two, *[(room, one.node, ANN) for room in rooms])
+    for room in rooms:
+        assert 0 < server.call("PTTL", f"{{chatd}}:here:{room}") <= LASTING_SECONDS * 1000
+        server.call("PEXPIRE", f"{{chatd}}:here:{room}", 60_000)
+    nodes.beat(one, 6)
+    for room in rooms:
+        assert server.call("PTTL", f"{{chatd}}:here:{room}") > 60_000
+    nodes.say(one, BOB, "a")
+    nodes.hears(two, ("a", one.node, BOB))
+
+
+def test_refused_departure_is_repeated(nodes, server):
+    """A room whose last member left while Redis refused writes is emptied later."""
+    one, two = nodes.add(), nodes.add()
+    nodes.say(one, ANN, "main")
+    nodes.hears(two, ("main", one.node, ANN))
+    server.call("CONFIG", "SET", "maxmemory", "1")
+    nodes.say(one, NOBODY, "main")
+    nodes.beat(one)
+    server.call("CONFIG", "SET", "maxmemory", "0")
+    nodes.beat(one)
+    nodes.beat(one, 1)
+    nodes.until(lambda: ("main", one.node, NOBODY) in two.events)
+    assert server.call("EXISTS", "{chatd}:here:main") == 0
 
 
 def test_reconnect_publishes_all_rooms(nodes, server):
