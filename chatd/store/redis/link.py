@@ -283,7 +283,7 @@ _REMEDIES: Final = {
     "DB index is out of range": "name a database that it has with --store",
     "SELECT is not allowed": "name database 0 with --store, because it is a cluster",
 }
-"""What an operator can do about an error reply, by the code or a part of the text."""
+"""The remedy of an error reply, by its code or a part of its text."""
 
 
 def remedy(failure: Failure) -> str:

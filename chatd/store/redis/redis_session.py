@@ -8,6 +8,9 @@ Each session begins with a check: is the newest entry of the feed that this node
 have lost it, in a failover or because a backup was restored, and may have reused its number.  Then the epoch
 is replaced, once for all nodes, and each node makes its followers reread.  The check is repeated whenever the feed
 is silent for a while.  Every entry of the feed also names its epoch.
+
+The check also repairs a log that has lost some of its keys, and draws a new epoch (`lua/open.lua`).  A Redis that
+refuses to write, because it is full, does not end a session: the log can still be read and trimmed.
 """
 
 import random

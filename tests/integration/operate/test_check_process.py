@@ -111,7 +111,7 @@ def documented_user():
 def test_redis_user_has_exactly_the_commands_of_the_code():
     """The documented user may run every command that the store uses, and no other."""
     scripts = "".join(path.read_text() for path in (ROOT / "chatd" / "store" / "redis" / "lua").iterdir())
-    asked = {*re.findall(r"redis\.call\('(\w+)'", scripts)}
+    asked = {*re.findall(r"redis\.p?call\('(\w+)'", scripts)}
     for path in (ROOT / "chatd" / "store" / "redis").glob("*.py"):
         asked |= {*re.findall(r"\bask\(\s*\"(\w+)\"", path.read_text())}
     asked = {word.lower() for word in asked - {"AUTH", "SCRIPT"}} | {"script|load"}  # every user may log in
