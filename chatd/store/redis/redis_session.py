@@ -256,9 +256,6 @@ class RedisSession:
         try:
             reply = yield self._open(connection)
         except Refusal as refusal:
-            if connection is self.connection and code_of(Failure()) in _PASSING - _FULL:
-                self._unwritable(Failure())
-                return self._feed.seen
             yield self._link.refused(connection, refusal)
             raise
         epoch, readable, written, newest, lost, refused = reply

@@ -80,6 +80,7 @@ def test_dial_loads_scripts(one, dial, loop):
     script = Script("page")
     connection = dial(one.url, script)
     keys = ["{chatd}:log", "{chatd}:heads", "{chatd}:feed", "{chatd}:room:main"]
+    one.call("HSET", keys[1], "main", 0)
     assert wait_in(loop, connection.run(script, keys, "main", "", 5)) == [None, None, 1, 0, []]
 
 
