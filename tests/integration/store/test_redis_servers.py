@@ -229,10 +229,10 @@ def test_proxy_mute(one, proxy):
         with one.client() as near:
             while near.call("GET", "key") is None:
                 pass
-        client._socket.settimeout(0.05)
+        client.socket.settimeout(0.05)
         with pytest.raises(TimeoutError):
-            client._socket.recv(1)
-        client._socket.settimeout(servers.LONG)
+            client.socket.recv(1)
+        client.socket.settimeout(servers.LONG)
         proxy.go_on()
         assert client.reply() == "OK"
 
