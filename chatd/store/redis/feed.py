@@ -14,6 +14,7 @@ from twisted.logger import Logger
 
 from chatd.messages import Entry
 from chatd.room.log import Follower
+from chatd.store.base import notify
 from chatd.store.redis.keys import NO_ENTRY, fields_of, message_of, number_of
 
 _logger = Logger()
@@ -84,9 +85,9 @@ class Feed:
             self._interrupt()
         for follower in self._followers:
             for room, new in appended.items():
-                follower.appended(room, new)
+                notify(follower.appended, room, new)
             for room, first in trimmed.items():
-                follower.trimmed(room, first)
+                notify(follower.trimmed, room, first)
         self._act()
 
     def when(self, seq: int, act: Callable[[], object], give_up: Callable[[], object]) -> None:
@@ -106,4 +107,4 @@ class Feed:
 
     def _interrupt(self) -> None:
         for follower in self._followers:
-            follower.interrupted()
+            notify(follower.interrupted)

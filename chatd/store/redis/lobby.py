@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from typing_extensions import override
 
 from chatd.room.presence import Lobby, LobbyListener, Occupancy
-from chatd.store.base import new_epoch
+from chatd.store.base import new_epoch, notify
 from chatd.store.redis.keys import NO_ENTRY
 from chatd.store.redis.link import Lost, RedisConnection, Refusal, Script
 
@@ -203,7 +203,7 @@ class RedisLobby(Lobby):
                 _logger.info("node {node} has left", node=node)
                 self._others.discard(node)
                 for listener in self._listeners:
-                    listener.node_left(node)
+                    notify(listener.node_left, node)
 
     def read(self, entries: Sequence[tuple[bytes, Sequence[bytes]]], *, full: bool = False) -> None:
         """Read the next entries of the stream, and notify the listeners; `full` if there may be more."""
@@ -218,7 +218,7 @@ class RedisLobby(Lobby):
             self._elsewhere(room.decode(), node, data)
             if typed:
                 for listener in self._listeners:
-                    listener.typing(room.decode(), orjson.loads(typed))
+                    notify(listener.typing, room.decode(), orjson.loads(typed))
 
     def _look_for_gap(self, oldest: Sequence[Any], before: bytes) -> None:
         """Ask for every room again, if the stream has dropped entries that this node had not read."""
@@ -230,4 +230,4 @@ class RedisLobby(Lobby):
         self._others.add(node)
         here = _decode(data)
         for listener in self._listeners:
-            listener.occupancy_changed(room, node, here)
+            notify(listener.occupancy_changed, room, node, here)

@@ -17,7 +17,7 @@ from typing_extensions import override
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable, Page, Poster
-from chatd.store.base import DAY, Retention, Store, answer_retry
+from chatd.store.base import DAY, Retention, Store, answer_retry, notify
 from chatd.store.redis.feed import Feed
 from chatd.store.redis.keys import (
     HEADS,
@@ -102,10 +102,10 @@ class RedisStore(Store):
     @override
     def append(self, room: str, post: Post, poster: Poster) -> None:
         if self._session.connection is None:
-            poster.refused(post, LogUnavailable(self.fault))
+            notify(poster.refused, post, LogUnavailable(self.fault))
             return
         if len(self._pending) >= MAX_PENDING:
-            poster.refused(post, LogUnavailable("too many posts are in flight"))
+            notify(poster.refused, post, LogUnavailable("too many posts are in flight"))
             return
         label, text_digest = LOG, ""
         if post.label is not None:
@@ -153,9 +153,9 @@ class RedisStore(Store):
             if self._pending.pop(serial, None) is None:
                 return
             if same:
-                answer_retry(pending.post, number, pending.poster, same=same[0] == 1)
+                notify(answer_retry, pending.post, number, pending.poster, same=same[0] == 1)
             else:
-                pending.poster.posted(pending.post, number)
+                notify(pending.poster.posted, pending.post, number)
             self._settle()
 
         self._feed.when(seq, answer, lambda: self._refuse(serial, InDoubt("the feed has not reached the message")))
@@ -171,7 +171,7 @@ class RedisStore(Store):
     def _refuse(self, serial: int, error: LogUnavailable) -> None:
         pending = self._pending.pop(serial, None)
         if pending is not None:
-            pending.poster.refused(pending.post, error)
+            notify(pending.poster.refused, pending.post, error)
             self._settle()
 
     @override

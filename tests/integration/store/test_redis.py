@@ -8,7 +8,7 @@ import pytest
 from support.helpers import ManualTime, RecordingPoster
 from support.redis_nodes import DOUBT, UNAVAILABLE, outcome
 from support.redises import LOCAL, Cluster, Proxy, Redis, WatchedLink, each_binary, turn, until, wait_in
-from support.store_contract import SEED, TIMESTAMP, DurableStoreContract
+from support.store_contract import SEED, TIMESTAMP, DurableStoreContract, GuardContract
 from twisted.logger import LogLevel
 
 from chatd.messages import Entry, Post
@@ -33,7 +33,7 @@ def redis(request, tmp_path_factory):
         yield server
 
 
-class TestRedisStore(DurableStoreContract):
+class TestRedisStore(DurableStoreContract, GuardContract):
     @pytest.fixture(autouse=True)
     def _loop(self, loop):
         self.loop = loop
