@@ -1,6 +1,7 @@
 """The life of the server: the order of its start and of its stop.
 
 Start: the store opens, then the ports.  A step that fails ends the process with one line, before any client connects.
+If twistd gives up root in between, the ports open first, and nothing is accepted until the store is open.
 Stop: the server drains its clients (see `chatd.operate.drain`), and then the store closes.  A drain can also be
 requested without a stop.  The process then stays, unready, until a signal ends it.
 """
@@ -26,6 +27,7 @@ from twisted.python.failure import Failure
 
 from chatd.messages import Entry
 from chatd.operate.drain import Drain
+from chatd.operate.process import ServerProcess
 from chatd.operate.systemd import Notifier
 from chatd.store.base import Store, StoreError
 from chatd.transport.connections import Connections
@@ -73,8 +75,8 @@ class Readiness:
 class ChatService(Service):
     """Starts and stops the store, the ports and the clients, in order.
 
-    `listen` and `admin` are endpoints by the text that names them, for the messages; `observer` gets the
-    log instead of twistd's own.
+    `listen` and `admin` are endpoints by the text that names them, for the messages.  `process` ends if the start
+    fails.  `observer` gets the log instead of twistd's own; None leaves that to twistd.
     """
 
     name = "chatd"
@@ -85,31 +87,35 @@ class ChatService(Service):
         store: Store,
         seed: Sequence[Entry],
         connections: Connections,
-        factory: IProtocolFactory,
+        factory: Any,
         admin_factory: IProtocolFactory,
         listen: Mapping[str, IStreamServerEndpoint],
         admin: Mapping[str, IStreamServerEndpoint],
         readiness: Readiness,
         drain: Drain,
         clock: IReactorTime,
-        observer: ILogObserver,
+        process: ServerProcess,
+        observer: ILogObserver | None,
         notify: Notifier,
     ) -> None:
         self._store = store
         self._seed = seed
-        self._ports: list[IListeningPort] = []
+        self._ports: list[Any] = []
         self._urls: list[str] = []
         self._admin_ports: list[IListeningPort] = []
         self._ports_to_open = [(text, endpoint, factory, self._ports) for text, endpoint in listen.items()]
         self._admin_ports_to_open = [
             (text, endpoint, admin_factory, self._admin_ports) for text, endpoint in admin.items()
         ]
+        self._stored = False
+        """True if the store is open."""
         self._readiness = readiness
         self._drain = drain
         self._drained = False
         self._draining: list[Deferred[None]] = []
         self._stop_requested = False
         self._clock = clock
+        self._process = process
         self._observer = observer
         self._notify = notify
         self._loops: list[tuple[LoopingCall, float]] = [
@@ -122,43 +128,65 @@ class ChatService(Service):
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, which twistd asks for its log observer."""
         super().setServiceParent(parent)
-        if isinstance(parent, Componentized):
+        if isinstance(parent, Componentized) and self._observer is not None:
             parent.setComponent(ILogObserver, self._observer)
 
+    def privilegedStartService(self) -> None:
+        """Open the ports if twistd is about to give up root, because only root may open a port below 1024."""
+        super().privilegedStartService()
+        if self._process.sheds_privileges:
+            faults = self._listen([*self._ports_to_open, *self._admin_ports_to_open])
+            if faults:
+                self._process.fail(faults[0])
+
     def startService(self) -> None:
-        """Open the store, and then the ports; SystemExit with one line when one cannot be opened.
+        """Open the store, and then the ports; end the process with one line when one cannot be opened.
 
         A remote store may take time to open.  Meanwhile only the admin port is open, and unready.
         """
         try:
             opened = self._store.open(self._seed)
         except StoreError as error:
-            raise SystemExit(f"chatd: {error}") from None
-        if opened.called:
-            self._listen([*self._ports_to_open, *self._admin_ports_to_open])
-        else:
-            self._listen(self._admin_ports_to_open)
-            opened.addCallback(self._opened)
+            self._process.fail(str(error))
+        self._stored = opened.called
+        to_open = [*self._ports_to_open] if self._stored else []
+        if not self._process.sheds_privileges:
+            faults = self._listen([*to_open, *self._admin_ports_to_open])
+            if faults:
+                self._store.close()
+                self._process.fail(faults[0])
+        elif not self._stored:
+            for port in self._ports:
+                port.stopReading()
         super().startService()
         for loop, interval in self._loops:
             loop.clock = self._clock
             self._repeat(loop, interval)
+        if self._stored:
+            self._check_ready()
+        else:
+            opened.addCallback(self._opened)
+        self._process.started()
 
     def _opened(self, _: None) -> None:
-        if self._readiness.why_not == "starting":
+        self._stored = True
+        if self._readiness.why_not != "starting":
+            return
+        if self._process.sheds_privileges:
+            for port in self._ports:
+                port.startReading()
+            self._check_ready()
+        else:
             self._listen(self._ports_to_open)
 
-    def _listen(
-        self, to_open: Sequence[tuple[str, IStreamServerEndpoint, IProtocolFactory, list[IListeningPort]]]
-    ) -> None:
+    def _listen(self, to_open: Sequence[tuple[str, IStreamServerEndpoint, IProtocolFactory, list[Any]]]) -> list[str]:
+        """Open ports, and return a line for each that cannot be opened."""
         faults: list[str] = []
         for text, endpoint, factory, ports in to_open:
             endpoint.listen(factory).addCallbacks(
                 self._listening, self._not_listening, callbackArgs=(text, ports), errbackArgs=(text, faults)
             )
-        if faults and not self.running:
-            self._store.close()
-            raise SystemExit(f"chatd: {faults[0]}")
+        return faults
 
     def _repeat(self, loop: LoopingCall, interval: float) -> None:
         """Run a loop, and start it again after a failure, since connections rely on it."""
@@ -169,7 +197,7 @@ class ChatService(Service):
 
         loop.start(interval, now=False).addErrback(failed)
 
-    def _listening(self, port: IListeningPort, text: str, ports: list[IListeningPort]) -> None:
+    def _listening(self, port: IListeningPort, text: str, ports: list[Any]) -> None:
         if ports is self._ports and (self._draining or self._drained):  # too late
             maybeDeferred(port.stopListening)
             return
@@ -178,9 +206,14 @@ class ChatService(Service):
         url = page_url(text, port.getHost())
         if ports is self._ports and url:
             self._urls.append(url)
+        self._check_ready()
+
+    def _check_ready(self) -> None:
+        """Report that the server is ready if it has become so."""
         opened = len(self._ports) == len(self._ports_to_open)
         if (
-            opened
+            self._stored
+            and opened
             and len(self._admin_ports) == len(self._admin_ports_to_open)
             and self._readiness.why_not == "starting"
         ):
@@ -191,12 +224,13 @@ class ChatService(Service):
             self._notify(READY="1", STATUS="ready")
 
     def _not_listening(self, failure: Failure, text: str, faults: list[str]) -> None:
-        """Note a port that cannot be opened: at the start the process ends, and later it stays unready."""
+        """Note a port that cannot be opened; the process ends."""
         error = failure.value
         reason = error.socketError if isinstance(error, CannotListenError) else error
         faults.append(f"cannot listen on {text} ({reason}): choose another with --listen or --admin")
-        if self.running:
-            _logger.error("{fault}", fault=faults[-1])
+        if self.running and not self._stop_requested:
+            self._stop_requested = True
+            self._process.fail_later(faults[-1])
 
     def signalled(self, number: int) -> None:
         """Note a signal that ends the process.  The second one, or SIGINT, makes the drain immediate."""

@@ -9,12 +9,13 @@ import pathlib
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Final
 
 from twisted.application.service import IService
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.base import ReactorBase
 from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.logger import Logger
 from twisted.python import usage
 from typing_extensions import override
 
@@ -23,8 +24,10 @@ from chatd.config import ConfigError
 from chatd.operate import check
 from chatd.operate import logging as logs
 from chatd.operate.drain import Drain
+from chatd.operate.listening import Entrance, Ports
 from chatd.operate.machine import ThisMachine
 from chatd.operate.metrics import Metrics
+from chatd.operate.process import ServerProcess, obstacle
 from chatd.operate.systemd import Notifier
 from chatd.room.registry import Registry
 from chatd.service import ChatService, Readiness
@@ -40,22 +43,20 @@ from chatd.transport.websocket import ChatFactory
 GARBAGE: Final = 50_000
 """Number of new objects that start a garbage collection.  Python's default of 700 suits smaller programs."""
 
+_log = Logger()
+
 
 def _reactor() -> Any:
-    """Return the reactor, which twistd has installed by the time of the call."""
+    """Return the reactor, which twistd has installed by the time of the call.
+
+    Twisted's reactors measure time by the wall clock.  When that is set back, all their calls wait for it.  They take
+    another clock as an attribute, which must be set before the first call is scheduled.
+    """
     from twisted.internet import reactor
 
+    if isinstance(reactor, ReactorBase):
+        reactor.seconds = time.monotonic
     return reactor
-
-
-def _endpoint(text: str) -> IStreamServerEndpoint:
-    """Parse a Twisted server endpoint."""
-    try:
-        endpoint: IStreamServerEndpoint = serverFromString(_reactor(), text.removeprefix(proxied.PREFIX))
-    except Exception as error:  # noqa: BLE001 -- every kind of endpoint is a plug-in with errors of its own
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{text!r} is no server endpoint such as tcp:8085 ({reason})") from None
-    return proxied.ProxiedEndpoint(endpoint) if text.startswith(proxied.PREFIX) else endpoint
 
 
 class Options(usage.Options):
@@ -64,6 +65,7 @@ class Options(usage.Options):
     environ: ClassVar[Mapping[str, str]] = os.environ
     machine: ClassVar[check.Machine] = ThisMachine()
     settings: config.Settings
+    ports: Ports
     listen: Mapping[str, IStreamServerEndpoint]
     """Endpoints for clients, by their text."""
     admin: Mapping[str, IStreamServerEndpoint]
@@ -74,7 +76,8 @@ class Options(usage.Options):
         twistd: Mapping[str, Any] = self.parent or {}
         try:
             found = config.Configuration(options or (), self.environ)
-            self.listen, self.admin = (found.each(name, _endpoint) for name in ("listen", "admin"))
+            self.ports = Ports(_reactor())
+            self.listen, self.admin = (found.each(name, self.ports.endpoint) for name in ("listen", "admin"))
         except ConfigError as error:
             raise SystemExit(f"chatd: {error}") from None
         self.settings = found.settings._replace(folder=pathlib.Path(twistd.get("rundir") or "."))
@@ -134,13 +137,15 @@ def makeService(options: Options) -> IService:
         refusals={"frame": factory.refused_frames, "handshake": factory.refused_handshakes, "request": site.refused},
         clock=reactor,
     )
-    twistd: Mapping[str, Any] = options.parent or {}
-    line = logs.FORMATS[settings.log_format]
+    twistd = {} if options.parent is None else options.parent
+    process = ServerProcess(twistd, reactor)
+    observer = _observer(settings, twistd, reactor)
+    entrance = Entrance(factory, reactor, options.machine.open_files)
     service = ChatService(
         store=store,
         seed=settings.seed,
         connections=connections,
-        factory=factory,
+        factory=entrance,
         admin_factory=http.admin(
             readiness,
             reactor,
@@ -153,16 +158,57 @@ def makeService(options: Options) -> IService:
         readiness=readiness,
         drain=Drain(connections, store, site, settings.drain, reactor),
         clock=reactor,
-        observer=logs.observer(line, twistd.get("logfile"), daemon=not twistd.get("nodaemon")),
+        process=process,
+        observer=observer,
         notify=Notifier(options.environ),
     )
+    process.daemonize()
+    _heed_upkeep(reactor, observer, options.ports)
     reactor.callWhenRunning(_heed_signals, reactor, service)
     return service
 
 
+def _observer(settings: config.Settings, twistd: MutableMapping[str, Any], reactor: Any) -> logs.LineObserver | None:
+    """Make the log observer; None if the options of twistd name another one.  Refuse options that cannot work."""
+    reason = obstacle(twistd)
+    if reason:
+        raise SystemExit(f"chatd: {reason}")
+    if twistd.get("logger"):
+        return None
+
+    def later(seconds: float, function: Callable[[], None]) -> None:
+        reactor.callFromThread(reactor.callLater, seconds, function)
+
+    try:
+        observer = logs.open_log(logs.FORMATS[settings.log_format], twistd, later)
+    except ValueError as error:
+        raise SystemExit(f"chatd: {error}") from None
+    reactor.addSystemEventTrigger("after", "shutdown", observer.drain)
+    return observer
+
+
+def _heed_upkeep(reactor: Any, observer: logs.LineObserver | None, ports: Ports) -> None:
+    """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
+
+    def reload() -> None:
+        _log.info("reloading")
+        if observer is not None:
+            observer.reopen()
+        ports.reload()
+
+    actions = {signal.SIGHUP: reload, signal.SIGUSR1: (lambda: None) if observer is None else observer.rotate}
+
+    def heed(number: int, _: Any) -> None:
+        reactor.callFromThread(actions[signal.Signals(number)])
+
+    for number in actions:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, heed)
+
+
 def _heed_signals(reactor: Any, service: ChatService) -> None:
     """Report to the service every signal that ends the process; twistd would only log the second one."""
-    handlers = {signal.SIGTERM: reactor.sigTerm, signal.SIGHUP: reactor.sigTerm, signal.SIGINT: reactor.sigInt}
+    handlers = {signal.SIGTERM: reactor.sigTerm, signal.SIGINT: reactor.sigInt}
     stopping: list[int] = []
 
     def heed(number: int, frame: Any) -> None:
@@ -172,5 +218,5 @@ def _heed_signals(reactor: Any, service: ChatService) -> None:
             handlers[signal.Signals(number)](number, frame)
 
     for number in handlers:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, heed)

@@ -6,15 +6,30 @@ the level and the part of the server before it.  Both are made in a few microsec
 line for every client that comes and goes.
 """
 
-import sys
-from collections.abc import Callable
-from typing import Any, Final, TextIO, cast
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from threading import RLock
+from typing import Any, Final
 
 import orjson
-from twisted.logger import FileLogObserver, LogEvent, eventAsText, formatEvent
-from twisted.python.logfile import LogFile
+from twisted.logger import ILogObserver, LogEvent, Logger, eventAsText, formatEvent
+from zope.interface import implementer
 
+from chatd.operate.sinks import Sink, Syslog, standard_output, to_path
 from chatd.store.base import timestamp
+
+MAX_WAITING: Final = 1 << 20
+"""The most bytes of the log that wait for a reader of a pipe.  Lines beyond that are dropped and counted."""
+RETRY_SECONDS: Final = 0.1
+"""The interval at which the log tries to write the lines that wait."""
+EXIT_SECONDS: Final = 1
+"""The time that lines which wait still have when the process ends."""
+SEVERITIES: Final = {"debug": 7, "info": 6, "warn": 4, "error": 3, "critical": 2}
+"""The severities of syslog (RFC 5424, section 6.2.1), by the names of Twisted's levels."""
+LOG_USER: Final = 1 << 3
+"""The facility of syslog that twistd uses."""
 
 _PLAIN: Final = (str, int, float, bool, type(None))
 _NOT_FIELDS: Final = frozenset({"isError", "message", "time", "format", "system"})
@@ -26,10 +41,20 @@ def _sentence(event: LogEvent) -> str:
         sentence = str(event["log_format"].format_map(event))
     except (KeyError, AttributeError, IndexError, TypeError, ValueError):
         sentence = formatEvent(event)
-    if sentence.isprintable():
-        return sentence
-    # The sentence may contain text from a client: remove line breaks and control sequences.
-    return "".join(character if character.isprintable() else " " for character in sentence)
+    return _printable(sentence)
+
+
+def _printable(text: str) -> str:
+    """Replace line breaks and control sequences, since a text may come from a client."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _traceback(event: LogEvent) -> list[str]:
+    """Return the lines of a traceback."""
+    bare = {"log_format": "", "log_failure": event["log_failure"]}
+    return eventAsText(bare, includeTimestamp=False, includeSystem=False).strip().split("\n")
 
 
 def _level(event: LogEvent) -> str:
@@ -38,12 +63,14 @@ def _level(event: LogEvent) -> str:
 
 
 def text_line(event: LogEvent) -> str:
-    """One event as `TIME LEVEL SYSTEM: SENTENCE`; a traceback, if there is one, follows on lines of its own."""
+    """One event as `TIME LEVEL SYSTEM: SENTENCE`; a traceback follows on indented lines of its own.
+
+    The indent distinguishes a line of an error's text, which may come from a client, from an event.
+    """
+    lines = [f"{timestamp(event['log_time'])} {_level(event)} {event.get('log_namespace', '-')}: {_sentence(event)}"]
     if "log_failure" in event:
-        sentence = eventAsText(event, includeTimestamp=False, includeSystem=False)
-    else:
-        sentence = _sentence(event)
-    return f"{timestamp(event['log_time'])} {_level(event)} {event.get('log_namespace', '-')}: {sentence}\n"
+        lines += (f"    {_printable(line)}" for line in _traceback(event))
+    return "\n".join(lines) + "\n"
 
 
 def json_line(event: LogEvent) -> str:
@@ -61,16 +88,145 @@ def json_line(event: LogEvent) -> str:
         **({"fields": fields} if fields else {}),
     }
     if "log_failure" in event:
-        line["traceback"] = eventAsText(event, includeTimestamp=False, includeSystem=False)
-    return orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS).decode() + "\n"
+        line["traceback"] = "\n".join(_traceback(event))
+    try:
+        text = orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS).decode()
+    except orjson.JSONEncodeError:  # a lone surrogate, or an integer above 64 bits
+        text = json.dumps(line)
+    # Programs read the same value from an escape, and a terminal that shows the line obeys nothing in it.
+    return (text if text.isprintable() else json.dumps(json.loads(text))) + "\n"
 
 
 FORMATS: Final[dict[str, Callable[[LogEvent], str]]] = {"text": text_line, "json": json_line}
 
 
-def observer(line: Callable[[LogEvent], str], path: str | None, *, daemon: bool) -> FileLogObserver:
-    """Write lines where twistd would: to its --logfile, else stdout, or twistd.log of a daemon."""
-    if path is None and daemon:
-        path = "twistd.log"
-    out = sys.stdout if path in (None, "", "-") else LogFile.fromFullPath(path)
-    return FileLogObserver(cast(TextIO, out), line)
+def syslog_lines(line: Callable[[LogEvent], str], prefix: str) -> Callable[[LogEvent], str]:
+    """Return a function that begins each line of an event with the severity and a prefix, as syslog needs them."""
+
+    def lines(event: LogEvent) -> str:
+        head = f"<{LOG_USER | SEVERITIES[_level(event)]}>{prefix}: "
+        return "".join(f"{head}{one}\n" for one in line(event).splitlines())
+
+    return lines
+
+
+@implementer(ILogObserver)
+class LineObserver:
+    """The log observer of the server: it never waits for whoever reads the log.
+
+    Lines that the sink does not take now wait in memory, and are dropped when too many wait.  When lines flow again,
+    the log states how many were dropped.  Threads may log too.  `later` calls a function in the reactor's thread after
+    so many seconds.
+    """
+
+    def __init__(
+        self, line: Callable[[LogEvent], str], sink: Sink, later: Callable[[float, Callable[[], None]], None]
+    ) -> None:
+        self.sink = sink
+        self.line = line
+        self._later = later
+        self._lock = RLock()
+        self._waiting: deque[bytes] = deque()
+        self._size = 0
+        """The number of bytes that wait."""
+        self._dropped = 0
+        self._retrying = False
+        self._log = Logger(namespace=__name__, observer=self)
+
+    def __call__(self, event: LogEvent) -> None:
+        """Write an event, or keep it until it can be written."""
+        data = self.line(event).encode("utf-8", "backslashreplace")
+        with self._lock:
+            if self._size + len(data) > MAX_WAITING:
+                self._dropped += 1
+                return
+            self._waiting.append(data)
+            self._size += len(data)
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what waits."""
+        written = False
+        while self._waiting:
+            data = self._waiting.popleft()
+            self._size -= len(data)
+            try:
+                taken = self.sink.write(data)
+            except BlockingIOError:
+                taken = 0
+            except OSError:  # the disk is full, or the reader has closed the pipe
+                self._dropped += 1
+                continue
+            written = True
+            if taken < len(data):
+                self._waiting.appendleft(data[taken:])
+                self._size += len(data) - taken
+                if not taken:
+                    self._retry()
+                    return
+        if self._dropped and written:
+            dropped, self._dropped = self._dropped, 0
+            self._log.warn("{dropped} lines of the log were dropped: it could not be written", dropped=dropped)
+
+    def _retry(self) -> None:
+        if not self._retrying:
+            self._retrying = True
+            self._later(RETRY_SECONDS, self._again)
+
+    def _again(self) -> None:
+        with self._lock:
+            self._retrying = False
+            self._flush()
+
+    def reopen(self) -> None:
+        """Open the file again, because a program like logrotate has moved it; if that fails, keep the old one."""
+        self._move(self.sink.reopen, "reopened")
+
+    def rotate(self) -> None:
+        """Begin a new file, and keep the old one under another name, as twistd does at SIGUSR1."""
+        self._move(self.sink.rotate, "rotated")
+
+    def _move(self, move: Callable[[], None], done: str) -> None:
+        try:
+            with self._lock:
+                move()
+        except OSError as error:
+            self._log.warn("the log file cannot be {done} ({reason})", done=done, reason=error.strerror)
+
+    def drain(self) -> None:
+        """Wait, for a limited time, until the lines that wait are written: the process is about to end."""
+        end = time.monotonic() + EXIT_SECONDS
+        with self._lock:
+            self._flush()
+            while self._waiting and time.monotonic() < end:
+                time.sleep(RETRY_SECONDS / 10)
+                self._flush()
+
+
+def open_log(
+    line: Callable[[LogEvent], str],
+    twistd: Mapping[str, Any],
+    later: Callable[[float, Callable[[], None]], None],
+) -> LineObserver:
+    """Make the observer that writes where the options of twistd say; raise ValueError with one line if it cannot.
+
+    The options are --syslog and --prefix, --logfile, and --nodaemon: a daemon writes to twistd.log unless a file is
+    named, and other processes to standard output.
+    """
+    path, daemon = twistd.get("logfile"), not twistd.get("nodaemon")
+    if twistd.get("syslog"):
+        try:
+            return LineObserver(syslog_lines(line, twistd["prefix"]), Syslog(), later)
+        except OSError as error:
+            raise ValueError(f"--syslog: no syslog answers ({error.strerror}): start one, or log to a file") from None
+    if path == "-" and daemon:
+        raise ValueError("--logfile -: a daemon has no standard output: name a file, or run twistd -n")
+    if path == "-" or not (path or daemon):
+        return LineObserver(line, standard_output(), later)
+    file = path or "twistd.log"
+    try:
+        return LineObserver(line, to_path(file), later)
+    except OSError as error:
+        raise ValueError(
+            f"--logfile {file}: it cannot be opened ({error.strerror}): name a file that this user can write"
+        ) from None

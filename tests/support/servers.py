@@ -211,9 +211,9 @@ class Server:
         return code
 
 
-def certificate_for(folder):
+def certificate_for(folder, key=None):
     """Make a self-signed certificate for 127.0.0.1; return the endpoint's arguments, and a context that trusts it."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "chatd's tests")])
     now = dt.datetime.now(dt.UTC)
     certificate = (

@@ -18,6 +18,7 @@ from chatd.operate.systemd import Notifier
 from chatd.service import LOOK_SECONDS, TRIM_SECONDS, ChatService, Readiness, page_url
 from chatd.store.base import StoreError
 
+READY = {"READY": "1", "STATUS": "ready"}
 SEED = (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),)
 
 
@@ -90,6 +91,23 @@ class Notify(Notifier):
         self.journal.append(values)
 
 
+class Process:
+    """The process of the server; the end of it is SystemExit with the line."""
+
+    def __init__(self, journal, *, sheds_privileges):
+        self.journal = journal
+        self.sheds_privileges = sheds_privileges
+
+    def started(self):
+        self.journal.append("started")
+
+    def fail(self, line):
+        raise SystemExit(line)
+
+    def fail_later(self, line):
+        self.journal.append(("fail later", line))
+
+
 class Port:
     """An open port."""
 
@@ -101,6 +119,12 @@ class Port:
 
     def getHost(self):
         return self.host
+
+    def stopReading(self):
+        self.journal.append(f"hold {self.text}")
+
+    def startReading(self):
+        self.journal.append(f"accept {self.text}")
 
     def stopListening(self):
         self.journal.append(f"stop {self.text}")
@@ -125,7 +149,15 @@ class Endpoint:
 class Server:
     """A ChatService of doubles, which record their calls in one journal."""
 
-    def __init__(self, *, listen=("tcp:8085", "tcp:9085"), admin=("tcp:8086",), watchdog=None):
+    def __init__(
+        self,
+        *,
+        listen=("tcp:8085", "tcp:9085"),
+        admin=("tcp:8086",),
+        watchdog=None,
+        sheds_privileges=False,
+        observer=None,
+    ):
         self.journal = []
         self.clock = Clock()
         self.store = Store(self.journal)
@@ -137,7 +169,7 @@ class Server:
         self.admin = {text: Endpoint(self.journal, text) for text in admin}
         self.fault = None
         self.readiness = Readiness(lambda: self.fault)
-        self.observer = object()
+        self.observer = observer
         self.service = ChatService(
             store=self.store,
             seed=SEED,
@@ -149,6 +181,7 @@ class Server:
             readiness=self.readiness,
             drain=self.drain,
             clock=self.clock,
+            process=Process(self.journal, sheds_privileges=sheds_privileges),
             observer=self.observer,
             notify=Notify(self.journal, watchdog),
         )
@@ -182,7 +215,8 @@ def test_store_opens_with_the_seed_before_any_port(server):
         ("listen", "tcp:8085", server.factory),
         ("listen", "tcp:9085", server.factory),
         ("listen", "tcp:8086", server.admin_factory),
-        {"READY": "1", "STATUS": "ready"},
+        READY,
+        "started",
     ]
     assert server.service.running
 
@@ -193,10 +227,10 @@ def test_ready_when_all_ports_are_open(server):
     assert server.readiness() == (False, "starting")
     server.service.startService()
     assert server.readiness() == (False, "starting")
-    assert {"READY": "1", "STATUS": "ready"} not in server.journal
+    assert READY not in server.journal
     server.listen["tcp:9085"].result.callback(server.listen["tcp:9085"].port)
     assert server.readiness() == (True, "ready")
-    assert server.journal[-1] == {"READY": "1", "STATUS": "ready"}
+    assert server.journal[-1] == READY
 
 
 def test_failing_log_is_degraded_but_ready(server):
@@ -237,7 +271,7 @@ def test_admin_port_alone_is_open_before_the_store(server):
     """While the store opens, only the admin port is open, and the server is starting."""
     server.store.opened = Deferred()
     server.service.startService()
-    assert server.journal == [("open", SEED), ("listen", "tcp:8086", server.admin_factory)]
+    assert server.journal == [("open", SEED), ("listen", "tcp:8086", server.admin_factory), "started"]
     assert server.readiness() == (False, "starting")
     assert server.service.running
     server.journal.clear()
@@ -245,7 +279,7 @@ def test_admin_port_alone_is_open_before_the_store(server):
     assert server.journal == [
         ("listen", "tcp:8085", server.factory),
         ("listen", "tcp:9085", server.factory),
-        {"READY": "1", "STATUS": "ready"},
+        READY,
     ]
     assert server.readiness() == (True, "ready")
 
@@ -268,7 +302,7 @@ def test_admin_port_that_fails_before_the_store_is_open(server):
     """An admin port that cannot open ends the process, even while the store is opening."""
     server.store.opened = Deferred()
     server.admin["tcp:8086"].result = fail(in_use())
-    with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:8086 "):
+    with pytest.raises(SystemExit, match="cannot listen on tcp:8086 "):
         server.service.startService()
     assert server.journal[-1] == "store.close"
     assert server.clock.getDelayedCalls() == []
@@ -308,19 +342,6 @@ def test_store_that_opens_in_a_drain_opens_no_port(server):
     server.store.opened.callback(None)
     assert server.journal == [DRAINING, "drain"]
     assert server.readiness() == (False, "drained")
-
-
-def test_port_that_fails_after_the_store_is_open(server, events):
-    """A port that cannot open once the process runs is logged, and the server stays unready."""
-    server.store.opened = Deferred()
-    server.listen["tcp:8085"].result = fail(in_use())
-    server.start()
-    server.store.opened.callback(None)
-    assert server.readiness() == (False, "starting")
-    assert "store.close" not in server.journal
-    assert [event["fault"] for event in events if event["log_level"] == LogLevel.error] == [
-        "cannot listen on tcp:8085 ([Errno 98] Address already in use): choose another with --listen or --admin"
-    ]
 
 
 def test_log_names_the_ports_and_the_epoch(server, events):
@@ -366,7 +387,7 @@ def test_store_that_cannot_be_opened_ends_the_process(server):
     server.store.fault = StoreError("chatd.sqlite is in use by another chatd: stop that one")
     with pytest.raises(SystemExit) as refusal:
         server.service.startService()
-    assert refusal.value.code == "chatd: chatd.sqlite is in use by another chatd: stop that one"
+    assert refusal.value.code == "chatd.sqlite is in use by another chatd: stop that one"
     assert server.journal == [("open", SEED)]
     assert not server.service.running
     assert server.readiness() == (False, "starting")
@@ -384,9 +405,7 @@ def test_port_that_cannot_be_opened_ends_the_process(server, events, fault, reas
     server.listen["tcp:8085"].result = fail(fault)
     with pytest.raises(SystemExit) as refusal:
         server.service.startService()
-    assert refusal.value.code == (
-        f"chatd: cannot listen on tcp:8085 ({reason}): choose another with --listen or --admin"
-    )
+    assert refusal.value.code == (f"cannot listen on tcp:8085 ({reason}): choose another with --listen or --admin")
     assert server.journal[-1] == "store.close"
     assert not server.service.running
     assert server.readiness() == (False, "starting")
@@ -398,27 +417,75 @@ def test_first_failing_port_is_named(server):
     """If several ports cannot open, the line names the first, and the store is closed once."""
     server.listen["tcp:9085"].result = fail(in_use())
     server.admin["tcp:8086"].result = fail(in_use())
-    with pytest.raises(SystemExit, match="chatd: cannot listen on tcp:9085 "):
+    with pytest.raises(SystemExit, match="cannot listen on tcp:9085 "):
         server.service.startService()
     assert server.journal.count("store.close") == 1
 
 
-def test_port_that_fails_later_is_logged(server, events):
-    """A port that fails after the start is logged as an error, and the store stays open until the stop."""
-    server.admin["tcp:8086"].result = Deferred()
+@pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
+def test_port_that_fails_later_ends_the_process(server, text):
+    """A port that fails after the start ends the process with the same line, once."""
+    server.store.opened = Deferred()
+    for endpoint in (server.listen["tcp:8085"], (server.listen | server.admin)[text]):
+        endpoint.result = Deferred()
     server.service.startService()
-    events.clear()
-    server.admin["tcp:8086"].result.errback(in_use())
+    server.store.opened.callback(None)
+    (server.listen | server.admin)[text].result.errback(in_use())
+    line = f"cannot listen on {text} ([Errno 98] Address already in use): choose another with --listen or --admin"
+    assert server.journal[-1] == ("fail later", line)
     assert server.readiness() == (False, "starting")
-    assert [(event["log_level"], event["fault"]) for event in events] == [
-        (
-            LogLevel.error,
-            "cannot listen on tcp:8086 ([Errno 98] Address already in use): choose another with --listen or --admin",
-        )
-    ]
-    assert "store.close" not in server.journal
+    server.listen["tcp:8085"].result.errback(in_use())
+    assert server.journal[-1] == ("fail later", line)
     server.stop()
-    assert server.journal[-1] == "store.close"
+    assert server.journal[-1] == "stop tcp:8086" if text == "tcp:9085" else "store.close"
+
+
+# Giving up root
+
+
+@pytest.fixture
+def shedding():
+    """A server whose process changes its user between the privileged start and the start."""
+    return Server(sheds_privileges=True)
+
+
+PRIVILEGED = ["tcp:8085", "tcp:9085", "tcp:8086"]
+
+
+def test_ports_open_before_root_is_given_up(shedding):
+    """All ports open first, and nothing is ready before the store is open."""
+    shedding.service.privilegedStartService()
+    assert [text for _, text, _ in shedding.journal] == PRIVILEGED
+    assert shedding.readiness() == (False, "starting")
+    shedding.journal.clear()
+    shedding.service.startService()
+    assert shedding.journal == [("open", SEED), READY, "started"]
+
+
+def test_clients_wait_for_a_store_that_opens_late(shedding):
+    """The ports of clients accept nobody until the store is open; the admin port serves."""
+    shedding.store.opened = Deferred()
+    shedding.service.privilegedStartService()
+    shedding.journal.clear()
+    shedding.service.startService()
+    assert shedding.journal == [("open", SEED), "hold tcp:8085", "hold tcp:9085", "started"]
+    shedding.journal.clear()
+    shedding.store.opened.callback(None)
+    assert shedding.journal == ["accept tcp:8085", "accept tcp:9085", READY]
+
+
+def test_privileged_port_that_cannot_be_opened(shedding):
+    """The process ends, and the store is not opened."""
+    shedding.admin["tcp:8086"].result = fail(in_use())
+    with pytest.raises(SystemExit, match="cannot listen on tcp:8086 "):
+        shedding.service.privilegedStartService()
+    assert [text for _, text, _ in shedding.journal] == PRIVILEGED
+
+
+def test_privileged_start_of_a_usual_server(server):
+    """A process that keeps its user opens its ports after the store."""
+    server.service.privilegedStartService()
+    assert server.journal == []
 
 
 # Running
@@ -624,7 +691,7 @@ def test_port_that_opens_in_a_drain(server, text):
     server.service.drain()
     late.result.callback(late.port)
     assert server.readiness() == (False, "draining")
-    assert {"READY": "1", "STATUS": "ready"} not in server.journal
+    assert READY not in server.journal
 
 
 @pytest.mark.parametrize("text", ["tcp:9085", "tcp:8086"])
@@ -747,12 +814,21 @@ def test_failing_loop_is_logged_and_continues(server, events):
 # In an application
 
 
-def test_application_gets_the_log_observer(server):
+def test_application_gets_the_log_observer():
     """The service sets the log observer of the application that it joins."""
+    server = Server(observer=object())
     application = Application("chatd")
     server.service.setServiceParent(application)
     assert application.getComponent(ILogObserver) is server.observer
     assert IServiceCollection(application).getServiceNamed("chatd") is server.service
+
+
+def test_log_observer_of_twistd():
+    """An application keeps the observer that `twistd --logger` names."""
+    server = Server(observer=None)
+    application = Application("chatd")
+    server.service.setServiceParent(application)
+    assert application.getComponent(ILogObserver, None) is None
 
 
 def test_parent_without_an_application(server):

@@ -4,7 +4,6 @@ import gc
 import json
 import pathlib
 import signal
-import sys
 import threading
 import time
 
@@ -14,6 +13,7 @@ import txaio
 from support.transports import Wire
 from support.websocket_frames import masked, read_frames
 from twisted.application.service import Application, IServiceMaker
+from twisted.internet.selectreactor import SelectReactor
 from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
 from twisted.logger import ILogObserver, LogLevel
 from twisted.plugin import IPlugin
@@ -22,7 +22,9 @@ from twisted.scripts.twistd import ServerOptions
 from chatd import config, tap
 from chatd.operate import check
 from chatd.operate import logging as logs
+from chatd.operate.listening import Ports
 from chatd.operate.machine import ThisMachine
+from chatd.operate.process import ServerProcess
 from chatd.service import TRIM_SECONDS
 from chatd.store.base import DAY, STEADY_SECONDS, Retention
 from chatd.store.memory import MemoryStore
@@ -60,10 +62,17 @@ class Reactor(MemoryReactorClock):
 
 @pytest.fixture(autouse=True)
 def _process(monkeypatch):
-    """Restore what a server sets for its process: the clock of Autobahn's timers, and the garbage collector."""
+    """Restore what a server sets for its process: Autobahn's clock, signals, and the garbage collector.
+
+    No test becomes a daemon.
+    """
     monkeypatch.setattr(txaio.config, "loop", txaio.config.loop)
-    threshold = gc.get_threshold()
+    monkeypatch.setattr(ServerProcess, "daemonize", lambda self: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGUSR1)}
+    threshold, install = gc.get_threshold(), signal.signal
     yield
+    for number, handler in handlers.items():
+        install(number, handler)
     gc.set_threshold(*threshold)
     gc.unfreeze()
 
@@ -154,7 +163,7 @@ def test_reason_of_a_wrong_endpoint_is_one_line(monkeypatch):
     def refuse(reactor, text):
         raise RuntimeError("in two\n lines")
 
-    monkeypatch.setattr(tap, "serverFromString", refuse)
+    monkeypatch.setattr("chatd.operate.listening.serverFromString", refuse)
     assert refusal("--listen=tcp:1").endswith(" (in two lines)")
 
 
@@ -553,35 +562,77 @@ def signals(monkeypatch, reactor):
         monkeypatch.setattr(signal, "signal", signals.handlers.__setitem__)
         monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         monkeypatch.setattr(start(), "signalled", signals.received.append)
-        assert signals.handlers == {}, "the reactor installs its own handlers first"
+        assert not {signal.SIGTERM, signal.SIGINT} & {*signals.handlers}, "the reactor installs its own handlers first"
         reactor.begin()
         return signals
 
     return begin
 
 
-@pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGTERM, "TERM"), (signal.SIGHUP, "TERM"), (signal.SIGINT, "INT")]
-)
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INT")])
 def test_first_signal_ends_the_reactor(signals, number, name):
     """The first signal is that of the reactor, and the service is notified of it."""
     running = signals()
-    assert sorted(running.handlers) == [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+    assert sorted(running.handlers) == [signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
     assert running.send(number) == ([(name, number, "frame")], [number])
 
 
-def test_hangup_that_nohup_ignores_stays_ignored(signals):
-    assert sorted(signals([signal.SIGHUP]).handlers) == [signal.SIGINT, signal.SIGTERM]
+def test_signals_that_are_ignored_stay_ignored(signals):
+    """nohup ignores SIGHUP, and shells ignore SIGINT for a process in the background."""
+    assert sorted(signals([signal.SIGINT, signal.SIGHUP]).handlers) == [signal.SIGUSR1, signal.SIGTERM]
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_later_signals_reach_the_service_alone(signals, first, second):
     """The reactor handles the first signal only; the service handles all of them."""
     running = signals()
     running.send(first)
     assert running.send(second) == ([], [second])
     assert running.send(first) == ([], [first])
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What a server reloads and rotates, in order."""
+    calls = []
+    monkeypatch.setattr(logs.LineObserver, "reopen", lambda self: calls.append("reopen"))
+    monkeypatch.setattr(logs.LineObserver, "rotate", lambda self: calls.append("rotate"))
+    monkeypatch.setattr(Ports, "reload", lambda self: calls.append("certificates"))
+    return calls
+
+
+def test_hangup_reloads(signals, kept):
+    """SIGHUP reopens the log file and reads the certificates again, also in a drain, and ends nothing."""
+    running = signals()
+    assert running.send(signal.SIGHUP) == ([], [])
+    running.send(signal.SIGTERM)
+    assert running.send(signal.SIGHUP) == ([], [])
+    assert kept == ["reopen", "certificates"] * 2
+
+
+def test_user_signal_rotates_the_log(signals, kept):
+    """SIGUSR1 rotates the log, as it does in every program of twistd."""
+    assert signals().send(signal.SIGUSR1) == ([], [])
+    assert kept == ["rotate"]
+
+
+# The clock
+
+
+def test_timers_follow_a_monotonic_clock(monkeypatch):
+    """The wall clock may be set back while a call waits: the reactor does not use it."""
+    made = SelectReactor()
+    monkeypatch.setattr(twisted.internet, "reactor", made)
+    tap.Options().parseOptions([])
+    before = time.monotonic()
+    waiting = made.callLater(0, list)
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert before <= waiting.getTime() <= made.seconds() <= time.monotonic()
+    assert made.timeout() == 0
+    made.runUntilCurrent()
+    assert not waiting.active()
+    made.removeAll()
 
 
 # The log
@@ -600,8 +651,7 @@ def observer():
 
     yield make
     for observer in made:
-        if observer._outFile is not sys.stdout:
-            observer._outFile.close()
+        observer.sink.close()
 
 
 def under_twistd(*arguments):
@@ -622,9 +672,9 @@ def test_log_in_the_logfile_of_twistd(observer, tmp_path, log_format, line):
     assert (tmp_path / "log").read_text() == line
 
 
-def test_log_on_stdout_in_the_foreground(observer, capsys):
+def test_log_on_stdout_in_the_foreground(observer, capfd):
     observer(under_twistd("--nodaemon", "chatd"))(EVENT)
-    assert capsys.readouterr().out == TEXT
+    assert capfd.readouterr().out == TEXT
 
 
 def test_log_of_a_daemon(observer, tmp_path, monkeypatch):
@@ -641,6 +691,50 @@ def test_log_without_twistd(observer, tmp_path, monkeypatch):
     options.parent = None
     observer(options)(EVENT)
     assert (tmp_path / "twistd.log").read_text() == TEXT
+
+
+def test_end_of_the_reactor_writes_the_log(reactor, observer, monkeypatch):
+    """What waits for its reader is written when the reactor has stopped."""
+    made = observer(under_twistd("-n", "chatd"))
+    assert reactor.triggers["after"]["shutdown"] == [(made.drain, (), {})]
+
+
+def test_lines_that_wait_are_written_by_the_reactor(reactor, observer, monkeypatch, capfd):
+    """A line that standard output does not take is written later, by the reactor."""
+    made = observer(under_twistd("-n", "chatd"))
+    write = made.sink.write
+    monkeypatch.setattr(made.sink, "write", lambda data: 0)
+    made(EVENT)
+    monkeypatch.setattr(made.sink, "write", write)
+    reactor.pump([0, logs.RETRY_SECONDS])
+    assert capfd.readouterr().out == TEXT
+
+
+def test_observer_that_twistd_names(monkeypatch, kept, reactor):
+    """With `twistd --logger` the log is not chatd's, and is neither reopened nor rotated."""
+    monkeypatch.setattr(signal, "signal", lambda number, heed: heed(number, None))
+    application = Application("chatd")
+    tap.makeService(under_twistd("-n", "--logger=builtins.list", "chatd")).setServiceParent(application)
+    reactor.advance(0)
+    assert application.getComponent(ILogObserver, None) is None
+    assert kept == ["certificates"]
+
+
+@pytest.mark.parametrize(
+    ("twistd", "line"),
+    [
+        (["--logfile=-"], "chatd: --logfile -: a daemon has no standard output: name a file, or run twistd -n"),
+        (
+            ["-n", "--rundir=missing"],
+            "chatd: --rundir missing: there is no such folder for this user: create it, or name another",
+        ),
+    ],
+)
+def test_options_of_twistd_that_cannot_work(twistd, line):
+    """The process ends with one line before it becomes a daemon."""
+    with pytest.raises(SystemExit) as refused:
+        tap.makeService(under_twistd(*twistd, "chatd"))
+    assert refused.value.code == line
 
 
 # The plug-in

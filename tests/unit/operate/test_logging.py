@@ -1,15 +1,25 @@
 """The lines of the log, as JSON and as text, and the files that they go to."""
 
-import io
 import json
+import socket
 
 import pytest
 from support.helpers import NEW_YEAR
+from twisted.internet.task import Clock
 from twisted.logger import Logger, LogLevel, capturedLogs
 from twisted.python import log as legacy_log
 from twisted.python.failure import Failure
 
-from chatd.operate.logging import json_line, observer, text_line
+from chatd.operate.logging import (
+    MAX_WAITING,
+    RETRY_SECONDS,
+    LineObserver,
+    json_line,
+    open_log,
+    syslog_lines,
+    text_line,
+)
+from chatd.operate.sinks import RotatingFile, Stream, Syslog
 
 
 def line_of(**event):
@@ -68,7 +78,7 @@ def test_failure_in_json(logged):
     logger.failure("it went wrong", Failure(ZeroDivisionError("for the test")))
     assert lines[0]["level"] == "critical"
     assert lines[0]["event"] == "it went wrong"
-    assert lines[0]["traceback"].startswith("it went wrong\nTraceback (most recent call last)")
+    assert lines[0]["traceback"].startswith("Traceback (most recent call last)")
     assert "ZeroDivisionError: for the test" in lines[0]["traceback"]
 
 
@@ -92,41 +102,6 @@ def test_event_without_level_and_system():
     assert (line["level"], line["system"]) == ("info", "-")
 
 
-@pytest.mark.parametrize("path", [None, "", "-"])
-def test_lines_go_to_stdout_without_a_file(path, monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr("sys.stdout", out)
-    observer(json_line, path, daemon=False)({"log_time": NEW_YEAR, "log_format": "héllo"})
-    assert json.loads(out.getvalue())["event"] == "héllo"
-
-
-@pytest.mark.parametrize("daemon", [False, True])
-def test_lines_go_to_the_named_file(daemon, tmp_path):
-    """Lines go to the named file in UTF-8, in the foreground and in a daemon."""
-    written = observer(json_line, str(tmp_path / "chat.log"), daemon=daemon)
-    written({"log_time": NEW_YEAR, "log_format": "one"})
-    written({"log_time": NEW_YEAR, "log_format": "zwölf"})
-    written._outFile.close()
-    lines = (tmp_path / "chat.log").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["event"] for line in lines] == ["one", "zwölf"]
-
-
-def test_lines_of_a_daemon_go_to_twistd_log(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    written = observer(json_line, None, daemon=True)
-    written({"log_time": NEW_YEAR, "log_format": "one"})
-    written._outFile.close()
-    assert json.loads((tmp_path / "twistd.log").read_text())["event"] == "one"
-
-
-def test_daemon_that_logs_to_stdout(monkeypatch):
-    """`--logfile -` of twistd applies to a daemon too."""
-    out = io.StringIO()
-    monkeypatch.setattr("sys.stdout", out)
-    observer(json_line, "-", daemon=True)({"log_time": NEW_YEAR, "log_format": "one"})
-    assert json.loads(out.getvalue())["event"] == "one"
-
-
 def text_of(**event):
     """Return the line of text of an event."""
     return text_line({"log_time": NEW_YEAR + 0.25, **event})
@@ -145,9 +120,33 @@ def test_line_breaks_become_spaces_in_text():
 
 
 def test_failure_in_text():
-    """The traceback of a failure follows its line."""
-    line = text_of(log_format="it went wrong", log_failure=Failure(ZeroDivisionError("for the test")))
-    assert line.startswith("2026-01-01T00:00:00.250Z info -: it went wrong\nTraceback (most recent call last)")
+    """The traceback of a failure follows its line, indented."""
+    lines = text_of(log_format="it went wrong", log_failure=Failure(ZeroDivisionError("for the test"))).splitlines()
+    assert lines[0] == "2026-01-01T00:00:00.250Z info -: it went wrong"
+    assert lines[1] == "    Traceback (most recent call last):"
+    assert lines[-1].endswith("ZeroDivisionError: for the test")
+
+
+def test_traceback_forges_no_line():
+    """A text in an error can neither control the terminal nor look like another event."""
+    forged = ValueError("\x1b[2J\u202e\r\n2026-01-01T00:00:00.000Z info chatd: forged")
+    line = text_of(log_format="a\nb", log_failure=Failure(forged))
+    first, *rest = line.splitlines()
+    assert first.endswith(" a b")
+    assert all(one.startswith("    ") and one.isprintable() for one in rest)
+    assert rest[-1].strip() == "2026-01-01T00:00:00.000Z info chatd: forged"
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\x9b2J", "\u202e", "\u2028", "\ud800", "\U000e0001"])
+def test_json_has_the_value_without_its_effect(text):
+    """A field keeps a control sequence or half a character, and the line contains it as an escape only."""
+    line = json_line({"log_time": NEW_YEAR, "log_format": "{text}", "text": text, "name": "ü"})
+    assert line[:-1].isprintable()
+    assert json.loads(line)["fields"] == {"text": text, "name": "ü"}
+
+
+def test_json_of_a_large_integer():
+    assert line_of(log_format="", number=1 << 70)["fields"] == {"number": 1 << 70}
 
 
 @pytest.mark.parametrize(
@@ -168,3 +167,214 @@ def test_fallback_to_the_formatting_of_twisted(event, sentence):
 def test_event_that_cannot_be_formatted_is_a_line():
     """An event that cannot be formatted produces a line that describes the fault."""
     assert "missing" in text_of(log_format="{missing}")
+
+
+# The observer
+
+
+class Sink(Stream):
+    """A sink that takes a number of bytes in all, or fails."""
+
+    def __init__(self):
+        super().__init__(self.take, lambda: None)
+        self.written = b""
+        self.space = 1 << 30
+        self.fault = None
+        self.moved = []
+
+    def take(self, data):
+        if self.fault:
+            raise self.fault
+        if not self.space:
+            raise BlockingIOError
+        taken = data[: self.space]
+        self.space -= len(taken)
+        self.written += taken
+        return len(taken)
+
+    def reopen(self):
+        self.moved.append("reopen")
+        if self.fault:
+            raise self.fault
+
+    def rotate(self):
+        self.moved.append("rotate")
+
+
+class Observed:
+    """An observer whose lines are the sentences of its events."""
+
+    def __init__(self):
+        self.sink = Sink()
+        self.clock = Clock()
+        self.observer = LineObserver(lambda event: event["log_format"].format(**event) + "\n", self.sink, self.later)
+
+    def later(self, seconds, function):
+        self.clock.callLater(seconds, function)
+
+    def write(self, text):
+        self.observer({"log_format": text})
+
+    @property
+    def lines(self):
+        return self.sink.written.decode().splitlines()
+
+
+@pytest.fixture
+def observed():
+    return Observed()
+
+
+DROPPED = "{} lines of the log were dropped: it could not be written"
+
+
+def test_lines_wait_for_a_full_pipe(observed):
+    """What a sink does not take waits, in order, and is written when there is space."""
+    observed.sink.space = 5
+    for text in ("one", "two", "three"):
+        observed.write(text)
+    assert observed.sink.written == b"one\nt"
+    observed.clock.advance(RETRY_SECONDS)
+    assert len(observed.clock.getDelayedCalls()) == 1
+    observed.sink.space = 1 << 30
+    observed.clock.advance(RETRY_SECONDS)
+    assert observed.lines == ["one", "two", "three"]
+    assert observed.clock.getDelayedCalls() == []
+
+
+def test_lines_that_cannot_wait_are_counted(observed):
+    """Beyond a limit lines are dropped; when lines flow again, one line states how many."""
+    observed.sink.space = 0
+    for _ in range(4):
+        observed.write("x" * (MAX_WAITING // 3))
+    observed.write("y" * MAX_WAITING)
+    observed.sink.space = 1 << 30
+    observed.write("more")
+    observed.clock.advance(RETRY_SECONDS)
+    assert [line[:4] for line in observed.lines] == ["xxxx"] * 2 + ["more", "3 li"]
+    assert observed.lines[-1] == DROPPED.format(3)
+    observed.write("again")
+    assert observed.lines[-1] == "again"
+
+
+def test_lines_that_fail_are_counted(observed):
+    """A full disk, or a pipe without a reader, costs the lines and nothing else."""
+    observed.sink.fault = OSError(28, "No space left on device")
+    observed.write("one")
+    observed.write("two")
+    observed.sink.fault = None
+    observed.write("three")
+    assert observed.lines == ["three", DROPPED.format(2)]
+
+
+def test_end_of_the_process_writes_what_waits(observed, monkeypatch):
+    """The process waits a moment for a reader at its end, and no longer."""
+    observed.sink.space = 0
+    observed.write("one")
+    now = iter(range(100))
+    monkeypatch.setattr("time.monotonic", lambda: next(now) * 0.4)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    observed.observer.drain()
+    assert observed.lines == []
+    monkeypatch.setattr("time.sleep", lambda _: setattr(observed.sink, "space", 9))
+    observed.observer.drain()
+    assert observed.lines == ["one"]
+
+
+def test_file_is_reopened_and_rotated(observed):
+    observed.observer.reopen()
+    observed.observer.rotate()
+    assert observed.sink.moved == ["reopen", "rotate"]
+    assert observed.lines == []
+
+
+def test_file_that_cannot_be_reopened(observed):
+    """The log states the reason, and continues in the old file."""
+    observed.sink.fault = PermissionError(13, "Permission denied")
+    observed.observer.reopen()
+    observed.sink.fault = None
+    observed.write("one")
+    assert observed.lines[0] == "one"
+    assert observed.lines[-1] == DROPPED.format(1)
+
+
+# The options of twistd
+
+
+def opened(**twistd):
+    return open_log(text_line, twistd, lambda *_: None)
+
+
+def test_log_of_the_foreground_is_standard_output(capfd):
+    """Without a file, or with -, the log of a process in the foreground goes to standard output, in UTF-8."""
+    for path in (None, "", "-"):
+        observer = opened(nodaemon=True, logfile=path)
+        observer({"log_time": NEW_YEAR, "log_format": "héllo"})
+        observer.sink.close()
+    assert capfd.readouterr().out == "2026-01-01T00:00:00.000Z info -: héllo\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("twistd", "name"),
+    [
+        ({}, "twistd.log"),
+        ({"logfile": ""}, "twistd.log"),
+        ({"logfile": "a.log"}, "a.log"),
+        ({"logfile": "a.log", "nodaemon": True}, "a.log"),
+    ],
+)
+def test_log_file(tmp_path, monkeypatch, twistd, name):
+    """The log goes to the file of --logfile, and that of a daemon to twistd.log."""
+    monkeypatch.chdir(tmp_path)
+    observer = opened(**twistd)
+    assert isinstance(observer.sink, RotatingFile)
+    observer({"log_time": NEW_YEAR, "log_format": "zwölf"})
+    assert (tmp_path / name).read_text("utf-8") == "2026-01-01T00:00:00.000Z info -: zwölf\n"
+    observer.sink.close()
+
+
+@pytest.mark.parametrize(
+    ("twistd", "line"),
+    [
+        ({"logfile": "-"}, "--logfile -: a daemon has no standard output: name a file, or run twistd -n"),
+        (
+            {"logfile": "a/b"},
+            "--logfile a/b: it cannot be opened (No such file or directory): name a file that this user can write",
+        ),
+        (
+            {"logfile": "."},
+            "--logfile .: it cannot be opened (Is a directory): name a file that this user can write",
+        ),
+    ],
+)
+def test_log_that_cannot_be_opened(tmp_path, monkeypatch, twistd, line):
+    """One line names the option and the remedy."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="logfile") as refused:
+        opened(**twistd)
+    assert str(refused.value) == line
+
+
+def test_syslog_takes_every_line_with_its_severity():
+    """Each line of an event begins with its severity and the prefix of twistd."""
+    lines = syslog_lines(lambda event: event["log_format"] + "\n", "chat")
+    assert lines({"log_format": "one"}) == "<14>chat: one\n"
+    failed = {"log_format": "one\n    two", "log_level": LogLevel.critical}
+    assert lines(failed) == "<10>chat: one\n<10>chat:     two\n"
+
+
+def test_syslog(tmp_path, monkeypatch):
+    """--syslog has precedence over --logfile."""
+    monkeypatch.setattr(Syslog.__init__, "__defaults__", (str(tmp_path / "log"),))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(str(tmp_path / "log"))
+        observer = opened(syslog=1, prefix="chat", logfile="-")
+        observer({"log_time": NEW_YEAR, "log_format": "one"})
+        assert daemon.recv(99) == b"<14>chat: 2026-01-01T00:00:00.000Z info -: one"
+        observer.sink.close()
+
+
+def test_missing_syslog(tmp_path, monkeypatch):
+    monkeypatch.setattr(Syslog.__init__, "__defaults__", (str(tmp_path / "log"),))
+    with pytest.raises(ValueError, match="--syslog: no syslog answers"):
+        opened(syslog=1, prefix="twisted", logfile="-")

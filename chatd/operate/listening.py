@@ -1,0 +1,214 @@
+"""The ports of the server: their endpoints, their certificates, and the open files that clients may use.
+
+Endpoints are Twisted's.  They open their ports through a reactor, and each endpoint gets its own stand-in for it.  It adds
+what endpoints cannot do: an IPv6 port beside an IPv4 port of the same number, and new certificates in open ports.
+"""
+
+import math
+import os
+import socket
+from collections.abc import Callable, Container
+from ipaddress import IPv4Address
+from typing import Any, Final
+
+from OpenSSL.SSL import Connection, Error
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import (
+    IAddress,
+    IListeningPort,
+    IOpenSSLServerConnectionCreator,
+    IProtocol,
+    IProtocolFactory,
+    IReactorTime,
+    IStreamServerEndpoint,
+)
+from twisted.internet.protocol import Factory
+from twisted.internet.ssl import CertificateOptions
+from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
+from zope.interface import directlyProvides, implementer, providedBy
+
+from chatd.operate.check import Endpoint
+
+RESERVED_FILES: Final = 32
+"""The open files that clients may not use: for the admin port, the store and the log."""
+WARN_SECONDS: Final = 60
+"""The least time between two warnings that open files are short."""
+ANY_IPV6: Final = "::"
+
+_log = Logger()
+
+
+@implementer(IOpenSSLServerConnectionCreator)
+class Certificate:
+    """The certificate of a port, which Twisted asks for a connection to each client."""
+
+    def __init__(self, options: CertificateOptions) -> None:
+        self.use(options)
+
+    def use(self, options: CertificateOptions) -> None:
+        """Use what an endpoint has read; raise ValueError if OpenSSL refuses that, as it does a short key."""
+        try:
+            options.getContext()
+        except Error as error:
+            raise ValueError(f"OpenSSL refuses the certificate: {error}") from None
+        self._options = options
+
+    def serverConnectionForTLS(self, protocol: TLSMemoryBIOProtocol) -> Connection:
+        """Return the TLS of a new connection."""
+        return self._options.serverConnectionForTLS(protocol)
+
+
+class _EndpointReactor:
+    """The reactor for one endpoint."""
+
+    def __init__(self, reactor: Any, text: str) -> None:
+        self._reactor = reactor
+        self.endpoint: IStreamServerEndpoint = serverFromString(self, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reactor, name)
+
+
+class _Reader(_EndpointReactor):
+    """The reactor for an endpoint that only reads its certificate."""
+
+    options: CertificateOptions
+
+    def listenSSL(self, port: int, factory: object, contextFactory: CertificateOptions, **_: object) -> None:
+        """Keep what the endpoint has read, and open nothing."""
+        self.options = contextFactory
+
+
+class _PortReactor(_EndpointReactor):
+    """The reactor for an endpoint that opens its port.
+
+    `ipv4_ports` are the numbers of the ports that are opened for IPv4.
+    """
+
+    certificate: Certificate | None = None
+    """None if the port does not speak TLS."""
+
+    def __init__(self, reactor: Any, text: str, ipv4_ports: Container[int]) -> None:
+        super().__init__(reactor, text)
+        self.text = text
+        self._ipv4_ports = ipv4_ports
+
+    def listenTCP(self, port: int, factory: IProtocolFactory, backlog: int = 50, interface: str = "") -> IListeningPort:
+        """Open a port; one for all IPv6 addresses leaves IPv4 to another port of the same number."""
+        if interface != ANY_IPV6 or port not in self._ipv4_ports:
+            opened: IListeningPort = self._reactor.listenTCP(port, factory, backlog, interface)
+            return opened
+        with socket.socket(socket.AF_INET6) as own:
+            own.settimeout(0)
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            own.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                own.bind((interface, port))
+                own.listen(backlog)
+            except OSError as error:
+                raise CannotListenError(interface, port, error) from None
+            adopted: IListeningPort = self._reactor.adoptStreamPort(own.fileno(), socket.AF_INET6, factory)
+            return adopted
+
+    def listenSSL(
+        self,
+        port: int,
+        factory: IProtocolFactory,
+        contextFactory: CertificateOptions,
+        backlog: int = 50,
+        interface: str = "",
+    ) -> IListeningPort:
+        """Open a port that speaks TLS."""
+        self.certificate = Certificate(contextFactory)
+        return self.listenTCP(
+            port, TLSMemoryBIOFactory(self.certificate, isClient=False, wrappedFactory=factory), backlog, interface
+        )
+
+
+class Ports:
+    """The endpoints of the server."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._opened: list[_PortReactor] = []
+        self._ipv4_ports: set[int] = set()
+
+    def endpoint(self, text: str) -> IStreamServerEndpoint:
+        """Parse an endpoint; raise ValueError with one line."""
+        try:
+            port = _PortReactor(self._reactor, text, self._ipv4_ports)
+        except Exception as error:  # noqa: BLE001 -- every kind of endpoint is a plug-in with errors of its own
+            reason = " ".join(str(error).split())
+            if "systemd:" in text and isinstance(error, LookupError):
+                reason = "systemd passed no such socket: start the socket unit, or name a port"
+            raise ValueError(f"{text!r} is no server endpoint such as tcp:8085 ({reason})") from None
+        self._opened.append(port)
+        parsed = Endpoint(text)
+        if isinstance(parsed.address, IPv4Address):
+            self._ipv4_ports.add(parsed.port)
+        return port.endpoint
+
+    def reload(self) -> None:
+        """Read the certificates again.  What cannot be read is logged, and the old certificate stays in force."""
+        for port in self._opened:
+            if port.certificate is None:
+                continue
+            try:
+                reader = _Reader(self._reactor, port.text)
+                reader.endpoint.listen(Factory())
+                port.certificate.use(reader.options)
+            except Exception as error:  # noqa: BLE001 -- files that OpenSSL and Twisted cannot read
+                reason = " ".join(str(error).split())
+                _log.error("the old certificate of {endpoint} stays: {reason}", endpoint=port.text, reason=reason)
+            else:
+                _log.info("read the certificate of {endpoint}", endpoint=port.text)
+
+
+class Entrance:
+    """A factory that refuses clients when open files are short.
+
+    The kernel gives each connection the lowest free descriptor, so a high one means that all lower ones are in use.
+    `limit` returns the number of files that the process may have open.
+    """
+
+    def __init__(self, factory: Any, clock: IReactorTime, limit: Callable[[], int]) -> None:
+        directlyProvides(self, providedBy(factory))
+        self._factory = factory
+        self._clock = clock
+        self._limit = limit
+        self._refused = 0
+        self._quiet_until = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._factory, name)
+
+    def buildProtocol(self, address: IAddress) -> IProtocol | None:
+        """Return the protocol for a new client, or None to close its connection."""
+        limit = self._limit()
+        if _lowest_free() < limit - min(RESERVED_FILES, limit // 2):
+            protocol: IProtocol | None = self._factory.buildProtocol(address)
+            return protocol
+        self._refused += 1
+        now = self._clock.seconds()
+        if now >= self._quiet_until:
+            self._quiet_until = now + WARN_SECONDS
+            _log.warn(
+                "refused {refused} clients: all but the reserve of {limit} open files is in use: "
+                "raise LimitNOFILE or ulimit -n",
+                refused=self._refused,
+                limit=limit,
+            )
+            self._refused = 0
+        return None
+
+
+def _lowest_free() -> float:
+    """Return the descriptor that the next open file gets."""
+    try:
+        descriptor = os.dup(0)
+    except OSError:
+        return math.inf
+    os.close(descriptor)
+    return descriptor

@@ -1,0 +1,216 @@
+"""Endpoints, their certificates, and the entrance of clients."""
+
+import os
+import socket
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from support.servers import certificate_for
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IProtocolNegotiationFactory
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import LogLevel
+from zope.interface import implementer
+
+from chatd.operate.listening import RESERVED_FILES, WARN_SECONDS, Entrance, Ports
+
+
+@pytest.fixture
+def reactor():
+    return MemoryReactorClock()
+
+
+@pytest.fixture
+def ports(reactor):
+    return Ports(reactor)
+
+
+def listen(ports, *texts):
+    """Open the ports of endpoints; return the failures."""
+    endpoints = [ports.endpoint(text) for text in texts]
+    failed = []
+    for endpoint in endpoints:
+        endpoint.listen(Factory.forProtocol(Protocol)).addErrback(failed.append)
+    return [failure.value for failure in failed]
+
+
+@pytest.mark.parametrize("text", ["systemd:domain=INET:index=0", "haproxy:systemd:domain=INET6:name=chat"])
+def test_socket_that_systemd_did_not_pass(ports, text):
+    with pytest.raises(ValueError, match="systemd passed no such socket: start the socket unit, or name a port"):
+        ports.endpoint(text)
+
+
+def test_endpoint_asks_the_reactor_for_the_rest(reactor, ports):
+    """Endpoints of other kinds use the reactor itself."""
+    assert listen(ports, "unix:/run/chatd.socket") == []
+    assert [address for address, *_ in reactor.unixServers] == ["/run/chatd.socket"]
+
+
+# IPv6
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("texts", [("tcp:{}", "tcp6:{}"), ("tcp6:{}", "tcp:{}:interface=127.0.0.1")])
+def test_port_for_ipv6_beside_one_for_ipv4(reactor, ports, monkeypatch, texts):
+    """A port for all IPv6 addresses leaves IPv4 to the other port, whatever their order."""
+    found = []
+
+    def adopt(descriptor, family, factory):
+        with socket.socket(fileno=os.dup(descriptor)) as adopted:
+            found.append(adopted.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+            found.append(adopted.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            found.append(os.get_blocking(descriptor))
+
+    monkeypatch.setattr(reactor, "adoptStreamPort", adopt)
+    port = free_port()
+    assert listen(ports, *(text.format(port) for text in texts)) == []
+    assert found == [1, 1, False]
+    assert [opened[0] for opened in reactor.tcpServers] == [port]
+
+
+def test_taken_port_for_ipv6(ports):
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as server:
+        port = server.getsockname()[1]
+        (error,) = listen(ports, f"tcp6:{port}", f"tcp:{port}:interface=127.0.0.2")
+    assert isinstance(error, CannotListenError)
+    assert "Address already in use" in str(error)
+
+
+def test_port_for_ipv6_alone_serves_ipv4_too(reactor, ports):
+    """Twisted opens a port for both, unless another one has the number."""
+    assert listen(ports, "tcp6:1", "tcp:2", "tcp6:2:interface=\\:\\:1") == []
+    assert [(port, interface) for port, _, _, interface in reactor.tcpServers] == [(1, "::"), (2, ""), (2, "::1")]
+
+
+# Certificates
+
+deprecated = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL")
+"""Twisted uses pyOpenSSL in a way that the latter deprecates."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def certificate(reactor):
+    """Return the certificate that a new connection gets."""
+    protocol = reactor.tcpServers[0][1].buildProtocol(None)
+    connection = reactor.tcpServers[0][1]._creatorCallable(protocol)
+    return connection.get_certificate().to_cryptography()
+
+
+@deprecated
+@pytest.mark.parametrize("prefix", ["", "haproxy:"])
+def test_new_certificate(folder, reactor, ports, events, prefix):
+    """A reload replaces the certificate of an open port; a file that cannot be read leaves the old one in force."""
+    arguments, _ = certificate_for(folder)
+    text = f"{prefix}ssl:443:{arguments}"
+    assert listen(ports, text, "tcp:1") == []
+    first = certificate(reactor)
+    certificate_for(folder)
+    ports.reload()
+    second = certificate(reactor)
+    assert first != second
+    assert len(reactor.tcpServers) == 2
+    (folder / "cert.pem").write_text("nonsense")
+    ports.reload()
+    assert certificate(reactor) == second
+    assert [(event["log_level"], event["endpoint"]) for event in events] == [
+        (LogLevel.info, text),
+        (LogLevel.error, text),
+    ]
+
+
+@deprecated
+def test_certificate_that_openssl_refuses(folder, reactor, ports, events):
+    """A key that is too short is refused at the start and at a reload, and not at each connection."""
+    arguments, _ = certificate_for(folder)
+    assert listen(ports, f"ssl:443:{arguments}") == []
+    first = certificate(reactor)
+    certificate_for(folder, rsa.generate_private_key(65537, 1024))
+    ports.reload()
+    assert certificate(reactor) == first
+    assert "ee key too small" in events[0]["reason"]
+    (error,) = listen(ports, f"ssl:444:{arguments}")
+    assert "ee key too small" in str(error)
+
+
+# Open files
+
+
+@implementer(IProtocolNegotiationFactory)
+class Served(Factory):
+    """A factory with an interface of its own."""
+
+    protocol = Protocol
+
+    def acceptableProtocols(self):
+        return [b"http/1.1"]
+
+
+class Door:
+    """An entrance for a process that may open so many files."""
+
+    def __init__(self, monkeypatch, limit):
+        self.files = 0
+        self.limit = limit
+        self.clock = Clock()
+        self.entrance = Entrance(Served(), self.clock, lambda: self.limit)
+        monkeypatch.setattr("os.dup", self._dup)
+        monkeypatch.setattr("os.close", lambda _: None)
+
+    def _dup(self, descriptor):
+        if self.files >= self.limit:
+            raise OSError(24, "Too many open files")
+        return self.files
+
+    def admits(self, files):
+        self.files = files
+        return self.entrance.buildProtocol(None) is not None
+
+
+def test_reserve_of_open_files(monkeypatch, events):
+    """Clients are refused while only the reserve is left, and enter again when others have left."""
+    door = Door(monkeypatch, 1024)
+    last = 1024 - RESERVED_FILES
+    assert door.admits(last - 1)
+    assert not door.admits(last)
+    assert not door.admits(1024)
+    assert door.admits(last - 1)
+    assert len(events) == 1
+
+
+def test_reserve_of_a_small_limit(monkeypatch, events):
+    """At least half of the files are for clients."""
+    door = Door(monkeypatch, 40)
+    assert door.admits(19)
+    assert not door.admits(20)
+
+
+def test_shortage_of_open_files_is_logged_once(monkeypatch, events):
+    """One warning a minute states how many clients were refused."""
+    door = Door(monkeypatch, 1024)
+    for _ in range(5):
+        assert not door.admits(1024)
+    door.clock.advance(WARN_SECONDS)
+    assert not door.admits(1024)
+    assert [(event["log_level"], event["refused"], event["limit"]) for event in events] == [
+        (LogLevel.warn, 1, 1024),
+        (LogLevel.warn, 5, 1024),
+    ]
+
+
+def test_entrance_is_the_factory_otherwise(monkeypatch):
+    """TLS and the log see the factory of the clients."""
+    entrance = Door(monkeypatch, 1024).entrance
+    assert IProtocolNegotiationFactory.providedBy(entrance)
+    assert entrance.acceptableProtocols() == [b"http/1.1"]
+    assert entrance.logPrefix() == "Served"
