@@ -70,6 +70,9 @@ def parse_store(url: str, *, password_elsewhere: bool = True) -> str:
     A Redis URL may name a user without a password only if the password is elsewhere.
     """
     kind, colon, rest = url.partition(":")
+    if kind == "sqlite" and re.match(r"//(?!/)", rest):  # SQLite would open a file in the root folder
+        path = rest[2:]
+        raise ValueError(f"{url!r} has // before its path: write sqlite:{path}, or sqlite:/PATH from the root folder")
     if (kind == "memory" and colon and not rest) or (kind == "sqlite" and rest):
         return url
     if kind not in ("redis", "rediss"):

@@ -202,8 +202,7 @@ def _heed_upkeep(reactor: Any, observer: logs.LineObserver | None, ports: Ports)
         reactor.callFromThread(actions[signal.Signals(number)])
 
     for number in actions:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, heed)
+        signal.signal(number, heed)
 
 
 def _heed_signals(reactor: Any, service: ChatService) -> None:

@@ -357,8 +357,9 @@ def _ports(settings: Settings, machine: Machine) -> Iterator[str]:
                 f"--{name} {text}: port {port} needs a privilege: choose a higher one, or set "
                 "AmbientCapabilities=CAP_NET_BIND_SERVICE in the systemd unit"
             )
-        taken = [*machine.listening(port), *(other for number, other in ours if number == port)]
-        if any(_collide(address, other) for other in taken):
+        # Beside a port for IPv4, the server opens one for IPv6 alone.
+        own = [other for number, other in ours if number == port and other.version == address.version]
+        if any(_collide(address, other) for other in (*machine.listening(port), *own)):
             yield f"--{name} {text}: port {port} is in use: choose another, or stop the other program (ss -ltnp)"
         ours.append((port, address))
 

@@ -1,9 +1,10 @@
 """The ports of the server: their endpoints, their certificates, and the open files that clients may use.
 
-Endpoints are Twisted's.  They open their ports through a reactor, and each endpoint gets its own stand-in for it.  It adds
+Endpoints are Twisted's.  They open their ports through a reactor, and each endpoint gets a stand-in for it.  This adds
 what endpoints cannot do: an IPv6 port beside an IPv4 port of the same number, and new certificates in open ports.
 """
 
+import errno
 import math
 import os
 import socket
@@ -151,7 +152,7 @@ class Ports:
         return port.endpoint
 
     def reload(self) -> None:
-        """Read the certificates again.  What cannot be read is logged, and the old certificate stays in force."""
+        """Read the certificates again; log a failure, and keep the old certificate in force."""
         for port in self._opened:
             if port.certificate is None:
                 continue
@@ -208,7 +209,7 @@ def _lowest_free() -> float:
     """Return the descriptor that the next open file gets."""
     try:
         descriptor = os.dup(0)
-    except OSError:
-        return math.inf
+    except OSError as error:
+        return math.inf if error.errno == errno.EMFILE else 0
     os.close(descriptor)
     return descriptor

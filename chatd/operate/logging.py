@@ -112,7 +112,7 @@ def syslog_lines(line: Callable[[LogEvent], str], prefix: str) -> Callable[[LogE
 
 @implementer(ILogObserver)
 class LineObserver:
-    """The log observer of the server: it never waits for whoever reads the log.
+    """The log observer of the server: it never waits for a reader of the log.
 
     Lines that the sink does not take now wait in memory, and are dropped when too many wait.  When lines flow again,
     the log states how many were dropped.  Threads may log too.  `later` calls a function in the reactor's thread after

@@ -64,8 +64,10 @@ class ServerProcess:
         """Continue in a daemon if twistd should make one; this process only reports its start, and ends."""
         if self._twistd.get("nodaemon", True):
             return
-        sys.stdout.flush()
-        sys.stderr.flush()
+        streams = sys.__stdin__, sys.__stdout__, sys.__stderr__
+        for stream in streams[1:]:
+            if stream is not None:
+                stream.flush()
         reading, writing = os.pipe()
         if os.fork():
             os.close(writing)
@@ -75,8 +77,9 @@ class ServerProcess:
         if os.fork():
             os._exit(0)
         null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in range(3):
-            os.dup2(null, descriptor)
+        for descriptor, stream in enumerate(streams):
+            if stream is not None:  # otherwise another file may have the descriptor
+                os.dup2(null, descriptor)
         os.close(null)
         self._report = writing
         self._twistd["nodaemon"] = True
@@ -90,7 +93,7 @@ class ServerProcess:
             report = pipe.read()
         if report == STARTED:
             os._exit(0)
-        os.write(STDERR, report or SILENT)
+        _print(report or SILENT)
         self._remove_pid_file()  # the daemon may have given up the right to do that
         os._exit(1)
 
@@ -117,17 +120,28 @@ class ServerProcess:
         if not self._shows_log:
             _log.error("{line}", line=line)
         self._remove_pid_file()
-        with suppress(OSError):  # nobody may read standard error
-            os.write(STDERR if self._report is None else self._report, f"chatd: {line}\n".encode())
+        text = f"chatd: {line}\n".encode()
+        if self._report is None:
+            _print(text)
+        else:
+            os.write(self._report, text)
 
     @property
     def _shows_log(self) -> bool:
         """True if standard error shows the log too, as in a terminal."""
         twistd = self._twistd
         elsewhere = self._report is not None or twistd.get("syslog") or twistd.get("logfile") not in (None, "", "-")
-        return not elsewhere and os.path.sameopenfile(STDOUT, STDERR)
+        closed = sys.__stdout__ is None or sys.__stderr__ is None
+        return not (elsewhere or closed) and os.path.sameopenfile(STDOUT, STDERR)
 
     def _remove_pid_file(self) -> None:
         if self._twistd.get("pidfile"):
             with suppress(OSError):
                 pathlib.Path(self._twistd["pidfile"]).unlink()
+
+
+def _print(text: bytes) -> None:
+    """Write to standard error, unless it is closed."""
+    if sys.__stderr__ is not None:
+        with suppress(OSError):
+            os.write(STDERR, text)

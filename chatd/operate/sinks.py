@@ -1,13 +1,13 @@
 """The places that the log can go to: a file, standard output, a pipe, a device, or syslog.
 
-A sink writes without waiting for whoever reads it.  Only a regular file, whose disk the kernel buffers, is written in
-the usual way.
+A sink does not wait for its reader.  Only a regular file, which the kernel buffers, is written in the usual way.
 """
 
 import os
 import select
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -128,10 +128,12 @@ class Syslog(Stream):
 
 
 def standard_output(descriptor: int = 1) -> Stream:
-    """Return a sink that writes to a file that is open already, and does not wait for the reader of a pipe.
+    """Return a sink that writes to a file that is open already, or to nowhere if standard output is closed.
 
     Other processes share the open file, so its mode must stay.  The kernel offers other ways for each kind of file.
     """
+    if sys.__stdout__ is None:  # another file may have the descriptor
+        return Stream(len, lambda: None)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(mode):
         connection = socket.socket(fileno=os.dup(descriptor))

@@ -90,6 +90,7 @@ VALUES = [
     ("log-format", "json", "json"),
     ("store", "memory:", "memory:"),
     ("store", "sqlite:a:b", "sqlite:a:b"),
+    ("store", "sqlite:///a", "sqlite:///a"),
     ("store", "redis://ann:secret@h:1/2", "redis://ann:secret@h:1/2"),
     ("store-password-file", "password", pathlib.Path("password")),
 ]
@@ -125,6 +126,11 @@ def test_value_from_each_source(file, name, text, value):
         *(
             ("store", text, "is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")
             for text in ("memory", "memory:x", "sqlite", "sqlite:", "chatd.sqlite", "redit://localhost/0", "")
+        ),
+        (
+            "store",
+            "sqlite://a/b",
+            "has // before its path: write sqlite:a/b, or sqlite:/PATH from the root folder",
         ),
     ],
 )

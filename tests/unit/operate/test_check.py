@@ -360,6 +360,7 @@ GOOD = [
     ({"listen": ("tcp:80",)}, {"first_port": 80}),
     ({}, {"taken": ((8084, "0.0.0.0"), (8086, "192.0.2.1"))}),
     ({"listen": ("tcp:8085:interface=192.0.2.1",), "admin": ("tcp:8085:interface=127.0.0.1",)}, {}),
+    ({"listen": ("tcp:8085", "tcp6:8085")}, {}),
     ({"listen": ("tcp:0", "tcp:0:interface=127.0.0.1", "systemd:domain=INET:index=0")}, {"first_port": 1024}),
     ({"listen": ("tcp:8085:interface=chat.example",)}, {"taken": ((8085, "0.0.0.0"),)}),
     ({"admin": ()}, {}),

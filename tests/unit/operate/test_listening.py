@@ -188,6 +188,13 @@ def test_reserve_of_open_files(monkeypatch, events):
     assert len(events) == 1
 
 
+def test_closed_standard_input(monkeypatch):
+    """Only a lack of files refuses clients, and no other error."""
+    door = Door(monkeypatch, 1024)
+    monkeypatch.setattr("os.dup", lambda _: (_ for _ in ()).throw(OSError(9, "Bad file descriptor")))
+    assert door.admits(0)
+
+
 def test_reserve_of_a_small_limit(monkeypatch, events):
     """At least half of the files are for clients."""
     door = Door(monkeypatch, 40)

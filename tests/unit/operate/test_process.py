@@ -166,6 +166,18 @@ def test_daemon_leaves_its_terminal(system, daemon):
     assert not twistd["nodaemon"], "twistd writes the report of a crash to a file"
 
 
+def test_daemon_without_standard_files(system, monkeypatch):
+    """A process whose standard files are closed may have other files at their descriptors."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.__{name}__", None)
+    system.results = [0, 0]
+    ServerProcess({"nodaemon": 0}, None).daemonize()
+    assert system.calls == ["fork", "setsid", "fork"]
+    with pytest.raises(SystemExit):
+        ServerProcess({"nodaemon": 1}, None).fail("no port")
+    assert system.err == b""
+
+
 def test_umask_of_twistd_is_kept(system):
     system.results = [0, 0]
     twistd = {"nodaemon": 0, "umask": 0o22}

@@ -188,6 +188,16 @@ def test_standard_output_in_a_file(file):
     assert file.read_bytes() == b"onetwo"
 
 
+def test_closed_standard_output(monkeypatch):
+    """Another file may have the descriptor of standard output, so the log goes nowhere."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr("sys.__stdout__", None)
+    assert standard_output(writing).write(b"one") == 3
+    os.close(writing)
+    assert os.read(reading, 9) == b""
+    os.close(reading)
+
+
 def test_log_file_that_is_a_pipe(file):
     """--logfile may name a pipe that has a reader."""
     os.mkfifo(file)
