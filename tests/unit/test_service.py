@@ -393,6 +393,14 @@ def test_store_that_cannot_be_opened_ends_the_process(server):
     assert server.readiness() == (False, "starting")
 
 
+def test_unexpected_error_at_the_start(server, events):
+    """An error that nobody foresaw ends the process with one line too, and the log has the traceback."""
+    server.store.fault = ZeroDivisionError("for the test")
+    with pytest.raises(SystemExit, match=r"the store cannot be opened \(ZeroDivisionError\('for the test'\)\)"):
+        server.service.startService()
+    assert events[-1]["log_failure"].type is ZeroDivisionError
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
