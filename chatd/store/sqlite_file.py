@@ -169,9 +169,11 @@ class SqliteFile:
         try:
             self._take_lock(beside, opened)
         except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
             raise StoreError(
                 f"{beside if beside.exists() else self.path.parent} cannot be written ({error.strerror}): "
-                "make it writable for this user, or name another file with --store sqlite:PATH"
+                f"{'create the folder' if missing else 'make it writable for this user'}, "
+                "or name another file with --store sqlite:PATH"
             ) from None
         try:
             lock = self._take_lock(self._file, opened)

@@ -31,7 +31,7 @@ def status(port, path="/readyz"):
     ("option", "line"),
     [
         ("--listen=tcp:{port}:interface=127.0.0.1", r"cannot listen on tcp:\d+:interface=127.0.0.1 \(.*in use\): .*"),
-        ("--store=sqlite:missing/chatd.sqlite", r"missing cannot be written .*"),
+        ("--store=sqlite:missing/chatd.sqlite", r"missing cannot be written \(.*\): create the folder, .*"),
         ("--listen=systemd:domain=INET:index=0", r"--listen: .*systemd passed no such socket.*"),
     ],
 )

@@ -708,7 +708,7 @@ def test_open_folder(opened, path):
 def test_open_in_missing_folder(opened, tmp_path):
     assert refused(opened, tmp_path / "none" / "chat.sqlite") == (
         f"{tmp_path / 'none'} cannot be written (No such file or directory): "
-        "make it writable for this user, or name another file with --store sqlite:PATH"
+        "create the folder, or name another file with --store sqlite:PATH"
     )
     assert not (tmp_path / "none").exists()
 
@@ -718,14 +718,21 @@ def test_open_below_a_file(opened, path):
     assert " cannot be written (Not a directory): " in refused(opened, path / "chat.sqlite")
 
 
-def test_open_in_read_only_folder(opened, path, monkeypatch):
+def test_open_without_permission(opened, path, monkeypatch):
+    """The line names the folder, or the lock that another user left."""
+
     # Simulated, because root may write everywhere.
     def forbidden(*_):
         raise PermissionError(13, "Permission denied")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", forbidden)
-        assert " cannot be written (Permission denied): make it writable for this user, " in refused(opened, path)
+    def reason():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", forbidden)
+            return refused(opened, path)
+
+    assert reason().startswith(f"{path.parent} cannot be written (Permission denied): make it writable for this user, ")
+    path.with_name(f"{path.name}-lock").touch()  # as another user leaves it
+    assert reason().startswith("-lock cannot be written (Permission denied): make it writable for this user, ")
 
 
 def test_open_a_log_in_use(opened, path):
