@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Final
 
 from twisted.application.service import IService
-from twisted.internet.base import ReactorBase
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.logger import Logger
 from twisted.python import usage
@@ -23,6 +22,7 @@ from chatd import config
 from chatd.config import ConfigError
 from chatd.operate import check
 from chatd.operate import logging as logs
+from chatd.operate.clock import use_monotonic_clock
 from chatd.operate.drain import Drain
 from chatd.operate.listening import Entrance, Ports
 from chatd.operate.machine import ThisMachine
@@ -47,15 +47,10 @@ _log = Logger()
 
 
 def _reactor() -> Any:
-    """Return the reactor, which twistd has installed by the time of the call.
-
-    Twisted's reactors measure time by the wall clock.  When that is set back, all their calls wait for it.  They take
-    another clock as an attribute, which must be set before the first call is scheduled.
-    """
+    """Return the reactor, which twistd has installed by the time of the call."""
     from twisted.internet import reactor
 
-    if isinstance(reactor, ReactorBase):
-        reactor.seconds = time.monotonic
+    use_monotonic_clock(reactor)
     return reactor
 
 

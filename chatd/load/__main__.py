@@ -24,6 +24,7 @@ from chatd.client.client import ServerAddress
 from chatd.load.figures import Progress, summary
 from chatd.load.options import Parser, allow_files, number_from
 from chatd.load.trial import UNTRIED, Trial
+from chatd.operate.clock import use_monotonic_clock
 
 SPARE: Final = 50
 """Open files besides those of the clients."""
@@ -133,6 +134,7 @@ def run() -> int:
     """Run a trial with the global reactor, and return the exit status."""
     from twisted.internet import reactor
 
+    use_monotonic_clock(reactor)
     faults = FilteringLogObserver(textFileLogObserver(sys.stderr), [LogLevelFilterPredicate(LogLevel.critical)])
     globalLogBeginner.beginLoggingTo([faults], redirectStandardIO=False, discardBuffer=True)
     gc.freeze()
