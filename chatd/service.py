@@ -149,7 +149,7 @@ class ChatService(Service):
         except StoreError as error:
             self._process.fail(str(error))
         except Exception as error:  # noqa: BLE001 -- the process ends in any case, and its starter must not wait
-            _log.failure("unexpected error")
+            _logger.failure("unexpected error")
             self._process.fail(f"the store cannot be opened ({error!r})")
         self._stored = opened.called
         to_open = [*self._ports_to_open] if self._stored else []

@@ -43,7 +43,7 @@ from chatd.transport.websocket import ChatFactory
 GARBAGE: Final = 50_000
 """Number of new objects that start a garbage collection.  Python's default of 700 suits smaller programs."""
 
-_log = Logger()
+_logger = Logger()
 
 
 def _reactor() -> Any:
@@ -186,7 +186,7 @@ def _heed_upkeep(reactor: Any, observer: logs.LineObserver | None, ports: Ports)
     """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
 
     def reload() -> None:
-        _log.info("reloading")
+        _logger.info("reloading")
         if observer is not None:
             observer.reopen()
         ports.reload()

@@ -38,7 +38,7 @@ WARN_SECONDS: Final = 60
 """The least time between two warnings that open files are short."""
 ANY_IPV6: Final = "::"
 
-_log = Logger()
+_logger = Logger()
 
 
 @implementer(IOpenSSLServerConnectionCreator)
@@ -162,9 +162,9 @@ class Ports:
                 port.certificate.use(reader.options)
             except Exception as error:  # noqa: BLE001 -- files that OpenSSL and Twisted cannot read
                 reason = " ".join(str(error).split())
-                _log.error("the old certificate of {endpoint} stays: {reason}", endpoint=port.text, reason=reason)
+                _logger.warn("the old certificate of {endpoint} stays: {reason}", endpoint=port.text, reason=reason)
             else:
-                _log.info("read the certificate of {endpoint}", endpoint=port.text)
+                _logger.info("read the certificate of {endpoint}", endpoint=port.text)
 
 
 class Entrance:
@@ -195,7 +195,7 @@ class Entrance:
         now = self._clock.seconds()
         if now >= self._quiet_until:
             self._quiet_until = now + WARN_SECONDS
-            _log.warn(
+            _logger.warn(
                 "refused {refused} clients: all but the reserve of {limit} open files is in use: "
                 "raise LimitNOFILE or ulimit -n",
                 refused=self._refused,

@@ -131,7 +131,7 @@ class LineObserver:
         """The number of bytes that wait."""
         self._dropped = 0
         self._retrying = False
-        self._log = Logger(namespace=__name__, observer=self)
+        self._logger = Logger(namespace=__name__, observer=self)
 
     def __call__(self, event: LogEvent) -> None:
         """Write an event, or keep it until it can be written."""
@@ -166,7 +166,7 @@ class LineObserver:
                     return
         if self._dropped and written:
             dropped, self._dropped = self._dropped, 0
-            self._log.warn("{dropped} lines of the log were dropped: it could not be written", dropped=dropped)
+            self._logger.warn("{dropped} lines of the log were dropped: it could not be written", dropped=dropped)
 
     def _retry(self) -> None:
         if not self._retrying:
@@ -191,7 +191,7 @@ class LineObserver:
             with self._lock:
                 move()
         except OSError as error:
-            self._log.warn("the log file cannot be {done} ({reason})", done=done, reason=error.strerror)
+            self._logger.warn("the log file cannot be {done} ({reason})", done=done, reason=error.strerror)
 
     def drain(self) -> None:
         """Wait, for a limited time, until the lines that wait are written: the process is about to end."""

@@ -25,7 +25,7 @@ STDOUT, STDERR = 1, 2
 UMASK: Final = 0o077
 """The umask that twistd gives a daemon."""
 
-_log = Logger()
+_logger = Logger()
 
 
 def obstacle(twistd: MutableMapping[str, Any]) -> str | None:
@@ -118,7 +118,7 @@ class ServerProcess:
 
     def _explain(self, line: str) -> None:
         if not self._shows_log:
-            _log.error("{line}", line=line)
+            _logger.error("{line}", line=line)
         self._remove_pid_file()
         text = f"chatd: {line}\n".encode()
         if self._report is None:

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import twisted.internet
@@ -61,16 +62,21 @@ class Reactor(MemoryReactorClock):
 
 
 @pytest.fixture(autouse=True)
-def _process(monkeypatch):
+def daemons(monkeypatch):
     """Restore what a server sets for its process: Autobahn's clock, signals, and the garbage collector.
 
-    No test becomes a daemon.
+    No test becomes a daemon; the processes that would are returned.
     """
+    made = []
+
+    def daemonize(process):
+        made.append(process)
+
     monkeypatch.setattr(txaio.config, "loop", txaio.config.loop)
-    monkeypatch.setattr(ServerProcess, "daemonize", lambda self: None)
+    monkeypatch.setattr(ServerProcess, "daemonize", daemonize)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGUSR1)}
     threshold, install = gc.get_threshold(), signal.signal
-    yield
+    yield made
     for number, handler in handlers.items():
         install(number, handler)
     gc.set_threshold(*threshold)
@@ -455,6 +461,21 @@ def test_http_posts_are_limited_by_the_forwarded_address(reactor, hops, same, ot
     assert [status(reactor, post(forwarded)) for forwarded in same] == [201, 429]
     if other is not None:
         assert status(reactor, post(other)) == 201
+
+
+def test_start_becomes_a_daemon_once(daemons):
+    """The service is made before the process becomes a daemon, which twistd does later."""
+    tap.makeService(parse("--store=memory:"))
+    assert len(daemons) == 1
+
+
+def test_clients_leave_a_reserve_of_open_files(reactor, monkeypatch):
+    """Without open files to spare, clients are refused, and operators are not."""
+    monkeypatch.setattr(tap.Options, "machine", SimpleNamespace(open_files=lambda: 0))
+    start()
+    clients, operators = (factory.buildProtocol(None) for _, factory, *_ in reactor.tcpServers)
+    assert clients is None
+    assert operators is not None
 
 
 def test_garbage_collection_skips_the_objects_of_the_start():

@@ -125,7 +125,7 @@ def test_new_certificate(folder, reactor, ports, events, prefix):
     assert certificate(reactor) == second
     assert [(event["log_level"], event["endpoint"]) for event in events] == [
         (LogLevel.info, text),
-        (LogLevel.error, text),
+        (LogLevel.warn, text),
     ]
 
 

@@ -115,6 +115,7 @@ def test_full_file_is_rotated(file, monkeypatch):
     sink.write(b"two")
     assert file.read_bytes() == b"two"
     assert file.with_name("log.1").read_bytes() == b"one45678"
+    assert not file.with_name("log.2").exists()
 
 
 def test_file_that_cannot_be_rotated_continues(file, monkeypatch):
