@@ -302,7 +302,8 @@ class _Channel(HTTPChannel):
 
     def _close_if_finished(self) -> None:
         """Close the connection when a client that sends no more has all its answers."""
-        if self.half_closed and not self.asked and not self._busyReceiving:
+        pending = self.asked or self._busyReceiving or HEAD_END in self._buffer
+        if self.half_closed and not pending:
             self.loseConnection()
 
     def writeConnectionLost(self) -> None:
