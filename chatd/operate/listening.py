@@ -24,13 +24,14 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamServerEndpoint,
 )
-from twisted.internet.protocol import Factory
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import CertificateOptions
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from zope.interface import directlyProvides, implementer, providedBy
 
 from chatd.operate.check import Endpoint
+from chatd.transport.proxied import PREFIX, ProxiedEndpoint
 
 RESERVED_FILES: Final = 32
 """The open files that clients may not use: for the admin port, the store and the log."""
@@ -66,7 +67,7 @@ class _EndpointReactor:
 
     def __init__(self, reactor: Any, text: str) -> None:
         self._reactor = reactor
-        self.endpoint: IStreamServerEndpoint = serverFromString(self, text)
+        self.endpoint: IStreamServerEndpoint = serverFromString(self, text.removeprefix(PREFIX))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reactor, name)
@@ -149,7 +150,7 @@ class Ports:
         parsed = Endpoint(text)
         if isinstance(parsed.address, IPv4Address):
             self._ipv4_ports.add(parsed.port)
-        return port.endpoint
+        return ProxiedEndpoint(port.endpoint) if text.startswith(PREFIX) else port.endpoint
 
     def reload(self) -> None:
         """Read the certificates again; log a failure, and keep the old certificate in force."""
@@ -165,6 +166,16 @@ class Ports:
                 _logger.warn("the old certificate of {endpoint} stays: {reason}", endpoint=port.text, reason=reason)
             else:
                 _logger.info("read the certificate of {endpoint}", endpoint=port.text)
+
+
+class _Refusal(Protocol):
+    """Closes a connection at once."""
+
+    transport: Any
+
+    def connectionMade(self) -> None:
+        """Close the connection without a handshake."""
+        self.transport.abortConnection()
 
 
 class Entrance:
@@ -186,7 +197,7 @@ class Entrance:
         return getattr(self._factory, name)
 
     def buildProtocol(self, address: IAddress) -> IProtocol | None:
-        """Return the protocol for a new client, or None to close its connection."""
+        """Return the protocol for a new client, or one that closes the connection."""
         limit = self._limit()
         if _lowest_free() < limit - min(RESERVED_FILES, limit // 2):
             protocol: IProtocol | None = self._factory.buildProtocol(address)
@@ -202,7 +213,7 @@ class Entrance:
                 limit=limit,
             )
             self._refused = 0
-        return None
+        return _Refusal()  # None is no answer below TLS or the PROXY protocol
 
 
 def _lowest_free() -> float:

@@ -10,7 +10,7 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
-from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.logger import LogLevel
 from zope.interface import implementer
 
@@ -174,7 +174,9 @@ class Door:
 
     def admits(self, files):
         self.files = files
-        return self.entrance.buildProtocol(None) is not None
+        transport = StringTransport()
+        self.entrance.buildProtocol(None).makeConnection(transport)
+        return not transport.disconnected
 
 
 def test_reserve_of_open_files(monkeypatch, events):
@@ -200,6 +202,19 @@ def test_reserve_of_a_small_limit(monkeypatch, events):
     door = Door(monkeypatch, 40)
     assert door.admits(19)
     assert not door.admits(20)
+
+
+@deprecated
+@pytest.mark.parametrize("prefix", ["haproxy:tcp:1", "ssl:1:", "haproxy:ssl:1:"])
+def test_refusal_below_another_protocol(monkeypatch, folder, reactor, ports, prefix):
+    """A connection with TLS or behind a PROXY header is closed too."""
+    door = Door(monkeypatch, 1024)
+    door.files = 1024
+    text = prefix + certificate_for(folder)[0] * prefix.endswith(":")
+    ports.endpoint(text).listen(door.entrance)
+    transport = StringTransport()
+    reactor.tcpServers[0][1].buildProtocol(None).makeConnection(transport)
+    assert transport.disconnected
 
 
 def test_shortage_of_open_files_is_logged_once(monkeypatch, events):
