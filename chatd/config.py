@@ -291,7 +291,8 @@ OPTIONS: Final = (
         name="rate",
         metavar="N[:BURST]",
         default="20:40",
-        help="limit frames per second for each connection, and HTTP posts per second for each address; 0: no limit",
+        help="limit frames per second for each connection, and HTTP posts and reads per second for each address; "
+        "0: no limit",
         parse=parse_rate,
     ),
     Option(

@@ -121,15 +121,14 @@ def makeService(options: Options) -> IService:
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
     readiness = Readiness(lambda: store.fault)
     api = Api(rooms, connections, admission, addresses)
-    site = http.site(readiness, reactor, {"": api, "rooms": api})
-    factory = ChatFactory(
-        rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor, rate=rate
-    )
+    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, proxied=settings.proxy_hops > 0)
+    factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     metrics = Metrics(
         store=store,
         rooms=rooms,
         connections=connections,
-        refusals={"frame": factory.refused_frames, "handshake": factory.refused_handshakes, "request": site.refused},
+        refusals={"frame": site.intake.refusals, "handshake": factory.refused_handshakes, "request": site.refused},
+        throttles=site.intake.throttles,
         clock=reactor,
     )
     twistd = {} if options.parent is None else options.parent

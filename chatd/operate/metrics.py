@@ -70,7 +70,10 @@ class ReactorLag:
 
 
 class Metrics(Collector):
-    """All metrics.  `refusals` are counted by kind (frame, handshake, request), and then by reason."""
+    """All metrics.
+
+    `refusals` are counted by kind (frame, handshake, request) and then by reason, `throttles` by transport.
+    """
 
     def __init__(
         self,
@@ -79,12 +82,14 @@ class Metrics(Collector):
         rooms: Registry,
         connections: Connections,
         refusals: Mapping[str, Mapping[str, int]],
+        throttles: Mapping[str, int],
         clock: IReactorTime,
     ) -> None:
         self._store = store
         self._rooms = rooms
         self._connections = connections
         self._refusals = refusals
+        self._throttles = throttles
         self._lag = ReactorLag(clock)
         self._started = time.time()
         self._registry = CollectorRegistry()
@@ -162,6 +167,12 @@ class Metrics(Collector):
             for reason, number in reasons.items():
                 refusals.add_metric([kind, reason], number)
         yield refusals
+        throttles = CounterMetricFamily(
+            "chatd_throttles", "Pauses in reading from a connection that exceeded the rate.", labels=["transport"]
+        )
+        for transport, number in self._throttles.items():
+            throttles.add_metric([transport], number)
+        yield throttles
 
     def _store_metrics(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(

@@ -240,6 +240,15 @@ class Rate:
         who.due = due + self._interval
         return 0.0
 
+    def charge(self, who: Paced) -> float:
+        """Count one more frame that cannot be refused; return 0.0, or above the rate the seconds until the next one."""
+        wait = self.take(who)
+        if not wait:
+            return 0.0
+        wait += self._interval
+        who.due = self._now() + wait + self._tolerance
+        return wait
+
 
 _HOST_PORT = re.compile(r"\[([^][]+)\](?::[0-9]{1,5})?|([^:]+):[0-9]{1,5}")
 """An address with brackets or a port, as some proxies write it (RFC 7239, section 6)."""
@@ -283,8 +292,11 @@ class Addresses:
         self._addresses: dict[str, _Address] = {}
         self._most = MAX_ADDRESSES
 
-    def take(self, peer: str, forwarded: str | None) -> float:
-        """Count one more request of the address behind a connection; return as Rate.take does."""
+    def take(self, peer: str, forwarded: str | None, *, reading: bool = False) -> float:
+        """Count one more post, or with `reading` one more read, of the address behind a connection.
+
+        Posts and reads have a limit each.  Return as Rate.take does.
+        """
         if self._rate is None:
             return 0.0
         entries = forwarded.rsplit(",", self._hops)[-self._hops :] if forwarded and self._hops else []
@@ -294,4 +306,4 @@ class Addresses:
             now = self._now()
             self._addresses = {name: one for name, one in self._addresses.items() if one.due > now}
             self._most = max(MAX_ADDRESSES, 2 * len(self._addresses))
-        return self._rate.take(self._addresses.setdefault(address, _Address()))
+        return self._rate.take(self._addresses.setdefault(f"reads of {address}" if reading else address, _Address()))

@@ -183,7 +183,18 @@ class Api(ChatResource):
         if found is None:
             request.setHeader("allow", _methods(resource))
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
+        if method != "OPTIONS" and rest != "/events":  # browsers never repeat a stream that was refused
+            self._limit(request, reading=method != "POST")
         return found()
+
+    def _limit(self, request: Request, *, reading: bool) -> None:
+        """Count a request of the address behind the connection; raise HttpError 429 above the rate."""
+        address = request.getClientAddress()
+        peer = str(getattr(address, "host", address))
+        wait = self._addresses.take(peer, _header(request, b"x-forwarded-for"), reading=reading)
+        if wait:
+            status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
+            raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
 
     def _preflight(self, request: Request, resource: dict[str, Callable[[], Any]]) -> int:
         """Answer a preflight request (Fetch, section 3.2.3)."""
@@ -252,12 +263,6 @@ class Api(ChatResource):
 
     def _post(self, request: Request, room: str) -> int:
         """Post a message, and answer with its location."""
-        address = request.getClientAddress()
-        peer = str(getattr(address, "host", address))
-        wait = self._addresses.take(peer, _header(request, b"x-forwarded-for"))
-        if wait:
-            status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
-            raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
         if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             # No HTML form sends this type, so pages of other origins need a preflight request.
             raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")

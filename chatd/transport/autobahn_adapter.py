@@ -14,8 +14,9 @@ Autobahn speaks WebSocket (RFC 6455).  `AutobahnConnection` is its protocol clas
 The unit tests fail if Autobahn drops or renames a name that is used here.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import txaio
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
@@ -26,7 +27,8 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.transport.framing import MAX_REASON, CloseCode, take_masked_texts
+from chatd.transport.framing import MAX_REASON, CloseCode, Opcode, masked_text_at, masked_texts
+from chatd.transport.intake import FRAMES_PER_LOOK, FRAMES_PER_TURN, SECONDS_PER_TURN
 
 MAX_MESSAGE: Final = 16 << 10
 """The largest size of a posted frame in bytes: 530 code points, each escaped in twelve bytes, fit twice."""
@@ -43,9 +45,26 @@ class _Ignored:
         """Do nothing."""
 
 
+class Receiver(Protocol):
+    """The object that handles the frames of a connection."""
+
+    def received(self, text: bytes) -> None:
+        """Handle the text of a message."""
+
+    def part_received(self) -> None:
+        """Take note of a ping, a pong, a fragment that does not end its message, or a frame after the close frame."""
+
+    def must_wait(self) -> bool:
+        """Return whether frames that have arrived must not be handled now."""
+
+    def queue(self) -> None:
+        """Call read_frames() in a later reactor turn."""
+
+
 class AutobahnConnection(WebSocketServerProtocol):
     """Autobahn's server protocol, which calls the hooks of a subclass."""
 
+    session: Receiver
     transport: Any  # Twisted's transports have more than ITransport names
 
     # Autobahn fires these Deferreds.
@@ -64,10 +83,6 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     def request_received(self, data: bytes) -> None:
         """Handle the bytes of a request received so far."""
-        raise NotImplementedError
-
-    def text_received(self, text: bytes) -> None:
-        """Handle the text of a message."""
         raise NotImplementedError
 
     def send_frame(self, frame: bytes) -> None:
@@ -134,8 +149,7 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     def read_kept(self) -> None:
         """Read the frames that followed the handshake."""
-        if self.data:
-            self.consumeData()
+        self.read_frames()
 
     def release_transport(self) -> bytes:
         """Forget the connection, which another protocol continues, and return what was received."""
@@ -153,18 +167,59 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     @override
     def dataReceived(self, data: bytes) -> None:
-        # Autobahn's state must be between two frames, and between two messages.
-        if self.state == self.STATE_OPEN and not self.inside_message and self.current_frame is None:
-            if self.data:
-                data = self.data + data
-            texts, rest, more = take_masked_texts(data, MAX_MESSAGE)
-            for text in texts:
-                self.text_received(text)
-            self.data = data[rest:]
-            if self.data and not more:
-                self.consumeData()
+        self.data = self.data + data if self.data else data
+        if self.state in (self.STATE_OPEN, self.STATE_CLOSING):
+            self.read_frames()
         else:
-            self._dataReceived(data)
+            self.consumeData()
+
+    def read_frames(self) -> None:
+        """Handle the frames in `data` until one must wait, or the budget of this turn is spent."""
+        data, self.data = self.data, b""
+        start, size, frames, session = 0, len(data), 0, self.session
+        now = deadline = 0.0
+        between = self.state == self.STATE_OPEN and not self.inside_message and self.current_frame is None
+        while start < size and not session.must_wait():
+            if frames:
+                if frames % FRAMES_PER_LOOK == 1:
+                    now = self.factory.reactor.seconds()
+                    deadline = deadline or now + SECONDS_PER_TURN
+                if frames == FRAMES_PER_TURN or now > deadline:
+                    session.queue()
+                    break
+            frames += 1
+            text, after = masked_text_at(data, start, MAX_MESSAGE) if between else (None, -1)
+            if text is not None:
+                start = after
+                session.received(text)
+            elif after == start:
+                break
+            else:
+                self.data = data[start:]
+                going = self.processData()  # a header, or as much of a payload as there is
+                while going and self.current_frame is not None:
+                    going = self.processData()
+                data, self.data, start = self.data, b"", 0
+                size = len(data)
+                between = self.state == self.STATE_OPEN and not self.inside_message
+                if not going or self.state == self.STATE_CLOSED:
+                    break
+        self.data = data[start:]
+
+    def unread_texts(self) -> Iterator[bytes]:
+        """Iterate over the texts that have arrived and wait, unless the connection was failed."""
+        between = not self.inside_message and self.current_frame is None
+        return masked_texts(self.data if between and not self.failedByMe else b"", MAX_MESSAGE)
+
+    @override
+    def onFrameBegin(self) -> None:
+        super().onFrameBegin()
+        frame = self.current_frame
+        # A message is counted once, when its last frame has arrived.
+        if frame.opcode != Opcode.CLOSE and (
+            frame.opcode > Opcode.CLOSE or not frame.fin or self.state != self.STATE_OPEN
+        ):
+            self.session.part_received()
 
     @override
     def onMessageFrameBegin(self, length: int) -> None:
@@ -180,7 +235,7 @@ class AutobahnConnection(WebSocketServerProtocol):
         if isBinary:
             self.fail(CloseCode.UNSUPPORTED_DATA, "only text frames are understood")
         else:
-            self.text_received(payload)
+            self.session.received(payload)
 
     # Sending
 

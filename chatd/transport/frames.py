@@ -54,6 +54,19 @@ class FrameError(ValueError):
         self.label = label
 
 
+class SchemaError(FrameError):
+    """A frame that breaks its schema; the fault is looked for only when the text is read."""
+
+    def __init__(self, form: "Form", document: object) -> None:
+        super().__init__("", _label(document))
+        self._form = form
+        self._document = document
+
+    def __str__(self) -> str:
+        """Name the fault."""
+        return f"Validation error: {self._form.explain(self._document)}"
+
+
 def _pattern(_: object, pattern: str, instance: object, __: object) -> Iterator[jsonschema.ValidationError]:
     """Check `pattern` as JSON Schema defines it: `$` does not match before a final newline."""
     if isinstance(instance, str) and not re.search(pattern.replace("$", r"\Z"), instance):
@@ -159,7 +172,7 @@ def _load(text: bytes) -> Any:
 
 
 def _refuse(form: Form, document: object) -> NoReturn:
-    raise FrameError(f"Validation error: {form.explain(document)}", _label(document))
+    raise SchemaError(form, document)
 
 
 def _label(document: object) -> str | None:

@@ -7,6 +7,7 @@ bad, is left to Autobahn, which knows the rest of the protocol.
 This module is pure: bytes in, values out.
 """
 
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -56,41 +57,54 @@ LENGTH_64: Final = 127
 """The length field of a frame whose length is in the next eight bytes."""
 
 _TEXT: Final = FIN | Opcode.TEXT.value
+_PASSED_OVER: Final = FIN | Opcode.PING.value, FIN | Opcode.PONG.value
 _SHORTEST_MASKED: Final = 6
 """The size of the smallest masked frame: its header and its mask."""
 _SHORTEST: Final = 2
+_integer: Final = int.from_bytes
 
 
-def take_masked_texts(data: bytes, max_size: int) -> tuple[list[bytes], int, bool]:
-    """Unmask the whole text frames that a client sent, at the beginning of `data`.
+def masked_text_at(data: bytes, start: int, max_size: int) -> tuple[bytes | None, int]:
+    """Unmask the whole text frame of a client that begins at an offset.
 
-    Return their payloads, the offset of the rest, and whether the rest may become such a frame when
-    more bytes arrive.  A payload larger than `max_size` bytes ends the list.
+    Return its payload and the offset after it.  Return None and `start` while the frame is incomplete.  Return None and
+    -1 for any other frame, and for a payload of more than `max_size` bytes.
     """
-    payloads: list[bytes] = []
-    integer = int.from_bytes
+    end = len(data)
+    begin = start + _SHORTEST_MASKED
+    if begin > end:
+        return None, start
+    length = data[start + 1] - MASKED
+    if data[start] != _TEXT or not 0 <= length <= LENGTH_16:
+        return None, -1
+    if length == LENGTH_16:
+        begin += 2
+        if begin > end:
+            return None, start
+        length = int.from_bytes(data[start + 2 : start + 4])
+        if length < LENGTH_16 or length > max_size:
+            return None, -1
+    after = begin + length
+    if after > end:
+        return None, start
+    # Unmask all bytes at once: payload and repeated mask as two integers (section 5.3).
+    mask = data[begin - 4 : begin] * (length // 4 + 1)
+    unmasked = _integer(data[begin:after], "little") ^ _integer(mask[:length], "little")
+    return unmasked.to_bytes(length, "little"), after
+
+
+def masked_texts(data: bytes, max_size: int) -> Iterator[bytes]:
+    """Unmask the whole text frames of a client up to the first other frame; pass over pings and pongs."""
     start, end = 0, len(data)
-    while start + _SHORTEST_MASKED <= end:
-        length = data[start + 1] - MASKED
-        if data[start] != _TEXT or not 0 <= length <= LENGTH_16:
-            return payloads, start, False
-        begin = start + _SHORTEST_MASKED
-        if length == LENGTH_16:
-            begin += 2
-            if begin > end:
-                break
-            length = int.from_bytes(data[start + 2 : start + 4])
-            if length < LENGTH_16 or length > max_size:
-                return payloads, start, False
-        after = begin + length
-        if after > end:
-            break
-        # Unmask all bytes at once: payload and repeated mask as two integers (section 5.3).
-        mask = data[begin - 4 : begin] * (length // 4 + 1)
-        unmasked = integer(data[begin:after], "little") ^ integer(mask[:length], "little")
-        payloads.append(unmasked.to_bytes(length, "little"))
+    while start < end:
+        text, after = masked_text_at(data, start, max_size)
+        if text is not None:
+            yield text
+        elif after < 0 and data[start] in _PASSED_OVER and MASKED <= data[start + 1] < MASKED + LENGTH_16:
+            after = start + _SHORTEST_MASKED + data[start + 1] - MASKED
+        else:
+            return
         start = after
-    return payloads, start, True
 
 
 def take_texts(data: bytes) -> tuple[list[bytes], int, bool]:

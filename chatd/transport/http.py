@@ -31,8 +31,9 @@ from zope.interface import implementer
 
 import chatd
 from chatd.messages import Code
-from chatd.transport.admission import HttpError, check_operator
+from chatd.transport.admission import HttpError, Rate, check_operator
 from chatd.transport.heads import HEAD_END, MAX_HEAD, MAX_HEADERS, Head, check_partial, invalid, parse, too_long
+from chatd.transport.intake import HTTP, Intake
 
 HTTP_SECONDS: Final = 75
 """The time in which a request must arrive."""
@@ -201,6 +202,9 @@ class _Channel(HTTPChannel):
     """An HTTP connection on which each request has one deadline, which bytes that arrive do not extend.
 
     A line of this line receiver is a whole head.  Twisted's parser gets the lines of a valid one only.
+
+    The connection handles one request in a reactor turn, and none while answers wait in the transport.  Unless a
+    proxy shares the connection between clients, each request costs a token, and above the rate the next request waits.
     """
 
     delimiter = HEAD_END
@@ -211,6 +215,10 @@ class _Channel(HTTPChannel):
 
     transport: Any
     site: "ChatSite"
+    due = 0.0
+    """The state that the rate limit keeps of this connection (admission.Paced)."""
+    _overdue = False
+    """True if the next request waits only for the transport."""
     _refused = False
     asked = False
     """True while a request waits for its answer."""
@@ -240,8 +248,44 @@ class _Channel(HTTPChannel):
         self._savedTimeOut = KEEP_ALIVE_SECONDS
         if self.site.closing:
             self.persistent = False
+        self.paused = True  # LineReceiver keeps the bytes that have arrived
         super().requestDone(request)
+        if self.persistent:
+            self._wait_for_turn()
         self._close_if_finished()
+
+    def _wait_for_turn(self) -> None:
+        """Handle the next request in another turn, or when the rate allows it."""
+        intake = self.site.intake
+        wait = 0.0 if intake.rate is None or self.site.proxied else intake.rate.charge(self)
+        if not wait and not self._buffer:
+            self.paused = False
+            return
+        self._networkProducer.pauseProducing()
+        if wait:
+            intake.throttles[HTTP] += 1
+            intake.clock.callLater(wait, self._next)
+        else:
+            intake.turns.wait(self._next)
+
+    def _next(self) -> None:
+        """Handle the next request, unless the answers before it wait in the transport."""
+        if self not in self.site.channels or self.transport.disconnecting:
+            return
+        self._overdue = self._waitingForTransport
+        if not self._overdue:
+            self.paused = False
+            self._networkProducer.resumeProducing()
+            self.dataReceived(b"")
+
+    def resumeProducing(self) -> None:
+        """Read on, because the transport takes more."""
+        super().resumeProducing()
+        if self.paused:
+            self._networkProducer.pauseProducing()
+            if self._overdue:
+                self._overdue = False
+                self.site.intake.turns.wait(self._next)
 
     def resetTimeout(self) -> None:
         """Keep the timeout that was set when the request began; Twisted calls this for all bytes that arrive."""
@@ -343,8 +387,13 @@ class ChatSite(Site):
     requestFactory = _SiteRequest
     protocol = _Channel  # type: ignore[assignment]  # HTTP/2 is not offered
 
-    def __init__(self, resource: IResource, reactor: IReactorTime) -> None:
+    def __init__(
+        self, resource: IResource, reactor: IReactorTime, rate: Rate | None = None, *, proxied: bool = False
+    ) -> None:
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
+        self.intake = Intake(reactor, rate)
+        self.proxied = proxied
+        """True if one connection may carry the requests of many clients."""
         self.refused: Counter[str] = Counter()
         """The number of requests answered with a problem, by status."""
         self.channels: set[_Channel] = set()
@@ -403,8 +452,18 @@ class ChatSite(Site):
             self.refused[str(request.code)] += 1
 
 
-def site(ready: Ready, reactor: IReactorTime, resources: Mapping[str, IResource]) -> ChatSite:
-    """Make the site of a port: health checks, and these resources by the first part of their path."""
+def site(
+    ready: Ready,
+    reactor: IReactorTime,
+    resources: Mapping[str, IResource],
+    rate: Rate | None = None,
+    *,
+    proxied: bool = False,
+) -> ChatSite:
+    """Make the site of a port: health checks, and these resources by the first part of their path.
+
+    `rate` limits each connection, unless it is `proxied` and may carry the requests of many clients.
+    """
 
     def readiness() -> tuple[HTTPStatus, str]:
         well, words = ready()
@@ -415,7 +474,7 @@ def site(ready: Ready, reactor: IReactorTime, resources: Mapping[str, IResource]
     root.putChild(b"readyz", Text(readiness))
     for name, resource in resources.items():
         root.putChild(name.encode(), resource)
-    return ChatSite(root, reactor)
+    return ChatSite(root, reactor, rate, proxied=proxied)
 
 
 def admin(

@@ -4,12 +4,13 @@ A WebSocket connection and an event stream are transports.  Each holds one membe
 is what the room, the presence and the drain know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from chatd.room.registry import JoinTicket, Registry
 from chatd.room.room import Room
 from chatd.transport.admission import NO_EVENTS
+from chatd.transport.framing import CloseCode
 
 
 class MemberTransport(Protocol):
@@ -135,7 +136,14 @@ class _Gone:
     def evict(self) -> None:
         """Do nothing."""
 
-    stop_reading = read_on = fail_not_text = evict
+    stop_reading = read_on = read_frames = evict
+
+    def fail(self, code: CloseCode, reason: str) -> None:
+        """Do nothing."""
+
+    def unread_texts(self) -> Iterator[bytes]:
+        """Return no text."""
+        return iter(())
 
 
 GONE: Final = _Gone()

@@ -4,10 +4,12 @@ A session checks each frame, hands posts to the log, and answers with an acknowl
 error.  A WebSocket connection holds one session.
 
 A client that does not read its answers is not read either.  While a page is being fetched, or while
-answers wait in the transport, the session reads nothing more, and holds the frames that have arrived.
+answers wait in the transport, the session reads nothing more.  A client that exceeds the rate gets one
+error and is not read until the rate allows the next frame.  Frames that have arrived wait, in order, in
+the transport.
 """
 
-from collections import Counter, deque
+from collections.abc import Iterator
 from enum import Flag, auto
 from math import ceil
 from typing import Final, Protocol, TypeVar
@@ -20,12 +22,15 @@ from chatd.messages import Code, Id, PageRequest, Post, Typing
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
 from chatd.room.registry import Registry
 from chatd.room.room import Room
-from chatd.transport.admission import Rate
 from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse
+from chatd.transport.framing import CloseCode
+from chatd.transport.intake import SCHEMA, WEBSOCKET, Intake
 from chatd.transport.membership import Membership, MemberTransport
 
-SCHEMA: Final = "schema"
-"""The key of errors without a code in the count of refused frames: those that break their schema."""
+MAX_REFUSALS: Final = 100
+"""The number of refused frames in a row at which the connection is closed."""
+LOG_SECONDS: Final = 60
+"""The interval in which at most one line is logged about the refused frames of a connection."""
 NOT_STORED: Final = "The message was not stored; try again."
 """The error sent to the poster when the store fails; Code.UNAVAILABLE."""
 IN_DOUBT: Final = "The message may not have been stored; try again with the same label."
@@ -38,8 +43,8 @@ _T = TypeVar("_T")
 class Pause(Flag):
     """The reasons for reading nothing from a client.
 
-    Each reason is set and cleared on its own.  Frames that arrive meanwhile are held while a HOLDING reason
-    is set.  The transport is read again when no reason is left.
+    Each reason is set and cleared on its own.  Frames that have arrived wait while a HOLDING reason is set.
+    The transport is read again when no reason is left.
     """
 
     NONE = 0
@@ -47,9 +52,15 @@ class Pause(Flag):
     """A page is being read from the log."""
     BLOCKED = auto()
     """Answers wait in the transport."""
+    THROTTLED = auto()
+    """The client exceeded the rate."""
+    QUEUED = auto()
+    """The frames that have arrived are handled in a later reactor turn."""
     FINISHED = auto()
     """The server drains, and reads no more."""
-    HOLDING = FETCHING | BLOCKED
+    EARLY = THROTTLED | QUEUED
+    """The client sends more than the server reads now."""
+    HOLDING = FETCHING | BLOCKED | EARLY
 
 
 _UNPAUSED: Final = Pause.NONE  # each frame compares with it, and Python 3.11 computes `Pause.NONE` at every use
@@ -64,8 +75,14 @@ class SessionTransport(MemberTransport, Protocol):
     def read_on(self) -> None:
         """Read from the client again."""
 
-    def fail_not_text(self) -> None:
-        """Fail the connection, because a text frame is not UTF-8."""
+    def read_frames(self) -> None:
+        """Handle the frames that have arrived, until one must wait."""
+
+    def unread_texts(self) -> Iterator[bytes]:
+        """Iterate over the texts of frames that have arrived and wait."""
+
+    def fail(self, code: CloseCode, reason: str) -> None:
+        """Fail the connection."""
 
 
 def _is_text(text: bytes) -> bool:
@@ -80,24 +97,21 @@ def _is_text(text: bytes) -> bool:
 class Session(Membership):
     """A membership whose client sends frames; it receives the outcome of its posts (chatd.room.log.Poster)."""
 
-    __slots__ = ("_held", "_in_flight", "_pauses", "_rate", "_refusals", "due")
+    __slots__ = ("_in_flight", "_intake", "_pauses", "_quiet_until", "_refusals", "due")
     _transport: SessionTransport
 
-    def __init__(
-        self, transport: SessionTransport, rooms: Registry, refusals: Counter[str], rate: Rate | None = None
-    ) -> None:
+    def __init__(self, transport: SessionTransport, rooms: Registry, intake: Intake) -> None:
         super().__init__(transport, rooms)
-        self._refusals = refusals
-        """Counts the refused frames, by the code of the error."""
-        self._rate = rate
-        """The rate limit, if there is one,"""
+        self._intake = intake
         self.due = 0.0
-        """... and the state that it keeps of this client (admission.Paced)."""
+        """The state that the rate limit keeps of this client (admission.Paced)."""
         self._in_flight = 0
         """The number of posts that the log has yet to answer."""
         self._pauses = Pause.NONE
-        self._held: deque[bytes] | None = None
-        """Frames that arrived while a HOLDING reason was set."""
+        self._refusals = 0
+        """The number of frames refused since the last accepted one."""
+        self._quiet_until = 0.0
+        """The time before which no further line is logged about refused frames."""
 
     @property
     @override
@@ -106,20 +120,22 @@ class Session(Membership):
 
     @override
     def has_pending(self, head: int) -> bool:
-        if self.room is None:
+        room = self.room
+        if room is None:
             return False
-        return super().has_pending(head) or (Pause.FETCHING in self._pauses or bool(self._held) or self.room.owes(self))
+        if super().has_pending(head) or Pause.FETCHING in self._pauses or room.owes(self):
+            return True
+        return self.must_wait() and any(True for _ in self._transport.unread_texts())
 
     @override
     def leave(self) -> None:
-        """Leave the room; posts that are held are still appended to the log."""
+        """Leave the room; posts that have arrived and wait are still appended to the log, within the rate."""
         room = self.room
         if room is None:
             return
-        held, self._held = self._held, None
-        for text in held or ():
-            if self._wait():
-                continue
+        for text in self._transport.unread_texts():
+            if self._intake.rate is not None and self._intake.rate.take(self):
+                break
             try:
                 frame = parse(text)
             except FrameError:
@@ -138,9 +154,22 @@ class Session(Membership):
         """True if a drain has ended the reading."""
         return Pause.FINISHED in self._pauses
 
+    @property
+    def early(self) -> bool:
+        """True while frames of the client wait for the rate or for the next reactor turn."""
+        return bool(self._pauses & Pause.EARLY)
+
+    def must_wait(self) -> bool:
+        """Return whether frames that have arrived must not be handled now."""
+        return self._pauses is not _UNPAUSED and bool(self._pauses & Pause.HOLDING)
+
     def finish(self) -> None:
         """Read no more from the client, for good."""
         self._pause(Pause.FINISHED)
+
+    def read_again(self) -> None:
+        """Undo finish(), because the client has a close to answer."""
+        self._go_on(Pause.FINISHED)
 
     def block(self) -> None:
         """Read no more until the transport has taken the answers that wait in it."""
@@ -150,11 +179,15 @@ class Session(Membership):
         self._pauses |= reason
         self._transport.stop_reading()
 
+    def queue(self) -> None:
+        """Handle the frames that have arrived in a later reactor turn."""
+        self._pause(Pause.QUEUED)
+        self._intake.turns.wait(lambda: self._go_on(Pause.QUEUED))
+
     def _go_on(self, reason: Pause) -> None:
-        """Clear a reason, handle held frames until the next reason, and read on if no reason is set."""
+        """Clear a reason, handle the frames that wait until the next reason, and read on if no reason is set."""
         self._pauses &= ~reason
-        while self._held and not self._pauses & Pause.HOLDING:
-            self._take(self._held.popleft())
+        self._transport.read_frames()
         if self._pauses is Pause.NONE:
             self._transport.read_on()
 
@@ -169,28 +202,30 @@ class Session(Membership):
     # Frames
 
     def received(self, text: bytes) -> None:
-        """Handle the text of a frame, or hold it."""
-        if self._pauses is _UNPAUSED or not self._pauses & Pause.HOLDING:
-            self._take(text)
-            return
-        if self._held is None:
-            self._held = deque()
-        self._held.append(text)
-
-    def _take(self, text: bytes) -> None:
+        """Handle the text of a frame."""
         room = self.room
         if room is None:  # the connection is closing
             return
-        wait = self._wait()
+        rate = self._intake.rate
+        wait = 0.0 if rate is None else rate.take(self)
         try:
             frame = parse(text)
         except FrameError as error:
-            self._refuse(text, error, wait)
+            if not _is_text(text):
+                self._transport.fail(CloseCode.INVALID_DATA, "a text frame is not UTF-8")
+            elif wait:
+                self._limit(wait, error.label)
+            else:
+                self._refuse(error)
             return
         if wait:
-            if not isinstance(frame, Typing):
+            if isinstance(frame, Typing):
+                self._throttle(wait)
+            else:
                 self._limit(wait, frame.label)
-        elif isinstance(frame, Post):
+            return
+        self._refusals = 0
+        if isinstance(frame, Post):
             if frame.username != self.name:
                 self.name = frame.username
                 room.presence.changed()
@@ -201,31 +236,55 @@ class Session(Membership):
         else:
             room.presence.typing(frame.username)
 
-    def _wait(self) -> float:
-        """Take a token of the rate limit; return 0.0, or the seconds until the next token."""
-        return 0.0 if self._rate is None else self._rate.take(self)
-
-    def _refuse(self, text: bytes, error: FrameError, wait: float) -> None:
-        if not _is_text(text):
-            self._held = None
-            self._transport.fail_not_text()
-            return
-        _logger.info(
-            "#{connection} {peer} in {room} sent an invalid frame",
-            connection=self._transport.number,
-            peer=self._transport.peer,
-            room=self.room_name,
-        )
+    def part_received(self) -> None:
+        """Take a token for a frame that cannot be refused; above the rate, throttle the client."""
+        rate = self._intake.rate
+        wait = 0.0 if rate is None else rate.charge(self)
         if wait:
-            self._limit(wait, error.label)
-        else:
-            self._err(str(error), None, error.label)
+            self._throttle(wait)
+
+    def _throttle(self, wait: float) -> None:
+        """Stop reading until the rate allows the next frame."""
+        self._intake.throttles[WEBSOCKET] += 1
+        self._pause(Pause.THROTTLED)
+        self._intake.clock.callLater(wait, self._go_on, Pause.THROTTLED)
+        self._log_once("#{connection} {peer} in {room} exceeds the rate")
 
     def _limit(self, wait: float, label: str | None) -> None:
-        self._err("Rate limit exceeded", Code.RATE_LIMITED, label, ceil(wait * 1000) / 1000)
+        """Refuse a frame above the rate."""
+        wait = ceil(wait * 1000) / 1000
+        self._throttle(wait)
+        if not self._is_last(Code.RATE_LIMITED):
+            self._err("Rate limit exceeded", Code.RATE_LIMITED, label, wait)
+
+    def _refuse(self, error: FrameError) -> None:
+        """Refuse a frame that breaks its schema."""
+        self._log_once("#{connection} {peer} in {room} sent an invalid frame")
+        if not self._is_last(SCHEMA):
+            self._err(str(error), None, error.label)
+
+    def _is_last(self, reason: str) -> bool:
+        """Count one more refused frame in a row; instead of an answer to the last one, close the connection."""
+        self._refusals += 1
+        if self._refusals < MAX_REFUSALS:
+            return False
+        self._intake.refusals[reason] += 1
+        self._transport.fail(CloseCode.POLICY_VIOLATION, f"{MAX_REFUSALS} frames in a row were rejected")
+        return True
+
+    def _log_once(self, line: str) -> None:
+        now = self._intake.clock.seconds()
+        if now >= self._quiet_until:
+            self._quiet_until = now + LOG_SECONDS
+            _logger.info(
+                line,
+                connection=self._transport.number,
+                peer=self._transport.peer,
+                room=self.room_name,
+            )
 
     def _err(self, message: str, code: Code | None, label: str | None, retry_after: float | None = None) -> None:
-        self._refusals[code or SCHEMA] += 1
+        self._intake.refusals[code or SCHEMA] += 1
         self.send_frame(error_frame(message, code, label, retry_after))
 
     def _page(self, room: Room, request: PageRequest) -> None:

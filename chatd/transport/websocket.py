@@ -28,17 +28,16 @@ from twisted.python.failure import Failure
 from typing_extensions import override
 from zope.interface import implementer
 
-from chatd.messages import Code
 from chatd.room.log import LogUnavailable
 from chatd.room.registry import JoinTicket, Registry
-from chatd.transport.admission import Admission, HttpError, JoinRequest, Rate, read_query, server_stopping
+from chatd.transport.admission import Admission, HttpError, JoinRequest, read_query, server_stopping
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
 from chatd.transport.connections import WEBSOCKET, Connections
 from chatd.transport.framing import SUBPROTOCOL, CloseCode
 from chatd.transport.handshake import read_upgrade, switch
 from chatd.transport.heads import Head, take
 from chatd.transport.http import HEAD, HTTP_1_1, SERVER, ChatSite, refusal
-from chatd.transport.session import SCHEMA, Session
+from chatd.transport.session import Session
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -75,7 +74,7 @@ class WebSocketConnection(AutobahnConnection):
             self._socket = transport.socket
             with suppress(OSError):  # a Unix socket has no such option
                 transport.setTcpNoDelay(True)
-        self.session = Session(self, factory.rooms, factory.refused_frames, factory.rate)
+        self.session = Session(self, factory.rooms, factory.intake)
         factory.connections.handshakes.add(self)
 
     def buffer(self) -> None:
@@ -180,10 +179,6 @@ class WebSocketConnection(AutobahnConnection):
 
     # Reading
 
-    @override
-    def text_received(self, text: bytes) -> None:
-        self.session.received(text)
-
     def stop_reading(self) -> None:
         self.transport.pauseProducing()
 
@@ -224,7 +219,8 @@ class WebSocketConnection(AutobahnConnection):
             self.hold(frame[taken:])
 
     def ping(self) -> bool:
-        if self._unanswered:
+        # The pong may be behind frames that wait.  A client that sent them is alive.
+        if self._unanswered and not self.session.early:
             return False
         self._unanswered = True
         self.sendPing()
@@ -258,10 +254,7 @@ class WebSocketConnection(AutobahnConnection):
         """Begin the closing handshake, and read on for the answer to it."""
         self.sendCloseFrame(code, reason.encode())
         if self.session.finished:
-            self.read_on()
-
-    def fail_not_text(self) -> None:
-        self.fail(CloseCode.INVALID_DATA, "a text frame is not UTF-8")
+            self.session.read_again()
 
     def abort(self) -> None:
         self.drop()
@@ -324,19 +317,16 @@ class ChatFactory(AutobahnFactory[WebSocketConnection]):
         admission: Admission,
         site: ChatSite,
         reactor: IReactorTime,
-        rate: Rate | None = None,
     ) -> None:
         super().__init__(WebSocketConnection, SERVER, reactor)
         self.rooms = rooms
         self.connections = connections
         self.admission = admission
-        self.rate = rate
+        self.intake = site.intake
         self.site = site
         site.upgrade = self.take_back
         self.refused_handshakes: Counter[str] = Counter()
         """The number of refused handshakes, by status."""
-        self.refused_frames = Counter(dict.fromkeys([SCHEMA, *Code], 0))
-        """The number of refused frames, by the code of the error."""
 
     def acceptableProtocols(self) -> list[bytes]:
         """IProtocolNegotiationFactory: the protocols under TLS (RFC 7301)."""

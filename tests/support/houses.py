@@ -38,14 +38,14 @@ class House:
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
         api = Api(self.rooms, self.connections, admission, addresses)
-        self.site = http.site(lambda: (ready, "ready" if ready else "starting"), self.clock, {"": api, "rooms": api})
+        state = ready, "ready" if ready else "starting"
+        self.site = http.site(lambda: state, self.clock, {"": api, "rooms": api}, limit, proxied=hops > 0)
         self.factory = ChatFactory(
             rooms=self.rooms,
             connections=self.connections,
             admission=admission,
             site=self.site,
             reactor=self.clock,
-            rate=limit,
         )
 
     @property

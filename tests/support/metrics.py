@@ -28,6 +28,7 @@ METRICS = {
     "chatd_store_up": "gauge",
     "chatd_tail_bytes": "gauge",
     "chatd_tail_messages": "gauge",
+    "chatd_throttles": "counter",
     "process_cpu_seconds": "counter",
     "process_max_fds": "gauge",
     "process_resident_memory_bytes": "gauge",

@@ -51,10 +51,11 @@ class MeasuredHouse(House):
             rooms=self.rooms,
             connections=self.connections,
             refusals={
-                "frame": self.factory.refused_frames,
+                "frame": self.site.intake.refusals,
                 "handshake": self.factory.refused_handshakes,
                 "request": self.site.refused,
             },
+            throttles=self.site.intake.throttles,
             clock=self.clock,
         )
 
@@ -256,7 +257,9 @@ def test_cursor_lag_of_the_current_members(house):
     """The histogram of the cursor lag covers the members of this moment."""
     log, clock = ScriptedLog(), Turns()
     rooms = Registry(log, frames, clock, 100)
-    metrics = Metrics(store=house.log, rooms=rooms, connections=house.connections, refusals={}, clock=clock)
+    metrics = Metrics(
+        store=house.log, rooms=rooms, connections=house.connections, refusals={}, throttles={}, clock=clock
+    )
     readers = [enter(rooms, reader)[1] for reader in (Reader(), Reader(), Reader(space=0), Reader(space=1))]
     log.say(8)
     clock.turns()
@@ -331,9 +334,15 @@ def test_rate_limited_frames_have_one_code():
     house = MeasuredHouse(rate=(1, 1))
     ann = house.client()
     ann.post("1", "2")
+    house.clock.advance(1)
+    ann.post("3")
     ann.say(username="ann")
+    house.clock.advance(1)
+    ann.post("4")
     ann.say(type="typing", username="ann")  # dropped without an error
     assert house.scrape().some("chatd_refusals_total") == {("frame", Code.RATE_LIMITED): 2}
+    assert house.scrape()("chatd_throttles_total", transport="websocket") == 3
+    assert house.scrape()("chatd_throttles_total", transport="http") == 0
 
 
 def test_every_error_code_exists_from_the_start(house):

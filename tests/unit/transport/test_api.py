@@ -585,6 +585,8 @@ def test_half_closed_client_gets_all_answers(house):
     connection.begin(b"GET", b"/healthz")
     finish(connection)
     house.log.release()
+    assert not connection.closing
+    house.clock.turns()
     assert connection.transport.value().count(b"HTTP/1.1 200 OK\r\n") == 3
     assert connection.closing
 
@@ -711,7 +713,36 @@ def test_posts_are_limited_by_address():
     house.clock.advance(int(response.headers["retry-after"]))
     assert statuses(house, *[("10.0.0.1",)] * 2) == [201, 429]
     assert numbers(content(house.get(b"/rooms/main/messages")))[-1] == 6, "what is refused is not in the log"
-    assert all(house.get(b"/rooms/main/messages")[0].status == 200 for _ in range(9)), "who reads is not limited"
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+@pytest.mark.parametrize("path", [b"/", b"/rooms/main", b"/rooms/main/messages", b"/rooms/main/messages/{epoch}-1"])
+def test_reads_are_limited_by_address(method, path):
+    """Reads have a limit of their own, which leaves the posts alone; 429 has Retry-After."""
+    house = House(rate=(0.5, 2))
+
+    def ask(host):
+        target = path.replace(b"{epoch}", house.epoch.encode())
+        return house.ask(method, target, transport=from_address(host)[0])[0]
+
+    assert statuses(house, ("10.0.0.1",), ("10.0.0.1",), ("10.0.0.1",)) == [201, 201, 429]
+    assert [ask(host).status for host in ("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2")] == [200, 200, 429, 200]
+    assert ask("10.0.0.1").headers["retry-after"] == "2"
+    house.clock.advance(2)
+    assert [ask("10.0.0.1").status for _ in range(2)] == [200, 429]
+
+
+def test_streams_and_preflights_are_not_limited():
+    """A browser never repeats a stream that was refused, and a stream costs as little as a WebSocket."""
+    house = House(rate=(1, 1))
+    statuses = []
+    for _ in range(3):
+        statuses.append(house.get(b"/rooms/main/messages")[0].status)
+        assert house.ask(b"OPTIONS", b"/rooms/main/messages")[0].status == 204
+        stream = house.stream()
+        stream.read()
+        assert stream.status == 200
+    assert statuses == [200, 429, 429]
 
 
 def test_what_is_refused_costs_as_much():
@@ -1565,6 +1596,7 @@ def test_requests_on_one_connection_are_answered_in_their_order(house):
         connection.begin(b"POST", path, JSON, body=body)
         connection.begin(b"GET", path)
     house.log.release()
+    house.clock.advance(0)
     answers = re.findall(rb"HTTP/1\.1 (\d+) ", connection.transport.value())
     assert answers == [b"201", b"200", b"201", b"200"]
     assert not connection.closing

@@ -48,7 +48,7 @@ def factory():
 def test_names_used_on_a_connection(theirs):
     """Autobahn's connections have every attribute that the adapter reads, sets or calls on its own."""
     used = used_in(AutobahnConnection) - names_of(AutobahnConnection)
-    assert used >= {"state", "data", "consumeData", "_dataReceived", "_connectionLost", "failedByMe", "wasClean"}
+    assert used >= {"state", "data", "consumeData", "processData", "_connectionLost", "failedByMe", "wasClean"}
     assert {name for name in used if not hasattr(theirs, name)} == set()
     assert {name for name in REPLACED if not hasattr(theirs, name)} == set()
 

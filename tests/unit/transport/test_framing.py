@@ -12,8 +12,9 @@ from chatd.transport.framing import (
     Opcode,
     ServerFrame,
     masked_frame,
+    masked_text_at,
+    masked_texts,
     server_frame_at,
-    take_masked_texts,
     text_frame,
 )
 
@@ -25,10 +26,13 @@ def test_frames_of_a_stream_cut_anywhere(payloads, mask, data):
     seen, kept = [], b""
     for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         kept += stream[begin:end]
-        texts, rest, more = take_masked_texts(kept, 1000)
-        assert more
-        seen += texts
-        kept = kept[rest:]
+        start, text = 0, b""
+        while text is not None:
+            text, after = masked_text_at(kept, start, 1000)
+            assert after >= start
+            seen += [] if text is None else [text]
+            start = after
+        kept = kept[start:]
     assert seen == payloads
     assert kept == b""
 
@@ -50,19 +54,39 @@ def test_frames_of_a_stream_cut_anywhere(payloads, mask, data):
     ids=["binary", "fragment", "continuation", "rsv", "ping", "close", "unmasked", "long-winded", "too-big", "huge"],
 )
 def test_other_frames_are_left_to_autobahn(frame):
-    """Any other frame ends the list, with all bytes that follow it."""
+    """No other frame is taken, whatever stands before or after it."""
     stream = masked(b"one") + frame + masked(b"two")
-    texts, rest, more = take_masked_texts(stream, 1000)
-    assert texts == [b"one"]
-    assert stream[rest:] == frame + masked(b"two")
-    assert not more
+    text, after = masked_text_at(stream, 0, 1000)
+    assert text == b"one"
+    assert stream[after:] == frame + masked(b"two")
+    assert masked_text_at(stream, after, 1000) == (None, -1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "texts"),
+    [
+        (b"", []),
+        (masked(b"one") + masked(b"two"), [b"one", b"two"]),
+        (masked(b"one") + masked(b"x", first=0x89) + masked(b"", first=0x8A) + masked(b"two"), [b"one", b"two"]),
+        (masked(b"one") + masked(b"x" * 126, first=0x89) + masked(b"two"), [b"one"]),
+        (masked(b"one") + b"\x89\x01x" + masked(b"two"), [b"one"]),
+        (masked(b"one") + masked(b"x", first=0x01) + masked(b"two"), [b"one"]),
+        (masked(b"one") + masked(b"\x03\xe8", first=0x88) + masked(b"two"), [b"one"]),
+        (masked(b"one") + masked(b"two")[:-1], [b"one"]),
+        (masked(b"x", first=0x89)[:-1], []),
+    ],
+    ids=["none", "texts", "control", "long-ping", "unmasked", "fragment", "close", "half", "half-ping"],
+)
+def test_texts_before_any_other_frame(frames, texts):
+    """Pings and pongs are passed over; the first other frame ends the texts."""
+    assert [*masked_texts(frames, 1000)] == texts
 
 
 def test_half_a_long_header_may_become_a_frame():
     frame = masked(b"x" * 300)
     for size in range(len(frame)):
-        assert take_masked_texts(frame[:size], 1000) == ([], 0, True)
-    assert take_masked_texts(frame, 1000) == ([b"x" * 300], len(frame), True)
+        assert masked_text_at(frame[:size], 0, 1000) == (None, 0)
+    assert masked_text_at(frame, 0, 1000) == (b"x" * 300, len(frame))
 
 
 SIZES = [0, 1, 3, 125, 126, 127, 65535]

@@ -4,6 +4,7 @@ import json
 from http import HTTPStatus
 
 import pytest
+from support.helpers import Turns
 from support.web_doubles import Connection, SecureTransport
 from twisted.internet.defer import Deferred
 from twisted.web.server import NOT_DONE_YET
@@ -11,6 +12,7 @@ from twisted.web.server import NOT_DONE_YET
 import chatd
 from chatd.messages import Code
 from chatd.transport import http
+from chatd.transport.admission import Rate
 from chatd.transport.heads import MAX_HEAD, parse
 
 
@@ -291,7 +293,7 @@ def test_body_that_is_announced_is_read(connection, size):
     assert not connection.closing
 
 
-def test_body_byte_by_byte_and_pipelined_request(connection):
+def test_body_byte_by_byte_and_pipelined_request(connection, clock):
     connection.begin(b"POST", b"/rooms", b"Content-Length: 5")
     for byte in b"hello":
         assert connection.transport.value() == b""
@@ -301,6 +303,7 @@ def test_body_byte_by_byte_and_pipelined_request(connection):
     connection.send(b"POST /rooms HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\none")
     connection.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     assert connection.response()[1] == "3 bytes"
+    clock.advance(0)
     assert connection.transport.value().endswith(b"\r\n\r\nok\n")
 
 
@@ -504,7 +507,7 @@ def test_close_with_pipelined_requests(closing):
     assert connection.closing
 
 
-def test_next_request_of_a_connection_is_on_its_way_too(closing):
+def test_next_request_of_a_connection_is_on_its_way_too(closing, clock):
     connection = closing.connect()
     connection.ask(b"GET", b"/healthz")
     connection.transport.clear()
@@ -512,6 +515,7 @@ def test_next_request_of_a_connection_is_on_its_way_too(closing):
     connection.begin(b"POST", b"/later", body=b"two")  # which waits behind it
     closing.later.answer(b"first")
     connection.transport.clear()
+    clock.advance(0)
     closing.close()
     assert not connection.closing
     closing.later.answer(b"second")
@@ -627,6 +631,7 @@ def test_request_for_a_websocket_is_given_back_as_it_came(upgrading, clock, requ
     for begin in range(0, len(data), pieces):
         assert upgrading.given == []
         connection.send(data[begin : begin + pieces])
+        clock.advance(0)
     assert upgrading.taken(connection) == (parse(handshake()[:-4]), b"")
     assert connection.transport.value().count(b"HTTP/1.1 200 ") == requests
     assert clock.getDelayedCalls() == []
@@ -679,24 +684,30 @@ def test_admin_port_has_no_websockets(admin):
     assert not admin.closing
 
 
-def test_it_waits_for_the_answers_of_those_before_it(upgrading):
+def test_it_waits_for_the_answers_of_those_before_it(upgrading, clock):
     connection = upgrading.posts()
     connection.send(handshake() + b"rest")
     assert upgrading.given == []
     upgrading.later.answer(b"kept")
     assert connection.response()[1] == "kept"
+    clock.advance(0)
     assert upgrading.taken(connection)[1] == b"rest"
     assert not upgrading.site.asked
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["", "and its answers are not out yet"])
-def test_it_is_read_on_however_much_came_behind_a_request(upgrading, full):
+def test_it_is_read_on_however_much_came_behind_a_request(upgrading, clock, full):
     connection = upgrading.posts()
     connection.send(handshake() + bytes(20_000))
     assert connection.transport.producerState == "paused"
     if full:
         connection.transport.producer.pauseProducing()
     upgrading.later.answer(b"kept")
+    clock.advance(0)
+    if full:
+        assert upgrading.given == []
+        connection.transport.producer.resumeProducing()
+        clock.advance(0)
     assert upgrading.taken(connection)[1] == bytes(20_000)
 
 
@@ -771,3 +782,116 @@ def test_peer_that_does_not_take_the_close_is_aborted(clock, connection):
     assert not connection.transport.disconnected
     clock.advance(connection.channel.abortTimeout)
     assert connection.transport.disconnected
+
+
+# The budget of a reactor turn and the rate
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def answers(connection):
+    """The number of answers since the last call."""
+    count = connection.transport.value().count(b"HTTP/1.1 200 ")
+    connection.transport.clear()
+    return count
+
+
+def test_one_request_in_a_turn():
+    """Requests that came at once are answered one in each turn, and nothing more is read meanwhile."""
+    reactor = Turns()
+    connection = Connection(clients_site(reactor))
+    connection.send(HEALTH * 4 + HEALTH[:9])
+    for _ in range(4):
+        assert answers(connection) == 1
+        assert connection.transport.producerState == "paused"
+        reactor.turn()
+    assert answers(connection) == 0
+    assert connection.transport.producerState == "producing"
+    assert reactor.idle
+    connection.send(HEALTH[9:])
+    assert answers(connection) == 1
+
+
+def test_flood_of_requests_delays_others_by_one():
+    """A request of another connection is answered before the next one of the flood."""
+    reactor = Turns()
+    site = clients_site(reactor)
+    flooder, other = Connection(site), Connection(site)
+    flooder.send(HEALTH * 100)
+    other.send(HEALTH)
+    assert (answers(flooder), answers(other)) == (1, 1)
+    reactor.turn()
+    assert answers(flooder) == 1
+
+
+def test_no_request_while_answers_wait_in_the_transport():
+    """The server stops reading from a client that does not read, and composes no further answers."""
+    reactor = Turns()
+    connection = Connection(clients_site(reactor))
+    connection.send(HEALTH * 3)
+    connection.transport.producer.pauseProducing()
+    reactor.turns()
+    assert answers(connection) == 1
+    assert connection.transport.producerState == "paused"
+    connection.transport.producer.resumeProducing()
+    assert connection.transport.producerState == "paused"
+    reactor.turn()
+    assert answers(connection) == 1
+    connection.transport.producer.pauseProducing()
+    connection.transport.producer.resumeProducing()
+    assert connection.transport.producerState == "paused"
+    reactor.turn()
+    assert answers(connection) == 1
+    assert connection.transport.producerState == "producing"
+
+
+def limited(clock):
+    """A connection to a site that takes two requests a second, and three at once."""
+    return Connection(http.site(ready, clock, {}, Rate(2, 3, clock.seconds)))
+
+
+def test_requests_above_the_rate_wait(clock):
+    """They are answered, and nothing is read meanwhile."""
+    connection = limited(clock)
+    for _ in range(4):
+        connection.send(HEALTH)
+    assert answers(connection) == 4
+    assert connection.transport.producerState == "paused"
+    connection.send(HEALTH)  # as under TLS
+    seen = []
+    for _ in range(5):
+        clock.advance(0.25)
+        seen.append((answers(connection), connection.transport.producerState))
+    assert seen == [(0, "paused")] * 3 + [(1, "producing"), (0, "producing")]
+    assert connection.channel.site.intake.throttles == {"websocket": 0, "http": 1}
+
+
+def test_requests_within_the_rate_do_not_wait(clock):
+    connection = limited(clock)
+    for _ in range(10):
+        connection.send(HEALTH)
+        assert answers(connection) == 1
+        assert connection.transport.producerState == "producing"
+        clock.advance(0.5)
+    assert connection.channel.site.intake.throttles["http"] == 0
+
+
+@pytest.mark.parametrize("end", ["lose", "close"])
+def test_connection_ends_while_requests_wait(clock, end):
+    """Requests that wait for their turn are not answered."""
+    connection = limited(clock)
+    connection.send(HEALTH * 8)
+    if end == "lose":
+        connection.lose()
+    else:
+        connection.channel.site.close()
+    connection.transport.clear()
+    clock.advance(5)
+    assert answers(connection) == 0
+
+
+def test_admin_port_has_no_rate(admin, clock):
+    admin.send(HEALTH * 500)
+    clock.advance(0)
+    assert answers(admin) == 500

@@ -11,6 +11,7 @@ from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.store.memory import MemoryStore
 from chatd.transport import frames
+from chatd.transport.framing import CloseCode
 from chatd.transport.membership import GONE, Membership
 
 
@@ -87,7 +88,9 @@ def test_detached_member(rooms, member, transport):
     assert len(rooms) == 0
     GONE.stop_reading()
     GONE.read_on()
-    GONE.fail_not_text()
+    GONE.read_frames()
+    GONE.fail(CloseCode.INVALID_DATA, "")
+    assert not [*GONE.unread_texts()]
 
 
 def test_detached_transport_is_freed(rooms):

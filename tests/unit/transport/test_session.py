@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections import Counter
+from collections import deque
 from math import ceil
 
 import pytest
@@ -12,6 +12,7 @@ from support.helpers import REPEATABLE, result_of
 from support.stores import opened_store
 from support.websocket_frames import read_frames
 from twisted.internet.task import Clock
+from twisted.logger import formatEvent
 
 from chatd.messages import Id, Post
 from chatd.room.log import InDoubt, LogUnavailable
@@ -19,8 +20,9 @@ from chatd.room.presence import EVENTS, ROUND_SECONDS
 from chatd.room.registry import Registry
 from chatd.transport import frames
 from chatd.transport.admission import Rate
+from chatd.transport.intake import Intake
 from chatd.transport.membership import GONE
-from chatd.transport.session import Session
+from chatd.transport.session import LOG_SECONDS, MAX_REFUSALS, Session
 
 PAGE = {"type": "history"}
 
@@ -31,12 +33,13 @@ class SessionClient:
     number = 0
     peer = "192.0.2.7:4321"
 
-    def __init__(self, rooms, room="main", *, rate=None, events=frozenset(), name=None):
-        self.refusals = Counter()
+    def __init__(self, rooms, room="main", *, intake=None, events=frozenset(), name=None):
+        self.intake = intake or Intake(Clock())
         self.sent = b""
+        self.waiting = deque()
         self.reading = True
-        self.ended = False
-        self.session = Session(self, rooms, self.refusals, rate)
+        self.ended = None
+        self.session = Session(self, rooms, self.intake)
         self.session.events, self.session.name = events, name
         self.session.join(result_of(rooms.open(room)))
 
@@ -60,15 +63,25 @@ class SessionClient:
     def read_on(self):
         self.reading = True
 
-    def fail_not_text(self):
-        self.ended = True
+    def read_frames(self):
+        while self.waiting and not self.session.must_wait():
+            self.session.received(self.waiting.popleft())
+
+    def unread_texts(self):
+        return iter([] if self.ended else self.waiting)
+
+    def fail(self, code, reason):
+        self.ended = code, reason
         self.session.leave()
 
     # The client
 
+    def sends(self, *texts):
+        self.waiting.extend(texts)
+        self.read_frames()
+
     def says(self, *documents, **document):
-        for said in documents or [document]:
-            self.received(json.dumps(said).encode())
+        self.sends(*[json.dumps(said).encode() for said in documents or [document]])
 
     def posts(self, *messages, **more):
         for message in messages:
@@ -157,7 +170,7 @@ def test_session_is_joined_from_its_join_to_its_leave(rooms, ann):
 
 
 def test_session_that_has_not_joined_is_not():
-    session = Session(GONE, None, Counter())
+    session = Session(GONE, None, Intake(Clock()))
     assert not session.joined
     session.leave()
 
@@ -287,7 +300,7 @@ def test_post_in_doubt_is_reported_with_its_label(ann, bob):
         "code": "UNAVAILABLE",
     }
     assert ann.hears() == [error | {"label": "a"}, error]
-    assert ann.refusals == {"UNAVAILABLE": 2}
+    assert +ann.intake.refusals == {"UNAVAILABLE": 2}
     assert bob.hears() == []
 
 
@@ -317,7 +330,7 @@ def test_acks_of_a_full_transport_wait(clock, ann):
 
 def test_unread_answers_stop_the_reading(clock, log, ann):
     ann.stalls()
-    ann.received(b"nonsense")
+    ann.sends(b"nonsense")
     assert not ann.reading
     ann.posts("held")
     assert log.messages == []
@@ -335,9 +348,9 @@ def test_full_transport_without_answers_is_read(log, ann):
 
 def test_held_frames_until_the_next_waiting_answer(clock, log, ann):
     ann.stalls()
-    ann.received(b"nonsense")
+    ann.sends(b"nonsense")
     ann.posts("1")
-    ann.received(b"nonsense")
+    ann.sends(b"nonsense")
     ann.posts("2")
     ann.takes_one_answer()
     assert log.messages == ["1"]
@@ -476,7 +489,7 @@ def test_while_a_page_is_fetched_nothing_more_is_read(log, paging):
 def test_frames_behind_a_page_request_are_held(clock, log, paging, bob):
     """They are handled in order after the answer."""
     paging.posts("6", label="a")
-    paging.received(b"nonsense")
+    paging.sends(b"nonsense")
     paging.posts("7")
     assert paging.hears() == []
     assert log.messages == [*"12345"]
@@ -525,7 +538,7 @@ def test_messages_of_others_still_come_while_a_page_is_fetched(clock, log, pagin
 def test_leave_during_a_page_read(clock, log, paging, bob, outcome):
     """Held posts are stored once, and the client gets no answers."""
     paging.posts("6", label="a")
-    paging.received(b"nonsense")
+    paging.sends(b"nonsense")
     paging.says(PAGE, {"type": "typing", "username": "ann"})
     paging.posts("7")
     paging.leave()
@@ -580,7 +593,7 @@ def test_held_frames_wait_for_the_page(log, paging):
 def test_held_posts_after_invalid_utf_8(log, paging):
     """Nothing after a text that is not UTF-8 is posted."""
     paging.posts("6")
-    paging.received(b'{"username":"ann","message":"\xff"}')
+    paging.sends(b'{"username":"ann","message":"\xff"}')
     paging.posts("after the fault")
     log.answer()
     assert paging.ended
@@ -590,7 +603,7 @@ def test_held_posts_after_invalid_utf_8(log, paging):
 def test_leave_with_invalid_utf_8_held(log, paging):
     """Held posts before it are stored, and those after it are not."""
     paging.posts("6")
-    paging.received(b'{"username":"ann","message":"\xff"}')
+    paging.sends(b'{"username":"ann","message":"\xff"}')
     paging.posts("after the fault")
     paging.leave()
     assert log.messages == [*"123456"]
@@ -600,7 +613,7 @@ def test_leave_with_invalid_utf_8_held(log, paging):
 
 
 def test_head_is_that_of_the_room(ann, bob, clock):
-    assert (Session(GONE, None, Counter()).head, ann.head) == (0, 0)
+    assert (Session(GONE, None, Intake(Clock())).head, ann.head) == (0, 0)
     bob.posts("1", "2")
     assert (ann.head, ann.cursor) == (2, 0)
     ann.leave()
@@ -612,7 +625,7 @@ def test_nothing_pending_outside_of_a_room(ann):
     assert ann.has_pending(1)
     ann.leave()
     assert not ann.has_pending(1)
-    assert not Session(GONE, None, Counter()).has_pending(1)
+    assert not Session(GONE, None, Intake(Clock())).has_pending(1)
 
 
 def test_messages_are_owed_until_they_were_handed_over(clock, ann, bob):
@@ -820,7 +833,7 @@ def test_refused_frame(clock, ann, bob, document, fault):
     "text", [b"", b"nonsense", b"{", b'{"a":NaN}', b'{"limit":1e400}', b'{"a":"\\ud800"}', b"\x00"]
 )
 def test_what_is_no_json_is_answered_and_changes_nothing(log, ann, text):
-    ann.received(text)
+    ann.sends(text)
     hint = 'Send a JSON object such as {"username":"ann","message":"hi"}'
     assert ann.hears() == [{"type": "error", "message": "Invalid JSON format.", "hint": hint}]
     assert ann.joined
@@ -849,7 +862,7 @@ def test_error_echoes_a_label_that_is_well_formed(ann, document, label):
 
 def test_invalid_utf_8(log, ann):
     """It ends the connection and is not answered."""
-    ann.received(b'{"username":"ann","message":"\xff"}')
+    ann.sends(b'{"username":"ann","message":"\xff"}')
     assert ann.ended
     ann.posts("too late")
     assert ann.hears() == []
@@ -931,7 +944,7 @@ def test_refused_frame_gives_no_name(clock, rooms, ann):
 @pytest.fixture
 def hasty(rooms, clock):
     """A client that may send three frames at once, and two a second."""
-    return SessionClient(rooms, rate=Rate(2, 3, clock.seconds))
+    return SessionClient(rooms, intake=Intake(clock, Rate(2, 3, clock.seconds)))
 
 
 LIMITED = {"type": "error", "message": "Rate limit exceeded", "code": "RATE_LIMITED"}
@@ -949,9 +962,9 @@ def test_burst_goes_through_and_then_one_each_half_second(clock, log, hasty):
 
 
 def test_rate_is_per_connection(rooms, clock, log):
-    rate = Rate(1, 2, clock.seconds)
+    intake = Intake(clock, Rate(1, 2, clock.seconds))
     for _ in range(2):
-        SessionClient(rooms, rate=rate).posts("1", "2", "3")
+        SessionClient(rooms, intake=intake).posts("1", "2", "3")
     assert log.messages == ["1", "2"] * 2
 
 
@@ -992,26 +1005,119 @@ def test_every_frame_costs_one(clock, log, hasty, costly):
 
 def test_what_is_no_json_costs_one_too_and_is_limited(hasty):
     for _ in range(4):
-        hasty.received(b"nonsense")
+        hasty.sends(b"nonsense")
     assert kinds(hasty.hears()) == ["Invalid JSON format."] * 3 + ["RATE_LIMITED"]
 
 
-def test_refused_frame_above_the_rate(hasty):
-    """It is answered with the rate limit and its label."""
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"username": "ann", "label": "c82"},
+        {"username": "ann", "message": "hi", "label": "c82"},
+        PAGE | {"label": "c82"},
+        PAGE | {"limit": 0, "label": "c82"},
+    ],
+)
+def test_refused_frame_above_the_rate(hasty, monkeypatch, document):
+    """It is answered with the rate limit and its label, and its fault is not looked for."""
+    monkeypatch.setattr(frames.Form, "explain", None)
     hasty.posts(*"123")
-    hasty.says(username="ann", label="c82")
-    hasty.says(PAGE | {"label": "h1"})
-    hasty.says(PAGE | {"limit": 0, "label": "h2"})
-    assert [(frame["code"], frame["label"]) for frame in hasty.hears()] == [
-        ("RATE_LIMITED", "c82"),
-        ("RATE_LIMITED", "h1"),
-        ("RATE_LIMITED", "h2"),
-    ]
+    hasty.says(document)
+    assert hasty.hears() == [LIMITED | {"label": "c82", "retry_after": 0.5}]
+
+
+def test_client_above_the_rate_is_not_read(clock, log, hasty):
+    """One frame is refused; those behind it wait until the rate allows the next one."""
+    hasty.posts(*"123456")
+    assert log.messages == [*"123"]
+    assert not hasty.reading
+    clock.advance(0.4)
+    assert kinds(hasty.hears()) == ["RATE_LIMITED", *"123"]
+    assert not hasty.reading
+    clock.advance(0.1)
+    assert log.messages == [*"1235"]
+    assert not hasty.reading
+    clock.advance(0.5)
+    assert hasty.reading
+    assert kinds(hasty.hears()) == ["RATE_LIMITED", "5"]
+    assert hasty.intake.throttles["websocket"] == 2
+
+
+def test_client_above_the_rate_leaves(clock, log, hasty):
+    """Its posts that wait are not stored, and nothing happens when the rate would allow them."""
+    hasty.posts(*"123456")
+    hasty.session.detach()
+    clock.advance(1)
+    assert log.messages == [*"123"]
+
+
+def test_drain_while_a_client_is_above_the_rate(clock, log, hasty):
+    """The frames that have arrived are pending, and are answered; nothing more is read."""
+    hasty.posts(*"12345")
+    hasty.finish()
+    assert hasty.has_pending(0)
+    clock.advance(0.5)
+    assert log.messages == [*"1235"]
+    assert not hasty.has_pending(0)
+    assert not hasty.reading
+    hasty.read_again()
+    assert hasty.reading
+
+
+def test_refused_frames_in_a_row_end_the_connection(ann):
+    """The last one is not answered, and nothing behind it is read."""
+    ann.says(*[{}] * (MAX_REFUSALS - 1))
+    assert len(ann.hears()) == MAX_REFUSALS - 1
+    assert not ann.ended
+    ann.says({})
+    assert ann.ended == (1008, "100 frames in a row were rejected")
+    assert ann.hears() == []
+    assert ann.intake.refusals["schema"] == MAX_REFUSALS
+    ann.posts("too late")
+    assert ann.hears() == []
+
+
+def test_refusals_above_the_rate_count_too(clock, hasty):
+    """Refusals of both kinds in a row end the connection."""
+    hasty.says(*[{}] * MAX_REFUSALS)
+    clock.pump([0.5] * (MAX_REFUSALS // 2))
+    assert hasty.ended == (1008, "100 frames in a row were rejected")
+    counted = hasty.intake.refusals
+    assert counted["schema"] + counted["RATE_LIMITED"] == MAX_REFUSALS
+    assert len(hasty.hears()) == MAX_REFUSALS - 1
+
+
+def test_accepted_frame_ends_a_row_of_refusals(log, ann):
+    for _ in range(3):
+        ann.says(*[{}] * (MAX_REFUSALS - 1))
+        ann.posts("hi")
+    assert not ann.ended
+    assert len(log.messages) == 3
+
+
+def test_posts_above_the_rate_never_end_the_connection(clock, log, hasty):
+    """Every second one is accepted, so the refusals are not in a row."""
+    hasty.posts(*["hi"] * 3 * MAX_REFUSALS)
+    clock.pump([0.5] * 2 * MAX_REFUSALS)
+    assert not hasty.ended
+    assert hasty.intake.refusals["RATE_LIMITED"] > MAX_REFUSALS
+    assert len(log.messages) + hasty.intake.refusals["RATE_LIMITED"] == 3 * MAX_REFUSALS
+
+
+def test_refusals_are_logged_once_a_minute(clock, hasty, events):
+    """The log of a flood does not grow with the number of its frames."""
+    hasty.says(*[{}] * 5)
+    clock.pump([1] * (LOG_SECONDS - 1))
+    hasty.says({}, {})
+    assert [formatEvent(event) for event in events] == ["#0 192.0.2.7:4321 in main sent an invalid frame"]
+    clock.advance(1)
+    hasty.posts(*"1234")
+    assert [formatEvent(event) for event in events[1:]] == ["#0 192.0.2.7:4321 in main exceeds the rate"]
 
 
 def test_invalid_utf_8_above_the_rate(hasty):
     hasty.posts(*"123")
-    hasty.received(b"\xff")
+    hasty.sends(b"\xff")
     assert hasty.ended
     assert hasty.hears() == []
 
@@ -1036,7 +1142,9 @@ def test_what_was_held_costs_as_much(old, clock, log, hasty):
     hasty.posts(*"6789")
     log.answer()
     assert log.messages == [*"1234567"]
-    assert kinds(hasty.hears()) == [[*"12345"], "RATE_LIMITED", "RATE_LIMITED"]
+    assert kinds(hasty.hears()) == [[*"12345"], "RATE_LIMITED"]
+    clock.advance(0.5)
+    assert log.messages == [*"12345679"]
 
 
 def test_rate_applies_to_held_posts_of_a_leaver(old, clock, log, hasty):
@@ -1052,7 +1160,8 @@ def test_rate_applies_to_held_posts_of_a_leaver(old, clock, log, hasty):
 def test_retry_after_is_exact(a_second, pause):
     """A client that waits for retry_after is served, and less is too little."""
     clock, log = Clock(), opened_store()
-    person = SessionClient(Registry(log, frames, clock, 1), rate=Rate(a_second, 1, clock.seconds))
+    intake = Intake(clock, Rate(a_second, 1, clock.seconds))
+    person = SessionClient(Registry(log, frames, clock, 1), intake=intake)
     person.posts("1")
     clock.advance(min(pause, 0.99) / a_second)
     person.sent = b""

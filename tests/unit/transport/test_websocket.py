@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 import pytest
 import txaio
-from support.helpers import HEAD, PING_SECONDS
+from support.helpers import HEAD, PING_SECONDS, Turns
 from support.stores import opened_store
 from support.transports import Tcp, Wire
 from support.websocket_frames import close_code, frame_at, masked, read_frames
@@ -20,11 +20,13 @@ from twisted.python.failure import Failure
 from chatd.operate.drain import TICK_SECONDS, Drain
 from chatd.room.presence import ROUND_SECONDS
 from chatd.room.registry import Registry
-from chatd.transport import frames, http
+from chatd.transport import frames, http, session
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.autobahn_adapter import MAX_FRAGMENTS, MAX_MESSAGE
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, STALL_SECONDS
 from chatd.transport.heads import MAX_HEAD
+from chatd.transport.intake import FRAMES_PER_LOOK, FRAMES_PER_TURN, SECONDS_PER_TURN
+from chatd.transport.session import MAX_REFUSALS
 from chatd.transport.websocket import ChatFactory
 
 HANDSHAKE = HEAD + b"\r\n\r\n"
@@ -78,9 +80,8 @@ def server(clock, rooms, connections):
             rooms=rooms,
             connections=connections,
             admission=Admission([room_pattern(text) for text in allowed], [origin_pattern(text) for text in origins]),
-            site=http.site(lambda: (True, "ready"), clock, {}),
+            site=http.site(lambda: (True, "ready"), clock, {}, rate),
             reactor=clock,
-            rate=rate,
         )
 
     return server
@@ -347,6 +348,7 @@ def test_upgrade_after_plain_requests(factory, clock, way, transport, cut):
 def test_buffered_transport_pauses_the_connection(factory, clock):
     client = Client(factory)
     client.sends(HEALTH + HANDSHAKE)
+    clock.advance(0)
     written(client)
     assert client.transport.streaming
     client.transport.producer.pauseProducing()
@@ -377,10 +379,11 @@ def test_behind_a_wrapper_it_is_put_in_the_wrapper(factory, connections):
     ("handshake", "status"),
     [(short("/nowhere"), 404), (long("/?username=%ff"), 400), (short().replace(b"13", b"7"), 400)],
 )
-def test_refused_upgrade_after_plain_requests(factory, connections, handshake, status):
+def test_refused_upgrade_after_plain_requests(factory, connections, clock, handshake, status):
     """It gets the reason, and the connection ends."""
     client = Client(factory)
     client.sends(HEALTH + handshake)
+    clock.advance(0)
     _, _, answer = written(client).partition(b"ok\n")
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert client.transport.disconnecting
@@ -402,6 +405,7 @@ def test_upgrade_after_plain_requests_while_stopping(factory, connections, way):
 def test_it_has_as_long_as_any_other_when_the_log_is_slow(held, clock, server, connections, pass_time):
     client = Client(server(Registry(held, frames, clock, 100)))
     client.sends(HEALTH + HANDSHAKE)
+    clock.advance(0)
     assert client.transport.producerState == "paused"
     pass_time(HANDSHAKE_SECONDS)
     assert client.transport.aborted
@@ -754,6 +758,7 @@ def test_two_messages_in_fragments_do_not_mix(factory, clock):
 def test_protocol_violations_close_with_a_code(client, clock, frame, code):
     client.joins()
     client.sends(frame + masked(b'{"username":"ann","message":"too late"}'))
+    clock.pump([0] * (MAX_FRAGMENTS // FRAMES_PER_TURN))
     assert client.reads_close() == code
     client.posts()
     clock.advance(0)
@@ -928,17 +933,179 @@ def test_each_connection_has_a_limit_of_its_own(server, clock):
     assert [frame["type"] for frame in ann.reads()] == ["message", "ack"]
 
 
-def test_fragments_pings_and_closes_cost_nothing(server, clock):
-    client = Client(server(rate=Rate(1, 1, clock.seconds)))
+PING, PONG = masked(b"", first=0x89), masked(b"", first=0x8A)
+BEGIN, MIDDLE = masked(b"", first=0x01), masked(b"", first=0x00)
+HI = b'{"username":"ann","message":"hi"}'
+
+
+@pytest.fixture
+def limited(server, clock):
+    """A client of a server that takes one frame a second, and three at once."""
+    client = Client(server(rate=Rate(1, 3, clock.seconds)))
     client.joins()
-    text = b'{"username":"ann","message":"hi"}'
-    client.sends(masked(b"x", first=0x89) * 5 + masked(text[:5], first=0x01))
-    client.sends(masked(b"x", first=0x8A) * 5 + masked(text[5:], first=0x80))
-    client.transport.read()
-    clock.advance(0)
-    assert [frame["type"] for frame in client.reads()] == ["message"]
-    client.sends(masked(b"\x03\xe8", first=0x88))
-    assert client.reads_close() == 1000
+    return client
+
+
+@pytest.mark.parametrize(
+    ("parts", "post"),
+    [(PING * 4, masked(HI)), (PONG * 4, masked(HI)), (BEGIN + MIDDLE * 3, masked(HI, first=0x80))],
+    ids=["pings", "pongs", "fragments"],
+)
+def test_control_frames_and_fragments_cost_a_token(limited, clock, parts, post):
+    """Above the rate the client is not read until the rate allows the frame, and gets no error."""
+    limited.sends(parts + post)
+    assert limited.transport.producerState == "paused"
+    assert limited.protocol.factory.intake.throttles == {"websocket": 1, "http": 0}
+    limited.transport.read()
+    clock.pump([1.9, 0])
+    assert limited.transport.read() == b""
+    clock.pump([0.2, 0])
+    assert [frame.get("code", frame["type"]) for frame in limited.reads()] == ["message"]
+    assert limited.transport.producerState == "producing"
+
+
+def test_every_ping_above_the_rate_is_answered_in_time(limited, clock):
+    limited.sends(PING * 8)
+    seconds = []
+    for _ in range(6):
+        seconds.append(limited.transport.read().count(b"\x8a\x00"))
+        clock.advance(1)
+    assert seconds == [4, 0, 2, 0, 2, 0]
+
+
+def test_close_frame_costs_nothing(limited, clock):
+    """It is read in order, behind the frames that wait for the rate."""
+    limited.sends(PING * 3 + masked(b"\x03\xe8", first=0x88))
+    assert close_code(limited.transport.read()[-2:]) == 1000
+
+
+# The budget of a reactor turn
+
+
+@pytest.fixture
+def reactor():
+    """A clock on which one turn of the reactor can pass."""
+    return Turns()
+
+
+@pytest.fixture
+def busy(reactor, connections, store):
+    """A factory of connections that need several turns."""
+    rooms = Registry(store, frames, reactor, 100)
+    site = http.site(lambda: (True, "ready"), reactor, {})
+    return ChatFactory(rooms=rooms, connections=connections, admission=Admission(), site=site, reactor=reactor)
+
+
+VALID = masked(b'{"type":"history","limit":1}')
+
+
+@pytest.mark.parametrize("frame", [VALID, PING], ids=["texts", "pings"])
+@pytest.mark.parametrize("transport", [Tcp, Wire])
+def test_turn_has_a_budget_of_frames(busy, reactor, transport, frame):
+    """The client is not read until all of its frames are handled, also if its transport reads on."""
+    client = Client(busy, transport())
+    client.joins()
+    client.sends(frame * (2 * FRAMES_PER_TURN + 1))
+    answers = []
+    while client.transport.producerState == "paused":
+        answers.append(client.transport.read().count(b"\x8a\x00" if frame == PING else b"history"))
+        if len(answers) == 1:
+            client.sends(frame * FRAMES_PER_TURN)
+        reactor.turn()
+    answers.append(client.transport.read().count(b"\x8a\x00" if frame == PING else b"history"))
+    assert answers == [FRAMES_PER_TURN] * 3 + [1]
+
+
+def test_turn_has_a_budget_of_time(busy, reactor, monkeypatch):
+    """Frames that take long end the turn early."""
+    client = Client(busy)
+    client.joins()
+    parse = session.parse
+
+    def slowly(text):
+        reactor.rightNow += 0.6 * SECONDS_PER_TURN
+        return parse(text)
+
+    monkeypatch.setattr(session, "parse", slowly)
+    client.sends(VALID * 8)
+    answers = [len(client.reads())]
+    for _ in range(2):
+        reactor.turn()
+        answers.append(len(client.reads()))
+    assert answers == [1 + FRAMES_PER_LOOK, 3, 0]
+
+
+def test_flood_delays_others_by_one_budget(busy, reactor):
+    """A frame of another client is handled before the next budget of the one that floods."""
+    flooder, other = Client(busy), Client(busy)
+    for client in (flooder, other):
+        client.joins()
+    flooder.sends(VALID * 3 * FRAMES_PER_TURN)
+    assert len(flooder.reads()) == FRAMES_PER_TURN
+    other.says({})
+    assert len(other.reads()) == 1
+    reactor.turn()
+    assert len(flooder.reads()) == FRAMES_PER_TURN
+
+
+def test_two_floods_take_turns(busy, reactor):
+    clients = [Client(busy), Client(busy)]
+    for client in clients:
+        client.joins()
+        client.sends(VALID * 3 * FRAMES_PER_TURN)
+    for _ in range(3):
+        assert [len(client.reads()) for client in clients] == [FRAMES_PER_TURN] * 2
+        reactor.turn()
+
+
+def test_frames_behind_a_refused_row_are_not_read(busy, reactor, connections):
+    """The close ends the flood, and the client's answer to it is still found."""
+    client = Client(busy)
+    client.joins()
+    client.sends(masked(b"nonsense") * 2 * MAX_REFUSALS + masked(b"\x03\xf0", first=0x88))
+    reactor.turns()
+    data = client.transport.read()
+    assert data.count(b"error") == MAX_REFUSALS - 1
+    assert close_code(data[data.rindex(b"\x88") + 2 :]) == 1008
+    client.goes()
+    assert connections.closes == {("websocket", 1008): 1}
+
+
+def test_connection_lost_while_frames_wait_for_a_turn(busy, reactor, store, connections):
+    """Posts that have arrived are stored once."""
+    client = Client(busy)
+    client.joins()
+    client.sends(masked(HI) * (FRAMES_PER_TURN + 3) + b"\x81")
+    client.goes(ConnectionLost)
+    reactor.turns()
+    assert len(store.messages) == FRAMES_PER_TURN + 3
+    assert not connections.connected
+
+
+def test_frame_cut_by_the_budget(busy, reactor, store):
+    """A frame of which a part has arrived waits for its rest, without further turns."""
+    client = Client(busy)
+    client.joins()
+    client.sends(masked(HI) * (FRAMES_PER_TURN + 1) + masked(HI, first=0x01)[:5])
+    reactor.turn()
+    reactor.turns()
+    assert reactor.idle
+    assert client.transport.producerState == "producing"
+    client.sends(masked(HI)[5:])
+    assert len(store.messages) == FRAMES_PER_TURN + 1
+
+
+def test_throttled_client_is_not_dropped_for_its_pong(limited, clock, connections, pass_time):
+    """Its pong waits behind its own frames, which show that it is alive."""
+    limited.sends(masked(HI) * 200 + PONG)
+    for _ in range(3):
+        pass_time(PING_SECONDS)
+    assert not limited.transport.aborted
+    clock.pump([1] * 200)
+    pass_time(PING_SECONDS)
+    assert not limited.transport.aborted
+    pass_time(PING_SECONDS)
+    assert limited.transport.aborted
 
 
 # Reading back
@@ -981,13 +1148,15 @@ def test_page_read_stops_the_reading(held, clock, pager):
         + masked(b"nonsense")
         + masked(json.dumps(PAGE | {"limit": 1, "label": "h2"}).encode())
     )
-    assert pager.transport.read() == b"\x8a\x0bstill here?"
+    assert pager.transport.read() == b""
     assert pager.transport.producerState == "paused"
     assert held.messages == ["1", "2", "3"]
     held.answer()
     assert pager.transport.producerState == "producing"
     clock.advance(0)
-    frames = pager.reads()
+    page, pong, rest = pager.transport.read().partition(b"\x8a\x0bstill here?")
+    assert pong
+    frames = read_frames(page + rest)
     assert [frame.get("label", frame["type"]) for frame in frames] == [
         "h1",
         "error",
@@ -1004,11 +1173,14 @@ def test_page_read_stops_the_reading(held, clock, pager):
 
 
 def test_client_closes_during_a_page_read(held, clock, pager):
-    """Posts that arrived before are stored once."""
+    """The client gets the page, and posts that arrived before the close are stored once."""
     pager.sends(masked(json.dumps(H1).encode()) + masked(json.dumps(POST).encode()) + masked(b"\x03\xe8", first=0x88))
-    assert pager.reads_close() == 1000
-    assert held.messages == ["1", "2", "3", "4"]
+    assert held.messages == ["1", "2", "3"]
     held.answer()
+    page, _, close = pager.transport.read().rpartition(b"\x88")
+    assert [frame["label"] for frame in read_frames(page)] == ["h1"]
+    assert close_code(close[1:]) == 1000
+    assert held.messages == ["1", "2", "3", "4"]
     pager.goes()
     clock.advance(0)
     assert pager.transport.read() == b""
@@ -1070,16 +1242,17 @@ def test_page_waits_for_the_log_and_the_reader(archive, held):
     client.joins()
     held.slow = True
     client.transport.socket.space = 0
-    client.says(H1, POST)
     client.sends(masked(b"ping", first=0x89) * 2)
     client.transport.drain()
-    assert client.transport.producerState == "paused"
+    assert client.transport.producerState == "producing"
     client.transport.socket.space = 0
-    client.sends(masked(b"ping", first=0x89))
+    client.says(H1, H1, POST)
     held.answer()
     assert client.transport.producerState == "paused"
-    assert held.messages == ["1", "2", "3"]
     client.transport.drain()
+    assert client.transport.producerState == "paused"
+    assert held.messages == ["1", "2", "3"]
+    held.answer()
     assert client.transport.producerState == "producing"
     assert held.messages == ["1", "2", "3", "4"]
 

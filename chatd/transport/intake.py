@@ -1,0 +1,71 @@
+"""Limits on what the server reads from its clients, which all connections to a port share.
+
+A connection handles a few frames or one request in each reactor turn.  The rest waits in a fair queue, so a client that
+sends much at once delays the others by one such budget at most.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Final
+
+from twisted.internet.interfaces import IReactorTime
+
+from chatd.messages import Code
+from chatd.transport.admission import Rate
+
+FRAMES_PER_TURN: Final = 64
+"""The largest number of frames that one connection handles in a reactor turn."""
+FRAMES_PER_LOOK: Final = 4
+"""The number of frames between two looks at the clock."""
+SECONDS_PER_TURN: Final = 0.001
+"""The time after which a connection leaves its other frames for the next turn, measured from its first look."""
+SLICE_SECONDS: Final = 0.008
+"""The time that all waiting connections together have in a reactor turn."""
+WEBSOCKET, HTTP = "websocket", "http"
+"""The transports of clients that are throttled."""
+SCHEMA: Final = "schema"
+"""The key of errors without a code in the count of refused frames: those that break their schema."""
+
+
+class TurnQueue:
+    """A fair queue of connections whose bytes wait for the next reactor turn."""
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._scheduled = False
+
+    def wait(self, go_on: Callable[[], object]) -> None:
+        """Call a function in the next turn, or in the first one that has time for it."""
+        self._waiting.append(go_on)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            self._clock.callLater(0, self._serve)
+
+    def _serve(self) -> None:
+        """Call each function that waits now, until the time is over."""
+        self._scheduled = False
+        deadline = self._clock.seconds() + SLICE_SECONDS
+        try:
+            for _ in range(len(self._waiting)):
+                self._waiting.popleft()()
+                if self._clock.seconds() > deadline:
+                    break
+        finally:
+            self._schedule()
+
+
+class Intake:
+    """The state that the connections to a port share: the rate limit, if there is one, the turns, and the counts."""
+
+    def __init__(self, clock: IReactorTime, rate: Rate | None = None) -> None:
+        self.clock = clock
+        self.rate = rate
+        self.turns = TurnQueue(clock)
+        self.refusals = Counter(dict.fromkeys([SCHEMA, *Code], 0))
+        """The number of refused frames, by the code of the error."""
+        self.throttles = Counter({WEBSOCKET: 0, HTTP: 0})
+        """The number of pauses after a frame or a request above the rate, by transport."""
