@@ -263,6 +263,21 @@ def test_gap_in_the_stream_asks_again(nodes, server, monkeypatch):
         nodes.hears(two, ("main", one.node, NOBODY))
 
 
+def test_full_read_without_a_gap(nodes, server, monkeypatch):
+    """A node that was stalled reads on if the stream still holds what it has not read."""
+    monkeypatch.setattr(redis_session, "RUN", 2)
+    with Proxy(server.port) as feed:
+        one, two = nodes.add(), nodes.add(feed.url())
+        nodes.say(one, ANN, "first")
+        nodes.hears(two, ("first", one.node, ANN))
+        feed.stall()
+        rooms = ["a", "b", "c", "d"]
+        nodes.say(one, ANN, *rooms)
+        feed.go_on()
+        nodes.hears(two, *[(room, one.node, ANN) for room in rooms])
+        nodes.answered(two)
+
+
 def test_late_reply_does_not_undo_the_stream(nodes, server):
     """A reply that is older than what was read from the stream is not used, and the node asks again."""
     with Proxy(server.port) as feed:
