@@ -20,8 +20,7 @@ from typing_extensions import override
 
 from chatd import config
 from chatd.config import ConfigError
-from chatd.operate import check
-from chatd.operate import logging as logs
+from chatd.operate import check, logging
 from chatd.operate.clock import use_monotonic_clock
 from chatd.operate.drain import Drain
 from chatd.operate.listening import Entrance, Ports
@@ -162,7 +161,7 @@ def makeService(options: Options) -> IService:
     return service
 
 
-def _observer(settings: config.Settings, twistd: MutableMapping[str, Any], reactor: Any) -> logs.LineObserver | None:
+def _observer(settings: config.Settings, twistd: MutableMapping[str, Any], reactor: Any) -> logging.LineObserver | None:
     """Make the log observer; None if the options of twistd name another one.  Refuse options that cannot work."""
     reason = obstacle(twistd)
     if reason:
@@ -174,14 +173,14 @@ def _observer(settings: config.Settings, twistd: MutableMapping[str, Any], react
         reactor.callFromThread(reactor.callLater, seconds, function)
 
     try:
-        observer = logs.open_log(logs.FORMATS[settings.log_format], twistd, later)
+        observer = logging.open_log(logging.FORMATS[settings.log_format], twistd, later)
     except ValueError as error:
         raise SystemExit(f"chatd: {error}") from None
     reactor.addSystemEventTrigger("after", "shutdown", observer.drain)
     return observer
 
 
-def _heed_upkeep(reactor: Any, observer: logs.LineObserver | None, ports: Ports) -> None:
+def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Ports) -> None:
     """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
 
     def reload() -> None:

@@ -145,7 +145,7 @@ class Ports:
             reason = " ".join(str(error).split())
             if "systemd:" in text and isinstance(error, LookupError):
                 reason = "systemd passed no such socket: start the socket unit, or name a port"
-            raise ValueError(f"{text!r} is no server endpoint such as tcp:8085 ({reason})") from None
+            raise ValueError(f"{text!r} is not a server endpoint such as tcp:8085 ({reason})") from None
         self._opened.append(port)
         parsed = Endpoint(text)
         if isinstance(parsed.address, IPv4Address):

@@ -367,9 +367,9 @@ BAD_OPTIONS = [
     (["--seed=missing.json"], "--seed: missing.json cannot be read (No such file or directory)"),
     (["--seed=broken.json"], "--seed: broken.json is not JSON"),
     (["--seed=wrong.json"], '--seed: wrong.json message 1: "message" is required'),
-    (["--listen=nowhere"], "--listen: 'nowhere' is no server endpoint"),
-    (["--listen=tcp:port"], "--listen: 'tcp:port' is no server endpoint"),
-    (["--admin=ssl:0"], "--admin: 'ssl:0' is no server endpoint"),
+    (["--listen=nowhere"], "--listen: 'nowhere' is not a server endpoint"),
+    (["--listen=tcp:port"], "--listen: 'tcp:port' is not a server endpoint"),
+    (["--admin=ssl:0"], "--admin: 'ssl:0' is not a server endpoint"),
 ]
 
 

@@ -21,8 +21,7 @@ from twisted.plugin import IPlugin
 from twisted.scripts.twistd import ServerOptions
 
 from chatd import config, tap
-from chatd.operate import check
-from chatd.operate import logging as logs
+from chatd.operate import check, logging
 from chatd.operate.listening import Ports
 from chatd.operate.machine import ThisMachine
 from chatd.operate.process import ServerProcess
@@ -159,7 +158,7 @@ def test_endpoints_are_parsed_by_their_text():
 def test_wrong_endpoint(tmp_path, monkeypatch, name, text, reason):
     """A wrong endpoint is refused with the reason, whether the command line or a file names it."""
     monkeypatch.chdir(tmp_path)
-    line = f"{text!r} is no server endpoint such as tcp:8085 ({reason}"
+    line = f"{text!r} is not a server endpoint such as tcp:8085 ({reason}"
     assert refusal(f"--{name}={text}").startswith(f"chatd: --{name}: {line}")
     (tmp_path / "chatd.toml").write_text(f"{name} = {json.dumps([text])}")
     assert refusal("--config=chatd.toml").startswith(f"chatd: chatd.toml: {name}: {line}")
@@ -240,7 +239,7 @@ def test_wrong_options_are_refused_before_the_check(checked):
 
 def test_every_log_format_has_its_lines():
     """Each value of --log-format has a function that formats an event."""
-    assert set(logs.FORMATS) == set(config.LOG_FORMATS)
+    assert set(logging.FORMATS) == set(config.LOG_FORMATS)
 
 
 # The store
@@ -374,7 +373,7 @@ def test_listen_behind_a_proxy(reactor):
     factories = {port: factory for port, factory, *_ in reactor.tcpServers}
     assert isinstance(factories[8085], ProxiedFactory)
     assert not isinstance(factories[8087], ProxiedFactory)
-    assert "'haproxy:nonsense' is no server endpoint" in refusal("--listen=haproxy:nonsense")
+    assert "'haproxy:nonsense' is not a server endpoint" in refusal("--listen=haproxy:nonsense")
 
 
 def test_rooms_limits_the_rooms(reactor):
@@ -620,8 +619,8 @@ def test_later_signals_reach_the_service_alone(signals, first, second):
 def kept(monkeypatch):
     """What a server reloads and rotates, in order."""
     calls = []
-    monkeypatch.setattr(logs.LineObserver, "reopen", lambda self: calls.append("reopen"))
-    monkeypatch.setattr(logs.LineObserver, "rotate", lambda self: calls.append("rotate"))
+    monkeypatch.setattr(logging.LineObserver, "reopen", lambda self: calls.append("reopen"))
+    monkeypatch.setattr(logging.LineObserver, "rotate", lambda self: calls.append("rotate"))
     monkeypatch.setattr(Ports, "reload", lambda self: calls.append("certificates"))
     return calls
 
@@ -689,7 +688,7 @@ EVENT = {"log_time": 0.0, "log_level": LogLevel.info, "log_namespace": "chatd", 
 TEXT = "1970-01-01T00:00:00.000Z info chatd: hello x\n"
 
 
-@pytest.mark.parametrize(("log_format", "line"), [("text", TEXT), ("json", logs.json_line(EVENT))])
+@pytest.mark.parametrize(("log_format", "line"), [("text", TEXT), ("json", logging.json_line(EVENT))])
 def test_log_in_the_logfile_of_twistd(observer, tmp_path, log_format, line):
     """The log goes to the file of --logfile in the format of --log-format."""
     observer(under_twistd("-n", f"--logfile={tmp_path / 'log'}", "chatd", f"--log-format={log_format}"))(EVENT)
@@ -730,7 +729,7 @@ def test_lines_that_wait_are_written_by_the_reactor(reactor, observer, monkeypat
     monkeypatch.setattr(made.sink, "write", lambda data: 0)
     made(EVENT)
     monkeypatch.setattr(made.sink, "write", write)
-    reactor.pump([0, logs.RETRY_SECONDS])
+    reactor.pump([0, logging.RETRY_SECONDS])
     assert capfd.readouterr().out == TEXT
 
 

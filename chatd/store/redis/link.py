@@ -80,7 +80,7 @@ class RedisAddress(NamedTuple):
         database = parts.path.lstrip("/") or "0"
         good = parts.scheme in ("redis", "rediss") and parts.hostname and not parts.query and not parts.fragment
         if not good or not port or not re.fullmatch(r"[0-9]{1,5}", database):
-            raise ValueError("is no redis://HOST:PORT/DATABASE")
+            raise ValueError("is not a redis://HOST:PORT/DATABASE")
         username, password = (unquote(part) if part else None for part in (parts.username, parts.password))
         if username and not password and not password_elsewhere:
             raise ValueError("names a user and no password: redis://USER:PASSWORD@HOST, or CHATD_STORE_PASSWORD_FILE")
@@ -131,7 +131,7 @@ class RedisConnection(txredisapi.HiredisProtocol):
         try:
             super().dataReceived(data, unpause)
         except txredisapi.InvalidData:
-            self.replyReceived(txredisapi.ConnectionError("the server is no Redis"))
+            self.replyReceived(txredisapi.ConnectionError("the server is not a Redis"))
             self.drop()
 
     @override

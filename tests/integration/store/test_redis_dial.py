@@ -182,7 +182,7 @@ def says(loop):
     ("said", "words"),
     [
         (b"-LOADING Redis is loading the dataset in memory\r\n", "LOADING Redis is loading the dataset in memory"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the server is no Redis"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the server is not a Redis"),
         (b"", "it does not answer"),
     ],
 )

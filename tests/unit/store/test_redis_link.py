@@ -63,7 +63,7 @@ def test_parse_address(url, address, text):
 )
 def test_parse_invalid_address(url):
     """The error never contains the password."""
-    with pytest.raises(ValueError, match=r"^is no redis://HOST:PORT/DATABASE$"):
+    with pytest.raises(ValueError, match=r"^is not a redis://HOST:PORT/DATABASE$"):
         RedisAddress.parse(url)
 
 
@@ -266,7 +266,7 @@ def test_reply_that_is_not_redis(line):
     line.ask("PING")
     line.connection.dataReceived(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     assert line.dropped
-    assert why(line.answers[0]) == "the server is no Redis"
+    assert why(line.answers[0]) == "the server is not a Redis"
     line.end()
     assert len(line.answers) == 2
 
