@@ -195,6 +195,7 @@ class Api(ChatResource):
         if wait:
             status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
             raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
+        cast(Any, request.channel).counted = True
 
     def _preflight(self, request: Request, resource: dict[str, Callable[[], Any]]) -> int:
         """Answer a preflight request (Fetch, section 3.2.3)."""

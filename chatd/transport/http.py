@@ -204,7 +204,8 @@ class _Channel(HTTPChannel):
     A line of this line receiver is a whole head.  Twisted's parser gets the lines of a valid one only.
 
     The connection handles one request in a reactor turn, and none while answers wait in the transport.  Unless a
-    proxy shares the connection between clients, each request costs a token, and above the rate the next request waits.
+    proxy shares the connection between clients, each request that the rate of its address has not allowed costs a
+    token, and above the rate the next request waits.
     """
 
     delimiter = HEAD_END
@@ -217,6 +218,8 @@ class _Channel(HTTPChannel):
     site: "ChatSite"
     due = 0.0
     """The state that the rate limit keeps of this connection (admission.Paced)."""
+    counted = False
+    """True if the rate of an address has counted and allowed the current request."""
     _overdue = False
     """True if the next request waits only for the transport."""
     _refused = False
@@ -257,7 +260,9 @@ class _Channel(HTTPChannel):
     def _wait_for_turn(self) -> None:
         """Handle the next request in another turn, or when the rate allows it."""
         intake = self.site.intake
-        wait = 0.0 if intake.rate is None or self.site.proxied else intake.rate.charge(self)
+        free = intake.rate is None or self.site.proxied or self.counted
+        self.counted = False
+        wait = 0.0 if free or intake.rate is None else intake.rate.charge(self)
         if not wait and not self._buffer:
             self.paused = False
             return

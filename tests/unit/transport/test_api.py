@@ -732,6 +732,17 @@ def test_reads_are_limited_by_address(method, path):
     assert [ask("10.0.0.1").status for _ in range(2)] == [200, 429]
 
 
+def test_refused_reads_slow_their_connection_down():
+    """Reads within the rate of the address are free; those above it cost the connection a token each."""
+    house = House(rate=(1, 2))
+    connection = house.connect()
+    connection.send(b"GET /rooms/main/messages HTTP/1.1\r\nHost: x\r\n\r\n" * 9)
+    house.clock.turns()
+    data = connection.transport.value()
+    assert (data.count(b"HTTP/1.1 200 "), data.count(b"HTTP/1.1 429 ")) == (2, 3)
+    assert house.site.intake.throttles["http"] == 1
+
+
 def test_streams_and_preflights_are_not_limited():
     """A browser never repeats a stream that was refused, and a stream costs as little as a WebSocket."""
     house = House(rate=(1, 1))
