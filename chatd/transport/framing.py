@@ -1,4 +1,4 @@
-"""RFC 6455 frames as bytes: the only framing code of the server, the Python client and the scripts.
+"""RFC 6455 as bytes: the frames, and the proof of a handshake.  The server, the client and the scripts share this code.
 
 Clients send small, whole, masked text frames, and servers send whole, unmasked ones.  Both kinds are
 read here from their bytes alone, in a few microseconds and without state.  Every other frame, good or
@@ -7,12 +7,16 @@ bad, is left to Autobahn, which knows the rest of the protocol.
 This module is pure: bytes in, values out.
 """
 
+import base64
+import hashlib
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Final, NamedTuple
 
 SUBPROTOCOL: Final = "chat.v1"
 """The name of chatd's protocol, which a handshake may name: `Sec-WebSocket-Protocol` (section 1.9)."""
+MAGIC: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+"""The bytes that a server appends to the key of a client (section 1.3)."""
 
 
 class Opcode(IntEnum):
@@ -175,3 +179,8 @@ def payload(frame: bytes) -> bytes:
     """Return the text in a frame that text_frame made."""
     size = frame[1]
     return frame[2 if size < LENGTH_16 else 4 if size == LENGTH_16 else 10 :]
+
+
+def accept_token(key: bytes) -> bytes:
+    """Compute the Sec-WebSocket-Accept header that proves that a server read a client's key (section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key + MAGIC, usedforsecurity=False).digest())

@@ -3,18 +3,15 @@
 This module is pure: the head of a request in, values and bytes out.
 """
 
-import base64
-import hashlib
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Final, NamedTuple
 
 from chatd.transport.admission import HttpError
+from chatd.transport.framing import accept_token
 from chatd.transport.heads import Head
 
-MAGIC: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-"""The bytes that a server appends to the key of a client (RFC 6455, section 1.3)."""
 VERSIONS: Final = {"13": "origin", "8": "sec-websocket-origin"}
 """The versions of the protocol, newest first, and the header in which each has the origin of the page."""
 KEY_SIZE: Final = 24
@@ -109,11 +106,6 @@ def _wrong_key(key: str | None, head: Head) -> str:
     if not key.endswith("==") or wrong is None:
         return f'bad Sec-WebSocket-Key (invalid base64 encoding) "{key}"'
     return f'bad character "{wrong[0]}" in Sec-WebSocket-Key (invalid base64 encoding) "{key}"'
-
-
-def accept_token(key: bytes) -> bytes:
-    """Compute the Sec-WebSocket-Accept header that proves that a server read a client's key (section 4.2.2)."""
-    return base64.b64encode(hashlib.sha1(key + MAGIC, usedforsecurity=False).digest())
 
 
 def switch(key: str, protocol: str | None, server: str) -> bytes:

@@ -332,6 +332,7 @@ def test_units_need_the_environment_file(baked, host, cloud, name):
         assert serves(host, machine)
         machine.run("systemctl", "stop", "chatd-lifecycle.service", "chatd*.socket")
         machine.run("sh", "-c", "systemctl kill --signal=KILL 'chatd@*.service' chatd.service; rm /run/chatd/chatd.env")
+        machine.run("systemctl", "stop", "chatd@*.service", "chatd.service")  # until systemd has noticed their end
         with pytest.raises(AssertionError, match="chatd"):
             machine.run("systemctl", "start", unit)
         assert "sqlite" not in machine.run("systemctl", "show", "--property=Environment", unit)

@@ -5,7 +5,8 @@ from autobahn.websocket.protocol import WebSocketServerProtocol
 from support.helpers import HEAD
 
 from chatd.transport.admission import HttpError
-from chatd.transport.handshake import MAGIC, VERSIONS, Upgrade, read_upgrade, switch
+from chatd.transport.framing import MAGIC
+from chatd.transport.handshake import VERSIONS, Upgrade, read_upgrade, switch
 from chatd.transport.heads import parse
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="

@@ -25,7 +25,7 @@ from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, HttpError
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
-from chatd.transport.handshake import accept_token
+from chatd.transport.framing import accept_token
 from chatd.transport.heads import MAX_HEAD, Head, check_partial, parse, take
 from chatd.transport.websocket import ChatFactory
 
