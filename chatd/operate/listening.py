@@ -24,7 +24,7 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamServerEndpoint,
 )
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
@@ -125,8 +125,17 @@ class _PortReactor(_EndpointReactor):
         """Open a port that speaks TLS."""
         self.certificate = Certificate(contextFactory)
         return self.listenTCP(
-            port, TLSMemoryBIOFactory(self.certificate, isClient=False, wrappedFactory=factory), backlog, interface
+            port, _TlsFactory(self.certificate, isClient=False, wrappedFactory=factory), backlog, interface
         )
+
+
+class _TlsFactory(TLSMemoryBIOFactory):
+    """Makes the connections of a port that speaks TLS, unless the factory behind it refuses them."""
+
+    def buildProtocol(self, addr: IAddress | None) -> IProtocol | None:  # type: ignore[override]  # Twisted forgets None
+        """Return the protocol for a new client, or None to close its connection."""
+        protocol = self.wrappedFactory.buildProtocol(addr)
+        return None if protocol is None else self.protocol(self, protocol)
 
 
 class Ports:
@@ -168,16 +177,6 @@ class Ports:
                 _logger.info("read the certificate of {endpoint}", endpoint=port.text)
 
 
-class _Refusal(Protocol):
-    """Closes a connection at once."""
-
-    transport: Any
-
-    def connectionMade(self) -> None:
-        """Close the connection without a handshake."""
-        self.transport.abortConnection()
-
-
 class Entrance:
     """A factory that refuses clients when open files are short.
 
@@ -197,7 +196,7 @@ class Entrance:
         return getattr(self._factory, name)
 
     def buildProtocol(self, address: IAddress) -> IProtocol | None:
-        """Return the protocol for a new client, or one that closes the connection."""
+        """Return the protocol for a new client, or None to close its connection at once, which frees its file."""
         limit = self._limit()
         if _lowest_free() < limit - min(RESERVED_FILES, limit // 2):
             protocol: IProtocol | None = self._factory.buildProtocol(address)
@@ -213,7 +212,7 @@ class Entrance:
                 limit=limit,
             )
             self._refused = 0
-        return _Refusal()  # None is no answer below TLS or the PROXY protocol
+        return None
 
 
 def _lowest_free() -> float:

@@ -7,7 +7,13 @@ TCP may cut a header at any byte.
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IHalfCloseableProtocol, IListeningPort, IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.interfaces import (
+    IAddress,
+    IHalfCloseableProtocol,
+    IListeningPort,
+    IProtocolFactory,
+    IStreamServerEndpoint,
+)
 from twisted.internet.main import CONNECTION_DONE
 from twisted.protocols.haproxy._v1parser import V1Parser
 from twisted.protocols.haproxy._v2parser import V2Parser
@@ -61,7 +67,12 @@ class ProxiedProtocol(HAProxyProtocolWrapper):
 class ProxiedFactory(HAProxyWrappingFactory):
     """Makes the connections of a port behind a load balancer."""
 
-    protocol = ProxiedProtocol  # type: ignore[assignment]  # Twisted names the one class
+    protocol: Any = ProxiedProtocol  # Twisted names the one class
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """Return the protocol for a new client, or None if the factory behind refuses it, which Twisted forgets."""
+        protocol = self.wrappedFactory.buildProtocol(addr)
+        return None if protocol is None else self.protocol(self, protocol)
 
 
 @implementer(IStreamServerEndpoint)

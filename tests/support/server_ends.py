@@ -10,7 +10,7 @@ from twisted.internet import error
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from chatd.transport.handshake import MAGIC
+from chatd.transport.framing import MAGIC
 
 
 class ServerEnd(Wire):

@@ -10,7 +10,7 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
-from twisted.internet.testing import MemoryReactorClock, StringTransport
+from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import LogLevel
 from zope.interface import implementer
 
@@ -174,9 +174,7 @@ class Door:
 
     def admits(self, files):
         self.files = files
-        transport = StringTransport()
-        self.entrance.buildProtocol(None).makeConnection(transport)
-        return not transport.disconnected
+        return self.entrance.buildProtocol(None) is not None
 
 
 def test_reserve_of_open_files(monkeypatch, events):
@@ -207,14 +205,14 @@ def test_reserve_of_a_small_limit(monkeypatch, events):
 @deprecated
 @pytest.mark.parametrize("prefix", ["haproxy:tcp:1", "ssl:1:", "haproxy:ssl:1:"])
 def test_refusal_below_another_protocol(monkeypatch, folder, reactor, ports, prefix):
-    """A connection with TLS or behind a PROXY header is closed too."""
+    """A connection with TLS or behind a PROXY header has no protocol then, so that its file is closed at once."""
     door = Door(monkeypatch, 1024)
-    door.files = 1024
     text = prefix + certificate_for(folder)[0] * prefix.endswith(":")
     ports.endpoint(text).listen(door.entrance)
-    transport = StringTransport()
-    reactor.tcpServers[0][1].buildProtocol(None).makeConnection(transport)
-    assert transport.disconnected
+    factory = reactor.tcpServers[0][1]
+    assert factory.buildProtocol(None) is not None
+    door.files = 1024
+    assert factory.buildProtocol(None) is None
 
 
 def test_shortage_of_open_files_is_logged_once(monkeypatch, events):

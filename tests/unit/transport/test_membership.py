@@ -74,6 +74,7 @@ def test_join_and_leave(rooms, member):
     assert member.joined
     assert [*member.room.members] == [member]
     assert (member.has_pending(0), member.has_pending(1)) == (False, True)
+    assert not member.awaits_log, "it sends no frames"
     member.leave()
     assert (member.joined, member.head, member.has_pending(1), member.room_name) == (False, 0, False, "team")
     assert len(rooms) == 0
