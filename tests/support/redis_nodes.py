@@ -1,5 +1,7 @@
 """Nodes on a Redis: stores that a test opens, posts to, reads and waits for."""
 
+import time
+
 from support.helpers import RecordingPoster
 from support.redises import until, wait_in
 from support.store_contract import SEED, StrictFollower
@@ -18,7 +20,7 @@ class Node:
     def __init__(self, loop, link, retain="all", now=None, seed=SEED):
         self.loop = loop
         self.link = link
-        self.store = RedisStore(link, Retention.parse(retain), now)
+        self.store = RedisStore(link, Retention.parse(retain), now, now.steady if now else time.monotonic)
         self.events = []
         self.store.follow(StrictFollower(self.events))
         self.opened = self.store.open(seed)

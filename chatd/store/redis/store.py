@@ -5,6 +5,7 @@ the feed announces it; the poster is notified when the feed has reached that ent
 the feed.  If the session ends first, posts in flight are in doubt and reads fail.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
@@ -17,7 +18,7 @@ from typing_extensions import override
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable, Page, Poster
-from chatd.store.base import DAY, Retention, Store, answer_retry, notify
+from chatd.store.base import DAY, LogClock, Retention, Store, answer_retry, instant, log_removed, notify
 from chatd.store.redis.feed import Feed
 from chatd.store.redis.keys import (
     HEADS,
@@ -61,15 +62,30 @@ class _SentPost(NamedTuple):
 class RedisStore(Store):
     """A store in Redis.
 
-    `now` returns the time of messages in seconds since 1970, in place of Redis's own clock.
+    `now` returns the time of messages in seconds since 1970, in place of Redis's own clock.  `steady` returns seconds
+    that pass evenly.  Between two trims, the time by which posts remove messages follows `steady`, so that a jump of
+    Redis's clock removes nothing before the next trim has noticed it.
     """
 
     lobby: RedisLobby
 
-    def __init__(self, link: Link, retain: Retention, now: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        retain: Retention,
+        now: Callable[[], float] | None = None,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(Histogram(SECONDS))
         self._retain = retain
         self._now = now
+        self._steady = steady
+        self._offset = 0.0
+        """How far Redis's clock was ahead of `steady` when it was last read."""
+        self._ages: LogClock | None = None
+        """Redis's clock; None until it was read."""
+        self._removed = 0
+        """The number of messages removed and not logged yet; posts count only those that were too old."""
         self._feed = Feed(self._followers)
         self._session = RedisSession(link, self._feed, self._faults, SCRIPTS, self._prepare)
         self.lobby = self._session.lobby
@@ -134,9 +150,11 @@ class RedisStore(Store):
         return result
 
     def _trimming(self) -> tuple[int | str, ...]:
-        """Return the arguments of the scripts that trim: messages, microseconds, length of the feed, time."""
+        """Return the arguments of the scripts that trim: messages, oldest, newest, length of the feed, time."""
         given = "" if self._now is None else round(self._now() * MICROSECONDS)
-        return self._retain.messages or 0, (self._retain.seconds or 0) * MICROSECONDS, FEED_LENGTH, given
+        ages = self._ages.ages(self._retain.seconds) if self._ages and self._retain.seconds else None
+        oldest, newest = (round(instant(text) * MICROSECONDS) for text in ages) if ages else (0, 0)
+        return self._retain.messages or 0, oldest, newest, FEED_LENGTH, given
 
     def _stored(self, reply: Sequence[int], serial: int) -> None:
         pending = self._pending.get(serial)
@@ -145,9 +163,11 @@ class RedisStore(Store):
             self._refuse(serial, LogUnavailable("the log has lost messages"))
             return
         self._session.writable()
+        number, seq, removed, *same = reply
+        if self._retain.seconds:
+            self._removed += removed
         if pending is None:  # abandoned
             return
-        number, seq, *same = reply
 
         def answer() -> None:
             if self._pending.pop(serial, None) is None:
@@ -217,15 +237,32 @@ class RedisStore(Store):
         """Trim every room; return the number of the feed's entry that announces the last one."""
         seq = 0
         cursor = b"0"
+        if self._retain.seconds:
+            yield self._read_clock(connection)
         while self._retain != Retention():
             cursor, flat = yield connection.ask("HSCAN", HEADS, cursor, "COUNT", ROOMS)
             rooms = [room.decode() for room in flat[::2]]
             for some in _slices(rooms, ROOMS):
                 keys = [*KEYS, *map(room_key, some)]
-                seq = yield connection.run(TRIM, keys, self.epoch, *self._trimming(), *some)
+                seq, removed, *failed = yield connection.run(TRIM, keys, self.epoch, *self._trimming(), *some)
+                self._removed += removed
+                for room, error in zip(failed[::2], failed[1::2], strict=True):
+                    self._not_trimmed(Failure(Refusal(f"{room.decode()}: {error.decode()}")))
             if cursor == b"0":
                 break
+        log_removed(self._removed)
+        self._removed = 0
         return seq
+
+    @inlineCallbacks
+    def _read_clock(self, connection: RedisConnection) -> Generator["Deferred[Any]", Any, None]:
+        if self._now is None:
+            seconds, micros = yield connection.ask("TIME")
+            now = int(seconds) + int(micros) / MICROSECONDS
+        else:
+            now = self._now()
+        self._offset = now - self._steady()
+        self._ages = self._ages or LogClock(lambda: self._steady() + self._offset, self._steady)
 
     def _not_trimmed(self, failure: Failure) -> None:
         _logger.error("old messages were not removed: {error}", error=failure.value)

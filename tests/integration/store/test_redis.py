@@ -8,11 +8,12 @@ import pytest
 from support.helpers import ManualTime, RecordingPoster
 from support.redis_nodes import DOUBT, UNAVAILABLE, outcome
 from support.redises import LOCAL, Cluster, Proxy, Redis, WatchedLink, each_binary, turn, until, wait_in
-from support.store_contract import SEED, TIMESTAMP, DurableStoreContract, GuardContract
-from twisted.logger import LogLevel
+from support.store_contract import SEED, TIMESTAMP, ClockContract, DurableStoreContract, GuardContract
+from twisted.logger import LogLevel, formatEvent
 
 from chatd.messages import Entry, Post
 from chatd.room.log import LogUnavailable, Page
+from chatd.store import base
 from chatd.store.base import DAY, instant
 from chatd.store.redis import redis_session
 from chatd.store.redis import store as redis_store
@@ -33,7 +34,7 @@ def redis(request, tmp_path_factory):
         yield server
 
 
-class TestRedisStore(DurableStoreContract, GuardContract):
+class TestRedisStore(ClockContract, GuardContract, DurableStoreContract):
     @pytest.fixture(autouse=True)
     def _loop(self, loop):
         self.loop = loop
@@ -53,7 +54,7 @@ class TestRedisStore(DurableStoreContract, GuardContract):
         def make(retain, now):
             url = redis.url.rpartition("/")[0]
             link = Link(RedisAddress.parse(f"{url}/{next(databases)}"), self.loop)
-            store = RedisStore(link, retain, now)
+            store = RedisStore(link, retain, now, now.steady)
             links[store] = link
             return store
 
@@ -62,7 +63,7 @@ class TestRedisStore(DurableStoreContract, GuardContract):
     @pytest.fixture
     def again(self, links):
         def again(store, retain, now):
-            reopened = RedisStore(links[store], retain, now)
+            reopened = RedisStore(links[store], retain, now, now.steady)
             links[reopened] = links[store]
             return reopened
 
@@ -200,11 +201,14 @@ def test_numbers_continue_on_another_node(one, node):
 def test_retention_by_days_of_two_nodes(one, node):
     time = ManualTime()
     first = node(one.url, retain="2d", now=time, seed=())
-    for text in "abcd":
+    for text in "abc":
         first.post(text)
         time.advance(DAY)
+    first.post("d")
     assert first.texts() == ["b", "c", "d"]  # "b" was two days old when "d" came
-    second = node(one.url, retain="1d", now=time, seed=())  # opening trims
+    second = node(one.url, retain="1d", now=time, seed=())
+    time.advance(DAY)
+    wait_in(second.loop, second.store.trim())
     assert second.texts() == ["d"]
     first.hears(*"abcd")
     until(first.loop, lambda: ("trimmed", "main", 4) in first.events)
@@ -215,7 +219,7 @@ def test_trim_of_many_rooms(tmp_path, node, monkeypatch, small):
     monkeypatch.setattr(redis_store, "ROOMS", 3)
     with Redis(tmp_path / "data", hash_max_ziplist_entries=small) as redis:
         time = ManualTime()
-        node = node(redis.url, retain="1d", now=time)
+        node = node(redis.url, retain="1d", now=time, seed=())
         for number in range(10):
             node.start("hi", room=f"r{number}")
         node.settle()
@@ -234,6 +238,50 @@ def test_trim_of_many_old_messages(one, node):
     time.advance(2 * DAY)
     assert node.post("new") == [("posted", 251)]
     assert node.read() == Page([Entry(251, "ann", "new", node.read().entries[0].timestamp)], 251, 251)
+
+
+def test_trim_by_the_clock_of_redis(one, node, monkeypatch):
+    """Without a given clock, messages age by the time of Redis."""
+    monkeypatch.setattr(base, "STEADY_SECONDS", 0)
+    node = node(one.url, retain="1d", seed=())
+    node.post("new", room="a")
+    one.call("HSET", HEADS, "b", 1)
+    micros = int(one.call("TIME")[0]) * 1_000_000
+    one.call("XADD", "{chatd}:room:b", f"1-{micros - DAY * 1_000_000 - 1}", "u", "ann", "m", "old")
+    wait_in(node.loop, node.store.trim())
+    assert (node.texts("a"), node.texts("b")) == (["new"], [])
+
+
+def test_trim_behind_many_messages_of_a_wrong_clock(one, node):
+    """A post looks at a hundred messages of unknown age at most; a trim looks behind all of them."""
+    time = ManualTime()
+    node = node(one.url, retain="1d", now=time, seed=())
+    time.jump(100 * DAY)
+    node.start(*map(str, range(150)))
+    node.settle()
+    time.jump(-100 * DAY)
+    node.post("old")
+    time.advance(2 * DAY)
+    node.post("new")
+    assert node.read().first == 1
+    wait_in(node.loop, node.store.trim())
+    assert node.read().first == 152
+
+
+def test_trim_passes_a_room_of_another_type(one, node, events):
+    """A key that is no stream is logged, and the other rooms are trimmed."""
+    time = ManualTime()
+    node = node(one.url, retain="1d", now=time, seed=())
+    rooms = ["a", "b", "c"]
+    for room in rooms:
+        node.post("old", room=room)
+    one.call("SET", "{chatd}:room:b", "text")
+    time.advance(2 * DAY)
+    wait_in(node.loop, node.store.trim())
+    assert (node.texts("a"), node.texts("c")) == ([], [])
+    (logged,) = [formatEvent(event) for event in events if event["log_level"] == LogLevel.error]
+    assert logged.startswith("old messages were not removed: b: ")
+    assert "WRONGTYPE" in logged
 
 
 # A log that went back

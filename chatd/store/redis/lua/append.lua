@@ -3,10 +3,11 @@
 -- KEYS: the log, the heads, the feed, the room's stream, the label's key (the log's if there is no label)
 -- ARGV: the epoch, and the number of the newest entry of the feed, as the node knows them; the room; the username;
 --       the message; its digest ('' if there is no label); how many milliseconds the label is remembered;
---       how many messages are kept (0: all); up to which age in microseconds (0: all); about how many entries the
---       feed keeps; the time in microseconds ('': this machine's)
--- Returns: the message's number, and the number of the feed's entry that announces it.  If the label was used
---          before, also whether it was for the same message (1 or 0).
+--       how many messages are kept (0: all); the times in microseconds of the oldest and the newest message whose age
+--       keeps it (0: no age removes any); about how many entries the feed keeps; the time in microseconds ('': this
+--       machine's)
+-- Returns: the message's number, the number of the feed's entry that announces it, and how many messages were removed.
+--          If the label was used before, also whether it was for the same message (1 or 0).
 --          Nothing if the log is not the one that the node knows.
 
 -- Return the number and the digest that a label names; nothing if its message was trimmed or lost.
@@ -31,15 +32,16 @@ local function find(stream, kept, username, head)
     return number, digest
 end
 
-local epoch, seen, room, username, message, digest, remember, keep, age, feed, given = unpack(ARGV)
+local epoch, seen, room, username, message, digest, remember, keep, oldest, youngest, feed, given =
+    unpack(ARGV)
 local stream, label = KEYS[4], KEYS[5]
 
-local log = redis.call('HMGET', LOG, 'epoch', 'seq', 'stamped')
+local log = redis.call('HMGET', LOG, 'epoch', 'seq')
 if log[1] ~= epoch or tonumber(log[2]) < tonumber(seen) then
     return {}
 end
 
-local number = head(room, stream)
+local number, last = head(room, stream)
 if not number or tonumber(log[2]) ~= newest(FEED) then
     return {}
 end
@@ -47,11 +49,11 @@ end
 if digest ~= '' then
     local used, said = find(stream, redis.call('GET', label), username, number)
     if used then
-        return { used, tonumber(log[2]), said == digest and 1 or 0 }
+        return { used, tonumber(log[2]), 0, said == digest and 1 or 0 }
     end
 end
 
-local now = time(given, log[3])
+local now = time(given, last)
 if number == 0 and redis.call('EXISTS', stream) == 1 then
     redis.call('DEL', stream) -- an empty stream does not take numbers again
 end
@@ -61,10 +63,10 @@ redis.call('XADD', stream, text(number) .. '-' .. text(now), 'u', username, 'm',
 if digest ~= '' then
     redis.call('SET', label, text(number) .. ' ' .. digest, 'PX', remember)
 end
-keep, age = tonumber(keep), tonumber(age)
-local oldest = age > 0 and now - age or 0
-if (keep > 0 or age > 0) and trim(stream, keep, oldest) then
-    local f = text(first(stream, number))
-    return { number, announce(feed, now, epoch, 'r', room, 'n', text(number), 'u', username, 'm', message, 'f', f) }
+local removed = trim(stream, tonumber(keep), tonumber(oldest), tonumber(youngest), false)
+local change = { 'r', room, 'n', text(number), 'u', username, 'm', message }
+if removed > 0 then
+    table.insert(change, 'f')
+    table.insert(change, text(first(stream, number)))
 end
-return { number, announce(feed, now, epoch, 'r', room, 'n', text(number), 'u', username, 'm', message) }
+return { number, announce(feed, now, epoch, unpack(change)), removed }

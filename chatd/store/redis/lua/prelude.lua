@@ -11,20 +11,22 @@
 -- Each id contains the time, so that a lost entry differs from the one that reuses its number.
 
 local LOG, HEADS, FEED = KEYS[1], KEYS[2], KEYS[3]
+local JUMP = 60 * 1000000 -- JUMP_SECONDS of chatd/store/base.py, in microseconds
 
 -- Format a number in full: Lua itself writes large ones with an exponent.
 local function text(number)
     return string.format('%.0f', number)
 end
 
--- Return the time in microseconds, which never goes back; `given`, if not empty, replaces the clock.
-local function time(given, stamped)
+-- Return the time in microseconds; `given`, if not empty, replaces the clock.  After a small step back of the clock,
+-- the time stays at `last`, that of the message before, until the clock reaches it.  After a jump it follows the clock.
+local function time(given, last)
     local now = tonumber(given)
     if not now then
         local parts = redis.call('TIME')
         now = parts[1] * 1000000 + parts[2]
     end
-    return math.max(now, tonumber(stamped) or 0)
+    return now < last and last <= now + JUMP and last or now
 end
 
 -- Return the number and the time in an entry's id.
@@ -48,17 +50,17 @@ local function first(stream, head)
     return entry and parts(entry[1]) or head + 1
 end
 
--- Return the number of the newest message of a room, 0 without one.  If the log has lost it, return nothing: then
--- the next `open` draws another epoch.
+-- Return the number of the newest message of a room, 0 without one, and its time, 0 if it was trimmed.  If the log has
+-- lost the message, return nothing: then the next `open` draws another epoch.
 local function head(room, stream)
     local number = redis.call('HGET', HEADS, room)
     if not number and redis.call('EXISTS', HEADS) == 0 then
         return nil
     end
-    local kept = newest(stream)
+    local kept, micros = newest(stream)
     number = math.max(tonumber(number or 0), kept) -- the heads may have been lost
     if kept > 0 or number == 0 or redis.call('EXISTS', stream) == 1 then
-        return number
+        return number, micros
     end
     redis.call('HDEL', LOG, 'epoch') -- first, because Redis accepts it also when memory is full
     redis.call('HSET', LOG, 'lost', stream)
@@ -77,28 +79,33 @@ local function announce(keep, micros, epoch, ...)
 end
 
 -- Remove all but the newest `keep` messages, and those from before `oldest` in microseconds; 0 keeps all.
--- Return whether any message was removed.
-local function trim(stream, keep, oldest)
+-- A message from after `newest` has a timestamp of a wrong clock: it is removed only before another one that is too old.
+-- If there are many of these, only a `patient` caller looks behind them.  Return how many messages were removed.
+local function trim(stream, keep, oldest, newest, patient)
     local removed = 0
     if keep > 0 then
         removed = redis.call('XTRIM', stream, 'MAXLEN', keep)
     end
+    local old, from = nil, '-'
     while oldest > 0 do
-        local entries = redis.call('XRANGE', stream, '-', '+', 'COUNT', 100)
-        local kept
+        local entries = redis.call('XRANGE', stream, from, '+', 'COUNT', 100)
+        local young, before = false, old
         for _, entry in ipairs(entries) do
             local number, micros = parts(entry[1])
-            if micros >= oldest then
-                kept = number
+            if micros < oldest then
+                old = number
+            elseif micros <= newest then
+                young = true
                 break
             end
         end
-        if kept then
-            return removed + redis.call('XTRIM', stream, 'MINID', text(kept)) > 0
-        elseif #entries == 0 then
+        if young or #entries == 0 or not patient and old == before then
             break
         end
-        removed = removed + redis.call('XTRIM', stream, 'MINID', text(parts(entries[#entries][1]) + 1))
+        from = text(parts(entries[#entries][1]) + 1)
     end
-    return removed > 0
+    if old then
+        removed = removed + redis.call('XTRIM', stream, 'MINID', text(old + 1))
+    end
+    return removed
 end
