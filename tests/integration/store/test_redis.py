@@ -925,6 +925,18 @@ def test_refused_trim_at_the_start(one, node, events):
     assert any("were not removed" in event["log_format"] for event in events)
 
 
+def test_forbidden_trim_at_the_start(one, node, events):
+    """A user of Redis who may not list the rooms does not keep a node from starting."""
+    one.call("ACL", "SETUSER", "default", "-hscan")
+    try:
+        late = node(one.url, retain="1")
+        assert late.store.fault is None
+        assert late.post("a") == [("posted", 3)]
+    finally:
+        one.call("ACL", "SETUSER", "default", "+hscan")
+    assert any("were not removed" in event["log_format"] for event in events)
+
+
 def test_database_out_of_range(one, node, events):
     """A Redis that answers does not count as one that cannot be reached."""
     node = node(one.url.removesuffix("/0") + "/99", at_once=True)
