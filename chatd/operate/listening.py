@@ -37,6 +37,8 @@ RESERVED_FILES: Final = 32
 """The open files that clients may not use: for the admin port, the store and the log."""
 WARN_SECONDS: Final = 60
 """The least time between two warnings that open files are short."""
+MAX_UNCHECKED: Final = 100
+"""The most clients that enter between two looks at the open files.  A look costs two system calls."""
 ANY_IPV6: Final = "::"
 
 _logger = Logger()
@@ -189,6 +191,8 @@ class Entrance:
         self._factory = factory
         self._clock = clock
         self._limit = limit
+        self._unchecked = 0
+        """The number of clients that may enter before the next look at the open files."""
         self._refused = 0
         self._quiet_until = 0.0
 
@@ -197,9 +201,16 @@ class Entrance:
 
     def buildProtocol(self, address: IAddress) -> IProtocol | None:
         """Return the protocol for a new client, or None to close its connection at once, which frees its file."""
+        protocol: IProtocol | None
+        if self._unchecked > 0:
+            self._unchecked -= 1
+            protocol = self._factory.buildProtocol(address)
+            return protocol
         limit = self._limit()
-        if _lowest_free() < limit - min(RESERVED_FILES, limit // 2):
-            protocol: IProtocol | None = self._factory.buildProtocol(address)
+        free = limit - min(RESERVED_FILES, limit // 2) - _lowest_free()
+        if free > 0:
+            self._unchecked = min(MAX_UNCHECKED, int(free) // 2)  # others open files too
+            protocol = self._factory.buildProtocol(address)
             return protocol
         self._refused += 1
         now = self._clock.seconds()

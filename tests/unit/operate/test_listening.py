@@ -188,6 +188,15 @@ def test_reserve_of_open_files(monkeypatch, events):
     assert len(events) == 1
 
 
+def test_open_files_are_looked_at_less_often_while_many_are_free(monkeypatch, events):
+    """Half of the free files are for clients that enter before the next look, and never more than 100."""
+    door = Door(monkeypatch, 1024)
+    assert door.admits(1024 - RESERVED_FILES - 8)
+    assert [door.admits(1024) for _ in range(5)] == [True, True, True, True, False]
+    assert door.admits(0)
+    assert [door.admits(1024) for _ in range(101)] == [True] * 100 + [False]
+
+
 def test_closed_standard_input(monkeypatch):
     """Only a lack of files refuses clients, and no other error."""
     door = Door(monkeypatch, 1024)
@@ -210,6 +219,7 @@ def test_refusal_below_another_protocol(monkeypatch, folder, reactor, ports, pre
     text = prefix + certificate_for(folder)[0] * prefix.endswith(":")
     ports.endpoint(text).listen(door.entrance)
     factory = reactor.tcpServers[0][1]
+    door.files = 1024 - RESERVED_FILES - 1
     assert factory.buildProtocol(None) is not None
     door.files = 1024
     assert factory.buildProtocol(None) is None
