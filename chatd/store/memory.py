@@ -22,7 +22,7 @@ KEEP: Final = 10_000
 MAX_ROOMS: Final = 10_000
 """The most rooms.  Posts to more are refused, unless rooms without messages can be forgotten."""
 
-_log = Logger()
+_logger = Logger()
 
 
 class _Room:
@@ -86,7 +86,7 @@ class MemoryStore(Store):
     def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
         self.epoch = new_epoch()
         if self._retain.messages is None:
-            _log.info("memory: each room keeps {messages} messages at most; --retain N keeps N", messages=KEEP)
+            _logger.info("memory: each room keeps {messages} messages at most; --retain N keeps N", messages=KEEP)
         for entry in seed:
             self._room(SEED_ROOM).append(entry, None)
         return self.trim()

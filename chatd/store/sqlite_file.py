@@ -69,7 +69,7 @@ CREATE TABLE messages (
 """
 _INDEX: Final = "CREATE UNIQUE INDEX labels ON messages (room, username, label) WHERE label IS NOT NULL"
 
-_log = Logger()
+_logger = Logger()
 
 
 class Commit(NamedTuple):
@@ -310,7 +310,7 @@ class SqliteFile:
             "end that program"
         )
         if self._wal_size > WAL_USUAL >= before:
-            _log.warn("{grown}", grown=grown)
+            _logger.warn("{grown}", grown=grown)
         if self._wal_size > WAL_MOST:
             raise LogUnavailable(grown)
 

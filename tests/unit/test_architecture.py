@@ -142,3 +142,19 @@ def test_names_are_unique(trees):
     assert [name for name, count in Counter([*modules, *classes]).items() if count > 1] == []
     names = {*modules, *classes}
     assert {name for name in names if f"{name}s" in names} <= SINGULAR_AND_PLURAL
+
+
+def loggers(trees):
+    """Yield the names of the module globals that are a Logger, each with its module."""
+    for module, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value and ast.unparse(node.value) == "Logger()":
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from ((module, ast.unparse(target)) for target in targets)
+
+
+def test_loggers_have_one_name(trees):
+    """The logger of every module is `_logger`: `log` is the durable order of entries."""
+    named = list(loggers(trees))
+    assert {module for module, _ in named} >= {"chatd.store.memory", "chatd.transport.session"}
+    assert [(module, name) for module, name in named if name != "_logger"] == []
