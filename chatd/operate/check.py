@@ -48,7 +48,7 @@ DURABLE: Final = ".memorydb."
 DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 """Ports that browsers leave out of an origin (RFC 6454, section 6.2)."""
 
-Address = IPv4Address | IPv6Address
+IPAddress = IPv4Address | IPv6Address
 
 
 class Server(NamedTuple):
@@ -100,7 +100,7 @@ class Machine(Protocol):
     def free(self, folder: Path) -> int:
         """Return the number of bytes that this user can still write to a folder."""
 
-    def listening(self, port: int) -> list[Address]:
+    def listening(self, port: int) -> list[IPAddress]:
         """Return the addresses that sockets listen on at a TCP port."""
 
     def may_listen(self, port: int) -> bool:
@@ -133,7 +133,7 @@ class Endpoint:
         """The file of the private key, if there is one."""
         self.port = 0
         """The TCP port; 0 without one, or if the kernel chooses it."""
-        self.address: Address | None = None
+        self.address: IPAddress | None = None
         """The address; None if unknown."""
         if self.kind in ("tcp", "tcp6", "ssl", "tls"):
             before = 1 if self.kind == "tls" else 0  # the folder of the certificates
@@ -152,14 +152,14 @@ class Endpoint:
         return self.kind == "unix" or (self.address is not None and self.address.is_loopback)
 
 
-def _address(host: str) -> Address | None:
+def _address(host: str) -> IPAddress | None:
     try:
         return ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
         return None
 
 
-def _collide(one: Address, other: Address) -> bool:
+def _collide(one: IPAddress, other: IPAddress) -> bool:
     """Return whether two sockets cannot listen on one port at these addresses."""
     return one == other or one.is_unspecified or other.is_unspecified
 
@@ -347,7 +347,7 @@ def _origins(settings: Settings, _: Machine) -> Iterator[str]:
 
 
 def _ports(settings: Settings, machine: Machine) -> Iterator[str]:
-    ours: list[tuple[int, Address]] = []
+    ours: list[tuple[int, IPAddress]] = []
     for name, text, endpoint in _endpoints(settings):
         port, address = endpoint.port, endpoint.address
         if not port or address is None:

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import hiredis
 from typing_extensions import override
 
-from chatd.operate.check import Address, Machine, RedisRefused, Server, Unreached
+from chatd.operate.check import IPAddress, Machine, RedisRefused, Server, Unreached
 from chatd.store.sqlite_file import APPLICATION_ID
 
 _T = TypeVar("_T")
@@ -150,7 +150,7 @@ class ThisMachine(Machine):
         return shutil.disk_usage(folder).free
 
     @override
-    def listening(self, port: int) -> list[Address]:
+    def listening(self, port: int) -> list[IPAddress]:
         addresses = []
         for line in (self._read("net/tcp") + self._read("net/tcp6")).splitlines():
             _, local, _, state, *_ = line.split()

@@ -271,7 +271,7 @@ def network(text: str) -> str | None:
     return str(address)
 
 
-class _Address:
+class _AddressRate:
     __slots__ = ("due",)
 
     def __init__(self) -> None:
@@ -289,7 +289,7 @@ class Addresses:
         self._rate = rate
         self._hops = hops
         self._now = now
-        self._addresses: dict[str, _Address] = {}
+        self._addresses: dict[str, _AddressRate] = {}
         self._most = MAX_ADDRESSES
 
     def take(self, peer: str, forwarded: str | None, *, reading: bool = False) -> float:
@@ -306,4 +306,5 @@ class Addresses:
             now = self._now()
             self._addresses = {name: one for name, one in self._addresses.items() if one.due > now}
             self._most = max(MAX_ADDRESSES, 2 * len(self._addresses))
-        return self._rate.take(self._addresses.setdefault(f"reads of {address}" if reading else address, _Address()))
+        name = f"reads of {address}" if reading else address
+        return self._rate.take(self._addresses.setdefault(name, _AddressRate()))

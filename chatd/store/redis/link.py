@@ -36,7 +36,7 @@ REPLY_SECONDS: Final = 5
 """The time limit for a reply."""
 PORT: Final = 6379
 
-Refusal = txredisapi.ResponseError
+RedisRefused = txredisapi.ResponseError
 """An error reply of Redis: nothing was changed."""
 Lost = (txredisapi.ConnectionError, ConnectError, ConnectionLost, DNSLookupError, DeferredTimeoutError, OSError)
 """A connection failed: requests in flight may or may not have had an effect."""
@@ -91,7 +91,7 @@ class RedisAddress(NamedTuple):
 
 
 def code_of(refusal: Failure) -> str:
-    """Return the code of a Refusal, such as READONLY."""
+    """Return the code of a RedisRefused, such as READONLY."""
     found = _CODE.search(str(refusal.value))
     return found[1] if found else "ERR"
 
@@ -113,7 +113,7 @@ class RedisConnection(txredisapi.HiredisProtocol):
         """The time limit for the next reply, in seconds."""
 
     def ask(self, *words: str | bytes | int) -> "Deferred[Any]":
-        """Send a command; fire with the reply, or fail with a Refusal or one of Lost."""
+        """Send a command; fire with the reply, or fail with a RedisRefused or one of Lost."""
         if not self.replyQueue.waiting:
             self._since = self._clock.seconds()
         try:
@@ -170,7 +170,7 @@ class RedisConnection(txredisapi.HiredisProtocol):
         Redis closes connections that are idle for its `timeout`, but not those that wait for the feed.
         """
         if not self.replyQueue.waiting:
-            self.ask("EXISTS", LOG).addErrback(lambda failure: failure.trap(Refusal, *Lost))
+            self.ask("EXISTS", LOG).addErrback(lambda failure: failure.trap(RedisRefused, *Lost))
 
     def drop(self) -> "Deferred[Any]":
         """Abort the connection, which fails all requests; fire when it is closed."""
@@ -205,7 +205,7 @@ class Link:
 
     @inlineCallbacks
     def dial(self, *scripts: Script) -> Generator["Deferred[Any]", Any, RedisConnection]:
-        """Connect, authenticate, and load scripts; fail with a Refusal, or one of Lost or TlsErrors."""
+        """Connect, authenticate, and load scripts; fail with a RedisRefused, or one of Lost or TlsErrors."""
         factory = RedisFactory(self.clock)
         try:
             connection = yield self._endpoint().connect(factory)

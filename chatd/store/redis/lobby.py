@@ -20,7 +20,7 @@ from typing_extensions import override
 from chatd.room.presence import Lobby, LobbyListener, Occupancy
 from chatd.store.base import new_epoch, notify
 from chatd.store.redis.keys import NO_ENTRY
-from chatd.store.redis.link import Lost, RedisConnection, Refusal, Script
+from chatd.store.redis.link import Lost, RedisConnection, RedisRefused, Script
 
 ANNOUNCE: Final = Script("announce")
 STREAM: Final = "{chatd}:presence"
@@ -176,7 +176,7 @@ class RedisLobby(Lobby):
 
     def _failed(self, failure: Failure) -> None:
         """Ignore an error of Redis, because the next heartbeat or session repairs what it caused."""
-        failure.trap(Refusal, *Lost)
+        failure.trap(RedisRefused, *Lost)
 
     def _send_heartbeat(self, connection: RedisConnection) -> "Deferred[Any]":
         """Fire with None if the last heartbeat was missing."""

@@ -33,7 +33,7 @@ from chatd.store.redis.link import (
     Link,
     Lost,
     RedisConnection,
-    Refusal,
+    RedisRefused,
     Script,
     TlsErrors,
     code_of,
@@ -164,10 +164,10 @@ class RedisSession:
         if failure.check(StoreError):
             words = str(failure.value)
         else:
-            what = "refuses" if failure.check(Refusal) else "cannot be reached"
+            what = "refuses" if failure.check(RedisRefused) else "cannot be reached"
             words = f"the log at {self._link.address} {what} ({why(failure)})"
         new = self._report("session", words, f"{remedy(failure)}; retrying")
-        if new and not failure.check(*Lost, *TlsErrors, Refusal, StoreError):
+        if new and not failure.check(*Lost, *TlsErrors, RedisRefused, StoreError):
             _logger.failure("unexpected error in the Redis session", failure)
 
     def _report(self, what: str, words: str, remedy: str) -> bool:
@@ -255,7 +255,7 @@ class RedisSession:
         """
         try:
             reply = yield self._open(connection)
-        except Refusal as refusal:
+        except RedisRefused as refusal:
             yield self._link.refused(connection, refusal)
             raise
         epoch, readable, written, newest, lost, refused = reply
@@ -265,7 +265,7 @@ class RedisSession:
                 f"{FORMAT} cannot read: run that version again"
             )
         if refused:
-            self._unwritable(Failure(Refusal(refused.decode())))
+            self._unwritable(Failure(RedisRefused(refused.decode())))
         else:
             self.writable()
         if lost:
@@ -290,7 +290,7 @@ class RedisSession:
             reply = yield connection.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
             if len(reply) > 1:
                 reply[-1] = reply[-1].strip(b"-\r\n")  # Redis 6.2 gives the whole line
-                refusal = Refusal(reply[-1].decode())
+                refusal = RedisRefused(reply[-1].decode())
                 if reply[-1] and code_of(Failure(refusal)) not in _FULL:  # such as READONLY
                     raise refusal
                 return reply  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ from chatd.store.redis.keys import (
     number_of,
     room_key,
 )
-from chatd.store.redis.link import Link, Lost, RedisConnection, Refusal, Script, why
+from chatd.store.redis.link import Link, Lost, RedisConnection, RedisRefused, Script, why
 from chatd.store.redis.lobby import RedisLobby
 from chatd.store.redis.redis_session import RedisSession
 
@@ -181,7 +181,7 @@ class RedisStore(Store):
         self._feed.when(seq, answer, lambda: self._refuse(serial, InDoubt("the feed has not reached the message")))
 
     def _not_stored(self, failure: Failure, serial: int) -> None:
-        if failure.check(Refusal):
+        if failure.check(RedisRefused):
             self._session.refused(failure)
             self._refuse(serial, LogUnavailable(str(failure.value)))
         else:
@@ -227,7 +227,7 @@ class RedisStore(Store):
         """Trim before the first session is ready; the log can also be read if Redis refuses that."""
 
         def failed(failure: Failure) -> None:
-            failure.trap(Refusal)
+            failure.trap(RedisRefused)
             self._not_trimmed(failure)
 
         return self._trim(connection).addErrback(failed)
@@ -247,7 +247,7 @@ class RedisStore(Store):
                 seq, removed, *failed = yield connection.run(TRIM, keys, self.epoch, *self._trimming(), *some)
                 self._removed += removed
                 for room, error in zip(failed[::2], failed[1::2], strict=True):
-                    self._not_trimmed(Failure(Refusal(f"{room.decode()}: {error.decode()}")))
+                    self._not_trimmed(Failure(RedisRefused(f"{room.decode()}: {error.decode()}")))
             if cursor == b"0":
                 break
         log_removed(self._removed)
@@ -297,8 +297,8 @@ class RedisStore(Store):
 
     def _unreadable(self, failure: Failure) -> Failure:
         """Turn an error of Redis into LogUnavailable."""
-        failure.trap(Refusal, *Lost)
-        if failure.check(Refusal):
+        failure.trap(RedisRefused, *Lost)
+        if failure.check(RedisRefused):
             self._session.unreadable(failure)
         return Failure(LogUnavailable(why(failure)))
 

@@ -13,7 +13,7 @@ from twisted.internet.tcp import Client
 from twisted.python.failure import Failure
 
 from chatd.store.redis import link as redis_link
-from chatd.store.redis.link import Link, Lost, RedisAddress, Refusal, Script, why
+from chatd.store.redis.link import Link, Lost, RedisAddress, RedisRefused, Script, why
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def words_of(dial, *args, **options):
     """Return the description of the failure to connect."""
     try:
         dial(*args, **options)
-    except (*Lost, *redis_link.TlsErrors, Refusal):
+    except (*Lost, *redis_link.TlsErrors, RedisRefused):
         return why(Failure())
     raise AssertionError("connected")
 
@@ -281,7 +281,7 @@ def test_unreachable_primary_falls_back_to_the_address(one, link, dial, says):
     silent = int(says(b"").rpartition(":")[2])
     full = int(says(b"-ERR max number of clients reached\r\n").rpartition(":")[2])
     for elsewhere in (free_port(), silent, full):
-        made.refused(None, Refusal(f"MOVED 1 {LOCAL}:{elsewhere}"))
+        made.refused(None, RedisRefused(f"MOVED 1 {LOCAL}:{elsewhere}"))
         words_of(dial, None, Script("page"), made=made)
         connection = dial(None, Script("page"), made=made)
         assert connection.transport.getPeer().port == one.port
@@ -290,5 +290,5 @@ def test_unreachable_primary_falls_back_to_the_address(one, link, dial, says):
 def test_redirect_is_remembered(one, link, dial, loop, tmp_path):
     with Redis(tmp_path / "other") as other:
         made = link(one.url)
-        wait_in(loop, made.refused(None, Refusal(f"MOVED 1 {LOCAL}:{other.port}")))
+        wait_in(loop, made.refused(None, RedisRefused(f"MOVED 1 {LOCAL}:{other.port}")))
         assert {dial(None, made=made).transport.getPeer().port for _ in range(2)} == {other.port}

@@ -9,7 +9,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from chatd.store.redis import link as redis_link
-from chatd.store.redis.link import Link, Lost, RedisAddress, RedisConnection, Refusal, code_of, remedy, why
+from chatd.store.redis.link import Link, Lost, RedisAddress, RedisConnection, RedisRefused, code_of, remedy, why
 
 # Addresses
 
@@ -95,13 +95,13 @@ def test_user_with_password_elsewhere():
     ],
 )
 def test_code_of_a_refusal(text, code):
-    assert code_of(Failure(Refusal(text))) == code
+    assert code_of(Failure(RedisRefused(text))) == code
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (Refusal("WRONGPASS invalid"), "WRONGPASS invalid"),
+        (RedisRefused("WRONGPASS invalid"), "WRONGPASS invalid"),
         (defer.TimeoutError(), "it does not answer"),
         (redis_link.VerificationError(errors=[]), "its certificate is for another name"),
         (redis_link.SSL.Error([("a", "b", "bad thing"), ("c", "d", "worse")]), "no TLS: bad thing worse"),
@@ -118,19 +118,25 @@ def test_description_of_a_failure(error, words):
 @pytest.mark.parametrize(
     ("error", "act"),
     [
-        (Refusal("WRONGTYPE Operation against a key"), "another program uses a key"),
-        (Refusal("ERR Error running script (call to f_02): @user_script:1: WRONGTYPE Operation"), "another program"),
-        (Refusal("ERR DB index is out of range"), "name a database that it has"),
-        (Refusal("ERR SELECT is not allowed in cluster mode"), "name database 0"),
-        (Refusal("OOM command not allowed when used memory > 'maxmemory'."), "more memory"),
-        (Refusal("MISCONF Errors writing to the AOF file"), "write to its disk"),
-        (Refusal("NOREPLICAS Not enough good replicas to write."), "start its replicas"),
-        (Refusal("NOAUTH Authentication required."), "give its password"),
-        (Refusal("WRONGPASS invalid username-password pair"), "correct the user or the password"),
-        (Refusal("NOPERM this user has no permissions to run the 'xadd' command"), "grant its user the permissions"),
-        (Refusal("LOADING Redis is loading the dataset in memory"), "wait until"),
-        (Refusal("BUSY Redis is busy running a script."), "SCRIPT KILL"),
-        (Refusal("ERR unknown command"), "correct it"),
+        (RedisRefused("WRONGTYPE Operation against a key"), "another program uses a key"),
+        (
+            RedisRefused("ERR Error running script (call to f_02): @user_script:1: WRONGTYPE Operation"),
+            "another program",
+        ),
+        (RedisRefused("ERR DB index is out of range"), "name a database that it has"),
+        (RedisRefused("ERR SELECT is not allowed in cluster mode"), "name database 0"),
+        (RedisRefused("OOM command not allowed when used memory > 'maxmemory'."), "more memory"),
+        (RedisRefused("MISCONF Errors writing to the AOF file"), "write to its disk"),
+        (RedisRefused("NOREPLICAS Not enough good replicas to write."), "start its replicas"),
+        (RedisRefused("NOAUTH Authentication required."), "give its password"),
+        (RedisRefused("WRONGPASS invalid username-password pair"), "correct the user or the password"),
+        (
+            RedisRefused("NOPERM this user has no permissions to run the 'xadd' command"),
+            "grant its user the permissions",
+        ),
+        (RedisRefused("LOADING Redis is loading the dataset in memory"), "wait until"),
+        (RedisRefused("BUSY Redis is busy running a script."), "SCRIPT KILL"),
+        (RedisRefused("ERR unknown command"), "correct it"),
         (ConnectError(), "start it"),
         (redis_link.SSL.Error(), "correct its certificate"),
         (FileNotFoundError(2, "No such file", "/x"), "correct --store-password-file"),
@@ -183,7 +189,7 @@ def test_replies_arrive_in_order(line):
     line.connection.dataReceived(b"$5\r\n00")
     line.connection.dataReceived(b"123\r\n-ERR no\r\n")
     assert line.answers[0] == b"00123"
-    assert line.answers[1].check(Refusal)
+    assert line.answers[1].check(RedisRefused)
 
 
 def test_silent_connection_is_dropped(line):
@@ -299,12 +305,12 @@ class RoleConnection:
 )
 def test_refusal_names_the_primary(text, role, primary):
     link = Link(RedisAddress.parse("redis://h"), Clock())
-    result_of(link.refused(RoleConnection(role), Refusal(text)))
+    result_of(link.refused(RoleConnection(role), RedisRefused(text)))
     assert link.primary == primary
 
 
 def test_redirect_to_a_port_of_the_same_host():
     link = Link(RedisAddress.parse("redis://h"), Clock())
     for text, primary in [("MOVED 1 h2:7000", ("h2", 7000)), ("MOVED 1 :7001", ("h2", 7001))]:
-        result_of(link.refused(RoleConnection(), Refusal(text)))
+        result_of(link.refused(RoleConnection(), RedisRefused(text)))
         assert link.primary == primary
