@@ -72,7 +72,7 @@ class ReactorLag:
 class Metrics(Collector):
     """All metrics.
 
-    `refusals` are counted by kind (frame, handshake, request) and then by reason, `throttles` by transport.
+    `refusals` are counted by kind (frame, handshake, request) and then by reason, `throttles` by carrier.
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class Metrics(Collector):
         throttles = CounterMetricFamily(
             "chatd_throttles", "Pauses in reading from a connection that exceeded the rate.", labels=["transport"]
         )
-        for transport, number in self._throttles.items():
-            throttles.add_metric([transport], number)
+        for carrier, number in self._throttles.items():
+            throttles.add_metric([carrier], number)
         yield throttles
 
     def _store_metrics(self) -> Iterator[Metric]:

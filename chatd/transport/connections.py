@@ -1,4 +1,4 @@
-"""All connected clients, over every transport: their deadlines, and how they end.
+"""All connected clients, over every carrier: their deadlines, and how they end.
 
 No connection has a timer.  Once a second all are checked for unfinished handshakes, for pings that are due
 or unanswered, for transports that have taken nothing for too long, and for unanswered closes.
@@ -22,8 +22,10 @@ STALL_SECONDS: Final = 40
 CLOSE_SECONDS: Final = 5
 """The time in which a client must answer a close."""
 
-WEBSOCKET, EVENT_STREAM = CARRIERS = "websocket", "events"
-"""The kinds of connections."""
+WEBSOCKET, EVENT_STREAM, HTTP = "websocket", "events", "http"
+"""The carriers: what frames and requests travel on.  The metrics call them transports."""
+CARRIERS: Final = WEBSOCKET, EVENT_STREAM
+"""The carriers of connections that have a member; over HTTP there are single requests."""
 
 _logger = Logger()
 
@@ -40,7 +42,7 @@ class Connection(Protocol):
 
     @property
     def carrier(self) -> str:
-        """The kind of connection, one of CARRIERS."""
+        """What carries the connection, one of CARRIERS."""
 
     @property
     def member(self) -> Membership:

@@ -32,8 +32,9 @@ from zope.interface import implementer
 import chatd
 from chatd.messages import Code
 from chatd.transport.admission import HttpError, Rate, check_operator
+from chatd.transport.connections import HTTP
 from chatd.transport.heads import HEAD_END, MAX_HEAD, MAX_HEADERS, Head, check_partial, invalid, parse, too_long
-from chatd.transport.intake import HTTP, Intake
+from chatd.transport.intake import Intake
 
 HTTP_SECONDS: Final = 75
 """The time in which a request must arrive."""

@@ -12,6 +12,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from chatd.messages import Code
 from chatd.transport.admission import Rate
+from chatd.transport.connections import HTTP, WEBSOCKET
 
 FRAMES_PER_TURN: Final = 64
 """The largest number of frames that one connection handles in a reactor turn."""
@@ -21,8 +22,6 @@ SECONDS_PER_TURN: Final = 0.001
 """The time after which a connection leaves its other frames for the next turn, measured from its first look."""
 SLICE_SECONDS: Final = 0.008
 """The time that all waiting connections together have in a reactor turn."""
-WEBSOCKET, HTTP = "websocket", "http"
-"""The transports of clients that are throttled."""
 SCHEMA: Final = "schema"
 """The key of errors without a code in the count of refused frames: those that break their schema."""
 
@@ -68,4 +67,4 @@ class Intake:
         self.refusals = Counter(dict.fromkeys([SCHEMA, *Code], 0))
         """The number of refused frames, by the code of the error."""
         self.throttles = Counter({WEBSOCKET: 0, HTTP: 0})
-        """The number of pauses after a frame or a request above the rate, by transport."""
+        """The number of pauses after a frame or a request above the rate, by carrier."""

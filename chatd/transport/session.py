@@ -22,9 +22,10 @@ from chatd.messages import Code, Id, PageRequest, Post, Typing
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
 from chatd.room.registry import Registry
 from chatd.room.room import Room
+from chatd.transport.connections import WEBSOCKET
 from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse
 from chatd.transport.framing import CloseCode
-from chatd.transport.intake import SCHEMA, WEBSOCKET, Intake
+from chatd.transport.intake import SCHEMA, Intake
 from chatd.transport.membership import Membership, MemberTransport
 
 MAX_REFUSALS: Final = 100
