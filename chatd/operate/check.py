@@ -23,7 +23,7 @@ from chatd.transport.frames import history_frame, message_frame
 
 NOTHING: Final = "nothing to worry about"
 """The output of a check without findings."""
-IDLE_SECONDS: Final = 60
+BALANCER_IDLE_SECONDS: Final = 60
 """The idle time-out of common load balancers and proxies."""
 FILES: Final = 64
 """Files that the server itself has open: about 20, and a reserve for files that requests open briefly."""
@@ -168,9 +168,9 @@ def _collide(one: IPAddress, other: IPAddress) -> bool:
 
 
 def _ping(settings: Settings, _: Machine) -> Iterator[str]:
-    if settings.ping >= IDLE_SECONDS:
+    if settings.ping >= BALANCER_IDLE_SECONDS:
         yield (
-            f"--ping {settings.ping}: load balancers cut connections that are idle for {IDLE_SECONDS} s: "
+            f"--ping {settings.ping}: load balancers cut connections that are idle for {BALANCER_IDLE_SECONDS} s: "
             "ping more often, such as every 25 s"
         )
 

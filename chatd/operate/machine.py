@@ -37,7 +37,7 @@ REDIS_SECONDS: Final = 5
 """The time that Redis has to accept a connection, and for each reply."""
 FORBIDDEN: Final = "NOPERM", "ERR unknown command"
 """How an error of Redis begins when this user, or every user, may not run the command."""
-SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
+UNIT_SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 """The units of time spans that systemd prints (systemd.time(7)), up to weeks."""
 
 
@@ -80,9 +80,9 @@ class ThisMachine(Machine):
         if text == "infinity":
             return math.inf
         spans = re.findall(r"([0-9.]+)([a-z]+)", text)
-        if not spans or any(name not in SECONDS for _, name in spans):
+        if not spans or any(name not in UNIT_SECONDS for _, name in spans):
             return None
-        return sum(float(number) * SECONDS[name] for number, name in spans)
+        return sum(float(number) * UNIT_SECONDS[name] for number, name in spans)
 
     @override
     def world_readable(self, path: Path) -> bool:

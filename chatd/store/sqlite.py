@@ -34,9 +34,9 @@ from chatd.store.sqlite_file import Commit, SqliteFile
 
 MAX_PENDING: Final = 10_000
 """The most posts that may wait for the disk; more are refused, so that a slow disk does not fill the memory."""
-LOOK_SECONDS: Final = 5
+DISK_LOOK_SECONDS: Final = 5
 """The interval at which the store looks at its files, or tries a failing disk."""
-CLOSE_SECONDS: Final = 10
+CLOSE_FILE_SECONDS: Final = 10
 """How long a disk that does not answer may delay the end of the process."""
 
 _logger = Logger()
@@ -139,7 +139,7 @@ class SqliteStore(Store):
     @override
     def close(self) -> "Deferred[None]":
         closed: Deferred[None] = self.settled().addCallback(self._close)
-        return closed.addTimeout(CLOSE_SECONDS, self._clock).addErrback(self._not_closed)
+        return closed.addTimeout(CLOSE_FILE_SECONDS, self._clock).addErrback(self._not_closed)
 
     def _close(self, _: None) -> "Deferred[None] | None":
         if self._closing:
@@ -160,7 +160,7 @@ class SqliteStore(Store):
         """Give up a disk that does not answer; the process ends without it."""
         failure.trap(DeferredTimeout)
         self.abandon()
-        _logger.error("the store was not closed: the disk has not answered for {seconds} s", seconds=CLOSE_SECONDS)
+        _logger.error("the store was not closed: the disk has not answered for {seconds} s", seconds=CLOSE_FILE_SECONDS)
 
     @override
     def usage(self) -> Mapping[str, int]:
@@ -275,14 +275,14 @@ class SqliteStore(Store):
         self._faults["write"] = f"the log cannot be written: {failure.value}"
 
     def _look_later(self) -> None:
-        self._look_call = self._clock.callLater(LOOK_SECONDS, self._look)
+        self._look_call = self._clock.callLater(DISK_LOOK_SECONDS, self._look)
 
     def _look(self) -> None:
         """Look at the files, and try what failed when it was last tried."""
         self._look_later()
         if self._looking:  # behind a commit that takes so long
             if "disk" not in self._faults:
-                self._faults["disk"] = f"the disk has not answered for {LOOK_SECONDS} s"
+                self._faults["disk"] = f"the disk has not answered for {DISK_LOOK_SECONDS} s"
                 _logger.error("{fault}", fault=self._faults["disk"])
             return
         self._looking = True

@@ -36,7 +36,7 @@ from chatd.transport.framing import payload
 from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, answer, page, problem, retry_after
 from chatd.transport.sse import EventStream
 
-EVENTS: Final = "text/event-stream"
+EVENT_STREAM_TYPE: Final = "text/event-stream"
 """The media type of Server-Sent Events."""
 IDENTITY: Final = "identity"
 """The content coding of a body that is not encoded (RFC 9110, section 12.5.3)."""
@@ -82,9 +82,9 @@ def _refusal(request: Request, refused: HttpError) -> tuple[HTTPStatus, bytes, s
     An EventSource gives up for good on any status but 200 (HTML Living Standard, section 9.2.3).  It gets a
     stream that ends instead of a 503, and reconnects.
     """
-    streams = request.path.endswith(b"/events") and EVENTS in (_header(request, b"accept") or "")
+    streams = request.path.endswith(b"/events") and EVENT_STREAM_TYPE in (_header(request, b"accept") or "")
     if streams and refused.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        return HTTPStatus.OK, b"retry: %d\n\n" % (RETRY_AFTER_SECONDS * 1000), EVENTS
+        return HTTPStatus.OK, b"retry: %d\n\n" % (RETRY_AFTER_SECONDS * 1000), EVENT_STREAM_TYPE
     for name, value in {**retry_after(refused), **refused.headers}.items():
         request.setHeader(name, value)
     return refused.status, problem(refused.status, str(refused), refused.code), PROBLEM
@@ -290,7 +290,7 @@ class Api(ChatResource):
         wanted = self._admission.join_request(path, read_query(query))
         last = last_id(_header(request, b"last-event-id")) or wanted.last
         if request.method == b"HEAD":
-            body = answer(request, HTTPStatus.OK, b"", EVENTS)
+            body = answer(request, HTTPStatus.OK, b"", EVENT_STREAM_TYPE)
             request.responseHeaders.removeHeader(b"content-length")
             return body
         stream = EventStream(request, self._rooms, self._connections, wanted)

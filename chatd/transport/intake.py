@@ -20,7 +20,7 @@ FRAMES_PER_LOOK: Final = 4
 """The number of frames between two looks at the clock."""
 SECONDS_PER_TURN: Final = 0.001
 """The time after which a connection leaves its other frames for the next turn, measured from its first look."""
-SLICE_SECONDS: Final = 0.008
+QUEUE_SECONDS_PER_TURN: Final = 0.008
 """The time that all waiting connections together have in a reactor turn."""
 SCHEMA: Final = "schema"
 """The key of errors without a code in the count of refused frames: those that break their schema."""
@@ -47,7 +47,7 @@ class TurnQueue:
     def _serve(self) -> None:
         """Call each function that waits now, until the time is over."""
         self._scheduled = False
-        deadline = self._clock.seconds() + SLICE_SECONDS
+        deadline = self._clock.seconds() + QUEUE_SECONDS_PER_TURN
         try:
             for _ in range(len(self._waiting)):
                 self._waiting.popleft()()

@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from chatd.store.redis.keys import LOG
 
-CONNECT_SECONDS: Final = 5
+REDIS_CONNECT_SECONDS: Final = 5
 """The time limit for connecting."""
 REPLY_SECONDS: Final = 5
 """The time limit for a reply."""
@@ -226,7 +226,7 @@ class Link:
 
     def _endpoint(self) -> Any:
         host, port = self.primary or (self.address.host, self.address.port)
-        endpoint = HostnameEndpoint(self._reactor, host, port, timeout=CONNECT_SECONDS)
+        endpoint = HostnameEndpoint(self._reactor, host, port, timeout=REDIS_CONNECT_SECONDS)
         return wrapClientTLS(optionsForClientTLS(host), endpoint) if self.address.tls else endpoint
 
     @inlineCallbacks

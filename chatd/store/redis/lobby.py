@@ -32,7 +32,7 @@ BEAT_SECONDS: Final = 5
 """The time between heartbeats."""
 LASTING_SECONDS: Final = 3600
 """How long the hash of a room is kept after it was published; it outlives the nodes that are killed."""
-ROUND_SECONDS: Final = LASTING_SECONDS // 2
+REPUBLISH_SECONDS: Final = LASTING_SECONDS // 2
 """The time in which each room is published again."""
 
 _logger = Logger()
@@ -132,9 +132,9 @@ class RedisLobby(Lobby):
 
     def _continue_round(self) -> None:
         """Mark some rooms to be published, so that all of them are within a round."""
-        if self._ticks % ROUND_SECONDS == 0:
+        if self._ticks % REPUBLISH_SECONDS == 0:
             self._round += self._here
-        share = 1 + len(self._here) // ROUND_SECONDS
+        share = 1 + len(self._here) // REPUBLISH_SECONDS
         self._unsure |= dict.fromkeys(self._round[:share])
         del self._round[:share]
 

@@ -46,11 +46,11 @@ FORMAT: Final = 1
 """The format this code writes; it reads every log whose `readable_since` is not higher."""
 READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code writes."""
-RUN: Final = 1000
+FEED_ENTRIES: Final = 1000
 """The most entries that one read of the feed returns."""
 SEED_PIECE: Final = 500
 """The most messages of the seed that one script stores."""
-SILENCE_SECONDS: Final = 2.0
+FEED_SILENCE_SECONDS: Final = 2.0
 """How long the feed may be silent before the log is checked again."""
 FAREWELL_SECONDS: Final = 1.0
 """The time limit for announcing that this node leaves."""
@@ -207,7 +207,7 @@ class RedisSession:
             yield self._prepare(connection)
             self._feed.seen = yield self._check(connection)
         reader = yield self._dial()
-        reader.patience = SILENCE_SECONDS + REPLY_SECONDS
+        reader.patience = FEED_SILENCE_SECONDS + REPLY_SECONDS
         connection.whenDisconnected().addCallback(lambda _: reader.drop())
         yield self.lobby.connected(connection)
         self.connection = connection
@@ -221,20 +221,20 @@ class RedisSession:
     @inlineCallbacks
     def _follow(self, connection: RedisConnection, reader: RedisConnection) -> Generator["Deferred[Any]", Any, None]:
         """Read the feed and the lobby's stream, and check the log whenever the feed is silent."""
-        block = int(SILENCE_SECONDS * 1000)
+        block = int(FEED_SILENCE_SECONDS * 1000)
         heard = self.clock.seconds()
         while True:
             before = self._feed.seen
             cursors = before, self.lobby.seen
-            reply = yield reader.ask("XREAD", "COUNT", RUN, "BLOCK", block, "STREAMS", FEED, STREAM, *cursors)
+            reply = yield reader.ask("XREAD", "COUNT", FEED_ENTRIES, "BLOCK", block, "STREAMS", FEED, STREAM, *cursors)
             for stream, entries in reply or ():
                 if stream == STREAM.encode():
-                    self.lobby.read(entries, full=len(entries) == RUN)
+                    self.lobby.read(entries, full=len(entries) == FEED_ENTRIES)
                 else:
                     self._feed.take(entries)
             if self._feed.seen != before:
                 heard = self.clock.seconds()
-            elif reply is None or self.clock.seconds() - heard >= SILENCE_SECONDS:
+            elif reply is None or self.clock.seconds() - heard >= FEED_SILENCE_SECONDS:
                 epoch = self._feed.epoch
                 yield self._check(connection)
                 if self._feed.epoch != epoch:  # what was lost may include the presence of this node

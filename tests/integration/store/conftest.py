@@ -43,7 +43,7 @@ def proxy(one):
 @pytest.fixture
 def brisk(monkeypatch):
     """Shorten the time limits."""
-    monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(redis_session, "FEED_SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(redis_session, "SESSION_BACKOFF_SECONDS", (0.02, 0.2))
 
 

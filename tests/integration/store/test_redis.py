@@ -434,7 +434,7 @@ def test_read_of_a_deleted_log(one, node):
 @pytest.fixture
 def patient(monkeypatch):
     """Disable the check for silence, so that another check must detect the fault."""
-    monkeypatch.setattr(redis_session, "SILENCE_SECONDS", 100)
+    monkeypatch.setattr(redis_session, "FEED_SILENCE_SECONDS", 100)
 
 
 def test_post_with_an_old_epoch(one, node, patient):

@@ -202,7 +202,7 @@ def test_connection_refused(tmp_path, dial):
 
 
 def test_connection_times_out(dial, monkeypatch):
-    monkeypatch.setattr(redis_link, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(redis_link, "REDIS_CONNECT_SECONDS", 0.05)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.socket())
         listening.bind((LOCAL, 0))

@@ -246,7 +246,7 @@ def test_new_epoch_publishes_all_rooms(nodes, server, brisk):
 
 def test_gap_in_the_stream_asks_again(nodes, server, monkeypatch):
     """A node that was stalled learns of a member that left, although the stream has dropped that entry."""
-    monkeypatch.setattr(redis_session, "RUN", 2)
+    monkeypatch.setattr(redis_session, "FEED_ENTRIES", 2)
     with Proxy(server.port) as feed:
         one, two = nodes.add(), nodes.add(feed.url())
         nodes.say(two, BOB, "main")
@@ -265,7 +265,7 @@ def test_gap_in_the_stream_asks_again(nodes, server, monkeypatch):
 
 def test_full_read_without_a_gap(nodes, server, monkeypatch):
     """A node that was stalled reads on if the stream still holds what it has not read."""
-    monkeypatch.setattr(redis_session, "RUN", 2)
+    monkeypatch.setattr(redis_session, "FEED_ENTRIES", 2)
     with Proxy(server.port) as feed:
         one, two = nodes.add(), nodes.add(feed.url())
         nodes.say(one, ANN, "first")
@@ -295,7 +295,7 @@ def test_late_reply_does_not_undo_the_stream(nodes, server):
 
 def test_rooms_of_killed_nodes_expire(nodes, server, monkeypatch):
     """A live node publishes its rooms again in time, without news for the others."""
-    monkeypatch.setattr(redis_lobby, "ROUND_SECONDS", 3)
+    monkeypatch.setattr(redis_lobby, "REPUBLISH_SECONDS", 3)
     one, two = nodes.add(), nodes.add()
     rooms = ["a", "b", "c", "d"]
     nodes.say(one, ANN, *rooms)

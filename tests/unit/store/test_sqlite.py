@@ -20,7 +20,7 @@ from chatd.messages import Post
 from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
 from chatd.store import sqlite, sqlite_file
 from chatd.store.base import DAY, STEADY_SECONDS, Retention, StoreError
-from chatd.store.sqlite import CLOSE_SECONDS, LOOK_SECONDS, SqliteStore, ThreadWorker
+from chatd.store.sqlite import CLOSE_FILE_SECONDS, DISK_LOOK_SECONDS, SqliteStore, ThreadWorker
 from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS
 
 ALL = Retention()
@@ -1536,15 +1536,15 @@ def test_fault_ends_without_a_post(opened, path):
     assert post(store, "one").refusals
     with pytest.raises(LogUnavailable):
         page(store)
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault == (
         "the log cannot be written: no such table: log; the log cannot be read: no such table: messages"
     )
     run_sql(path, "ALTER TABLE other RENAME TO log")
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault == "the log cannot be read: no such table: messages"
     run_sql(path, "ALTER TABLE elsewhere RENAME TO messages")
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault is None
     assert run_sql(path, "SELECT written FROM log") == [(FORMAT,)]
 
@@ -1558,9 +1558,9 @@ def test_full_disk_stays_a_fault(opened, disk, monkeypatch):
         pass
     with monkeypatch.context() as patch:
         patch.setattr(sqlite_file, "PROBE_BYTES", 1 << 60)
-        clock.advance(LOOK_SECONDS)
+        clock.advance(DISK_LOOK_SECONDS)
     assert store.fault == "the log cannot be written: the disk is full"
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault is None
 
 
@@ -1570,11 +1570,11 @@ def test_disk_that_does_not_answer_is_a_fault(opened):
     store = opened(clock=clock, writer=writer)
     poster = post(store, "one")
     with capturedLogs() as events:
-        clock.advance(LOOK_SECONDS)
+        clock.advance(DISK_LOOK_SECONDS)
         assert store.fault is None
-        clock.advance(LOOK_SECONDS)
-        clock.advance(LOOK_SECONDS)
-    assert store.fault == f"the disk has not answered for {LOOK_SECONDS} s"
+        clock.advance(DISK_LOOK_SECONDS)
+        clock.advance(DISK_LOOK_SECONDS)
+    assert store.fault == f"the disk has not answered for {DISK_LOOK_SECONDS} s"
     assert [formatEvent(event) for event in events] == [store.fault]
     assert len(writer.held) == 2, "looks do not pile up"
     writer.run_all()
@@ -1606,7 +1606,7 @@ def test_file_is_removed_while_the_server_runs(opened, path):
     assert first.refusals == later.refusals == [lost]
     assert store.fault == f"the log cannot be written: {lost}"
     assert texts(store)[0] == "one", "what is stored can be read"
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault == f"the log cannot be written: {lost}"
     assert [event[0] for event in follower.events] == ["appended"]
 
@@ -1622,7 +1622,7 @@ def test_file_is_put_back(opened, path):
     path.write_bytes(path.with_name("aside").read_bytes())
     assert post(store, "three", label="3").refusals
     path.with_name("aside").replace(path)
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault is None
     assert [event[0] for event in follower.events] == ["appended", "interrupted"]
     assert post(store, "two", label="2").events[0][::2] == ("duplicate", 2)
@@ -1644,12 +1644,12 @@ def test_file_is_removed_from_an_idle_server(opened, path, ending):
     """The store notices without a post that one of its files is lost, logs it once, and rejects posts."""
     clock = Clock()
     store = opened(clock=clock)
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault is None
     path.with_name(f"{path.name}{ending}").unlink()
     with capturedLogs() as events:
-        clock.advance(LOOK_SECONDS)
-        clock.advance(LOOK_SECONDS)
+        clock.advance(DISK_LOOK_SECONDS)
+        clock.advance(DISK_LOOK_SECONDS)
     lost = f"{path}{ending} was removed, renamed or replaced: put it back, or restart the server"
     assert [formatEvent(event) for event in events] == [f"the log cannot be written: {lost}"]
     assert store.fault == f"the log cannot be written: {lost}"
@@ -1709,12 +1709,12 @@ def test_old_reader_does_not_fill_the_disk(opened, path, small):
         assert poster.refusals == [grown]
         assert store.usage()["wal_bytes"] == wal.stat().st_size > 400_000
         assert store.fault == f"the log cannot be written: {grown}"
-        clock.advance(LOOK_SECONDS)
+        clock.advance(DISK_LOOK_SECONDS)
         assert store.fault == f"the log cannot be written: {grown}"
         assert texts(store)[0] == "before"
     lines = [formatEvent(event) for event in events]
     assert lines == [grown, f"1 posts were not stored: {grown}"]
-    clock.advance(LOOK_SECONDS)
+    clock.advance(DISK_LOOK_SECONDS)
     assert store.fault is None
     assert wal.stat().st_size < 100_000
     assert post(store, "after").numbers == [len(poster.numbers) + 2]
@@ -1836,12 +1836,12 @@ def test_close_on_a_disk_that_does_not_answer(opened):
     poster, closed = post(store, "one", "two"), []
     store.close().addCallback(closed.append)
     with capturedLogs() as events:
-        clock.advance(CLOSE_SECONDS - 0.1)
+        clock.advance(CLOSE_FILE_SECONDS - 0.1)
         assert (closed, poster.events) == ([], [])
         clock.advance(0.1)
     assert closed == [None]
     assert poster.refusals == [IN_DOUBT] * 2
-    assert formatEvent(events[-1]) == f"the store was not closed: the disk has not answered for {CLOSE_SECONDS} s"
+    assert formatEvent(events[-1]) == f"the store was not closed: the disk has not answered for {CLOSE_FILE_SECONDS} s"
 
 
 def test_read_that_does_not_answer(opened):
@@ -1850,7 +1850,7 @@ def test_read_that_does_not_answer(opened):
     store.read("main", None, 1)
     store.close().addCallback(closed.append)
     assert closed == []
-    clock.advance(CLOSE_SECONDS)
+    clock.advance(CLOSE_FILE_SECONDS)
     assert closed == [None]
     reader.run_all()
     store.file.close()

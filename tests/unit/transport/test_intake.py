@@ -3,7 +3,7 @@
 import pytest
 from support.helpers import Turns
 
-from chatd.transport.intake import SLICE_SECONDS, Intake, TurnQueue
+from chatd.transport.intake import QUEUE_SECONDS_PER_TURN, Intake, TurnQueue
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_turn_stops_when_its_time_is_over(clock, turns):
 
     def slow(name):
         served.append(name)
-        clock.rightNow += 0.6 * SLICE_SECONDS
+        clock.rightNow += 0.6 * QUEUE_SECONDS_PER_TURN
         turns.wait(lambda: slow(name))
 
     for name in "abc":
