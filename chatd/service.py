@@ -24,6 +24,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, Logger
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
+from typing_extensions import override
 
 from chatd.messages import Entry
 from chatd.operate.drain import Drain
@@ -125,12 +126,14 @@ class ChatService(Service):
         if notify.watchdog:
             self._loops.append((LoopingCall(notify.alive), notify.watchdog))
 
+    @override
     def setServiceParent(self, parent: Any) -> None:
         """Join the application, which twistd asks for its log observer."""
         super().setServiceParent(parent)
         if isinstance(parent, Componentized) and self._observer is not None:
             parent.setComponent(ILogObserver, self._observer)
 
+    @override
     def privilegedStartService(self) -> None:
         """Open the ports if twistd is about to give up root, because only root may open a port below 1024."""
         super().privilegedStartService()
@@ -139,6 +142,7 @@ class ChatService(Service):
             if faults:
                 self._process.fail(faults[0])
 
+    @override
     def startService(self) -> None:
         """Open the store, and then the ports; end the process with one line when one cannot be opened.
 
@@ -269,6 +273,7 @@ class ChatService(Service):
         for done in draining:
             done.callback(None)
 
+    @override
     @inlineCallbacks
     def stopService(self) -> Generator[Deferred[Any], Any, None]:
         """Drain, and close everything; fire when that is done."""

@@ -28,6 +28,7 @@ from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
+from typing_extensions import override
 from zope.interface import directlyProvides, implementer, providedBy
 
 from chatd.operate.check import Endpoint
@@ -134,6 +135,7 @@ class _PortReactor(_EndpointReactor):
 class _TlsFactory(TLSMemoryBIOFactory):
     """Makes the connections of a port that speaks TLS, unless the factory behind it refuses them."""
 
+    @override
     def buildProtocol(self, addr: IAddress | None) -> IProtocol | None:  # type: ignore[override]  # Twisted forgets None
         """Return the protocol for a new client, or None to close its connection."""
         protocol = self.wrappedFactory.buildProtocol(addr)

@@ -29,6 +29,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 from twisted.internet.interfaces import IReactorTime
+from typing_extensions import override
 
 import chatd
 from chatd.histogram import SECONDS, Histogram
@@ -99,8 +100,8 @@ class Metrics(Collector):
         """Return the text of a scrape in Prometheus's format 0.0.4, without the final newline."""
         return generate_latest(self._registry).decode().rstrip("\n")
 
+    @override
     def collect(self) -> Iterator[Metric]:
-        """Yield the current value of every metric."""
         yield from self._clients()
         yield from self._messages()
         yield from self._refused()

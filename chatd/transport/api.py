@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import Request
 from twisted.web.server import NOT_DONE_YET
+from typing_extensions import override
 
 from chatd.messages import Code, Id, PageRequest, Post
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
@@ -137,6 +138,7 @@ class Api(ChatResource):
         self._admission = admission
         self._addresses = addresses
 
+    @override
     def render(self, request: Request) -> Any:
         """Route a request, and answer an HttpError with a problem."""
         try:

@@ -118,6 +118,7 @@ class AutobahnConnection(WebSocketServerProtocol):
         return bool(self.state == self.STATE_CLOSING)
 
     @property
+    @override
     def peer(self) -> str:  # type: ignore[override]  # Autobahn composes and stores it for each connection
         """The address of the client, as `HOST:PORT`."""
         peer = self.transport.getPeer()

@@ -27,6 +27,7 @@ from twisted.web.http import HTTPChannel, Request
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request as TwistedRequest
 from twisted.web.server import Site
+from typing_extensions import override
 from zope.interface import implementer
 
 import chatd
@@ -115,10 +116,12 @@ def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "appli
 class ChatResource(Resource):
     """A resource that answers errors with problems."""
 
+    @override
     def getChild(self, path: bytes, request: Request) -> Resource:
         """Return a 404: only children that were put exist."""
         return _Missing()
 
+    @override
     def render(self, request: Request) -> Any:
         """Call render_METHOD, if it exists; HEAD is GET without the body."""
         method = request.method.decode("latin-1")
@@ -136,6 +139,7 @@ class ChatResource(Resource):
 class _Missing(ChatResource):
     """A path that does not exist."""
 
+    @override
     def render(self, request: Request) -> bytes:
         """Answer with 404."""
         return answer(request, HTTPStatus.NOT_FOUND, problem(HTTPStatus.NOT_FOUND, "there is nothing here"), PROBLEM)
@@ -186,12 +190,13 @@ class _SiteRequest(TwistedRequest):
     defaultContentType = None  # what Twisted takes for none
     channel: "_Channel"
 
+    @override
     def process(self) -> None:
-        """Handle the whole request."""
         self.channel.asked = True
         self.channel.idle = False
         super().process()
 
+    @override
     def _handleStar(self) -> None:
         """Answer OPTIONS for the whole server (RFC 9110, section 9.3.7) with the methods that some path has."""
         self.write(answer(self, HTTPStatus.NO_CONTENT, b"", "", allow="GET, HEAD, OPTIONS, POST"))
@@ -233,11 +238,13 @@ class _Channel(HTTPChannel):
     when_lost: Callable[[], None] | None = None
     """A function to call when the connection has ended."""
 
+    @override
     def connectionMade(self) -> None:
         """Add the connection to those of the site."""
         super().connectionMade()
         self.site.channels.add(self)
 
+    @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Remove the connection from those of the site."""
         super().connectionLost(reason)
@@ -245,6 +252,7 @@ class _Channel(HTTPChannel):
         if self.when_lost is not None:
             self.when_lost()
 
+    @override
     def requestDone(self, request: Request) -> None:
         """Wait for the next request after an answer, unless the site is closing."""
         self.asked = False
@@ -284,8 +292,8 @@ class _Channel(HTTPChannel):
             self._networkProducer.resumeProducing()
             self.dataReceived(b"")
 
+    @override
     def resumeProducing(self) -> None:
-        """Read on, because the transport takes more."""
         super().resumeProducing()
         if self.paused:
             self._networkProducer.pauseProducing()
@@ -293,9 +301,11 @@ class _Channel(HTTPChannel):
                 self._overdue = False
                 self.site.intake.turns.wait(self._next)
 
+    @override
     def resetTimeout(self) -> None:
         """Keep the timeout that was set when the request began; Twisted calls this for all bytes that arrive."""
 
+    @override
     def dataReceived(self, data: bytes) -> None:
         """Read bytes; ignore those that arrive after a refusal, as they may under TLS."""
         if self._refused:
@@ -311,6 +321,7 @@ class _Channel(HTTPChannel):
             except HttpError as refused:
                 self._refuse(refused, bodiless=self._buffer.startswith(HEAD))
 
+    @override
     def lineReceived(self, line: bytes) -> None:
         """Read a head."""
         if not line:  # empty lines before a request (RFC 9112, section 2.2)
@@ -322,6 +333,7 @@ class _Channel(HTTPChannel):
         else:
             self.head_received(head)
 
+    @override
     def lineLengthExceeded(self, line: bytes) -> None:
         """Refuse a head that is too long."""
         self._refuse(too_long(), bodiless=line.startswith(HEAD))
@@ -442,16 +454,20 @@ class ChatSite(Site):
             for empty in waiting:
                 empty.callback(None)
 
+    @override
     def acceptableProtocols(self) -> list[bytes]:
         """IProtocolNegotiationFactory: the protocols under TLS (RFC 7301)."""
         return [HTTP_1_1]
 
+    @override
     def startFactory(self) -> None:
         """Start no timer for an access log."""
 
+    @override
     def stopFactory(self) -> None:
         """Stop no timer: startFactory() started none."""
 
+    @override
     def log(self, request: Request) -> None:
         """Log nothing, and count refused requests."""
         if request.responseHeaders.getRawHeaders("content-type") == [PROBLEM]:

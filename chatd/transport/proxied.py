@@ -19,6 +19,7 @@ from twisted.protocols.haproxy._v1parser import V1Parser
 from twisted.protocols.haproxy._v2parser import V2Parser
 from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper, HAProxyWrappingFactory
 from twisted.python.failure import Failure
+from typing_extensions import override
 from zope.interface import implementer
 
 PREFIX: Final = "haproxy:"
@@ -43,6 +44,7 @@ class ProxiedProtocol(HAProxyProtocolWrapper):
     transport: Any
     _begun = b""
 
+    @override
     def dataReceived(self, data: bytes) -> None:
         """Wait until the version of the header is known."""
         if self._parser is None:
@@ -69,6 +71,7 @@ class ProxiedFactory(HAProxyWrappingFactory):
 
     protocol: Any = ProxiedProtocol  # Twisted names the one class
 
+    @override
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Return the protocol for a new client, or None if the factory behind refuses it, which Twisted forgets."""
         protocol = self.wrappedFactory.buildProtocol(addr)
