@@ -159,7 +159,7 @@ def show(progress: str) -> None:
         sys.stderr.flush()
 
 
-class Parser(argparse.ArgumentParser):
+class FileParser(argparse.ArgumentParser):
     """A parser that reports errors in one line."""
 
     def __init__(self, name: str, description: str | None) -> None:
