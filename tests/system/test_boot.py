@@ -139,6 +139,13 @@ def test_options_that_the_image_sets_exist():
     assert {option.name for option in config.OPTIONS} >= boot.FIXED
 
 
+def test_page_names_the_options_that_the_image_sets():
+    """docs/image.md names every option that user data may not set, and no other."""
+    page = (FILES.parents[1] / "docs/image.md").read_text("utf-8")
+    [sentence] = re.findall(r"except (`--[^.]*?),\s+which are not allowed", page)
+    assert set(re.findall(r"`--([a-z-]+)`", sentence)) == boot.FIXED
+
+
 def test_room_of_the_lifecycle_is_added_to_the_rooms(cloud, run):
     """If user data limit the rooms, the room that chatd-lifecycle joins is allowed too."""
     cloud.user_data = f"{SAYS}CHATD_ROOMS=main team-*\n"
