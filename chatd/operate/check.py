@@ -384,7 +384,7 @@ def _proxy(settings: Settings, _: Machine) -> Iterator[str]:
     if behind and settings.rate[0] and not settings.proxy_hops:
         yield (
             "--proxy-hops 0: all clients of a proxy on this machine have one address, and share one --rate "
-            "for HTTP posts: use --proxy-hops 1, or listen at haproxy:tcp:..."
+            "for HTTP posts and reads: use --proxy-hops 1, or listen at haproxy:tcp:..."
         )
 
 

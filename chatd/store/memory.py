@@ -1,6 +1,6 @@
 """A log in memory: lost when the process ends.
 
-Use it for tests, for benchmarks, and for rooms that may forget.  Whoever may post can fill it, and its size is
+Use it for tests, for benchmarks, and for rooms that may forget.  Clients that post could fill it.  Its size is
 therefore bounded: by a number of messages in each room, even if all are retained, and by a number of rooms.
 """
 

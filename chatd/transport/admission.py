@@ -101,7 +101,7 @@ def origin_pattern(text: str) -> str:
 def is_same_host(origin: str, host: str) -> bool:
     """Return whether a page of this origin was loaded from the host in a Host header.
 
-    The scheme of the request is unknown behind a proxy.  So that of the page decides the default port of both.
+    Behind a proxy, the scheme of the request is unknown.  The scheme of the page decides the default port of both.
     """
     if origin.partition("://")[2] == host != "":  # nearly always
         return True

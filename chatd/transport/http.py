@@ -58,7 +58,7 @@ PROBLEM: Final = "application/problem+json"
 """The media type of problem()."""
 
 HEAD: Final = b"HEAD "
-"""The begin of a request whose answer has no body."""
+"""The first bytes of a request whose answer has no body."""
 
 TEXT: Final = "text/plain; charset=utf-8"
 METRICS: Final = "text/plain; version=0.0.4; charset=utf-8"
