@@ -472,11 +472,11 @@ def stated(page):
 
 def test_stated_defaults():
     """A default in the prose is the default of the option."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", ROOT / "scripts/deploying/stack.yaml", *sorted((ROOT / "docs").glob("*.md"))]
     defaults = {option.name: option.default for option in config.OPTIONS}
     found = [(page.name, *one) for page in pages for one in stated(page.read_text("utf-8"))]
     assert {(page, name) for page, name, _ in found} >= {
-        *((page, "ping") for page in ("protocol.md", "deploy.md", "performance.md")),
+        *((page, "ping") for page in ("protocol.md", "deploy.md", "performance.md", "stack.yaml")),
         ("protocol.md", "rate"),
     }
     assert [one for one in found if one[2] != defaults[one[1]]] == []
