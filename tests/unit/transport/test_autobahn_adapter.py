@@ -21,13 +21,6 @@ REPLACED = {
 """The attributes of Autobahn's connections that ours replace on purpose."""
 
 
-@pytest.fixture(autouse=True)
-def _restore_clock():
-    before = txaio.config.loop
-    yield
-    txaio.config.loop = before
-
-
 @pytest.fixture
 def theirs():
     """A connection of Autobahn's own that has been through a handshake, a message and a close."""

@@ -4,7 +4,6 @@ import json
 from http import HTTPStatus
 
 import pytest
-import txaio
 from support.helpers import HEAD, PING_SECONDS, Turns
 from support.stores import opened_store
 from support.transports import Tcp, Wire
@@ -52,13 +51,6 @@ WAYS = [short, long]
 def way(request):
     """The ways through a handshake, between which a client sees no difference."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _restore_autobahns_clock():
-    before = txaio.config.loop
-    yield
-    txaio.config.loop = before
 
 
 @pytest.fixture
