@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import http.client
 import json
 import socket
@@ -11,24 +10,11 @@ from urllib.parse import urljoin
 
 import aiohttp
 import pytest
+from support.loops import asynchronous
 from support.servers import LONG, Raw, Server, certificate_for, numbered, post, stored, upgrade
 from support.web_doubles import EventParser
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
-
-
-def asynchronous(test):
-    """Run a test that is a coroutine, for as long as something may take."""
-
-    @functools.wraps(test)
-    def run(*arguments, **named):
-        async def bounded():
-            async with asyncio.timeout(2 * LONG):
-                await test(*arguments, **named)
-
-        asyncio.run(bounded())
-
-    return run
 
 
 def base(server):

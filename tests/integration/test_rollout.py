@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import http.client
 import json
 import re
@@ -15,6 +14,7 @@ import time
 from itertools import pairwise
 
 import pytest
+from support.loops import asynchronous
 from support.servers import LONG, LOOPBACK, TWISTD, Raw, Server, numbered, stored, upgrade
 from support.web_doubles import EventParser
 from support.websocket_frames import CLOSE, PING, PONG, TEXT, close_code, frame, take_frames
@@ -23,20 +23,6 @@ from chatd.operate.drain import TICK_SECONDS
 
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 DRAINED = r"\bdrained\b"
-
-
-def asynchronous(test):
-    """Run a test that is a coroutine, for as long as something may take."""
-
-    @functools.wraps(test)
-    def run(*arguments, **named):
-        async def bounded():
-            async with asyncio.timeout(LONG):
-                await test(*arguments, **named)
-
-        asyncio.run(bounded())
-
-    return run
 
 
 def show(figures):

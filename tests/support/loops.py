@@ -1,6 +1,8 @@
-"""Reactors for tests: a reactor can run only once, so each test gets its own."""
+"""Event loops for tests: a reactor can run only once, so each test gets its own."""
 
+import asyncio
 import contextlib
+import functools
 import signal
 from unittest.mock import patch
 
@@ -9,6 +11,20 @@ from support.servers import LONG
 from twisted.internet.defer import ensureDeferred
 from twisted.internet.epollreactor import EPollReactor
 from twisted.python.failure import Failure
+
+
+def asynchronous(test):
+    """Run a test that is a coroutine, and stop one that hangs."""
+
+    @functools.wraps(test)
+    def run(*arguments, **named):
+        async def bounded():
+            async with asyncio.timeout(2 * LONG):
+                await test(*arguments, **named)
+
+        asyncio.run(bounded())
+
+    return run
 
 
 @contextlib.contextmanager
