@@ -17,6 +17,7 @@ from contextlib import closing
 
 import pytest
 from support.servers import LONG, ROOT, Raw, Server, environment, numbered, post, program, stored
+from support.store_files import names, run_sql
 from support.websocket_frames import TEXT, frame
 
 from chatd.store import base, sqlite_file
@@ -84,16 +85,6 @@ def say(server, *texts):
 
 def texts(path):
     return [message for _, _, message, _ in stored(path)[1]]
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def change(path, *statements):
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for statement in statements:
-            db.execute(statement)
 
 
 # Under load
@@ -499,7 +490,7 @@ def test_restore_removes_a_stale_write_ahead_log(store, tmp_path):
 
 
 def test_restore_keeps_another_format(store, tmp_path):
-    change(store, "UPDATE log SET written = 77")  # a newer format that this server can read
+    run_sql(store, "UPDATE log SET written = 77")  # a newer format that this server can read
     run("restore", "chatd.sqlite", "new.sqlite", cwd=tmp_path)
     with closing(sqlite3.connect(tmp_path / "new.sqlite")) as db:
         assert db.execute("SELECT written, readable_since FROM log").fetchone() == (77, sqlite_file.READABLE_SINCE)
@@ -562,8 +553,8 @@ DAMAGES = {
         r"cannot be copied \(file is not a database\): check ",
     ),
     "empty": (lambda path: path.write_bytes(b""), "is not a chatd store: name another file"),
-    "foreign": (lambda path: change(path, "PRAGMA application_id = 7"), "is not a chatd store: name another file"),
-    "tables": (lambda path: change(path, "DROP TABLE log"), r"cannot be copied \(no such table: log\): check "),
+    "foreign": (lambda path: run_sql(path, "PRAGMA application_id = 7"), "is not a chatd store: name another file"),
+    "tables": (lambda path: run_sql(path, "DROP TABLE log"), r"cannot be copied \(no such table: log\): check "),
     "truncated": (truncate, r"(cannot be copied|is damaged) \(.+\): "),
     "damaged": (damage, r"(cannot be copied|is damaged) \(.+\): "),
     "missing": (lambda path: path.unlink(), r"cannot be copied \(unable to open database file\): check "),
@@ -590,7 +581,7 @@ def test_damaged_store_is_rejected(store, tmp_path, name, what):
 
 
 def test_backup_of_a_newer_format_is_rejected(store, tmp_path):
-    change(store, NEWER)
+    run_sql(store, NEWER)
     run("backup", "copy", cwd=tmp_path)
     line = run("restore", "copy", "new.sqlite", cwd=tmp_path, code=1)
     assert line == (

@@ -6,15 +6,15 @@ import os
 import pathlib
 import resource
 import shutil
-import sqlite3
 import struct
 import sys
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from support.helpers import ImmediateWorker, ManualTime, result_of
+from support.store_files import names, run_sql
 from twisted.internet.task import Clock
 
 from chatd.messages import Post
@@ -206,16 +206,6 @@ def opened(path):
     store.open(())
     yield store
     result_of(store.close())
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def run_sql(path, *statements):
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for statement in statements:
-            db.execute(statement)
 
 
 def test_format_of_a_store(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from support.failing_disk import FailingDisk, system_sqlite
 from support.helpers import HeldWorker, ImmediateWorker, ManualTime, RecordingFollower, RecordingPoster, result_of
 from support.store_contract import SEED, ClockContract, DurableStoreContract, GuardContract
+from support.store_files import run_sql
 from twisted.internet.defer import succeed
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
@@ -141,12 +142,6 @@ def page(store, room="main", after=None, limit=10_000):
 
 def texts(store, room="main"):
     return [entry.message for entry in page(store, room).entries]
-
-
-def run_sql(path, *statements):
-    """Run statements as another process would; return the rows of the last one."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        return [db.execute(statement).fetchall() for statement in statements][-1]
 
 
 def copy_of(path, folder):
