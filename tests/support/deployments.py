@@ -24,7 +24,7 @@ from support.fleet import Fleet
 from support.formation import Formation
 from support.servers import LONG, ROOT, environment, missing
 from support.threads import serving, wsgi
-from support.wire import Fault, Wire
+from support.wire import Fault, WireFormat
 
 import chatd
 
@@ -92,7 +92,7 @@ def moto():
 
 @functools.cache
 def wire(service):
-    return Wire(service)
+    return WireFormat(service)
 
 
 def named(service, operation):

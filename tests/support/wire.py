@@ -22,7 +22,7 @@ class Fault(Exception):
         self.status = status
 
 
-class Wire:
+class WireFormat:
     """The wire format of one service, by botocore's model."""
 
     def __init__(self, service):

@@ -4,7 +4,7 @@ import datetime as dt
 
 import pytest
 from support.deployments import checkout, running
-from support.wire import Wire
+from support.wire import WireFormat
 from system import test_deploy as road
 from system import test_deploy_cuts as cuts
 from system import test_deploy_images as images
@@ -119,7 +119,7 @@ STACK = {"StackName": "chatd", "CreationTime": dt.datetime(2026, 1, 1, tzinfo=dt
 )
 def test_double_must_follow_the_model(changes):
     """A response that differs from the model of the AWS API fails the test that gets it."""
-    wire = Wire("cloudformation")
+    wire = WireFormat("cloudformation")
     assert b"UPDATE_COMPLETE" in wire.write("DescribeStacks", {"Stacks": [STACK]})
     stack = {name: value for name, value in (STACK | changes).items() if value is not None}
     with pytest.raises(AssertionError):
