@@ -25,7 +25,7 @@ REGION = "us-east-1"
 DEBIAN = "136693071363"
 """Debian's account at AWS."""
 NOTHING_LEFT = {"images": [], "snapshots": [], "groups": [], "keys": [], "instances": [], "volumes": []}
-"""The result of Account.left when a bake has left nothing."""
+"""The result of BakeAccount.left when a bake has left nothing."""
 TOOLS = ROOT / "packer" / "tools"
 
 
@@ -42,7 +42,7 @@ def packer():
     return kept("packer", make, *recipe)
 
 
-class Account:
+class BakeAccount:
     """An account at moto, with Debian's images in it; a context manager.
 
     `asked` has the requests as they came, each a dictionary of the fields of EC2's query protocol.
@@ -326,7 +326,7 @@ class Baked:
 
     made: dict[str, Any]
     told: str
-    account: Account
+    account: BakeAccount
     left: dict[str, list[str]]
     tags: dict[str, str]
     root: pathlib.Path
@@ -336,7 +336,7 @@ class Baked:
 
 def baked(folder):
     """Bake the image of this checkout in a folder."""
-    with Account() as account, Builder() as builder:
+    with BakeAccount() as account, Builder() as builder:
         machine_id = builder.run("cat", "/etc/machine-id").strip()
         result = bake(account, builder, folder, agents(folder, agent(builder, folder)), "--json")
         assert result.returncode == 0, result.stderr

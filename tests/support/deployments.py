@@ -100,7 +100,7 @@ def named(service, operation):
     return f"{PREFIXES.get(service, service)}:{operation}"
 
 
-class Account:
+class DeploymentAccount:
     """A new account; a context manager.  `asked` has what it was asked for, as IAM names it."""
 
     def __init__(self, url_of_chat, script=DEPLOY):
@@ -348,7 +348,7 @@ def deploy(account, *arguments, **more):
 @contextlib.contextmanager
 def running(chat, script=DEPLOY):
     """Lend an account whose stack runs an old image, which is last-good, and which has a new image too."""
-    with Account(chat.url, script) as account:
+    with DeploymentAccount(chat.url, script) as account:
         account.old, account.new = (account.image(VERSION, days=days) for days in (2, 1))
         account.stack.exists(ImageId=account.old, **REST)
         account.label(account.old)

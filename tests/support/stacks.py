@@ -169,7 +169,7 @@ def rehearsed(body):
     return body
 
 
-class Account:
+class MinistackAccount:
     """An account at ministack; a context manager.  It is on the loopback, at a port that was free."""
 
     def __enter__(self):

@@ -14,7 +14,7 @@ import tarfile
 import pytest
 from support import cloud
 from support.booted import pip_settings
-from support.cloud import NOTHING_LEFT, Account, Builder, agent, bake, packer, request_faults, settings
+from support.cloud import NOTHING_LEFT, BakeAccount, Builder, agent, bake, packer, request_faults, settings
 from support.servers import LONG, ROOT, Lines, program
 
 TEMPLATE = ROOT / "packer" / "ami.pkr.hcl"
@@ -22,7 +22,7 @@ TEMPLATE = ROOT / "packer" / "ami.pkr.hcl"
 
 @pytest.fixture
 def account():
-    with Account() as account:
+    with BakeAccount() as account:
         yield account
 
 

@@ -16,7 +16,7 @@ from support.deployments import (
     STACK,
     STUCK,
     VERSION,
-    Account,
+    DeploymentAccount,
     deploy,
     end,
 )
@@ -25,7 +25,7 @@ from support.deployments import (
 @pytest.fixture
 def empty(chat):
     """An account without a stack."""
-    with Account(chat.url) as account:
+    with DeploymentAccount(chat.url) as account:
         account.old = None
         yield account
 

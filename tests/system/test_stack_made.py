@@ -16,7 +16,7 @@ from support.stacks import (
     ACCOUNT,
     REGION,
     UNKNOWN,
-    Account,
+    MinistackAccount,
     Stack,
     attribute,
     group,
@@ -37,7 +37,7 @@ def template():
 
 @pytest.fixture(scope="module")
 def account():
-    with Account() as account:
+    with MinistackAccount() as account:
         yield account
 
 

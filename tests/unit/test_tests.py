@@ -1,6 +1,7 @@
 """The tests themselves: they know chatd by its behaviour."""
 
 import ast
+import collections
 import pathlib
 import re
 
@@ -92,3 +93,26 @@ def test_uses_of_privates_are_seen(privates, use):
     """The measure sees each way to name a private."""
     assert [name for _, name in used(ast.parse(use)) if name in privates] != []
     assert [name for _, name in used(ast.parse("self._rooms = super()._room")) if name in privates] == []
+
+
+def shared(trees):
+    """Return the names of classes that more than one module defines, each with its modules."""
+    modules = collections.defaultdict(set)
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                modules[node.name].add(path.name)
+    return {name: sorted(found) for name, found in modules.items() if len(found) > 1}
+
+
+def test_doubles_have_names_of_their_own():
+    """No two helper modules define a class of one name, so that a name means one double."""
+    assert shared(parsed(TESTS / "support")) == {}
+
+
+def test_shared_names_of_doubles_are_seen():
+    """The measure sees a name in two modules, wherever it is defined there, and not one that is imported."""
+    inner = "def make():\n    class Disk: pass"
+    texts = {"a.py": "class Disk: pass\nclass Wire: pass", "b.py": inner, "c.py": "from a import Wire"}
+    trees = {pathlib.Path(name): ast.parse(text) for name, text in texts.items()}
+    assert shared(trees) == {"Disk": ["a.py", "b.py"]}
