@@ -9,6 +9,7 @@ import sqlite3
 from typing import NamedTuple
 
 import pytest
+from support.raw_clients import EventReader, RawMember
 from support.servers import LONG, LOOPBACK, Raw, Server, upgrade
 from support.websocket_frames import BINARY, CLOSE, PING, PONG, TEXT, frame
 
@@ -225,50 +226,17 @@ def without_its_table(store, client, port, secret):
         db.execute("ALTER TABLE elsewhere RENAME TO messages")
 
 
-class Member(Raw):
-    """A member over WebSocket that has read its history."""
-
-    def __init__(self, port, query="", **headers):
-        super().__init__(port)
-        self.join(f"/rooms/{ROOM}{query}", **headers)
-
-    def ends(self):
-        """Read to the close, if there is one, and answer it."""
-        with contextlib.suppress(EOFError):
-            while self.frame()[0] != CLOSE:
-                pass
-            self.send(frame(CLOSE))
-            self.rest()
-
-    def answer(self):
-        """Return the next frame, except presence and typing, which may arrive at any time."""
-        while (text := self.json())["type"] in ("presence", "typing"):
-            pass
-        return text
-
-
-class Reader(Raw):
-    """A reader of events, which has the head of its stream."""
-
-    def __init__(self, port, query, **headers):
-        super().__init__(port)
-        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        request = [f"GET /rooms/{ROOM}/events{query} HTTP/1.1", "Host: localhost", *lines, "", ""]
-        self.send("\r\n".join(request).encode())
-        assert self.head()[0] == 200
-
-
 def visit(server, folder, secret):
     """Act as every kind of client, until the server ends."""
     port, token = server.port, secret("a token of members")
     who = {"Authorization": f"Bearer {token}", "Cookie": f"session={token}", "Origin": PAGE}
-    asked = f"?events=presence,typing&access_token={token}&username={secret('the username of a query')}"
+    asked = f"/rooms/{ROOM}?events=presence,typing&access_token={token}&username={secret('the username of a query')}"
     offer = {"Sec_WebSocket_Protocol": f"chat.v1, {secret('a token as a subprotocol')}"}
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(Member(port, asked, **who, **offer))
+        client = stack.enter_context(RawMember(port, asked, **who, **offer))
         post_over_websocket(client, secret)
         for data, code in breaches(secret):
-            with Member(port, f"?access_token={token}", **who) as other:
+            with RawMember(port, f"/rooms/{ROOM}?access_token={token}", **who) as other:
                 other.send(data)
                 other.ends()
                 server.log.wait(rf"127\.0\.0\.1:{other.socket.getsockname()[1]} left {ROOM}: {code}")
@@ -276,17 +244,18 @@ def visit(server, folder, secret):
             with Raw(port) as other:
                 other.send(data)
                 assert 400 <= other.head()[0] < 600
-        with Member(port) as other:
+        with RawMember(port, f"/rooms/{ROOM}") as other:
             label = secret("the label of what is too much")
             late = said(username=secret("whose rate is exceeded"), message=secret("what is too much"), label=label)
             other.send(late * (2 * BURST))
             while other.json().get("code") != "RATE_LIMITED":
                 pass
         over_http(port, secret)
-        with Reader(port, f"?access_token={token}&username={secret('the username of a reader')}", **who):
+        events = f"/rooms/{ROOM}/events?access_token={token}"
+        with EventReader(port, f"{events}&username={secret('the username of a reader')}", "1.1", **who):
             server.log.wait("for events")
-        reader = stack.enter_context(Reader(port, f"?access_token={token}", Last_Event_ID="zzzzzz-3"))
-        last = stack.enter_context(Member(port))
+        reader = stack.enter_context(EventReader(port, events, "1.1", Last_Event_ID="zzzzzz-3"))
+        last = stack.enter_context(RawMember(port, f"/rooms/{ROOM}"))
         without_its_table(folder / "chatd.sqlite", last, port, secret)
         with Raw(server.admin_port) as other:
             other.send(f"GET /{secret('an address of the admin port')}?access_token={token} HTTP/1.0\r\n\r\n".encode())

@@ -15,8 +15,8 @@ from itertools import pairwise
 
 import pytest
 from support.loops import asynchronous
+from support.raw_clients import EventReader, RawMember, moment
 from support.servers import LONG, LOOPBACK, TWISTD, Raw, Server, numbered, stored, upgrade
-from support.web_doubles import EventParser
 from support.websocket_frames import CLOSE, PING, PONG, TEXT, close_code, frame, take_frames
 
 from chatd.operate.drain import TICK_SECONDS
@@ -41,50 +41,6 @@ def ask(port, method, path, body=None, **headers):
 def said(message, label, username="ann"):
     """Return a frame that posts with a label."""
     return frame(TEXT, json.dumps({"username": username, "message": message, "label": label}).encode())
-
-
-def moment(reason):
-    """Return the seconds after which a close frame asks the client to reconnect."""
-    return float(re.fullmatch(r"retry_after=(\d+\.\d)", reason)[1])
-
-
-class Member(Raw):
-    """A member that reads to its close."""
-
-    def __init__(self, port, path="/"):
-        super().__init__(port)
-        self.history = self.join(path)
-
-    def goes(self):
-        """Read to the end: the frames, and the time to reconnect."""
-        texts = []
-        while True:
-            opcode, payload = self.frame()
-            if opcode == TEXT:
-                texts.append(json.loads(payload))
-            elif opcode == CLOSE:
-                break
-        self.send(frame(CLOSE, payload[:2]))
-        assert self.rest() == b""
-        assert close_code(payload) == 1012
-        return texts, moment(payload[2:].decode())
-
-
-class Reader(Raw):
-    """A reader of events."""
-
-    def __init__(self, port):
-        super().__init__(port)
-        self.send(b"GET /rooms/main/events HTTP/1.0\r\nHost: x\r\n\r\n")
-        assert self.head()[0] == 200
-
-    def goes(self):
-        """Read to the end: the frames, and the time to reconnect."""
-        parser = EventParser()
-        parser.feed(self.rest())
-        first, last = parser.retries
-        assert first == 2000
-        return [event.json for event in parser.events], last / 1000
 
 
 @contextlib.contextmanager
@@ -232,7 +188,7 @@ async def test_posts_around_a_sigterm(tmp_path):
         unread |= {f"{person.name}-{number}" for number in range(len(mine), person.sent)}
     show(f"posted={sum(person.sent for person in people)} kept={len(kept)} unread={len(unread)} lost=0")
     # At the next server what was not acknowledged is said again, and is there once.
-    with Server(tmp_path) as server, Member(server.port) as member:
+    with Server(tmp_path) as server, RawMember(server.port) as member:
         member.send(b"".join(said(message, message, message.partition("-")[0]) for message in sorted(unread)))
         acks = []
         while len(acks) < len(unread):
@@ -254,7 +210,7 @@ def in_flight(member):
 
 def test_slow_disk_during_a_drain(tmp_path):
     """Posts are acknowledged before the close, however slow the disk is."""
-    with Server(tmp_path) as server, Member(server.port) as ann, Member(server.port) as bob:
+    with Server(tmp_path) as server, RawMember(server.port) as ann, RawMember(server.port) as bob:
         with locked(tmp_path / "chatd.sqlite"):
             in_flight(ann)
             server.terminate()
@@ -274,7 +230,7 @@ def test_slow_disk_during_a_drain(tmp_path):
 
 def test_failing_store_during_a_drain(tmp_path):
     """Posts are refused before the close."""
-    with Server(tmp_path) as server, Member(server.port) as ann:
+    with Server(tmp_path) as server, RawMember(server.port) as ann:
         with locked(tmp_path / "chatd.sqlite") as db:
             in_flight(ann)
             server.terminate()
@@ -299,7 +255,7 @@ def in_doubt(text):
 def test_hung_disk_during_a_drain(tmp_path):
     """Posts are refused as in doubt before the close."""
     labels = [f"{number}" for number in range(COUNT)]
-    with Server(tmp_path) as server, Member(server.port) as ann, Member(server.port) as bob:
+    with Server(tmp_path) as server, RawMember(server.port) as ann, RawMember(server.port) as bob:
         with locked(tmp_path / "chatd.sqlite"):
             in_flight(ann)
             server.terminate()
@@ -309,7 +265,7 @@ def test_hung_disk_during_a_drain(tmp_path):
         server.stopped()
     kept = [row[2] for row in stored(tmp_path / "chatd.sqlite")[1][2:]]
     assert kept == labels[: len(kept)], "those of the commit that was under way, as it turns out"
-    with Server(tmp_path) as server, Member(server.port) as ann:
+    with Server(tmp_path) as server, RawMember(server.port) as ann:
         ann.send(b"".join(said(label, label) for label in labels))
         acks = []
         while len(acks) < COUNT:
@@ -353,7 +309,7 @@ def by_command(server):
 def test_post_over_http_that_is_on_its_way_is_answered(tmp_path, members, drain):
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "--drain=4", admin=LOOPBACK))
-        people = [stack.enter_context(Member(server.port)) for _ in range(members)]
+        people = [stack.enter_context(RawMember(server.port)) for _ in range(members)]
         posting, idle = (stack.enter_context(keeping(server.port)) for _ in range(2))
         with locked(tmp_path / "chatd.sqlite"):
             begin_post(server, posting)
@@ -386,7 +342,7 @@ def test_http_post_on_a_hung_disk(tmp_path, members, budget, stop):
     """The post is refused as in doubt."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, f"--drain={budget}"))
-        people = [stack.enter_context(Member(server.port)) for _ in range(members)]
+        people = [stack.enter_context(RawMember(server.port)) for _ in range(members)]
         posting, idle = (stack.enter_context(keeping(server.port)) for _ in range(2))
         with locked(tmp_path / "chatd.sqlite"):
             begin_post(server, posting)
@@ -413,7 +369,7 @@ def ask_on(deaf):
 def test_unread_answers_at_the_end_of_the_drain(tmp_path):
     """The client is dropped."""
     with Server(tmp_path, "--drain=2") as server, contextlib.closing(socket.socket()) as deaf:
-        with Member(server.port) as ann:
+        with RawMember(server.port) as ann:
             ann.send(b"".join(said("x" * 500, f"{number}") for number in range(100)))
             while ann.json().get("label") != "99":
                 pass
@@ -434,7 +390,7 @@ def test_unread_answers_at_the_end_of_the_drain(tmp_path):
 def test_drained_server_stays_unready(tmp_path):
     with Server(tmp_path, "--drain=2", admin=LOOPBACK) as server:
         kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONG)
-        with contextlib.closing(kept), Member(server.port) as early:
+        with contextlib.closing(kept), RawMember(server.port) as early:
             for port in (server.port, server.admin_port):
                 assert ask(port, "GET", "/readyz") == (200, "ready\n")
             kept.request("GET", "/healthz")
@@ -443,7 +399,7 @@ def test_drained_server_stays_unready(tmp_path):
             for port in (server.port, server.admin_port):
                 assert ask(port, "GET", "/readyz") == (503, "draining\n")
                 assert ask(port, "GET", "/healthz") == (200, "ok\n")
-            with Member(server.port) as late:  # which a load balancer sent here all the same
+            with RawMember(server.port) as late:  # which a load balancer sent here all the same
                 assert numbered(late.history) == SEED
                 late.send(said("hi", "a", "bob"))
                 (message, ack), seconds = late.goes()
@@ -466,7 +422,7 @@ def test_drained_server_stays_unready(tmp_path):
 
 def test_sigterm_during_a_requested_drain(tmp_path):
     """The server ends when it has drained, at the same pace."""
-    with Server(tmp_path, "--drain=2", admin=LOOPBACK) as server, Member(server.port) as member:
+    with Server(tmp_path, "--drain=2", admin=LOOPBACK) as server, RawMember(server.port) as member:
         assert ask(server.admin_port, "POST", "/drain")[0] == 202
         server.terminate()
         server.log.wait(r"\bstopping\b")
@@ -489,8 +445,8 @@ def test_sigterm_during_a_requested_drain(tmp_path):
 def test_immediate_drain_spreads_clients_over_ten_seconds(tmp_path, signals):
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "--drain=3600", admin=LOOPBACK))
-        members = [stack.enter_context(Member(server.port)) for _ in range(20)]
-        readers = [stack.enter_context(Reader(server.port)) for _ in range(20)]
+        members = [stack.enter_context(RawMember(server.port)) for _ in range(20)]
+        readers = [stack.enter_context(EventReader(server.port)) for _ in range(20)]
         members[0].send(said("hi", "a"))
         for number in signals:
             server.terminate(number)
@@ -514,7 +470,7 @@ def test_immediate_drain_spreads_clients_over_ten_seconds(tmp_path, signals):
 
 def test_failing_store_while_serving(tmp_path):
     """The failure is reported, and clients stay."""
-    with Server(tmp_path, admin=LOOPBACK) as server, Member(server.port) as ann:
+    with Server(tmp_path, admin=LOOPBACK) as server, RawMember(server.port) as ann:
         with contextlib.closing(sqlite3.connect(tmp_path / "chatd.sqlite", isolation_level=None)) as db:
             db.execute("ALTER TABLE messages RENAME TO elsewhere")
             ann.send(said("hi", "a"))
@@ -522,7 +478,7 @@ def test_failing_store_while_serving(tmp_path):
             words = "degraded: the log cannot be written: no such table: messages\n"
             for port in (server.port, server.admin_port):
                 assert ask(port, "GET", "/readyz") == (200, words)
-            with Member(server.port) as bob:  # the room is in memory
+            with RawMember(server.port) as bob:  # the room is in memory
                 assert numbered(bob.history) == SEED
             db.execute("ALTER TABLE elsewhere RENAME TO messages")
         ann.send(said("hi", "a"))
