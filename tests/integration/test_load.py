@@ -156,10 +156,11 @@ def test_run_for_a_time(server):
     assert report["delivered"] == 5 * report["posted"]
 
 
-def test_thousand_clients_in_one_process(server):
-    status, out, _ = run(server.url, "--clients=1000", "--messages=30", "--rate=0", "--cut=3", "--json")
+def test_many_clients_in_one_process(server):
+    """Both processes hold them within the usual limit of 1,024 open files, of which the server reserves 32."""
+    status, out, _ = run(server.url, "--clients=900", "--messages=30", "--rate=0", "--cut=3", "--json")
     report = json.loads(out)
-    assert (status, report["clients"], report["delivered"]) == (PROVED, 1000, 30_000)
+    assert (status, report["clients"], report["delivered"]) == (PROVED, 900, 27_000)
 
 
 def test_rate_limit_slows_the_posters(tmp_path):

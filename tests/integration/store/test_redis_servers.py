@@ -224,6 +224,7 @@ def test_proxy_stall(proxy):
 def test_proxy_mute(one, proxy):
     """Requests have their effect, and replies arrive later."""
     with Client(proxy.port) as client:
+        assert client.call("PING") == "PONG"  # the proxy has connected it
         proxy.mute()
         client.send("SET", "key", "text")
         with one.client() as near:
