@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import twisted.internet
 import txaio
+from support.servers import LONG
 from support.transports import Wire
 from support.websocket_frames import masked, read_frames
 from twisted.application.service import Application, IServiceMaker
@@ -44,6 +45,7 @@ class Reactor(MemoryReactorClock):
     def __init__(self):
         super().__init__()
         self.handled = []
+        self._calls = threading.Semaphore(0)
 
     def sigTerm(self, number, frame):
         self.handled.append(("TERM", number, frame))
@@ -53,6 +55,13 @@ class Reactor(MemoryReactorClock):
 
     def callFromThread(self, function, *arguments):
         self.callLater(0, function, *arguments)
+        self._calls.release()
+
+    def wait(self, deferred):
+        """Run what threads ask for, until a Deferred fires."""
+        while not deferred.called:
+            assert self._calls.acquire(timeout=LONG)
+            self.advance(0)
 
     def begin(self):
         """Call the functions that wait for the reactor to run."""
@@ -250,22 +259,22 @@ def test_store_is_not_opened_before_the_service_starts(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_sqlite_writes_in_one_thread_and_reads_in_another(tmp_path):
+def test_sqlite_writes_in_one_thread_and_reads_in_another(reactor, tmp_path):
     before = {*threading.enumerate()}
     service = tap.makeService(parse(f"--store=sqlite:{tmp_path / 'a:b.sqlite'}", "--drain=0"))
     service.startService()
     names = {thread.name for thread in {*threading.enumerate()} - before}
-    service.stopService()
+    reactor.wait(service.stopService())
     assert names == {"PoolThread-chatd-write-0", "PoolThread-chatd-read-0"}
     assert (tmp_path / "a:b.sqlite").exists()
 
 
-def test_sqlite_file_is_in_the_working_directory(tmp_path, monkeypatch):
+def test_sqlite_file_is_in_the_working_directory(reactor, tmp_path, monkeypatch):
     """twistd may change the working directory between the options and the start."""
     service = tap.makeService(parse("--drain=0"))
     monkeypatch.chdir(tmp_path)
     service.startService()
-    service.stopService()
+    reactor.wait(service.stopService())
     assert (tmp_path / "chatd.sqlite").exists()
 
 
