@@ -105,6 +105,18 @@ class Client:
         self._file.close()
         self.socket.close()
 
+    def hears_nothing(self):
+        """Return whether no reply arrives for a moment."""
+        self.socket.settimeout(0.05)
+        try:
+            self.socket.recv(1)
+        except TimeoutError:
+            return True
+        else:
+            return False
+        finally:
+            self.socket.settimeout(LONG)
+
     def send(self, *args):
         """Send a command without waiting for its reply."""
         parts = [arg if isinstance(arg, bytes) else str(arg).encode() for arg in args]
@@ -449,11 +461,12 @@ class _Side(asyncio.Protocol):
     def connection_made(self, transport):
         self.transport = transport
         self._proxy.sides.add(self)
+        # Until 3.11.3, Python reads from a new connection even if this method has paused it.
+        soon = asyncio.get_running_loop().call_soon
+        soon(self.look)
         if self.peer is not None:
             self.peer.peer = self
-        self.look()
-        if self.peer is not None:
-            self.peer.look()
+            soon(self.peer.look)
 
     def look(self):
         """Read if there is a peer to write to and the proxy is neither stalled nor, for replies, muted."""
