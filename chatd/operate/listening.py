@@ -28,11 +28,10 @@ from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
-from typing_extensions import override
 from zope.interface import directlyProvides, implementer, providedBy
 
 from chatd.operate.check import Endpoint
-from chatd.transport.proxied import PREFIX, ProxiedEndpoint
+from chatd.transport.proxied import PREFIX, ProxiedEndpoint, RefusingFactory
 
 RESERVED_FILES: Final = 32
 """The open files that clients may not use: for the admin port, the store and the log."""
@@ -132,14 +131,8 @@ class _PortReactor(_EndpointReactor):
         )
 
 
-class _TlsFactory(TLSMemoryBIOFactory):
-    """Makes the connections of a port that speaks TLS, unless the factory behind it refuses them."""
-
-    @override
-    def buildProtocol(self, addr: IAddress | None) -> IProtocol | None:  # type: ignore[override]  # Twisted forgets None
-        """Return the protocol for a new client, or None to close its connection."""
-        protocol = self.wrappedFactory.buildProtocol(addr)
-        return None if protocol is None else self.protocol(self, protocol)
+class _TlsFactory(RefusingFactory, TLSMemoryBIOFactory):
+    """Makes the connections of a port that speaks TLS."""
 
 
 class Ports:

@@ -141,16 +141,12 @@ class AutobahnConnection(WebSocketServerProtocol):
         self.request_received(self.data)
 
     def keep(self, rest: bytes) -> None:
-        """Keep the bytes that follow a handshake until read_kept()."""
+        """Keep the bytes that follow a handshake until read_frames()."""
         self.data = rest
 
     def opened(self) -> None:
         """Take note that the handshake was answered."""
         self.state = self.STATE_OPEN
-
-    def read_kept(self) -> None:
-        """Read the frames that followed the handshake."""
-        self.read_frames()
 
     def release_transport(self) -> bytes:
         """Forget the connection, which another protocol continues, and return what was received."""

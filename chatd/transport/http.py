@@ -269,9 +269,9 @@ class _Channel(HTTPChannel):
     def _wait_for_turn(self) -> None:
         """Handle the next request in another turn, or when the rate allows it."""
         intake = self.site.intake
-        free = intake.rate is None or self.site.proxied or self.counted
+        rate = None if self.site.proxied or self.counted else intake.rate
         self.counted = False
-        wait = 0.0 if free or intake.rate is None else intake.rate.charge(self)
+        wait = 0.0 if rate is None else rate.charge(self)
         if not wait and not self._buffer:
             self.paused = False
             return

@@ -18,6 +18,7 @@ from twisted.internet.main import CONNECTION_DONE
 from twisted.protocols.haproxy._v1parser import V1Parser
 from twisted.protocols.haproxy._v2parser import V2Parser
 from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper, HAProxyWrappingFactory
+from twisted.protocols.policies import WrappingFactory
 from twisted.python.failure import Failure
 from typing_extensions import override
 from zope.interface import implementer
@@ -66,16 +67,19 @@ class ProxiedProtocol(HAProxyProtocolWrapper):
         """IHalfCloseableProtocol: the server does not half-close."""
 
 
-class ProxiedFactory(HAProxyWrappingFactory):
-    """Makes the connections of a port behind a load balancer."""
-
-    protocol: Any = ProxiedProtocol  # Twisted names the one class
+class RefusingFactory(WrappingFactory[Any]):
+    """A factory around one that may refuse a client, which Twisted forgets: the port then closes the connection."""
 
     @override
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        """Return the protocol for a new client, or None if the factory behind refuses it, which Twisted forgets."""
         protocol = self.wrappedFactory.buildProtocol(addr)
         return None if protocol is None else self.protocol(self, protocol)
+
+
+class ProxiedFactory(RefusingFactory, HAProxyWrappingFactory):
+    """Makes the connections of a port behind a load balancer."""
+
+    protocol: Any = ProxiedProtocol  # Twisted names the one class
 
 
 @implementer(IStreamServerEndpoint)

@@ -116,7 +116,7 @@ class WebSocketConnection(AutobahnConnection):
     def _switch(self, answer: bytes) -> None:
         self.opened()
         self._join(answer)
-        self.read_kept()
+        self.read_frames()
 
     def _deny(self, failure: Failure, head: Head) -> None:
         failure.trap(HttpError)
