@@ -114,13 +114,14 @@ def makeService(options: Options) -> IService:
     rooms = Registry(store, frames, reactor, settings.history, store.lobby)
     connections = Connections(reactor, settings.ping)
     rooms_allowed, origins = [*map(room_pattern, settings.rooms)], [*map(origin_pattern, settings.origin)]
-    admission = Admission(rooms_allowed, origins, proxied=settings.proxy_hops > 0)
+    proxied = settings.proxy_hops > 0
+    admission = Admission(rooms_allowed, origins, proxied=proxied)
     a_second, burst = settings.rate
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
     readiness = Readiness(lambda: store.fault)
     api = Api(rooms, connections, admission, addresses)
-    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, proxied=settings.proxy_hops > 0)
+    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, proxied=proxied)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     metrics = Metrics(
         store=store,

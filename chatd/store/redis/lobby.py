@@ -8,7 +8,7 @@ its heartbeat was missing, because the other nodes may have dropped it.  Each re
 room at all other nodes.  A node that missed entries of the stream therefore asks for its rooms again.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import orjson
@@ -103,11 +103,13 @@ class RedisLobby(Lobby):
     def _begin(self, newest: Sequence[Any], connection: RedisConnection) -> None:
         self.seen = newest[0][0] if newest else NO_ENTRY
         self._connection = connection
-        self._publish_all()
+        self._mark_dirty(self._here)
         self._publish(connection)
 
-    def _publish_all(self) -> None:
-        self._dirty |= {room: {} for room in self._here if room not in self._dirty}
+    def _mark_dirty(self, rooms: Iterable[str]) -> None:
+        """Publish rooms again; users that type there stay."""
+        for room in rooms:
+            self._dirty.setdefault(room, {})
 
     def disconnected(self) -> None:
         """Stop publishing, because the session has ended."""
@@ -162,7 +164,7 @@ class RedisLobby(Lobby):
     def _answered(self, reply: Sequence[Any], room: str) -> None:
         missing, newest, *flat = reply
         if missing:
-            self._publish_all()
+            self._mark_dirty(self._here)
         if _place(newest) < _place(self.seen):  # the stream has overtaken this reply
             self._unsure[room] = None
             return
@@ -193,9 +195,9 @@ class RedisLobby(Lobby):
     def _beaten(self, life: bytes | None) -> None:
         """Publish again what the other nodes do not have, because they dropped this node or Redis refused it."""
         if life is None:
-            self._publish_all()
+            self._mark_dirty(self._here)
         failed, self._unpublished = self._unpublished, {}
-        self._dirty |= {room: {} for room in failed if room not in self._dirty}
+        self._mark_dirty(failed)
 
     def _counted(self, lives: Sequence[bytes | None], others: Sequence[str]) -> None:
         for node, life in zip(others, lives, strict=True):
