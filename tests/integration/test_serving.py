@@ -11,6 +11,7 @@ import selectors
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -580,6 +581,9 @@ def certificate(tmp_path):
 
 def test_big_burst_over_tls(tmp_path, certificate):
     arguments, trust = certificate
+    # This client reads in a thread of its own, and CPython 3.11 takes no lock around OpenSSL (issue 124984).  Under TLS
+    # 1.3 the reader handles session tickets while the request is written, and the request is lost: 3 times in 12,000.
+    trust.maximum_version = ssl.TLSVersion.TLSv1_2
     with Server(tmp_path, listen=f"ssl:0:interface=127.0.0.1:{arguments}") as server:
         url = f"wss://127.0.0.1:{server.port}/"
         with connect(url, ssl=trust) as sender, connect(url, ssl=trust) as reader:
