@@ -157,7 +157,6 @@ class AutobahnConnection(WebSocketServerProtocol):
     def refuse(self, answer: bytes) -> None:
         """Send the answer that refuses a request, and close the connection."""
         self.send_frame(answer)
-        self.wasClean = True  # else Autobahn logs a warning
         self.dropConnection()
 
     # Receiving
@@ -269,8 +268,12 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     def drop(self) -> None:
         """End the connection without a closing handshake."""
-        self.wasClean = True  # else Autobahn logs a warning
         self.dropConnection(abort=True)
+
+    @override
+    def dropConnection(self, abort: bool = False) -> None:
+        self.wasClean = True  # else Autobahn logs a warning that does not name the connection
+        super().dropConnection(abort)
 
     @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:

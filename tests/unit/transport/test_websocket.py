@@ -766,6 +766,16 @@ def failures(events):
     ]
 
 
+def test_violation_after_the_close_is_logged_once(client, events):
+    """Autobahn logs nothing of its own when it drops the connection."""
+    client.joins()
+    client.sends(b"\xc1\x80" + bytes(4) + b"\xc1\x80" + bytes(4))
+    assert client.reads_close() == 1002
+    assert client.transport.disconnecting
+    assert {event["log_namespace"].partition(".")[0] for event in events} == {"chatd"}
+    assert [code for *_, code, _ in failures(events)] == [1002] * 2
+
+
 @pytest.mark.parametrize("transport", [Tcp, Wire])
 def test_protocol_violation_gets_a_reason(factory, events, pass_time, transport):
     """The client may answer the close."""
