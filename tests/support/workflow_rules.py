@@ -8,10 +8,13 @@ from support.servers import ROOT
 FOLDER = ROOT / ".github" / "workflows"
 TOOLS = [*(ROOT / "packer" / "tools").glob("*/go.mod"), ROOT / "tests" / "tools" / "actionlint" / "go.mod"]
 """The modules that are built with Go."""
+LOCKS = [*ROOT.glob("requirements*.txt"), ROOT / "packer" / "requirements.txt"]
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
 OURS = re.compile(r"\./\.github/workflows/\w+\.yml\b")
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 DEBIANS = ["bookworm", "trixie"]
+SIGNING = {"id-token", "attestations"}
+"""The permissions with which a job gets an identity, and signs with it."""
 OUTSIDERS = {"pull_request_target", "workflow_run", "issue_comment", "issues"}
 """Triggers by which somebody from outside runs something with the repository's rights."""
 
@@ -41,6 +44,11 @@ def uses(job, action):
     return steps[0].get("with", {}) if steps else {}
 
 
+def attests(job):
+    """Return whether the identity of a job signs what it built, and does nothing else."""
+    return {*job["permissions"]} == {"contents", *SIGNING} and bool(uses(job, "actions/attest-build-provenance"))
+
+
 def version(text):
     return tuple(int(part) for part in str(text).split("."))
 
@@ -60,17 +68,29 @@ def faults(workflows):
         "no secret is used": not any("secrets." in text for text in workflows.values()),
         "nothing is permitted to all jobs": all(whole["permissions"] == {} for whole in found.values()),
         "a job reads alone": all(
-            {value for key, value in job["permissions"].items() if key != "id-token"} == {"read"}
+            {value for key, value in job["permissions"].items() if key not in SIGNING} == {"read"}
             for job in jobs.values()
         ),
         "who is given a role names an environment": all(
-            "environment" in job for job in jobs.values() if "id-token" in job["permissions"]
+            "environment" in job or attests(job) for job in jobs.values() if SIGNING & {*job["permissions"]}
         ),
         "each job ends": all("timeout-minutes" in job or "uses" in job for job in jobs.values()),
+        **audit_rules(found["audit.yml"]),
         **ci_rules(found["ci.yml"]),
         **deploy_rules(found["deploy.yml"]),
     }
     return [text for text, holds in wanted.items() if not holds]
+
+
+def audit_rules(whole):
+    script = whole["jobs"]["audit"]["steps"][-1]["run"]
+    return {
+        "what an operator or a developer installs is audited": all(
+            f"--requirement {path.relative_to(ROOT)}" in script for path in LOCKS
+        )
+        and "|| true" not in script,
+        "the audit runs without a change": "schedule" in whole["on"],
+    }
 
 
 def ci_rules(whole):
@@ -97,12 +117,16 @@ def ci_rules(whole):
 
 
 def deploy_rules(whole):
-    job = whole["jobs"]["deploy"]
+    job, wheel = whole["jobs"]["deploy"], whole["jobs"]["wheel"]
+    signed = uses(wheel, "actions/attest-build-provenance").get("subject-path")
     role = uses(job, "aws-actions/configure-aws-credentials")
     concurrency = job.get("concurrency", {})
     (packer,) = re.findall(r"hashicorp/packer v(\S+)", (ROOT / "packer/tools/packer/go.mod").read_text())
     commands = whole["on"]["workflow_dispatch"]["inputs"]["command"]["options"]
     return {
+        "what is uploaded is attested": signed is not None
+        and signed == uses(wheel, "actions/upload-artifact").get("path")
+        and wheel.get("needs") == "tests",
         "a tag ships": whole["on"]["push"] == {"tags": ["v*"]},
         "it is shipped once the tests have passed": job.get("needs") == "tests"
         and "!failure()" in job["if"]

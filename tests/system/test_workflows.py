@@ -95,7 +95,11 @@ def test_linters_accept_the_workflows(tmp_path, linter):
         (zizmor, ("ci.yml", "          .ci/run", "          : ${{ github.head_ref }}"), "template-injection"),
         (
             zizmor,
-            ("deploy.yml", "permissions:\n      contents: read\n      id", "permissions: write-all #"),
+            (
+                "deploy.yml",
+                "permissions:\n      contents: read\n      id-token: write # to assume the role",
+                "permissions: write-all # to assume the role",
+            ),
             "excessive-permissions",
         ),
         (zizmor, ("deploy.yml", "persist-credentials: false", "persist-credential: false"), "artipacked"),
@@ -138,6 +142,17 @@ def test_workflows_follow_the_rules():
             "who is given a role names an environment",
         ),
         (("deploy.yml", "    environment: production\n", ""), "who is given a role names an environment"),
+        (("deploy.yml", "attestations: write", "packages: write"), "a job reads alone"),
+        (("deploy.yml", "actions/attest-build-provenance@", "actions/attest@"), "what is uploaded is attested"),
+        (
+            ("deploy.yml", "            requirements.txt\n          if-no", "          if-no"),
+            "what is uploaded is attested",
+        ),
+        (
+            ("audit.yml", " --requirement packer/requirements.txt", ""),
+            "what an operator or a developer installs is audited",
+        ),
+        (("audit.yml", '  schedule:\n    - cron: "17 4 * * 1"\n', ""), "the audit runs without a change"),
         (("ci.yml", "    timeout-minutes: 90\n", ""), "each job ends"),
         (("ci.yml", "  pull_request:\n", ""), "the tests run on a push and for a pull request"),
         (("ci.yml", '"tests/$WING"\n', '"tests/$WING" || true\n'), "the tests are those of .ci/run"),
