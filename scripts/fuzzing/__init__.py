@@ -1,0 +1,1 @@
+"""The parts of scripts/fuzz: what it sends, and what a server may answer."""
