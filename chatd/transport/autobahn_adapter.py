@@ -277,12 +277,10 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        # Not Autobahn's, which composes lines for debugging and then calls this.
-        self._connectionLost(reason)  # type: ignore[arg-type]  # so annotated there by mistake
-
-    @override
-    def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
-        self.closed((self.localCloseCode if self.closedByMe else code) or CloseCode.ABNORMAL)
+        # Not Autobahn's, which cancels timers that are never set here, and composes lines for debugging.
+        self.state = self.STATE_CLOSED
+        self.factory.countConnections -= 1
+        self.closed((self.localCloseCode if self.closedByMe else self.remoteCloseCode) or CloseCode.ABNORMAL)
 
 
 class AutobahnFactory(WebSocketServerFactory, Generic[_T]):

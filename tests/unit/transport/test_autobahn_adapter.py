@@ -41,7 +41,7 @@ def factory():
 def test_names_used_on_a_connection(theirs):
     """Autobahn's connections have every attribute that the adapter reads, sets or calls on its own."""
     used = used_in(AutobahnConnection) - names_of(AutobahnConnection)
-    assert used >= {"state", "data", "consumeData", "processData", "_connectionLost", "failedByMe", "wasClean"}
+    assert used >= {"state", "data", "consumeData", "processData", "remoteCloseCode", "failedByMe", "wasClean"}
     assert {name for name in used if not hasattr(theirs, name)} == set()
     assert {name for name in REPLACED if not hasattr(theirs, name)} == set()
 
@@ -60,7 +60,7 @@ def test_overridden_methods():
     source = source_of(WebSocketServerProtocol)
     ours = overrides(AutobahnConnection) | (overrides(WebSocketConnection) - names_of(AutobahnConnection))
     twisted = {"connectionMade", "connectionLost", "dataReceived"}
-    assert ours >= {"processHandshake", "sendData", "sendCloseFrame", "_fail_connection", "onPong", "onClose"}
+    assert ours >= {"processHandshake", "sendData", "sendCloseFrame", "_fail_connection", "onPong"}
     assert {name for name in ours if not hasattr(WebSocketServerProtocol, name)} == set()
     assert {name for name in ours - twisted if f"self.{name}" not in source} == set()
 
