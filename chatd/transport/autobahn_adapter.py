@@ -291,6 +291,7 @@ class AutobahnFactory(WebSocketServerFactory, Generic[_T]):
         txaio.config.loop = reactor  # type: ignore[attr-defined]
         super().__init__(server=server, reactor=reactor)
         self.setProtocolOptions(
+            echoCloseCodeReason=True,  # as RFC 6455, section 5.5.1, suggests, and browsers show
             failByDrop=False,  # a client that breaks the protocol gets the reason
             maxFramePayloadSize=MAX_MESSAGE,
             maxMessagePayloadSize=MAX_MESSAGE,

@@ -77,7 +77,8 @@ def masked_text_at(data: bytes, start: int, max_size: int) -> tuple[bytes | None
     end = len(data)
     begin = start + _SHORTEST_MASKED
     if begin > end:
-        return None, start
+        # An unmasked frame may be this short.
+        return None, -1 if end > start + 1 and data[start + 1] < MASKED else start
     length = data[start + 1] - MASKED
     if data[start] != _TEXT or not 0 <= length <= LENGTH_16:
         return None, -1
