@@ -1,9 +1,12 @@
 """The PROXY protocol, in whose header a load balancer names the address of a client.
 
 Twisted reads the header, but closes a connection whose first bytes are fewer than it needs to know the version.
-TCP may cut a header at any byte.
+TCP may cut a header at any byte.  A line of version 1 is also checked here, because Twisted takes any text for an
+address or a port, and takes no line that only says UNKNOWN.
 """
 
+import re
+from ipaddress import ip_address
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
@@ -26,16 +29,35 @@ from zope.interface import implementer
 PREFIX: Final = "haproxy:"
 """The first word of the text of an endpoint behind such a load balancer."""
 
-# The bytes that Twisted needs to know the version.
-_LEAST_V1 = 8
+# The bytes of a version 2 header that Twisted needs to know the version.
 _LEAST_V2 = 16
+# The most bytes of a version 1 line, with its end (section 2.1 of the specification).
+_MOST_V1 = 107
+_V1 = re.compile(rb"PROXY (?:(UNKNOWN)(?: .*)?|TCP([46]) ([!-~]+) ([!-~]+) ([0-9]{1,5}) ([0-9]{1,5}))\r\n")
+_MAX_PORT = 65535
 
 
 def is_partial(data: bytes) -> bool:
-    """Return whether more bytes are needed to know the version of a header."""
-    version_1 = len(data) < _LEAST_V1 and V1Parser.PROXYSTR.startswith(data[: len(V1Parser.PROXYSTR)])
-    version_2 = len(data) < _LEAST_V2 and V2Parser.PREFIX.startswith(data[: len(V2Parser.PREFIX)])
-    return version_1 or version_2
+    """Return whether these may be the first bytes of a header, too few to check its line or to know its version."""
+    version_1 = V1Parser.PROXYSTR.startswith(data[: len(V1Parser.PROXYSTR)])
+    version_2 = V2Parser.PREFIX.startswith(data[: len(V2Parser.PREFIX)])
+    return (version_1 and V1Parser.NEWLINE not in data and len(data) < _MOST_V1) or (
+        version_2 and len(data) < _LEAST_V2
+    )
+
+
+def check_line(line: bytes) -> bytes:
+    """Return a line of version 1 as Twisted reads it; raise ValueError if it is invalid."""
+    match = _V1.fullmatch(line)
+    if match is None:
+        raise ValueError(line)
+    unknown, version, *addresses, source, destination = match.groups()
+    if unknown:
+        return b"PROXY UNKNOWN \r\n"
+    versions = {ip_address(address.decode("ascii")).version for address in addresses}
+    if versions != {int(version)} or max(int(source), int(destination)) > _MAX_PORT:
+        raise ValueError(line)
+    return line
 
 
 @implementer(IHalfCloseableProtocol)
@@ -47,12 +69,19 @@ class ProxiedProtocol(HAProxyProtocolWrapper):
 
     @override
     def dataReceived(self, data: bytes) -> None:
-        """Wait until the version of the header is known."""
+        """Wait until the version of the header is known, and refuse an invalid line of version 1."""
         if self._parser is None:
             data = self._begun + data
             if is_partial(data):
                 self._begun = data
                 return
+            if data.startswith(V1Parser.PROXYSTR):
+                line, end, rest = data[:_MOST_V1].partition(V1Parser.NEWLINE)
+                try:
+                    data = check_line(line + end) + rest + data[_MOST_V1:]
+                except ValueError:
+                    self.loseConnection()
+                    return
         super().dataReceived(data)
 
     def readConnectionLost(self) -> None:

@@ -93,6 +93,49 @@ def test_partial_header(data):
     assert is_partial(data)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"PROXY",
+        b"PROXY UNKNOWNX",
+        b"PROXY TCP5 192.0.2.7 192.0.2.1 4321 8085",
+        b"PROXY TCP4 192.0.2.7",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 port 8085",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 4321 port",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 -1 8085",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 4_3 8085",
+        b"PROXY TCP4 192.0.2.7 192.0.2.1 4321 65536",
+        b"PROXY TCP4 \xff 192.0.2.1 4321 8085",
+        b"PROXY TCP4 <script> 192.0.2.1 4321 8085",
+        b"PROXY TCP4 2001:db8::7 2001:db8::1 4321 8085",
+        b"PROXY TCP6 2001:db8::7 192.0.2.1 4321 8085",
+        b"PROXY UNKNOWN " + 92 * b"x",
+    ],
+)
+def test_invalid_line(line):
+    """It closes the connection, and raises nothing that Twisted would log with a traceback."""
+    wire, behind = connect()
+    wire.protocol.dataReceived(line + b"\r\nGET /")
+    assert wire.disconnecting
+    assert behind.received == b""
+
+
+@pytest.mark.parametrize("line", [b"PROXY UNKNOWN", b"PROXY UNKNOWN " + 91 * b"\xff"])
+def test_unknown_client(line):
+    """A proxy sends it for its own health checks; the peer of the connection then is the client."""
+    wire, behind = connect()
+    wire.protocol.dataReceived(line + b"\r\nGET /")
+    assert behind.received == b"GET /"
+    assert behind.transport.getPeer() == wire.getPeer()
+
+
+def test_version_6():
+    wire, behind = connect()
+    wire.protocol.dataReceived(b"PROXY TCP6 2001:db8::7 2001:db8::1 4321 65535\r\n")
+    assert not wire.disconnecting
+    assert behind.transport.getPeer().host == "2001:db8::7"
+
+
 def test_half_close():
     """The protocol behind the header decides what a half-close means."""
     wire, behind = connect(HalfCloseable)
