@@ -35,6 +35,8 @@ _NO_HEAD = re.compile(
 )
 # RFC 3986, section 3.2: an address in brackets or a name, and a port.
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-Fa-f]{2})*+)(?::[0-9]*)?")
+# RFC 9112, section 3.2.3: the target of CONNECT.
+_AUTHORITY = re.compile(rf"(?=.*:[0-9]+\Z)(?!:){_HOST.pattern}")
 # RFC 9112, section 3.2.2: a target in absolute form, whose authority has no user.
 _ABSOLUTE = re.compile(r"(?i:https?|wss?)://([^/?:][^/?]*)(.*)")
 
@@ -153,7 +155,7 @@ def _in_origin_form(head: Head) -> Head:
         raise invalid(f'HTTP requested resource contains a fragment identifier "{text}"')
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute is None or not _HOST.fullmatch(absolute[1]):
-        if (head.method == "OPTIONS" and target == "*") or (head.method == "CONNECT" and _HOST.fullmatch(target)):
+        if (head.method == "OPTIONS" and target == "*") or (head.method == "CONNECT" and _AUTHORITY.fullmatch(target)):
             return head
         raise invalid()
     rest = absolute[2] or ("*" if head.method == "OPTIONS" else "/")
