@@ -69,4 +69,4 @@ if removed > 0 then
     table.insert(change, 'f')
     table.insert(change, text(first(stream, number)))
 end
-return { number, announce(feed, now, epoch, unpack(change)), removed }
+return { number, announce(feed, now, epoch, tonumber(log[2]), unpack(change)), removed }

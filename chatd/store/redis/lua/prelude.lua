@@ -69,11 +69,11 @@ local function head(room, stream)
     redis.call('XTRIM', stream, 'MAXLEN', 0)
 end
 
--- Append an entry to the feed, which keeps about `keep` entries; return its number.  Each entry names the
--- epoch, so that nodes notice a feed that went back.
-local function announce(keep, micros, epoch, ...)
-    local seq = redis.call('HINCRBY', LOG, 'seq', 1)
-    redis.call('HSET', LOG, 'stamped', text(micros))
+-- Append the entry that follows `seq` to the feed, which keeps about `keep` entries; return its number.  Each entry
+-- names the epoch, so that nodes notice a feed that went back.
+local function announce(keep, micros, epoch, seq, ...)
+    seq = seq + 1
+    redis.call('HSET', LOG, 'seq', text(seq), 'stamped', text(micros))
     redis.call('XADD', FEED, 'MAXLEN', '~', keep, text(seq) .. '-' .. text(micros), 'e', epoch, ...)
     return seq
 end

@@ -9,9 +9,11 @@
 --          trimmed, its name and the error.
 
 local epoch, keep, oldest, youngest, feed, given = unpack(ARGV)
-if redis.call('HGET', LOG, 'epoch') ~= epoch then
+local log = redis.call('HMGET', LOG, 'epoch', 'seq')
+if log[1] ~= epoch then
     return { 0, 0 }
 end
+local seq = tonumber(log[2])
 local now = time(given, 0)
 local total = 0
 local failed = {}
@@ -24,7 +26,7 @@ for index = 4, #KEYS do
     elseif removed > 0 then
         total = total + removed
         local head = tonumber(redis.call('HGET', HEADS, room) or 0)
-        announce(feed, now, epoch, 'r', room, 'f', text(first(KEYS[index], head)))
+        seq = announce(feed, now, epoch, seq, 'r', room, 'f', text(first(KEYS[index], head)))
     end
 end
-return { tonumber(redis.call('HGET', LOG, 'seq')), total, unpack(failed) }
+return { seq, total, unpack(failed) }
