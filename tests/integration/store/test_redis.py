@@ -859,9 +859,10 @@ def test_refused_writes(tmp_path, binary, node, fault, events):
 
 @pytest.mark.parametrize("fault", [out_of_memory, without_replicas, without_disk])
 def test_reads_while_writes_are_refused(one, node, fault):
-    """Reads work, and the fault ends without a post."""
+    """Reads work in the same session, and the fault ends without a post."""
     node = node(one.url)
     node.post("a")
+    sessions = len(node.link.lines)
     with fault(one):
         assert node.post("b") == [UNAVAILABLE]
         for _ in range(2):  # the second follows a check of the log
@@ -877,6 +878,7 @@ def test_reads_while_writes_are_refused(one, node, fault):
         assert node.texts() == ["a"]
         assert node.store.commits.buckets()[-1][1] == 2  # including failed ones
     node.up()
+    assert len(node.link.lines) == sessions
 
 
 @pytest.mark.parametrize("fault", [out_of_memory, without_replicas, without_disk])

@@ -210,6 +210,7 @@ def test_missing_heartbeat_publishes_all_rooms(nodes, server):
     one, two = nodes.add(), nodes.add()
     nodes.say(one, ANN, "main", "other")
     nodes.hears(two, ("main", one.node, ANN), ("other", one.node, ANN))
+    nodes.beat(one, 2)  # the rest of the first round, which would notice too
     server.call("DEL", f"{{chatd}}:node:{one.node}")
     nodes.beat(two)
     nodes.hears(two, one.node)

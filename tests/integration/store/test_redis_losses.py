@@ -11,6 +11,7 @@ from support.store_contract import SEED
 from chatd.messages import Entry
 from chatd.room.log import LogUnavailable
 from chatd.store.redis.keys import FEED, HEADS, LOG, digest, label_key, room_key
+from chatd.store.redis.link import RedisConnection
 
 MAIN, TEAM, COLD = map(room_key, ("main", "team", "cold"))
 LABEL = label_key("team", "ann", "t1")
@@ -157,6 +158,14 @@ def test_loss_in_an_emptied_room(redis, node):
     assert first.read("team").first == 1
 
 
+def test_emptied_feed(redis, node):
+    """A feed that has lost its entries, and whose key remains, takes entries again."""
+    first = node(redis.url)
+    fill(first)
+    redis.call("XTRIM", FEED, "MAXLEN", 0)
+    goes_on(first, "team", ["t1", "t2"])
+
+
 def test_epoch_drawn_by_hand_on_an_empty_redis(redis, node):
     """The command of docs/operations.md also leaves a usable log if the log is gone."""
     redis.call("HSET", LOG, "epoch", "byhand")
@@ -189,14 +198,23 @@ def seed_of(count):
     return [Entry(number, "ann", f"text {number}", "2024-10-20T12:30:00Z") for number in range(1, count + 1)]
 
 
-def test_long_seed_is_stored_in_pieces(redis, node):
-    """A seed of any length is stored once, by one of the nodes that start together."""
+def test_long_seed_is_stored_in_pieces(redis, node, monkeypatch):
+    """A seed of any length is stored once, by the nodes that start together; no request has over 500 messages."""
+    sizes = []
+    run = RedisConnection.run
+
+    def counting(connection, script, keys, *args):
+        sizes.append(len(args))
+        return run(connection, script, keys, *args)
+
+    monkeypatch.setattr(RedisConnection, "run", counting)
     seed = seed_of(2345)
     nodes = [node(redis.url, seed=seed, at_once=True) for _ in range(2)]
     for each in nodes:
         assert each.up().read().entries == seed
     assert nodes[0].store.epoch == nodes[1].store.epoch
     assert nodes[0].post("a") == [("posted", 2346)]
+    assert max(sizes) == 8 + 4 * 500
 
 
 def test_seed_is_not_sent_again(redis, node, loop):
