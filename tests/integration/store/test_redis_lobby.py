@@ -231,8 +231,9 @@ def test_change_after_a_missing_heartbeat_publishes_all_rooms(nodes, server):
     nodes.hears(two, ("main", one.node, BOB), ("other", one.node, ANN))
 
 
-def test_new_epoch_publishes_all_rooms(nodes, server, brisk):
-    """Presence survives the loss of everything in Redis."""
+def test_new_epoch_publishes_all_rooms(nodes, server, brisk, monkeypatch):
+    """Presence survives the loss of everything in Redis, before the next heartbeat."""
+    monkeypatch.setattr(redis_lobby, "BEAT_SECONDS", LASTING_SECONDS)
     one, two = nodes.add(), nodes.add()
     nodes.say(one, ANN, "main")
     nodes.say(two, BOB, "main")
@@ -264,7 +265,7 @@ def test_gap_in_the_stream_asks_again(nodes, server, monkeypatch):
         nodes.hears(two, ("main", one.node, NOBODY))
 
 
-def test_full_read_without_a_gap(nodes, server, monkeypatch):
+def test_full_read_without_a_gap(nodes, server, monkeypatch, events):
     """A node that was stalled reads on if the stream still holds what it has not read."""
     monkeypatch.setattr(redis_session, "FEED_ENTRIES", 2)
     with Proxy(server.port) as feed:
@@ -277,6 +278,7 @@ def test_full_read_without_a_gap(nodes, server, monkeypatch):
         feed.go_on()
         nodes.hears(two, *[(room, one.node, ANN) for room in rooms])
         nodes.answered(two)
+        assert not any("has dropped entries" in event["log_format"] for event in events)
 
 
 def test_late_reply_does_not_undo_the_stream(nodes, server):
