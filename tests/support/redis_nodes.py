@@ -60,12 +60,14 @@ class Node:
     def post_until_kept(self, *texts, room="main"):
         """Post with labels, and retry as clients do until all are stored; return the last outcomes."""
         left, done = [*texts], {}
-        while left:
+        for _ in range(100):
             self.up()
             outcomes = zip(left, self.post(*left, room=room, label=True), strict=True)
             done |= {text: outcome for text, outcome in outcomes if outcome[0] != "refused"}
             left = [text for text in left if text not in done]
-        return [done[text] for text in texts]
+            if not left:
+                return [done[text] for text in texts]
+        raise AssertionError(f"{left} was refused 100 times")
 
     def read(self, room="main", after=None, limit=10_000):
         return wait_in(self.loop, self.store.read(room, after, limit))

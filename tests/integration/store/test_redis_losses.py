@@ -51,11 +51,12 @@ def fill(node):
 
 
 def read(node, room):
-    """Return the texts of a room; retry until it can be read."""
-    while True:
+    """Return the texts of a room; retry a few times until it can be read."""
+    for _ in range(20):
         node.up()
         with contextlib.suppress(LogUnavailable):
             return node.texts(room)
+    return node.texts(room)
 
 
 def goes_on(node, room, kept):
