@@ -330,9 +330,10 @@ class SqliteFile:
             self._end()
         finally:
             self._roll_back()
-        if _place(self._file) != self._places[self._file]:
-            self._misplaced = True
-            raise InDoubt(_lost(self._file))
+        try:
+            self.check_files()
+        except LogUnavailable as error:
+            raise InDoubt(str(error)) from None
         self._unseen += len(posts)
         self._aged += aged
         return commit

@@ -1588,12 +1588,14 @@ def test_closed_store_looks_at_no_file(opened, path):
 # Files that are lost
 
 
-def test_file_is_removed_while_the_server_runs(opened, path):
+@pytest.mark.parametrize("ending", ["", "-wal", "-shm"])
+def test_file_is_removed_while_the_server_runs(opened, path, ending):
     """Posts are rejected, because what is written to a removed file ends with the process."""
     clock = Clock()
     store, follower = opened(clock=clock), RecordingFollower()
     store.follow(follower)
     post(store, "one")
+    path = path.with_name(f"{path.name}{ending}")
     path.unlink()
     first, later = post(store, "two"), post(store, "three")
     assert [type(poster.events[0][2]) for poster in (first, later)] == [InDoubt, LogUnavailable]
@@ -1663,8 +1665,8 @@ def test_trim_of_a_removed_file(opened, path):
     assert store.fault == f"the log cannot be written: {lost}"
 
 
-def test_commit_asks_once_for_the_place_of_the_file(opened, monkeypatch):
-    """A batch costs one look at the file system."""
+def test_commit_asks_once_for_the_place_of_each_file(opened, monkeypatch):
+    """A batch costs one look at each file, however many posts it has."""
     writer, looks = HeldWorker(), []
     store = opened(writer=writer)
     post(store, "one")
@@ -1673,7 +1675,7 @@ def test_commit_asks_once_for_the_place_of_the_file(opened, monkeypatch):
     look = pathlib.Path.stat
     monkeypatch.setattr(pathlib.Path, "stat", lambda *args, **options: looks.append(args) or look(*args, **options))
     writer.run()
-    assert len(looks) == 1
+    assert len(looks) == 3
 
 
 # The size of the write-ahead log
