@@ -50,6 +50,14 @@ def timeout_of(unit: str) -> str:
         return ""
 
 
+def _answer(question: Callable[[], bool]) -> bool:
+    """Return the answer to a question about a file, or False if pathlib raises, as for a file in a closed folder."""
+    try:
+        return question()
+    except OSError:
+        return False
+
+
 class ThisMachine(Machine):
     """The machine that this process runs on.
 
@@ -93,12 +101,12 @@ class ThisMachine(Machine):
 
     @override
     def unwritable(self, store: Path) -> Path | None:
-        if store.is_symlink():  # the server's other files stand beside the real one
-            store = store.resolve()
+        if _answer(store.is_symlink):  # the server's other files stand beside the real one
+            store = Path(os.path.realpath(store))
         if not os.access(store.parent, os.W_OK | os.X_OK):
             return store.parent
         files = [Path(f"{store}{suffix}") for suffix in ("", "-lock", "-wal", "-shm")]
-        return next((file for file in files if file.exists() and not os.access(file, os.R_OK | os.W_OK)), None)
+        return next((file for file in files if _answer(file.exists) and not os.access(file, os.R_OK | os.W_OK)), None)
 
     @override
     def locked(self, store: Path) -> bool:
@@ -115,7 +123,7 @@ class ThisMachine(Machine):
     @override
     def readable_since(self, store: Path) -> int | None:
         # The write-ahead log that a killed server leaves is not read.
-        if not store.is_file() or not store.stat().st_size:
+        if not _answer(store.is_file) or not store.stat().st_size:
             return None
         try:
             # Immutable: otherwise SQLite creates files for readers too.
@@ -133,11 +141,11 @@ class ThisMachine(Machine):
     def _unknown(store: Path) -> int | None:
         """Return 0 for a file that is no store, or None if the write-ahead log may still make it one."""
         log = Path(f"{store}-wal")
-        return None if log.exists() and log.stat().st_size else 0
+        return None if _answer(log.exists) and log.stat().st_size else 0
 
     @override
     def file_system(self, folder: Path) -> str:
-        longest, found, folder = 0, "", folder.resolve()
+        longest, found, folder = 0, "", Path(os.path.realpath(folder))
         for line in self._read("self/mountinfo").splitlines():
             fields = line.split(" ")
             point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])

@@ -37,11 +37,11 @@ def obstacle(twistd: MutableMapping[str, Any]) -> str | None:
     if twistd.get("chroot") is not None:
         return None  # the other paths start there
     folder = pathlib.Path(twistd.get("rundir") or ".")
-    if not (folder.is_dir() and os.access(folder, os.X_OK)):
+    if not os.access(f"{folder}/.", os.X_OK):
         return f"--rundir {folder}: there is no such folder for this user: create it, or name another"
     if twistd.get("pidfile"):
         file = pathlib.Path(twistd["pidfile"])
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
+        if not os.access(file if os.access(file, os.F_OK) else file.parent, os.W_OK):
             return f"--pidfile {file}: this user cannot write it: name another, or give an empty one (--pidfile=)"
     return None
 

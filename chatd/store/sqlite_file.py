@@ -171,7 +171,7 @@ class SqliteFile:
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             raise StoreError(
-                f"{beside if beside.exists() else self.path.parent} cannot be written ({error.strerror}): "
+                f"{beside if _place(beside) else self.path.parent} cannot be written ({error.strerror}): "
                 f"{'create the folder' if missing else 'make it writable for this user'}, "
                 "or name another file with --store sqlite:PATH"
             ) from None

@@ -155,6 +155,17 @@ def test_unwritable_part_of_a_store(tmp_path, monkeypatch):
     assert HERE.unwritable(store) == tmp_path
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 250, "loop"])
+def test_store_with_a_name_that_pathlib_raises_for(tmp_path, name):
+    """A check of a name that is too long, or that leads to itself, finds what there is to find, and ends."""
+    (tmp_path / "loop").symlink_to("loop")
+    store = tmp_path / name
+    assert HERE.unwritable(store) is None
+    assert not HERE.locked(store)
+    assert HERE.readable_since(store) is None
+    assert HERE.file_system(store / "folder") == HERE.file_system(tmp_path)
+
+
 def test_locked_store(tmp_path):
     """A store is locked while a server holds its lock exclusively; the check creates no lock file."""
     store = tmp_path / "chatd.sqlite"

@@ -10,6 +10,10 @@ from twisted.internet.testing import MemoryReactorClock
 
 from chatd.operate.process import SILENT, STARTED, STDERR, UMASK, ServerProcess, obstacle
 
+LONG = "x" * 256
+"""A name that pathlib raises for, as it does for names in a folder that is closed to this user."""
+NOT_WRITABLE = "this user cannot write it: name another, or give an empty one (--pidfile=)"
+
 
 class Exited(BaseException):
     """The end of the process."""
@@ -29,10 +33,9 @@ def folder(tmp_path, monkeypatch):
         ({"rundir": ".", "pidfile": ""}, None),
         ({"rundir": "missing"}, "--rundir missing: there is no such folder for this user: create it, or name another"),
         ({"rundir": "file"}, "--rundir file: there is no such folder for this user: create it, or name another"),
-        (
-            {"pidfile": "missing/pid"},
-            "--pidfile missing/pid: this user cannot write it: name another, or give an empty one (--pidfile=)",
-        ),
+        ({"pidfile": "missing/pid"}, f"--pidfile missing/pid: {NOT_WRITABLE}"),
+        ({"rundir": LONG}, f"--rundir {LONG}: there is no such folder for this user: create it, or name another"),
+        ({"pidfile": f"missing/{LONG}"}, f"--pidfile missing/{LONG}: {NOT_WRITABLE}"),
         ({"pidfile": "file"}, None),
         ({"uid": 1}, "--uid needs root: start twistd as root, or leave the option out"),
         ({"gid": 0}, "--gid needs root: start twistd as root, or leave the option out"),

@@ -22,7 +22,7 @@ from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
 from chatd.store import sqlite, sqlite_file
 from chatd.store.base import DAY, STEADY_SECONDS, Retention, StoreError
 from chatd.store.sqlite import CLOSE_FILE_SECONDS, DISK_LOOK_SECONDS, SqliteStore, ThreadWorker
-from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS
+from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS, SqliteFile
 
 ALL = Retention()
 
@@ -693,6 +693,13 @@ def test_open_memory(opened, tmp_path, monkeypatch):
     with pytest.raises(StoreError, match=r"^:memory: is not a file: to keep messages in memory, use --store memory:$"):
         opened(pathlib.Path(":memory:"))
     assert [*tmp_path.iterdir()] == []
+
+
+def test_open_with_a_name_that_is_too_long(tmp_path):
+    """A name that pathlib raises for is refused in one line too, as a closed folder is."""
+    file = SqliteFile(tmp_path / ("x" * 255), Retention(), ManualTime())
+    with pytest.raises(StoreError, match=r"^\S+ cannot be written \(File name too long\): .* --store sqlite:PATH$"):
+        file.open(SEED)
 
 
 def test_open_folder(opened, path):
