@@ -88,8 +88,10 @@ def parse_store(url: str, *, password_elsewhere: bool = True) -> str:
 
 
 def veiled(url: str) -> str:
-    """Return the URL of a store with its password replaced by asterisks."""
-    return re.sub(r"(?s)^([^:]*:/*(?:[^:@/]*:)?).*@", r"\1***@", url)
+    """Return the URL of a store with its password replaced by asterisks, even if the URL is wrong."""
+    if "@" not in url:  # the host is missing: what is no port is a password
+        return re.sub(r"(?s)^(rediss?:/*[^:/[]*:)(?![0-9]+(?:/|\Z)).+", r"\1***", url)
+    return re.sub(r"(?s)^((?:[^:@]*:/*(?:[^:@/]*:)?)?).*@", r"\1***@", url)
 
 
 def parse_seed(path: str) -> tuple[Entry, ...]:
@@ -373,7 +375,7 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             word = unknown[0].partition("=")[0]
             if not word.startswith("-"):
-                raise ConfigError(f"unexpected argument {word!r}: {HELP}")
+                raise ConfigError(f"unexpected argument {veiled(word)!r}: {HELP}")
             options = [f"--{option.name}" for option in (*OPTIONS, CONFIG)]
             raise ConfigError(f"there is no option {word}: {_nearest(word, options) or HELP}")
         return vars(found)
@@ -395,10 +397,18 @@ class Given(NamedTuple):
 
     def values(self, parse: Callable[[str], _T]) -> dict[str, _T]:
         """Return the value of each text; raise ConfigError for the first wrong one."""
-        try:
-            return {text: parse(text) for text in self.texts if text or not self.option.repeated}
-        except ValueError as error:
-            raise ConfigError(f"{self.source}: {error}") from None
+        found = {}
+        for text in self.texts:
+            if "\0" in text:
+                raise ConfigError(f"{self.source}: the value contains a zero byte: remove it")
+            try:
+                if text or not self.option.repeated:
+                    found[text] = parse(text)
+            except ValueError as error:
+                # The URL of a store may have been given to another option.
+                reason = str(error).replace(text, veiled(text)) if "://" in text else str(error)
+                raise ConfigError(f"{self.source}: {reason}") from None
+        return found
 
 
 class Configuration:

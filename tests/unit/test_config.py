@@ -290,6 +290,8 @@ def test_redis_user_without_a_password(file):
         ("rediss://:s3cret/@h", "rediss://:***@h"),
         ("redis://s3cret@h", "redis://***@h"),
         ("postgres://ann:s3cret@h", "postgres://ann:***@h"),
+        ("redis://:s3cret", "redis://:***"),
+        ("s3cret@h", "***@h"),
     ],
 )
 def test_refused_store_hides_its_password(file, url, shown):
@@ -309,11 +311,39 @@ def test_refused_store_hides_its_password(file, url, shown):
         ("redis:/ann:secret@h", "redis:/ann:***@h"),
         ("redis:secret@h", "redis:***@h"),
         ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://h:1", "redis://h:1"),
+        ("redis://h:1x", "redis://h:***"),
+        ("redis://ann:secret/0", "redis://ann:***"),
+        ("redis://[::1]:x", "redis://[::1]:x"),
     ],
 )
 def test_url_without_its_password(url, shown):
     """The password of a URL is replaced by asterisks."""
     assert veiled(url) == shown
+
+
+@pytest.mark.parametrize("option", ["", "--origin=", "--ping=", "--log-format=", "--seed="])
+def test_store_in_the_wrong_place_hides_its_password(option):
+    """No error repeats the password of a URL that was given to another option, or to none."""
+    found = refusal(f"{option}redis://:s3cret@h/0")
+    assert "redis:" in found
+    assert "s3cret" not in found
+
+
+def test_endpoint_that_is_a_store_hides_its_password():
+    """Endpoints are parsed after the other options."""
+
+    def parse(text):
+        raise ValueError(f"{text!r} is no endpoint")
+
+    found = Configuration(["--listen=redis://:s3cret@h/0"], {})
+    with pytest.raises(ConfigError, match=r"^--listen: 'redis://:\*\*\*@h/0' is no endpoint$"):
+        found.each("listen", parse)
+
+
+def test_value_with_a_zero_byte(file):
+    """A file can contain values that the operating system takes for no path."""
+    assert refusal(file('store = "sqlite:a\\u0000b"')).endswith(": store: the value contains a zero byte: remove it")
 
 
 def test_seed_from_a_file(tmp_path):
