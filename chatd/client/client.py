@@ -55,15 +55,16 @@ class ServerAddress(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> "ServerAddress":
         """Parse `ws://HOST[:PORT][/rooms/NAME][?QUERY]`, or `wss:` for TLS; raise ValueError for anything else."""
+        shown = re.sub(r"(?s)^((?:[a-z]+://)?[^:@/]*:(?!//)).*@", r"\1***@", url)  # without the password of a user
         try:
             scheme, place, path, query, fragment = parts = urlsplit(url)
             port = parts.port
         except ValueError:
             scheme = ""
         if scheme not in ("ws", "wss") or not re.fullmatch(r"[!-~]+", url) or not parts.hostname or port == 0:
-            raise ValueError(f"{url!r} is not a URL such as ws://localhost:8085/rooms/main")
+            raise ValueError(f"{shown!r} is not a URL such as ws://localhost:8085/rooms/main")
         if "@" in place or fragment:
-            raise ValueError(f"{url!r} must have neither a user nor a fragment")
+            raise ValueError(f"{shown!r} must have neither a user nor a fragment")
         secure = scheme == "wss"
         return cls(secure, parts.hostname, port or (443 if secure else 80), path or "/", query)
 

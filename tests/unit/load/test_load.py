@@ -115,6 +115,11 @@ def test_default_options():
     assert program.arguments(["ws://localhost:8085/", "--clients=7", "--posters=9"]).posters == 7
 
 
+@pytest.mark.parametrize("url", ["ws://ann:s3cret@h/", "ws://ann:s3cret@h:x/", "ann:s3cret@h"])
+def test_refused_url_hides_its_password(capsys, url):
+    assert "s3cret" not in refused(capsys, url)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
