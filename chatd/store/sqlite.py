@@ -106,7 +106,6 @@ class SqliteStore(Store):
     ) -> None:
         super().__init__(Histogram(SECONDS))
         self.file = SqliteFile(path, retain, now, steady)
-        self._now = now
         self._writer = writer
         self._reader = reader
         self._clock = clock
@@ -183,13 +182,13 @@ class SqliteStore(Store):
         self._gathering = []
         self._settling, self._to_settle = self._to_settle, []
         posts = [(room, post) for room, post, _ in batch]  # a copy: abandon() empties the batch
-        commit = self._writer.do(lambda: self.file.commit(posts)).addBoth(self._timed, self._now())
+        commit = self._writer.do(lambda: self.file.commit(posts)).addBoth(self._timed, self._clock.seconds())
         notified = commit.addCallbacks(self._committed, self._failed, callbackArgs=(batch,), errbackArgs=(batch,))
         notified.addErrback(lambda failure: _logger.failure("a follower or poster failed after a commit", failure))
         notified.addCallback(self._next)
 
     def _timed(self, result: _T, begun: float) -> _T:
-        self.commits.add(max(0.0, self._now() - begun))  # the clock may be set back
+        self.commits.add(self._clock.seconds() - begun)
         return result
 
     def _committed(self, commit: Commit, batch: Sequence[_QueuedPost]) -> None:
