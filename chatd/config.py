@@ -34,6 +34,7 @@ SEED: Final = Path(chatd.__file__).parent / "seed" / "messages.json"
 """The messages that a new log begins with by default."""
 LOG_FORMATS: Final = "text", "json"
 MAX_RATE: Final = 1_000_000
+MAX_PER_ADDRESS: Final = 1_000_000
 
 
 class ConfigError(Exception):
@@ -143,6 +144,8 @@ class Settings(NamedTuple):
     """Patterns as `origin_pattern` reads them; none: the server's own host."""
     rate: tuple[int, int]
     """Frames a second, and the burst."""
+    max_per_address: int
+    """0: no limit."""
     proxy_hops: int
     ping: int
     """Seconds."""
@@ -296,6 +299,14 @@ OPTIONS: Final = (
         help="limit frames per second for each connection, and HTTP posts and reads per second for each address; "
         "0: no limit",
         parse=parse_rate,
+    ),
+    Option(
+        name="max-per-address",
+        metavar="N",
+        default="256",
+        help="limit connections of one address, or of one IPv6 network of 64 bits, except those of this machine; "
+        "0: no limit",
+        parse=Number(0, MAX_PER_ADDRESS),
     ),
     Option(
         name="proxy-hops",

@@ -37,6 +37,7 @@ from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
+from chatd.transport.limits import Limits
 from chatd.transport.websocket import ChatFactory
 
 GARBAGE: Final = 50_000
@@ -119,9 +120,10 @@ def makeService(options: Options) -> IService:
     a_second, burst = settings.rate
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
+    limits = Limits(reactor, settings.max_per_address, settings.proxy_hops)
     readiness = Readiness(lambda: store.fault)
     api = Api(rooms, connections, admission, addresses)
-    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, proxied=proxied)
+    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, proxied=proxied)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     metrics = Metrics(
         store=store,
@@ -135,6 +137,7 @@ def makeService(options: Options) -> IService:
     process = ServerProcess(twistd, reactor)
     observer = _observer(settings, twistd, reactor)
     entrance = Entrance(factory, reactor, options.machine.open_files)
+    limits.is_full = entrance.is_full
     service = ChatService(
         store=store,
         seed=settings.seed,

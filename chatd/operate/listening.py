@@ -35,6 +35,8 @@ from chatd.transport.proxied import PREFIX, ProxiedEndpoint, RefusingFactory
 
 RESERVED_FILES: Final = 32
 """The open files that clients may not use: for the admin port, the store and the log."""
+ANSWERED_FILES: Final = 8
+"""The open files for clients that are told that the server is full.  More of them are closed without an answer."""
 WARN_SECONDS: Final = 60
 """The least time between two warnings that open files are short."""
 MAX_UNCHECKED: Final = 100
@@ -177,7 +179,9 @@ class Ports:
 class Entrance:
     """A factory that refuses clients when open files are short.
 
-    The kernel gives each connection the lowest free descriptor, so a high one means that all lower ones are in use.
+    A few files are for clients whose handshakes are refused with a reason, by is_full().  The last files are for the
+    server: then connections are closed at once.  The kernel gives each connection the lowest free descriptor, so a
+    high one means that all lower ones are in use.
     `limit` returns the number of files that the process may have open.
     """
 
@@ -190,6 +194,7 @@ class Entrance:
         """The number of clients that may enter before the next look at the open files."""
         self._refused = 0
         self._quiet_until = 0.0
+        self._full = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._factory, name)
@@ -201,12 +206,29 @@ class Entrance:
             self._unchecked -= 1
             protocol = self._factory.buildProtocol(address)
             return protocol
-        limit = self._limit()
-        free = limit - min(RESERVED_FILES, limit // 2) - _lowest_free()
-        if free > 0:
-            self._unchecked = min(MAX_UNCHECKED, int(free) // 2)  # others open files too
+        free, answered, limit = self._free()
+        self._full = free <= 0
+        if self._full:
+            self._warn(limit)
+        if free > -answered:
+            self._unchecked = min(MAX_UNCHECKED, max(int(free), 0) // 2)  # others open files too
             protocol = self._factory.buildProtocol(address)
             return protocol
+        return None
+
+    def is_full(self) -> bool:
+        """Return whether no new client may be served."""
+        if self._full:
+            self._full = self._free()[0] <= 0
+        return self._full
+
+    def _free(self) -> tuple[float, int, int]:
+        """Return how many files clients may still use, those for answers besides, and the limit of all files."""
+        limit = self._limit()
+        answered = min(ANSWERED_FILES, limit // 8)
+        return limit - min(RESERVED_FILES, limit // 2) - answered - _lowest_free(), answered, limit
+
+    def _warn(self, limit: int) -> None:
         self._refused += 1
         now = self._clock.seconds()
         if now >= self._quiet_until:
@@ -218,7 +240,6 @@ class Entrance:
                 limit=limit,
             )
             self._refused = 0
-        return None
 
 
 def _lowest_free() -> float:

@@ -117,6 +117,11 @@ class Registry(Follower, LobbyListener):
         """The epoch of the log."""
         return self._log.epoch
 
+    def holds_entries(self, name: str) -> bool:
+        """Return whether a room is open and not empty; the log alone knows of other rooms."""
+        room = self._find(name)
+        return room is not None and room.head > 0
+
     def post(self, room: str, post: Post, poster: Poster) -> None:
         """Append a post to the log of a room, from which the members of the room get it."""
         self._log.append(room, post, poster)

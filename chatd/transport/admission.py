@@ -242,6 +242,12 @@ class Rate:
         who.due = due + self._interval
         return 0.0
 
+    def wait(self, who: Paced) -> float:
+        """Return 0.0, or the seconds until one more frame of a client is allowed, and count nothing."""
+        now = self._now()
+        wait = min(who.due - now, self._tolerance + self._interval + ROUNDING) - self._tolerance
+        return wait if wait > ROUNDING else 0.0
+
     def charge(self, who: Paced) -> float:
         """Count one more frame that cannot be refused; return 0.0, or above the rate the seconds until the next one."""
         wait = self.take(who)
@@ -273,6 +279,17 @@ def network(text: str) -> str | None:
     return str(address)
 
 
+def client_network(peer: str, forwarded: str | None, hops: int) -> str | None:
+    """Return the network of the client behind a connection, or None if neither of its addresses is an IP address.
+
+    `hops` proxies stand before the server and are trusted to add to `X-Forwarded-For` (RFC 7239, section 7.4).  What is
+    no IP address there counts as the address of the connection, so that nobody can fill the memory with names.
+    """
+    entries = forwarded.rsplit(",", hops)[-hops:] if forwarded and hops else []
+    named = entries[0].strip() if len(entries) == hops and entries else ""
+    return network(named) or network(peer)
+
+
 class _AddressRate:
     __slots__ = ("due",)
 
@@ -283,8 +300,7 @@ class _AddressRate:
 class Addresses:
     """The rate limits of addresses; None sets no limit.
 
-    `hops` proxies stand before the server and are trusted to add to `X-Forwarded-For` (RFC 7239, section 7.4).  What is
-    no IP address there counts as the address of the connection, so that nobody can fill the memory with names.
+    `hops` is as in client_network().
     """
 
     def __init__(self, rate: Rate | None, hops: int, now: Callable[[], float]) -> None:
@@ -301,9 +317,7 @@ class Addresses:
         """
         if self._rate is None:
             return 0.0
-        entries = forwarded.rsplit(",", self._hops)[-self._hops :] if forwarded and self._hops else []
-        named = entries[0].strip() if len(entries) == self._hops and entries else ""
-        address = network(named) or network(peer) or peer
+        address = client_network(peer, forwarded, self._hops) or peer
         if len(self._addresses) >= self._most:
             now = self._now()
             self._addresses = {name: one for name, one in self._addresses.items() if one.due > now}

@@ -34,7 +34,9 @@ from chatd.transport.frames import (
     parse_post,
 )
 from chatd.transport.framing import payload
-from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, answer, page, problem, retry_after
+from chatd.transport.http import PROBLEM, ChatResource, answer, page, problem, retry_after
+from chatd.transport.limits import Limits
+from chatd.transport.session import NEW_ROOMS_EXCEEDED
 from chatd.transport.sse import EventStream
 
 EVENT_STREAM_TYPE: Final = "text/event-stream"
@@ -81,12 +83,13 @@ def _refusal(request: Request, refused: HttpError) -> tuple[HTTPStatus, bytes, s
     """Set the headers of the answer that refuses a request, and return its status, body and media type.
 
     An EventSource gives up for good on any status but 200 (HTML Living Standard, section 9.2.3).  It gets a
-    stream that ends instead of a 503, and reconnects.
+    stream that ends instead of a 503 or 429, and reconnects.
     """
+    headers = {**retry_after(refused), **refused.headers}
     streams = request.path.endswith(b"/events") and EVENT_STREAM_TYPE in (_header(request, b"accept") or "")
-    if streams and refused.status == HTTPStatus.SERVICE_UNAVAILABLE:
-        return HTTPStatus.OK, b"retry: %d\n\n" % (RETRY_AFTER_SECONDS * 1000), EVENT_STREAM_TYPE
-    for name, value in {**retry_after(refused), **refused.headers}.items():
+    if streams and refused.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
+        return HTTPStatus.OK, b"retry: %d\n\n" % (int(headers["Retry-After"]) * 1000), EVENT_STREAM_TYPE
+    for name, value in headers.items():
         request.setHeader(name, value)
     return refused.status, problem(refused.status, str(refused), refused.code), PROBLEM
 
@@ -105,11 +108,14 @@ def _meaning(failure: Failure) -> HttpError:
 class Posting:
     """A post in flight, whose outcome is the answer to a request (chatd.room.log.Poster)."""
 
-    def __init__(self, reply: Reply, epoch: Callable[[], str]) -> None:
+    def __init__(self, reply: Reply, epoch: Callable[[], str], created: Callable[[], None]) -> None:
         self._reply = reply
         self._epoch = epoch
+        self._created = created
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
+        if number == 1 and not duplicate:
+            self._created()
         message = Id(self._epoch(), number)
         status = HTTPStatus.OK if duplicate else HTTPStatus.CREATED
         body = payload(ack_frame(message, post.label, duplicate=duplicate)) + b"\n"
@@ -281,7 +287,13 @@ class Api(ChatResource):
             if post.label not in (None, label):
                 raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
             post = post._replace(label=label)
-        posting = Posting(Reply(request), lambda: self._rooms.epoch)
+        limits = _limits(request)
+        place = limits.place(request.getClientAddress(), _header(request, b"x-forwarded-for"))
+        wait = 0.0 if self._rooms.holds_entries(room) else limits.room_wait(place)
+        if wait:
+            status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
+            raise HttpError(status, NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, headers)
+        posting = Posting(Reply(request), lambda: self._rooms.epoch, lambda: limits.room_created(place))
         self._rooms.post(room, post, posting)
         return NOT_DONE_YET
 
@@ -295,10 +307,17 @@ class Api(ChatResource):
             body = answer(request, HTTPStatus.OK, b"", EVENT_STREAM_TYPE)
             request.responseHeaders.removeHeader(b"content-length")
             return body
+        cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
         stream = EventStream(request, self._rooms, self._connections, wanted)
         reply = Reply(request)
         self._rooms.open(wanted.room, last).addCallback(stream.join).addErrback(reply.failed)
         return NOT_DONE_YET
+
+
+def _limits(request: Request) -> Limits:
+    """Return the limits on new clients of the port of a request."""
+    limits: Limits = cast(Any, request.channel).site.intake.limits
+    return limits
 
 
 def _header(request: Request, name: bytes) -> str | None:

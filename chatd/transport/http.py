@@ -36,6 +36,7 @@ from chatd.transport.admission import HttpError, Rate, check_operator
 from chatd.transport.connections import HTTP
 from chatd.transport.heads import HEAD_END, MAX_HEAD, MAX_HEADERS, Head, check_partial, invalid, parse, too_long
 from chatd.transport.intake import Intake
+from chatd.transport.limits import Limits, Place
 
 HTTP_SECONDS: Final = 75
 """The time in which a request must arrive."""
@@ -237,20 +238,40 @@ class _Channel(HTTPChannel):
     """True if the client has finished sending."""
     when_lost: Callable[[], None] | None = None
     """A function to call when the connection has ended."""
+    _place: Place | None = None
+    """The place of the address of this connection, if the connection counts there."""
+    _stays = True
+    """False if the connection closes after its answer."""
 
     @override
     def connectionMade(self) -> None:
         """Add the connection to those of the site."""
         super().connectionMade()
         self.site.channels.add(self)
+        if not self.site.proxied:
+            limits = self.site.intake.limits
+            self._place = limits.place(self.transport.getPeer(), None)
+            self._stays = limits.keep(self._place)
 
     @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Remove the connection from those of the site."""
         super().connectionLost(reason)
         self.site.remove(self)
+        self._leave_place()
         if self.when_lost is not None:
             self.when_lost()
+
+    def _leave_place(self) -> None:
+        place, self._place = self._place, None
+        self.site.intake.limits.leave(place)
+
+    def begin_stream(self, forwarded: str | None) -> None:
+        """Count a reader of events; at a limit raise HttpError, and close the connection after that answer."""
+        self._leave_place()
+        self._stays = False
+        self._place = self.site.intake.limits.enter(self.transport.getPeer(), forwarded)
+        self._stays = True
 
     @override
     def requestDone(self, request: Request) -> None:
@@ -258,7 +279,7 @@ class _Channel(HTTPChannel):
         self.asked = False
         self.idle = True
         self._savedTimeOut = KEEP_ALIVE_SECONDS
-        if self.site.closing:
+        if self.site.closing or not self._stays:
             self.persistent = False
         self.paused = True  # LineReceiver keeps the bytes that have arrived
         super().requestDone(request)
@@ -378,6 +399,7 @@ class _Channel(HTTPChannel):
         cast(Any, self._networkProducer).unregisterProducer()
         self._networkProducer.resumeProducing()  # else it stays paused while answers wait to be sent
         self.site.remove(self)
+        self._leave_place()
         upgrade(self.transport, head, self.clearLineBuffer())
 
     def _refuse(self, refused: HttpError, *, bodiless: bool) -> None:
@@ -406,10 +428,16 @@ class ChatSite(Site):
     protocol = _Channel  # type: ignore[assignment]  # HTTP/2 is not offered
 
     def __init__(
-        self, resource: IResource, reactor: IReactorTime, rate: Rate | None = None, *, proxied: bool = False
+        self,
+        resource: IResource,
+        reactor: IReactorTime,
+        rate: Rate | None = None,
+        limits: Limits | None = None,
+        *,
+        proxied: bool = False,
     ) -> None:
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
-        self.intake = Intake(reactor, rate)
+        self.intake = Intake(reactor, rate, limits)
         self.proxied = proxied
         """True if one connection may carry the requests of many clients."""
         self.refused: Counter[str] = Counter()
@@ -479,12 +507,14 @@ def site(
     reactor: IReactorTime,
     resources: Mapping[str, IResource],
     rate: Rate | None = None,
+    limits: Limits | None = None,
     *,
     proxied: bool = False,
 ) -> ChatSite:
     """Make the site of a port: health checks, and these resources by the first part of their path.
 
-    `rate` limits each connection, unless it is `proxied` and may carry the requests of many clients.
+    `rate` limits each connection, unless it is `proxied` and may carry the requests of many clients.  `limits` are
+    those of new clients.
     """
 
     def readiness() -> tuple[HTTPStatus, str]:
@@ -496,7 +526,7 @@ def site(
     root.putChild(b"readyz", Text(readiness))
     for name, resource in resources.items():
         root.putChild(name.encode(), resource)
-    return ChatSite(root, reactor, rate, proxied=proxied)
+    return ChatSite(root, reactor, rate, limits, proxied=proxied)
 
 
 def admin(

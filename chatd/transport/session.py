@@ -26,6 +26,7 @@ from chatd.transport.connections import WEBSOCKET
 from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse
 from chatd.transport.framing import CloseCode
 from chatd.transport.intake import SCHEMA, Intake
+from chatd.transport.limits import Place
 from chatd.transport.membership import Membership, MemberTransport
 
 MAX_REFUSALS: Final = 100
@@ -36,6 +37,9 @@ NOT_STORED: Final = "The message was not stored; try again."
 """The error sent to the poster when the store fails; Code.UNAVAILABLE."""
 IN_DOUBT: Final = "The message may not have been stored; try again with the same label."
 """The error sent to the poster when the store fails and may have stored the post; Code.UNAVAILABLE."""
+
+NEW_ROOMS_EXCEEDED: Final = "Too many new rooms"
+"""The error sent to a poster whose address has created too many rooms; Code.RATE_LIMITED."""
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -98,7 +102,7 @@ def _is_text(text: bytes) -> bool:
 class Session(Membership):
     """A membership whose client sends frames; it receives the outcome of its posts (chatd.room.log.Poster)."""
 
-    __slots__ = ("_in_flight", "_intake", "_pauses", "_quiet_until", "_refusals", "due")
+    __slots__ = ("_in_flight", "_intake", "_pauses", "_quiet_until", "_refusals", "due", "place")
     _transport: SessionTransport
 
     def __init__(self, transport: SessionTransport, rooms: Registry, intake: Intake) -> None:
@@ -106,6 +110,8 @@ class Session(Membership):
         self._intake = intake
         self.due = 0.0
         """The state that the rate limit keeps of this client (admission.Paced)."""
+        self.place: Place | None = None
+        """The place of the client's address under the limits; None if no limit of an address applies."""
         self._in_flight = 0
         """The number of posts that the log has yet to answer."""
         self._pauses = Pause.NONE
@@ -144,6 +150,8 @@ class Session(Membership):
                     continue
                 break
             if isinstance(frame, Post):
+                if self._room_wait(room):
+                    break
                 self._in_flight += 1
                 self._rooms.post(room.name, frame, self)
         super().leave()
@@ -227,15 +235,26 @@ class Session(Membership):
             return
         self._refusals = 0
         if isinstance(frame, Post):
-            if frame.username != self.name:
-                self.name = frame.username
-                room.presence.changed()
-            self._in_flight += 1
-            self._rooms.post(room.name, frame, self)
+            self._post(room, frame)
         elif isinstance(frame, PageRequest):
             self._page(room, frame)
         else:
             room.presence.typing(frame.username)
+
+    def _post(self, room: Room, post: Post) -> None:
+        wait = self._room_wait(room)
+        if wait:
+            self._err(NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, post.label, ceil(wait * 1000) / 1000)
+            return
+        if post.username != self.name:
+            self.name = post.username
+            room.presence.changed()
+        self._in_flight += 1
+        self._rooms.post(room.name, post, self)
+
+    def _room_wait(self, room: Room) -> float:
+        """Return 0.0, or the seconds until the client may post the first message of its room."""
+        return 0.0 if room.head else self._intake.limits.room_wait(self.place)
 
     def part_received(self) -> None:
         """Take a token for a frame that cannot be refused; above the rate, throttle the client."""
@@ -320,6 +339,8 @@ class Session(Membership):
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
         """Acknowledge a post with a label, after the message itself."""
         self._in_flight -= 1
+        if number == 1 and not duplicate:
+            self._intake.limits.room_created(self.place)
         room = self.room
         if post.label is None or room is None:
             return

@@ -134,6 +134,7 @@ class WebSocketConnection(AutobahnConnection):
     def _admit(self, head: Head) -> "Deferred[bytes]":
         """Find the room, at once if someone is in it; the result is the answer to the handshake, or HttpError."""
         factory, headers = self.factory, head.headers
+        self.session.place = factory.intake.limits.enter(self.transport.getPeer(), headers.get("x-forwarded-for"))
         upgrade = read_upgrade(head)
         factory.admission.check_origin(upgrade.origin, headers["host"], headers.get("x-forwarded-host"))
         request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
@@ -285,6 +286,7 @@ class WebSocketConnection(AutobahnConnection):
     @override
     def closed(self, code: int) -> None:
         self.session.detach()
+        self.factory.intake.limits.leave(self.session.place)
         if self.factory.connections.remove(self, code):
             _logger.info(
                 "#{connection} {peer} left {room}: {code}",

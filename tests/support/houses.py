@@ -13,6 +13,7 @@ from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
+from chatd.transport.limits import Limits
 from chatd.transport.websocket import ChatFactory
 
 SEED = (
@@ -26,7 +27,18 @@ class House:
     """A server without sockets."""
 
     def __init__(
-        self, *, log=None, retain="all", history=100, rooms=(), origins=(), rate=None, hops=0, seed=SEED, ready=True
+        self,
+        *,
+        log=None,
+        retain="all",
+        history=100,
+        rooms=(),
+        origins=(),
+        rate=None,
+        hops=0,
+        seed=SEED,
+        ready=True,
+        per_address=0,
     ):
         self.clock = Turns()
         self.log = log or FaultyStore(Retention.parse(retain))
@@ -38,8 +50,9 @@ class House:
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
         api = Api(self.rooms, self.connections, admission, addresses)
+        self.limits = Limits(self.clock, per_address, hops, lambda: 0.0)
         state = ready, "ready" if ready else "starting"
-        self.site = http.site(lambda: state, self.clock, {"": api, "rooms": api}, limit, proxied=hops > 0)
+        self.site = http.site(lambda: state, self.clock, {"": api, "rooms": api}, limit, self.limits, proxied=hops > 0)
         self.factory = ChatFactory(
             rooms=self.rooms,
             connections=self.connections,
@@ -88,8 +101,8 @@ class House:
             if client in self.connections.connected:
                 self.connections.closings.add(client)
 
-    def client(self, target="/"):
-        return WebSocketClient(self.factory, target, self.turn)
+    def client(self, target="/", *headers, transport=None):
+        return WebSocketClient(self.factory, target, self.turn, *headers, transport=transport)
 
     def stream(self, path=b"/rooms/main/events", *headers, **options):
         return Stream(self.connect(), path, *headers, **options)

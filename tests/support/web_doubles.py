@@ -83,19 +83,29 @@ class Connection:
 class WebSocketClient:
     """A client over WebSocket, on a connection that a factory makes; `settle` runs after all that it sends."""
 
-    def __init__(self, factory, target="/", settle=lambda: None):
-        self.transport = Transport()
+    def __init__(self, factory, target="/", settle=lambda: None, *headers, transport=None):
+        self.transport = transport or Transport()
         self.transport.connection = self
         self.protocol = factory.buildProtocol(None)
         self.protocol.makeConnection(self.transport)
         self._settle = settle
-        self.send(HEAD.replace(b"GET / ", f"GET {target} ".encode()) + b"\r\n\r\n")
+        self.send(b"\r\n".join([HEAD.replace(b"GET / ", f"GET {target} ".encode()), *headers, b"", b""]))
         self._head, _, self._data = self._take().partition(b"\r\n\r\n")
 
     def _take(self):
         data = self.transport.value()
         self.transport.clear()
         return data
+
+    @property
+    def status(self):
+        """The status of the answer to the handshake."""
+        return int(self._head.split()[1])
+
+    @property
+    def retry_after(self):
+        """The seconds after which a refused client may return."""
+        return int(re.search(rb"Retry-After: (\d+)", self._head)[1])
 
     def send(self, data):
         self.protocol.dataReceived(data)

@@ -210,7 +210,8 @@ def test_check_sees_every_option(environ, checked, tmp_path):
     with pytest.raises(SystemExit):
         options.parseOptions([
             *("--store=sqlite:a", "--admin=", f"--config={file}", "--retain=1d", "--rooms=a", "--rooms=b*", "--check"),
-            *("--origin=*.example", "--rate=3", "--ping=5", "--drain=9", "--proxy-hops=2", "--log-format=json"),
+            *("--origin=*.example", "--rate=3", "--max-per-address=7", "--ping=5", "--drain=9", "--proxy-hops=2"),
+            "--log-format=json",
         ])  # fmt: skip
     ((settings, machine),) = checked[1]
     assert settings._replace(seed=())._asdict() == {
@@ -224,6 +225,7 @@ def test_check_sees_every_option(environ, checked, tmp_path):
         "rooms": ("a", "b*"),
         "origin": ("*.example",),
         "rate": (3, 6),
+        "max_per_address": 7,
         "proxy_hops": 2,
         "ping": 5,
         "drain": 9,

@@ -14,7 +14,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import LogLevel
 from zope.interface import implementer
 
-from chatd.operate.listening import RESERVED_FILES, WARN_SECONDS, Entrance, Ports
+from chatd.operate.listening import ANSWERED_FILES, RESERVED_FILES, WARN_SECONDS, Entrance, Ports
 
 
 @pytest.fixture
@@ -182,16 +182,32 @@ def test_reserve_of_open_files(monkeypatch, events):
     door = Door(monkeypatch, 1024)
     last = 1024 - RESERVED_FILES
     assert door.admits(last - 1)
+    assert door.entrance.is_full()
     assert not door.admits(last)
     assert not door.admits(1024)
     assert door.admits(last - 1)
+    assert len(events) == 1
+    assert door.admits(last - ANSWERED_FILES - 1)
+    assert not door.entrance.is_full()
+
+
+def test_server_is_full_until_clients_leave(monkeypatch, events):
+    """The last files for clients are for answers; that others have left is seen without a new connection."""
+    door = Door(monkeypatch, 1024)
+    last = 1024 - RESERVED_FILES - ANSWERED_FILES
+    assert door.admits(last - 1)
+    assert not door.entrance.is_full()
+    assert door.admits(last)
+    assert door.entrance.is_full()
+    door.files = last - 1
+    assert not door.entrance.is_full()
     assert len(events) == 1
 
 
 def test_open_files_are_looked_at_less_often_while_many_are_free(monkeypatch, events):
     """Half of the free files are for clients that enter before the next look, and never more than 100."""
     door = Door(monkeypatch, 1024)
-    assert door.admits(1024 - RESERVED_FILES - 8)
+    assert door.admits(1024 - RESERVED_FILES - ANSWERED_FILES - 8)
     assert [door.admits(1024) for _ in range(5)] == [True, True, True, True, False]
     assert door.admits(0)
     assert [door.admits(1024) for _ in range(101)] == [True] * 100 + [False]

@@ -1,0 +1,159 @@
+"""The limits on new clients: what one address may take of the server, and when nobody new is served.
+
+A refused client gets a status and a Retry-After that differs from client to client, so that many refused clients do
+not return together.  Clients of this machine (the loopback and Unix sockets) have no address of their own: behind a
+proxy on this machine they are everybody, so no limit of an address applies to them.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+from math import ceil
+from typing import Final
+
+from twisted.internet.interfaces import IReactorTime
+
+from chatd.messages import Code
+from chatd.transport.admission import MAX_ADDRESSES, HttpError, Rate, client_network
+
+HANDSHAKES_PER_SECOND: Final = 20
+"""New clients a second of one address.  The burst is all that it may have: all may reconnect after a restart."""
+NEW_ROOMS: Final = 1_000
+"""The rooms that one address may create at once, by the first message in each."""
+NEW_ROOMS_PER_SECOND: Final = 1
+"""The rooms that one address may create a second after that.  Applications that create rooms have one address."""
+SPREAD_SECONDS: Final = 10
+"""The longest time that is added to the Retry-After of a refused client, at random."""
+RETRY_SECONDS: Final = 2
+"""The shortest time after which a refused client may return."""
+
+FILES, CONNECTIONS, HANDSHAKES, NEW_ROOM = "files", "connections", "handshakes", "new_rooms"
+LIMITS: Final = FILES, CONNECTIONS, HANDSHAKES, NEW_ROOM
+"""The limits, as the metrics call them."""
+
+
+class _Pace:
+    """The state that a rate limit keeps (admission.Paced)."""
+
+    __slots__ = ("due",)
+
+    def __init__(self) -> None:
+        self.due = 0.0
+
+
+class Place(_Pace):
+    """What one address takes of the server; `due` belongs to its handshakes."""
+
+    __slots__ = ("connections", "rooms")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections = 0
+        """The number of its connections."""
+        self.rooms = _Pace()
+        """The state of the limit of its new rooms."""
+
+    def is_idle(self, now: float) -> bool:
+        """Return whether nothing would change if the place was forgotten."""
+        return not self.connections and self.due <= now and self.rooms.due <= now
+
+
+class Limits:
+    """The limits that all connections to a port share.
+
+    `most` is the number of connections that one address may have; 0 sets no limit on addresses.  `hops` proxies are
+    trusted to add to X-Forwarded-For.  `chance` returns a random number from 0 to 1.
+    """
+
+    def __init__(
+        self, clock: IReactorTime, most: int = 0, hops: int = 0, chance: Callable[[], float] = random.random
+    ) -> None:
+        self._clock = clock
+        self._most = most
+        self._hops = hops
+        self._chance = chance
+        self._handshakes = Rate(HANDSHAKES_PER_SECOND, most, clock.seconds)
+        self._new_rooms = Rate(NEW_ROOMS_PER_SECOND, NEW_ROOMS, clock.seconds)
+        self._places: dict[str, Place] = {}
+        self._forget_above = MAX_ADDRESSES
+        self.is_full: Callable[[], bool] = lambda: False
+        """Returns whether open files are short, so that no new client is served."""
+        self.refusals = Counter(dict.fromkeys(LIMITS, 0))
+        """The number of refused clients and posts, by limit."""
+
+    def __len__(self) -> int:
+        """Return the number of addresses in memory."""
+        return len(self._places)
+
+    def place(self, peer: object, forwarded: str | None) -> Place | None:
+        """Return the place of the address behind a connection; None for a client of this machine, or without limits.
+
+        `peer` is the address of the connection as Twisted has it, and `forwarded` the header X-Forwarded-For.
+        """
+        if not self._most:
+            return None
+        host = getattr(peer, "host", "")
+        if not self._hops and host.startswith("127."):  # so that nearly all of them need not be parsed
+            return None
+        name = client_network(host, forwarded, self._hops)
+        if name is None or name.startswith("127.") or name == "::":
+            return None
+        place = self._places.get(name)
+        if place is None:
+            self._forget_idle()
+            place = self._places[name] = Place()
+        return place
+
+    def _forget_idle(self) -> None:
+        if len(self._places) >= self._forget_above:
+            now = self._clock.seconds()
+            self._places = {name: place for name, place in self._places.items() if not place.is_idle(now)}
+            self._forget_above = max(MAX_ADDRESSES, 2 * len(self._places))
+
+    def enter(self, peer: object, forwarded: str | None) -> Place | None:
+        """Count a new client, and return its place, which `leave` takes back; raise HttpError above a limit."""
+        if self.is_full():
+            raise self.refusal(FILES, HTTPStatus.SERVICE_UNAVAILABLE, "the server is full")
+        place = self.place(peer, forwarded)
+        if place is None:
+            return None
+        wait = self._handshakes.take(place)
+        if wait:
+            raise self.refusal(HANDSHAKES, HTTPStatus.TOO_MANY_REQUESTS, "too many new clients of this address", wait)
+        if place.connections >= self._most:
+            raise self.refusal(CONNECTIONS, HTTPStatus.TOO_MANY_REQUESTS, "too many connections of this address")
+        place.connections += 1
+        return place
+
+    def keep(self, place: Place | None) -> bool:
+        """Count a connection of plain HTTP, and return whether it may stay open after its answer."""
+        if place is None:
+            return True
+        place.connections += 1
+        return place.connections <= self._most
+
+    @staticmethod
+    def leave(place: Place | None) -> None:
+        """Take back what `enter` or `keep` counted."""
+        if place is not None:
+            place.connections -= 1
+
+    def room_wait(self, place: Place | None) -> float:
+        """Return 0.0, or the seconds until an address may create one more room."""
+        wait = 0.0 if place is None else self._new_rooms.wait(place.rooms)
+        if wait:
+            self.refusals[NEW_ROOM] += 1
+        return wait
+
+    def room_created(self, place: Place | None) -> None:
+        """Count a room that an address has created."""
+        if place is not None:
+            self._new_rooms.take(place.rooms)
+
+    def refusal(self, limit: str, status: HTTPStatus, detail: str, wait: float = 0.0) -> HttpError:
+        """Count a refused client, and make its error."""
+        self.refusals[limit] += 1
+        code = Code.UNAVAILABLE if status == HTTPStatus.SERVICE_UNAVAILABLE else Code.RATE_LIMITED
+        seconds = max(ceil(wait), RETRY_SECONDS) + int(self._chance() * SPREAD_SECONDS)
+        return HttpError(status, detail, code, {"Retry-After": str(seconds)})
