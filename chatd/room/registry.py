@@ -23,11 +23,17 @@ from chatd.room.log import EncodedPage, Follower, Log, LogUnavailable, Page, Pag
 from chatd.room.presence import Lobby, LobbyListener, Occupancy
 from chatd.room.room import MAX_LAG, Member, Room
 
+MAX_ROOMS: Final = 20_000
+"""The most open rooms.  An empty one takes 4 KB, and one with long messages up to some megabytes."""
 RELOAD_SECONDS: Final = 0.25
 """The pause before a room is loaded again after a failure."""
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
+
+
+class TooManyRooms(Exception):
+    """No further room can be opened until the last member of another one leaves."""
 
 
 class JoinTicket(NamedTuple):
@@ -132,7 +138,7 @@ class Registry(Follower, LobbyListener):
         """Return a ticket for a room; join in the callback, because a room without members is forgotten.
 
         `last` names the last entry of a client that reconnects.  The first request for a room reads the log, and
-        further requests wait with it.  Fails with LogUnavailable.
+        further requests wait with it.  Fails with LogUnavailable or TooManyRooms.
         """
         room = self._rooms.get(name)
         if room is not None and last is None:  # the usual case
@@ -141,7 +147,12 @@ class Registry(Follower, LobbyListener):
 
     def _open(self, name: str) -> "Deferred[Room]":
         room = self._rooms.get(name)
-        return succeed(room) if room is not None else self._loads.read(name, lambda: self._load(name))
+        if room is not None:
+            return succeed(room)
+        begun = name in self._loading or name in self._stale
+        if not begun and len(self) + len(self._loading) >= MAX_ROOMS:
+            return fail(TooManyRooms())
+        return self._loads.read(name, lambda: self._load(name))
 
     def _read_backlog(self, room: Room, last: Id | None) -> "JoinTicket | Deferred[JoinTicket]":
         """Read the entries after `last`, if the room needs them from the log."""

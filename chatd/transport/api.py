@@ -310,7 +310,8 @@ class Api(ChatResource):
         cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
         stream = EventStream(request, self._rooms, self._connections, wanted)
         reply = Reply(request)
-        self._rooms.open(wanted.room, last).addCallback(stream.join).addErrback(reply.failed)
+        opening = self._rooms.open(wanted.room, last).addCallbacks(stream.join, _limits(request).too_many_rooms)
+        opening.addErrback(reply.failed)
         return NOT_DONE_YET
 
 

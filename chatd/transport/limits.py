@@ -13,8 +13,10 @@ from math import ceil
 from typing import Final
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
 
 from chatd.messages import Code
+from chatd.room.registry import TooManyRooms
 from chatd.transport.admission import MAX_ADDRESSES, HttpError, Rate, client_network
 
 HANDSHAKES_PER_SECOND: Final = 20
@@ -28,8 +30,8 @@ SPREAD_SECONDS: Final = 10
 RETRY_SECONDS: Final = 2
 """The shortest time after which a refused client may return."""
 
-FILES, CONNECTIONS, HANDSHAKES, NEW_ROOM = "files", "connections", "handshakes", "new_rooms"
-LIMITS: Final = FILES, CONNECTIONS, HANDSHAKES, NEW_ROOM
+FILES, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM = "files", "connections", "handshakes", "rooms", "new_rooms"
+LIMITS: Final = FILES, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM
 """The limits, as the metrics call them."""
 
 
@@ -150,6 +152,12 @@ class Limits:
         """Count a room that an address has created."""
         if place is not None:
             self._new_rooms.take(place.rooms)
+
+    def too_many_rooms(self, failure: Failure) -> Failure:
+        """Raise HttpError if a room could not be opened beside the others, and return any other failure."""
+        if failure.check(TooManyRooms):
+            raise self.refusal(ROOMS, HTTPStatus.SERVICE_UNAVAILABLE, "too many rooms are open")
+        return failure
 
     def refusal(self, limit: str, status: HTTPStatus, detail: str, wait: float = 0.0) -> HttpError:
         """Count a refused client, and make its error."""

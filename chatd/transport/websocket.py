@@ -162,7 +162,7 @@ class WebSocketConnection(AutobahnConnection):
         return answer
 
     def _not_opened(self, failure: Failure) -> NoReturn:
-        failure.trap(LogUnavailable)
+        self.factory.intake.limits.too_many_rooms(failure).trap(LogUnavailable)
         _logger.error("the log cannot be read: {error}", error=failure.value)
         raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the room cannot be read now")
 

@@ -45,6 +45,7 @@ NAMES = [
     "history",
     "listen",
     "log-format",
+    "max-per-address",
     "origin",
     "ping",
     "proxy-hops",

@@ -12,7 +12,8 @@ import sys
 import time
 
 import pytest
-from support.servers import LONG, LOOPBACK, TWISTD, Raw, Server, certificate_for, environment, run
+from support.raw_clients import RawMember
+from support.servers import LONG, LOOPBACK, TWISTD, Raw, Server, certificate_for, environment, post, run, upgrade
 from support.websocket_frames import PING, PONG, frame
 
 
@@ -158,18 +159,34 @@ def test_timers_run_when_the_clock_is_set_back(tmp_path):
 
 
 def test_admin_port_answers_at_the_limit_of_open_files(tmp_path):
-    """Clients leave a reserve of open files, and may enter when others have left."""
+    """Clients leave a reserve of open files, stay, and may enter when others have left; new ones are told to wait."""
     limited = "sh", "-c", 'ulimit -n 90 && exec "$@"', "sh", sys.executable, TWISTD
-    with Server(tmp_path, admin=LOOPBACK, command=limited) as server:
+    with Server(tmp_path, admin=LOOPBACK, command=limited) as server, RawMember(server.port) as member:
         with contextlib.ExitStack() as clients:
             crowd = [clients.enter_context(Raw(server.port)) for _ in range(90)]
             server.log.wait("refused 1 clients: all but the reserve of 90 open files is in use")
             assert status(server.admin_port) == status(server.admin_port, "/metrics") == 200
             assert crowd[-1].rest() == b""
+            for client in crowd:
+                client.send(upgrade("/rooms/full"))
+            answers = [told(client) for client in crowd]
+            assert set(answers) == {None, 503}
+            member.send(post("ann", "still here"))
+            assert member.answer()["data"]["message"] == "still here"
         while not open_again(server.port):
             select.select([], [], [], 0.01)
         assert server.log.text.count("open files is in use") == 1
         server.stop()
+
+
+def told(client):
+    """Return the status of a refusal that names a time to return; None if the connection just ended."""
+    try:
+        code, head = client.head()
+    except EOFError:
+        return None
+    assert "\r\nRetry-After: " in head
+    return code
 
 
 def open_again(port):

@@ -338,3 +338,39 @@ def test_upgrade_after_other_requests_counts_once(house):
     )
     assert b"HTTP/1.1 101 " in connection.transport.value()
     assert house.limits.place(peer(), None).connections == 1
+
+
+# Open rooms
+
+
+@pytest.fixture
+def two_rooms(monkeypatch):
+    """Let two rooms be open at one time."""
+    monkeypatch.setattr("chatd.room.registry.MAX_ROOMS", 2)
+    return House()
+
+
+def test_open_rooms(two_rooms):
+    """Above the limit clients join open rooms, and no others until one is empty."""
+    main, other = two_rooms.client(), two_rooms.client("/rooms/other")
+    refused = two_rooms.client("/rooms/third")
+    assert (refused.status, refused.retry_after) == (503, RETRY_SECONDS)
+    assert two_rooms.client().status == 101
+    assert two_rooms.limits.refusals["rooms"] == 1
+    other.lose()
+    two_rooms.turn()
+    assert two_rooms.client("/rooms/third").status == 101
+    response, _ = two_rooms.get(b"/rooms/other/events")
+    assert response.status == 503
+    main.post("still here")
+    assert main.read()[-1]["data"]["message"] == "still here"
+
+
+def test_rooms_that_are_loaded_again(two_rooms):
+    """Rooms that are open are loaded again at the limit."""
+    members = two_rooms.client(), two_rooms.client("/rooms/other")
+    two_rooms.rooms.interrupted()
+    two_rooms.turn()
+    members[0].post("still here")
+    assert members[0].read()[-1]["data"]["message"] == "still here"
+    assert two_rooms.client("/rooms/other").status == 101
