@@ -31,7 +31,9 @@ from chatd.operate.drain import Drain
 from chatd.operate.process import ServerProcess
 from chatd.operate.systemd import Notifier
 from chatd.store.base import Store, StoreError
+from chatd.transport import limits
 from chatd.transport.connections import Connections
+from chatd.transport.limits import Lateness
 
 LOOK_SECONDS: Final = 1
 """The interval between two checks of the deadlines."""
@@ -96,6 +98,7 @@ class ChatService(Service):
         drain: Drain,
         clock: IReactorTime,
         process: ServerProcess,
+        lateness: Lateness,
         observer: ILogObserver | None,
         notify: Notifier,
     ) -> None:
@@ -121,6 +124,7 @@ class ChatService(Service):
         self._notify = notify
         self._loops: list[tuple[LoopingCall, float]] = [
             (LoopingCall(connections.check_deadlines), LOOK_SECONDS),
+            (LoopingCall(lateness.look), limits.LOOK_SECONDS),
             (LoopingCall(store.trim), TRIM_SECONDS),
         ]
         if notify.watchdog:

@@ -131,6 +131,7 @@ def makeService(options: Options) -> IService:
         connections=connections,
         refusals={"frame": site.intake.refusals, "handshake": factory.refused_handshakes, "request": site.refused},
         throttles=site.intake.throttles,
+        limits=limits,
         clock=reactor,
     )
     twistd = {} if options.parent is None else options.parent
@@ -156,6 +157,7 @@ def makeService(options: Options) -> IService:
         drain=Drain(connections, store, site, settings.drain, reactor),
         clock=reactor,
         process=process,
+        lateness=limits.lateness,
         observer=observer,
         notify=Notifier(options.environ),
     )

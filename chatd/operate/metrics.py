@@ -37,6 +37,7 @@ from chatd.room.registry import Registry
 from chatd.store.base import Store
 from chatd.transport.connections import CARRIERS, Connections
 from chatd.transport.framing import CloseCode
+from chatd.transport.limits import Limits
 
 LAG_SECONDS: Final = 0.5
 """The interval between two samples of the reactor lag."""
@@ -84,6 +85,7 @@ class Metrics(Collector):
         connections: Connections,
         refusals: Mapping[str, Mapping[str, int]],
         throttles: Mapping[str, int],
+        limits: Limits,
         clock: IReactorTime,
     ) -> None:
         self._store = store
@@ -91,6 +93,7 @@ class Metrics(Collector):
         self._connections = connections
         self._refusals = refusals
         self._throttles = throttles
+        self._limits = limits
         self._lag = ReactorLag(clock)
         self._started = time.time()
         self._registry = CollectorRegistry()
@@ -174,6 +177,19 @@ class Metrics(Collector):
         for carrier, number in self._throttles.items():
             throttles.add_metric([carrier], number)
         yield throttles
+        limited = CounterMetricFamily(
+            "chatd_limited", "Clients and posts refused by a limit of the server or of an address.", labels=["limit"]
+        )
+        for limit, number in self._limits.refusals.items():
+            limited.add_metric([limit], number)
+        yield limited
+        refuses = self._limits.lateness.refuses
+        yield GaugeMetricFamily(
+            "chatd_refusing", "1 while new clients are refused because the event loop lags.", refuses
+        )
+        yield GaugeMetricFamily(
+            "chatd_buffered_bytes", "Bytes that full transports hold, once a second.", self._connections.buffered
+        )
 
     def _store_metrics(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(

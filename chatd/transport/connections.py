@@ -6,7 +6,7 @@ or unanswered, for transports that have taken nothing for too long, and for unan
 
 from collections import Counter
 from itertools import count
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
@@ -21,6 +21,8 @@ STALL_SECONDS: Final = 40
 """The time after which a transport that takes nothing is closed, and after which it is then dropped."""
 CLOSE_SECONDS: Final = 5
 """The time in which a client must answer a close."""
+MAX_BUFFERED: Final = 256 << 20
+"""The most bytes that full transports may hold together.  It is the memory of some hundred clients that never read."""
 
 WEBSOCKET, EVENT_STREAM, HTTP = "websocket", "events", "http"
 """The carriers: what frames and requests travel on.  The metrics call them transports."""
@@ -48,6 +50,10 @@ class Connection(Protocol):
     def member(self) -> Membership:
         """The place of the client in its room."""
 
+    @property
+    def buffered(self) -> int:
+        """The number of bytes that the transport holds."""
+
     def ping(self) -> bool:
         """Send a ping, and return whether the client answered the previous one."""
 
@@ -62,6 +68,17 @@ class Connection(Protocol):
 
     def abort(self) -> None:
         """End the connection without a closing handshake."""
+
+
+def buffered(transport: Any) -> int:
+    """Return the number of bytes that a transport of Twisted holds, with those below it: TLS, or a PROXY header."""
+    total = 0
+    while transport is not None:
+        own = vars(transport)  # a wrapper has the attributes of what it wraps
+        total += len(own.get("dataBuffer", b"")) - own.get("offset", 0) + own.get("_tempDataLen", 0)
+        total += sum(map(len, own.get("_appSendBuffer", ())))
+        transport = own.get("transport")
+    return total
 
 
 class Connections:
@@ -79,6 +96,8 @@ class Connections:
         self._numbers = count(1)
         self.stopping = False
         """True if new clients are refused."""
+        self.buffered = 0
+        """The bytes that full transports held at the last check."""
         self._empty: list[Deferred[None]] = []
 
     def add(self, client: Connection) -> None:
@@ -119,6 +138,19 @@ class Connections:
                 self.pings.add(client)
             else:
                 self._drop(client, "did not answer a ping")
+        self._bound_buffers()
+
+    def _bound_buffers(self) -> None:
+        """Evict the clients with the most waiting bytes while all together hold too many, and free those bytes now."""
+        held = {client: client.buffered for client in self.stalls}
+        self.buffered = sum(held.values())
+        for client in sorted(held, key=held.__getitem__, reverse=True):
+            if self.buffered <= MAX_BUFFERED:
+                return
+            self.buffered -= held[client]
+            if client.member.joined:
+                client.evict()
+            self._drop(client, "did not read its bytes, the most of too many,")
 
     def _drop(self, client: Connection, why: str) -> None:
         _logger.info(

@@ -23,6 +23,10 @@ SECONDS_PER_TURN: Final = 0.001
 """The time after which a connection leaves its other frames for the next turn, measured from its first look."""
 QUEUE_SECONDS_PER_TURN: Final = 0.008
 """The time that all waiting connections together have in a reactor turn."""
+PROMPT_HANDSHAKES: Final = 32
+"""The number of handshakes that are answered at once; the others of a crowd wait in the queue."""
+PROMPT_HANDSHAKES_PER_SECOND: Final = 400
+"""The number of handshakes a second that are answered at once after that, which take a tenth of a core."""
 SCHEMA: Final = "schema"
 """The key of errors without a code in the count of refused frames: those that break their schema."""
 
@@ -66,7 +70,14 @@ class Intake:
         self.rate = rate
         self.limits = Limits(clock) if limits is None else limits
         self.turns = TurnQueue(clock)
+        self.due = 0.0
+        """The state that the rate of handshakes keeps (admission.Paced)."""
+        self._handshakes = Rate(PROMPT_HANDSHAKES_PER_SECOND, PROMPT_HANDSHAKES, clock.seconds)
         self.refusals = Counter(dict.fromkeys([SCHEMA, *Code], 0))
         """The number of refused frames, by the code of the error."""
         self.throttles = Counter({WEBSOCKET: 0, HTTP: 0})
         """The number of pauses after a frame or a request above the rate, by carrier."""
+
+    def answers_promptly(self) -> bool:
+        """Count a handshake; return whether to answer it now, because it belongs to no crowd."""
+        return not self._handshakes.take(self)

@@ -13,6 +13,7 @@ from math import ceil
 from typing import Final
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from chatd.messages import Code
@@ -30,9 +31,23 @@ SPREAD_SECONDS: Final = 10
 RETRY_SECONDS: Final = 2
 """The shortest time after which a refused client may return."""
 
-FILES, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM = "files", "connections", "handshakes", "rooms", "new_rooms"
-LIMITS: Final = FILES, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM
+LOOK_SECONDS: Final = 0.25
+"""The interval between two looks at the lag of the reactor."""
+LATE_SECONDS: Final = 1.0
+"""The lag above which new clients are refused.  A reactor that is only busy has less."""
+LATE_LOOKS: Final = 2
+"""The late looks in a row before that: a process that was stopped for once is late once."""
+PROMPT_SECONDS: Final = 0.25
+"""The lag below which new clients are served again."""
+PROMPT_LOOKS: Final = 8
+"""The prompt looks in a row before that."""
+
+FILES, LAG, CONNECTIONS, HANDSHAKES = "files", "lag", "connections", "handshakes"
+ROOMS, NEW_ROOM = "rooms", "new_rooms"
+LIMITS: Final = FILES, LAG, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM
 """The limits, as the metrics call them."""
+
+_logger = Logger()
 
 
 class _Pace:
@@ -61,6 +76,34 @@ class Place(_Pace):
         return not self.connections and self.due <= now and self.rooms.due <= now
 
 
+class Lateness:
+    """Whether the reactor lags so much that it serves no new clients."""
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._due: float | None = None
+        self._looks = 0
+        """The number of looks in a row that speak for a change."""
+        self.refuses = False
+        """True while new clients are refused."""
+
+    def look(self) -> None:
+        """Measure the lag; to be called every LOOK_SECONDS."""
+        now = self._clock.seconds()
+        lag = 0.0 if self._due is None else now - self._due
+        self._due = now + LOOK_SECONDS
+        changes = lag < PROMPT_SECONDS if self.refuses else lag >= LATE_SECONDS
+        self._looks = self._looks + 1 if changes else 0
+        if self._looks < (PROMPT_LOOKS if self.refuses else LATE_LOOKS):
+            return
+        self._looks = 0
+        self.refuses = not self.refuses
+        if self.refuses:
+            _logger.warn("new clients are refused: the event loop lags by {lag:.1f} s", lag=lag)
+        else:
+            _logger.info("new clients are served again")
+
+
 class Limits:
     """The limits that all connections to a port share.
 
@@ -79,6 +122,7 @@ class Limits:
         self._new_rooms = Rate(NEW_ROOMS_PER_SECOND, NEW_ROOMS, clock.seconds)
         self._places: dict[str, Place] = {}
         self._forget_above = MAX_ADDRESSES
+        self.lateness = Lateness(clock)
         self.is_full: Callable[[], bool] = lambda: False
         """Returns whether open files are short, so that no new client is served."""
         self.refusals = Counter(dict.fromkeys(LIMITS, 0))
@@ -115,6 +159,8 @@ class Limits:
 
     def enter(self, peer: object, forwarded: str | None) -> Place | None:
         """Count a new client, and return its place, which `leave` takes back; raise HttpError above a limit."""
+        if self.lateness.refuses:
+            raise self.refusal(LAG, HTTPStatus.SERVICE_UNAVAILABLE, "the server is busy")
         if self.is_full():
             raise self.refusal(FILES, HTTPStatus.SERVICE_UNAVAILABLE, "the server is full")
         place = self.place(peer, forwarded)

@@ -13,7 +13,7 @@ from zope.interface import implementer
 
 from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import JoinRequest, server_stopping
-from chatd.transport.connections import EVENT_STREAM, Connections
+from chatd.transport.connections import EVENT_STREAM, Connections, buffered
 from chatd.transport.frames import event
 from chatd.transport.framing import CloseCode
 from chatd.transport.http import RETRY_AFTER_SECONDS, SERVER
@@ -42,6 +42,10 @@ class EventStream:
         address = request.getClientAddress()
         self.peer = f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
         self._channel.when_lost = self._client_left
+
+    @property
+    def buffered(self) -> int:
+        return buffered(self._channel.transport)
 
     def join(self, ticket: JoinTicket) -> None:
         """Begin the stream with the history and join the room, unless the client or the server is leaving."""

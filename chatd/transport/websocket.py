@@ -32,7 +32,7 @@ from chatd.room.log import LogUnavailable
 from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import Admission, HttpError, JoinRequest, read_query, server_stopping
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
-from chatd.transport.connections import WEBSOCKET, Connections
+from chatd.transport.connections import WEBSOCKET, Connections, buffered
 from chatd.transport.framing import SUBPROTOCOL, CloseCode
 from chatd.transport.handshake import read_upgrade, switch
 from chatd.transport.heads import Head, take
@@ -54,7 +54,7 @@ class WebSocketConnection(AutobahnConnection):
     admitted: tuple[JoinRequest, JoinTicket]
     """The request and the ticket, from the admission until the client joins."""
     _loading = False
-    """True while the room is read from the log for a handshake."""
+    """True while a handshake waits for its turn, or for the log."""
     _unanswered = False
     """True while a ping waits for its pong."""
     _socket: socket | None = None
@@ -63,6 +63,10 @@ class WebSocketConnection(AutobahnConnection):
     @property
     def member(self) -> Session:
         return self.session
+
+    @property
+    def buffered(self) -> int:
+        return buffered(self.transport)
 
     # Opening
 
@@ -97,11 +101,23 @@ class WebSocketConnection(AutobahnConnection):
 
     def head_received(self, head: Head) -> None:
         """Answer a handshake, and hand any other request to the web site."""
-        if head.asks_for_websocket:
-            admitted = maybeDeferred(self._admit, head)
-            admitted.addCallbacks(self._switch, self._deny, errbackArgs=(head,))
-        else:
+        if not head.asks_for_websocket:
             self._hand_over(head)
+        elif self.factory.intake.answers_promptly():
+            self._answer(head)
+        else:  # between the handshakes of a crowd the other clients are served
+            self._stop_reading_early()
+            self.factory.intake.turns.wait(lambda: self._answer_in_turn(head))
+
+    def _answer_in_turn(self, head: Head) -> None:
+        self._resume_reading(None)
+        if self.is_connecting:  # the client may have disconnected meanwhile
+            self._answer(head)
+
+    def _answer(self, head: Head) -> None:
+        """Answer a handshake."""
+        admitted = maybeDeferred(self._admit, head)
+        admitted.addCallbacks(self._switch, self._deny, errbackArgs=(head,))
 
     def _hand_over(self, head: Head) -> None:
         """Let the web site continue this connection, as if it had been there from the start."""
@@ -140,13 +156,16 @@ class WebSocketConnection(AutobahnConnection):
         request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
         opening = factory.rooms.open(request.room, request.last)
         if not opening.called:
-            # Frames that a client sends before it has its answer stay in its socket.
-            self._loading = True
-            self.transport.pauseProducing()
+            self._stop_reading_early()
             opening.addBoth(self._resume_reading)
         chosen = SUBPROTOCOL if SUBPROTOCOL in upgrade.protocols else None
         answer = switch(upgrade.key, chosen, SERVER)
         return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
+
+    def _stop_reading_early(self) -> None:
+        """Leave frames that the client sends before it has its answer in its socket."""
+        self._loading = True
+        self.transport.pauseProducing()
 
     def _resume_reading(self, result: _T) -> _T:
         del self._loading

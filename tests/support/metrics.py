@@ -11,6 +11,7 @@ ALERTS = ROOT / "docs" / "alerts.yml"
 DASHBOARD = ROOT / "docs" / "dashboard.json"
 
 METRICS = {
+    "chatd_buffered_bytes": "gauge",
     "chatd_build_info": "gauge",
     "chatd_closes": "counter",
     "chatd_commit_seconds": "histogram",
@@ -20,10 +21,12 @@ METRICS = {
     "chatd_cursor_lag_messages_gsum": "gauge",
     "chatd_deliveries": "counter",
     "chatd_histories_bytes": "gauge",
+    "chatd_limited": "counter",
     "chatd_members": "gauge",
     "chatd_messages": "counter",
     "chatd_reactor_lag_seconds": "histogram",
     "chatd_refusals": "counter",
+    "chatd_refusing": "gauge",
     "chatd_rooms": "gauge",
     "chatd_store_up": "gauge",
     "chatd_tail_bytes": "gauge",

@@ -17,6 +17,7 @@ from chatd.messages import Entry
 from chatd.operate.systemd import Notifier
 from chatd.service import LOOK_SECONDS, TRIM_SECONDS, ChatService, Readiness, page_url
 from chatd.store.base import StoreError
+from chatd.transport.limits import Lateness
 
 READY = {"READY": "1", "STATUS": "ready"}
 SEED = (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),)
@@ -182,6 +183,7 @@ class Server:
             drain=self.drain,
             clock=self.clock,
             process=Process(self.journal, sheds_privileges=sheds_privileges),
+            lateness=Lateness(self.clock),
             observer=self.observer,
             notify=Notify(self.journal, watchdog),
         )

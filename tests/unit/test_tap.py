@@ -30,6 +30,7 @@ from chatd.service import TRIM_SECONDS
 from chatd.store.base import DAY, STEADY_SECONDS, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.redis import link
+from chatd.transport.limits import LOOK_SECONDS, PROMPT_LOOKS
 from chatd.transport.proxied import ProxiedFactory
 from twisted.plugins import chatd_plugin
 
@@ -505,6 +506,7 @@ def test_messages_older_than_the_retention_are_removed(reactor, monkeypatch):
     start("--retain=1d")
     for _ in range(STEADY_SECONDS // TRIM_SECONDS):
         reactor.advance(TRIM_SECONDS)
+    reactor.pump([LOOK_SECONDS] * PROMPT_LOOKS)  # the reactor does not lag any more
     assert Client(reactor.tcpServers[0][1], HANDSHAKE).history()["data"] == []
 
 

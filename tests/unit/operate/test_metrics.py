@@ -56,6 +56,7 @@ class MeasuredHouse(House):
                 "request": self.site.refused,
             },
             throttles=self.site.intake.throttles,
+            limits=self.site.intake.limits,
             clock=self.clock,
         )
 
@@ -258,7 +259,13 @@ def test_cursor_lag_of_the_current_members(house):
     log, clock = ScriptedLog(), Turns()
     rooms = Registry(log, frames, clock, 100)
     metrics = Metrics(
-        store=house.log, rooms=rooms, connections=house.connections, refusals={}, throttles={}, clock=clock
+        store=house.log,
+        rooms=rooms,
+        connections=house.connections,
+        refusals={},
+        throttles={},
+        limits=house.limits,
+        clock=clock,
     )
     readers = [enter(rooms, reader)[1] for reader in (Reader(), Reader(), Reader(space=0), Reader(space=1))]
     log.say(8)
@@ -327,6 +334,18 @@ def test_rejected_frames_by_code(house):
         ("frame", Code.UNKNOWN_ID): 1,
         ("frame", Code.UNAVAILABLE): 2,
     }
+
+
+def test_limits_of_new_clients():
+    """Refused clients are counted by limit, and gauges show lag and full buffers."""
+    house = MeasuredHouse()
+    house.limits.lateness.refuses = True
+    house.client()
+    house.connections.buffered = 7
+    scrape = house.scrape()
+    assert scrape.some("chatd_limited_total") == {("lag",): 1}
+    assert scrape("chatd_limited_total", limit="connections") == 0
+    assert (scrape("chatd_refusing"), scrape("chatd_buffered_bytes")) == (1, 7)
 
 
 def test_rate_limited_frames_have_one_code():

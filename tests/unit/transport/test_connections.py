@@ -2,8 +2,12 @@
 
 import pytest
 from support.helpers import PING_SECONDS
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.testing import MemoryReactorClock
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 
-from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, STALL_SECONDS, Connections
+from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, STALL_SECONDS, Connections, buffered
 
 
 class Connection:
@@ -15,6 +19,7 @@ class Connection:
     joined = True
     answers = True
     number = 0
+    buffered = 0
 
     def __init__(self):
         self.journal = []
@@ -161,6 +166,50 @@ def test_client_that_reads_again_stays(connections, client, pass_time):
     connections.stalls.discard(client)
     pass_time(STALL_SECONDS)
     assert client.journal == []
+
+
+@pytest.fixture
+def few_bytes(monkeypatch):
+    """Let all transports together hold 100 bytes."""
+    monkeypatch.setattr("chatd.transport.connections.MAX_BUFFERED", 100)
+
+
+def test_buffers_of_all_clients(few_bytes, connections, pass_time, events):
+    """While all hold too many bytes, the client that holds the most is evicted and dropped."""
+    clients = [Connection() for _ in range(4)]
+    for client, held in zip(clients, (30, 50, 40, 29), strict=True):
+        client.buffered = held
+        connections.stalls.add(client)
+    clients[2].joined = False  # its close is under way
+    pass_time(1)
+    assert [client.journal for client in clients] == [[], ["overrun", "abort"], [], []]
+    assert connections.buffered == 99
+    connections.stalls.discard(clients[1])
+    clients[3].buffered = 31
+    pass_time(1)
+    assert [client.journal for client in clients] == [[], ["overrun", "abort"], ["abort"], []]
+    assert [event["why"] for event in events] == ["did not read its bytes, the most of too many,"] * 2
+
+
+def test_buffers_within_the_bound(few_bytes, connections, client, pass_time):
+    client.buffered = 100
+    connections.stalls.add(client)
+    pass_time(STALL_SECONDS - 1)
+    assert (client.journal, connections.buffered) == ([], 100)
+
+
+def test_buffered_bytes_of_transports():
+    """They are counted down to the socket, below TLS and the PROXY protocol."""
+    below = FileDescriptor(MemoryReactorClock())
+    below.connected = 1
+    below.write(b"x" * 10)
+    below.dataBuffer, below.offset = b"y" * 7, 2
+    assert buffered(below) == 15
+    above = ProtocolWrapper(WrappingFactory(Factory()), Protocol())
+    above.transport = below
+    above._appSendBuffer = [b"z" * 3, b"z"]
+    assert buffered(above) == 19
+    assert buffered(None) == 0
 
 
 def test_unanswered_close(connections, client, pass_time, events):

@@ -2,17 +2,25 @@
 
 import pytest
 from support.houses import House
-from support.web_doubles import Transport
+from support.web_doubles import Transport, WebSocketClient
 from support.websocket_frames import masked
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.logger import formatEvent
 
 from chatd.transport.admission import HttpError
+from chatd.transport.intake import PROMPT_HANDSHAKES
 from chatd.transport.limits import (
     HANDSHAKES_PER_SECOND,
+    LATE_LOOKS,
+    LATE_SECONDS,
+    LOOK_SECONDS,
     NEW_ROOMS,
     NEW_ROOMS_PER_SECOND,
+    PROMPT_LOOKS,
+    PROMPT_SECONDS,
     RETRY_SECONDS,
     SPREAD_SECONDS,
+    Lateness,
     Limits,
 )
 
@@ -374,3 +382,90 @@ def test_rooms_that_are_loaded_again(two_rooms):
     members[0].post("still here")
     assert members[0].read()[-1]["data"]["message"] == "still here"
     assert two_rooms.client("/rooms/other").status == 101
+
+
+# Lag
+
+
+class Reactor:
+    """A reactor whose turns take as long as the test wants."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.lateness = Lateness(clock)
+        self.lateness.look()
+
+    def look(self, lag=0.0, times=1):
+        for _ in range(times):
+            self.clock.advance(LOOK_SECONDS + lag)
+            self.lateness.look()
+        return self.lateness.refuses
+
+
+@pytest.fixture
+def reactor(clock):
+    return Reactor(clock)
+
+
+def test_lag_refuses_new_clients(reactor, events):
+    """A lag that stays refuses them, and none that passes."""
+    assert not reactor.look(LATE_SECONDS - 0.01, times=100)
+    assert not reactor.look(60, times=LATE_LOOKS - 1)
+    assert not reactor.look()
+    assert not reactor.look(LATE_SECONDS, times=LATE_LOOKS - 1)
+    assert reactor.look(LATE_SECONDS)
+    assert [formatEvent(event) for event in events] == ["new clients are refused: the event loop lags by 1.0 s"]
+
+
+def test_new_clients_are_served_again(reactor, events):
+    """They are served after some prompt looks in a row."""
+    reactor.look(2 * LATE_SECONDS, times=LATE_LOOKS)
+    assert reactor.look(times=PROMPT_LOOKS - 1)
+    assert reactor.look(PROMPT_SECONDS)
+    assert reactor.look(times=PROMPT_LOOKS - 1)
+    assert not reactor.look(PROMPT_SECONDS - 0.01)
+    assert formatEvent(events[-1]) == "new clients are served again"
+    assert not reactor.look(LATE_SECONDS, times=LATE_LOOKS - 1)
+
+
+def test_lagging_server(house):
+    """New clients get 503 and Retry-After, those on this machine too; the others stay, and health checks succeed."""
+    member = over(house)
+    house.limits.lateness.refuses = True
+    for host in ("192.0.2.7", "127.0.0.1"):
+        refused = over(house, host=host)
+        assert (refused.status, refused.retry_after) == (503, RETRY_SECONDS)
+    assert stream(house).response()[1] == f"retry: {RETRY_SECONDS * 1000}\n\n"
+    member.post("still here")
+    assert member.read()[-1]["data"]["message"] == "still here"
+    assert [house.get(path)[0].status for path in (b"/healthz", b"/readyz", b"/rooms/main/messages")] == [200] * 3
+    assert house.limits.refusals["lag"] == 3
+
+
+# Crowds
+
+
+def join(house):
+    """Return a client whose handshake was sent, before the reactor turns."""
+    return WebSocketClient(house.factory)
+
+
+def test_crowd_of_handshakes():
+    """The first handshakes are answered at once, and the others in later turns, before what they send next."""
+    house = House()
+    early = [join(house) for _ in range(PROMPT_HANDSHAKES)]
+    late = [join(house) for _ in range(3)]
+    assert all(client.status == 101 for client in early)
+    assert [client.transport.value() for client in late] == [b""] * 3
+    assert [client.transport.producerState for client in late] == ["paused"] * 3
+    late[0].lose()
+    late[1].protocol.dataReceived(masked(b'{"username":"ann","message":"early"}'))
+    house.turn()
+    assert late[0].transport.value() == b""
+    frames = late[1].transport.value()
+    assert frames.startswith(b"HTTP/1.1 101 ")
+    assert frames.index(b'"type":"history"') < frames.index(b'"early"')
+    assert late[2].transport.producerState == "producing"
+    assert len(house.connections.connected) == PROMPT_HANDSHAKES + 2
+    house.clock.advance(1)
+    assert join(house).status == 101
