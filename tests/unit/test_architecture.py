@@ -27,12 +27,13 @@ PURE = {
     "chatd.messages": {"enum", "re", "typing"},
     "chatd.room": {
         *("collections", "collections.abc", "functools", "itertools", "operator", "sys", "typing", "typing_extensions"),
+        *("enum", "ipaddress", "re", "unicodedata"),
         *("twisted.internet.defer", "twisted.internet.interfaces", "twisted.logger", "twisted.python.failure"),
     },
 }
 """The packages without input or output, and the modules outside chatd that they may import."""
-SINGULAR_AND_PLURAL = {"Connection", "connection", "Option"}
-"""Names that may exist with an `s` too: one connection and the set of all; twistd itself names a class Options."""
+SINGULAR_AND_PLURAL = {"Connection", "connection", "Option", "Sanction"}
+"""Names that may exist with an `s` too: one of them and the set of all; twistd itself names a class Options."""
 AUTOBAHN_ADAPTERS = {"chatd.transport.autobahn_adapter", "chatd.client.connection"}
 """The modules that hold every use of Autobahn, one for the server and one for the client."""
 
