@@ -310,9 +310,8 @@ class RoomSummary(NamedTuple):
 class ModerationStore(Protocol):
     """The store that moderation needs."""
 
-    @property
-    def sanctions(self) -> Sanctions:
-        """The sanctions in the store, as this node knows them."""
+    sanctions: Sanctions
+    """The sanctions in the store, as this node knows them."""
 
     def sanction(self, sanction: Sanction) -> "Deferred[None]":
         """Store a sanction, on which every node acts within a second; fails with LogUnavailable."""

@@ -255,8 +255,11 @@ class Room:
         self._schedule()
 
     def trimmed(self, first: int) -> None:
-        """Stop showing entries that the log no longer holds."""
+        """Stop showing entries that the log no longer holds; forget the frames of a log that holds none."""
         self._first = first
+        if first > self.head:
+            self._tail = Tail(self.head, self._history)
+            self._runs.clear()
         self._histories.clear()
 
     def continues(self, page: Page) -> bool:

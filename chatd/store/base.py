@@ -1,7 +1,7 @@
 """The interface and the shared parts of all stores.
 
 A store keeps the logs of all rooms.  `chatd.room.log.Log` is the part of it that a room needs.  This module adds the
-rest: opening and closing, the epoch, the time, and how much is retained.
+rest: opening and closing, the epoch, the time, how much is retained, and what an operator needs to moderate.
 """
 
 import datetime as dt
@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+import orjson
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from typing_extensions import override
@@ -19,6 +20,7 @@ from typing_extensions import override
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import MAIN, Follower, LabelReused, Log, Poster
+from chatd.room.moderation import ModerationStore, Sanction, Sanctions
 from chatd.room.presence import Lobby
 
 DAY: Final = 86_400
@@ -31,6 +33,8 @@ STEADY_SECONDS: Final = 3600
 """How long the wall clock must run without a jump before messages are removed by their age."""
 SEED_ROOM: Final = MAIN
 """The room that receives the seed of a new log."""
+SAMPLE: Final = 100
+"""The number of a room's newest messages from which its size is estimated."""
 
 _logger = Logger()
 
@@ -57,7 +61,7 @@ class Retention(NamedTuple):
         raise ValueError(f"{text!r} is neither a number of messages (5000) nor of days (30d) nor all")
 
 
-class Store(Log):
+class Store(Log, ModerationStore):
     """A log that is opened before the first client and closed after the last.
 
     Stores derive from this class and call `__init__`.  They notify `_followers`, and they
@@ -70,6 +74,7 @@ class Store(Log):
     def __init__(self, commits: Histogram) -> None:
         self.commits = commits
         """Duration of commits in seconds, including failed ones; empty in a store that has no commits."""
+        self.sanctions = Sanctions()
         self._followers: list[Follower] = []
         self._faults: dict[str, str] = {}
 
@@ -95,7 +100,7 @@ class Store(Log):
 
     @abstractmethod
     def trim(self) -> "Deferred[None]":
-        """Remove what is no longer retained, including in rooms that receive no posts."""
+        """Remove what is no longer retained, including in rooms that receive no posts, and expired sanctions."""
 
     @abstractmethod
     def settled(self) -> "Deferred[None]":
@@ -140,6 +145,21 @@ def notify(receive: Callable[..., object], *args: object, **options: object) -> 
         receive(*args, **options)
     except Exception:  # noqa: BLE001 -- their faults are not those of the store
         _logger.failure("a follower or poster failed")
+
+
+def dump_sanction(sanction: Sanction) -> bytes:
+    """Encode a sanction for a store."""
+    return orjson.dumps(sanction._asdict())
+
+
+def load_sanction(data: str | bytes) -> Sanction:
+    """Decode a sanction that dump_sanction() encoded."""
+    return Sanction.load(orjson.loads(data))
+
+
+def estimate(size: int, sampled: int, messages: int) -> int:
+    """Return the approximate size of a room in bytes, from the size of some of its messages."""
+    return round(size * messages / sampled)
 
 
 class Moment(NamedTuple):

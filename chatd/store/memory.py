@@ -6,6 +6,7 @@ therefore bounded: by a number of messages in each room, even if all are retaine
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from heapq import nsmallest
 from typing import Final
 
 from twisted.internet.defer import Deferred, succeed
@@ -15,7 +16,19 @@ from typing_extensions import override
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import LogUnavailable, Page, Poster
-from chatd.store.base import SEED_ROOM, LogClock, Retention, Store, answer_retry, log_removed, new_epoch, notify
+from chatd.room.moderation import RoomSummary, Sanction
+from chatd.store.base import (
+    SAMPLE,
+    SEED_ROOM,
+    LogClock,
+    Retention,
+    Store,
+    answer_retry,
+    estimate,
+    log_removed,
+    new_epoch,
+    notify,
+)
 
 KEEP: Final = 10_000
 """The most messages of each room, unless the retention names a number."""
@@ -58,6 +71,12 @@ class _Room:
         if key is not None:
             del self._labelled[key]
 
+    def summary(self, name: str) -> RoomSummary:
+        newest = [self.entries[-1 - index] for index in range(min(SAMPLE, len(self.entries)))]
+        size = sum(len(entry.username.encode()) + len(entry.message.encode()) for entry in newest)
+        size = estimate(size, len(newest), len(self.entries))
+        return RoomSummary(name, self.first, self.head, size, newest[0].timestamp)
+
     def find(self, post: Post) -> Entry | None:
         """Return the entry that was stored with the label of this post."""
         number = None if post.label is None else self._labelled.get((post.username, post.label))
@@ -75,6 +94,7 @@ class MemoryStore(Store):
     def __init__(self, retain: Retention, now: Callable[[], float], steady: Callable[[], float] | None = None) -> None:
         super().__init__(Histogram(()))
         self._retain = retain
+        self._now = now
         self._clock = LogClock(now, steady)
         self._rooms: dict[str, _Room] = {}
         self._forgotten = 0
@@ -131,7 +151,38 @@ class MemoryStore(Store):
             self._faults.pop("rooms", None)
         log_removed(self._aged)
         self._aged = 0
+        return self.lift(self.sanctions.expired(self._now()))
+
+    # Moderation
+
+    @override
+    def sanction(self, sanction: Sanction) -> "Deferred[None]":
+        self.sanctions.add(sanction)
         return succeed(None)
+
+    @override
+    def lift(self, words: Sequence[str]) -> "Deferred[None]":
+        for word in words:
+            self.sanctions.remove(word)
+        return succeed(None)
+
+    @override
+    def list_rooms(self, after: str, limit: int) -> "Deferred[Sequence[RoomSummary]]":
+        names = nsmallest(limit, (name for name, log in self._rooms.items() if log.entries and name > after))
+        return succeed([self._rooms[name].summary(name) for name in names])
+
+    @override
+    def clear_room(self, room: str) -> "Deferred[int]":
+        log = self._rooms.get(room)
+        removed = len(log.entries) if log is not None else 0
+        if log is not None and removed:
+            for _ in range(removed):
+                log.drop()
+            for follower in self._followers:
+                notify(follower.trimmed, room, log.first)
+        return succeed(removed)
+
+    # Ending
 
     @override
     def settled(self) -> "Deferred[None]":

@@ -29,6 +29,7 @@ from typing_extensions import override
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import MAIN, InDoubt, LogUnavailable, Page, Poster
+from chatd.room.moderation import RoomSummary, Sanction
 from chatd.store.base import Retention, Store, answer_retry, notify
 from chatd.store.sqlite_file import Commit, SqliteFile
 
@@ -130,6 +131,7 @@ class SqliteStore(Store):
     def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
         self.file.open(seed)
         self.epoch = self.file.epoch
+        self.sanctions.replace(self.file.sanctions())
         self._writer.start()
         self._reader.start()
         self._look_later()
@@ -253,13 +255,56 @@ class SqliteStore(Store):
 
     @override
     def trim(self) -> "Deferred[None]":
-        return self._writer.do(self.file.trim).addCallbacks(
-            lambda firsts: self._notify(Commit([], {}, firsts)), self._not_trimmed
-        )
+        trimmed = self._writer.do(self.file.trim).addCallback(lambda firsts: self._notify(Commit([], {}, firsts)))
+        return trimmed.addCallback(self._lift_expired).addErrback(self._not_trimmed)
+
+    def _lift_expired(self, _: None) -> "Deferred[None]":
+        expired = self.sanctions.expired(self._now())
+        return self.lift(expired) if expired else succeed(None)
 
     def _not_trimmed(self, failure: Failure) -> None:
         self._unwritable(failure)
         _logger.error("old messages were not removed: {error}", error=failure.value)
+
+    # Moderation
+
+    @override
+    def sanction(self, sanction: Sanction) -> "Deferred[None]":
+        stored = self._writer.do(lambda: self.file.add_sanction(sanction))
+        return stored.addCallbacks(lambda _: self.sanctions.add(sanction), self._not_moderated)
+
+    @override
+    def lift(self, words: Sequence[str]) -> "Deferred[None]":
+        def lifted(_: None) -> None:
+            for word in words:
+                self.sanctions.remove(word)
+
+        return self._writer.do(lambda: self.file.remove_sanctions(words)).addCallbacks(lifted, self._not_moderated)
+
+    @override
+    def list_rooms(self, after: str, limit: int) -> "Deferred[Sequence[RoomSummary]]":
+        return self._reader.do(lambda: self.file.summaries(after, limit)).addErrback(self._unreadable)
+
+    @override
+    def clear_room(self, room: str) -> "Deferred[int]":
+        return self._clear(room, None, 0)
+
+    def _clear(self, room: str, until: int | None, before: int) -> "Deferred[int]":
+        """Remove the messages up to a number in steps, between which posts are stored; fire with the sum."""
+
+        def cleared(step: tuple[int, int, int]) -> "int | Deferred[int]":
+            removed, first, last = step
+            if removed:
+                self._notify(Commit([], {}, {room: first}))
+            return before + removed if first > last else self._clear(room, last, before + removed)
+
+        return self._writer.do(lambda: self.file.clear(room, until)).addCallbacks(cleared, self._not_moderated)
+
+    def _not_moderated(self, failure: Failure) -> Failure:
+        """Turn an error of SQLite into LogUnavailable."""
+        failure.trap(sqlite3.Error, LogUnavailable)
+        self._unwritable(failure)
+        return Failure(LogUnavailable(str(failure.value)))
 
     # Faults
 

@@ -25,7 +25,19 @@ from twisted.logger import Logger
 
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable, Page
-from chatd.store.base import SEED_ROOM, LogClock, Retention, StoreError, log_removed, new_epoch
+from chatd.room.moderation import RoomSummary, Sanction
+from chatd.store.base import (
+    SAMPLE,
+    SEED_ROOM,
+    LogClock,
+    Retention,
+    StoreError,
+    dump_sanction,
+    estimate,
+    load_sanction,
+    log_removed,
+    new_epoch,
+)
 
 FORMAT: Final = 2
 """The format this code writes; it reads every file whose `readable_since` is not higher."""
@@ -37,6 +49,8 @@ ROWS: Final = 256
 """The most messages that one statement inserts.  Python's GIL is released once per statement."""
 BUSY_MILLISECONDS: Final = 5000
 """How long a statement waits for another program that writes to the file."""
+CLEAR_ROWS: Final = 10_000
+"""The most messages that one transaction removes from a room; posts wait for it."""
 PROBE_BYTES: Final = 1 << 20
 """The bytes that a disk has free after it was full, before it counts as writable."""
 WAL_ROWS: Final = 4096
@@ -68,6 +82,14 @@ CREATE TABLE messages (
 ) WITHOUT ROWID;
 """
 _INDEX: Final = "CREATE UNIQUE INDEX labels ON messages (room, username, label) WHERE label IS NOT NULL"
+
+# Not part of a format: code that does not know the table leaves it as it is.
+_SANCTIONS: Final = """
+CREATE TABLE IF NOT EXISTS sanctions (
+    id TEXT PRIMARY KEY,
+    sanction TEXT NOT NULL          -- the fields as a JSON object
+)
+"""
 
 _logger = Logger()
 
@@ -228,6 +250,7 @@ class SqliteFile:
             )
         if written < FORMAT:
             self._upgrade()
+        db.execute(_SANCTIONS)
         return str(epoch)
 
     def _create(self, seed: Sequence[Entry]) -> None:
@@ -463,6 +486,58 @@ class SqliteFile:
         before = "SELECT max(number) FROM messages WHERE room = ? AND number < ? AND timestamp < ?"
         (last,) = db.execute(before, (room, row[0] if row else self._head(room)[0] + 1, ages.oldest)).fetchone()
         return last or 0
+
+    # Moderation
+
+    def sanctions(self) -> list[Sanction]:
+        """Return the sanctions of the file."""
+        return [load_sanction(text) for (text,) in self.writer.execute("SELECT sanction FROM sanctions ORDER BY rowid")]
+
+    def add_sanction(self, sanction: Sanction) -> None:
+        """Store a sanction."""
+        self.check_files()
+        text = dump_sanction(sanction).decode()
+        self.writer.execute("INSERT OR REPLACE INTO sanctions (id, sanction) VALUES (?, ?)", (sanction.id, text))
+
+    def remove_sanctions(self, words: Sequence[str]) -> None:
+        """Remove the sanctions of these ids."""
+        self.check_files()
+        with self.writer as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("DELETE FROM sanctions WHERE id = ?", [(word,) for word in words])
+
+    def clear(self, room: str, until: int | None) -> tuple[int, int, int]:
+        """Remove the oldest messages of a room, up to a number and CLEAR_ROWS at most.
+
+        Returns how many were removed, the number of the oldest one left, and the number itself, which is the head at
+        first.
+        """
+        self.check_files()
+        with self.writer as db:
+            db.execute("BEGIN IMMEDIATE")
+            first, head = self._bounds(db, room)
+            until = head if until is None else until
+            last = min(until, first + CLEAR_ROWS - 1)
+            removed = db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
+            return removed, self._bounds(db, room)[0], until
+
+    def summaries(self, after: str, limit: int) -> Sequence[RoomSummary]:
+        """Summarize the rooms that hold messages and whose names follow `after`."""
+        rooms = (
+            "SELECT name, (SELECT min(number) FROM messages WHERE room = name) AS first, head, stamped"
+            " FROM rooms WHERE name > ? AND first NOT NULL ORDER BY name LIMIT ?"
+        )
+        sample = (
+            "SELECT count(*), sum(length(CAST(username AS BLOB)) + length(CAST(message AS BLOB))) FROM"
+            " (SELECT username, message FROM messages WHERE room = ? ORDER BY number DESC LIMIT ?)"
+        )
+        found = []
+        with self.reader as db:
+            db.execute("BEGIN")
+            for name, first, head, stamped in db.execute(rooms, (after, limit)).fetchall():
+                sampled, size = db.execute(sample, (name, SAMPLE)).fetchone()
+                found.append(RoomSummary(name, first, head, estimate(size, sampled, head - first + 1), stamped))
+        return found
 
     # Reading
 

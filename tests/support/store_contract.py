@@ -17,6 +17,7 @@ from twisted.logger import capturedLogs, formatEvent
 
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LabelReused, Page
+from chatd.room.moderation import RoomSummary, Sanction, SanctionKind, Visitor
 from chatd.store.base import DAY, JUMP_SECONDS, STEADY_SECONDS, LogClock, Retention, instant, timestamp
 
 SEED = (
@@ -89,6 +90,12 @@ class Bench:
 
     def trim(self):
         self.wait(self.store.trim())
+
+    def ban(self, word, kind="ban", **document):
+        """Store a sanction, and return it."""
+        sanction = Sanction.parse({"kind": kind, **document}, word, self.now())
+        self.wait(self.store.sanction(sanction))
+        return sanction
 
     def new_events(self):
         """Return the follower's events since the last call."""
@@ -851,6 +858,81 @@ class StoreContract:
         """For any sequence of labelled posts, outcomes equal those of the Model below."""
         self.check_labels(make, self.label_steps)
 
+    # Moderation
+
+    def test_sanctions_are_added_and_lifted(self, bench):
+        """The set in memory changes when the store has the change, and whoever follows it hears of it."""
+        log, heard = bench(), []
+        log.store.sanctions.follow(heard.append)
+        ban, mute = (
+            log.ban("s1", username="ann"),
+            log.ban("s2", kind="mute", subject="\u00fc|7", reason="\u20ac", seconds=9),
+        )
+        assert [*log.store.sanctions] == heard == [ban, mute]
+        self.wait(log.store.lift(["s1", "unknown"]))
+        assert [*log.store.sanctions] == [mute]
+        self.wait(log.store.lift(["s2"]))
+        assert [*log.store.sanctions] == []
+        assert log.new_events() == []
+
+    def test_trim_removes_expired_sanctions(self, bench):
+        log = bench()
+        log.ban("s1", username="ann", seconds=60)
+        later = log.ban("s2", username="ann", seconds=61)
+        log.trim()
+        assert len(log.store.sanctions) == 2
+        log.now.advance(60)
+        log.trim()
+        assert [*log.store.sanctions] == [later]
+
+    def test_rooms_with_messages_are_listed(self, bench):
+        """Rooms are in the order of their names, in pieces."""
+        log = bench(retain="2")
+        for room in ("b", "c", "a", "d"):
+            log.post(room, "hi", "\u00fc", "ho")
+            log.now.advance(1)
+        self.wait(log.store.clear_room("d"))
+        stamp = "2026-01-01T00:00:0{}.000Z"
+        size = 2 * len("ann") + len("\u00fcho".encode())
+        assert self.wait(log.store.list_rooms("", 2)) == [
+            RoomSummary("a", 2, 3, size, stamp.format(2)),
+            RoomSummary("b", 2, 3, size, stamp.format(0)),
+        ]
+        assert [room.name for room in self.wait(log.store.list_rooms("b", 2))] == ["c"]
+        assert self.wait(log.store.list_rooms("c", 2)) == []
+
+    def test_size_of_a_room_is_estimated(self, bench):
+        """The newest hundred messages stand for all of them."""
+        log = bench()
+        log.post("main", "x" * 997)
+        log.send_at_once(*[("main", Post("ann", "hello"))] * 199)
+        (room,) = self.wait(log.store.list_rooms("", 9))
+        assert (room.first, room.head, room.bytes) == (1, 200, 200 * 8)
+
+    def test_cleared_room_goes_on(self, bench):
+        """Followers learn of it, the numbers go on, and labels are free again."""
+        log = bench()
+        log.send("main", Post("ann", "hi", "l"), Post("ann", "ho"))
+        log.post("other", "hi")
+        log.new_events()
+        assert self.wait(log.store.clear_room("main")) == 2
+        assert log.new_events() == [("trimmed", "main", 3)]
+        assert log.read("main") == Page([], first=3, head=2)
+        assert log.texts("other") == ["hi"]
+        assert log.send("main", Post("ann", "else", "l")) == [("posted", 3)]
+        assert log.read("main").first == 3
+
+    def test_clearing_an_empty_room_changes_nothing(self, bench):
+        log = bench()
+        assert self.wait(log.store.clear_room("main")) == 0
+        log.post("main", "hi")
+        self.wait(log.store.clear_room("main"))
+        epoch = log.store.epoch
+        log.new_events()
+        assert self.wait(log.store.clear_room("main")) == 0
+        assert log.new_events() == []
+        assert (log.store.epoch, log.read("main")) == (epoch, Page([], first=2, head=1))
+
 
 class ClockContract(StoreContract):
     recovers = True
@@ -1012,6 +1094,23 @@ class DurableStoreContract(StoreContract):
         ]
         log.reopen(again)
         assert log.send("other", Post("bob", "hi", "l"), Post("bob", "hi", "m")) == [("duplicate", 2), ("posted", 3)]
+
+    def test_sanctions_outlive_the_process(self, bench, again):
+        log = bench()
+        given = [log.ban(f"s{number}", username=f"ann{number}", seconds=60) for number in range(3)]
+        self.wait(log.store.lift(["s1"]))
+        log.reopen(again)
+        assert sorted(log.store.sanctions) == [given[0], given[2]]
+        visitor = Visitor("ann2", None, None)
+        assert log.store.sanctions.find(SanctionKind.BAN, "main", visitor, log.now()) == given[2]
+
+    def test_cleared_room_stays_cleared(self, bench, again):
+        log = bench()
+        log.post("main", "hi", "ho")
+        self.wait(log.store.clear_room("main"))
+        log.reopen(again)
+        assert log.read("main") == Page([], first=3, head=2)
+        assert log.post("main", "hi") == [3]
 
     def test_trim_at_opening_frees_labels(self, bench, again):
         log = bench()

@@ -9,6 +9,7 @@ including its own.  All clients of all nodes therefore see one order.
 - `redis_session`: keeps two connections open, and notices when the log is another one or went back.
 - `feed`: reads the feed, and holds back acknowledgements and pages until the feed has reached them.
 - `lobby`: shares presence between the nodes.
+- `shared_sanctions`: shares bans and mutes between them.
 - `store`: posts and reads; implements `chatd.store.base.Store`.
 
 The limit: Redis replies before a replica has the message and, depending on how it is configured, before the disk has

@@ -37,11 +37,13 @@ class _Due(NamedTuple):
 class Feed:
     """The node's position in the log: the epoch, and the newest entry of the feed that it has read."""
 
-    def __init__(self, followers: Sequence[Follower]) -> None:
+    def __init__(self, followers: Sequence[Follower], sanctioned: Callable[[str, bytes], object]) -> None:
         self.epoch = ""
         self.seen = NO_ENTRY
         """The id of the newest entry read."""
         self._followers = followers
+        self._sanctioned = sanctioned
+        """Takes each change of the sanctions: an id, and the JSON or nothing."""
         self._due: deque[_Due] = deque()
 
     @property
@@ -76,6 +78,8 @@ class Feed:
             missed |= number_of(stream_id) != self.seq + 1
             self.seen = stream_id
             room = fields[b"r"].decode()
+            if b"s" in fields:
+                notify(self._sanctioned, fields[b"s"].decode(), fields[b"v"])
             if b"n" in fields:
                 appended.setdefault(room, []).append(message_of(stream_id, int(fields[b"n"]), fields))
             if b"f" in fields:

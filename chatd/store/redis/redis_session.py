@@ -69,7 +69,7 @@ _logger = Logger()
 class RedisSession:
     """Keeps a session with Redis, and starts the next one when it fails.
 
-    `scripts` are those that the store runs.  `prepare` runs before the first session is ready.
+    `scripts` are those that the store runs.  `prepare` runs before the first session is ready, and `begin` before each.
     `faults` belongs to the store; this class keeps `session` and `write` in it.
     """
 
@@ -79,7 +79,9 @@ class RedisSession:
         feed: Feed,
         faults: dict[str, str],
         scripts: Sequence[Script],
+        *,
         prepare: Callable[[RedisConnection], "Deferred[Any]"],
+        begin: Callable[[RedisConnection], "Deferred[Any]"],
     ) -> None:
         self.lobby = RedisLobby()
         self.connection: RedisConnection | None = None
@@ -90,6 +92,7 @@ class RedisSession:
         self._faults = faults
         self._scripts = scripts
         self._prepare = prepare
+        self._begin = begin
         self._connections: list[RedisConnection] = []
         self._ticks = LoopingCall(self._tick)
         self._pause = SESSION_BACKOFF_SECONDS[0]
@@ -209,6 +212,7 @@ class RedisSession:
         reader = yield self._dial()
         reader.patience = FEED_SILENCE_SECONDS + REPLY_SECONDS
         connection.whenDisconnected().addCallback(lambda _: reader.drop())
+        yield self._begin(connection)
         yield self.lobby.connected(connection)
         self.connection = connection
         self._pause = SESSION_BACKOFF_SECONDS[0]

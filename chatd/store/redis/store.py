@@ -8,6 +8,7 @@ the feed.  If the session ends first, posts in flight are in doubt and reads fai
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
@@ -18,7 +19,20 @@ from typing_extensions import override
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import InDoubt, LogUnavailable, Page, Poster
-from chatd.store.base import DAY, LogClock, Retention, Store, answer_retry, instant, log_removed, notify
+from chatd.room.moderation import RoomSummary, Sanction
+from chatd.store.base import (
+    DAY,
+    SAMPLE,
+    LogClock,
+    Retention,
+    Store,
+    answer_retry,
+    dump_sanction,
+    estimate,
+    instant,
+    log_removed,
+    notify,
+)
 from chatd.store.redis.feed import Feed
 from chatd.store.redis.keys import (
     HEADS,
@@ -35,6 +49,7 @@ from chatd.store.redis.keys import (
 from chatd.store.redis.link import Link, Lost, RedisConnection, RedisRefused, Script, why
 from chatd.store.redis.lobby import RedisLobby
 from chatd.store.redis.redis_session import RedisSession
+from chatd.store.redis.shared_sanctions import SANCTIONS, SharedSanctions
 
 MAX_PENDING: Final = 10_000
 """The most posts that may be in flight; more are refused."""
@@ -45,7 +60,14 @@ LABEL_SECONDS: Final = DAY
 ROOMS: Final = 200
 """The most rooms that one script trims."""
 
-APPEND, PAGE, TRIM = SCRIPTS = tuple(Script(name) for name in ("append", "page", "trim"))
+SCANNED: Final = 1000
+"""About how many names of rooms one request reads."""
+SUMMARIES: Final = 20
+"""The most rooms that one script summarizes."""
+
+APPEND, PAGE, TRIM, SANCTION, CLEAR, SUMMARIZE = SCRIPTS = tuple(
+    Script(name) for name in ("append", "page", "trim", "sanction", "clear", "rooms")
+)
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -86,8 +108,12 @@ class RedisStore(Store):
         """Redis's clock; None until it was read."""
         self._removed = 0
         """The number of messages removed and not logged yet; posts count only those that were too old."""
-        self._feed = Feed(self._followers)
-        self._session = RedisSession(link, self._feed, self._faults, SCRIPTS, self._prepare)
+        shared = SharedSanctions(self.sanctions)
+        self._followers.append(shared)
+        self._feed = Feed(self._followers, shared.changed)
+        self._session = RedisSession(
+            link, self._feed, self._faults, SCRIPTS, prepare=self._prepare, begin=shared.connected
+        )
         self.lobby = self._session.lobby
         self._clock = link.clock
         self._serials = 0
@@ -151,10 +177,14 @@ class RedisStore(Store):
 
     def _trimming(self) -> tuple[int | str, ...]:
         """Return the arguments of the scripts that trim: messages, oldest, newest, length of the feed, time."""
-        given = "" if self._now is None else round(self._now() * MICROSECONDS)
         ages = self._ages.ages(self._retain.seconds) if self._ages and self._retain.seconds else None
         oldest, newest = (round(instant(text) * MICROSECONDS) for text in ages) if ages else (0, 0)
-        return self._retain.messages or 0, oldest, newest, FEED_LENGTH, given
+        return self._retain.messages or 0, oldest, newest, FEED_LENGTH, self._given
+
+    @property
+    def _given(self) -> int | str:
+        """The time for scripts in microseconds; "" for Redis's own clock."""
+        return "" if self._now is None else round(self._now() * MICROSECONDS)
 
     def _stored(self, reply: Sequence[int], serial: int) -> None:
         pending = self._pending.get(serial)
@@ -221,7 +251,12 @@ class RedisStore(Store):
         connection = self._session.connection
         if connection is None:
             return succeed(None)
-        return self._trim(connection).addCallbacks(self._reached, self._not_trimmed)
+        trimmed = self._trim(connection).addCallback(self._reached).addCallback(self._lift_expired)
+        return trimmed.addErrback(self._not_trimmed)
+
+    def _lift_expired(self, _: None) -> "Deferred[None]":
+        expired = self.sanctions.expired(time.time() if self._now is None else self._now())
+        return self.lift(expired) if expired else succeed(None)
 
     def _prepare(self, connection: RedisConnection) -> "Deferred[Any]":
         """Trim before the first session is ready; the log can also be read if Redis refuses that."""
@@ -272,6 +307,76 @@ class RedisStore(Store):
         reached: Deferred[None] = Deferred()
         self._feed.when(seq, lambda: reached.callback(None), lambda: reached.callback(None))
         return reached
+
+    # Moderation
+
+    @override
+    def sanction(self, sanction: Sanction) -> "Deferred[None]":
+        return self._sanction(sanction.id, dump_sanction(sanction))
+
+    @override
+    def lift(self, words: Sequence[str]) -> "Deferred[None]":
+        return self._sanction(*chain.from_iterable((word, "") for word in words))
+
+    def _sanction(self, *changes: str | bytes) -> "Deferred[None]":
+        feed = self.epoch, self._feed.seq, FEED_LENGTH, self._given
+        return self._moderate(SANCTION, [SANCTIONS], *feed, *changes).addCallback(lambda _: None)
+
+    @override
+    def clear_room(self, room: str) -> "Deferred[int]":
+        return self._moderate(CLEAR, [room_key(room)], self.epoch, room, FEED_LENGTH, self._given)
+
+    def _moderate(self, script: Script, keys: list[str], *args: str | bytes | int) -> "Deferred[Any]":
+        """Run a script that changes the log; fire with the second part of its reply when the feed has reached it."""
+        connection = self._session.connection
+        if connection is None:
+            return fail(LogUnavailable(self.fault))
+
+        def done(reply: Sequence[int]) -> "Deferred[int]":
+            if not reply:
+                self._session.drop()
+                raise LogUnavailable("the log has lost messages")
+            self._session.writable()
+            answer: Deferred[int] = Deferred()
+            lost = LogUnavailable("the feed has not reached the change, which may be stored")
+            self._feed.when(reply[0], lambda: answer.callback(reply[-1]), lambda: answer.errback(lost))
+            return answer
+
+        def failed(failure: Failure) -> Failure:
+            failure.trap(RedisRefused, *Lost)
+            if failure.check(RedisRefused):
+                self._session.refused(failure)
+            return Failure(LogUnavailable(why(failure)))
+
+        return connection.run(script, [*KEYS, *keys], *args).addCallbacks(done, failed)
+
+    @override
+    def list_rooms(self, after: str, limit: int) -> "Deferred[Sequence[RoomSummary]]":
+        if self._session.connection is None:
+            return fail(LogUnavailable(self.fault))
+        return self._summaries(self._session.connection, after, limit).addErrback(self._unreadable)
+
+    @inlineCallbacks
+    def _summaries(
+        self, connection: RedisConnection, after: str, limit: int
+    ) -> Generator["Deferred[Any]", Any, Sequence[RoomSummary]]:
+        names: set[str] = set()
+        cursor = b""
+        while cursor != b"0":
+            cursor, flat = yield connection.ask("HSCAN", HEADS, cursor or b"0", "COUNT", SCANNED)
+            names |= {name for room in flat[::2] if (name := room.decode()) > after}
+        found: list[RoomSummary] = []
+        for some in _slices(sorted(names), SUMMARIES):
+            rows = yield connection.run(SUMMARIZE, [*KEYS, *map(room_key, some)], SAMPLE, *some)
+            for name, (first, head, sampled, size, *newest) in zip(some, rows, strict=True):
+                if sampled:
+                    ((stream_id, flat),) = newest
+                    entry = message_of(stream_id, number_of(stream_id), fields_of(flat))
+                    total = estimate(size, sampled, head - first + 1)
+                    found.append(RoomSummary(name, first, head, total, entry.timestamp))
+            if len(found) >= limit:
+                break
+        return found[:limit]
 
     # Reading
 

@@ -367,6 +367,24 @@ def test_page_without_trimmed_entries(ten):
     assert [len(excerpt.frames), excerpt.end, excerpt.older, excerpt.newer] == [3, 10, False, False]
 
 
+def test_emptied_log_leaves_no_frame(log, rooms, clock):
+    """A member without the newest entries reconnects, and nobody else notices."""
+    room, ann, _ = enter(rooms)
+    _, behind, _ = enter(rooms)
+    behind.ready = False
+    log.say(2)
+    clock.turns()
+    log.trim(3)
+    assert room.held == (0, 0)
+    assert enter(rooms)[2]["data"] == []
+    behind.drain(room)
+    clock.turns()
+    log.say()
+    clock.turns()
+    assert behind.overran
+    assert (behind.numbers, ann.numbers) == ([], [1, 2, 3])
+
+
 # The flush
 
 

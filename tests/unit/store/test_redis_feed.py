@@ -12,7 +12,7 @@ from chatd.store.redis.keys import NO_ENTRY
 def feed():
     """A feed that has read its entry 4, and its follower's events."""
     follower = RecordingFollower()
-    feed = Feed([follower])
+    feed = Feed([follower], print)
     feed.adopt("abcd", b"4-0")
     return feed, follower.events
 
@@ -33,7 +33,7 @@ def message(number):
 
 
 def test_new_feed_has_read_nothing():
-    feed = Feed([])
+    feed = Feed([], print)
     assert (feed.epoch, feed.seen, feed.seq) == ("", NO_ENTRY, 0)
 
 

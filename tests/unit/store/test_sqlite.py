@@ -19,6 +19,7 @@ from twisted.logger import capturedLogs, formatEvent
 
 from chatd.messages import Post
 from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
+from chatd.room.moderation import Sanction
 from chatd.store import sqlite, sqlite_file
 from chatd.store.base import DAY, STEADY_SECONDS, Retention, StoreError
 from chatd.store.sqlite import CLOSE_FILE_SECONDS, DISK_LOOK_SECONDS, SqliteStore, ThreadWorker
@@ -1979,3 +1980,64 @@ def test_store_with_real_threads(path, thread_worker):
     reactor.result_of(store.close())
     assert not [one for one in threading.enumerate() if "for-the-test" in one.name]
     assert run_sql(path, "SELECT count(*) FROM messages") == [(502,)]
+
+
+# Moderation
+
+
+def ban(word, **document):
+    return Sanction.parse({"kind": "ban", "username": word, **document}, word, 0)
+
+
+def test_room_is_cleared_in_steps(opened, monkeypatch):
+    """Posts are stored between the steps, and stay."""
+    monkeypatch.setattr(sqlite_file, "CLEAR_ROWS", 2)
+    writer = HeldWorker()
+    store, follower = opened(writer=writer), RecordingFollower()
+    post(store, *"abcde")
+    writer.run_all()
+    store.follow(follower)
+    clearing = store.clear_room("main")
+    writer.run()
+    post(store, "f")
+    writer.run_all()
+    assert result_of(clearing) == 5
+    firsts = [event[2] for event in follower.events if event[0] == "trimmed"]
+    assert firsts == [3, 5, 6]
+    assert texts(store) == ["f"]
+
+
+def test_moderation_fails_with_the_disk(opened, path):
+    """What failed has no effect, and the store has a fault until the disk works."""
+    clock = Clock()
+    store = opened(clock=clock)
+    post(store, "one")
+    result_of(store.sanction(ban("ann")))
+    run_sql(path, "CREATE TRIGGER t BEFORE DELETE ON messages BEGIN SELECT RAISE(ABORT, 'no'); END")
+    for event in ("INSERT", "DELETE"):
+        run_sql(path, f"CREATE TRIGGER no_{event} BEFORE {event} ON sanctions BEGIN SELECT RAISE(ABORT, 'no'); END")
+    for failing in (store.sanction(ban("bob")), store.lift(["ann"]), store.clear_room("main")):
+        with pytest.raises(LogUnavailable, match="no"):
+            result_of(failing)
+        assert store.fault == "the log cannot be written: no"
+    assert [one.id for one in store.sanctions] == ["ann"]
+    clock.advance(DISK_LOOK_SECONDS)
+    assert store.fault is None
+
+
+def test_rooms_that_cannot_be_listed(opened, path):
+    store = opened()
+    run_sql(path, "DROP TABLE rooms")
+    with pytest.raises(LogUnavailable, match="no such table: rooms"):
+        result_of(store.list_rooms("", 9))
+
+
+def test_file_without_sanctions_gets_their_table(opened, path):
+    """A file of an earlier version works, and the version of its format stays."""
+    result_of(opened(seed=SEED).close())
+    run_sql(path, "DROP TABLE sanctions")
+    before = run_sql(path, "SELECT written, readable_since FROM log")
+    store = opened()
+    result_of(store.sanction(ban("ann")))
+    assert run_sql(path, "SELECT id FROM sanctions") == [("ann",)]
+    assert run_sql(path, "SELECT written, readable_since FROM log") == before

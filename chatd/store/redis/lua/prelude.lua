@@ -6,6 +6,7 @@
 -- {chatd}:heads     hash: the number of the newest message of each room, which stays when that message is trimmed
 -- {chatd}:room:NAME stream: the messages of a room, with ids N-MICROSECONDS; N is 1, 2, 3 ... without gaps
 -- {chatd}:feed      stream: the changes of all rooms, in one order, with ids SEQ-MICROSECONDS
+-- {chatd}:sanctions hash: the JSON of each sanction, by its id
 -- {chatd}:label:SHA string: the number of the message that has this label, and the digest of its text
 --
 -- Each id contains the time, so that a lost entry differs from the one that reuses its number.
