@@ -38,6 +38,7 @@ from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
 from chatd.transport.limits import Limits
+from chatd.transport.moderator import Moderator
 from chatd.transport.websocket import ChatFactory
 
 GARBAGE: Final = 50_000
@@ -124,6 +125,8 @@ def makeService(options: Options) -> IService:
     readiness = Readiness(lambda: store.fault)
     api = Api(rooms, connections, admission, addresses)
     site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, proxied=proxied)
+    moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
+    site.intake.moderator = moderator
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     metrics = Metrics(
         store=store,

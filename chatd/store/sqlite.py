@@ -107,6 +107,7 @@ class SqliteStore(Store):
     ) -> None:
         super().__init__(Histogram(SECONDS))
         self.file = SqliteFile(path, retain, now, steady)
+        self._now = now
         self._writer = writer
         self._reader = reader
         self._clock = clock

@@ -22,7 +22,8 @@ from typing_extensions import override
 
 from chatd.messages import Code, Id, PageRequest, Post
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
-from chatd.room.registry import Registry
+from chatd.room.moderation import Visitor
+from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import Addresses, Admission, HttpError, last_id, read_query, server_stopping
 from chatd.transport.connections import Connections
 from chatd.transport.frames import (
@@ -35,7 +36,9 @@ from chatd.transport.frames import (
 )
 from chatd.transport.framing import payload
 from chatd.transport.http import PROBLEM, ChatResource, answer, page, problem, retry_after
+from chatd.transport.identity import ANYONE, Identity
 from chatd.transport.limits import Limits
+from chatd.transport.moderator import Moderator
 from chatd.transport.session import NEW_ROOMS_EXCEEDED
 from chatd.transport.sse import EventStream
 
@@ -191,6 +194,8 @@ class Api(ChatResource):
         if found is None:
             request.setHeader("allow", _methods(resource))
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
+        if method != "OPTIONS":
+            _moderator(request).admit(room, _visitor(request))
         if method != "OPTIONS" and rest != "/events":  # browsers never repeat a stream that was refused
             self._limit(request, reading=method != "POST")
         return found()
@@ -287,6 +292,7 @@ class Api(ChatResource):
             if post.label not in (None, label):
                 raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
             post = post._replace(label=label)
+        _moderator(request).admit_post(room, _visitor(request, post.username))
         limits = _limits(request)
         place = limits.place(request.getClientAddress(), _header(request, b"x-forwarded-for"))
         wait = 0.0 if self._rooms.holds_entries(room) else limits.room_wait(place)
@@ -309,8 +315,17 @@ class Api(ChatResource):
             return body
         cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
         stream = EventStream(request, self._rooms, self._connections, wanted)
+        visitor = _visitor(request, wanted.username, wanted.identity)
+        stream.member.address = visitor.address
         reply = Reply(request)
-        opening = self._rooms.open(wanted.room, last).addCallbacks(stream.join, _limits(request).too_many_rooms)
+
+        moderator = _moderator(request)
+
+        def join(ticket: JoinTicket) -> None:
+            moderator.admit(wanted.room, visitor)
+            stream.join(ticket)
+
+        opening = self._rooms.open(wanted.room, last).addCallbacks(join, _limits(request).too_many_rooms)
         opening.addErrback(reply.failed)
         return NOT_DONE_YET
 
@@ -319,6 +334,16 @@ def _limits(request: Request) -> Limits:
     """Return the limits on new clients of the port of a request."""
     limits: Limits = cast(Any, request.channel).site.intake.limits
     return limits
+
+
+def _moderator(request: Request) -> Moderator:
+    return cast(Moderator, cast(Any, request.channel).site.intake.moderator)
+
+
+def _visitor(request: Request, username: str | None = None, identity: Identity = ANYONE) -> Visitor:
+    """Return what identifies the client of a request to sanctions."""
+    address = _moderator(request).address(request.getClientAddress(), _header(request, b"x-forwarded-for"))
+    return Visitor(username, identity.subject, address)
 
 
 def _header(request: Request, name: bytes) -> str | None:

@@ -60,6 +60,9 @@ class Connection(Protocol):
     def evict(self) -> None:
         """Close the connection, because the client is too slow."""
 
+    def ban(self, reason: str) -> None:
+        """Close the connection, because the client is banned from its room."""
+
     def finish(self) -> None:
         """Read no more from the client."""
 

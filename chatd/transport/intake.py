@@ -11,9 +11,11 @@ from typing import Final
 from twisted.internet.interfaces import IReactorTime
 
 from chatd.messages import Code
+from chatd.room.moderation import Sanctions
 from chatd.transport.admission import Rate
 from chatd.transport.connections import HTTP, WEBSOCKET
 from chatd.transport.limits import Limits
+from chatd.transport.moderator import Moderator
 
 FRAMES_PER_TURN: Final = 64
 """The largest number of frames that one connection handles in a reactor turn."""
@@ -69,6 +71,8 @@ class Intake:
         self.clock = clock
         self.rate = rate
         self.limits = Limits(clock) if limits is None else limits
+        self.moderator = Moderator(Sanctions(), (), clock.seconds)
+        """Refuses clients; by default, nobody is sanctioned."""
         self.turns = TurnQueue(clock)
         self.due = 0.0
         """The state that the rate of handshakes keeps (admission.Paced)."""

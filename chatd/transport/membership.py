@@ -7,6 +7,7 @@ is what the room, the presence and the drain know.
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
+from chatd.room.moderation import Visitor
 from chatd.room.registry import JoinTicket, Registry
 from chatd.room.room import Room
 from chatd.transport.admission import NO_EVENTS
@@ -44,6 +45,7 @@ class Membership:
         *(
             "_rooms",
             "_transport",
+            "address",
             "cursor",
             "events",
             "form",
@@ -72,10 +74,17 @@ class Membership:
         self.name: str | None = None
         self.identity = ANYONE
         """The identity of the client, which a new token renews."""
+        self.address: str | None = None
+        """The IP address of the client; None over a Unix socket."""
         self.room: Room | None = None
         """The room, from join() to leave()."""
         self.room_name = ""
         """The name of the room, also after leave()."""
+
+    @property
+    def visitor(self) -> Visitor:
+        """What identifies the client to sanctions: by its name, that of its last post."""
+        return Visitor(self.name, self.identity.subject, self.address)
 
     @property
     def joined(self) -> bool:

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from chatd.messages import Code, Id, PageRequest, Post, Typing
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.room.moderation import Sanction, SanctionKind
 from chatd.room.registry import Registry
 from chatd.room.room import Room
 from chatd.transport.connections import WEBSOCKET
@@ -28,6 +29,7 @@ from chatd.transport.framing import CloseCode
 from chatd.transport.intake import SCHEMA, Intake
 from chatd.transport.limits import Place
 from chatd.transport.membership import Membership, MemberTransport
+from chatd.transport.moderator import sanction_words
 
 MAX_REFUSALS: Final = 100
 """The number of refused frames in a row at which the connection is closed."""
@@ -149,7 +151,7 @@ class Session(Membership):
                 if _is_text(text):
                     continue
                 break
-            if isinstance(frame, Post):
+            if isinstance(frame, Post) and self._sanction(frame.username) is None:
                 if self._room_wait(room):
                     break
                 self._in_flight += 1
@@ -234,10 +236,12 @@ class Session(Membership):
                 self._limit(wait, frame.label)
             return
         self._refusals = 0
-        if isinstance(frame, Post):
-            self._post(room, frame)
-        elif isinstance(frame, PageRequest):
+        if isinstance(frame, PageRequest):
             self._page(room, frame)
+        elif sanction := self._sanction(frame.username):
+            self._obey(sanction, frame)
+        elif isinstance(frame, Post):
+            self._post(room, frame)
         else:
             room.presence.typing(frame.username)
 
@@ -255,6 +259,22 @@ class Session(Membership):
     def _room_wait(self, room: Room) -> float:
         """Return 0.0, or the seconds until the client may post the first message of its room."""
         return 0.0 if room.head else self._intake.limits.room_wait(self.place)
+
+    def _sanction(self, username: str) -> Sanction | None:
+        """Return the sanction that forbids the client to post under a name."""
+        moderator = self._intake.moderator
+        if not moderator.active:  # nearly always
+            return None
+        return moderator.find(self.room_name, self.visitor._replace(username=username))
+
+    def _obey(self, sanction: Sanction, frame: Post | Typing) -> None:
+        """Refuse a post of a sanctioned client, hide that it types, and close the connection of a banned one."""
+        moderator, words = self._intake.moderator, sanction_words(sanction)
+        if isinstance(frame, Post):
+            moderator.refusals[sanction.kind] += 1
+            self._err(words, Code.FORBIDDEN, frame.label, moderator.retry_after(sanction))
+        if sanction.kind is SanctionKind.BAN:
+            self._transport.fail(CloseCode.POLICY_VIOLATION, words)
 
     def part_received(self) -> None:
         """Take a token for a frame that cannot be refused; above the rate, throttle the client."""

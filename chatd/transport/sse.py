@@ -106,6 +106,10 @@ class EventStream:
         """End the stream; the client reconnects by itself, with its last id."""
         self._end(CloseCode.TRY_AGAIN_LATER, b"retry: 0\n\n")
 
+    def ban(self, reason: str) -> None:
+        """End the stream; the client reconnects by itself, is refused with the reason, and gives up."""
+        self._end(CloseCode.POLICY_VIOLATION, b":\n\n")
+
     def finish(self) -> None:
         """Do nothing, because nothing is read from the client anyway."""
 

@@ -29,6 +29,7 @@ from typing_extensions import override
 from zope.interface import implementer
 
 from chatd.room.log import LogUnavailable
+from chatd.room.moderation import Visitor
 from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import Admission, HttpError, JoinRequest, read_query, server_stopping
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
@@ -154,6 +155,9 @@ class WebSocketConnection(AutobahnConnection):
         upgrade = read_upgrade(head)
         factory.admission.check_origin(upgrade.origin, headers["host"], headers.get("x-forwarded-host"))
         request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
+        moderator = factory.intake.moderator
+        self.session.address = moderator.address(self.transport.getPeer(), headers.get("x-forwarded-for"))
+        moderator.admit(request.room, self._visitor(request))
         opening = factory.rooms.open(request.room, request.last)
         if not opening.called:
             self._stop_reading_early()
@@ -166,6 +170,8 @@ class WebSocketConnection(AutobahnConnection):
         """Leave frames that the client sends before it has its answer in its socket."""
         self._loading = True
         self.transport.pauseProducing()
+    def _visitor(self, request: JoinRequest) -> Visitor:
+        return Visitor(request.username, request.identity.subject, self.session.address)
 
     def _resume_reading(self, result: _T) -> _T:
         del self._loading
@@ -177,6 +183,7 @@ class WebSocketConnection(AutobahnConnection):
             raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "the handshake took too long")
         if self.factory.connections.stopping:
             raise server_stopping()
+        self.factory.intake.moderator.admit(request.room, self._visitor(request))
         self.admitted = request, ticket
         return answer
 
@@ -267,6 +274,9 @@ class WebSocketConnection(AutobahnConnection):
 
     def evict(self) -> None:
         self.close(CloseCode.TRY_AGAIN_LATER, "too slow: reconnect")
+
+    def ban(self, reason: str) -> None:
+        self.fail(CloseCode.POLICY_VIOLATION, reason)
 
     def restart(self, retry_after: float) -> None:
         self.close(CloseCode.SERVICE_RESTART, f"retry_after={retry_after:.1f}")

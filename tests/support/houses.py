@@ -2,11 +2,12 @@
 
 import json
 
-from support.helpers import PING_SECONDS, RecordingPoster, Turns
+from support.helpers import NEW_YEAR, PING_SECONDS, RecordingPoster, Turns
 from support.stores import FaultyStore
 from support.web_doubles import Connection, Stream, WebSocketClient
 
 from chatd.messages import Entry, Post
+from chatd.room.moderation import Sanction
 from chatd.room.registry import Registry
 from chatd.store.base import Retention
 from chatd.transport import frames, http
@@ -14,6 +15,7 @@ from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
 from chatd.transport.limits import Limits
+from chatd.transport.moderator import Moderator
 from chatd.transport.websocket import ChatFactory
 
 SEED = (
@@ -53,6 +55,9 @@ class House:
         self.limits = Limits(self.clock, per_address, hops, lambda: 0.0)
         state = ready, "ready" if ready else "starting"
         self.site = http.site(lambda: state, self.clock, {"": api, "rooms": api}, limit, self.limits, proxied=hops > 0)
+        self.now = getattr(self.log, "_now", lambda: NEW_YEAR)
+        self.moderator = Moderator(self.log.sanctions, self.connections.connected, self.now, hops)
+        self.site.intake.moderator = self.moderator
         self.factory = ChatFactory(
             rooms=self.rooms,
             connections=self.connections,
@@ -60,6 +65,10 @@ class House:
             site=self.site,
             reactor=self.clock,
         )
+
+    def sanction(self, word="s1", kind="ban", **document):
+        """Store a sanction, which is in force at once."""
+        self.log.sanction(Sanction.parse({"kind": kind, **document}, word, self.now()))
 
     @property
     def epoch(self):

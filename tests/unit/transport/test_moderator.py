@@ -1,0 +1,304 @@
+"""Sanctions in force: what banned and muted clients get, over each transport."""
+
+import json
+
+import pytest
+from support.helpers import NEW_YEAR
+from support.houses import House
+from support.web_doubles import Transport
+from support.websocket_frames import masked, take_frames
+from twisted.internet.address import IPv4Address, UNIXAddress
+
+from chatd.messages import Code
+from chatd.room.moderation import Sanction, SanctionKind
+from chatd.transport.admission import client_address
+from chatd.transport.connections import EVENT_STREAM, WEBSOCKET
+from chatd.transport.framing import CloseCode
+from chatd.transport.moderator import sanction_words
+
+HOST = "203.0.113.7"
+BANNED = "You are banned from this server"
+
+
+@pytest.fixture
+def house():
+    return House()
+
+
+def wire(host=HOST):
+    return Transport(peerAddress=IPv4Address("TCP", host, 1))
+
+
+def refusal(client):
+    """Return the status of a refused handshake, and its problem."""
+    status = int(client._head.split()[1])
+    return status, json.loads(client._data) if status != 101 else None
+
+
+def closing(client):
+    """Take what a client received: the code and the reason of the close frame, and the JSON of frames before it."""
+    data, client._data = client._data + client._take(), b""
+    found, _ = take_frames(data)
+    close = found[-1].payload if found and found[-1].first == 0x88 else None
+    texts = [json.loads(frame.payload) for frame in found if frame.first == 0x81]
+    return close and (int.from_bytes(close[:2]), close[2:].decode()), texts
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"kind": "ban"}, "You are banned from this server"),
+        ({"kind": "ban", "room": "team"}, "You are banned from this room"),
+        ({"kind": "mute", "room": "team", "reason": "spam"}, "You are muted in this room: spam"),
+        ({"kind": "mute", "seconds": 1.5}, "You are muted on this server until 2026-01-01T00:00:02Z"),
+        ({"kind": "ban", "seconds": 60, "reason": "spam"}, f"{BANNED} until 2026-01-01T00:01:00Z: spam"),
+    ],
+)
+def test_words_do_not_name_the_client(document, words):
+    """A client learns for how long and why, and not whether its name, its token or its address is banned."""
+    for target, whom in (("username", "ann"), ("subject", "ann"), ("address", "203.0.113.0/24")):
+        assert sanction_words(Sanction.parse({**document, target: whom}, "s1", NEW_YEAR)) == words
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "hops", "address"),
+    [
+        (None, 0, HOST),
+        ("198.51.100.1", 0, HOST),
+        ("198.51.100.1", 1, "198.51.100.1"),
+        ("192.0.2.1, 198.51.100.1", 1, "198.51.100.1"),
+        ("192.0.2.1, 198.51.100.1", 2, "192.0.2.1"),
+        ("198.51.100.1", 2, HOST),
+        ("[2001:db8::1]:4711", 1, "2001:db8::1"),
+        ("198.51.100.1:4711", 1, "198.51.100.1"),
+        ("2001:db8::1", 1, "2001:db8::1"),
+        ("unknown", 1, HOST),
+    ],
+)
+def test_address_of_a_client(forwarded, hops, address):
+    """A trusted proxy names the client; what no proxy has added counts for nothing."""
+    assert client_address(IPv4Address("TCP", HOST, 1), forwarded, hops) == address
+
+
+def test_unix_socket_has_no_address():
+    assert client_address(UNIXAddress(b"/run/x"), None, 0) is None
+
+
+# WebSocket
+
+
+@pytest.mark.parametrize(
+    "document",
+    [{"address": HOST}, {"address": HOST, "room": "team"}, {"username": "Ann"}, {"address": "203.0.112.0/20"}],
+)
+def test_handshake_of_a_banned_client_is_refused(house, document):
+    house.sanction(**document, seconds=60)
+    status, problem = refusal(house.client("/rooms/team?username=ann", transport=wire()))
+    assert (status, problem["code"]) == (403, "FORBIDDEN")
+    assert problem["detail"].startswith("You are banned from this ")
+    assert house.factory.refused_handshakes["403"] == house.moderator.refusals["ban"] == 1
+    house.now.advance(60)
+    assert refusal(house.client("/rooms/team?username=ann", transport=wire()))[0] == 101
+
+
+@pytest.mark.parametrize(
+    "document", [{"address": "203.0.113.8"}, {"username": "bob"}, {"address": HOST, "room": "other"}, {"kind": "mute"}]
+)
+def test_handshake_of_another_client_is_admitted(house, document):
+    house.sanction(**({"address": HOST} if "kind" in document else {}), **document)
+    assert refusal(house.client("/rooms/team?username=ann", transport=wire()))[0] == 101
+
+
+def test_forwarded_client_is_refused_behind_a_proxy():
+    house = House(hops=1)
+    house.sanction(address=HOST)
+    behind = {"transport": wire("10.0.0.1")}
+    assert refusal(house.client("/", b"X-Forwarded-For: 203.0.113.7", **behind))[0] == 403
+    assert refusal(house.client("/", b"X-Forwarded-For: 203.0.113.8", **behind))[0] == 101
+
+
+def test_ban_during_the_load_of_a_room(house):
+    """A client that is not connected yet is refused when its room is loaded."""
+    house.log.slow = True
+    client = house.client("/rooms/team", transport=wire())
+    house.sanction(address=HOST)
+    house.log.release()
+    house.turn()
+    assert client._take().startswith(b"HTTP/1.1 403 ")
+
+
+def test_new_ban_closes_connections(house):
+    """Those of its clients alone, with the reason, and at once."""
+    ann = house.client("/rooms/team?username=ann", transport=wire())
+    bob = house.client("/rooms/team?username=bob", transport=wire("203.0.113.8"))
+    elsewhere = house.client("/rooms/other?username=ann", transport=wire())
+    house.sanction(address=HOST, room="team", reason="spam")
+    assert closing(ann)[0] == (1008, "You are banned from this room: spam")
+    assert closing(bob)[0] is closing(elsewhere)[0] is None
+    bob.post("hi")
+    assert closing(ann)[1] == []
+    ann.close(1008)
+    assert house.connections.closes[WEBSOCKET, CloseCode.POLICY_VIOLATION] == 1
+
+
+def test_ban_by_name_meets_who_has_posted_with_it(house):
+    ann = house.client("/rooms/team")
+    ann.post("hi")
+    house.sanction(username="ANN")
+    assert closing(ann)[0] == (1008, BANNED)
+    house.sanction("s2", username="ANN")  # it is closing already
+    assert closing(ann)[0] is None
+
+
+@pytest.mark.parametrize("document", [{"seconds": -1}, {"kind": "mute"}])
+def test_connection_stays(house, document):
+    """A mute closes nothing, and neither does a ban that has expired by the time that this node learns of it."""
+    ann = house.client("/rooms/team?username=ann")
+    late = house.now() + document.pop("seconds", 1)
+    one = Sanction.parse({"kind": "ban", **document, "username": "ann"}, "s1", 0)._replace(expires=late)
+    house.log.sanctions.add(one)
+    assert closing(ann)[0] is None
+
+
+def test_post_with_a_banned_name_closes(house):
+    """It is refused, and nothing of the client is stored."""
+    ann = house.client("/rooms/team")
+    house.sanction(username="ann", seconds=60)
+    closing(ann)
+    ann.send(masked(json.dumps({"username": "Ann", "message": "hi", "label": "l"}).encode()) * 2)
+    words = f"{BANNED} until 2026-01-01T00:01:00Z"
+    error = {"type": "error", "message": words, "code": "FORBIDDEN", "label": "l", "retry_after": 60}
+    assert closing(ann) == ((1008, words), [error])
+    house.turn()
+    assert house.log._rooms.get("team") is None
+
+
+def test_long_reason_is_cut_in_the_close_frame(house):
+    """A close frame has room for 123 bytes of text."""
+    ann = house.client()
+    house.sanction(address="192.168.1.1", reason="\u20ac" * 200)
+    (code, reason), _ = closing(ann)
+    assert code == 1008
+    assert len(reason.encode()) in range(121, 124)
+
+
+def test_muted_client_reads_and_does_not_post(house):
+    """Its connection stays, and so does its name."""
+    ann, bob = house.client("/?events=presence&username=zed"), house.client()
+    house.sanction(kind="mute", username="ann", seconds=60, reason="spam")
+    closing(ann)
+    for _ in range(200):  # no count of refused frames closes it
+        ann.post("hi", label="l")
+    words = "You are muted on this server until 2026-01-01T00:01:00Z: spam"
+    error = {"type": "error", "message": words, "code": "FORBIDDEN", "label": "l", "retry_after": 60}
+    assert closing(ann) == (None, [error] * 200)
+    assert house.site.intake.refusals[Code.FORBIDDEN] == house.moderator.refusals["mute"] == 200
+    bob.say(username="bob", message="hello")
+    house.turn()
+    assert [frame["data"]["message"] for frame in closing(ann)[1] if frame["type"] == "message"] == ["hello"]
+    house.now.advance(59.5)
+    ann.post("hi")
+    assert closing(ann)[1][-1]["retry_after"] == 1
+    house.now.advance(0.5)
+    ann.post("at last")
+    house.turn()
+    assert house.log.messages[-1] == "at last"
+
+
+@pytest.mark.parametrize("kind", SanctionKind)
+def test_sanctioned_name_does_not_type(house, kind):
+    watcher, ann = house.client("/?events=typing"), house.client()
+    house.sanction(kind=kind, username="ann")
+    ann.say(type="typing", username="ann")
+    house.clock.advance(1)
+    assert [frame["type"] for frame in closing(watcher)[1]] == ["history"]
+    assert (closing(ann)[0] is not None) is (kind is SanctionKind.BAN)
+
+
+def test_pages_are_sent_to_a_muted_client(house):
+    ann = house.client()
+    house.sanction(kind="mute", address="192.168.1.1")
+    closing(ann)
+    ann.say(type="history", limit=1)
+    assert [frame["type"] for frame in closing(ann)[1]] == ["history"]
+
+
+def test_posts_that_wait_are_dropped_with_a_ban():
+    """Frames that have arrived are otherwise stored when a connection closes."""
+    house = House(rate=(1, 1))
+    ann, bob = house.client("/rooms/a", transport=wire()), house.client("/rooms/b")
+    for client in (ann, bob):
+        client.post("one", "two")
+    house.sanction(address=HOST)
+    house.clock.advance(1)
+    bob.lose()
+    house.turn()
+    assert [entry.message for entry in house.log._rooms["a"].entries] == ["one"]
+
+
+# HTTP and event streams
+
+
+@pytest.mark.parametrize(
+    "path", [b"/rooms/team", b"/rooms/team/messages", b"/rooms/team/messages/x", b"/rooms/team/events"]
+)
+def test_request_of_a_banned_client_is_refused(house, path):
+    house.sanction(address=HOST, reason="spam", seconds=60)
+    response, text = house.ask(b"GET", path, transport=wire())
+    assert (response.status, json.loads(text)["detail"]) == (403, f"{BANNED} until 2026-01-01T00:01:00Z: spam")
+    assert json.loads(text)["code"] == "FORBIDDEN"
+    assert response.headers["Retry-After"] == "60"
+    assert house.ask(b"GET", b"/rooms/team", transport=wire("203.0.113.8"))[0].status == 200
+    assert house.ask(b"OPTIONS", path, transport=wire())[0].status == 204
+
+
+def test_request_behind_a_proxy_is_refused():
+    house = House(hops=1)
+    house.sanction(address="2001:db8::/32")
+    for header, status in ((b"2001:db8::1", 403), (b"2001:db9::1", 200)):
+        assert house.get(b"/rooms/team", b"X-Forwarded-For: " + header)[0].status == status
+
+
+@pytest.mark.parametrize("kind", SanctionKind)
+def test_post_over_http_is_refused(house, kind):
+    house.sanction(kind=kind, username="ann")
+    response, text = house.post(username="ann", message="hi")
+    assert response.status == 403
+    assert json.loads(text)["detail"].startswith(f"You are {'banned' if kind == 'ban' else 'muted'}")
+    assert "Retry-After" not in response.headers
+    assert house.post(username="bob", message="hi")[0].status == 201
+    assert house.moderator.refusals == {**dict.fromkeys(SanctionKind, 0), kind: 1}
+
+
+def test_event_stream_of_a_banned_name_is_refused(house):
+    house.sanction(username="ann")
+    assert house.get(b"/rooms/team/events?username=ann")[0].status == 403
+    stream = house.stream(b"/rooms/team/events?username=bob")
+    stream.read()
+    assert stream.status == 200
+
+
+def test_new_ban_ends_event_streams(house):
+    ann, bob = (house.stream(b"/rooms/team/events?username=" + name) for name in (b"ann", b"bob"))
+    house.turn()
+    house.sanction(username="ann")
+    assert [event.kind for event in ann.read()] == ["history"]
+    assert ann.comments == 1
+    assert ann.ended
+    bob.read()
+    assert not bob.ended
+    ann.connection.lose()
+    assert house.connections.closes[EVENT_STREAM, CloseCode.POLICY_VIOLATION] == 1
+
+
+def test_ban_during_the_load_of_a_stream(house):
+    house.log.slow = True
+    stream = house.stream(b"/rooms/team/events?username=ann")
+    house.sanction(username="ann")
+    house.log.release()
+    house.turn()
+    response, text = stream.connection.response()
+    assert (response.status, json.loads(text)["detail"]) == (403, BANNED)
