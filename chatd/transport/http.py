@@ -5,6 +5,7 @@ GET /healthz  200: the process answers
 GET /readyz   200: send clients here; 503 and why not, otherwise
 GET /metrics  the metrics for Prometheus (on the admin port)
 POST /drain   send all clients elsewhere, and keep running (on the admin port)
+/sanctions    bans and mutes (on the admin port, as are /rooms to manage): see chatd.transport.admin
 /rooms/...    the rooms over HTTP: see chatd.transport.api
 
 The admin port refuses every request that a web page may have sent.  Refused requests and WebSocket handshakes
@@ -16,6 +17,7 @@ import importlib.resources
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 import orjson
@@ -112,6 +114,13 @@ def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "appli
     if status != HTTPStatus.NO_CONTENT:
         request.setHeader("content-length", str(len(body)))
     return b"" if request.method == b"HEAD" else body
+
+
+def problem_answer(request: Request, refused: HttpError) -> bytes:
+    """Set the head of the answer that refuses a request, and return its body."""
+    for name, value in {**retry_after(refused), **refused.headers}.items():
+        request.setHeader(name, value)
+    return answer(request, refused.status, problem(refused.status, str(refused), refused.code), PROBLEM)
 
 
 class ChatResource(Resource):
@@ -535,14 +544,26 @@ def admin(
     *,
     drain: Callable[[], object],
     metrics: Callable[[], str],
+    resources: Mapping[str, IResource] = MappingProxyType({}),
+    check: Callable[[Head], None] = lambda _: None,
     hostname: str = "localhost",
 ) -> ChatSite:
-    """Make the site of the admin port of the machine with this name, which no web page may use."""
+    """Make the site of the admin port of the machine with this name, which no web page may use.
+
+    It has these resources too.  `check` raises HttpError for a request that lacks the token of the port.
+    """
+    paths = "GET /healthz /readyz /metrics /rooms /sanctions, POST /drain"
     resources = {
-        "": Text(lambda: (HTTPStatus.OK, "chatd admin: GET /healthz /readyz /metrics, POST /drain")),
+        **resources,
+        "": Text(lambda: (HTTPStatus.OK, f"chatd admin: {paths}")),
         "metrics": Text(lambda: (HTTPStatus.OK, metrics()), METRICS),
         "drain": Command(drain, lambda: ready()[1]),
     }
     admin = site(ready, reactor, resources)
-    admin.guard = lambda head: check_operator(head.headers, hostname)
+
+    def guard(head: Head) -> None:
+        check_operator(head.headers, hostname)
+        check(head)
+
+    admin.guard = guard
     return admin

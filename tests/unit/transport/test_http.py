@@ -124,7 +124,10 @@ def test_page_may_load_and_run_nothing(connection):
 
 def test_admin_port_has_no_page_but_a_line(admin):
     response, text = admin.ask(b"GET", b"/", b"Host: x")
-    assert (response.status, text) == (200, "chatd admin: GET /healthz /readyz /metrics, POST /drain\n")
+    assert (response.status, text) == (
+        200,
+        "chatd admin: GET /healthz /readyz /metrics /rooms /sanctions, POST /drain\n",
+    )
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
 
 
