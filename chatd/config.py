@@ -132,6 +132,7 @@ class Settings(NamedTuple):
     listen: tuple[str, ...]
     """Twisted server endpoints."""
     admin: tuple[str, ...]
+    admin_token_file: Path | None
     store: str
     """A URL."""
     store_password_file: Path | None
@@ -230,9 +231,18 @@ OPTIONS: Final = (
         name="admin",
         metavar="ENDPOINT",
         default="tcp:8086:interface=127.0.0.1",
-        help="listen for operators: `/healthz`, `/readyz`, `/metrics` and `POST /drain`; empty: no admin port",
+        help="listen for operators: `/healthz`, `/readyz`, `/metrics`, `POST /drain`, and moderation; empty: no admin "
+        "port",
         parse=str,
         repeated=True,
+    ),
+    Option(
+        name="admin-token-file",
+        metavar="FILE",
+        default="",
+        help="ask for the bearer token in a file on the admin port, except for `/healthz` and `/readyz`",
+        parse=_path,
+        shown="none",
     ),
     Option(
         name="store",

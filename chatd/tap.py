@@ -21,6 +21,7 @@ from typing_extensions import override
 from chatd import config
 from chatd.config import ConfigError
 from chatd.operate import check, logging
+from chatd.operate.admin_token import AdminToken
 from chatd.operate.clock import use_monotonic_clock
 from chatd.operate.drain import Drain
 from chatd.operate.listening import Entrance, Ports
@@ -30,10 +31,11 @@ from chatd.operate.process import ServerProcess, obstacle
 from chatd.operate.systemd import Notifier
 from chatd.room.registry import Registry
 from chatd.service import ChatService, Readiness
-from chatd.store.base import Store
+from chatd.store.base import Store, new_epoch
 from chatd.store.memory import MemoryStore
 from chatd.store.sqlite import SqliteStore, ThreadWorker
 from chatd.transport import frames, http
+from chatd.transport.admin import ModerationApi, check_token
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
@@ -123,10 +125,12 @@ def makeService(options: Options) -> IService:
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
     limits = Limits(reactor, settings.max_per_address, settings.proxy_hops)
     readiness = Readiness(lambda: store.fault)
+    token = _admin_token(settings)
     api = Api(rooms, connections, admission, addresses)
     site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, proxied=proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator
+    operating = ModerationApi(store, rooms, time.time, new_epoch)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     metrics = Metrics(
         store=store,
@@ -135,6 +139,7 @@ def makeService(options: Options) -> IService:
         refusals={"frame": site.intake.refusals, "handshake": factory.refused_handshakes, "request": site.refused},
         throttles=site.intake.throttles,
         limits=limits,
+        sanctioned=moderator.refusals,
         clock=reactor,
     )
     twistd = {} if options.parent is None else options.parent
@@ -152,6 +157,8 @@ def makeService(options: Options) -> IService:
             reactor,
             drain=lambda: service.drain(expecting=True),  # a load balancer may still send clients
             metrics=metrics,
+            resources={"sanctions": operating, "rooms": operating},
+            check=lambda head: check_token(head, token.value),
             hostname=socket.gethostname(),
         ),
         listen=options.listen,
@@ -165,7 +172,7 @@ def makeService(options: Options) -> IService:
         notify=Notifier(options.environ),
     )
     process.daemonize()
-    _heed_upkeep(reactor, observer, options.ports)
+    _heed_upkeep(reactor, observer, options.ports, token)
     reactor.callWhenRunning(_heed_signals, reactor, service)
     return service
 
@@ -189,7 +196,16 @@ def _observer(settings: config.Settings, twistd: MutableMapping[str, Any], react
     return observer
 
 
-def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Ports) -> None:
+def _admin_token(settings: config.Settings) -> AdminToken:
+    """Read the token of the admin port; end the process with one line if that fails."""
+    file = settings.admin_token_file
+    try:
+        return AdminToken(None if file is None else (settings.folder / file).absolute())
+    except ValueError as error:
+        raise SystemExit(f"chatd: {error}") from None
+
+
+def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Ports, token: AdminToken) -> None:
     """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
 
     def reload() -> None:
@@ -197,6 +213,7 @@ def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Por
         if observer is not None:
             observer.reopen()
         ports.reload()
+        token.reload()
 
     actions = {signal.SIGHUP: reload, signal.SIGUSR1: (lambda: None) if observer is None else observer.rotate}
 

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from chatd.config import Settings, veiled
 from chatd.messages import Entry
+from chatd.operate.admin_token import check_file
 from chatd.room.log import MAIN
 from chatd.store.base import timestamp
 from chatd.store.memory import KEEP
@@ -364,12 +365,24 @@ def _ports(settings: Settings, machine: Machine) -> Iterator[str]:
         ours.append((port, address))
 
 
-def _admin(settings: Settings, _: Machine) -> Iterator[str]:
+def _admin(settings: Settings, machine: Machine) -> Iterator[str]:
+    if settings.admin_token_file is not None:
+        file = settings.folder / settings.admin_token_file
+        try:
+            check_file(file, machine.secret(file))
+        except ValueError as error:
+            yield str(error)
+        else:
+            if machine.world_readable(file):
+                yield (
+                    f"--admin-token-file {file}: every user of this machine can read the token: "
+                    f"chmod o= {file}, and replace the token"
+                )
     for text in settings.admin:
-        if Endpoint(text).public:
+        if Endpoint(text).public and settings.admin_token_file is None:
             yield (
                 f"--admin {text}: everyone who can reach this machine can drain the server: "
-                "add :interface=127.0.0.1, or an address of a private network"
+                "add :interface=127.0.0.1, or an address of a private network, or set --admin-token-file"
             )
 
 

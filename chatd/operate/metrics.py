@@ -33,6 +33,7 @@ from typing_extensions import override
 
 import chatd
 from chatd.histogram import SECONDS, Histogram
+from chatd.room.moderation import SanctionKind
 from chatd.room.registry import Registry
 from chatd.store.base import Store
 from chatd.transport.connections import CARRIERS, Connections
@@ -74,7 +75,8 @@ class ReactorLag:
 class Metrics(Collector):
     """All metrics.
 
-    `refusals` are counted by kind (frame, handshake, request) and then by reason, `throttles` by carrier.
+    `refusals` are counted by kind (frame, handshake, request) and then by reason, `throttles` by carrier, and what bans
+    and mutes refused (`sanctioned`) by kind.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Metrics(Collector):
         refusals: Mapping[str, Mapping[str, int]],
         throttles: Mapping[str, int],
         limits: Limits,
+        sanctioned: Mapping[str, int],
         clock: IReactorTime,
     ) -> None:
         self._store = store
@@ -94,6 +97,7 @@ class Metrics(Collector):
         self._refusals = refusals
         self._throttles = throttles
         self._limits = limits
+        self._sanctioned = sanctioned
         self._lag = ReactorLag(clock)
         self._started = time.time()
         self._registry = CollectorRegistry()
@@ -190,6 +194,18 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "chatd_buffered_bytes", "Bytes that full transports hold, once a second.", self._connections.buffered
         )
+        sanctions = GaugeMetricFamily("chatd_sanctions", "Bans and mutes in force.", labels=["kind"])
+        sanctioned = CounterMetricFamily(
+            "chatd_sanction_refusals",
+            "Handshakes, requests and posts that a ban or mute refused.",
+            labels=["kind"],
+        )
+        now = self._store.sanctions.count(time.time())
+        for kind in SanctionKind:
+            sanctions.add_metric([kind], now[kind])
+            sanctioned.add_metric([kind], self._sanctioned.get(kind, 0))
+        yield sanctions
+        yield sanctioned
 
     def _store_metrics(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(

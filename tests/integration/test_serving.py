@@ -40,6 +40,7 @@ from websockets.sync.client import connect
 SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 NAMES = [
     "admin",
+    "admin-token-file",
     "config",
     "drain",
     "history",

@@ -28,6 +28,8 @@ METRICS = {
     "chatd_refusals": "counter",
     "chatd_refusing": "gauge",
     "chatd_rooms": "gauge",
+    "chatd_sanction_refusals": "counter",
+    "chatd_sanctions": "gauge",
     "chatd_store_up": "gauge",
     "chatd_tail_bytes": "gauge",
     "chatd_tail_messages": "gauge",

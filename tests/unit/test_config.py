@@ -48,6 +48,7 @@ def test_defaults():
     assert read()._replace(seed=()) == Settings(
         listen=("tcp:8085:backlog=4096",),
         admin=("tcp:8086:interface=127.0.0.1",),
+        admin_token_file=None,
         store="sqlite:chatd.sqlite",
         store_password_file=None,
         seed=(),
@@ -94,6 +95,7 @@ VALUES = [
     ("store", "sqlite:///a", "sqlite:///a"),
     ("store", "redis://ann:secret@h:1/2", "redis://ann:secret@h:1/2"),
     ("store-password-file", "password", pathlib.Path("password")),
+    ("admin-token-file", "token", pathlib.Path("token")),
 ]
 
 
@@ -157,8 +159,8 @@ def test_order_of_the_sources(file):
     """The command line overrides the environment, which overrides the file, which overrides the default."""
     words = file('history = 2\nlisten = ["tcp:2"]\nping = 2')
     environ = {"CHATD_HISTORY": "3", "CHATD_LISTEN": "tcp:3"}
-    assert read(words)[:6:5] == (("tcp:2",), 2)
-    assert read(words, **environ)[:6:5] == (("tcp:3",), 3)
+    for settings, number in ((read(words), 2), (read(words, **environ), 3)):
+        assert (settings.listen, settings.history) == ((f"tcp:{number}",), number)
     settings = read(words, "--history=4", "--listen=tcp:4", **environ)
     assert (settings.listen, settings.history) == (("tcp:4",), 4)
     assert (settings.ping, settings.drain) == (2, 30)
@@ -481,7 +483,7 @@ def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     assert [*tomllib.loads("\n".join(lines))] == NAMES
     settings = read(file("\n".join(lines)))
     assert settings.store_password_file == pathlib.Path("FILE")
-    expected = read("--seed=FILE", "--store-password-file=FILE")
+    expected = read("--seed=FILE", "--store-password-file=FILE", "--admin-token-file=FILE")
     assert settings._replace(config=None) == expected
 
 

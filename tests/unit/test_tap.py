@@ -30,6 +30,8 @@ from chatd.service import TRIM_SECONDS
 from chatd.store.base import DAY, STEADY_SECONDS, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.redis import link
+from chatd.transport.admission import HttpError
+from chatd.transport.heads import parse as parse_head
 from chatd.transport.limits import LOOK_SECONDS, PROMPT_LOOKS
 from chatd.transport.proxied import ProxiedFactory
 from twisted.plugins import chatd_plugin
@@ -218,6 +220,7 @@ def test_check_sees_every_option(environ, checked, tmp_path):
     assert settings._replace(seed=())._asdict() == {
         "listen": ("tcp:1", "tcp:2"),
         "admin": (),
+        "admin_token_file": None,
         "store": "sqlite:a",
         "store_password_file": pathlib.Path("password"),
         "seed": (),
@@ -645,6 +648,46 @@ def test_hangup_reloads(signals, kept):
     running.send(signal.SIGTERM)
     assert running.send(signal.SIGHUP) == ([], [])
     assert kept == ["reopen", "certificates"] * 2
+
+
+def guarded(service, *headers):
+    """Ask the admin port of a server; return the status of its refusal, or None."""
+    ((_, _, factory, _),) = service._admin_ports_to_open
+    try:
+        factory.guard(parse_head(b"\r\n".join([b"GET /sanctions HTTP/1.1", b"Host: x", *headers])))
+    except HttpError as refused:
+        return refused.status.value
+    return None
+
+
+def test_hangup_reads_the_token_again(reactor, kept, tmp_path, monkeypatch):
+    """The file is relative to the folder of twistd, which it enters later."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    file = tmp_path / "token"
+    file.write_text("a" * 16)
+    options = tap.Options()
+    options.parent = {"nodaemon": 1, "rundir": str(tmp_path)}
+    options.parseOptions(["--admin-token-file=token", "--store=memory:"])
+    service = tap.makeService(options)
+    old, new = (b"Authorization: Bearer " + letter * 16 for letter in (b"a", b"b"))
+    assert [guarded(service), guarded(service, old), guarded(service, new)] == [401, None, 401]
+    file.write_text("b" * 16)
+    handlers[signal.SIGHUP](signal.SIGHUP, None)
+    reactor.advance(0)
+    assert [guarded(service), guarded(service, old), guarded(service, new)] == [401, 401, None]
+
+
+def test_port_without_a_token_file_is_open(reactor):
+    assert guarded(tap.makeService(parse("--store=memory:"))) is None
+
+
+def test_token_that_cannot_be_read_ends_the_start(tmp_path):
+    with pytest.raises(SystemExit) as refused:
+        tap.makeService(parse("--store=memory:", f"--admin-token-file={tmp_path / 'token'}"))
+    assert refused.value.code == (
+        f"chatd: --admin-token-file {tmp_path / 'token'}: this user cannot read it: create it, or chown it"
+    )
 
 
 def test_user_signal_rotates_the_log(signals, kept):

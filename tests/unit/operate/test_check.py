@@ -227,6 +227,21 @@ BAD = [
         (f"--admin {text}: everyone who can reach this machine can drain the server: ", {"admin": (text,)}, {})
         for text in ("tcp:8086", "tcp:8086:interface=0.0.0.0", "tcp6:8086", "tcp:8086:interface=8.8.8.8")
     ),
+    (
+        "--admin-token-file /srv/password: this user cannot read it: ",
+        {"admin_token_file": Path("password")},
+        {"password": None},
+    ),
+    (
+        "--admin-token-file /srv/password: it holds no token of 16 letters and digits or more: ",
+        {"admin_token_file": FILE},
+        {"password": "0123456789abcde\n"},
+    ),
+    (
+        "--admin-token-file /srv/password: every user of this machine can read the token: chmod o= /srv/password, and",
+        {"admin_token_file": FILE},
+        {"password": "0123456789abcdef", "readable": "/srv/password"},
+    ),
     *(
         (
             "--rate 0: a single client can keep the server and its disk busy: ",
@@ -327,6 +342,7 @@ GOOD = [
     ({}, {"stop": float("inf")}),
     ({"listen": (KEY,)}, {"readable": "/srv/a"}),
     ({"store": "memory.db", "store_password_file": Path("/nobody/reads/it")}, {}),
+    ({"admin_token_file": FILE, "admin": ("tcp:8086",)}, {"password": "0123456789abcdef\n"}),
     ({"store": REDIS}, {}),
     ({"store": REDIS}, {"redis": {"redis_version": "6.2.0"}}),
     (

@@ -57,6 +57,7 @@ class MeasuredHouse(House):
             },
             throttles=self.site.intake.throttles,
             limits=self.site.intake.limits,
+            sanctioned=self.moderator.refusals,
             clock=self.clock,
         )
 
@@ -126,6 +127,18 @@ def test_plain_requests_are_no_connections(house):
     house.status(b"GET", b"/")
     house.client("/nowhere")
     assert house.scrape().some("chatd_connections") == {}
+
+
+def test_sanctions_and_what_they_refuse(house, monkeypatch):
+    """Expired ones are not counted."""
+    monkeypatch.setattr("time.time", house.now)
+    house.sanction("s1", username="ann")
+    house.sanction("s2", username="ann", seconds=1)
+    house.sanction("s3", kind="mute", username="bob")
+    house.post(username="ann", message="hi")
+    house.now.advance(1)
+    assert house.scrape().some("chatd_sanctions") == {("ban",): 1, ("mute",): 1}
+    assert house.scrape().some("chatd_sanction_refusals_total") == {("ban",): 1}
 
 
 def test_closes_by_code(house):
@@ -265,6 +278,7 @@ def test_cursor_lag_of_the_current_members(house):
         refusals={},
         throttles={},
         limits=house.limits,
+        sanctioned={},
         clock=clock,
     )
     readers = [enter(rooms, reader)[1] for reader in (Reader(), Reader(), Reader(space=0), Reader(space=1))]
