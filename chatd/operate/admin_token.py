@@ -15,7 +15,7 @@ _logger = Logger()
 
 
 def check_file(path: Path, text: str | None) -> str:
-    """Return the token in the text of a file, which is None if it cannot be read; raise ValueError with one line."""
+    """Find the token in the text of a file, None for an unreadable one; raise ValueError with one line."""
     option = f"--admin-token-file {path}"
     if text is None:
         raise ValueError(f"{option}: this user cannot read it: create it, or chown it")

@@ -38,7 +38,7 @@ IPAddress = IPv4Address | IPv6Address
 
 
 class SanctionKind(StrEnum):
-    """What a sanction forbids."""
+    """A kind of sanction, by what it forbids."""
 
     BAN = "ban"
     """Connecting, reading and posting."""
@@ -47,7 +47,7 @@ class SanctionKind(StrEnum):
 
 
 class Target(StrEnum):
-    """What names the clients of a sanction."""
+    """A way to name the clients of a sanction."""
 
     USERNAME = "username"
     """The username of a post, or the one that a client connects with."""
@@ -104,7 +104,7 @@ def parse_network(text: str) -> IPv4Network | IPv6Network:
 
 
 class Visitor(NamedTuple):
-    """What identifies a client to sanctions, as far as the server knows it."""
+    """A client as sanctions see it: everything that may identify it, where the server knows it."""
 
     username: str | None
     subject: str | None

@@ -83,7 +83,7 @@ class Membership:
 
     @property
     def visitor(self) -> Visitor:
-        """What identifies the client to sanctions: by its name, that of its last post."""
+        """The client as sanctions see it; its name is that of its last post."""
         return Visitor(self.name, self.identity.subject, self.address)
 
     @property

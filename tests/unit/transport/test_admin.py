@@ -302,7 +302,7 @@ def test_every_change_is_one_line(house):
 
 
 def test_operator_disconnects_before_the_answer(house):
-    """What has changed is in the audit log all the same."""
+    """The audit log contains the change all the same."""
     connection = Connection(house.admin, Transport(peerAddress=OPERATOR))
     with capturedLogs() as events:
         connection.begin(b"POST", b"/sanctions", body=b'{"kind":"ban","username":"ann"}')

@@ -131,7 +131,7 @@ def test_ban_during_the_load_of_a_room(house):
 
 
 def test_new_ban_closes_connections(house):
-    """Those of its clients alone, with the reason, and at once."""
+    """Only connections of banned clients close, with the reason, and at once."""
     ann = house.client("/rooms/team?username=ann", transport=wire())
     bob = house.client("/rooms/team?username=bob", transport=wire("203.0.113.8"))
     elsewhere = house.client("/rooms/other?username=ann", transport=wire())
@@ -144,7 +144,7 @@ def test_new_ban_closes_connections(house):
     assert house.connections.closes[WEBSOCKET, CloseCode.POLICY_VIOLATION] == 1
 
 
-def test_ban_by_name_meets_who_has_posted_with_it(house):
+def test_ban_by_name_closes_its_posters(house):
     ann = house.client("/rooms/team")
     ann.post("hi")
     house.sanction(username="ANN")
