@@ -55,7 +55,7 @@ class House:
         self.limits = Limits(self.clock, per_address, hops, lambda: 0.0)
         state = ready, "ready" if ready else "starting"
         self.site = http.site(lambda: state, self.clock, {"": api, "rooms": api}, limit, self.limits, proxied=hops > 0)
-        self.now = getattr(self.log, "_now", lambda: NEW_YEAR)
+        self.now = getattr(self.log, "now", lambda: NEW_YEAR)
         self.moderator = Moderator(self.log.sanctions, self.connections.connected, self.now, hops)
         self.site.intake.moderator = self.moderator
         self.factory = ChatFactory(

@@ -20,7 +20,8 @@ class FaultyStore(MemoryStore):
     full = down = slow = held = False
 
     def __init__(self, retain=None):
-        super().__init__(retain or Retention(), ManualTime())
+        self.now = ManualTime()
+        super().__init__(retain or Retention(), self.now)
         self.waiting = deque()
 
     @property

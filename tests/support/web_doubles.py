@@ -107,6 +107,20 @@ class WebSocketClient:
         """The seconds after which a refused client may return."""
         return int(re.search(rb"Retry-After: (\d+)", self._head)[1])
 
+    @property
+    def problem(self):
+        """The problem that refuses the handshake."""
+        return json.loads(self._data)
+
+    def closing(self):
+        """Take what was received: the code and the reason of the close frame, if any, and the JSON of the others."""
+        data, self._data = self._data + self._take(), b""
+        found, _ = take_frames(data)
+        texts = [json.loads(frame.payload) for frame in found if frame.first == 0x81]
+        if not found or found[-1].first != 0x88:
+            return None, texts
+        return (int.from_bytes(found[-1].payload[:2]), found[-1].payload[2:].decode()), texts
+
     def send(self, data):
         self.protocol.dataReceived(data)
         self._settle()

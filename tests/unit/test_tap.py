@@ -650,17 +650,28 @@ def test_hangup_reloads(signals, kept):
     assert kept == ["reopen", "certificates"] * 2
 
 
-def guarded(service, *headers):
-    """Ask the admin port of a server; return the status of its refusal, or None."""
-    ((_, _, factory, _),) = service._admin_ports_to_open
-    try:
-        factory.guard(parse_head(b"\r\n".join([b"GET /sanctions HTTP/1.1", b"Host: x", *headers])))
-    except HttpError as refused:
-        return refused.status.value
-    return None
+@pytest.fixture
+def guarded(monkeypatch):
+    """A function that asks the admin port of the newest server, and returns the status of its refusal, or None."""
+    sites, admin = [], tap.http.admin
+
+    def noted(*args, **options):
+        sites.append(admin(*args, **options))
+        return sites[-1]
+
+    monkeypatch.setattr(tap.http, "admin", noted)
+
+    def ask(*headers):
+        try:
+            sites[-1].guard(parse_head(b"\r\n".join([b"GET /sanctions HTTP/1.1", b"Host: x", *headers])))
+        except HttpError as refused:
+            return refused.status.value
+        return None
+
+    return ask
 
 
-def test_hangup_reads_the_token_again(reactor, kept, tmp_path, monkeypatch):
+def test_hangup_reads_the_token_again(reactor, kept, guarded, tmp_path, monkeypatch):
     """The file is relative to the folder of twistd, which it enters later."""
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
@@ -669,17 +680,18 @@ def test_hangup_reads_the_token_again(reactor, kept, tmp_path, monkeypatch):
     options = tap.Options()
     options.parent = {"nodaemon": 1, "rundir": str(tmp_path)}
     options.parseOptions(["--admin-token-file=token", "--store=memory:"])
-    service = tap.makeService(options)
+    tap.makeService(options)
     old, new = (b"Authorization: Bearer " + letter * 16 for letter in (b"a", b"b"))
-    assert [guarded(service), guarded(service, old), guarded(service, new)] == [401, None, 401]
+    assert [guarded(), guarded(old), guarded(new)] == [401, None, 401]
     file.write_text("b" * 16)
     handlers[signal.SIGHUP](signal.SIGHUP, None)
     reactor.advance(0)
-    assert [guarded(service), guarded(service, old), guarded(service, new)] == [401, 401, None]
+    assert [guarded(), guarded(old), guarded(new)] == [401, 401, None]
 
 
-def test_port_without_a_token_file_is_open(reactor):
-    assert guarded(tap.makeService(parse("--store=memory:"))) is None
+def test_port_without_a_token_file_is_open(reactor, guarded):
+    tap.makeService(parse("--store=memory:"))
+    assert guarded() is None
 
 
 def test_token_that_cannot_be_read_ends_the_start(tmp_path):

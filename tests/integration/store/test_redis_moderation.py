@@ -148,13 +148,12 @@ def test_clear_and_lift_in_full_memory(two, redis):
     assert other.read() == Page([], first=3, head=2)
 
 
-def test_change_that_the_feed_does_not_reach(two):
+def test_change_that_the_feed_does_not_reach(two, monkeypatch):
     """The session ends between the reply and the feed: the change may be stored."""
     one, _ = two
-    when = one.store._feed.when
-    one.store._feed.when = lambda seq, act, give_up: give_up()
-    fails(one, one.store.sanction(ban("ann")), "the feed has not reached the change, which may be stored")
-    one.store._feed.when = when
+    with monkeypatch.context() as patch:
+        patch.setattr("chatd.store.redis.feed.Feed.when", lambda self, seq, act, give_up: give_up())
+        fails(one, one.store.sanction(ban("ann")), "the feed has not reached the change, which may be stored")
     knows(one, "ann")
 
 
