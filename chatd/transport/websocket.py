@@ -56,6 +56,8 @@ class WebSocketConnection(AutobahnConnection):
     """The request and the ticket, from the admission until the client joins."""
     _loading = False
     """True while a handshake waits for its turn, or for the log."""
+    _held_back = False
+    """True if bytes that follow a handshake have arrived before its turn."""
     _unanswered = False
     """True while a ping waits for its pong."""
     _socket: socket | None = None
@@ -90,6 +92,8 @@ class WebSocketConnection(AutobahnConnection):
     def request_received(self, data: bytes) -> None:
         """Wait for the whole head of the request, and choose who answers it."""
         if self._loading:  # these bytes follow the handshake, and some transports cannot be paused at once
+            self._held_back = True
+            self.transport.pauseProducing()
             return
         try:
             head, rest = take(data)
@@ -107,11 +111,14 @@ class WebSocketConnection(AutobahnConnection):
         elif self.factory.intake.answers_promptly():
             self._answer(head)
         else:  # between the handshakes of a crowd the other clients are served
-            self._stop_reading_early()
+            self._loading = True
             self.factory.intake.turns.wait(lambda: self._answer_in_turn(head))
 
     def _answer_in_turn(self, head: Head) -> None:
-        self._resume_reading(None)
+        del self._loading
+        if self._held_back:
+            self._held_back = False
+            self.transport.resumeProducing()
         if self.is_connecting:  # the client may have disconnected meanwhile
             self._answer(head)
 
@@ -160,16 +167,14 @@ class WebSocketConnection(AutobahnConnection):
         moderator.admit(request.room, self._visitor(request))
         opening = factory.rooms.open(request.room, request.last)
         if not opening.called:
-            self._stop_reading_early()
+            # Frames that a client sends before it has its answer stay in its socket.
+            self._loading = True
+            self.transport.pauseProducing()
             opening.addBoth(self._resume_reading)
         chosen = SUBPROTOCOL if SUBPROTOCOL in upgrade.protocols else None
         answer = switch(upgrade.key, chosen, SERVER)
         return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
 
-    def _stop_reading_early(self) -> None:
-        """Leave frames that the client sends before it has its answer in its socket."""
-        self._loading = True
-        self.transport.pauseProducing()
     def _visitor(self, request: JoinRequest) -> Visitor:
         return Visitor(request.username, request.identity.subject, self.session.address)
 
