@@ -17,6 +17,7 @@ from chatd.messages import Entry
 from chatd.operate.systemd import Notifier
 from chatd.service import LOOK_SECONDS, TRIM_SECONDS, ChatService, Readiness, page_url
 from chatd.store.base import StoreError
+from chatd.transport import limits
 from chatd.transport.limits import Lateness
 
 READY = {"READY": "1", "STATUS": "ready"}
@@ -171,6 +172,7 @@ class Server:
         self.fault = None
         self.readiness = Readiness(lambda: self.fault)
         self.observer = observer
+        self.lateness = Lateness(self.clock)
         self.service = ChatService(
             store=self.store,
             seed=SEED,
@@ -183,7 +185,7 @@ class Server:
             drain=self.drain,
             clock=self.clock,
             process=Process(self.journal, sheds_privileges=sheds_privileges),
-            lateness=Lateness(self.clock),
+            lateness=self.lateness,
             observer=self.observer,
             notify=Notify(self.journal, watchdog),
         )
@@ -507,6 +509,13 @@ def test_deadlines_are_checked_each_second(server):
     assert server.journal == []
     server.clock.pump([0.1, LOOK_SECONDS, LOOK_SECONDS])
     assert server.journal == ["look"] * 3
+
+
+def test_lag_is_measured(server):
+    """A reactor that keeps on lagging refuses new clients."""
+    server.start()
+    server.clock.pump([limits.LOOK_SECONDS, *[10] * limits.LATE_LOOKS])
+    assert server.lateness.refuses
 
 
 def test_rooms_are_trimmed_every_ten_minutes(server):

@@ -150,13 +150,15 @@ def test_idle_addresses_are_forgotten(clock, monkeypatch):
     limits = Limits(clock, 3)
     kept = limits.enter(peer("10.0.0.1"), None)
     creator = limits.enter(peer("10.0.0.2"), None)
-    limits.room_created(creator)
+    for _ in range(99):
+        limits.room_created(creator)
     limits.leave(creator)
     for second in range(200):
         clock.advance(1 / HANDSHAKES_PER_SECOND)
         limits.leave(limits.enter(peer(f"10.0.1.{second}"), None))
     assert len(limits) <= 21
     assert limits.place(peer("10.0.0.1"), None) is kept
+    assert limits.place(peer("10.0.0.2"), None) is creator
 
 
 # Files
@@ -452,7 +454,7 @@ def join(house):
 
 def test_crowd_of_handshakes():
     """The first handshakes are answered at once, and the others in later turns, before what they send next."""
-    house = House()
+    house = House(per_address=99)
     early = [join(house) for _ in range(PROMPT_HANDSHAKES)]
     late = [join(house) for _ in range(3)]
     assert all(client.status == 101 for client in early)
@@ -467,5 +469,6 @@ def test_crowd_of_handshakes():
     assert frames.index(b'"type":"history"') < frames.index(b'"early"')
     assert late[1].transport.producerState == "producing"
     assert len(house.connections.connected) == PROMPT_HANDSHAKES + 2
+    assert house.limits.place(late[1].transport.getPeer(), None).connections == PROMPT_HANDSHAKES + 2
     house.clock.advance(1)
     assert join(house).status == 101
