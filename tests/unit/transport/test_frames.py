@@ -807,7 +807,9 @@ def test_parse_and_parse_post_agree_without_type(document):
 
 
 good_labels = st.none() | st.text(EVERY_CHARACTER, min_size=1, max_size=64)
-posts = st.builds(Post, st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=500), good_labels)
+posts = st.builds(
+    Post, st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=500), good_labels, author=st.none()
+)
 
 
 @REPEATABLE
