@@ -67,5 +67,7 @@ def test_fault_in_one_call_leaves_the_others_waiting(clock, turns):
 def test_counts_begin_at_zero(clock):
     """A scrape shows every reason from the start."""
     intake = Intake(clock)
-    assert intake.refusals == dict.fromkeys(["schema", "FORBIDDEN", "LABEL_REUSED", "RATE_LIMITED", "UNAVAILABLE", "UNKNOWN_ID"], 0)
+    assert intake.refusals == dict.fromkeys(
+        ["schema", "FORBIDDEN", "LABEL_REUSED", "RATE_LIMITED", "UNAVAILABLE", "UNKNOWN_ID"], 0
+    )
     assert intake.throttles == {"websocket": 0, "http": 0}
