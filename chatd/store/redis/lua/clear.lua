@@ -8,12 +8,14 @@
 
 local epoch, room, feed, given = unpack(ARGV)
 local stream = KEYS[4]
-local number = redis.call('HGET', LOG, 'epoch') == epoch and head(room, stream)
+local log = redis.call('HMGET', LOG, 'epoch', 'seq')
+local number = log[1] == epoch and head(room, stream)
 if not number then
     return {}
 end
+local seq = tonumber(log[2])
 local removed = redis.call('XTRIM', stream, 'MAXLEN', 0) -- first, because Redis accepts it also when memory is full
 if removed > 0 then
-    announce(feed, time(given, 0), epoch, 'r', room, 'f', text(number + 1))
+    seq = announce(feed, time(given, 0), epoch, seq, 'r', room, 'f', text(number + 1))
 end
-return { tonumber(redis.call('HGET', LOG, 'seq')), removed }
+return { seq, removed }

@@ -11,6 +11,7 @@ local log = redis.call('HMGET', LOG, 'epoch', 'seq')
 if log[1] ~= epoch or tonumber(log[2]) < tonumber(seen) or tonumber(log[2]) ~= newest(FEED) then
     return {}
 end
+local seq = tonumber(log[2])
 local now = time(given, 0)
 for index = 5, #ARGV, 2 do
     local word, json = ARGV[index], ARGV[index + 1]
@@ -21,7 +22,8 @@ for index = 5, #ARGV, 2 do
         redis.call('HDEL', KEYS[4], word)
     end
     if json ~= '' or known then
-        announce(feed, now, epoch, 'r', '', 's', word, 'v', json) -- older versions read the room of every entry
+        -- Older versions read the room of every entry.
+        seq = announce(feed, now, epoch, seq, 'r', '', 's', word, 'v', json)
     end
 end
-return { tonumber(redis.call('HGET', LOG, 'seq')) }
+return { seq }
