@@ -314,8 +314,8 @@ OPTIONS: Final = (
         name="max-per-address",
         metavar="N",
         default="256",
-        help="limit connections of one address, or of one IPv6 network of 64 bits, except those of this machine; "
-        "0: no limit",
+        help="limit connections of one address, or of one IPv6 network of 64 bits, except those of this machine and of "
+        "private networks; 0: no limit",
         parse=Number(0, MAX_PER_ADDRESS),
     ),
     Option(

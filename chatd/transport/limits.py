@@ -1,14 +1,15 @@
 """The limits on new clients: what one address may take of the server, and when nobody new is served.
 
 A refused client gets a status and a Retry-After that differs from client to client, so that many refused clients do
-not return together.  Clients of this machine (the loopback and Unix sockets) have no address of their own: behind a
-proxy on this machine they are everybody, so no limit of an address applies to them.
+not return together.  No limit of an address applies to this machine (the loopback and Unix sockets) and to private
+networks: a proxy or a load balancer there is everybody.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
+from ipaddress import ip_address, ip_network
 from math import ceil
 from typing import Final
 
@@ -48,6 +49,16 @@ LIMITS: Final = FILES, LAG, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM
 """The limits, as the metrics call them."""
 
 _logger = Logger()
+
+
+PRIVATE: Final = tuple(
+    ip_network(text)
+    for text in (
+        *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16"),
+        *("::/64", "fc00::/7", "fe80::/10"),
+    )
+)
+"""The networks of this machine and of an operator's own (RFC 1918, RFC 4193, RFC 6598, and link-local addresses)."""
 
 
 class _Pace:
@@ -133,7 +144,7 @@ class Limits:
         return len(self._places)
 
     def place(self, peer: object, forwarded: str | None) -> Place | None:
-        """Return the place of the address behind a connection; None for a client of this machine, or without limits.
+        """Return the place of the address behind a connection; None for one that has no limit.
 
         `peer` is the address of the connection as Twisted has it, and `forwarded` the header X-Forwarded-For.
         """
@@ -143,10 +154,13 @@ class Limits:
         if not self._hops and host.startswith("127."):  # so that nearly all of them need not be parsed
             return None
         name = client_network(host, forwarded, self._hops)
-        if name is None or name.startswith("127.") or name == "::":
+        if name is None:
             return None
         place = self._places.get(name)
         if place is None:
+            address = ip_address(name)
+            if any(address in private for private in PRIVATE):
+                return None
             self._forget_idle()
             place = self._places[name] = Place()
         return place

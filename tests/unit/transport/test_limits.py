@@ -69,9 +69,14 @@ def test_connections_of_an_address(limits, clock):
     assert (limits.refusals["connections"], limits.refusals["handshakes"]) == (2, 0)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
+LOOPBACK = "127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"
+PRIVATE = "10.1.2.3", "172.31.0.1", "192.168.0.9", "100.64.0.1", "169.254.1.1", "fd00::1", "fe80::1", "::ffff:10.0.0.1"
+
+
+@pytest.mark.parametrize("host", [*LOOPBACK, *PRIVATE])
 @pytest.mark.parametrize("hops", [0, 1])
-def test_loopback_has_no_limit(clock, host, hops):
+def test_own_networks_have_no_limit(clock, host, hops):
+    """A load balancer in a private network is everybody."""
     limits = Limits(clock, 1, hops)
     assert [limits.enter(peer(host), None) for _ in range(MANY)] == [None] * MANY
 
@@ -102,7 +107,7 @@ def test_network_of_ipv6(limits, clock):
         (1, None, ["192.0.2.2"]),
     ],
 )
-@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "198.51.100.1"])
 def test_address_behind_proxies(clock, hops, forwarded, others, host):
     """The address that the outermost proxy saw counts, from a proxy on this machine too."""
     limits = Limits(clock, 1, hops)
