@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from support.helpers import HEAD
 from support.websocket_frames import masked, take_frames
+from twisted.internet.address import IPv4Address
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.testing import StringTransport
@@ -84,7 +85,7 @@ class WebSocketClient:
     """A client over WebSocket, on a connection that a factory makes; `settle` runs after all that it sends."""
 
     def __init__(self, factory, target="/", settle=lambda: None, *headers, transport=None):
-        self.transport = transport or Transport()
+        self.transport = transport or Transport(peerAddress=IPv4Address("TCP", "192.0.2.7", 4321))
         self.transport.connection = self
         self.protocol = factory.buildProtocol(None)
         self.protocol.makeConnection(self.transport)

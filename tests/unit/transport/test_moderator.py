@@ -164,7 +164,7 @@ def test_post_with_a_banned_name_closes(house):
 def test_long_reason_is_cut_in_the_close_frame(house):
     """A close frame has room for 123 bytes of text."""
     ann = house.client()
-    house.sanction(address="192.168.1.1", reason="\u20ac" * 200)
+    house.sanction(address="192.0.2.7", reason="\u20ac" * 200)
     (code, reason), _ = ann.closing()
     assert code == 1008
     assert len(reason.encode()) in range(121, 124)
@@ -205,7 +205,7 @@ def test_sanctioned_name_does_not_type(house, kind):
 
 def test_pages_are_sent_to_a_muted_client(house):
     ann = house.client()
-    house.sanction(kind="mute", address="192.168.1.1")
+    house.sanction(kind="mute", address="192.0.2.7")
     ann.closing()
     ann.say(type="history", limit=1)
     assert [frame["type"] for frame in ann.closing()[1]] == ["history"]
