@@ -89,7 +89,7 @@ class Moderator:
 
     def _enforce(self, sanction: Sanction) -> None:
         """Close the connections that a new ban meets."""
-        if sanction.kind is not SanctionKind.BAN or not sanction.holds(self._now()):
+        if sanction.kind is not SanctionKind.BAN:
             return
         alone = Sanctions()
         alone.add(sanction)

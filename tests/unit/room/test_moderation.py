@@ -140,6 +140,7 @@ def test_folding_is_stable():
         ({"address": "203.0.113.0/24"}, True),
         ({"address": "203.0.112.0/24"}, False),
         ({"address": "2001:db8::/32"}, False),
+        ({"address": "2001:db8::/48"}, False),
         ({"username": "ann", "room": "team"}, True),
         ({"username": "ann", "room": "other"}, False),
         ({"username": "ann", "seconds": 1}, True),
