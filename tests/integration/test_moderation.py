@@ -8,9 +8,10 @@ import sys
 
 import pytest
 from support.redises import Redis
-from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, environment, post, stored, upgrade
+from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, environment, post, program, stored, upgrade
 from support.websocket_frames import CLOSE
 
+MODERATE = program(ROOT / "scripts" / "moderate")
 TOKEN = "0123456789abcdef"
 
 
@@ -219,6 +220,17 @@ def test_refusal_is_one_line(server):
     assert fault(server, "ban", "--username", "ann", "--room", "Team A").startswith("room: a name such as team-a")
     clients = f"http://127.0.0.1:{server.port}"
     assert fault(None, "--url", clients, "list") == "there is nothing here"
+
+
+def test_rooms_of_many_pages(monkeypatch):
+    """The script reads on until there is no next page."""
+    port = MODERATE.AdminPort("http://localhost", None)
+    pages = {
+        "/rooms?limit=1000": {"rooms": [{"name": "a"}], "next": "a"},
+        "/rooms?limit=1000&after=a": {"rooms": [{"name": "b"}]},
+    }
+    monkeypatch.setattr(port, "ask", lambda method, path: pages[path])
+    assert [room["name"] for room in port.rooms()] == ["a", "b"]
 
 
 def test_help_names_every_command():

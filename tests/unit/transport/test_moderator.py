@@ -213,12 +213,13 @@ def test_pages_are_sent_to_a_muted_client(house):
     assert [frame["type"] for frame in ann.closing()[1]] == ["history"]
 
 
-@pytest.mark.parametrize(("document", "stored"), [({"address": HOST}, 64), ({"address": "192.0.2.1"}, 70)])
-def test_posts_that_wait_are_dropped_with_a_ban(house, document, stored):
+@pytest.mark.parametrize("kind", SanctionKind)
+@pytest.mark.parametrize(("address", "stored"), [(HOST, 64), ("192.0.2.1", 70)])
+def test_posts_that_wait_are_dropped(house, kind, address, stored):
     """Frames that have arrived are otherwise stored when a connection closes."""
     ann = house.client("/rooms/a", transport=wire())
     ann.protocol.dataReceived(masked(b'{"username":"ann","message":"hi"}') * 70)  # more than one turn handles
-    house.sanction(**document)
+    house.sanction(kind=kind, address=address)
     ann.lose()
     house.turn()
     assert result_of(house.log.read("a", None, 1)).head == stored
