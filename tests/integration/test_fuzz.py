@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
-import types
 
 import pytest
 from support.servers import LONG, ROOT, program
 
 sys.path.append(str(ROOT / "scripts"))
 
-from fuzzing import answers, inputs
+from attacking import answers, inputs
 
 fuzz = program(ROOT / "scripts" / "fuzz")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
@@ -77,7 +76,7 @@ class Fake:
     def __init__(self, answer, documents=()):
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.port = self.listener.getsockname()[1]
-        self.process = types.SimpleNamespace(poll=lambda: None)
+        self.running = True
         self.faults = []
         self.last = ""
         self._answer, self._documents = answer, documents
