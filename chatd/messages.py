@@ -13,6 +13,8 @@ _ID = re.compile(r"([0-9A-Za-z]{4,16})-(0|[1-9][0-9]{0,15})")
 class Code(StrEnum):
     """The cause of an error, for programs; a frame that breaks its schema has no code."""
 
+    FORBIDDEN = "FORBIDDEN"
+    """The token of the client does not permit this."""
     LABEL_REUSED = "LABEL_REUSED"
     """The label belongs to another message."""
     RATE_LIMITED = "RATE_LIMITED"
@@ -48,6 +50,8 @@ class Post(NamedTuple):
     message: str
     label: str | None = None
     """The key by which a retry of this post is recognized."""
+    author: str | None = None
+    """The subject of the token of the one who posts; None without tokens."""
 
 
 class PageRequest(NamedTuple):
