@@ -21,6 +21,7 @@ from chatd.messages import Code, Id
 from chatd.room.log import MAIN
 from chatd.room.presence import EVENTS
 from chatd.transport.frames import is_username
+from chatd.transport.identity import ANYONE, Identity
 
 NO_EVENTS: Final[frozenset[str]] = frozenset()
 MAX_ADDRESSES: Final = 10_000
@@ -75,6 +76,7 @@ class JoinRequest(NamedTuple):
     events: frozenset[str]
     """The events that it wants besides messages."""
     username: str | None
+    identity: Identity = ANYONE
 
 
 def room_pattern(text: str) -> str:

@@ -11,6 +11,7 @@ from chatd.room.registry import JoinTicket, Registry
 from chatd.room.room import Room
 from chatd.transport.admission import NO_EVENTS
 from chatd.transport.framing import CloseCode
+from chatd.transport.identity import ANYONE
 
 
 class MemberTransport(Protocol):
@@ -39,7 +40,21 @@ class MemberTransport(Protocol):
 class Membership:
     """Implements chatd.room.room.Member on top of a transport."""
 
-    __slots__ = ("_rooms", "_transport", "cursor", "events", "form", "name", "ready", "room", "room_name", "write")
+    __slots__ = (
+        *(
+            "_rooms",
+            "_transport",
+            "cursor",
+            "events",
+            "form",
+            "identity",
+            "name",
+            "ready",
+            "room",
+            "room_name",
+            "write",
+        ),
+    )
 
     def __init__(
         self, transport: MemberTransport, rooms: Registry, form: Callable[[bytes], bytes] | None = None
@@ -55,6 +70,8 @@ class Membership:
         self.write = transport.write
         self.events = NO_EVENTS
         self.name: str | None = None
+        self.identity = ANYONE
+        """The identity of the client, which a new token renews."""
         self.room: Room | None = None
         """The room, from join() to leave()."""
         self.room_name = ""

@@ -38,6 +38,7 @@ class EventStream:
         self.member = Membership(self, rooms, event)
         self.member.events = wanted.events
         self.member.name = wanted.username
+        self.member.identity = wanted.identity
         address = request.getClientAddress()
         self.peer = f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
         self._channel.when_lost = self._client_left

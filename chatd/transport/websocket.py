@@ -172,6 +172,7 @@ class WebSocketConnection(AutobahnConnection):
         session = self.session
         session.events = request.events
         session.name = request.username
+        session.identity = request.identity
         self.factory.connections.add(self)
         self.transport.registerProducer(self, self._socket is None)
         self.send_frame(answer + session.join(ticket))

@@ -1,0 +1,55 @@
+"""The identity of a client: who it is, and in which rooms it may read, post and moderate.
+
+Without tokens every client is ANYONE.  With tokens, `chatd.transport.tokens` makes the identity of each client from
+the claims of its token.
+
+This module is pure.
+"""
+
+import re
+from typing import Final, NamedTuple
+
+Rooms = tuple[re.Pattern[str], ...] | None
+"""The rooms whose names match one of these patterns; None: every room."""
+
+
+class Permissions(NamedTuple):
+    """The rooms in which a client may read, post and moderate."""
+
+    read: Rooms = None
+    post: Rooms = None
+    moderate: Rooms = ()
+
+
+class Identity(NamedTuple):
+    """A client, as the server knows it."""
+
+    subject: str | None = None
+    """The claim `sub` of the token, the stable name of an account; None without tokens."""
+    username: str | None = None
+    """The only username of the client; None without tokens: any name."""
+    expires: float | None = None
+    """The time at which the token expires, in seconds since 1970; None without tokens: never."""
+    permissions: Permissions = Permissions()
+
+    def may_read(self, room: str) -> bool:
+        """Return whether the client may read a room."""
+        return _includes(self.permissions.read, room)
+
+    def may_post(self, room: str) -> bool:
+        """Return whether the client may post to a room."""
+        return _includes(self.permissions.post, room)
+
+    def may_moderate(self, room: str) -> bool:
+        """Return whether the client may replace and remove the messages of others in a room."""
+        return _includes(self.permissions.moderate, room)
+
+
+def _includes(rooms: Rooms, name: str) -> bool:
+    return rooms is None or any(pattern.match(name) for pattern in rooms)
+
+
+ANYONE: Final = Identity()
+"""The identity of every client of a server without tokens: it reads and posts everywhere, and moderates nothing."""
+NOBODY: Final = Identity(permissions=Permissions((), (), ()))
+"""The identity of a client whose token is no longer valid: it may do nothing."""
