@@ -19,6 +19,8 @@ class Code(StrEnum):
     """The label belongs to another message."""
     RATE_LIMITED = "RATE_LIMITED"
     """The client sends too many frames and may send this one again later."""
+    TOKEN_REFUSED = "TOKEN_REFUSED"  # noqa: S105 -- not a password
+    """A token is needed, and there is none or it is not valid."""
     UNAVAILABLE = "UNAVAILABLE"
     """The log can neither store nor return entries now; the client may retry."""
     UNKNOWN_ID = "UNKNOWN_ID"
@@ -67,6 +69,13 @@ class Typing(NamedTuple):
     """A notice that a user types."""
 
     username: str
+
+
+class Renewal(NamedTuple):
+    """A request to go on with a new token."""
+
+    token: str
+    label: str | None
 
 
 class Entry(NamedTuple):

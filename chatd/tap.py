@@ -37,6 +37,9 @@ from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
+from chatd.transport.jwks import KeyFile, KeySource, KeyUrl
+from chatd.transport.keyring import read_jwks, read_key
+from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
 
 GARBAGE: Final = 50_000
@@ -103,6 +106,27 @@ def _store(settings: config.Settings, reactor: Any) -> Store:
     return RedisStore(Link(address, reactor, file), settings.retain)
 
 
+def _tokens(settings: config.Settings, reactor: Any) -> Tokens | None:
+    """Make what verifies tokens, if the options ask for them."""
+    keys: KeySource
+    if settings.jwt_key is not None:
+        keys = KeyFile(settings.jwt_key.absolute(), read_key)
+    elif "://" in settings.jwks:
+        keys = KeyUrl(settings.jwks, reactor)
+    elif settings.jwks:
+        keys = KeyFile(pathlib.Path(settings.jwks).absolute(), read_jwks)
+    else:
+        return None
+    return Tokens(
+        keys,
+        now=reactor.seconds,
+        audience=settings.jwt_audience or None,
+        issuer=settings.jwt_issuer or None,
+        username=settings.jwt_username,
+        cookie=settings.jwt_cookie or None,
+    )
+
+
 def makeService(options: Options) -> IService:
     """Compose the server."""
     reactor = _reactor()
@@ -119,9 +143,10 @@ def makeService(options: Options) -> IService:
     a_second, burst = settings.rate
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
-    readiness = Readiness(lambda: store.fault)
-    api = Api(rooms, connections, admission, addresses)
-    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, proxied=proxied)
+    tokens = _tokens(settings, reactor)
+    readiness = Readiness(lambda: store.fault or (None if tokens is None else tokens.fault))
+    api = Api(rooms, connections, admission, addresses, tokens)
+    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, tokens, proxied=proxied)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     metrics = Metrics(
         store=store,
@@ -155,9 +180,10 @@ def makeService(options: Options) -> IService:
         process=process,
         observer=observer,
         notify=Notifier(options.environ),
+        each_second=[] if tokens is None else [tokens.keys.look, lambda: connections.end_expired(tokens.ended())],
     )
     process.daemonize()
-    _heed_upkeep(reactor, observer, options.ports)
+    _heed_upkeep(reactor, observer, options.ports, tokens)
     reactor.callWhenRunning(_heed_signals, reactor, service)
     return service
 
@@ -181,7 +207,7 @@ def _observer(settings: config.Settings, twistd: MutableMapping[str, Any], react
     return observer
 
 
-def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Ports) -> None:
+def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Ports, tokens: Tokens | None) -> None:
     """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
 
     def reload() -> None:
@@ -189,6 +215,8 @@ def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Por
         if observer is not None:
             observer.reopen()
         ports.reload()
+        if tokens is not None:
+            tokens.keys.reload()
 
     actions = {signal.SIGHUP: reload, signal.SIGUSR1: (lambda: None) if observer is None else observer.rotate}
 

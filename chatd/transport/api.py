@@ -35,7 +35,9 @@ from chatd.transport.frames import (
 )
 from chatd.transport.framing import payload
 from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, answer, page, problem, retry_after
+from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.sse import EventStream
+from chatd.transport.tokens import Tokens, admit, check_reading
 
 EVENT_STREAM_TYPE: Final = "text/event-stream"
 """The media type of Server-Sent Events."""
@@ -48,6 +50,9 @@ _ROUTE = re.compile(r"/|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<i
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _logger = Logger()
+
+_Handler = Callable[[Identity], Any]
+"""Handles a request of a client, and returns the body of the answer or NOT_DONE_YET."""
 
 
 class Reply:
@@ -65,6 +70,15 @@ class Reply:
         """Send the answer, if the client is still connected."""
         if not self._disconnected:
             self._request.write(answer(self._request, status, body, kind, **headers))
+            self._request.finish()
+
+    def send_all(self, handler: "_Handler", identity: Identity) -> None:
+        """Call a handler late, if the client is still connected, and send the answer that it returns."""
+        if self._disconnected:
+            return
+        body = handler(identity)
+        if body is not NOT_DONE_YET:
+            self._request.write(body)
             self._request.finish()
 
     def refuse(self, refused: HttpError) -> None:
@@ -131,8 +145,16 @@ class Api(ChatResource):
 
     isLeaf = True
 
-    def __init__(self, rooms: Registry, connections: Connections, admission: Admission, addresses: Addresses) -> None:
+    def __init__(
+        self,
+        rooms: Registry,
+        connections: Connections,
+        admission: Admission,
+        addresses: Addresses,
+        tokens: Tokens | None = None,
+    ) -> None:
         super().__init__()
+        self._tokens = tokens
         self._rooms = rooms
         self._connections = connections
         self._admission = admission
@@ -157,7 +179,12 @@ class Api(ChatResource):
         allowed = "*" if self._admission.any_origin else origin
         if allowed is not None:
             request.setHeader("access-control-allow-origin", allowed)
-            request.setHeader("access-control-expose-headers", "Link, Location, Retry-After")
+            exposed = "Link, Location, Retry-After"
+            if self._tokens is not None:
+                exposed += ", WWW-Authenticate"
+                if self._tokens.cookie:
+                    request.setHeader("access-control-allow-credentials", "true")
+            request.setHeader("access-control-expose-headers", exposed)
 
     def _route(self, request: Request) -> Any:
         """Call the handler of this method and path; the path is not decoded."""
@@ -170,16 +197,16 @@ class Api(ChatResource):
         named = match["room"] or "/"
         room = self._admission.room(named)
         rest = match["rest"] or ""
-        resource: dict[str, Callable[[], Any]] = {"OPTIONS": lambda: self._preflight(request, resource)}
+        resource: dict[str, _Handler] = {"OPTIONS": lambda _: self._preflight(request, resource)}
         if rest == "/messages":
-            resource["GET"] = lambda: self._page(request, room, query)
-            resource["POST"] = lambda: self._post(request, room)
+            resource["GET"] = lambda reader: self._page(request, reader, room, query)
+            resource["POST"] = lambda poster: self._post(request, poster, room)
         elif rest == "/events":
-            resource["GET"] = lambda: self._events(request, named, query)
+            resource["GET"] = lambda reader: self._events(request, reader, named, query)
         elif rest:
-            resource["GET"] = lambda: self._message(request, room, match["id"])
+            resource["GET"] = lambda reader: self._message(request, reader, room, match["id"])
         else:
-            resource["GET"] = lambda: page(request, named)
+            resource["GET"] = lambda _: page(request, named)
         method = request.method.decode("latin-1")
         found = resource.get("GET" if method == "HEAD" else method)
         if found is None:
@@ -187,7 +214,14 @@ class Api(ChatResource):
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
         if method != "OPTIONS" and rest != "/events":  # browsers never repeat a stream that was refused
             self._limit(request, reading=method != "POST")
-        return found()
+        if self._tokens is None or method == "OPTIONS" or not rest:
+            return found(ANYONE)
+        identity = self._tokens.identify(_header(request, b"authorization"), _header(request, b"cookie"))
+        if isinstance(identity, Identity):
+            return found(identity)
+        reply = Reply(request)
+        identity.addCallback(lambda known: reply.send_all(found, known)).addErrback(reply.failed)
+        return NOT_DONE_YET
 
     def _limit(self, request: Request, *, reading: bool) -> None:
         """Count a request of the address behind the connection; raise HttpError 429 above the rate."""
@@ -199,20 +233,24 @@ class Api(ChatResource):
             raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
         cast(Any, request.channel).counted = True
 
-    def _preflight(self, request: Request, resource: dict[str, Callable[[], Any]]) -> int:
+    def _preflight(self, request: Request, resource: dict[str, "_Handler"]) -> int:
         """Answer a preflight request (Fetch, section 3.2.3)."""
         request.setHeader("allow", _methods(resource))
         if _header(request, b"origin"):
             request.setHeader("access-control-allow-methods", _methods(resource))
-            request.setHeader("access-control-allow-headers", "Content-Type, Idempotency-Key, Last-Event-ID")
+            allowed = "Content-Type, Idempotency-Key, Last-Event-ID"
+            request.setHeader(
+                "access-control-allow-headers", allowed if self._tokens is None else f"Authorization, {allowed}"
+            )
             request.setHeader("access-control-max-age", str(PREFLIGHT_SECONDS))
         Reply(request).send(HTTPStatus.NO_CONTENT, b"", "")
         return NOT_DONE_YET
 
     # Reading
 
-    def _page(self, request: Request, room: str, query: str) -> int:
+    def _page(self, request: Request, reader: Identity, room: str, query: str) -> int:
         """Answer with a page and links to its neighbours (RFC 8288)."""
+        check_reading(reader, room)
         asked: dict[str, Any] = {
             name: values[-1] for name, values in read_query(query).items() if name in ("before", "after", "limit")
         }
@@ -243,8 +281,9 @@ class Api(ChatResource):
             links.append(f'<?after={Id(epoch, encoded.end)}&limit={limit}>; rel="next"')
         return links
 
-    def _message(self, request: Request, room: str, text: str) -> int:
+    def _message(self, request: Request, reader: Identity, room: str, text: str) -> int:
         """Answer with one message."""
+        check_reading(reader, room)
         try:
             wanted = Id.parse(text)
         except ValueError as error:
@@ -264,7 +303,7 @@ class Api(ChatResource):
 
     # Posting
 
-    def _post(self, request: Request, room: str) -> int:
+    def _post(self, request: Request, poster: Identity, room: str) -> int:
         """Post a message, and answer with its location."""
         if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             # No HTML form sends this type, so pages of other origins need a preflight request.
@@ -281,15 +320,22 @@ class Api(ChatResource):
             if post.label not in (None, label):
                 raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
             post = post._replace(label=label)
+        forbidden = refusal(poster, room, post.username)
+        if forbidden is not None:
+            raise HttpError(HTTPStatus.FORBIDDEN, forbidden, Code.FORBIDDEN)
+        if poster.subject is not None:
+            post = post._replace(author=poster.subject)
         posting = Posting(Reply(request), lambda: self._rooms.epoch)
         self._rooms.post(room, post, posting)
         return NOT_DONE_YET
 
     # Events
 
-    def _events(self, request: Request, path: str, query: str) -> Any:
+    def _events(self, request: Request, reader: Identity, path: str, query: str) -> Any:
         """Answer with a stream of events."""
         wanted = self._admission.join_request(path, read_query(query))
+        if reader is not ANYONE:
+            wanted = admit(wanted, reader)
         last = last_id(_header(request, b"last-event-id")) or wanted.last
         if request.method == b"HEAD":
             body = answer(request, HTTPStatus.OK, b"", EVENT_STREAM_TYPE)
@@ -307,7 +353,7 @@ def _header(request: Request, name: bytes) -> str | None:
     return b", ".join(values).decode("latin-1") if values else None
 
 
-def _methods(resource: dict[str, Callable[[], Any]]) -> str:
+def _methods(resource: "dict[str, _Handler]") -> str:
     return ", ".join(sorted({*resource, "HEAD"}))
 
 

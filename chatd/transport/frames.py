@@ -22,7 +22,7 @@ import jsonschema_rs
 import orjson
 from jsonschema.validators import extend
 
-from chatd.messages import Code, Entry, Id, PageRequest, Post, Typing
+from chatd.messages import Code, Entry, Id, PageRequest, Post, Renewal, Typing
 from chatd.transport.framing import payload, text_frame
 
 _WORDS: Final = {
@@ -115,7 +115,7 @@ class Form:
 
 
 MESSAGE: Final = Form("message")
-FORMS: Final = {"history": Form("page"), "typing": Form("typing")}
+FORMS: Final = {"history": Form("page"), "token": Form("token"), "typing": Form("typing")}
 """The kinds of frames with a `type`, by that type."""
 PAGE_LIMIT: Final[int] = FORMS["history"].schema["properties"]["limit"]["maximum"]
 """The largest number of messages in a page."""
@@ -125,7 +125,7 @@ PAGE_DEFAULT: Final[int] = FORMS["history"].schema["properties"]["limit"]["defau
 _accepts = MESSAGE.accepts
 
 
-def parse(text: bytes) -> Post | PageRequest | Typing:
+def parse(text: bytes) -> Post | PageRequest | Renewal | Typing:
     """Parse the text of a frame.
 
     Raises FrameError when it is not JSON (RFC 8259: neither NaN nor a lone surrogate is; of
@@ -143,6 +143,8 @@ def parse(text: bytes) -> Post | PageRequest | Typing:
         return page_request(document)
     if not FORMS[kind].accepts(document):
         _refuse(FORMS[kind], document)
+    if kind == "token":
+        return Renewal(document["token"], document.get("label"))
     return Typing(document["username"])
 
 
@@ -268,6 +270,12 @@ def ack_frame(message: Id, label: str | None, *, duplicate: bool) -> bytes:
     if duplicate:
         document["duplicate"] = True
     return text_frame(orjson.dumps(document))
+
+
+def token_frame(expires: float, label: str | None) -> bytes:
+    """Encode the frame that accepts a new token, which expires at a time in seconds since 1970."""
+    labelled = {} if label is None else {"label": label}
+    return text_frame(orjson.dumps({"type": "token", **labelled, "expires": int(expires)}))
 
 
 def error_frame(

@@ -36,6 +36,7 @@ from chatd.transport.admission import HttpError, Rate, check_operator
 from chatd.transport.connections import HTTP
 from chatd.transport.heads import HEAD_END, MAX_HEAD, MAX_HEADERS, Head, check_partial, invalid, parse, too_long
 from chatd.transport.intake import Intake
+from chatd.transport.tokens import Tokens
 
 HTTP_SECONDS: Final = 75
 """The time in which a request must arrive."""
@@ -406,10 +407,16 @@ class ChatSite(Site):
     protocol = _Channel  # type: ignore[assignment]  # HTTP/2 is not offered
 
     def __init__(
-        self, resource: IResource, reactor: IReactorTime, rate: Rate | None = None, *, proxied: bool = False
+        self,
+        resource: IResource,
+        reactor: IReactorTime,
+        rate: Rate | None = None,
+        tokens: Tokens | None = None,
+        *,
+        proxied: bool = False,
     ) -> None:
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
-        self.intake = Intake(reactor, rate)
+        self.intake = Intake(reactor, rate, tokens)
         self.proxied = proxied
         """True if one connection may carry the requests of many clients."""
         self.refused: Counter[str] = Counter()
@@ -479,12 +486,14 @@ def site(
     reactor: IReactorTime,
     resources: Mapping[str, IResource],
     rate: Rate | None = None,
+    tokens: Tokens | None = None,
     *,
     proxied: bool = False,
 ) -> ChatSite:
     """Make the site of a port: health checks, and these resources by the first part of their path.
 
-    `rate` limits each connection, unless it is `proxied` and may carry the requests of many clients.
+    `rate` limits each connection, unless it is `proxied` and may carry the requests of many clients.  `tokens` are
+    needed by WebSocket clients, if they are given.
     """
 
     def readiness() -> tuple[HTTPStatus, str]:
@@ -496,7 +505,7 @@ def site(
     root.putChild(b"readyz", Text(readiness))
     for name, resource in resources.items():
         root.putChild(name.encode(), resource)
-    return ChatSite(root, reactor, rate, proxied=proxied)
+    return ChatSite(root, reactor, rate, tokens, proxied=proxied)
 
 
 def admin(

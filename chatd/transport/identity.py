@@ -45,6 +45,15 @@ class Identity(NamedTuple):
         return _includes(self.permissions.moderate, room)
 
 
+def refusal(identity: Identity, room: str, username: str) -> str | None:
+    """Return why a client may not post in a room under a name; None if it may."""
+    if not identity.may_post(room):
+        return "The token does not permit posting in this room."
+    if identity.username not in (None, username):
+        return "The username is not that of the token."
+    return None
+
+
 def _includes(rooms: Rooms, name: str) -> bool:
     return rooms is None or any(pattern.match(name) for pattern in rooms)
 

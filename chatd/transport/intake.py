@@ -13,6 +13,7 @@ from twisted.internet.interfaces import IReactorTime
 from chatd.messages import Code
 from chatd.transport.admission import Rate
 from chatd.transport.connections import HTTP, WEBSOCKET
+from chatd.transport.tokens import Tokens
 
 FRAMES_PER_TURN: Final = 64
 """The largest number of frames that one connection handles in a reactor turn."""
@@ -58,11 +59,12 @@ class TurnQueue:
 
 
 class Intake:
-    """The state that the connections to a port share: the rate limit, if there is one, the turns, and the counts."""
+    """The state that the connections to a port share: the turns, the counts, and a rate limit and tokens, if any."""
 
-    def __init__(self, clock: IReactorTime, rate: Rate | None = None) -> None:
+    def __init__(self, clock: IReactorTime, rate: Rate | None = None, tokens: Tokens | None = None) -> None:
         self.clock = clock
         self.rate = rate
+        self.tokens = tokens
         self.turns = TurnQueue(clock)
         self.refusals = Counter(dict.fromkeys([SCHEMA, *Code], 0))
         """The number of refused frames, by the code of the error."""

@@ -1,4 +1,4 @@
-"""The meaning of one client's frames: it posts, pages and types in the room that it is in.
+"""The meaning of one client's frames: it posts, pages, types and renews its token in the room that it is in.
 
 A session checks each frame, hands posts to the log, and answers with an acknowledgement, a page or an
 error.  A WebSocket connection holds one session.
@@ -12,19 +12,22 @@ the transport.
 from collections.abc import Iterator
 from enum import Flag, auto
 from math import ceil
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar, cast
 
+from twisted.internet.defer import maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.messages import Code, Id, PageRequest, Post, Typing
+from chatd.messages import Code, Id, PageRequest, Post, Renewal, Typing
 from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
 from chatd.room.registry import Registry
 from chatd.room.room import Room
+from chatd.transport.admission import HttpError
 from chatd.transport.connections import WEBSOCKET
-from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse
+from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse, token_frame
 from chatd.transport.framing import CloseCode
+from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.intake import SCHEMA, Intake
 from chatd.transport.membership import Membership, MemberTransport
 
@@ -51,6 +54,8 @@ class Pause(Flag):
     NONE = 0
     FETCHING = auto()
     """A page is being read from the log."""
+    VERIFYING = auto()
+    """A key for a new token is being fetched."""
     BLOCKED = auto()
     """Answers wait in the transport."""
     THROTTLED = auto()
@@ -61,7 +66,7 @@ class Pause(Flag):
     """The server drains, and reads no more."""
     EARLY = THROTTLED | QUEUED
     """The client sends more than the server reads now."""
-    HOLDING = FETCHING | BLOCKED | EARLY
+    HOLDING = FETCHING | VERIFYING | BLOCKED | EARLY
 
 
 _UNPAUSED: Final = Pause.NONE  # each frame compares with it, and Python 3.11 computes `Pause.NONE` at every use
@@ -143,9 +148,8 @@ class Session(Membership):
                 if _is_text(text):
                     continue
                 break
-            if isinstance(frame, Post):
-                self._in_flight += 1
-                self._rooms.post(room.name, frame, self)
+            if isinstance(frame, Post) and refusal(self.identity, room.name, frame.username) is None:
+                self._append(room, frame)
         super().leave()
 
     # Reading
@@ -226,16 +230,77 @@ class Session(Membership):
                 self._limit(wait, frame.label)
             return
         self._refusals = 0
+        self._handle(room, frame)
+
+    def _handle(self, room: Room, frame: Post | PageRequest | Renewal | Typing) -> None:
+        """Handle a frame that the rate allows."""
         if isinstance(frame, Post):
-            if frame.username != self.name:
-                self.name = frame.username
-                room.presence.changed()
-            self._in_flight += 1
-            self._rooms.post(room.name, frame, self)
+            if self._may_post(room, frame.username, frame.label):
+                self._rename(room, frame.username)
+                self._append(room, frame)
         elif isinstance(frame, PageRequest):
             self._page(room, frame)
-        else:
+        elif isinstance(frame, Renewal):
+            self._renew(frame)
+        elif self._may_post(room, frame.username, None):
             room.presence.typing(frame.username)
+
+    def _may_post(self, room: Room, username: str, label: str | None) -> bool:
+        """Return whether the client may post under a name; answer with an error if it may not."""
+        if self.identity is ANYONE:
+            return True
+        reason = refusal(self.identity, room.name, username)
+        if reason is not None:
+            self._err(reason, Code.FORBIDDEN, label)
+        return reason is None
+
+    def _rename(self, room: Room, username: str | None) -> None:
+        if username != self.name:
+            self.name = username
+            room.presence.changed()
+
+    def _append(self, room: Room, post: Post) -> None:
+        """Hand a post to the log, with its author."""
+        author = self.identity.subject
+        self._in_flight += 1
+        self._rooms.post(room.name, post if author is None else post._replace(author=author), self)
+
+    def _renew(self, renewal: Renewal) -> None:
+        """Go on with a new token; a token that is refused leaves the old one in force."""
+        tokens = self._intake.tokens
+        if tokens is None:
+            self._err("This server takes no tokens.", Code.TOKEN_REFUSED, renewal.label)
+            return
+        verifying = maybeDeferred(tokens.verify, renewal.token)
+        if not verifying.called:
+            self._pause(Pause.VERIFYING)
+        verifying.addCallbacks(
+            self._renewed, self._not_renewed, callbackArgs=(renewal.label,), errbackArgs=(renewal.label,)
+        ).addBoth(self._renewal_done)
+
+    def _renewed(self, identity: Identity, label: str | None) -> None:
+        room = self.room
+        if room is None:
+            return
+        if identity.subject != self.identity.subject:
+            self._err("The token is of another subject.", Code.TOKEN_REFUSED, label)
+        elif not identity.may_read(room.name):
+            self._transport.fail(CloseCode.POLICY_VIOLATION, "the token does not permit reading this room")
+        else:
+            self.identity = identity
+            self._rename(room, identity.username)
+            self.send_frame(token_frame(identity.expires or 0.0, label))
+
+    def _not_renewed(self, failure: Failure, label: str | None) -> None:
+        failure.trap(HttpError)
+        error = cast(HttpError, failure.value)
+        if self.room is not None:
+            self._err(f"The token is not accepted: {error}.", error.code, label)
+
+    def _renewal_done(self, result: _T) -> _T:
+        if Pause.VERIFYING in self._pauses:
+            self._go_on(Pause.VERIFYING)
+        return result
 
     def part_received(self) -> None:
         """Take a token for a frame that cannot be refused; above the rate, throttle the client."""
