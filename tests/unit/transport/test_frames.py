@@ -423,14 +423,14 @@ def test_typing_is_refused_with_the_words_of_a_post(changes, fault):
     "kind", ["message", "", "History", "history ", "typing\n", "ack", "__class__", 'a"b', "x" * 10**6]
 )
 def test_type_is_history_or_typing_or_absent(kind):
-    fault = 'Validation error: "type" must be one of [history, typing]'
+    fault = 'Validation error: "type" must be one of [history, token, typing]'
     assert refusal(post_json(type=kind)) == fault
     assert refusal(b'{"extra":1,"type":%b}' % json.dumps(kind).encode()) == fault  # before any other fault
 
 
 @pytest.mark.parametrize("kind", [None, True, 0, 1.5, [], ["history"], {}, {"history": 1}])
 def test_type_that_is_no_string_is_refused_with_the_same_words(kind):
-    assert refusal(post_json(type=kind)) == 'Validation error: "type" must be one of [history, typing]'
+    assert refusal(post_json(type=kind)) == 'Validation error: "type" must be one of [history, token, typing]'
 
 
 def test_post_with_another_type():
@@ -580,7 +580,7 @@ def test_error_does_not_depend_on_depth(depth, opening, closing):
         'Validation error: "extra" is not allowed'
     )
     assert refusal(b'{"username":"ann","message":"hi","label":' + deep + b"}") == f"Validation error: {NO_STRING}"
-    assert refusal(b'{"type":' + deep + b"}") == 'Validation error: "type" must be one of [history, typing]'
+    assert refusal(b'{"type":' + deep + b"}") == 'Validation error: "type" must be one of [history, token, typing]'
     assert refusal(b'{"type":"history","limit":' + deep + b"}") == 'Validation error: "limit" must be an integer'
     assert refusal(b'{"type":"history","before":' + deep + b"}") == 'Validation error: "before" must be a string'
     assert refusal(b'{"type":"typing","username":' + deep + b"}") == 'Validation error: "username" must be a string'
@@ -607,7 +607,7 @@ def test_error_does_not_depend_on_depth(depth, opening, closing):
         (b'{"label":1,"message":"hi"}', '"username" is required'),
         (
             b'{"extra":1,"label":1,"limit":0,"after":1,"before":1,"type":"other"}',
-            '"type" must be one of [history, typing]',
+            '"type" must be one of [history, token, typing]',
         ),
         (b'{"extra":1,"label":1,"limit":0,"after":1,"before":1,"type":"history"}', '"before" must be a string'),
         (
@@ -773,7 +773,7 @@ def answer_of(document):
     if isinstance(document, dict) and "type" in document:
         form = document["type"]
         if form not in ("history", "typing"):
-            return 'Validation error: "type" must be one of [history, typing]'
+            return 'Validation error: "type" must be one of [history, token, typing]'
     fault = fault_of(form, document)
     if fault:
         return f"Validation error: {fault}"
