@@ -3,7 +3,8 @@
 GET  /rooms/NAME                the page that explains how to connect (handshakes never arrive here)
 GET  /rooms/NAME/messages       a page of the log: ?before=ID, ?after=ID, ?limit=N
 GET  /rooms/NAME/messages/ID    one message
-POST /rooms/NAME/messages       post a message; Idempotency-Key is the label
+POST /rooms/NAME/messages       post a message, or an edit of one; Idempotency-Key is the label
+DELETE /rooms/NAME/messages/ID  remove one message
 GET  /rooms/NAME/events         Server-Sent Events: see chatd.transport.sse
 """
 
@@ -21,7 +22,16 @@ from twisted.web.server import NOT_DONE_YET
 from typing_extensions import override
 
 from chatd.messages import Code, Id, PageRequest, Post
-from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.room.log import (
+    EncodedPage,
+    Forbidden,
+    InDoubt,
+    LabelReused,
+    LogUnavailable,
+    NotReplaceable,
+    Refusal,
+    UnknownId,
+)
 from chatd.room.registry import Registry
 from chatd.transport.admission import Addresses, Admission, HttpError, last_id, read_query, server_stopping
 from chatd.transport.connections import Connections
@@ -32,6 +42,7 @@ from chatd.transport.frames import (
     is_label,
     page_request,
     parse_post,
+    removal,
 )
 from chatd.transport.framing import payload
 from chatd.transport.http import PROBLEM, RETRY_AFTER_SECONDS, ChatResource, answer, page, problem, retry_after
@@ -119,20 +130,30 @@ def _meaning(failure: Failure) -> HttpError:
 class Posting:
     """A post in flight, whose outcome is the answer to a request (chatd.room.log.Poster)."""
 
-    def __init__(self, reply: Reply, epoch: Callable[[], str]) -> None:
+    def __init__(self, reply: Reply, epoch: Callable[[], str], stored: HTTPStatus = HTTPStatus.CREATED) -> None:
         self._reply = reply
         self._epoch = epoch
+        self._stored = stored
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
         message = Id(self._epoch(), number)
-        status = HTTPStatus.OK if duplicate else HTTPStatus.CREATED
+        status = HTTPStatus.OK if duplicate else self._stored
         body = payload(ack_frame(message, post.label, duplicate=duplicate)) + b"\n"
-        self._reply.send(status, body, location=f"messages/{message}")
+        location = {} if post.removed else {"location": f"messages/{message}"}
+        self._reply.send(status, body, **location)
 
-    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+    def refused(self, post: Post, error: Refusal) -> None:
         if isinstance(error, LabelReused):
             status, code, why = HTTPStatus.UNPROCESSABLE_ENTITY, Code.LABEL_REUSED, "it was given to another message"
             self._reply.refuse(HttpError(status, f"Idempotency-Key: {why}", code))
+        elif isinstance(error, UnknownId):
+            self._reply.failed(Failure(error))
+        elif isinstance(error, Forbidden):
+            why = "only its author or a moderator may replace a message"
+            self._reply.refuse(HttpError(HTTPStatus.FORBIDDEN, why, Code.FORBIDDEN))
+        elif isinstance(error, NotReplaceable):
+            why = "the message is an edit or was removed, and cannot be replaced"
+            self._reply.refuse(HttpError(HTTPStatus.CONFLICT, why, Code.NOT_REPLACEABLE))
         else:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             in_doubt = isinstance(error, InDoubt)
@@ -205,6 +226,7 @@ class Api(ChatResource):
             resource["GET"] = lambda reader: self._events(request, reader, named, query)
         elif rest:
             resource["GET"] = lambda reader: self._message(request, reader, room, match["id"])
+            resource["DELETE"] = lambda poster: self._remove(request, poster, room, match["id"])
         else:
             resource["GET"] = lambda _: page(request, named)
         method = request.method.decode("latin-1")
@@ -213,7 +235,7 @@ class Api(ChatResource):
             request.setHeader("allow", _methods(resource))
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
         if method != "OPTIONS" and rest != "/events":  # browsers never repeat a stream that was refused
-            self._limit(request, reading=method != "POST")
+            self._limit(request, reading=method not in {"POST", "DELETE"})
         if self._tokens is None or method == "OPTIONS" or not rest:
             return found(ANYONE)
         identity = self._tokens.identify(_header(request, b"authorization"), _header(request, b"cookie"))
@@ -284,10 +306,7 @@ class Api(ChatResource):
     def _message(self, request: Request, reader: Identity, room: str, text: str) -> int:
         """Answer with one message."""
         check_reading(reader, room)
-        try:
-            wanted = Id.parse(text)
-        except ValueError as error:
-            raise HttpError(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
+        wanted = _id(text)
         reply = Reply(request)
 
         def found(encoded: EncodedPage) -> None:
@@ -320,13 +339,20 @@ class Api(ChatResource):
             if post.label not in (None, label):
                 raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
             post = post._replace(label=label)
+        return self._append(request, poster, room, post, HTTPStatus.CREATED)
+
+    def _remove(self, request: Request, poster: Identity, room: str, text: str) -> int:
+        """Remove a message, and answer with the id of the removal."""
+        label = _idempotency_key(_header(request, b"idempotency-key"))
+        return self._append(request, poster, room, removal(_id(text), label), HTTPStatus.OK)
+
+    def _append(self, request: Request, poster: Identity, room: str, post: Post, stored: HTTPStatus) -> int:
+        """Hand a post to the log, with its author."""
         forbidden = refusal(poster, room, post.username)
         if forbidden is not None:
             raise HttpError(HTTPStatus.FORBIDDEN, forbidden, Code.FORBIDDEN)
-        if poster.subject is not None:
-            post = post._replace(author=poster.subject)
-        posting = Posting(Reply(request), lambda: self._rooms.epoch)
-        self._rooms.post(room, post, posting)
+        posting = Posting(Reply(request), lambda: self._rooms.epoch, stored)
+        self._rooms.post(room, poster.sign(post, room), posting)
         return NOT_DONE_YET
 
     # Events
@@ -351,6 +377,14 @@ def _header(request: Request, name: bytes) -> str | None:
     """Return a header as it was sent, with all its lines; Twisted would decode it as UTF-8."""
     values = request.requestHeaders.getRawHeaders(name)
     return b", ".join(values).decode("latin-1") if values else None
+
+
+def _id(text: str) -> Id:
+    """Parse the id in a path; raises HttpError 404."""
+    try:
+        return Id.parse(text)
+    except ValueError as error:
+        raise HttpError(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
 
 
 def _methods(resource: "dict[str, _Handler]") -> str:

@@ -20,7 +20,16 @@ from twisted.python.failure import Failure
 from typing_extensions import override
 
 from chatd.messages import Code, Id, PageRequest, Post, Renewal, Typing
-from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.room.log import (
+    EncodedPage,
+    Forbidden,
+    InDoubt,
+    LabelReused,
+    LogUnavailable,
+    NotReplaceable,
+    Refusal,
+    UnknownId,
+)
 from chatd.room.registry import Registry
 from chatd.room.room import Room
 from chatd.transport.admission import HttpError
@@ -39,6 +48,13 @@ NOT_STORED: Final = "The message was not stored; try again."
 """The error sent to the poster when the store fails; Code.UNAVAILABLE."""
 IN_DOUBT: Final = "The message may not have been stored; try again with the same label."
 """The error sent to the poster when the store fails and may have stored the post; Code.UNAVAILABLE."""
+REFUSALS: Final[dict[type[Exception], tuple[Code, str]]] = {
+    Forbidden: (Code.FORBIDDEN, "Only its author or a moderator may replace a message."),
+    LabelReused: (Code.LABEL_REUSED, "The label was given to another message."),
+    NotReplaceable: (Code.NOT_REPLACEABLE, "The message is an edit or was removed, and cannot be replaced."),
+    UnknownId: (Code.UNKNOWN_ID, "There is no message of this id."),
+}
+"""The errors sent to the client when the log refuses what it sent."""
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -236,7 +252,8 @@ class Session(Membership):
         """Handle a frame that the rate allows."""
         if isinstance(frame, Post):
             if self._may_post(room, frame.username, frame.label):
-                self._rename(room, frame.username)
+                if not frame.removed:
+                    self._rename(room, frame.username)
                 self._append(room, frame)
         elif isinstance(frame, PageRequest):
             self._page(room, frame)
@@ -261,9 +278,8 @@ class Session(Membership):
 
     def _append(self, room: Room, post: Post) -> None:
         """Hand a post to the log, with its author."""
-        author = self.identity.subject
         self._in_flight += 1
-        self._rooms.post(room.name, post if author is None else post._replace(author=author), self)
+        self._rooms.post(room.name, self.identity.sign(post, room.name), self)
 
     def _renew(self, renewal: Renewal) -> None:
         """Go on with a new token; a token that is refused leaves the old one in force."""
@@ -370,7 +386,8 @@ class Session(Membership):
         if self.room is None:
             return
         if failure.check(UnknownId):
-            self._err("There is no message of this id.", Code.UNKNOWN_ID, request.label)
+            code, words = REFUSALS[UnknownId]
+            self._err(words, code, request.label)
             return
         _logger.error("the log cannot be read: {error}", error=failure.value)
         self._err("The log cannot be read now; try again.", Code.UNAVAILABLE, request.label)
@@ -396,11 +413,12 @@ class Session(Membership):
         if not self.ready:
             self.block()
 
-    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+    def refused(self, post: Post, error: Refusal) -> None:
         self._in_flight -= 1
         if self.room is None:
             return
-        if isinstance(error, LabelReused):
-            self._err("The label was given to another message.", Code.LABEL_REUSED, post.label)
-        else:
+        if isinstance(error, LogUnavailable):
             self._err(IN_DOUBT if isinstance(error, InDoubt) else NOT_STORED, Code.UNAVAILABLE, post.label)
+        else:
+            code, words = REFUSALS[type(error)]
+            self._err(words, code, post.label)
