@@ -25,8 +25,10 @@ from chatd.messages import Entry
 from chatd.room.room import MAX_LAG
 from chatd.store.base import Retention
 from chatd.transport import frames
-from chatd.transport.admission import origin_pattern, room_pattern
+from chatd.transport.admission import ANY_ORIGIN, origin_pattern, room_pattern
 from chatd.transport.frames import FrameError
+from chatd.transport.jwks import KeyFile, check_url
+from chatd.transport.keyring import read_jwks, read_key
 
 _T = TypeVar("_T")
 HELP: Final = "`twistd chatd --help` explains every option"
@@ -105,6 +107,37 @@ def parse_seed(path: str) -> tuple[Entry, ...]:
         raise ValueError(f"{path} {error}") from None
 
 
+def parse_jwt_key(text: str) -> Path | None:
+    """Check the file with the key for tokens, and return its path."""
+    path = _path(text)
+    if path is not None:
+        KeyFile(path, read_key)
+    return path
+
+
+def parse_jwks(text: str) -> str:
+    """Check the URL of a key set, or the file with one, and return it."""
+    if "://" in text:
+        return check_url(text)
+    if text:
+        KeyFile(Path(text), read_jwks)
+    return text
+
+
+def parse_claim(text: str) -> str:
+    """Check the name of a claim, and return it."""
+    if not text:
+        raise ValueError("the name of a claim is empty")
+    return text
+
+
+def parse_cookie(text: str) -> str:
+    """Check the name of a cookie, and return it."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*", text):
+        raise ValueError(f"{text!r} is not the name of a cookie")
+    return text
+
+
 def parse_log_format(text: str) -> str:
     """Check the name of a log format, and return it."""
     if text not in LOG_FORMATS:
@@ -148,6 +181,15 @@ class Settings(NamedTuple):
     max_per_address: int
     """0: no limit."""
     proxy_hops: int
+    jwt_key: Path | None
+    """A file with a public key or a secret."""
+    jwks: str
+    """The URL of a key set, or a file with one; empty: none."""
+    jwt_audience: str
+    jwt_issuer: str
+    jwt_username: str
+    """The name of a claim."""
+    jwt_cookie: str
     ping: int
     """Seconds."""
     drain: int
@@ -157,6 +199,11 @@ class Settings(NamedTuple):
     """The configuration file that was read."""
     folder: Path = Path()
     """The working directory of the server."""
+
+    @property
+    def tokens(self) -> bool:
+        """True if clients need tokens."""
+        return self.jwt_key is not None or bool(self.jwks)
 
 
 # The options
@@ -326,6 +373,54 @@ OPTIONS: Final = (
         parse=Number(0, 100),
     ),
     Option(
+        name="jwt-key",
+        metavar="FILE",
+        default="",
+        help="ask every client for a token (JSON Web Token), signed with the public key or the secret in a file: a PEM "
+        "file allows only asymmetric algorithms, any other file only HS256",
+        parse=parse_jwt_key,
+        shown="none",
+    ),
+    Option(
+        name="jwks",
+        metavar="URL|FILE",
+        default="",
+        help="ask every client for a token, signed with a key of a JSON Web Key Set at an `https:` URL or in a file",
+        parse=parse_jwks,
+        shown="none",
+    ),
+    Option(
+        name="jwt-audience",
+        metavar="TEXT",
+        default="",
+        help="accept only tokens for this audience (claim `aud`)",
+        parse=str,
+        shown="tokens without an audience",
+    ),
+    Option(
+        name="jwt-issuer",
+        metavar="TEXT",
+        default="",
+        help="accept only tokens of this issuer (claim `iss`)",
+        parse=str,
+        shown="any",
+    ),
+    Option(
+        name="jwt-username",
+        metavar="CLAIM",
+        default="sub",
+        help="the claim of a token that is the username of its posts",
+        parse=parse_claim,
+    ),
+    Option(
+        name="jwt-cookie",
+        metavar="NAME",
+        default="",
+        help="also take a token from this cookie; requires `--origin`",
+        parse=parse_cookie,
+        shown="none",
+    ),
+    Option(
         name="ping",
         metavar="SECONDS",
         default="25",
@@ -466,6 +561,7 @@ class Configuration:
         settings = Settings(**fields, config=path)
         if not settings.listen:
             raise ConfigError("--listen: give at least one server endpoint such as tcp:8085")
+        _check_tokens(settings)
         if settings.store_password_file is None:
             self.each("store", lambda url: parse_store(url, password_elsewhere=False))
         return settings
@@ -473,6 +569,20 @@ class Configuration:
     def each(self, name: str, make: Callable[[str], _T]) -> dict[str, _T]:
         """Return what `make` makes of each text of an option; ConfigError if that raises ValueError."""
         return self._given[name].values(make)
+
+
+def _check_tokens(settings: Settings) -> None:
+    """Raise ConfigError for options about tokens that contradict each other."""
+    if settings.jwt_key is not None and settings.jwks:
+        raise ConfigError("--jwt-key and --jwks: give one of them")
+    if settings.tokens:
+        if settings.jwt_cookie and (not settings.origin or ANY_ORIGIN in map(origin_pattern, settings.origin)):
+            # A browser sends a cookie with the requests of every page.
+            raise ConfigError("--jwt-cookie: name the pages that may connect with --origin, and not with *")
+        return
+    for name in ("jwt_audience", "jwt_issuer", "jwt_cookie"):
+        if getattr(settings, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: there are no tokens without --jwt-key or --jwks")
 
 
 def read_file(path: Path, source: str) -> dict[str, Given]:

@@ -5,7 +5,10 @@ This module knows neither JSON nor WebSocket.
 
 import re
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+REMOVED: Final = "[removed]"
+"""The text of a removal, and of everything that it erased."""
 
 _ID = re.compile(r"([0-9A-Za-z]{4,16})-(0|[1-9][0-9]{0,15})")
 
@@ -17,8 +20,12 @@ class Code(StrEnum):
     """The token of the client does not permit this."""
     LABEL_REUSED = "LABEL_REUSED"
     """The label belongs to another message."""
+    NOT_REPLACEABLE = "NOT_REPLACEABLE"
+    """The message to replace is an edit itself, or was removed."""
     RATE_LIMITED = "RATE_LIMITED"
     """The client sends too many frames and may send this one again later."""
+    TOKEN_REFUSED = "TOKEN_REFUSED"  # noqa: S105 -- not a password
+    """A token is needed, and there is none or it is not valid."""
     UNAVAILABLE = "UNAVAILABLE"
     """The log can neither store nor return entries now; the client may retry."""
     UNKNOWN_ID = "UNKNOWN_ID"
@@ -44,7 +51,7 @@ class Id(NamedTuple):
 
 
 class Post(NamedTuple):
-    """A valid request to append a message."""
+    """A valid request to append a message, which may replace an earlier one."""
 
     username: str
     message: str
@@ -52,6 +59,12 @@ class Post(NamedTuple):
     """The key by which a retry of this post is recognized."""
     author: str | None = None
     """The subject of the token of the one who posts; None without tokens."""
+    replaces: Id | None = None
+    """The message that this one is the newest text of; None for a new message."""
+    removed: bool = False
+    """True for a removal: an edit that erases the message that it replaces, and all its edits."""
+    moderated: bool = False
+    """True if the poster may replace the messages of others in this room."""
 
 
 class PageRequest(NamedTuple):
@@ -69,6 +82,13 @@ class Typing(NamedTuple):
     username: str
 
 
+class Renewal(NamedTuple):
+    """A request to go on with a new token."""
+
+    token: str
+    label: str | None
+
+
 class Entry(NamedTuple):
     """One stored message of a room."""
 
@@ -78,3 +98,17 @@ class Entry(NamedTuple):
     message: str
     timestamp: str
     """RFC 3339 in UTC, as `YYYY-MM-DDTHH:MM:SS.mmmZ`."""
+    author: str | None = None
+    """The subject of the token of the poster; None without tokens."""
+    replaces: int | None = None
+    """The number of the entry that this edit is a newer text of; None for an entry of its own."""
+    removed: bool = False
+    """True for a removal, and for an entry whose text a removal has erased."""
+    replaced: int | None = None
+    """The number of the newest edit of this entry, whose text it carries; None if it was never edited."""
+
+    def revised(self, edit: "Entry") -> "Entry":
+        """Return this entry as an edit leaves it: the original, or an earlier edit that a removal erases."""
+        if self.number == edit.replaces:
+            return self._replace(message=edit.message, removed=edit.removed, replaced=edit.number)
+        return self._replace(message=edit.message, removed=True)

@@ -79,7 +79,8 @@ class ChatService(Service):
     """Starts and stops the store, the ports and the clients, in order.
 
     `listen` and `admin` are endpoints by the text that names them, for the messages.  `process` ends if the start
-    fails.  `observer` gets the log instead of twistd's own; None leaves that to twistd.
+    fails.  `observer` gets the log instead of twistd's own; None leaves that to twistd.  `each_second` are functions to
+    call every second besides the check of the deadlines.
     """
 
     name = "chatd"
@@ -101,6 +102,7 @@ class ChatService(Service):
         lateness: Lateness,
         observer: ILogObserver | None,
         notify: Notifier,
+        each_second: Sequence[Callable[[], object]] = (),
     ) -> None:
         self._store = store
         self._seed = seed
@@ -123,7 +125,7 @@ class ChatService(Service):
         self._observer = observer
         self._notify = notify
         self._loops: list[tuple[LoopingCall, float]] = [
-            (LoopingCall(connections.check_deadlines), LOOK_SECONDS),
+            *((LoopingCall(look), LOOK_SECONDS) for look in (connections.check_deadlines, *each_second)),
             (LoopingCall(lateness.look), limits.LOOK_SECONDS),
             (LoopingCall(store.trim), TRIM_SECONDS),
         ]

@@ -39,8 +39,11 @@ from chatd.transport.admin import ModerationApi, check_token
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
+from chatd.transport.jwks import KeyFile, KeySource, KeyUrl
+from chatd.transport.keyring import read_jwks, read_key
 from chatd.transport.limits import Limits
 from chatd.transport.moderator import Moderator
+from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
 
 GARBAGE: Final = 50_000
@@ -107,6 +110,27 @@ def _store(settings: config.Settings, reactor: Any) -> Store:
     return RedisStore(Link(address, reactor, file), settings.retain)
 
 
+def _tokens(settings: config.Settings, reactor: Any) -> Tokens | None:
+    """Make what verifies tokens, if the options ask for them."""
+    keys: KeySource
+    if settings.jwt_key is not None:
+        keys = KeyFile(settings.jwt_key.absolute(), read_key)
+    elif "://" in settings.jwks:
+        keys = KeyUrl(settings.jwks, reactor)
+    elif settings.jwks:
+        keys = KeyFile(pathlib.Path(settings.jwks).absolute(), read_jwks)
+    else:
+        return None
+    return Tokens(
+        keys,
+        now=reactor.seconds,
+        audience=settings.jwt_audience or None,
+        issuer=settings.jwt_issuer or None,
+        username=settings.jwt_username,
+        cookie=settings.jwt_cookie or None,
+    )
+
+
 def makeService(options: Options) -> IService:
     """Compose the server."""
     reactor = _reactor()
@@ -124,10 +148,11 @@ def makeService(options: Options) -> IService:
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
     limits = Limits(reactor, settings.max_per_address, settings.proxy_hops)
-    readiness = Readiness(lambda: store.fault)
-    token = _admin_token(settings)
-    api = Api(rooms, connections, admission, addresses)
-    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, proxied=proxied)
+    tokens = _tokens(settings, reactor)
+    readiness = Readiness(lambda: store.fault or (None if tokens is None else tokens.fault))
+    admin_token = _admin_token(settings)
+    api = Api(rooms, connections, admission, addresses, tokens)
+    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, tokens=tokens, proxied=proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator
     operating = ModerationApi(store, rooms, time.time, new_epoch)
@@ -158,7 +183,7 @@ def makeService(options: Options) -> IService:
             drain=lambda: service.drain(expecting=True),  # a load balancer may still send clients
             metrics=metrics,
             resources={"sanctions": operating, "rooms": operating},
-            check=lambda head: check_token(head, token.value),
+            check=lambda head: check_token(head, admin_token.value),
             hostname=socket.gethostname(),
         ),
         listen=options.listen,
@@ -170,9 +195,10 @@ def makeService(options: Options) -> IService:
         lateness=limits.lateness,
         observer=observer,
         notify=Notifier(options.environ),
+        each_second=[] if tokens is None else [tokens.keys.look, lambda: connections.end_expired(tokens.ended())],
     )
     process.daemonize()
-    _heed_upkeep(reactor, observer, options.ports, token)
+    _heed_upkeep(reactor, observer, options.ports, [admin_token, *([] if tokens is None else [tokens.keys])])
     reactor.callWhenRunning(_heed_signals, reactor, service)
     return service
 
@@ -205,7 +231,9 @@ def _admin_token(settings: config.Settings) -> AdminToken:
         raise SystemExit(f"chatd: {error}") from None
 
 
-def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Ports, token: AdminToken) -> None:
+def _heed_upkeep(
+    reactor: Any, observer: logging.LineObserver | None, ports: Ports, secrets: Sequence[AdminToken | KeySource]
+) -> None:
     """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
 
     def reload() -> None:
@@ -213,7 +241,8 @@ def _heed_upkeep(reactor: Any, observer: logging.LineObserver | None, ports: Por
         if observer is not None:
             observer.reopen()
         ports.reload()
-        token.reload()
+        for secret in secrets:
+            secret.reload()
 
     actions = {signal.SIGHUP: reload, signal.SIGUSR1: (lambda: None) if observer is None else observer.rotate}
 

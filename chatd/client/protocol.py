@@ -98,18 +98,34 @@ class Event(NamedTuple):
 Frame = Message | History | Ack | Error | Event
 
 
+_EDITS: Final = "replaces", "replaced"
+"""The fields of the envelope that name an edit, and those of Entry."""
+
+
 def _entry(number: int, data: dict[str, str]) -> Entry:
     return Entry(number, data["username"], data["message"], data["timestamp"])
 
 
 def _message(document: dict[str, Any]) -> Message:
     epoch, number = Id.parse(document["id"])
-    return Message(epoch, _entry(number, document["data"]))
+    entry = _entry(number, document["data"])
+    if "replaces" in document or "replaced" in document:
+        replaces, replaced = (Id.parse(document[name]).number if name in document else None for name in _EDITS)
+        entry = entry._replace(replaces=replaces, removed="removed" in document, replaced=replaced)
+    return Message(epoch, entry)
 
 
 def _history(document: dict[str, Any]) -> History:
     end, data = Id.parse(document["id"]), document["data"]
     entries = [_entry(number, one) for number, one in enumerate(data, end.number - len(data) + 1)]
+    for name in _EDITS:
+        for number, id_ in document.get(name, {}).items():
+            place = int(number) - end.number - 1
+            note: dict[str, Any] = {name: Id.parse(id_).number}
+            entries[place] = entries[place]._replace(**note)
+    for number in document.get("removed", ()):
+        place = number - end.number - 1
+        entries[place] = entries[place]._replace(removed=True)
     return History(end, entries, document.get("more", False), document.get("resumed"), document.get("label"))
 
 
@@ -137,7 +153,7 @@ def parse_frame(text: bytes) -> Frame:
         kind = document["type"]
         parser = _PARSERS.get(kind)
         return parser(document) if parser else Event(kind, document.get("data"))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ProtocolError(f"malformed frame: {text[:200].decode(errors='replace')}") from None
 
 

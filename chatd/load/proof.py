@@ -182,7 +182,7 @@ class Proof:
             first = known.get(number)
             if first is None:
                 self._learn(log, reader, entry)
-            elif first[0] != entry:
+            elif first[0] != entry and not _edited_between(first[0], entry):
                 raise Violation(
                     Kind.DISORDER,
                     f"client {reader.number} received {_quoted(entry)} as {log.epoch}-{number}, "
@@ -319,6 +319,12 @@ class Proof:
         if reader.log is None:
             raise Violation(Kind.BROKEN, f"client {reader.number} received something before its history")
         return reader.log
+
+
+def _edited_between(one: Entry, other: Entry) -> bool:
+    """Return whether two deliveries of an entry may differ in their text, because it was edited or removed between."""
+    edited = any(entry.removed or entry.replaced is not None for entry in (one, other))
+    return edited and (one.username, one.timestamp) == (other.username, other.timestamp)
 
 
 def _quoted(entry: Entry) -> str:

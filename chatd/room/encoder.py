@@ -16,6 +16,9 @@ class Encoder(Protocol):
     def message_frame(self, epoch: str, entry: Entry) -> bytes:
         """Encode one entry as the frame that every member receives."""
 
+    def entry_of(self, frame: bytes) -> Entry:
+        """Return the entry in a frame of message_frame, without its author."""
+
     def history_frame(
         self, epoch: str, number: int, messages: Iterable[bytes], *, more: bool = False, resumed: bool | None = None
     ) -> bytes:

@@ -32,6 +32,18 @@ class UnknownId(Exception):
     """No entry of this log has, or had, this id."""
 
 
+class Forbidden(Exception):
+    """The entry to replace belongs to another author; nothing was stored."""
+
+
+class NotReplaceable(Exception):
+    """The entry to replace is an edit itself, or was removed; nothing was stored."""
+
+
+Refusal = LogUnavailable | LabelReused | UnknownId | Forbidden | NotReplaceable
+"""The reason for which a post is not stored."""
+
+
 class Page(NamedTuple):
     """Entries of a room, with the bounds of its log at the same instant."""
 
@@ -52,7 +64,7 @@ class Poster(Protocol):
         The post is a `duplicate` if its label identifies an equal post that was stored earlier.
         """
 
-    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+    def refused(self, post: Post, error: Refusal) -> None:
         """Learn that the post is not stored, or, with InDoubt, that it may be."""
 
 
@@ -60,7 +72,7 @@ class Follower(Protocol):
     """A reader of the log of every room, notified in the order of each room."""
 
     def appended(self, room: str, entries: Sequence[Entry]) -> None:
-        """Take entries that follow those of earlier calls."""
+        """Take entries that follow those of earlier calls; an edit changes an earlier one, and carries its new text."""
 
     def trimmed(self, room: str, first: int) -> None:
         """Learn that the log no longer holds the entries before this number."""
@@ -81,12 +93,17 @@ class Log(Protocol):
 
         The posters of a room are notified in the order of its entries.  A post with a label that this user has used in
         this room is not stored again.  A label is remembered as long as its entry.
+
+        A post that replaces an entry is stored as the next entry.  The log refuses it unless the author of that entry
+        or a moderator posts it: with UnknownId, Forbidden or NotReplaceable.  A removal erases the texts of that entry
+        and of all its edits.
         """
 
     def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
         """Read at most `limit` entries after a number, or the newest ones; fails with LogUnavailable.
 
-        The page belongs to the epoch that is current when the Deferred fires.
+        The page belongs to the epoch that is current when the Deferred fires.  Entries that were edited carry their
+        newest text.
         """
 
     def follow(self, follower: Follower) -> None:

@@ -160,7 +160,11 @@ class Registry(Follower, LobbyListener):
             return JoinTicket(room, last, None)
         name, number = room.name, last.number
         reading = self._backlogs.read((name, number), lambda: self._log.read(name, number, self._history))
-        return reading.addCallback(lambda page: self._open(name).addCallback(JoinTicket, last, page))
+        return reading.addCallback(lambda page: self._open(name).addCallback(self._ticket, last, page))
+
+    def _ticket(self, room: Room, last: Id, backlog: Page) -> "JoinTicket | Deferred[JoinTicket]":
+        """Return a ticket with a backlog, unless that was read before the newest edit in the room."""
+        return JoinTicket(room, last, backlog) if backlog.head >= room.edited else self._read_backlog(room, last)
 
     def leave(self, room: Room, member: Member) -> None:
         """Remove a member from its room, and forget the room with its last member."""
@@ -237,15 +241,20 @@ class Registry(Follower, LobbyListener):
         page = None if room is None else room.page(wanted)
         if page is not None:
             return succeed(page)
-        return self._log.read(name, wanted.start, wanted.limit).addCallback(self._encode, request, wanted)
+        return self._log.read(name, wanted.start, wanted.limit).addCallback(self._encode, name, request, wanted)
 
     def _is_unknown(self, request: PageRequest) -> bool:
         """Return True if a request names an entry of another history."""
         return any(named is not None and named.epoch != self._log.epoch for named in (request.before, request.after))
 
-    def _encode(self, page: Page, request: PageRequest, wanted: PageRange) -> EncodedPage:
+    def _encode(
+        self, page: Page, name: str, request: PageRequest, wanted: PageRange
+    ) -> "EncodedPage | Deferred[EncodedPage]":
         if self._is_unknown(request):  # the epoch may have changed during the read
             raise UnknownId
+        room = self._rooms.get(name)
+        if room is not None and page.head < room.edited:  # members of the room have a newer text
+            return self.page(name, request)
         encode, epoch = self._encoder.message_frame, self._log.epoch
 
         def frames(after: int, until: int) -> Sequence[bytes]:

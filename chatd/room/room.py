@@ -21,11 +21,16 @@ from the log if the tail has dropped those entries.  A member too far behind is 
 its last entry, and that id is its cursor.
 
 Nothing here knows a reactor, a socket or a disk: time, members, the log and the encoding are handed in.
+
+An edit is an entry, which members get like any other.  It also changes the frame of the entry that it replaces, in its
+place in the tail, so that later histories and pages show the newest text.  A removal changes the frames of the earlier
+edits too: nothing here holds the old text any longer.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Final, Protocol
 
@@ -101,6 +106,7 @@ class Room:
         self.members: dict[Member, None] = {}
         self._log = log
         self._message_frame = encoder.message_frame
+        self._entry_of = encoder.entry_of
         self._history_frame = encoder.history_frame
         self._clock = clock
         self._history = history
@@ -115,8 +121,8 @@ class Room:
         self._unfinished: dict[Member, None] = {}
         # The members that wait for the log, by cursor; and the frames read for this pass and for the next.
         self._refilling: dict[int, dict[Member, None]] = {}
-        self._refills: dict[int, Sequence[bytes]] = {}
-        self._next_refills: dict[int, Sequence[bytes]] = {}
+        self._refills: dict[int, list[bytes]] = {}
+        self._next_refills: dict[int, list[bytes]] = {}
         # The acknowledgements to send, each with the epoch and the number of its entry.  And the members that this pass
         # has yet to send them to.
         self._acks: dict[Member, list[tuple[str, int, bytes]]] = {}
@@ -129,9 +135,17 @@ class Room:
         """Take these entries as the newest."""
         self.epoch = self._log.epoch
         """The epoch of every entry in this room."""
+        self.edited = 0
+        """The number of the newest edit; a page that was read before it may show an old text."""
+        # The numbers of the edits in the tail, by the number of the entry that they replace.
+        self._edits: dict[int, list[int]] = {}
         self._first = page.first
         self._tail = Tail(page.head - len(page.entries), self._history)
         self._tail.extend(self._encode(page.entries))
+        for entry in page.entries:
+            if entry.replaces is not None:
+                self._edits.setdefault(entry.replaces, []).append(entry.number)
+                self.edited = entry.number
         self._target = page.head
 
     def _encode(self, entries: Sequence[Entry]) -> list[bytes]:
@@ -249,10 +263,38 @@ class Room:
 
     def appended(self, entries: Sequence[Entry]) -> None:
         """Take entries from the log, except those that the room has loaded already."""
-        encode, epoch, head = self._message_frame, self.epoch, self._tail.head
+        encode, epoch, head, first = self._message_frame, self.epoch, self._tail.head, self._tail.first
         self._tail.extend([encode(epoch, entry) for entry in entries if entry.number > head])
+        for entry in entries:
+            if entry.replaces is not None and entry.number > head:
+                self._edit(entry.replaces, entry)
+        if self._edits and self._tail.first > first:
+            self._forget_edits()
         self._histories.clear()
         self._schedule()
+
+    def _edit(self, original: int, edit: Entry) -> None:
+        """Change the frame of the entry that an edit replaces; for a removal also those of its earlier edits."""
+
+        def change(frame: bytes) -> bytes:
+            return self._message_frame(self.epoch, self._entry_of(frame).revised(edit))
+
+        edits = self._edits.setdefault(original, [])
+        for number in (original, *edits) if edit.removed else (original,):
+            self._tail.replace(number, change)
+        for after, frames in chain(self._refills.items(), self._next_refills.items()):
+            for number, frame in enumerate(frames, after + 1):
+                if number == original or (edit.removed and self._entry_of(frame).replaces == original):
+                    frames[number - after - 1] = change(frame)
+        self._runs.clear()
+        edits.append(edit.number)
+        self.edited = edit.number
+
+    def _forget_edits(self) -> None:
+        """Forget the edits that the tail has dropped."""
+        first = self._tail.first
+        kept = {entry: [number for number in numbers if number >= first] for entry, numbers in self._edits.items()}
+        self._edits = {entry: numbers for entry, numbers in kept.items() if numbers}
 
     def trimmed(self, first: int) -> None:
         """Stop showing entries that the log no longer holds; forget the frames of a log that holds none."""
@@ -400,6 +442,10 @@ class Room:
         """Serve the members that wait at a cursor with the next pass."""
         waiting = [member for member in self._refilling.pop(cursor, ()) if member in self.members]
         if not waiting or self.epoch != self._log.epoch:  # the room is about to restart
+            return
+        if page.head < self.edited:  # it was read before an edit that the members have yet to get
+            for member in waiting:
+                self._refill(member)
             return
         if page.entries and page.entries[0].number == cursor + 1:
             self._next_refills[cursor] = self._encode(page.entries)

@@ -6,7 +6,7 @@ frames after its cursor, up to a bound, joined once for all members at that curs
 This module is pure: bytes in, bytes out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Final, NamedTuple
 
@@ -76,6 +76,14 @@ class Tail:
             self.bytes -= sum(map(len, self._frames[:old]))
             del self._frames[:old]
             self.first += old
+
+    def replace(self, number: int, change: Callable[[bytes], bytes]) -> None:
+        """Put another frame in the place of one, if that is still held."""
+        place = number - self.first
+        if place >= 0:
+            before = self._frames[place]
+            self._frames[place] = change(before)
+            self.bytes += len(self._frames[place]) - len(before)
 
     def between(self, after: int, until: int) -> Sequence[bytes]:
         """Return the frames numbered after + 1 to until, all of which must be held."""

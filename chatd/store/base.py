@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
-from chatd.room.log import MAIN, Follower, LabelReused, Log, Poster
+from chatd.room.log import MAIN, Follower, Forbidden, LabelReused, Log, NotReplaceable, Poster, UnknownId
 from chatd.room.moderation import ModerationStore, Sanction, Sanctions
 from chatd.room.presence import Lobby
 
@@ -137,6 +137,22 @@ def answer_retry(post: Post, number: int, poster: Poster, *, same: bool) -> None
         poster.posted(post, number, duplicate=True)
     else:
         poster.refused(post, LabelReused())
+
+
+def is_retry(post: Post, stored: Entry) -> bool:
+    """Return whether a post repeats an entry that has its label; the text of a removed entry is no longer known."""
+    if stored.replaces != (post.replaces and post.replaces.number):
+        return False
+    return stored.removed or (not post.removed and stored.message == post.message)
+
+
+def why_not_replaceable(post: Post, stored: Entry | None) -> UnknownId | Forbidden | NotReplaceable | None:
+    """Return why a post may not replace an entry, if it may not; `stored` is None if the log does not hold it."""
+    if not post.moderated and (post.author is None or (stored is not None and stored.author != post.author)):
+        return Forbidden()
+    if stored is None:
+        return UnknownId()
+    return NotReplaceable() if stored.removed or stored.replaces is not None else None
 
 
 def notify(receive: Callable[..., object], *args: object, **options: object) -> None:

@@ -25,9 +25,11 @@ from chatd.store.base import (
     Store,
     answer_retry,
     estimate,
+    is_retry,
     log_removed,
     new_epoch,
     notify,
+    why_not_replaceable,
 )
 
 KEEP: Final = 10_000
@@ -50,6 +52,9 @@ class _Room:
         # Each label's number, and each number's label: both are dropped with the entry.
         self._labelled: dict[tuple[str, str], int] = {}
         self._labels: dict[int, tuple[str, str]] = {}
+        # The numbers of the edits of each entry.  An entry that was edited keeps its text, and a page looks up the
+        # newest one.
+        self._edits: dict[int, list[int]] = {}
 
     @property
     def first(self) -> int:
@@ -67,9 +72,39 @@ class _Room:
 
     def drop(self) -> None:
         """Remove the oldest entry and its label."""
-        key = self._labels.pop(self.entries.popleft().number, None)
+        number = self.entries.popleft().number
+        key = self._labels.pop(number, None)
         if key is not None:
             del self._labelled[key]
+        if self._edits:
+            self._edits.pop(number, None)
+
+    def edit(self, original: int, edit: Entry) -> None:
+        """Note that an entry is about to be replaced; a removal erases its text and those of all its edits."""
+        edits = self._edits.setdefault(original, [])
+        place = original - self.first
+        self.entries[place] = self.entries[place]._replace(replaced=edit.number)
+        if edit.removed:
+            for number in (original, *edits):
+                place = number - self.first
+                self.entries[place] = self.entries[place]._replace(message=edit.message, removed=True)
+        edits.append(edit.number)
+
+    def between(self, start: int, stop: int) -> Sequence[Entry]:
+        """Return the entries at these places, each with its newest text."""
+        entries = [self.entries[place] for place in range(start, min(stop, len(self.entries)))]
+        if not self._edits:
+            return entries
+        first = self.first
+        return [
+            entry if entry.replaced is None else entry._replace(message=self.entries[entry.replaced - first].message)
+            for entry in entries
+        ]
+
+    def get(self, number: int) -> Entry | None:
+        """Return an entry with the text that it had first; None if it is not here."""
+        place = number - self.first
+        return self.entries[place] if 0 <= place < len(self.entries) else None
 
     def summary(self, name: str) -> RoomSummary:
         newest = [self.entries[-1 - index] for index in range(min(SAMPLE, len(self.entries)))]
@@ -80,7 +115,7 @@ class _Room:
     def find(self, post: Post) -> Entry | None:
         """Return the entry that was stored with the label of this post."""
         number = None if post.label is None else self._labelled.get((post.username, post.label))
-        return None if number is None else self.entries[number - self.first]
+        return None if number is None else self.get(number)
 
 
 class MemoryStore(Store):
@@ -119,13 +154,24 @@ class MemoryStore(Store):
                 self._faults["rooms"] = f"memory: holds {MAX_ROOMS} rooms, and no more: use --store sqlite:PATH"
                 notify(poster.refused, post, LogUnavailable(self._faults["rooms"]))
                 return
-        log = self._room(room)
+        log = self._rooms.get(room) or _Room(0, self._forgotten)
         stored = log.find(post)
         if stored is not None:
-            notify(answer_retry, post, stored.number, poster, same=stored.message == post.message)
+            notify(answer_retry, post, stored.number, poster, same=is_retry(post, stored))
             return
-        entry = Entry(log.head + 1, post.username, post.message, self._clock.read().after(log.stamped))
+        replaces = None
+        if post.replaces is not None:
+            epoch, replaces = post.replaces
+            error = why_not_replaceable(post, log.get(replaces) if epoch == self.epoch else None)
+            if error is not None:
+                notify(poster.refused, post, error)
+                return
+        log = self._room(room)
+        now = self._clock.read().after(log.stamped)
+        entry = Entry(log.head + 1, post.username, post.message, now, post.author, replaces, post.removed)
         first = log.first
+        if replaces is not None:
+            log.edit(replaces, entry)
         log.append(entry, post.label)
         for follower in self._followers:
             notify(follower.appended, room, (entry,))
@@ -136,8 +182,7 @@ class MemoryStore(Store):
     def read(self, room: str, after: int | None, limit: int) -> "Deferred[Page]":
         log = self._rooms.get(room) or _Room(0, self._forgotten)
         skip = max(0, len(log.entries) - limit if after is None else after + 1 - log.first)
-        entries = [log.entries[index] for index in range(skip, min(skip + limit, len(log.entries)))]
-        return succeed(Page(entries, log.first, log.head))
+        return succeed(Page(log.between(skip, skip + limit), log.first, log.head))
 
     @override
     def usage(self) -> Mapping[str, int]:

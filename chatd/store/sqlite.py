@@ -37,6 +37,8 @@ MAX_PENDING: Final = 10_000
 """The most posts that may wait for the disk; more are refused, so that a slow disk does not fill the memory."""
 DISK_LOOK_SECONDS: Final = 5
 """The interval at which the store looks at its files, or tries a failing disk."""
+ERASE_SECONDS: Final = 1
+"""The time after which the write-ahead log no longer holds what a removal erased, unless another program reads it."""
 CLOSE_FILE_SECONDS: Final = 10
 """How long a disk that does not answer may delay the end of the process."""
 
@@ -112,6 +114,7 @@ class SqliteStore(Store):
         self._reader = reader
         self._clock = clock
         self._look_call: IDelayedCall
+        self._erase_call: IDelayedCall | None = None
         self._looking = False
         """True while the writer has not answered the last look."""
         self._closing = False
@@ -150,6 +153,8 @@ class SqliteStore(Store):
             return self.settled().addCallback(self._close)
         self._closing = True
         self._look_call.cancel()
+        if self._erase_call is not None:  # closing the file empties its write-ahead log too
+            self._erase_call.cancel()
         # The file is closed in a thread, because that can take as long as a commit.
         idle = self._reader.do(_nothing)
         return idle.addCallback(lambda _: self._writer.do(self.file.close)).addCallback(self._closed)
@@ -197,11 +202,34 @@ class SqliteStore(Store):
     def _committed(self, commit: Commit, batch: Sequence[_QueuedPost]) -> None:
         self._writable()
         self._notify(commit)
-        for (_, post, poster), (number, stored) in zip(batch, commit.outcomes, strict=False):  # empty if abandoned
-            if stored is None:
+        if commit.erases:
+            self._erase_later()
+        for (_, post, poster), outcome in zip(batch, commit.outcomes, strict=False):  # empty if abandoned
+            if isinstance(outcome, Exception):
+                notify(poster.refused, post, outcome)
+                continue
+            number, same = outcome
+            if same is None:
                 notify(poster.posted, post, number)
             else:
-                notify(answer_retry, post, number, poster, same=stored == post.message)
+                notify(answer_retry, post, number, poster, same=same)
+
+    def _erase_later(self) -> None:
+        """Empty the write-ahead log soon, once for the removals of a second."""
+        if self._erase_call is None and not self._closing:
+            self._erase_call = self._clock.callLater(ERASE_SECONDS, self._erase)
+
+    def _erase(self) -> None:
+        self._erase_call = None
+        self._writer.do(self.file.erase).addCallbacks(self._erased, self._not_erased)
+
+    def _erased(self, done: bool) -> None:
+        if not done:  # another program reads the store
+            self._erase_later()
+
+    def _not_erased(self, failure: Failure) -> None:
+        _logger.error("the write-ahead log was not emptied: {error}", error=failure.value)
+        self._erase_later()
 
     def _failed(self, failure: Failure, batch: Sequence[_QueuedPost]) -> None:
         self._unwritable(failure)

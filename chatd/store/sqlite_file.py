@@ -7,6 +7,9 @@ The file states the newest format that has `written` to it, and the oldest forma
 Formats only add (tables, and columns with a default).  Older code therefore reads and writes
 what newer code wrote, until `readable_since` forbids it.
 
+A removal erases: SQLite overwrites with zeros what it frees (`secure_delete`), and `erase` then empties the
+write-ahead log, which still holds the page as it was.
+
 A COMMIT can fail after its pages were written, because the disk did not sync them.  SQLite forgets them, but whoever
 recovers the file after a kill finds them: they are *in doubt*.  The next commit overwrites them, wherever they begin.
 A failed commit is therefore followed by one without effect.  If that succeeds, the batch is certainly not stored.
@@ -23,8 +26,8 @@ from typing import Final, NamedTuple
 
 from twisted.logger import Logger
 
-from chatd.messages import Entry, Post
-from chatd.room.log import InDoubt, LogUnavailable, Page
+from chatd.messages import Entry, Id, Post
+from chatd.room.log import Forbidden, InDoubt, LogUnavailable, NotReplaceable, Page, UnknownId
 from chatd.room.moderation import RoomSummary, Sanction
 from chatd.store.base import (
     SAMPLE,
@@ -34,12 +37,14 @@ from chatd.store.base import (
     StoreError,
     dump_sanction,
     estimate,
+    is_retry,
     load_sanction,
     log_removed,
     new_epoch,
+    why_not_replaceable,
 )
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """The format this code writes; it reads every file whose `readable_since` is not higher."""
 READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code writes."""
@@ -78,10 +83,37 @@ CREATE TABLE messages (
     message TEXT NOT NULL,
     timestamp TEXT NOT NULL,
     label TEXT,                     -- the poster's key for it (since format 2)
+    author TEXT,                    -- the token subject of the poster (since format 3, as all that follows)
+    replaces INTEGER,               -- the number of the message that this one is a newer text of
+    removed INTEGER,                -- 1 for a removal, and for a message whose text it erased
+    replaced INTEGER,               -- the number of the newest edit, whose text a page shows
     PRIMARY KEY (room, number)
 ) WITHOUT ROWID;
 """
-_INDEX: Final = "CREATE UNIQUE INDEX labels ON messages (room, username, label) WHERE label IS NOT NULL"
+_LABELS: Final = "CREATE UNIQUE INDEX labels ON messages (room, username, label) WHERE label IS NOT NULL"
+_EDITS: Final = "CREATE INDEX edits ON messages (room, replaces) WHERE replaces IS NOT NULL"
+_UPGRADES: Final = {
+    2: ["ALTER TABLE messages ADD COLUMN label TEXT", _LABELS],
+    3: [
+        *(f"ALTER TABLE messages ADD COLUMN {column}" for column in ("author TEXT", "replaces INTEGER")),
+        *(f"ALTER TABLE messages ADD COLUMN {column}" for column in ("removed INTEGER", "replaced INTEGER")),
+        _EDITS,
+    ],
+}
+"""The statements that make a file of the format before one of this format."""
+_SHOWN: Final = """
+    SELECT number, username,
+        CASE WHEN replaced IS NULL THEN message
+            ELSE (SELECT message FROM messages AS edit WHERE edit.room = shown.room AND edit.number = shown.replaced)
+        END,
+        timestamp, author, replaces, ifnull(removed, 0), replaced
+    FROM messages AS shown WHERE room = ?"""
+"""The entries of a room, each with its newest text."""
+_STORED: Final = """
+    SELECT number, username, message, timestamp, author, replaces, ifnull(removed, 0) FROM messages WHERE room = ?"""
+"""The entries of a room, each with the text that it had first."""
+_PLAIN: Final = "room", "number", "username", "message", "timestamp", "label"
+_AUTHORED: Final = *_PLAIN, "author", "replaces", "removed"
 
 # Not part of a format: code that does not know the table leaves it as it is.
 _SANCTIONS: Final = """
@@ -94,15 +126,23 @@ CREATE TABLE IF NOT EXISTS sanctions (
 _logger = Logger()
 
 
+_Row = tuple[str | int | None, ...]
+_NotReplaced = UnknownId | Forbidden | NotReplaceable
+Outcome = tuple[int, bool | None] | _NotReplaced
+"""The number of a post, and whether it is a retry (None: its label is new); or why it was not stored."""
+
+
 class Commit(NamedTuple):
     """The effect of one transaction."""
 
-    outcomes: Sequence[tuple[int, str | None]]
-    """For each post in order, its number, and the message stored under that number if its label was used before."""
+    outcomes: Sequence[Outcome]
+    """The outcome of each post in order."""
     entries: dict[str, list[Entry]]
     """The new entries by room."""
     firsts: dict[str, int]
     """The number of the oldest entry left, by room, in rooms that were trimmed."""
+    erases: bool = False
+    """True if a removal erased texts, of which the write-ahead log still holds copies."""
 
 
 def _place(file: pathlib.Path) -> tuple[int, int] | None:
@@ -168,6 +208,8 @@ class SqliteFile:
                 files = self._file, self._wal, pathlib.Path(f"{self._file}-shm")
                 self._places = {file: _place(file) for file in files}
                 self.trim()
+                if self.writer.execute("SELECT 1 FROM messages WHERE replaces NOT NULL LIMIT 1").fetchone():
+                    self.erase()  # a process that was killed may have removed something
                 self._opened = opened.pop_all()
         except sqlite3.Error as error:
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
@@ -229,6 +271,7 @@ class SqliteFile:
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute(f"PRAGMA journal_size_limit={WAL_USUAL}")
         connection.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+        connection.execute("PRAGMA secure_delete=ON").fetchone()
         return connection
 
     def _check(self, seed: Sequence[Entry]) -> str:
@@ -249,7 +292,7 @@ class SqliteFile:
                 "cannot read: run that version again"
             )
         if written < FORMAT:
-            self._upgrade()
+            self._upgrade(written)
         db.execute(_SANCTIONS)
         return str(epoch)
 
@@ -257,18 +300,19 @@ class SqliteFile:
         db = self.writer
         db.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; {_SCHEMA}")
         db.execute("INSERT INTO log VALUES (?, ?, ?)", (new_epoch(), FORMAT, READABLE_SINCE))
-        db.execute(_INDEX)
-        self._insert([(SEED_ROOM, *entry, None) for entry in seed])
+        db.execute(_LABELS)
+        db.execute(_EDITS)
+        self._insert(_PLAIN, [(SEED_ROOM, *entry[:4], None) for entry in seed])
         if seed:
             self._set_head(SEED_ROOM, seed[-1].number, seed[-1].timestamp)
         db.execute("COMMIT")
 
-    def _upgrade(self) -> None:
-        """Upgrade a file of format 1, which has no labels."""
+    def _upgrade(self, written: int) -> None:
+        """Upgrade a file of an older format."""
         with self.writer as db:
             db.execute("BEGIN IMMEDIATE")
-            db.execute("ALTER TABLE messages ADD COLUMN label TEXT")
-            db.execute(_INDEX)
+            for statement in chain.from_iterable(_UPGRADES[number] for number in range(written + 1, FORMAT + 1)):
+                db.execute(statement)
             db.execute("UPDATE log SET written = ?, readable_since = ?", (FORMAT, READABLE_SINCE))
 
     def usage(self) -> Mapping[str, int]:
@@ -322,11 +366,7 @@ class SqliteFile:
         before, self._wal_size = self._wal_size, self._wal.stat().st_size
         if self._wal_size <= WAL_USUAL:
             return
-        try:
-            self.writer.execute("PRAGMA busy_timeout=0")
-            self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        finally:
-            self.writer.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+        self.erase()
         self._wal_size = self._wal.stat().st_size
         grown = (
             f"{self._wal} has grown to {self._wal_size >> 20} MiB, because another program reads the store: "
@@ -336,6 +376,15 @@ class SqliteFile:
             _logger.warn("{grown}", grown=grown)
         if self._wal_size > WAL_MOST:
             raise LogUnavailable(grown)
+
+    def erase(self) -> bool:
+        """Empty the write-ahead log; return False if another program still reads what is in it."""
+        try:
+            self.writer.execute("PRAGMA busy_timeout=0")
+            busy, *_ = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            self.writer.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+        return not busy
 
     # Writing
 
@@ -381,10 +430,12 @@ class SqliteFile:
         stamps: dict[str, str] = {}
         entries: dict[str, list[Entry]] = {}
         heads: dict[str, int] = {}
-        outcomes: list[tuple[int, str | None]] = []
-        rows: list[tuple[str, int, str, str, str, str | None]] = []
-        labelled: dict[tuple[str, str, str], tuple[int, str]] = {}
+        outcomes: list[Outcome] = []
+        plain: list[_Row] = []
+        authored: list[_Row] = []
+        labelled: dict[tuple[str, str, str], Entry] = {}
         """The labels of this batch, which the table does not hold yet."""
+        erases = False
         for room, post in posts:
             if room not in heads:
                 heads[room], last = self._head(room)
@@ -394,15 +445,34 @@ class SqliteFile:
                 key = room, post.username, post.label
                 stored = labelled.get(key) or self._labelled(*key)
                 if stored is not None:
-                    outcomes.append(stored)
+                    outcomes.append((stored.number, is_retry(post, stored)))
                     continue
-                labelled[key] = heads[room] + 1, post.message
-            number = heads[room] = heads[room] + 1
-            entry = Entry(number, post.username, post.message, stamps[room])
-            outcomes.append((number, None))
-            rows.append((room, *entry, post.label))
+            entry = Entry(heads[room] + 1, post.username, post.message, stamps[room], post.author)
+            if post.replaces is not None:
+                self._insert(_PLAIN, plain)  # the post may replace one of them
+                self._insert(_AUTHORED, authored)
+                refused = self._edit(room, post, post.replaces, entry.number)
+                if refused is not None:
+                    outcomes.append(refused)
+                    continue
+                entry = entry._replace(replaces=post.replaces.number, removed=post.removed)
+                erases |= post.removed
+            if post.author is None and post.replaces is None:
+                plain.append((room, entry.number, post.username, post.message, stamps[room], post.label))
+            else:
+                authored.append((room, *entry[:4], post.label, *entry[4:7]))
+            if post.label is not None:
+                labelled[key] = entry
+            heads[room] = entry.number
+            outcomes.append((entry.number, None))
             entries[room].append(entry)
-        self._insert(rows)
+        self._insert(_PLAIN, plain)
+        self._insert(_AUTHORED, authored)
+        firsts, total = self._finish(entries)
+        return Commit(outcomes, entries, firsts, erases), total if self._retain.seconds else 0
+
+    def _finish(self, entries: Mapping[str, Sequence[Entry]]) -> tuple[dict[str, int], int]:
+        """Note the heads of rooms with new entries, and trim them; return their firsts and how many were removed."""
         for room, new in entries.items():
             if new:
                 self._set_head(room, new[-1].number, new[-1].timestamp)
@@ -413,13 +483,29 @@ class SqliteFile:
             if removed:
                 total += removed
                 firsts[room] = self._bounds(self.writer, room)[0]
-        return Commit(outcomes, entries, firsts), total if self._retain.seconds else 0
+        return firsts, total
 
-    def _labelled(self, room: str, username: str, label: str) -> tuple[int, str] | None:
-        """Return the number and the text of the message that has a label."""
-        query = "SELECT number, message FROM messages WHERE room = ? AND username = ? AND label = ?"
-        row: tuple[int, str] | None = self.writer.execute(query, (room, username, label)).fetchone()
-        return row
+    def _edit(self, room: str, post: Post, replaces: Id, number: int) -> _NotReplaced | None:
+        """Mark the message that a post replaces, and erase it for a removal; return why that is refused, if it is."""
+        epoch, original = replaces
+        stored = self._find(f"{_STORED} AND number = ?", room, original) if epoch == self.epoch else None
+        refused = why_not_replaceable(post, stored)
+        if refused is None:
+            db = self.writer
+            if post.removed:
+                which = "room = ? AND (number = ? OR replaces = ?)"
+                erase = f"UPDATE messages SET message = ?, removed = 1 WHERE {which}"
+                db.execute(erase, (post.message, room, original, original))
+            db.execute("UPDATE messages SET replaced = ? WHERE room = ? AND number = ?", (number, room, original))
+        return refused
+
+    def _labelled(self, room: str, username: str, label: str) -> Entry | None:
+        """Return the message that has a label."""
+        return self._find(f"{_STORED} AND username = ? AND label = ?", room, username, label)
+
+    def _find(self, query: str, *values: str | int) -> Entry | None:
+        row = self.writer.execute(query, values).fetchone()
+        return row and Entry(*row)
 
     def _head(self, room: str) -> tuple[int, str]:
         """Return the number and the timestamp of the newest message of a room, or 0 and ""."""
@@ -433,18 +519,20 @@ class SqliteFile:
             (room, head, stamped),
         )
 
-    def _insert(self, rows: Sequence[tuple[str, int, str, str, str, str | None]]) -> None:
-        """Insert rows with few statements, in powers of two so that few different ones are prepared."""
+    def _insert(self, columns: Sequence[str], rows: list[_Row]) -> None:
+        """Insert rows and clear the list, with few statements, in powers of two so that few different are prepared."""
+        places = f"({','.join('?' * len(columns))})"
         done, size = 0, ROWS
         while done < len(rows):
             while size > len(rows) - done:
                 size //= 2
-            values = ",".join(["(?,?,?,?,?,?)"] * size)
+            values = ",".join([places] * size)
             self.writer.execute(
-                f"INSERT INTO messages (room, number, username, message, timestamp, label) VALUES {values}",
+                f"INSERT INTO messages ({','.join(columns)}) VALUES {values}",
                 list(chain.from_iterable(rows[done : done + size])),
             )
             done += size
+        rows.clear()
 
     def trim(self) -> dict[str, int]:
         """Remove what is no longer retained; return the first number left, in rooms that were trimmed."""
@@ -544,14 +632,13 @@ class SqliteFile:
     def page(self, room: str, after: int | None, limit: int) -> Page:
         """Read a page from one snapshot: entries after a number, or the newest."""
         db = self.reader
-        columns = "SELECT number, username, message, timestamp FROM messages WHERE room = ?"
         with db:
             db.execute("BEGIN")
             first, head = self._bounds(db, room)
             if after is None:
-                rows = db.execute(f"{columns} ORDER BY number DESC LIMIT ?", (room, limit)).fetchall()[::-1]
+                rows = db.execute(f"{_SHOWN} ORDER BY number DESC LIMIT ?", (room, limit)).fetchall()[::-1]
             else:
-                rows = db.execute(f"{columns} AND number > ? ORDER BY number LIMIT ?", (room, after, limit)).fetchall()
+                rows = db.execute(f"{_SHOWN} AND number > ? ORDER BY number LIMIT ?", (room, after, limit)).fetchall()
         return Page([Entry(*row) for row in rows], first, head)
 
     @staticmethod

@@ -3,7 +3,8 @@
 GET  /rooms/NAME                the page that explains how to connect (handshakes never arrive here)
 GET  /rooms/NAME/messages       a page of the log: ?before=ID, ?after=ID, ?limit=N
 GET  /rooms/NAME/messages/ID    one message
-POST /rooms/NAME/messages       post a message; Idempotency-Key is the label
+POST /rooms/NAME/messages       post a message, or an edit of one; Idempotency-Key is the label
+DELETE /rooms/NAME/messages/ID  remove one message
 GET  /rooms/NAME/events         Server-Sent Events: see chatd.transport.sse
 """
 
@@ -21,7 +22,16 @@ from twisted.web.server import NOT_DONE_YET
 from typing_extensions import override
 
 from chatd.messages import Code, Id, PageRequest, Post
-from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.room.log import (
+    EncodedPage,
+    Forbidden,
+    InDoubt,
+    LabelReused,
+    LogUnavailable,
+    NotReplaceable,
+    Refusal,
+    UnknownId,
+)
 from chatd.room.moderation import Visitor
 from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import Addresses, Admission, HttpError, last_id, read_query, server_stopping
@@ -33,14 +43,16 @@ from chatd.transport.frames import (
     is_label,
     page_request,
     parse_post,
+    removal,
 )
 from chatd.transport.framing import payload
 from chatd.transport.http import PROBLEM, ChatResource, answer, page, problem, retry_after
-from chatd.transport.identity import ANYONE, Identity
+from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.limits import Limits
 from chatd.transport.moderator import Moderator
 from chatd.transport.session import NEW_ROOMS_EXCEEDED
 from chatd.transport.sse import EventStream
+from chatd.transport.tokens import Tokens, admit, check_reading
 
 EVENT_STREAM_TYPE: Final = "text/event-stream"
 """The media type of Server-Sent Events."""
@@ -53,6 +65,9 @@ _ROUTE = re.compile(r"/|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<i
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _logger = Logger()
+
+_Handler = Callable[[Identity], Any]
+"""Handles a request of a client, and returns the body of the answer or NOT_DONE_YET."""
 
 
 class Reply:
@@ -70,6 +85,15 @@ class Reply:
         """Send the answer, if the client is still connected."""
         if not self._disconnected:
             self._request.write(answer(self._request, status, body, kind, **headers))
+            self._request.finish()
+
+    def send_all(self, handler: "_Handler", identity: Identity) -> None:
+        """Call a handler late, if the client is still connected, and send the answer that it returns."""
+        if self._disconnected:
+            return
+        body = handler(identity)
+        if body is not NOT_DONE_YET:
+            self._request.write(body)
             self._request.finish()
 
     def refuse(self, refused: HttpError) -> None:
@@ -111,23 +135,39 @@ def _meaning(failure: Failure) -> HttpError:
 class Posting:
     """A post in flight, whose outcome is the answer to a request (chatd.room.log.Poster)."""
 
-    def __init__(self, reply: Reply, epoch: Callable[[], str], created: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        reply: Reply,
+        epoch: Callable[[], str],
+        created: Callable[[], None],
+        stored: HTTPStatus = HTTPStatus.CREATED,
+    ) -> None:
         self._reply = reply
         self._epoch = epoch
         self._created = created
+        self._stored = stored
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
         if number == 1 and not duplicate:
             self._created()
         message = Id(self._epoch(), number)
-        status = HTTPStatus.OK if duplicate else HTTPStatus.CREATED
+        status = HTTPStatus.OK if duplicate else self._stored
         body = payload(ack_frame(message, post.label, duplicate=duplicate)) + b"\n"
-        self._reply.send(status, body, location=f"messages/{message}")
+        location = {} if post.removed else {"location": f"messages/{message}"}
+        self._reply.send(status, body, **location)
 
-    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+    def refused(self, post: Post, error: Refusal) -> None:
         if isinstance(error, LabelReused):
             status, code, why = HTTPStatus.UNPROCESSABLE_ENTITY, Code.LABEL_REUSED, "it was given to another message"
             self._reply.refuse(HttpError(status, f"Idempotency-Key: {why}", code))
+        elif isinstance(error, UnknownId):
+            self._reply.failed(Failure(error))
+        elif isinstance(error, Forbidden):
+            why = "only its author or a moderator may replace a message"
+            self._reply.refuse(HttpError(HTTPStatus.FORBIDDEN, why, Code.FORBIDDEN))
+        elif isinstance(error, NotReplaceable):
+            why = "the message is an edit or was removed, and cannot be replaced"
+            self._reply.refuse(HttpError(HTTPStatus.CONFLICT, why, Code.NOT_REPLACEABLE))
         else:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             in_doubt = isinstance(error, InDoubt)
@@ -140,8 +180,16 @@ class Api(ChatResource):
 
     isLeaf = True
 
-    def __init__(self, rooms: Registry, connections: Connections, admission: Admission, addresses: Addresses) -> None:
+    def __init__(
+        self,
+        rooms: Registry,
+        connections: Connections,
+        admission: Admission,
+        addresses: Addresses,
+        tokens: Tokens | None = None,
+    ) -> None:
         super().__init__()
+        self._tokens = tokens
         self._rooms = rooms
         self._connections = connections
         self._admission = admission
@@ -166,7 +214,12 @@ class Api(ChatResource):
         allowed = "*" if self._admission.any_origin else origin
         if allowed is not None:
             request.setHeader("access-control-allow-origin", allowed)
-            request.setHeader("access-control-expose-headers", "Link, Location, Retry-After")
+            exposed = "Link, Location, Retry-After"
+            if self._tokens is not None:
+                exposed += ", WWW-Authenticate"
+                if self._tokens.cookie:
+                    request.setHeader("access-control-allow-credentials", "true")
+            request.setHeader("access-control-expose-headers", exposed)
 
     def _route(self, request: Request) -> Any:
         """Call the handler of this method and path; the path is not decoded."""
@@ -179,16 +232,17 @@ class Api(ChatResource):
         named = match["room"] or "/"
         room = self._admission.room(named)
         rest = match["rest"] or ""
-        resource: dict[str, Callable[[], Any]] = {"OPTIONS": lambda: self._preflight(request, resource)}
+        resource: dict[str, _Handler] = {"OPTIONS": lambda _: self._preflight(request, resource)}
         if rest == "/messages":
-            resource["GET"] = lambda: self._page(request, room, query)
-            resource["POST"] = lambda: self._post(request, room)
+            resource["GET"] = lambda reader: self._page(request, reader, room, query)
+            resource["POST"] = lambda poster: self._post(request, poster, room)
         elif rest == "/events":
-            resource["GET"] = lambda: self._events(request, named, query)
+            resource["GET"] = lambda reader: self._events(request, reader, named, query)
         elif rest:
-            resource["GET"] = lambda: self._message(request, room, match["id"])
+            resource["GET"] = lambda reader: self._message(request, reader, room, match["id"])
+            resource["DELETE"] = lambda poster: self._remove(request, poster, room, match["id"])
         else:
-            resource["GET"] = lambda: page(request, named)
+            resource["GET"] = lambda _: page(request, named)
         method = request.method.decode("latin-1")
         found = resource.get("GET" if method == "HEAD" else method)
         if found is None:
@@ -197,8 +251,24 @@ class Api(ChatResource):
         if method != "OPTIONS":
             _moderator(request).admit(room, _visitor(request))
         if method != "OPTIONS" and rest != "/events":  # browsers never repeat a stream that was refused
-            self._limit(request, reading=method != "POST")
-        return found()
+            self._limit(request, reading=method not in {"POST", "DELETE"})
+        return found(ANYONE) if method == "OPTIONS" or not rest else self._identified(request, room, found)
+
+    def _identified(self, request: Request, room: str, handler: _Handler) -> Any:
+        """Call a handler with the identity of the client, at once or when the key of its token is there."""
+        if self._tokens is None:
+            return handler(ANYONE)
+
+        def admitted(known: Identity) -> Any:
+            _moderator(request).admit(room, _visitor(request, known.username, known))
+            return handler(known)
+
+        identity = self._tokens.identify(_header(request, b"authorization"), _header(request, b"cookie"))
+        if isinstance(identity, Identity):
+            return admitted(identity)
+        reply = Reply(request)
+        identity.addCallback(lambda known: reply.send_all(admitted, known)).addErrback(reply.failed)
+        return NOT_DONE_YET
 
     def _limit(self, request: Request, *, reading: bool) -> None:
         """Count a request of the address behind the connection; raise HttpError 429 above the rate."""
@@ -210,20 +280,24 @@ class Api(ChatResource):
             raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
         cast(Any, request.channel).counted = True
 
-    def _preflight(self, request: Request, resource: dict[str, Callable[[], Any]]) -> int:
+    def _preflight(self, request: Request, resource: dict[str, "_Handler"]) -> int:
         """Answer a preflight request (Fetch, section 3.2.3)."""
         request.setHeader("allow", _methods(resource))
         if _header(request, b"origin"):
             request.setHeader("access-control-allow-methods", _methods(resource))
-            request.setHeader("access-control-allow-headers", "Content-Type, Idempotency-Key, Last-Event-ID")
+            allowed = "Content-Type, Idempotency-Key, Last-Event-ID"
+            request.setHeader(
+                "access-control-allow-headers", allowed if self._tokens is None else f"Authorization, {allowed}"
+            )
             request.setHeader("access-control-max-age", str(PREFLIGHT_SECONDS))
         Reply(request).send(HTTPStatus.NO_CONTENT, b"", "")
         return NOT_DONE_YET
 
     # Reading
 
-    def _page(self, request: Request, room: str, query: str) -> int:
+    def _page(self, request: Request, reader: Identity, room: str, query: str) -> int:
         """Answer with a page and links to its neighbours (RFC 8288)."""
+        check_reading(reader, room)
         asked: dict[str, Any] = {
             name: values[-1] for name, values in read_query(query).items() if name in ("before", "after", "limit")
         }
@@ -254,12 +328,10 @@ class Api(ChatResource):
             links.append(f'<?after={Id(epoch, encoded.end)}&limit={limit}>; rel="next"')
         return links
 
-    def _message(self, request: Request, room: str, text: str) -> int:
+    def _message(self, request: Request, reader: Identity, room: str, text: str) -> int:
         """Answer with one message."""
-        try:
-            wanted = Id.parse(text)
-        except ValueError as error:
-            raise HttpError(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
+        check_reading(reader, room)
+        wanted = _id(text)
         reply = Reply(request)
 
         def found(encoded: EncodedPage) -> None:
@@ -275,7 +347,7 @@ class Api(ChatResource):
 
     # Posting
 
-    def _post(self, request: Request, room: str) -> int:
+    def _post(self, request: Request, poster: Identity, room: str) -> int:
         """Post a message, and answer with its location."""
         if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             # No HTML form sends this type, so pages of other origins need a preflight request.
@@ -292,22 +364,37 @@ class Api(ChatResource):
             if post.label not in (None, label):
                 raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
             post = post._replace(label=label)
-        _moderator(request).admit_post(room, _visitor(request, post.username))
+        return self._append(request, poster, room, post, HTTPStatus.CREATED)
+
+    def _remove(self, request: Request, poster: Identity, room: str, text: str) -> int:
+        """Remove a message, and answer with the id of the removal."""
+        label = _idempotency_key(_header(request, b"idempotency-key"))
+        return self._append(request, poster, room, removal(_id(text), label), HTTPStatus.OK)
+
+    def _append(self, request: Request, poster: Identity, room: str, post: Post, stored: HTTPStatus) -> int:
+        """Hand a post to the log, with its author."""
+        forbidden = refusal(poster, room, post.username)
+        if forbidden is not None:
+            raise HttpError(HTTPStatus.FORBIDDEN, forbidden, Code.FORBIDDEN)
+        post = poster.sign(post, room)
+        _moderator(request).admit_post(room, _visitor(request, post.username, poster))
         limits = _limits(request)
         place = limits.place(request.getClientAddress(), _header(request, b"x-forwarded-for"))
         wait = 0.0 if self._rooms.holds_entries(room) else limits.room_wait(place)
         if wait:
             status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
             raise HttpError(status, NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, headers)
-        posting = Posting(Reply(request), lambda: self._rooms.epoch, lambda: limits.room_created(place))
+        posting = Posting(Reply(request), lambda: self._rooms.epoch, lambda: limits.room_created(place), stored)
         self._rooms.post(room, post, posting)
         return NOT_DONE_YET
 
     # Events
 
-    def _events(self, request: Request, path: str, query: str) -> Any:
+    def _events(self, request: Request, reader: Identity, path: str, query: str) -> Any:
         """Answer with a stream of events."""
         wanted = self._admission.join_request(path, read_query(query))
+        if reader is not ANYONE:
+            wanted = admit(wanted, reader)
         last = last_id(_header(request, b"last-event-id")) or wanted.last
         if request.method == b"HEAD":
             body = answer(request, HTTPStatus.OK, b"", EVENT_STREAM_TYPE)
@@ -352,7 +439,15 @@ def _header(request: Request, name: bytes) -> str | None:
     return b", ".join(values).decode("latin-1") if values else None
 
 
-def _methods(resource: dict[str, Callable[[], Any]]) -> str:
+def _id(text: str) -> Id:
+    """Parse the id in a path; raises HttpError 404."""
+    try:
+        return Id.parse(text)
+    except ValueError as error:
+        raise HttpError(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
+
+
+def _methods(resource: "dict[str, _Handler]") -> str:
     return ", ".join(sorted({*resource, "HEAD"}))
 
 

@@ -57,6 +57,9 @@ class Connection(Protocol):
     def ping(self) -> bool:
         """Send a ping, and return whether the client answered the previous one."""
 
+    def expire(self) -> None:
+        """Close the connection, because the client's token has expired."""
+
     def evict(self) -> None:
         """Close the connection, because the client is too slow."""
 
@@ -154,6 +157,13 @@ class Connections:
             if client.member.joined:
                 client.evict()
             self._drop(client, "did not read its bytes, the most of too many,")
+
+    def end_expired(self, now: float) -> None:
+        """Close the connections whose tokens expired by a time in seconds since 1970; to be called once a second."""
+        for client in [*self.connected]:
+            expires = client.member.identity.expires
+            if expires is not None and expires <= now and client.member.joined:
+                client.expire()
 
     def _drop(self, client: Connection, why: str) -> None:
         _logger.info(

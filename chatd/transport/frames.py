@@ -1,8 +1,8 @@
 """The JSON of the wire: text from and to typed frames.
 
-`schemas/` is the single source of the frames that clients may send: `message.json` for a post, `page.json`
-and `typing.json` for the frames with a `type`.  A compiled validator accepts or refuses a frame in a fraction
-of a microsecond.  A slow one then finds the reason for a refusal.  A property test checks that the two agree.
+`schemas/` is the single source of the frames that clients may send: `message.json` for a post, `page.json`,
+`typing.json` and `remove.json` for the frames with a `type`.  A compiled validator accepts or refuses a frame in a
+fraction of a microsecond.  A slow one then finds the reason for a refusal.  A property test checks that the two agree.
 
 Every message is encoded once, for all readers.  It becomes its WebSocket frame here, and a room keeps nothing
 else of it.  The frames of a server are not masked, so the bytes are the same for every client (RFC 6455,
@@ -22,7 +22,7 @@ import jsonschema_rs
 import orjson
 from jsonschema.validators import extend
 
-from chatd.messages import Code, Entry, Id, PageRequest, Post, Typing
+from chatd.messages import REMOVED, Code, Entry, Id, PageRequest, Post, Renewal, Typing
 from chatd.transport.framing import payload, text_frame
 
 _WORDS: Final = {
@@ -115,7 +115,12 @@ class Form:
 
 
 MESSAGE: Final = Form("message")
-FORMS: Final = {"history": Form("page"), "typing": Form("typing")}
+FORMS: Final = {
+    "history": Form("page"),
+    "remove": Form("remove"),
+    "token": Form("token"),
+    "typing": Form("typing"),
+}
 """The kinds of frames with a `type`, by that type."""
 PAGE_LIMIT: Final[int] = FORMS["history"].schema["properties"]["limit"]["maximum"]
 """The largest number of messages in a page."""
@@ -125,7 +130,7 @@ PAGE_DEFAULT: Final[int] = FORMS["history"].schema["properties"]["limit"]["defau
 _accepts = MESSAGE.accepts
 
 
-def parse(text: bytes) -> Post | PageRequest | Typing:
+def parse(text: bytes) -> Post | PageRequest | Renewal | Typing:
     """Parse the text of a frame.
 
     Raises FrameError when it is not JSON (RFC 8259: neither NaN nor a lone surrogate is; of
@@ -133,7 +138,7 @@ def parse(text: bytes) -> Post | PageRequest | Typing:
     """
     document = _load(text)
     if _accepts(document):
-        return Post(document["username"], document["message"], document.get("label"))
+        return _post(document)
     if not isinstance(document, dict) or "type" not in document:
         return _refuse(MESSAGE, document)
     kind = document["type"]
@@ -143,6 +148,10 @@ def parse(text: bytes) -> Post | PageRequest | Typing:
         return page_request(document)
     if not FORMS[kind].accepts(document):
         _refuse(FORMS[kind], document)
+    if kind == "token":
+        return Renewal(document["token"], document.get("label"))
+    if kind == "remove":
+        return removal(Id.parse(document["id"]), document.get("label"))
     return Typing(document["username"])
 
 
@@ -151,7 +160,18 @@ def parse_post(text: bytes) -> Post:
     document = _load(text)
     if not _accepts(document):
         _refuse(MESSAGE, document)
-    return Post(document["username"], document["message"], document.get("label"))
+    return _post(document)
+
+
+def _post(document: dict[str, Any]) -> Post:
+    """Read a document that its schema accepts."""
+    post = Post(document["username"], document["message"], document.get("label"))
+    return post._replace(replaces=Id.parse(document["replaces"])) if "replaces" in document else post
+
+
+def removal(message: Id, label: str | None) -> Post:
+    """Return the post that removes a message; the caller adds the username."""
+    return Post("", REMOVED, label, replaces=message, removed=True)
 
 
 def page_request(document: dict[str, Any]) -> PageRequest:
@@ -205,8 +225,8 @@ def parse_seed(text: bytes) -> tuple[Entry, ...]:
     for number, document in enumerate(documents, 1):
         timestamp = document.pop("timestamp", None) if isinstance(document, dict) else None
         fault = MESSAGE.explain(document)
-        if not fault and "label" in document:
-            fault = '"label" is not allowed'
+        if not fault:
+            fault = next((f'"{name}" is not allowed' for name in ("label", "replaces") if name in document), None)
         if fault:
             raise FrameError(f"message {number}: {fault}")
         if not isinstance(timestamp, str) or not _TIMESTAMP.fullmatch(timestamp) or not _seconds(timestamp):
@@ -227,9 +247,45 @@ def _seconds(timestamp: str) -> float:
 
 def message_frame(epoch: str, entry: Entry) -> bytes:
     """Encode the frame that carries one message to every member."""
-    number, username, message, timestamp = entry
+    number, username, message, timestamp, _, replaces, removed, replaced = entry
     data = orjson.dumps({"username": username, "message": message, "timestamp": timestamp})
-    return text_frame(b'{"type":"message","id":"%b-%d","data":%b}' % (epoch.encode(), number, data))
+    if replaces is None and replaced is None:
+        return text_frame(b'{"type":"message","id":"%b-%d","data":%b}' % (epoch.encode(), number, data))
+    notes = [f'"{name}":"{epoch}-{id_}",' for name, id_ in (("replaces", replaces), ("replaced", replaced)) if id_]
+    notes += ['"removed":true,'] * removed
+    head = f'{{"type":"message","id":"{epoch}-{number}",{"".join(notes)}"data":'
+    return text_frame(b"%b%b}" % (head.encode(), data))
+
+
+_NOTES = re.compile(
+    rb'"id":"[^"]*-(\d+)"(?:,"replaces":"([^"]*-(\d+))")?(?:,"replaced":"([^"]*-(\d+))")?(,"removed":true)?,"data":'
+)
+"""What stands before the data in the frame of an entry that was edited, or is an edit."""
+
+
+def entry_of(frame: bytes) -> Entry:
+    """Return the entry that message_frame() encoded, without its author."""
+    text = payload(frame)
+    match: Any = _NOTES.search(text)
+    number, _, replaces, _, replaced, removed = match.groups()
+    return Entry(
+        int(number),
+        **orjson.loads(text[match.end() : -1]),
+        replaces=replaces and int(replaces),
+        removed=removed is not None,
+        replaced=replaced and int(replaced),
+    )
+
+
+def _envelope(frame: bytes, notes: dict[str, Any]) -> None:
+    """Add to the notes of a history what stands beside the data in the frame of an entry."""
+    match: Any = _NOTES.search(frame)
+    number, replaces, _, replaced, _, removed = match.groups()
+    for name, id_ in (("replaced", replaced), ("replaces", replaces)):
+        if id_:
+            notes.setdefault(name, {})[number.decode()] = id_.decode()
+    if removed:
+        notes.setdefault("removed", []).append(int(number))
 
 
 def history_frame(
@@ -255,8 +311,19 @@ def history_frame(
         said += b'"resumed":true,' if resumed else b'"resumed":false,'
     if label is not None:
         said += b'"label":%b,' % orjson.dumps(label)
+    # Only the frame of an edit, or of an entry that was edited, has more before its data than the id.
+    longest = 10 + len(f'{{"type":"message","id":"{epoch}-{number}",')
+    data: list[bytes] = []
+    notes: dict[str, Any] = {}
+    for frame in messages:
+        start = frame.index(b'"data":')
+        if start > longest:
+            _envelope(frame, notes)
+        data.append(frame[start + 7 : -1])
+    if notes:
+        said += orjson.dumps(notes)[1:-1] + b","
     head = b'{"type":"history","id":"%b-%d",%b"data":[' % (epoch.encode(), number, said)
-    return text_frame(head + b",".join([frame[frame.index(b'"data":') + 7 : -1] for frame in messages]) + b"]}")
+    return text_frame(head + b",".join(data) + b"]}")
 
 
 def ack_frame(message: Id, label: str | None, *, duplicate: bool) -> bytes:
@@ -268,6 +335,12 @@ def ack_frame(message: Id, label: str | None, *, duplicate: bool) -> bytes:
     if duplicate:
         document["duplicate"] = True
     return text_frame(orjson.dumps(document))
+
+
+def token_frame(expires: float, label: str | None) -> bytes:
+    """Encode the frame that accepts a new token, which expires at a time in seconds since 1970."""
+    labelled = {} if label is None else {"label": label}
+    return text_frame(orjson.dumps({"type": "token", **labelled, "expires": int(expires)}))
 
 
 def error_frame(

@@ -39,6 +39,7 @@ from chatd.transport.connections import HTTP
 from chatd.transport.heads import HEAD_END, MAX_HEAD, MAX_HEADERS, Head, check_partial, invalid, parse, too_long
 from chatd.transport.intake import Intake
 from chatd.transport.limits import Limits, Place
+from chatd.transport.tokens import Tokens
 
 HTTP_SECONDS: Final = 75
 """The time in which a request must arrive."""
@@ -443,10 +444,11 @@ class ChatSite(Site):
         rate: Rate | None = None,
         limits: Limits | None = None,
         *,
+        tokens: Tokens | None = None,
         proxied: bool = False,
     ) -> None:
         super().__init__(resource, timeout=HTTP_SECONDS, reactor=reactor, parsePOSTFormSubmission=False)
-        self.intake = Intake(reactor, rate, limits)
+        self.intake = Intake(reactor, rate, limits, tokens)
         self.proxied = proxied
         """True if one connection may carry the requests of many clients."""
         self.refused: Counter[str] = Counter()
@@ -518,12 +520,13 @@ def site(
     rate: Rate | None = None,
     limits: Limits | None = None,
     *,
+    tokens: Tokens | None = None,
     proxied: bool = False,
 ) -> ChatSite:
     """Make the site of a port: health checks, and these resources by the first part of their path.
 
     `rate` limits each connection, unless it is `proxied` and may carry the requests of many clients.  `limits` are
-    those of new clients.
+    those of new clients.  `tokens` are needed by WebSocket clients, if they are given.
     """
 
     def readiness() -> tuple[HTTPStatus, str]:
@@ -535,7 +538,7 @@ def site(
     root.putChild(b"readyz", Text(readiness))
     for name, resource in resources.items():
         root.putChild(name.encode(), resource)
-    return ChatSite(root, reactor, rate, limits, proxied=proxied)
+    return ChatSite(root, reactor, rate, limits, tokens=tokens, proxied=proxied)
 
 
 def admin(

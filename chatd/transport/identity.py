@@ -9,6 +9,8 @@ This module is pure.
 import re
 from typing import Final, NamedTuple
 
+from chatd.messages import Post
+
 Rooms = tuple[re.Pattern[str], ...] | None
 """The rooms whose names match one of these patterns; None: every room."""
 
@@ -40,9 +42,25 @@ class Identity(NamedTuple):
         """Return whether the client may post to a room."""
         return _includes(self.permissions.post, room)
 
+    def sign(self, post: Post, room: str) -> Post:
+        """Return a post with its author, and with whether that one may replace the messages of others in the room."""
+        if self is ANYONE:
+            return post
+        username = post.username or self.username or ""  # a removal names nobody
+        return post._replace(username=username, author=self.subject, moderated=self.may_moderate(room))
+
     def may_moderate(self, room: str) -> bool:
         """Return whether the client may replace and remove the messages of others in a room."""
         return _includes(self.permissions.moderate, room)
+
+
+def refusal(identity: Identity, room: str, username: str) -> str | None:
+    """Return why a client may not post in a room under a name; None if it may.  A removal has no name."""
+    if not identity.may_post(room):
+        return "The token does not permit posting in this room."
+    if username and identity.username not in (None, username):
+        return "The username is not that of the token."
+    return None
 
 
 def _includes(rooms: Rooms, name: str) -> bool:

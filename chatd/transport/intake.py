@@ -16,6 +16,7 @@ from chatd.transport.admission import Rate
 from chatd.transport.connections import HTTP, WEBSOCKET
 from chatd.transport.limits import Limits
 from chatd.transport.moderator import Moderator
+from chatd.transport.tokens import Tokens
 
 FRAMES_PER_TURN: Final = 64
 """The largest number of frames that one connection handles in a reactor turn."""
@@ -65,12 +66,19 @@ class TurnQueue:
 
 
 class Intake:
-    """The state that the connections to a port share: the rate limit, if there is one, the turns, and the counts."""
+    """The state that the connections to a port share: the turns, the counts, and a rate limit and tokens, if any."""
 
-    def __init__(self, clock: IReactorTime, rate: Rate | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        clock: IReactorTime,
+        rate: Rate | None = None,
+        limits: Limits | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
         self.clock = clock
         self.rate = rate
         self.limits = Limits(clock) if limits is None else limits
+        self.tokens = tokens
         self.moderator = Moderator(Sanctions(), (), clock.seconds)
         """Refuses clients; by default, nobody is sanctioned."""
         self.turns = TurnQueue(clock)

@@ -1,4 +1,4 @@
-"""The meaning of one client's frames: it posts, pages and types in the room that it is in.
+"""The meaning of one client's frames: it posts, pages, types and renews its token in the room that it is in.
 
 A session checks each frame, hands posts to the log, and answers with an acknowledgement, a page or an
 error.  A WebSocket connection holds one session.
@@ -12,20 +12,32 @@ the transport.
 from collections.abc import Iterator
 from enum import Flag, auto
 from math import ceil
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar, cast
 
+from twisted.internet.defer import maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.messages import Code, Id, PageRequest, Post, Typing
-from chatd.room.log import EncodedPage, InDoubt, LabelReused, LogUnavailable, UnknownId
+from chatd.messages import Code, Id, PageRequest, Post, Renewal, Typing
+from chatd.room.log import (
+    EncodedPage,
+    Forbidden,
+    InDoubt,
+    LabelReused,
+    LogUnavailable,
+    NotReplaceable,
+    Refusal,
+    UnknownId,
+)
 from chatd.room.moderation import Sanction, SanctionKind
 from chatd.room.registry import Registry
 from chatd.room.room import Room
+from chatd.transport.admission import HttpError
 from chatd.transport.connections import WEBSOCKET
-from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse
+from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse, token_frame
 from chatd.transport.framing import CloseCode
+from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.intake import SCHEMA, Intake
 from chatd.transport.limits import Place
 from chatd.transport.membership import Membership, MemberTransport
@@ -39,6 +51,13 @@ NOT_STORED: Final = "The message was not stored; try again."
 """The error sent to the poster when the store fails; Code.UNAVAILABLE."""
 IN_DOUBT: Final = "The message may not have been stored; try again with the same label."
 """The error sent to the poster when the store fails and may have stored the post; Code.UNAVAILABLE."""
+REFUSALS: Final[dict[type[Exception], tuple[Code, str]]] = {
+    Forbidden: (Code.FORBIDDEN, "Only its author or a moderator may replace a message."),
+    LabelReused: (Code.LABEL_REUSED, "The label was given to another message."),
+    NotReplaceable: (Code.NOT_REPLACEABLE, "The message is an edit or was removed, and cannot be replaced."),
+    UnknownId: (Code.UNKNOWN_ID, "There is no message of this id."),
+}
+"""The errors sent to the client when the log refuses what it sent."""
 
 NEW_ROOMS_EXCEEDED: Final = "Too many new rooms"
 """The error sent to a poster whose address has created too many rooms; Code.RATE_LIMITED."""
@@ -57,6 +76,8 @@ class Pause(Flag):
     NONE = 0
     FETCHING = auto()
     """A page is being read from the log."""
+    VERIFYING = auto()
+    """A key for a new token is being fetched."""
     BLOCKED = auto()
     """Answers wait in the transport."""
     THROTTLED = auto()
@@ -67,7 +88,7 @@ class Pause(Flag):
     """The server drains, and reads no more."""
     EARLY = THROTTLED | QUEUED
     """The client sends more than the server reads now."""
-    HOLDING = FETCHING | BLOCKED | EARLY
+    HOLDING = FETCHING | VERIFYING | BLOCKED | EARLY
 
 
 _UNPAUSED: Final = Pause.NONE  # each frame compares with it, and Python 3.11 computes `Pause.NONE` at every use
@@ -151,11 +172,14 @@ class Session(Membership):
                 if _is_text(text):
                     continue
                 break
-            if isinstance(frame, Post) and self._sanction(frame.username) is None:
+            if (
+                isinstance(frame, Post)
+                and refusal(self.identity, room.name, frame.username) is None
+                and self._sanction(frame.username) is None
+            ):
                 if self._room_wait(room):
                     break
-                self._in_flight += 1
-                self._rooms.post(room.name, frame, self)
+                self._append(room, frame)
         super().leave()
 
     # Reading
@@ -236,25 +260,40 @@ class Session(Membership):
                 self._limit(wait, frame.label)
             return
         self._refusals = 0
+        self._handle(room, frame)
+
+    def _handle(self, room: Room, frame: Post | PageRequest | Renewal | Typing) -> None:
+        """Handle a frame that the rate allows."""
         if isinstance(frame, PageRequest):
             self._page(room, frame)
+        elif isinstance(frame, Renewal):
+            self._renew(frame)
         elif sanction := self._sanction(frame.username):
             self._obey(sanction, frame)
+        elif not self._may_post(room, frame):
+            return
         elif isinstance(frame, Post):
             self._post(room, frame)
         else:
             room.presence.typing(frame.username)
+
+    def _may_post(self, room: Room, frame: Post | Typing) -> bool:
+        """Return whether the client may post under a name; answer with an error if it may not."""
+        if self.identity is ANYONE:
+            return True
+        reason = refusal(self.identity, room.name, frame.username)
+        if reason is not None:
+            self._err(reason, Code.FORBIDDEN, frame.label if isinstance(frame, Post) else None)
+        return reason is None
 
     def _post(self, room: Room, post: Post) -> None:
         wait = self._room_wait(room)
         if wait:
             self._err(NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, post.label, ceil(wait * 1000) / 1000)
             return
-        if post.username != self.name:
-            self.name = post.username
-            room.presence.changed()
-        self._in_flight += 1
-        self._rooms.post(room.name, post, self)
+        if not post.removed:
+            self._rename(room, post.username)
+        self._append(room, post)
 
     def _room_wait(self, room: Room) -> float:
         """Return 0.0, or the seconds until the client may post the first message of its room."""
@@ -265,7 +304,7 @@ class Session(Membership):
         moderator = self._intake.moderator
         if not moderator.active:  # nearly always
             return None
-        return moderator.find(self.room_name, self.visitor._replace(username=username))
+        return moderator.find(self.room_name, self.visitor._replace(username=username or self.identity.username))
 
     def _obey(self, sanction: Sanction, frame: Post | Typing) -> None:
         """Refuse a post of a sanctioned client, hide that it types, and close the connection of a banned one."""
@@ -275,6 +314,53 @@ class Session(Membership):
             self._err(words, Code.FORBIDDEN, frame.label, moderator.retry_after(sanction))
         if sanction.kind is SanctionKind.BAN:
             self._transport.fail(CloseCode.POLICY_VIOLATION, words)
+
+    def _rename(self, room: Room, username: str | None) -> None:
+        if username != self.name:
+            self.name = username
+            room.presence.changed()
+
+    def _append(self, room: Room, post: Post) -> None:
+        """Hand a post to the log, with its author."""
+        self._in_flight += 1
+        self._rooms.post(room.name, self.identity.sign(post, room.name), self)
+
+    def _renew(self, renewal: Renewal) -> None:
+        """Go on with a new token; a token that is refused leaves the old one in force."""
+        tokens = self._intake.tokens
+        if tokens is None:
+            self._err("This server takes no tokens.", Code.TOKEN_REFUSED, renewal.label)
+            return
+        verifying = maybeDeferred(tokens.verify, renewal.token)
+        if not verifying.called:
+            self._pause(Pause.VERIFYING)
+        verifying.addCallbacks(
+            self._renewed, self._not_renewed, callbackArgs=(renewal.label,), errbackArgs=(renewal.label,)
+        ).addBoth(self._renewal_done)
+
+    def _renewed(self, identity: Identity, label: str | None) -> None:
+        room = self.room
+        if room is None:
+            return
+        if identity.subject != self.identity.subject:
+            self._err("The token is of another subject.", Code.TOKEN_REFUSED, label)
+        elif not identity.may_read(room.name):
+            self._transport.fail(CloseCode.POLICY_VIOLATION, "the token does not permit reading this room")
+        else:
+            self.identity = identity
+            self._rename(room, identity.username)
+            self.send_frame(token_frame(identity.expires or 0.0, label))
+
+    def _not_renewed(self, failure: Failure, label: str | None) -> None:
+        failure.trap(HttpError)
+        error = cast(HttpError, failure.value)
+        if self.room is not None:
+            self._err(f"The token is not accepted: {error}.", error.code, label)
+
+    def _renewal_done(self, result: _T) -> _T:
+        if Pause.VERIFYING in self._pauses:
+            self._go_on(Pause.VERIFYING)
+        return result
 
     def part_received(self) -> None:
         """Take a token for a frame that cannot be refused; above the rate, throttle the client."""
@@ -344,7 +430,8 @@ class Session(Membership):
         if self.room is None:
             return
         if failure.check(UnknownId):
-            self._err("There is no message of this id.", Code.UNKNOWN_ID, request.label)
+            code, words = REFUSALS[UnknownId]
+            self._err(words, code, request.label)
             return
         _logger.error("the log cannot be read: {error}", error=failure.value)
         self._err("The log cannot be read now; try again.", Code.UNAVAILABLE, request.label)
@@ -372,11 +459,12 @@ class Session(Membership):
         if not self.ready:
             self.block()
 
-    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
+    def refused(self, post: Post, error: Refusal) -> None:
         self._in_flight -= 1
         if self.room is None:
             return
-        if isinstance(error, LabelReused):
-            self._err("The label was given to another message.", Code.LABEL_REUSED, post.label)
-        else:
+        if isinstance(error, LogUnavailable):
             self._err(IN_DOUBT if isinstance(error, InDoubt) else NOT_STORED, Code.UNAVAILABLE, post.label)
+        else:
+            code, words = REFUSALS[type(error)]
+            self._err(words, code, post.label)

@@ -102,6 +102,10 @@ class EventStream:
     def stopProducing(self) -> None:
         """IPushProducer: the transport has ended; _client_left() follows."""
 
+    def expire(self) -> None:
+        """End the stream; the client reconnects, and needs a new token."""
+        self._end(CloseCode.POLICY_VIOLATION, b"")
+
     def evict(self) -> None:
         """End the stream; the client reconnects by itself, with its last id."""
         self._end(CloseCode.TRY_AGAIN_LATER, b"retry: 0\n\n")

@@ -38,7 +38,9 @@ from chatd.transport.framing import SUBPROTOCOL, CloseCode
 from chatd.transport.handshake import read_upgrade, switch
 from chatd.transport.heads import Head, take
 from chatd.transport.http import HEAD, HTTP_1_1, SERVER, ChatSite, refusal
+from chatd.transport.identity import Identity
 from chatd.transport.session import Session
+from chatd.transport.tokens import admit
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -55,7 +57,7 @@ class WebSocketConnection(AutobahnConnection):
     admitted: tuple[JoinRequest, JoinTicket]
     """The request and the ticket, from the admission until the client joins."""
     _loading = False
-    """True while a handshake waits for its turn, or for the log."""
+    """True while a handshake waits for its turn, for a key of its token, or for the log."""
     _held_back = False
     """True if bytes that follow a handshake have arrived before its turn."""
     _unanswered = False
@@ -162,21 +164,36 @@ class WebSocketConnection(AutobahnConnection):
         upgrade = read_upgrade(head)
         factory.admission.check_origin(upgrade.origin, headers["host"], headers.get("x-forwarded-host"))
         request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
-        moderator = factory.intake.moderator
-        self.session.address = moderator.address(self.transport.getPeer(), headers.get("x-forwarded-for"))
-        moderator.admit(request.room, self._visitor(request))
-        opening = factory.rooms.open(request.room, request.last)
-        if not opening.called:
-            # Frames that a client sends before it has its answer stay in its socket.
-            self._loading = True
-            self.transport.pauseProducing()
-            opening.addBoth(self._resume_reading)
+        self.session.address = factory.intake.moderator.address(
+            self.transport.getPeer(), headers.get("x-forwarded-for")
+        )
         chosen = SUBPROTOCOL if SUBPROTOCOL in upgrade.protocols else None
         answer = switch(upgrade.key, chosen, SERVER)
+        tokens = factory.intake.tokens
+        if tokens is None:
+            return self._open(request, answer)
+        identity = tokens.identify(headers.get("authorization"), headers.get("cookie"), upgrade.protocols)
+        if isinstance(identity, Identity):
+            return self._open(admit(request, identity), answer)
+        self._wait_for(identity)
+        return identity.addCallback(lambda identity: self._open(admit(request, identity), answer))
+
+    def _open(self, request: JoinRequest, answer: bytes) -> "Deferred[bytes]":
+        """Find the room; the result is the answer to the handshake, or HttpError."""
+        self.factory.intake.moderator.admit(request.room, self._visitor(request))
+        opening = self.factory.rooms.open(request.room, request.last)
+        if not opening.called:
+            self._wait_for(opening)
         return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
 
     def _visitor(self, request: JoinRequest) -> Visitor:
         return Visitor(request.username, request.identity.subject, self.session.address)
+
+    def _wait_for(self, deferred: "Deferred[Any]") -> None:
+        """Leave the frames that a client sends before it has its answer in its socket."""
+        self._loading = True
+        self.transport.pauseProducing()
+        deferred.addBoth(self._resume_reading)
 
     def _resume_reading(self, result: _T) -> _T:
         del self._loading
@@ -276,6 +293,9 @@ class WebSocketConnection(AutobahnConnection):
         """IPullProducer: the transport has ended; closed() follows."""
 
     # Closing
+
+    def expire(self) -> None:
+        self.close(CloseCode.POLICY_VIOLATION, "the token has expired")
 
     def evict(self) -> None:
         self.close(CloseCode.TRY_AGAIN_LATER, "too slow: reconnect")

@@ -1,11 +1,12 @@
 """Doubles that the tests share: small, in memory, and passive until a test acts on them."""
 
+import gc
 import io
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry, Id, Post
-from chatd.room.log import LabelReused, LogUnavailable, Page
+from chatd.room.log import LogUnavailable, Page, Refusal
 from chatd.store.base import timestamp
 
 # pytest explains failed assertions only in test files and in the modules named here.
@@ -90,8 +91,8 @@ class RecordingPoster:
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
         self.events.append(("duplicate" if duplicate else "posted", post, number))
 
-    def refused(self, post: Post, error: LogUnavailable | LabelReused) -> None:
-        assert isinstance(error, (LogUnavailable, LabelReused))
+    def refused(self, post: Post, error: Refusal) -> None:
+        assert isinstance(error, Refusal)
         self.events.append(("refused", post, error))
 
 
@@ -234,6 +235,19 @@ def count_held(owner, *others):
     An object that forgets what it should holds as many items afterwards as before.
     """
     return sum(len(one) for one in held_by(owner, *others) if isinstance(one, COLLECTIONS))
+
+
+def holds_text(text, owner, *others):
+    """Return whether any bytes that are reachable from an object, except through `others`, contain a text."""
+    seen, todo = {id(other) for other in others}, [owner]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, bytes) and text.encode() in one:
+            return True
+        if id(one) not in seen and not isinstance(one, (type, ModuleType, FunctionType)):
+            seen.add(id(one))
+            todo += gc.get_referents(one)
+    return False
 
 
 def stamped(number):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support.helpers import NEW_YEAR, REPEATABLE, ManualTime, RecordingFollower, RecordingPoster, result_of
 from twisted.logger import capturedLogs, formatEvent
 
-from chatd.messages import Entry, Post
-from chatd.room.log import InDoubt, LabelReused, Page
+from chatd.messages import REMOVED, Entry, Id, Post
+from chatd.room.log import Forbidden, InDoubt, LabelReused, NotReplaceable, Page, UnknownId
 from chatd.room.moderation import RoomSummary, Sanction, SanctionKind, Visitor
 from chatd.store.base import DAY, JUMP_SECONDS, STEADY_SECONDS, LogClock, Retention, instant, timestamp
 
@@ -28,6 +28,9 @@ TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 REUSED = ("refused", LabelReused)
+FORBIDDEN = ("refused", Forbidden)
+UNKNOWN = ("refused", UnknownId)
+NOT_REPLACEABLE = ("refused", NotReplaceable)
 
 
 class StrictFollower(RecordingFollower):
@@ -81,6 +84,14 @@ class Bench:
             assert about is post
             outcomes.append((what, type(number) if what == "refused" else number))
         return outcomes
+
+    def edit(self, number, text="new", label=None, author="a", **more):
+        """Return a post that replaces an entry."""
+        return Post("ann", text, label, author, Id(self.store.epoch, number), **more)
+
+    def removal(self, number, label=None, author="a", **more):
+        """Return a post that removes an entry."""
+        return self.edit(number, REMOVED, label, author, removed=True, **more)
 
     def read(self, room, after=None, limit=100):
         return self.wait(self.store.read(room, after, limit))
@@ -431,7 +442,6 @@ class StoreContract:
     def test_label_is_never_shown(self, bench):
         log = bench()
         log.send("main", Post("ann", "hi", "secret"), Post("ann", "hi", "secret"))
-        assert Entry._fields == ("number", "username", "message", "timestamp")
         shown = repr([*log.new_events(), log.read("main"), log.read("main", after=0)])
         assert "ann" in shown
         assert "secret" not in shown
@@ -816,9 +826,9 @@ class StoreContract:
 
         check()
 
-    posts = st.builds(
-        Post, st.sampled_from(["ann", "bob"]), st.sampled_from(["hi", "ho"]), st.sampled_from([None, "l", "m"])
-    )
+    posts = st.tuples(
+        st.sampled_from(["ann", "bob"]), st.sampled_from(["hi", "ho"]), st.sampled_from([None, "l", "m"])
+    ).map(lambda parts: Post(*parts))
     label_steps = (
         st.tuples(st.just("send"), st.lists(st.tuples(st.sampled_from(["main", "a"]), posts), min_size=1, max_size=6))
         | st.tuples(st.just("send"), st.lists(st.tuples(st.just("main"), posts), min_size=1, max_size=6))
@@ -1022,6 +1032,137 @@ class ClockContract(StoreContract):
             log.trim()
             log.trim()
         assert [formatEvent(event) for event in events] == ["5 messages removed that --retain no longer keeps"]
+
+
+class EditContract(StoreContract):
+    """The author, or a moderator, replaces and removes entries."""
+
+    def test_edit_is_the_next_entry(self, bench):
+        """Followers get the edit as an entry, and pages show its text in the place of the original too."""
+        log = bench()
+        assert log.send("main", Post("ann", "old", author="a"), Post("bob", "else"), log.edit(1)) == [
+            ("posted", number) for number in (1, 2, 3)
+        ]
+        now = "2026-01-01T00:00:00.000Z"
+        old, other = Entry(1, "ann", "old", now, "a"), Entry(2, "bob", "else", now)
+        edit = Entry(3, "ann", "new", now, "a", replaces=1)
+        assert log.new_events() == [("appended", "main", entry) for entry in (old, other, edit)]
+        newest = old._replace(message="new", replaced=3)
+        assert log.read("main") == Page([newest, other, edit], first=1, head=3)
+        assert log.read("main", after=0, limit=1).entries == [newest]
+        assert log.read("main", after=1).entries == [other, edit]
+
+    def test_newest_edit_wins(self, bench):
+        """An earlier edit keeps the text that it had."""
+        log = bench()
+        log.send("main", Post("ann", "old", author="a"), log.edit(1, "second"), log.edit(1, "third"))
+        assert log.texts("main") == ["third", "second", "third"]
+        assert [entry.replaced for entry in log.read("main").entries] == [3, None, None]
+
+    def test_removal_erases_the_entry_and_its_edits(self, bench):
+        log = bench()
+        log.send("main", Post("ann", "old", author="a"), log.edit(1), Post("bob", "stays"))
+        log.new_events()
+        assert log.send("main", log.removal(1)) == [("posted", 4)]
+        (what,) = log.new_events()
+        assert what[2][1:3] == ("ann", "[removed]")
+        assert (what[2].replaces, what[2].removed) == (1, True)
+        entries = log.read("main").entries
+        assert [entry.message for entry in entries] == ["[removed]", "[removed]", "stays", "[removed]"]
+        assert [bool(entry.removed) for entry in entries] == [True, True, False, True]
+        assert [(entry.replaces, entry.replaced) for entry in entries] == [
+            (None, 4),
+            (1, None),
+            (None, None),
+            (1, None),
+        ]
+
+    def test_only_the_author_edits(self, bench):
+        """The author is the token's subject: the username does not count, and without tokens nobody edits."""
+        log = bench()
+        log.send("main", Post("ann", "old", author="a"), Post("ann", "hi"))
+        for author, number in (("b", 1), (None, 1), (None, 2), ("b", 2), (None, 9)):
+            for post in (log.edit(number, author=author), log.removal(number, author=author)):
+                assert log.send("main", post) == [FORBIDDEN]
+        assert log.texts("main") == ["old", "hi"]
+        assert log.send("main", log.edit(1)._replace(username="Ann B.")) == [("posted", 3)]
+
+    def test_moderator_edits_everything(self, bench):
+        log = bench(seed=SEED)
+        log.send("main", Post("ann", "old", author="a"), Post("ann", "hi"))
+        sent = [log.edit(number, author=author, moderated=True) for number, author in ((1, "m"), (3, "m"), (4, None))]
+        sent += [log.removal(number, author="m", moderated=True) for number in (3, 4)]
+        assert log.send("main", *sent) == [("posted", number) for number in (5, 6, 7, 8, 9)]
+        assert log.texts("main", limit=9)[:4] == ["new", "Hi Alice!", "[removed]", "[removed]"]
+
+    def test_unknown_entry_is_refused(self, bench):
+        """Neither a number that was never given, nor one of another room or epoch, nor a trimmed one is replaced."""
+        log = bench(retain="2")
+        log.send("main", *[Post("ann", "old", author="a")] * 3)
+        log.new_events()
+        for number in (0, 1, 4, 10**15):
+            assert log.send("main", log.edit(number), log.removal(number, author="m", moderated=True)) == [UNKNOWN] * 2
+        assert log.send("other", log.edit(2)) == [UNKNOWN]
+        assert log.send("main", log.edit(2)._replace(replaces=Id("other", 2))) == [UNKNOWN]
+        assert log.new_events() == []
+        assert log.post("other", "first") == [1]
+
+    def test_edit_or_removed_entry_is_refused(self, bench):
+        """Whoever replaces an edit must name the original, and what was removed stays so."""
+        log = bench()
+        log.send("main", Post("ann", "old", author="a"), log.edit(1), Post("ann", "gone", author="a"), log.removal(3))
+        refused = [build(number) for number in (2, 3, 4) for build in (log.edit, log.removal)]
+        refused += [log.edit(3, author="m", moderated=True)]
+        assert log.send("main", *refused) == [NOT_REPLACEABLE] * 7
+        assert log.read("main").head == 4
+
+    def test_edit_of_a_post_in_flight(self, bench):
+        """Edits see the posts before them, also those of the same batch."""
+        log = bench()
+        sent = [Post("bob", "before"), Post("ann", "old", author="a"), log.edit(2), log.edit(9), log.removal(2)]
+        sent += [log.edit(2), Post("bob", "after")]
+        assert log.send_at_once(*[("main", post) for post in sent]) == [
+            *(("posted", number) for number in (1, 2, 3)),
+            UNKNOWN,
+            ("posted", 4),
+            NOT_REPLACEABLE,
+            ("posted", 5),
+        ]
+        assert log.texts("main") == ["before", "[removed]", "[removed]", "[removed]", "after"]
+
+    def test_labels_of_edits(self, bench):
+        """A retry of an edit, of a removal, or of what they replaced is a duplicate; another post is refused."""
+        log = bench()
+        first, other = Post("ann", "old", "l", "a"), Post("ann", "else", "o", "a")
+        edit, gone = log.edit(1, label="e"), log.removal(1, label="r")
+        assert log.send("main", first, other, edit, edit, first) == [
+            *(("posted", number) for number in (1, 2, 3)),
+            ("duplicate", 3),
+            ("duplicate", 1),
+        ]
+        reused = [log.edit(1, "more", "e"), log.edit(2, label="e"), Post("ann", "new", "e", "a"), log.removal(1, "e")]
+        assert log.send("main", *reused, log.edit(1, "old", "l")) == [REUSED] * 5
+        assert log.send("main", gone, gone, edit, first) == [
+            ("posted", 4),
+            ("duplicate", 4),
+            ("duplicate", 3),
+            ("duplicate", 1),
+        ]
+        assert log.send("main", log.removal(2, "r"), log.edit(2, label="l")) == [REUSED] * 2
+
+    def test_retention_of_edits(self, bench):
+        """An edit outlives the entry that it replaces, and is trimmed as any other entry."""
+        log = bench(retain="2")
+        log.send("main", Post("ann", "old", author="a"), log.edit(1), log.edit(1, "newer"))
+        assert log.read("main").entries[0][1:3] == ("ann", "new")
+        assert log.texts("main") == ["new", "newer"]
+        log.post("main", "a", "b")
+        assert log.texts("main") == ["a", "b"]
+
+    def test_replaced_entry_is_trimmed_by_its_edit(self, bench):
+        log = bench(retain="1")
+        log.send("main", Post("ann", "old", author="a"), log.edit(1))
+        assert log.texts("main") == ["new"]
 
 
 class GuardContract(StoreContract):

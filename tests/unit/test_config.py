@@ -10,6 +10,7 @@ import pytest
 import chatd
 from chatd import config
 from chatd.config import ConfigError, Configuration, Settings, veiled
+from chatd.messages import Entry
 from chatd.store.base import DAY, Retention
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -353,7 +354,7 @@ def test_seed_from_a_file(tmp_path):
     """--seed reads the messages of a new log from a JSON file."""
     path = tmp_path / "seed.json"
     path.write_text('[{"username":"ann","message":"hi","timestamp":"2024-10-20T12:30:00Z"}]')
-    assert read(f"--seed={path}").seed == ((1, "ann", "hi", "2024-10-20T12:30:00Z"),)
+    assert read(f"--seed={path}").seed == (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z"),)
 
 
 @pytest.mark.parametrize(

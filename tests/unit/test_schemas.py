@@ -18,13 +18,26 @@ from chatd.transport.frames import FrameError
 
 SCHEMAS = ROOT / "schemas"
 PAGE = ROOT / "docs" / "protocol.md"
-FILES = ["asyncapi.json", "openapi.json", "message.json", "page.json", "typing.json"]
-SENT = ["history", "message", "ack", "error", "presence", "typing"]
-RECEIVED = {"post": "message.json", "pageRequest": "page.json", "typingNotice": "typing.json"}
+FILES = ["asyncapi.json", "openapi.json", "message.json", "page.json", "typing.json", "token.json", "remove.json"]
+SENT = ["history", "message", "ack", "error", "presence", "typing", "token"]
+RECEIVED = {
+    "post": "message.json",
+    "pageRequest": "page.json",
+    "typingNotice": "typing.json",
+    "newToken": "token.json",
+    "removal": "remove.json",
+}
 
 LABEL, ID = "c81f", Id("k7Q2xe", 2)
 ANN = Entry(1, "ann", "hi", "2026-01-01T00:00:00.000Z")
 SEEDED = Entry(2, "Bob", "Hi Alice!", "2024-10-20T12:31:00Z")
+EDITED = [
+    frames.message_frame("k7Q2xe", entry)
+    for entry in (
+        Entry(3, "ann", "new", ANN.timestamp, "a", replaced=4),
+        Entry(4, "ann", "[removed]", ANN.timestamp, "a", replaces=2, removed=True),
+    )
+]
 POSTED = {"username": "ann", "message": "hi", "timestamp": ANN.timestamp}
 
 
@@ -223,6 +236,8 @@ def test_type_of_a_frame_names_its_message():
 MADE = [
     frames.message_frame("k7Q2xe", ANN),
     frames.message_frame("k7Q2xe", SEEDED),
+    *EDITED,
+    frames.history_frame("k7Q2xe", 4, EDITED),
     frames.history_frame("k7Q2xe", 0, []),
     frames.history_frame("k7Q2xe", 2, [frames.message_frame("k7Q2xe", entry) for entry in (ANN, SEEDED)], more=True),
     frames.history_frame("k7Q2xe", 2, [], resumed=True),
@@ -236,6 +251,7 @@ MADE = [
     frames.presence_frame(2, users=["ann", "bob"]),
     frames.presence_frame(2, join=[], leave=["ann"]),
     frames.typing_frame(["ann"]),
+    frames.token_frame(1790000000.0, LABEL),
 ]
 
 
@@ -250,7 +266,18 @@ def test_frames_fit_their_schemas(frame):
             node["undocumented"] = 1
             assert frame_faults(kind, document), place
             del node["undocumented"]
-    for name in document.keys() - {"more", "resumed", "duplicate", "hint", "label", "code", "retry_after"}:
+    for name in document.keys() - {
+        "replaces",
+        "replaced",
+        "removed",
+        "more",
+        "resumed",
+        "duplicate",
+        "hint",
+        "label",
+        "code",
+        "retry_after",
+    }:
         assert frame_faults(kind, {key: value for key, value in document.items() if key != name}), name
 
 
@@ -268,6 +295,11 @@ NO_NAMES = [f"n{number}" for number in range(201)]
         {"type": "history", "id": "k7Q2xe-1", "label": "a b", "data": [POSTED]},
         {"type": "history", "id": "k7Q2xe-1", "data": [{"username": "ann", "message": "hi"}]},
         {"type": "history", "id": "k7Q2xe-1", "data": [POSTED | {"label": LABEL}]},
+        {"type": "history", "id": "k7Q2xe-1", "replaces": {}, "data": [POSTED]},
+        {"type": "history", "id": "k7Q2xe-1", "replaced": {"01": "k7Q2xe-2"}, "data": [POSTED]},
+        {"type": "history", "id": "k7Q2xe-1", "removed": [], "data": [POSTED]},
+        {"type": "message", "id": "k7Q2xe-1", "removed": False, "data": POSTED},
+        {"type": "message", "id": "k7Q2xe-1", "replaces": "1", "data": POSTED},
         {"type": "message", "id": "k7Q-1", "data": POSTED},
         {"type": "message", "id": "k7Q2xe-01", "data": POSTED},
         {"type": "message", "id": "k7Q2xe-1", "data": POSTED | {"username": ""}},

@@ -11,8 +11,12 @@ from typing import Final
 from chatd.messages import Entry
 from chatd.store.base import timestamp
 
+_MARKS: Final = {b"a", b"p", b"x", b"d"}
+"""The fields of an entry that has an author, or was edited."""
 LOG, HEADS, FEED = KEYS = [f"{{chatd}}:{name}" for name in ("log", "heads", "feed")]
 """The keys that every script of the log takes first."""
+ERASURES: Final = "{chatd}:erase"
+"""The key of the rooms from which a removed text is still to be erased."""
 NO_ENTRY: Final = b"0-0"
 """The id that stands for the newest entry of an empty stream."""
 MICROSECONDS: Final = 1_000_000
@@ -22,6 +26,11 @@ MICROSECONDS: Final = 1_000_000
 def room_key(room: str) -> str:
     """Return the key of a room's stream."""
     return f"{{chatd}}:room:{room}"
+
+
+def copy_key(epoch: str, room: str) -> str:
+    """Return the key of the stream that is to replace a room's."""
+    return f"{{chatd}}:copy:{epoch}:{room}"
 
 
 def label_key(room: str, username: str, label: str) -> str:
@@ -48,4 +57,13 @@ def message_of(stream_id: bytes, number: int, fields: Mapping[bytes, bytes]) -> 
     """Return the message in an entry of a room or of the feed."""
     written = fields.get(b"t")
     stamp = written.decode() if written else timestamp(int(stream_id.partition(b"-")[2]) / MICROSECONDS)
-    return Entry(number, fields[b"u"].decode(), fields[b"m"].decode(), stamp)
+    entry = Entry(number, fields[b"u"].decode(), fields[b"m"].decode(), stamp)
+    if fields.keys() & _MARKS:
+        author, replaces, replaced = (fields.get(name) for name in (b"a", b"p", b"d"))
+        entry = entry._replace(
+            author=None if author is None else author.decode(),
+            replaces=None if replaces is None else int(replaces),
+            removed=b"x" in fields,
+            replaced=None if replaced is None else int(replaced),
+        )
+    return entry

@@ -42,7 +42,7 @@ from chatd.store.redis.link import (
 )
 from chatd.store.redis.lobby import ANNOUNCE, STREAM, RedisLobby
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """The format this code writes; it reads every log whose `readable_since` is not higher."""
 READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code writes."""
@@ -107,7 +107,7 @@ class RedisSession:
         """Start the first session; fire when it is there, however many attempts that takes."""
         opened: Deferred[None] = Deferred()
         self._seed = seed
-        self._seed_digest = digest(*(text for entry in seed for text in entry[1:]))
+        self._seed_digest = digest(*(text for entry in seed for text in entry[1:4]))
         self._ticks.clock = self.clock
         self._ticks.start(1, now=False)
         self._ended = self._run(opened)
@@ -289,8 +289,8 @@ class RedisSession:
         while True:
             words: list[str | bytes | int] = [new_epoch(), FORMAT, READABLE_SINCE, self._feed.epoch, self._feed.seen]
             words += [self._seed_digest, len(self._seed), stored]
-            for _, *fields, stamp in piece:
-                words += [*fields, stamp, round(instant(stamp) * MICROSECONDS)]
+            for entry in piece:
+                words += [*entry[1:4], round(instant(entry.timestamp) * MICROSECONDS)]
             reply = yield connection.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
             if len(reply) > 1:
                 reply[-1] = reply[-1].strip(b"-\r\n")  # Redis 6.2 gives the whole line

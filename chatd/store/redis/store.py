@@ -12,13 +12,14 @@ from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from typing_extensions import override
 
 from chatd.histogram import SECONDS, Histogram
-from chatd.messages import Entry, Post
-from chatd.room.log import InDoubt, LogUnavailable, Page, Poster
+from chatd.messages import Entry, Id, Post
+from chatd.room.log import Forbidden, InDoubt, LogUnavailable, NotReplaceable, Page, Poster, Refusal, UnknownId
 from chatd.room.moderation import RoomSummary, Sanction
 from chatd.store.base import (
     DAY,
@@ -35,10 +36,12 @@ from chatd.store.base import (
 )
 from chatd.store.redis.feed import Feed
 from chatd.store.redis.keys import (
+    ERASURES,
     HEADS,
     KEYS,
     LOG,
     MICROSECONDS,
+    copy_key,
     digest,
     fields_of,
     label_key,
@@ -59,14 +62,24 @@ LABEL_SECONDS: Final = DAY
 """How long a label is remembered at least."""
 ROOMS: Final = 200
 """The most rooms that one script trims."""
+ERASE_SECONDS: Final = 1.0
+"""The time after which a removed text is erased; until then the feed has delivered it everywhere."""
+ERASE_PIECE: Final = 500
+"""The most entries of a room that one script copies, in a few milliseconds."""
+ERASE_FEED: Final = 2000
+"""The most entries that the feed keeps when a text is erased from it; a node that misses more rereads its rooms."""
+COPY_SECONDS: Final = 60
+"""How long a copy is kept that no node continues."""
 
+REASONS: Final = Forbidden, UnknownId, NotReplaceable
+"""The reasons for which the script `append` does not replace a message."""
 SCANNED: Final = 1000
 """About how many names of rooms one request reads."""
 SUMMARIES: Final = 20
 """The most rooms that one script summarizes."""
 
-APPEND, PAGE, TRIM, SANCTION, CLEAR, SUMMARIZE = SCRIPTS = tuple(
-    Script(name) for name in ("append", "page", "trim", "sanction", "clear", "rooms")
+APPEND, PAGE, TRIM, ERASE, SANCTION, CLEAR, SUMMARIZE = SCRIPTS = tuple(
+    Script(name) for name in ("append", "page", "trim", "erase", "sanction", "clear", "rooms")
 )
 
 _logger = Logger()
@@ -117,6 +130,8 @@ class RedisStore(Store):
         self.lobby = self._session.lobby
         self._clock = link.clock
         self._serials = 0
+        self._erase_call: IDelayedCall | None = None
+        self._closing = False
         self._pending: dict[int, _SentPost] = {}
         """The posts in flight by serial."""
         self._settling: deque[tuple[int, Deferred[None]]] = deque()
@@ -133,7 +148,13 @@ class RedisStore(Store):
 
     @override
     def close(self) -> "Deferred[None]":
-        return self.settled().addCallback(lambda _: self._session.stop())
+        return self.settled().addCallback(self._close)
+
+    def _close(self, _: object) -> "Deferred[None]":
+        """Erase what this node removed a moment ago, and end the session."""
+        self._closing = True
+        erased = succeed(None) if self._erase_call is None else self._erase_now()
+        return erased.addCallback(lambda _: self._session.stop())
 
     @override
     def usage(self) -> Mapping[str, int]:
@@ -149,9 +170,11 @@ class RedisStore(Store):
         if len(self._pending) >= MAX_PENDING:
             notify(poster.refused, post, LogUnavailable("too many posts are in flight"))
             return
+        replaces = "" if post.replaces is None else str(self._number(post.replaces))
         label, text_digest = LOG, ""
         if post.label is not None:
-            label, text_digest = label_key(room, post.username, post.label), digest(post.message)
+            label = label_key(room, post.username, post.label)
+            text_digest = digest(post.message, *([replaces] if replaces else []))
         serial = self._serials = self._serials + 1
         self._pending[serial] = _SentPost(post, poster, self._clock.seconds())
         self._session.connection.run(
@@ -165,9 +188,17 @@ class RedisStore(Store):
             text_digest,
             max(LABEL_SECONDS, self._retain.seconds or 0) * 1000,
             *self._trimming(),
+            post.author or "",
+            replaces,
+            "1" if post.removed else "",
+            "1" if post.moderated else "",
         ).addBoth(self._timed, serial).addCallbacks(
             self._stored, self._not_stored, callbackArgs=(serial,), errbackArgs=(serial,)
         ).addErrback(lambda failure: _logger.failure("a poster failed", failure))
+
+    def _number(self, message: Id) -> int:
+        """Return the number in an id of this log, or 0, which is the number of no message."""
+        return message.number if message.epoch == self.epoch else 0
 
     def _timed(self, result: _T, serial: int) -> _T:
         pending = self._pending.get(serial)
@@ -193,7 +224,12 @@ class RedisStore(Store):
             self._refuse(serial, LogUnavailable("the log has lost messages"))
             return
         self._session.writable()
+        if not reply[0]:
+            self._refuse(serial, REASONS[reply[1] - 1]())
+            return
         number, seq, removed, *same = reply
+        if pending is not None and pending.post.removed:
+            self._erase_later()
         if self._retain.seconds:
             self._removed += removed
         if pending is None:  # abandoned
@@ -216,9 +252,12 @@ class RedisStore(Store):
             self._refuse(serial, LogUnavailable(str(failure.value)))
         else:
             failure.trap(*Lost)
+            pending = self._pending.get(serial)
+            if pending is not None and pending.post.removed:
+                self._erase_later()  # it may be stored
             self._refuse(serial, InDoubt(why(failure)))
 
-    def _refuse(self, serial: int, error: LogUnavailable) -> None:
+    def _refuse(self, serial: int, error: Refusal) -> None:
         pending = self._pending.pop(serial, None)
         if pending is not None:
             notify(pending.poster.refused, pending.post, error)
@@ -244,6 +283,40 @@ class RedisStore(Store):
         for serial in [*self._pending]:
             self._refuse(serial, InDoubt("Redis has not answered"))
 
+    # Erasing
+
+    def _erase_later(self) -> None:
+        """Erase removed texts soon, once for the removals of a second."""
+        if self._erase_call is None and not self._closing:
+            self._erase_call = self._clock.callLater(ERASE_SECONDS, self._erase_now)
+
+    def _erase_now(self) -> "Deferred[Any]":
+        """Erase removed texts, and repeat it if that fails."""
+        call, self._erase_call = self._erase_call, None
+        if call is not None and call.active():
+            call.cancel()
+        connection = self._session.connection
+        if connection is None:
+            self._erase_later()
+            return succeed(None)
+        return self._erase(connection).addErrback(self._not_erased)
+
+    @inlineCallbacks
+    def _erase(self, connection: RedisConnection) -> Generator["Deferred[Any]", Any, None]:
+        """Erase the removed texts of all rooms, those that other nodes have left too."""
+        flat = yield connection.ask("HGETALL", ERASURES)
+        for name in flat[::2]:
+            room, epoch, done = name.decode(), self.epoch, 0
+            while not done:
+                keys = [*KEYS, room_key(room), copy_key(epoch, room)]
+                limits = ERASE_PIECE, ERASE_FEED, COPY_SECONDS * 1000
+                done = yield connection.run(ERASE, keys, epoch, room, *limits)
+
+    def _not_erased(self, failure: Failure) -> None:
+        failure.trap(RedisRefused, *Lost)
+        _logger.error("a removed text was not erased yet: {error}", error=why(failure))
+        self._erase_later()
+
     # Trimming
 
     @override
@@ -252,7 +325,7 @@ class RedisStore(Store):
         if connection is None:
             return succeed(None)
         trimmed = self._trim(connection).addCallback(self._reached).addCallback(self._lift_expired)
-        return trimmed.addErrback(self._not_trimmed)
+        return trimmed.addErrback(self._not_trimmed).addCallback(lambda _: self._erase_now())
 
     def _lift_expired(self, _: None) -> "Deferred[None]":
         expired = self.sanctions.expired(time.time() if self._now is None else self._now())
@@ -265,7 +338,12 @@ class RedisStore(Store):
             failure.trap(RedisRefused)
             self._not_trimmed(failure)
 
-        return self._trim(connection).addErrback(failed)
+        def not_erased(failure: Failure) -> None:
+            failure.trap(RedisRefused)
+            self._not_erased(failure)
+
+        trimmed = self._trim(connection).addErrback(failed)
+        return trimmed.addCallback(lambda _: self._erase(connection)).addErrback(not_erased)
 
     @inlineCallbacks
     def _trim(self, connection: RedisConnection) -> Generator["Deferred[Any]", Any, int]:

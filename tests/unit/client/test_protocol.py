@@ -68,6 +68,23 @@ def test_frame_that_is_not_text_is_left(other):
 # Frames of the server
 
 
+def test_parse_edits():
+    """An entry names the edit that it is, and the newest edit that it carries the text of."""
+    entries = [
+        entry(6)._replace(replaced=8),
+        entry(7)._replace(replaces=6, removed=True),
+        entry(8)._replace(replaces=6),
+    ]
+    frames = [message_frame("abcd", one) for one in entries]
+    assert [parse_frame(payload(frame)).entry for frame in frames] == entries
+    assert parse_frame(payload(history_frame("abcd", 8, frames))).entries == entries
+
+
+def test_parse_an_edit_outside_of_its_history():
+    with pytest.raises(ProtocolError):
+        parse_frame(b'{"type":"history","id":"abcd-1","removed":[9],"data":[]}')
+
+
 def test_parse_every_frame_of_the_server():
     messages = [message_frame("abcd", entry(number)) for number in (6, 7)]
     assert parse_frame(payload(messages[0])) == message(6)

@@ -121,6 +121,19 @@ def test_messages_of_others_must_agree():
         given.give(2, 1, 2)
 
 
+def test_messages_of_others_may_be_edited():
+    """A reader that comes later gets the newest text; another author, or an unexplained text, is still a fault."""
+    given = Given().post(0)
+    given.log.append(Entry(2, "ann", "old", TIME))
+    given.log.append(Entry(3, "ann", "new", TIME, replaces=2))
+    given.give(0, 1, 2, 3)
+    given.log[1] = given.log[1]._replace(message="new", replaced=3)
+    given.give(1, 1, 2, 3)
+    given.log[1] = given.log[1]._replace(username="bob")
+    with pytest.raises(Violation, match="client 2 received bob: 'new'"):
+        given.give(2, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [((1, 3), "abcd-3 after abcd-1"), ((1, 1), "abcd-1 after abcd-1"), ((2, 1), "abcd-2 after abcd-0")],

@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 from support.helpers import ManualTime, RecordingPoster, result_of
-from support.store_contract import SEED, ClockContract, GuardContract
+from support.store_contract import SEED, ClockContract, EditContract, GuardContract
 
 from chatd.messages import Post
 from chatd.room.log import Page
@@ -29,7 +29,7 @@ def growth(work):
     return after - before
 
 
-class TestMemoryStore(ClockContract, GuardContract):
+class TestMemoryStore(ClockContract, EditContract, GuardContract):
     @pytest.fixture
     def make(self):
         return lambda retain, now: MemoryStore(retain, now, now.steady)

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 from support.failing_disk import FailingDisk, system_sqlite
 from support.helpers import HeldWorker, ImmediateWorker, ManualTime, RecordingFollower, RecordingPoster, result_of
-from support.store_contract import SEED, ClockContract, DurableStoreContract, GuardContract
+from support.store_contract import SEED, ClockContract, DurableStoreContract, EditContract, GuardContract
 from support.store_files import run_sql
 from twisted.internet.defer import succeed
 from twisted.internet.task import Clock
@@ -28,7 +28,7 @@ from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS, SqliteFile
 ALL = Retention()
 
 
-class TestSqliteStore(ClockContract, GuardContract, DurableStoreContract):
+class TestSqliteStore(ClockContract, EditContract, GuardContract, DurableStoreContract):
     worker = ImmediateWorker
 
     @pytest.fixture
@@ -526,7 +526,7 @@ def test_read_is_one_transaction(opened, connections):
     connections.reader.set_trace_callback(ran.append)
     page(store)
     page(store, after=1)
-    assert [statement for statement in ran if not statement.startswith("SELECT")] == ["BEGIN", "COMMIT"] * 2
+    assert [statement for statement in ran if not statement.strip().startswith("SELECT")] == ["BEGIN", "COMMIT"] * 2
     assert not connections.reader.in_transaction
 
 
@@ -803,7 +803,7 @@ def test_newer_format_that_stays_readable(opened, path):
         "ALTER TABLE log ADD COLUMN region TEXT NOT NULL DEFAULT 'here'",
         "ALTER TABLE rooms ADD COLUMN topic TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE messages ADD COLUMN reply_to INTEGER",
-        "ALTER TABLE messages ADD COLUMN removed INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE messages ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0",
         "CREATE TABLE bans (room TEXT, username TEXT)",
         "UPDATE messages SET reply_to = 1 WHERE number = 2",
         "INSERT INTO bans VALUES ('main', 'mallory')",
@@ -821,7 +821,7 @@ def test_newer_format_that_stays_readable(opened, path):
     # The newer code finds its own columns and tables again.
     assert run_sql(path, "SELECT written, readable_since, region FROM log") == [(FORMAT + 5, 1, "here")]
     assert run_sql(path, "SELECT * FROM bans") == [("main", "mallory")]
-    assert run_sql(path, "SELECT reply_to, removed FROM messages WHERE number IN (2, 5) ORDER BY number") == [
+    assert run_sql(path, "SELECT reply_to, pinned FROM messages WHERE number IN (2, 5) ORDER BY number") == [
         (1, 0),
         (None, 0),
     ]
@@ -867,8 +867,8 @@ def test_format_1_is_upgraded(opened, old):
     assert store.epoch == "k7Q2xe"
     assert page(store) == Page([*SEED], first=1, head=2)
     assert page(store, "trimmed") == Page([], first=8, head=7)
-    assert run_sql(old, "SELECT * FROM log") == [("k7Q2xe", 2, 1)]
-    assert run_sql(old, "SELECT label FROM messages") == [(None,), (None,)]
+    assert run_sql(old, "SELECT * FROM log") == [("k7Q2xe", FORMAT, 1)]
+    assert run_sql(old, "SELECT label, author, replaces FROM messages") == [(None,) * 3] * 2
 
 
 def test_upgraded_log_equals_a_new_one(opened, old, tmp_path):
@@ -877,7 +877,7 @@ def test_upgraded_log_equals_a_new_one(opened, old, tmp_path):
     assert columns(old) == columns(tmp_path / "new.sqlite")
     indexes = "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql NOT NULL"
     assert run_sql(old, indexes) == run_sql(tmp_path / "new.sqlite", indexes)
-    assert [name for name, _ in run_sql(old, indexes)] == ["labels"]
+    assert [name for name, _ in run_sql(old, indexes)] == ["labels", "edits"]
     assert run_sql(old, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -912,13 +912,13 @@ def test_crash_during_the_upgrade(opened, old, tmp_path, monkeypatch):
     written = []
     for where in copies:
         written += run_sql(where, "SELECT written FROM log")
-        assert ("label" in [column[0] for column in columns(where)]) == (written[-1] == (2,))
+        assert ("label" in [column[0] for column in columns(where)]) == (written[-1] == (FORMAT,))
         survivor = opened(where)
         assert survivor.epoch == "k7Q2xe"
         assert page(survivor) == Page([*SEED], first=1, head=2)
         assert post(survivor, "hi", "hi", label="l").numbers == [3]
     assert written == sorted(written)
-    assert {*written} == {(1,), (2,)}
+    assert {*written} == {(1,), (FORMAT,)}
 
 
 def test_rollback_to_format_1(opened, old):
@@ -951,7 +951,7 @@ def test_format_1_keeps_what_newer_code_stated(opened, old, monkeypatch):
 
 
 def test_current_format():
-    assert (FORMAT, sqlite_file.READABLE_SINCE) == (2, 1)
+    assert (FORMAT, sqlite_file.READABLE_SINCE) == (3, 1)
 
 
 # Labels
@@ -962,7 +962,7 @@ def test_label_lookup_uses_the_index(opened, path, connections):
     ran = []
     connections.writer.set_trace_callback(ran.append)
     post(store, "hi", label="l")
-    (lookup,) = [statement for statement in ran if statement.startswith("SELECT") and "label" in statement]
+    (lookup,) = [statement for statement in ran if statement.strip().startswith("SELECT") and "label" in statement]
     for _, _, _, step in run_sql(path, f"EXPLAIN QUERY PLAN {lookup}"):
         assert "INDEX labels (room=? AND username=? AND label=?)" in step
 
@@ -977,7 +977,8 @@ def test_index_holds_labels_only(opened, path):
 def test_index_is_unique(opened, path):
     store = opened()
     post(store, "hi", label="l")
-    twice = "INSERT INTO messages SELECT room, number + 1, username, message, timestamp, label FROM messages"
+    columns = "username, message, timestamp, label"
+    twice = f"INSERT INTO messages (room, number, {columns}) SELECT room, number + 1, {columns} FROM messages"
     with pytest.raises(sqlite3.IntegrityError, match="UNIQUE constraint failed"):
         run_sql(path, twice)
     run_sql(path, "UPDATE messages SET label = NULL", twice)

@@ -1463,7 +1463,7 @@ def test_page_of_another_origin(method, path, origin, rules):
         (b"/", "GET, HEAD, OPTIONS"),
         (b"/rooms/main", "GET, HEAD, OPTIONS"),
         (b"/rooms/main/messages", "GET, HEAD, OPTIONS, POST"),
-        (b"/rooms/main/messages/k7Q2xe-1", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main/messages/k7Q2xe-1", "DELETE, GET, HEAD, OPTIONS"),
         (b"/rooms/main/events", "GET, HEAD, OPTIONS"),
     ],
 )
@@ -1524,7 +1524,7 @@ def test_page_may_read_that_its_body_is_refused(house, length):
         (b"/?x", "GET, HEAD, OPTIONS"),
         (b"/rooms/main", "GET, HEAD, OPTIONS"),
         (b"/rooms/main/messages", "GET, HEAD, OPTIONS, POST"),
-        (b"/rooms/main/messages/k7Q2xe-1", "GET, HEAD, OPTIONS"),
+        (b"/rooms/main/messages/k7Q2xe-1", "DELETE, GET, HEAD, OPTIONS"),
         (b"/rooms/main/events", "GET, HEAD, OPTIONS"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.helpers import REPEATABLE
 from support.websocket_frames import read_frame
 
-from chatd.messages import Code, Entry, Id, PageRequest, Post, Typing
+from chatd.messages import Code, Entry, Id, PageRequest, Post, Renewal, Typing
 from chatd.transport import frames
 from chatd.transport.frames import FORMS, MESSAGE, FrameError, is_label, is_username, parse, parse_post, parse_seed
 
@@ -422,15 +422,15 @@ def test_typing_is_refused_with_the_words_of_a_post(changes, fault):
 @pytest.mark.parametrize(
     "kind", ["message", "", "History", "history ", "typing\n", "ack", "__class__", 'a"b', "x" * 10**6]
 )
-def test_type_is_history_or_typing_or_absent(kind):
-    fault = 'Validation error: "type" must be one of [history, typing]'
+def test_type_is_one_of_the_forms_or_absent(kind):
+    fault = 'Validation error: "type" must be one of [history, remove, token, typing]'
     assert refusal(post_json(type=kind)) == fault
     assert refusal(b'{"extra":1,"type":%b}' % json.dumps(kind).encode()) == fault  # before any other fault
 
 
 @pytest.mark.parametrize("kind", [None, True, 0, 1.5, [], ["history"], {}, {"history": 1}])
 def test_type_that_is_no_string_is_refused_with_the_same_words(kind):
-    assert refusal(post_json(type=kind)) == 'Validation error: "type" must be one of [history, typing]'
+    assert refusal(post_json(type=kind)) == 'Validation error: "type" must be one of [history, remove, token, typing]'
 
 
 def test_post_with_another_type():
@@ -580,7 +580,9 @@ def test_error_does_not_depend_on_depth(depth, opening, closing):
         'Validation error: "extra" is not allowed'
     )
     assert refusal(b'{"username":"ann","message":"hi","label":' + deep + b"}") == f"Validation error: {NO_STRING}"
-    assert refusal(b'{"type":' + deep + b"}") == 'Validation error: "type" must be one of [history, typing]'
+    assert (
+        refusal(b'{"type":' + deep + b"}") == 'Validation error: "type" must be one of [history, remove, token, typing]'
+    )
     assert refusal(b'{"type":"history","limit":' + deep + b"}") == 'Validation error: "limit" must be an integer'
     assert refusal(b'{"type":"history","before":' + deep + b"}") == 'Validation error: "before" must be a string'
     assert refusal(b'{"type":"typing","username":' + deep + b"}") == 'Validation error: "username" must be a string'
@@ -607,7 +609,7 @@ def test_error_does_not_depend_on_depth(depth, opening, closing):
         (b'{"label":1,"message":"hi"}', '"username" is required'),
         (
             b'{"extra":1,"label":1,"limit":0,"after":1,"before":1,"type":"other"}',
-            '"type" must be one of [history, typing]',
+            '"type" must be one of [history, remove, token, typing]',
         ),
         (b'{"extra":1,"label":1,"limit":0,"after":1,"before":1,"type":"history"}', '"before" must be a string'),
         (
@@ -662,12 +664,17 @@ near_pages = st.fixed_dictionaries(
 near_typing = st.fixed_dictionaries({"type": st.just("typing")}, optional={"username": texts})
 near_misses = st.dictionaries(
     st.sampled_from(
-        ["username", "message", "label", "type", "before", "after", "limit", "Username", "", "extra", "zeta"]
+        [
+            *("username", "message", "label", "type", "before", "after", "limit", "id", "replaces"),
+            *("Username", "", "extra", "zeta"),
+        ]
     ),
     values | labels | ids,
     max_size=6,
 )
-near = near_posts | near_pages | near_typing
+near_removals = st.fixed_dictionaries({"type": st.just("remove")}, optional={"id": ids, "label": labels})
+near_edits = st.builds(lambda post, id_: post | {"replaces": id_}, near_posts, ids)
+near = near_posts | near_pages | near_typing | near_removals | near_edits
 documents = (
     near
     | near_misses
@@ -717,14 +724,25 @@ RULES = {
     "type": lambda value: None,
     "before": lambda value: fault_of_id("before", value),
     "after": lambda value: fault_of_id("after", value),
+    "id": lambda value: fault_of_id("id", value),
+    "replaces": lambda value: fault_of_id("replaces", value),
+    "token": lambda value: fault_of_text("token", value, 8192),
     "limit": fault_of_limit,
 }
 KEYS = {
-    "message": ["username", "message", "label"],
+    "message": ["username", "message", "label", "replaces"],
     "history": ["type", "before", "after", "limit", "label"],
     "typing": ["type", "username"],
+    "remove": ["type", "id", "label"],
+    "token": ["type", "token", "label"],
 }
-REQUIRED = {"message": {"username", "message"}, "history": {"type"}, "typing": {"type", "username"}}
+REQUIRED = {
+    "message": {"username", "message"},
+    "history": {"type"},
+    "typing": {"type", "username"},
+    "remove": {"type", "id"},
+    "token": {"type", "token"},
+}
 
 
 def fault_of(form, document):
@@ -772,15 +790,23 @@ def answer_of(document):
     form = "message"
     if isinstance(document, dict) and "type" in document:
         form = document["type"]
-        if form not in ("history", "typing"):
-            return 'Validation error: "type" must be one of [history, typing]'
+        if form not in ("history", "typing", "token", "remove"):
+            return 'Validation error: "type" must be one of [history, remove, token, typing]'
     fault = fault_of(form, document)
     if fault:
         return f"Validation error: {fault}"
     if form == "message":
-        return Post(document["username"], document["message"], document.get("label"))
-    if form == "typing":
-        return Typing(document["username"])
+        replaces = Id.parse(document["replaces"]) if "replaces" in document else None
+        return Post(document["username"], document["message"], document.get("label"), replaces=replaces)
+    if form == "token":
+        return Renewal(document["token"], document.get("label"))
+    if form == "remove":
+        return Post("", "[removed]", document.get("label"), replaces=Id.parse(document["id"]), removed=True)
+    return Typing(document["username"]) if form == "typing" else page_of(document)
+
+
+def page_of(document):
+    """Return the expected page request of a valid document."""
     before, after = (Id.parse(document[name]) if name in document else None for name in ("before", "after"))
     return PageRequest(before, after, document.get("limit", 50), document.get("label"))
 
@@ -807,8 +833,8 @@ def test_parse_and_parse_post_agree_without_type(document):
 
 
 good_labels = st.none() | st.text(EVERY_CHARACTER, min_size=1, max_size=64)
-posts = st.builds(
-    Post, st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=500), good_labels, author=st.none()
+posts = st.tuples(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=500), good_labels).map(
+    lambda parts: Post(*parts)
 )
 
 
@@ -816,7 +842,7 @@ posts = st.builds(
 @given(posts, st.booleans())
 @example(Post("\0", "\x7f\u2028\ufeff"), True)  # noqa: FBT003
 def test_every_valid_post_is_read_as_it_was_written(post, ensure_ascii):
-    document = {name: value for name, value in post._asdict().items() if value is not None}
+    document = {name: value for name, value in post._asdict().items() if value}
     assert parse(json.dumps(document, ensure_ascii=ensure_ascii).encode()) == post
 
 
@@ -825,7 +851,9 @@ def test_every_valid_post_is_read_as_it_was_written(post, ensure_ascii):
 @pytest.mark.parametrize("read", [parse, parse_post])
 def test_any_bytes_are_either_something_or_refused(read, data):
     answer = answer_to(data, read)
-    if isinstance(answer, (Post, PageRequest, Typing)):
+    if isinstance(answer, Post) and answer.removed:
+        assert {*json.loads(data)} - {"label"} == {"type", "id"}
+    elif isinstance(answer, (Post, PageRequest, Renewal, Typing)):
         assert {*json.loads(data)} - {"type"} <= {*answer._fields}
     else:
         text, label = answer
@@ -849,6 +877,8 @@ def test_every_schema_has_a_name_of_its_own():
     assert [one.schema["$id"] for one in ALL_FORMS.values()] == [
         "urn:chatd:message",
         "urn:chatd:page",
+        "urn:chatd:remove",
+        "urn:chatd:token",
         "urn:chatd:typing",
     ]
 
@@ -876,12 +906,18 @@ def test_schemas_name_the_limits():
         "message": {"username": (1, 30), "message": (1, 500), "label": (1, 64)},
         "history": {"label": (1, 64)},
         "typing": {"username": (1, 30)},
+        "remove": {"label": (1, 64)},
+        "token": {"label": (1, 64), "token": (1, 8192)},
     }
 
 
 def test_schemas_share_label_and_username():
     rules = {"type", "minLength", "maxLength", "pattern"}
-    for name, forms in (("label", ("message", "history")), ("username", ("message", "typing"))):
+    for name, forms in (
+        ("label", ("message", "history")),
+        ("label", ("message", "remove")),
+        ("username", ("message", "typing")),
+    ):
         one, two = (ALL_FORMS[form].schema["properties"][name] for form in forms)
         assert {rule: one.get(rule) for rule in rules} == {rule: two.get(rule) for rule in rules}
 
@@ -1143,6 +1179,36 @@ def test_history_holds_exactly_the_data_of_its_messages(entry):
     assert message == {"type": "message", "id": f"k7Q2xY-{entry.number}", "data": expected}
     both = json.loads(read_frame(history("k7Q2xY", entry.number, [entry, entry], more=True)).payload)
     assert both == {"type": "history", "id": message["id"], "more": True, "data": [expected, expected]}
+
+
+edited = st.builds(
+    lambda entry, replaces, replaced, removed: entry._replace(
+        replaces=replaces, replaced=replaced, removed=removed and replaces is not replaced
+    ),
+    *(entries, st.none() | st.integers(1, 10**15), st.none() | st.integers(1, 10**15), st.booleans()),
+)
+
+
+@REPEATABLE
+@given(edited, st.sampled_from(["k7Q2", "k7Q2xe", "k7Q2xek7Q2xek7Q2"]))
+def test_frame_of_an_edit_is_read_back(entry, epoch):
+    """The envelope states what was edited, data stays as it is, and entry_of() returns the entry."""
+    frame = frames.message_frame(epoch, entry)
+    assert frames.entry_of(frame) == entry
+    message = json.loads(read_frame(frame).payload)
+    assert message.keys() - {"replaces", "replaced", "removed"} == {"type", "id", "data"}
+    assert message["data"].keys() == {"username", "message", "timestamp"}
+    ids = {
+        name: number and f"{epoch}-{number}"
+        for name, number in (("replaces", entry.replaces), ("replaced", entry.replaced))
+    }
+    assert {name: message.get(name) for name in ids} == ids
+    history = json.loads(read_frame(frames.history_frame(epoch, entry.number, [frame])).payload)
+    assert {name: history.get(name) for name in ids} == {
+        name: {str(entry.number): id_} if id_ else None for name, id_ in ids.items()
+    }
+    assert history.get("removed") == ([entry.number] if entry.removed else None)
+    assert history["data"] == [message["data"]]
 
 
 def test_history_of_the_longest_messages():

@@ -3,6 +3,7 @@
 import pytest
 from support.helpers import Turns
 
+from chatd.messages import Code
 from chatd.transport.intake import QUEUE_SECONDS_PER_TURN, Intake, TurnQueue
 
 
@@ -67,7 +68,6 @@ def test_fault_in_one_call_leaves_the_others_waiting(clock, turns):
 def test_counts_begin_at_zero(clock):
     """A scrape shows every reason from the start."""
     intake = Intake(clock)
-    assert intake.refusals == dict.fromkeys(
-        ["schema", "FORBIDDEN", "LABEL_REUSED", "RATE_LIMITED", "UNAVAILABLE", "UNKNOWN_ID"], 0
-    )
+    assert intake.refusals == dict.fromkeys(["schema", *Code], 0)
+    assert {"FORBIDDEN", "NOT_REPLACEABLE", "RATE_LIMITED", "UNKNOWN_ID"} < intake.refusals.keys()
     assert intake.throttles == {"websocket": 0, "http": 0}

@@ -781,7 +781,10 @@ ID_PATTERN = "/^[0-9A-Za-z]{4,16}-(0|[1-9][0-9]{0,15})$/"
         ),
         ({"username": "ann", "message": "hi", "before": "k7Q2-1"}, '"before" is not allowed'),
         ({"username": "ann", "message": "hi", "extra": 1}, '"extra" is not allowed'),
-        *(({"type": kind}, '"type" must be one of [history, typing]') for kind in ("x", "", 1, None, [], "message")),
+        *(
+            ({"type": kind}, '"type" must be one of [history, remove, token, typing]')
+            for kind in ("x", "", 1, None, [], "message")
+        ),
         *(
             (PAGE | {name: value}, f'"{name}" {words}')
             for name in ("before", "after")

@@ -5,10 +5,13 @@
 --       the message; its digest ('' if there is no label); how many milliseconds the label is remembered;
 --       how many messages are kept (0: all); the times in microseconds of the oldest and the newest message whose age
 --       keeps it (0: no age removes any); about how many entries the feed keeps; the time in microseconds ('': this
---       machine's)
+--       machine's); the author ('' if there is none); the number of the message to replace ('' if there is none);
+--       1 for a removal, and 1 for a moderator (otherwise '')
 -- Returns: the message's number, the number of the feed's entry that announces it, and how many messages were removed.
 --          If the label was used before, also whether it was for the same message (1 or 0).
 --          Nothing if the log is not the one that the node knows.
+--          0 and a reason if the message may not be replaced: 1 it belongs to another author, 2 it is unknown, 3 it is
+--          an edit or was removed.
 
 -- Return the number and the digest that a label names; nothing if its message was trimmed or lost.
 local function find(stream, kept, username, head)
@@ -23,17 +26,35 @@ local function find(stream, kept, username, head)
     end
     local entry = redis.call('XRANGE', stream, number, number)[1]
     if entry then
-        local _, writer, _, message = unpack(entry[2])
-        local _, length = string.gsub(message, '[^\128-\191]', '') -- in characters, as keys.digest counts them
-        if writer ~= username or redis.sha1hex(length .. ':' .. message) ~= digest then
+        local found = fields(entry)
+        local _, length = string.gsub(found.m, '[^\128-\191]', '') -- in characters, as keys.digest counts them
+        local said = length .. ':' .. found.m
+        if found.p then
+            said = said .. #found.p .. ':' .. found.p
+        end
+        if found.u ~= username or (redis.sha1hex(said) ~= digest and not found.x) then
             return nil -- another message has its number
         end
     end
     return number, digest
 end
 
-local epoch, seen, room, username, message, digest, remember, keep, oldest, youngest, feed, given =
-    unpack(ARGV)
+-- Return why a message may not be replaced, as above; nothing if it may be.
+local function refusal(stream, changes, number, author, moderated)
+    local entry = redis.call('XRANGE', stream, number, number)[1]
+    local found = entry and fields(entry)
+    if moderated == '' and (author == '' or (found and found.a ~= author)) then
+        return 1
+    elseif not found then
+        return 2
+    elseif found.p or found.x or redis.call('HGET', changes, 'x' .. number) then
+        return 3
+    end
+end
+
+local epoch, seen, room, username, message, digest, remember, keep, oldest, youngest, feed, given, author, replaces,
+    removes, moderated = unpack(ARGV)
+local changes = edits(room)
 local stream, label = KEYS[4], KEYS[5]
 
 local log = redis.call('HMGET', LOG, 'epoch', 'seq')
@@ -53,20 +74,50 @@ if digest ~= '' then
     end
 end
 
+if replaces ~= '' then
+    local reason = refusal(stream, changes, replaces, author, moderated)
+    if reason then
+        return { 0, reason }
+    end
+end
+
 local now = time(given, last)
 if number == 0 and redis.call('EXISTS', stream) == 1 then
     redis.call('DEL', stream) -- an empty stream does not take numbers again
 end
 number = number + 1
 redis.call('HSET', HEADS, room, text(number))
-redis.call('XADD', stream, text(number) .. '-' .. text(now), 'u', username, 'm', message)
+local entry = { 'u', username, 'm', message }
+if author ~= '' then
+    table.insert(entry, 'a')
+    table.insert(entry, author)
+end
+if replaces ~= '' then
+    local earlier = redis.call('HGET', changes, replaces)
+    redis.call('HSET', changes, replaces, (earlier and earlier .. ' ' or '') .. text(number))
+    table.insert(entry, 'p')
+    table.insert(entry, replaces)
+    if removes ~= '' then
+        table.insert(entry, 'x')
+        table.insert(entry, '1')
+        redis.call('HSET', changes, 'x' .. replaces, '')
+        for edit in string.gmatch(earlier or '', '%d+') do
+            redis.call('HSET', changes, 'x' .. edit, '')
+        end
+    end
+end
+redis.call('XADD', stream, text(number) .. '-' .. text(now), unpack(entry))
 if digest ~= '' then
     redis.call('SET', label, text(number) .. ' ' .. digest, 'PX', remember)
 end
 local removed = trim(stream, tonumber(keep), tonumber(oldest), tonumber(youngest), false)
-local change = { 'r', room, 'n', text(number), 'u', username, 'm', message }
+local change = { 'r', room, 'n', text(number), unpack(entry) }
 if removed > 0 then
     table.insert(change, 'f')
     table.insert(change, text(first(stream, number)))
 end
-return { number, announce(feed, now, epoch, tonumber(log[2]), unpack(change)), removed }
+local announced = announce(feed, now, epoch, tonumber(log[2]), unpack(change))
+if removes ~= '' then
+    redis.call('HSET', ERASE, room, text(announced))
+end
+return { number, announced, removed }

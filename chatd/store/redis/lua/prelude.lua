@@ -5,6 +5,10 @@
 --                   and lost names the key.
 -- {chatd}:heads     hash: the number of the newest message of each room, which stays when that message is trimmed
 -- {chatd}:room:NAME stream: the messages of a room, with ids N-MICROSECONDS; N is 1, 2, 3 ... without gaps
+-- {chatd}:edits:NAME hash: for a message that was edited, the numbers of its edits, oldest first; and for one that was
+--                   removed, `x` and its number: its text must not be shown, and `erase` removes it from the stream
+-- {chatd}:erase     hash: the rooms whose streams still hold a removed text, each with the number of the feed's entry that
+--                   announces the newest removal
 -- {chatd}:feed      stream: the changes of all rooms, in one order, with ids SEQ-MICROSECONDS
 -- {chatd}:sanctions hash: the JSON of each sanction, by its id
 -- {chatd}:label:SHA string: the number of the message that has this label, and the digest of its text
@@ -12,6 +16,7 @@
 -- Each id contains the time, so that a lost entry differs from the one that reuses its number.
 
 local LOG, HEADS, FEED = KEYS[1], KEYS[2], KEYS[3]
+local ERASE = '{chatd}:erase'
 local JUMP = 60 * 1000000 -- JUMP_SECONDS of chatd/store/base.py, in microseconds
 
 -- Format a number in full: Lua itself writes large ones with an exponent.
@@ -34,6 +39,31 @@ end
 local function parts(id)
     local number, micros = string.match(id, '^(%d+)-(%d+)$')
     return tonumber(number), tonumber(micros)
+end
+
+-- Return the key of what was edited in a room.
+local function edits(room)
+    return '{chatd}:edits:' .. room
+end
+
+-- Return the fields of an entry by name: u the username, m the text, t the timestamp of a seeded message, a the author,
+-- p the number that an edit replaces, x for a removal.
+local function fields(entry)
+    local found = {}
+    for index = 1, #entry[2], 2 do
+        found[entry[2][index]] = entry[2][index + 1]
+    end
+    return found
+end
+
+-- Forget what was edited before a number, because those messages were trimmed.
+local function forget(changes, oldest)
+    for index, field in ipairs(redis.call('HGETALL', changes)) do
+        local number = index % 2 == 1 and string.match(field, '^x?(%d+)$')
+        if number and tonumber(number) < oldest then
+            redis.call('HDEL', changes, field)
+        end
+    end
 end
 
 -- Return the number and the time of a stream's newest entry; 0 and 0 without one.

@@ -17,6 +17,11 @@ local seq = tonumber(log[2])
 local now = time(given, 0)
 local total = 0
 local failed = {}
+local function tidy(room, stream)
+    if redis.call('EXISTS', edits(room)) == 1 then
+        forget(edits(room), first(stream, tonumber(redis.call('HGET', HEADS, room) or 0)))
+    end
+end
 for index = 4, #KEYS do
     local room = ARGV[index + 3]
     local good, removed = pcall(trim, KEYS[index], tonumber(keep), tonumber(oldest), tonumber(youngest), true)
@@ -27,6 +32,9 @@ for index = 4, #KEYS do
         total = total + removed
         local head = tonumber(redis.call('HGET', HEADS, room) or 0)
         seq = announce(feed, now, epoch, seq, 'r', room, 'f', text(first(KEYS[index], head)))
+    end
+    if good then
+        tidy(room, KEYS[index])
     end
 end
 return { seq, total, unpack(failed) }
