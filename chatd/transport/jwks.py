@@ -224,16 +224,16 @@ class Fetcher:
     @staticmethod
     def _read(response: Any) -> "Deferred[bytes]":
         body = _Body()
-        response.deliverBody(body)
         if response.code != HTTPStatus.OK:
-            body.fail(ValueError(f"answered with {response.code}"))
+            body.read.errback(ValueError(f"answered with {response.code}"))
         elif response.headers.hasHeader(b"content-encoding"):
-            body.fail(ValueError("answered with a compressed document"))
+            body.read.errback(ValueError("answered with a compressed document"))
+        response.deliverBody(body)
         return body.read
 
 
 class _Body(TwistedProtocol):
-    """Reads the body of an answer, up to MAX_SET bytes."""
+    """Reads the body of an answer, up to MAX_SET bytes; aborts the connection if nobody waits for it."""
 
     transport: Any
 
@@ -242,10 +242,16 @@ class _Body(TwistedProtocol):
         self.read: Deferred[bytes] = Deferred(lambda _: self._abort())
 
     @override
+    def connectionMade(self) -> None:
+        if self.read.called:
+            self._abort()
+
+    @override
     def dataReceived(self, data: bytes) -> None:
         self._data += data
-        if len(self._data) > MAX_SET:
-            self.fail(ValueError(f"answered with more than {MAX_SET >> 10} KiB"))
+        if len(self._data) > MAX_SET and not self.read.called:
+            self.read.errback(ValueError(f"answered with more than {MAX_SET >> 10} KiB"))
+            self._abort()
 
     @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -256,12 +262,8 @@ class _Body(TwistedProtocol):
         else:
             self.read.errback(reason)
 
-    def fail(self, error: Exception) -> None:
-        """Give the answer up."""
-        if not self.read.called:
-            self.read.errback(error)
-        self._abort()
-
     def _abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abortConnection()
+        """Drop the connection, which a server may hold open; its proxy passes on no more than a polite close."""
+        connection = self.transport._producer  # noqa: SLF001 -- None after the end of the answer
+        if connection is not None:
+            connection.abortConnection()
