@@ -250,8 +250,8 @@ class _Body(TwistedProtocol):
     def dataReceived(self, data: bytes) -> None:
         self._data += data
         if len(self._data) > MAX_SET and not self.read.called:
-            self.read.errback(ValueError(f"answered with more than {MAX_SET >> 10} KiB"))
             self._abort()
+            self.read.errback(ValueError(f"answered with more than {MAX_SET >> 10} KiB"))
 
     @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:

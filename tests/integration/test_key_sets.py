@@ -66,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(provider.body)
             self.wfile.flush()
+        if provider.cut and "Connection" in provider.headers:
+            return  # and close
         if provider.cut or not provider.status:
             with contextlib.suppress(OSError):
                 self.rfile.read(1)  # returns when the client gives up
@@ -141,6 +143,8 @@ LIES = {
     "secret": {"body": b'{"keys":[{"kty":"oct","kid":"new","k":"c2VjcmV0"}]}'},
     "private": {"body": key_set("new", d="AAAA")},
     "huge": {"body": key_set("new") + b" " * MAX_SET},
+    "cut": {"body": key_set("new"), "cut": True, "headers": {"Connection": "close"}},
+    "huge at once": {"body": b" " * 4 * MAX_SET},
     "compressed": {"body": gzip.compress(key_set("new")), "headers": {"Content-Encoding": "gzip"}},
 }
 
