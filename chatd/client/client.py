@@ -9,7 +9,9 @@ sent again, and repeated ones are not delivered.
 
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -23,11 +25,14 @@ from twisted.python.failure import Failure
 
 from chatd.client.connection import CONNECT_SECONDS, ClientConnection, ClientFactory
 from chatd.client.protocol import (
+    EXPIRED,
+    RENEWAL_LABEL,
     WINDOW,
     Ack,
     Backoff,
     ClientStopped,
     Cursor,
+    Error,
     Event,
     Frame,
     History,
@@ -37,8 +42,11 @@ from chatd.client.protocol import (
     ProtocolError,
     Rejected,
     parse_frame,
+    seconds_to_renewal,
+    token_text,
 )
 from chatd.messages import Entry, Id
+from chatd.transport.framing import CloseCode
 
 _logger = Logger()
 
@@ -141,6 +149,8 @@ class Client:
     `address` is a URL, or parsed; the constructor raises ValueError for a URL that ServerAddress.parse rejects.
     `last` is the last id of an earlier client, after which this one continues.
     `window` is the largest number of requests in flight; with 1 posts keep their order.
+    `token` goes to a server that asks for one: a text, or a function that returns a valid one.  The client calls the
+    function, which must not block, for each connection and before the token expires.
     `backoff` chooses the pauses between attempts to connect.
     `endpoint` connects elsewhere than to the host of the address, or is shared by many clients.
     `decode` parses frames; many clients in one process may share one that caches results.
@@ -154,6 +164,7 @@ class Client:
         *,
         last: Id | None = None,
         window: int = WINDOW,
+        token: str | Callable[[], str] | None = None,
         backoff: Backoff | None = None,
         endpoint: IStreamClientEndpoint | None = None,
         decode: Callable[[bytes], Frame] = parse_frame,
@@ -164,6 +175,11 @@ class Client:
         self._listener = listener
         self._cursor = Cursor(last)
         self._requests = PendingRequests(window)
+        self._token = token
+        self._bearer: str | None = None
+        """The newest token."""
+        self._unauthorized = False
+        """True if the server refused the newest token, before any history."""
         self._backoff = backoff or Backoff()
         self._endpoint = endpoint or self.address.endpoint(reactor)
         self._factory = ClientFactory(self, str(self.address), reactor)
@@ -186,6 +202,9 @@ class Client:
     def start(self) -> None:
         """Connect."""
         self._cursor.connect()
+        if not self._take_token():
+            self._reconnect("there is no token", None)
+            return
         self._attempt = self._endpoint.connect(self._factory)
         self._attempt.addErrback(self._connect_failed)
 
@@ -232,6 +251,10 @@ class Client:
         """Return the host, the port and the resource that a handshake names now."""
         return self.address.uri_host, self.address.port, self.address.resource(self.last)
 
+    def headers(self) -> dict[str, str]:
+        """Return the header that carries the token (RFC 6750, section 2.1)."""
+        return {} if self._bearer is None else {"Authorization": f"Bearer {self._bearer}"}
+
     def connection_made(self, connection: ClientConnection) -> None:
         """Record a new connection, before its handshake."""
         self._attempt = None
@@ -255,13 +278,17 @@ class Client:
         """Reconnect later, or finish if the client was stopped."""
         self._connection = None
         self._schedule(self._send, None)
+        self._schedule(self._renew, None)
         if self._end is None:
             self._reconnect(reason, retry_after)
         else:
             self._closed.callback(None)
 
     def connection_rejected(self, error: Rejected) -> None:
-        """Finish: no other connection would succeed."""
+        """Finish, because no other connection would succeed, unless another token may."""
+        if self._may_succeed_later(error):
+            self.connection_lost(str(error), None)
+            return
         first = self._end is None
         self._end = self._end or error
         self.connection_lost(str(error), None)
@@ -270,6 +297,34 @@ class Client:
                 self._listener.on_reject(error)  # first: it names the cause of the failures that follow
             finally:
                 self._requests.fail(error)
+
+    def _may_succeed_later(self, error: Rejected) -> bool:
+        """Return whether a new token may help: after one has expired, or when the first one is refused."""
+        if not callable(self._token):
+            return False
+        expired = error.code == CloseCode.POLICY_VIOLATION and EXPIRED in str(error)
+        refused = error.code == HTTPStatus.UNAUTHORIZED and not self._unauthorized
+        self._unauthorized = self._unauthorized or refused
+        return expired or refused
+
+    def _take_token(self) -> bool:
+        """Get the token for the next handshake or renewal; return False if its function raises."""
+        try:
+            self._bearer = self._token() if callable(self._token) else self._token
+        except Exception:  # noqa: BLE001 -- it is the application's
+            _logger.failure("{address}: the function that returns the token failed", address=self.address)
+            return False
+        return True
+
+    def _schedule_renewal(self) -> None:
+        """Renew the token before it expires, if a function returns the next one."""
+        if callable(self._token):
+            self._schedule(self._renew, seconds_to_renewal(self._bearer or "", time.time()))
+
+    def _renew(self) -> None:
+        if self._take_token() and self._connection is not None and self._connection.can_send:
+            self._connection.sendMessage(token_text(self._bearer or ""))
+        self._schedule_renewal()
 
     def _connect_failed(self, failure: Failure) -> None:
         self._attempt = None
@@ -292,6 +347,10 @@ class Client:
             self._send()
         elif isinstance(frame, History):
             self._handle_history(frame)
+        elif isinstance(frame, Event) and frame.type == "token":
+            pass  # the server has accepted a new token
+        elif isinstance(frame, Error) and frame.label == RENEWAL_LABEL:
+            _logger.warn("{address}: {reason}", address=self.address, reason=frame.message)
         elif isinstance(frame, Event):
             self._listener.on_event(frame)
         elif self._requests.refuse(frame, self._reactor.seconds()):
@@ -310,6 +369,8 @@ class Client:
             self._send()
             return
         self._backoff.reset()
+        self._unauthorized = False
+        self._schedule_renewal()
         self._requests.connect()
         self._send()
         self._listener.on_connect()

@@ -68,6 +68,9 @@ class ConnectionOwner(Protocol):
     def target(self) -> tuple[str, int, str]:
         """Return the host, the port and the resource that a handshake names now."""
 
+    def headers(self) -> dict[str, str]:
+        """Return the headers that a handshake has besides those of WebSocket."""
+
     def connection_made(self, connection: "ClientConnection") -> None:
         """Record a new connection, before its handshake."""
 
@@ -121,7 +124,7 @@ class ClientConnection(WebSocketClientProtocol):
     @override
     def onConnecting(self, transport_details: TransportDetails) -> ConnectingRequest:
         host, port, resource = self.owner.target()
-        return ConnectingRequest(host, port, resource, protocols=self.factory.protocols)
+        return ConnectingRequest(host, port, resource, self.owner.headers(), protocols=self.factory.protocols)
 
     @override
     def failHandshake(self, reason: str) -> None:

@@ -7,6 +7,7 @@ answered, and sends it again on each new connection under its first label.
 This module is pure: frames in, frames out, and Deferreds that fire when a frame answers them.
 """
 
+import base64
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ RATE_LIMIT_PAUSE_SECONDS: Final = 1.0
 """The pause before a request is sent again, if the server refused it for now and named no time."""
 WINDOW: Final = 16
 """The default number of requests in flight."""
+RENEWAL_SECONDS: Final = 60
+"""The time before the expiry of a token at which it is renewed; half of its time if less is left."""
+LONGEST_WAIT: Final = 86_400.0
+"""The most seconds until a token is renewed."""
+EXPIRED: Final = "token has expired"
+"""The words in the reason of the close with which the server ends a connection whose token has expired."""
+RENEWAL_LABEL: Final = "token"
+"""The label of frames with a new token, which no request has."""
 
 
 class ProtocolError(Exception):
@@ -42,6 +51,27 @@ class Rejected(Exception):
 
 class ClientStopped(Exception):
     """The client was stopped before the answer arrived; a post may or may not have been stored."""
+
+
+# Tokens
+
+
+def seconds_to_renewal(token: str, now: float) -> float | None:
+    """Return the seconds until a token should be renewed; None if it states no time, or has expired.
+
+    The client reads the claim `exp` of a JSON Web Token, and verifies nothing.  `now` is in seconds since 1970.
+    """
+    try:
+        claims = token.split(".")[1]
+        left = float(orjson.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["exp"]) - now
+    except (ValueError, IndexError, KeyError, TypeError):
+        return None
+    return min(max(left - min(RENEWAL_SECONDS, left / 2), 1.0), LONGEST_WAIT) if left > 0 else None
+
+
+def token_text(token: str) -> bytes:
+    """Return the text of the frame that renews the token of a connection."""
+    return orjson.dumps({"type": "token", "token": token, "label": RENEWAL_LABEL})
 
 
 # Frames of the server

@@ -1,21 +1,30 @@
 """The client on a transport in memory, with the test at its other end."""
 
 import re
+import time
 
 import pytest
 from support.helpers import Longest, result_of
 from support.loops import reactor
 from support.server_ends import Endpoint
+from support.tokens import token
 from support.watches import Watch
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.task import Clock
-from twisted.logger import capturedLogs
+from twisted.logger import capturedLogs, formatEvent
 
 from chatd.client.client import Client, Listener, ServerAddress
 from chatd.client.connection import CLOSE_SECONDS, CONNECT_SECONDS, IDLE_SECONDS, SILENCE_SECONDS
-from chatd.client.protocol import Backoff, ClientStopped, Posted, ProtocolError, Rejected
+from chatd.client.protocol import (
+    RENEWAL_LABEL,
+    Backoff,
+    ClientStopped,
+    Posted,
+    ProtocolError,
+    Rejected,
+)
 from chatd.messages import Code, Entry, Id
-from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
+from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame, token_frame
 from chatd.transport.handshake import switch
 
 # Addresses
@@ -711,3 +720,132 @@ def test_listener_methods_are_optional():
     wire.answer("404 Not Found")
     wire.end()
     assert table.client.last == Id("abcd", 2)
+
+
+# Tokens
+
+
+class Issuer:
+    """A function that returns tokens which last for a while, or raises."""
+
+    def __init__(self, lasts=30):
+        self.lasts = lasts
+        self.made = []
+
+    def __call__(self):
+        if self.lasts is None:
+            raise RuntimeError("the login is gone")
+        self.made.append(token(f"ann-{len(self.made)}", self.lasts))
+        return self.made[-1]
+
+
+def authorization(wire):
+    """Return the token of a handshake, which stays to be answered."""
+    request = wire.value().decode()
+    found = re.findall(r"(?m)^Authorization: Bearer (\S+)\r$", request)
+    return found[0] if found else None
+
+
+def test_token_in_the_handshake():
+    """A token goes into the header of every handshake; without one there is no such header."""
+    assert authorization(Table().endpoint.accept()) is None
+    assert authorization(Table(token="a.b.c").endpoint.accept()) == "a.b.c"
+    issuer = Issuer()
+    table = Table(token=issuer)
+    assert authorization(table.endpoint.accept()) == issuer.made[0]
+
+
+def test_token_is_renewed_before_it_expires():
+    """The client asks for the next token before the expiry, and sends it."""
+    issuer = Issuer()
+    table = Table(token=issuer)
+    wire = table.join()
+    assert wire.said() == []
+    table.clock.advance(15)
+    assert wire.said() == [{"type": "token", "token": issuer.made[1], "label": RENEWAL_LABEL}]
+    wire.say(token_frame(time.time() + 30, RENEWAL_LABEL))
+    assert "on_event" not in table.watch.kinds()
+    table.clock.advance(15)
+    assert [said["token"] for said in wire.said()] == [issuer.made[2]]
+    table.client.stop()
+    wire.close(1000)
+    wire.end()
+    assert table.clock.getDelayedCalls() == []
+
+
+def test_refused_renewal():
+    """A renewal that is refused leaves the connection as it is, until its token expires."""
+    table = Table(token=Issuer())
+    wire = table.join()
+    table.clock.advance(15)
+    wire.said()
+    with capturedLogs() as events:
+        wire.say(error_frame("The token is of another subject.", Code.TOKEN_REFUSED, RENEWAL_LABEL))
+    assert "another subject" in formatEvent(events[0])
+    assert table.watch.kinds() == ["on_history", "on_connect"]
+
+
+def close(table, reason):
+    """Close a connection with 1008."""
+    wire = table.join()
+    wire.close(1008, reason)
+    wire.end()
+
+
+def refuse(table):
+    """Refuse a handshake with 401."""
+    wire = table.endpoint.accept()
+    wire.answer("401 Unauthorized")
+    wire.end()
+
+
+def test_expired_token():
+    """After the close of an expired token a client that can get another one reconnects with it."""
+    issuer = Issuer()
+    table = Table(token=issuer)
+    close(table, "the token has expired")
+    assert table.watch.kinds()[-1] == "on_disconnect"
+    table.clock.advance(1)
+    assert authorization(table.endpoint.accept()) == issuer.made[1]
+    table = Table(token="a.b.c")
+    close(table, "the token has expired")
+    assert table.watch.kinds()[-1] == "on_reject"
+    table = Table(token=Issuer())
+    close(table, "100 frames in a row were rejected")
+    assert table.watch.kinds()[-1] == "on_reject"
+
+
+def test_unauthorized():
+    """A client that can get another token tries once more after a 401, and again after it was connected."""
+    issuer = Issuer()
+    table = Table(token=issuer)
+    refuse(table)
+    table.clock.advance(1)
+    wire = table.join()
+    wire.end()
+    table.clock.advance(2)
+    refuse(table)
+    table.clock.advance(4)
+    refuse(table)
+    assert table.watch.kinds()[-1] == "on_reject"
+    assert len(issuer.made) == 4
+    table = Table(token="a.b.c")
+    refuse(table)
+    assert table.watch.kinds() == ["on_reject"]
+
+
+def test_function_that_returns_no_token():
+    """A function that raises delays the connection, or the renewal is left out."""
+    issuer = Issuer(None)
+    with capturedLogs():
+        table = Table(token=issuer)
+    assert (table.endpoint.attempts, table.watch.events) == ([], [("on_disconnect", "there is no token", 1.0)])
+    issuer.lasts = 30
+    table.clock.advance(1)
+    wire = table.join()
+    issuer.lasts = None
+    with capturedLogs() as events:
+        table.clock.advance(15)
+    assert wire.said() == []
+    assert len(events) >= 1
+    assert len(table.clock.getDelayedCalls()) > 0

@@ -1,14 +1,17 @@
 """The client's half of the protocol, without a network."""
 
+import base64
 import json
 from random import Random
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.helpers import REPEATABLE, result_of
 
 from chatd.client.protocol import (
+    LONGEST_WAIT,
     Ack,
     Backoff,
     ClientStopped,
@@ -22,6 +25,7 @@ from chatd.client.protocol import (
     ProtocolError,
     Rejected,
     parse_frame,
+    seconds_to_renewal,
 )
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame
@@ -408,3 +412,31 @@ def test_backoff_takes_the_time_from_the_server():
     backoff = Backoff()
     assert backoff.next(0.7) == 0.7
     assert backoff.next(7) == 7
+
+
+@pytest.mark.parametrize(
+    ("left", "wait"),
+    [
+        (3600, 3540),
+        (120, 60),
+        (60, 30),
+        (1, 1),
+        (0.5, 1),
+        (0, None),
+        (-5, None),
+        (10**9, LONGEST_WAIT),
+        (1e308, LONGEST_WAIT),
+    ],
+)
+def test_time_of_the_renewal(left, wait):
+    """A token is renewed a minute before its expiry, or after half of a shorter time; a day is the longest wait."""
+    claims = base64.urlsafe_b64encode(orjson.dumps({"exp": 1000 + left})).rstrip(b"=").decode()
+    assert seconds_to_renewal(f"x.{claims}.y", 1000) == wait
+
+
+@pytest.mark.parametrize(
+    "token", ["", "secret", "a.!.c", "a.e30.c", "a.W10.c", "a.eyJleHAiOiJ4In0.c", "a.eyJleHAiOltdfQ.c"]
+)
+def test_token_without_a_time(token):
+    """A token that the client cannot read is sent as it is, and never renewed."""
+    assert seconds_to_renewal(token, 0) is None
