@@ -84,7 +84,8 @@ class Options(usage.Options):
         self.settings = found.settings._replace(folder=pathlib.Path(twistd.get("rundir") or "."))
         if found.check:
             findings = check.findings(self.settings, self.machine)
-            print(*(findings or [check.NOTHING]), sep="\n")  # noqa: T201 -- the output of --check
+            notes = [f"note: {line}" for line in check.exposures(self.settings)]
+            print(*notes, *(findings or ([] if notes else [check.NOTHING])), sep="\n")  # noqa: T201 -- the output
             raise SystemExit(1 if findings else 0)
 
     @override
@@ -197,6 +198,8 @@ def makeService(options: Options) -> IService:
         notify=Notifier(options.environ),
         each_second=[] if tokens is None else [tokens.keys.look, lambda: connections.end_expired(tokens.ended())],
     )
+    for line in check.exposures(settings):
+        _logger.warn("{exposure}", exposure=line)
     process.daemonize()
     _heed_upkeep(reactor, observer, options.ports, [admin_token, *([] if tokens is None else [tokens.keys])])
     reactor.callWhenRunning(_heed_signals, reactor, service)

@@ -412,6 +412,23 @@ RULES: Final[tuple[Callable[[Settings, Machine], Iterator[str]], ...]] = (
 )
 
 
+def exposures(settings: Settings) -> list[str]:
+    """Return one line for each way in which ports beyond this machine are open to everyone.
+
+    They are no findings: a server for everyone is a good use.  The server logs them when it starts.
+    """
+    ports = " ".join(f"--listen {text}" for text in settings.listen if not Endpoint(text).local)
+    lines = []
+    if ports and not settings.tokens:
+        lines.append(
+            f"{ports}: everyone who reaches this port can read and post in every room, under any name: "
+            "ask for tokens with --jwt-key or --jwks, or add :interface=127.0.0.1"
+        )
+    if ports and "*" in settings.origin:
+        lines.append("--origin *: every web page can use this server in the browsers of its visitors: name your pages")
+    return lines
+
+
 def findings(settings: Settings, machine: Machine) -> list[str]:
     """Return the findings of all rules, one line each."""
     return [line for rule in RULES for line in rule(settings, machine)]

@@ -199,8 +199,21 @@ def test_check_prints_its_findings_and_exits(capsys, checked, found, status, out
     """The exit status of --check is 1 if there are findings, and 0 otherwise."""
     checked[0][:] = found
     with pytest.raises(SystemExit) as end:
-        parse("--check")
+        parse("--check", "--listen=tcp:0:interface=127.0.0.1")
     assert (end.value.code, capsys.readouterr().out) == (status, out)
+
+
+def test_check_notes_a_port_for_everyone(capsys, checked):
+    """A port beyond this machine without tokens is a note, which changes no exit status."""
+    for found, status in ([], 0), (["one"], 1):
+        checked[0][:] = found
+        with pytest.raises(SystemExit) as end:
+            parse("--check")
+        first, *others = capsys.readouterr().out.splitlines()
+        assert first.startswith(
+            "note: --listen tcp:8085:backlog=4096: everyone who reaches this port can read and post"
+        )
+        assert (end.value.code, others) == (status, found)
 
 
 def test_check_sees_every_option(environ, checked, tmp_path):

@@ -53,6 +53,7 @@ def test_process_prints_its_findings_and_leaves_no_trace(tmp_path):
     for line, begin in zip(
         lines,
         [
+            f"note: {listen}: everyone who reaches this port can read and post",
             f"{listen}: port {port} is in use: ",
             f"{listen}: every user of this machine can read the private key: chmod o= key.pem, ",
             "--store sqlite:nowhere/chatd.sqlite: nowhere is missing, ",
@@ -66,11 +67,13 @@ def test_process_prints_its_findings_and_leaves_no_trace(tmp_path):
 
 
 def test_process_without_findings_leaves_no_trace(tmp_path):
-    """A check without findings prints one line and exits with status 0."""
+    """A check without findings notes the port for everyone, and exits with status 0."""
     options = "--listen=tcp:0", "--admin=", "--store=sqlite:a.sqlite"
     settings = Configuration(options, {}).settings._replace(folder=tmp_path)
     expected = findings(settings, ThisMachine())  # the machine of the tests may have problems
-    assert run_check(tmp_path, *options) == (1 if expected else 0, expected or ["nothing to worry about"])
+    code, (note, *lines) = run_check(tmp_path, *options)
+    assert note.startswith("note: --listen tcp:0: everyone who reaches this port can read and post")
+    assert (code, lines) == (1 if expected else 0, expected)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -91,7 +94,7 @@ def test_process_checks_redis_and_leaves_no_trace(tmp_path):
         ):
             assert line.startswith(f"{shown}: {begin}")
         code, lines = run_check(tmp_path, *options, f"--store={redis.url}")
-        assert "every user of this machine can see the password" in lines[0]
+        assert "every user of this machine can see the password" in lines[1]
         assert "cret" not in "\n".join(lines)
         assert redis.call("KEYS", "*") == []
 

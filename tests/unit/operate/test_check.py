@@ -11,7 +11,7 @@ import pytest
 from chatd.config import Configuration
 from chatd.messages import Entry
 from chatd.operate import check
-from chatd.operate.check import Endpoint, RedisRefused, Unreached, findings
+from chatd.operate.check import Endpoint, RedisRefused, Unreached, exposures, findings
 from chatd.store.base import DAY, Retention
 from chatd.transport.frames import history_frame, message_frame
 
@@ -116,6 +116,25 @@ def test_defaults_on_a_good_machine():
 
 
 LOCAL = "tcp:8085:interface=127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [
+        ({}, ["--listen tcp:8085:backlog=4096: everyone who reaches this port can read and post in every room"]),
+        ({"listen": ("systemd:domain=INET:index=0", LOCAL)}, ["--listen systemd:domain=INET:index=0: everyone "]),
+        ({"listen": ("tcp:1", "haproxy:tcp:2")}, ["--listen tcp:1 --listen haproxy:tcp:2: everyone "]),
+        ({"jwks": "https://login.example/jwks"}, []),
+        ({"jwt_key": FILE, "origin": ("*",)}, ["--origin *: every web page can use this server"]),
+        ({"origin": ("https://chat.example", "*")}, ["--listen ", "--origin *: "]),
+        ({"listen": (LOCAL, "unix:/run/chatd"), "origin": ("*",)}, []),
+    ],
+)
+def test_exposures(settings, begins):
+    """Ports that only this machine reaches, or for clients with tokens, are not open to everyone."""
+    lines = exposures(SETTINGS._replace(**settings))
+    assert [line.startswith(begin) for line, begin in zip(lines, begins, strict=True)] == [True] * len(begins)
+
 
 # A finding, and the options and the machine that cause it.
 BAD = [
