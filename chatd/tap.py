@@ -196,7 +196,7 @@ def makeService(options: Options) -> IService:
         lateness=limits.lateness,
         observer=observer,
         notify=Notifier(options.environ),
-        each_second=[] if tokens is None else [tokens.keys.look, lambda: connections.end_expired(tokens.ended())],
+        each_second=[] if tokens is None else [tokens.keys.look],
     )
     for line in check.exposures(settings):
         _logger.warn("{exposure}", exposure=line)

@@ -4,7 +4,9 @@ No connection has a timer.  Once a second all are checked for unfinished handsha
 or unanswered, for transports that have taken nothing for too long, and for unanswered closes.
 """
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -12,7 +14,8 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from chatd.transport.deadlines import Deadlines
+from chatd.transport.deadlines import Deadlines, Expiries
+from chatd.transport.identity import LEEWAY_SECONDS
 from chatd.transport.membership import Membership
 
 HANDSHAKE_SECONDS: Final = 10
@@ -88,9 +91,12 @@ def buffered(transport: Any) -> int:
 
 
 class Connections:
-    """The set of all connections, which pings each of them every `ping` seconds; a pong is due by the next ping."""
+    """The set of all connections, which pings each of them every `ping` seconds; a pong is due by the next ping.
 
-    def __init__(self, clock: IReactorTime, ping: float) -> None:
+    `wall` returns the seconds since 1970, with which the expiry of a token is compared.
+    """
+
+    def __init__(self, clock: IReactorTime, ping: float, wall: Callable[[], float] = time.time) -> None:
         self.connected: set[Connection] = set()
         """The connections whose handshake was answered."""
         self.closes: Counter[tuple[str, int]] = Counter()
@@ -99,6 +105,9 @@ class Connections:
         self.closings: Deadlines[Connection] = Deadlines(CLOSE_SECONDS, clock)
         self.stalls: Deadlines[Connection] = Deadlines(STALL_SECONDS, clock)
         self.pings: Deadlines[Connection] = Deadlines(ping, clock)
+        self.expiries: Expiries[Connection] = Expiries(clock)
+        """The connections with a token, until it expires."""
+        self._wall = wall
         self._numbers = count(1)
         self.stopping = False
         """True if new clients are refused."""
@@ -112,10 +121,21 @@ class Connections:
         client.number = next(self._numbers)
         self.connected.add(client)
         self.pings.add(client)
+        self.expect_expiry(client)
+
+    def expect_expiry(self, client: Connection) -> None:
+        """Close a connection when its newest token expires.
+
+        The time that is left is measured once, when the token is accepted.  A wall clock that jumps later ends no
+        connection early.
+        """
+        expires = client.member.identity.expires
+        if expires is not None:
+            self.expiries.set(client, expires + LEEWAY_SECONDS - self._wall())
 
     def remove(self, client: Connection, code: int) -> bool:
         """Remove a connection that has ended with a close code, and return whether its handshake was answered."""
-        for deadlines in (self.handshakes, self.closings, self.stalls, self.pings):
+        for deadlines in (self.handshakes, self.closings, self.stalls, self.pings, self.expiries):
             deadlines.discard(client)
         if client not in self.connected:
             return False
@@ -139,6 +159,9 @@ class Connections:
                 self.stalls.add(client)
             else:
                 self._drop(client, "took nothing")
+        for client in self.expiries.expired():
+            if client.member.joined:
+                client.expire()
         for client in self.pings.expired():
             if client.ping():
                 self.pings.add(client)
@@ -157,13 +180,6 @@ class Connections:
             if client.member.joined:
                 client.evict()
             self._drop(client, "did not read its bytes, the most of too many,")
-
-    def end_expired(self, now: float) -> None:
-        """Close the connections whose tokens expired by a time in seconds since 1970; to be called once a second."""
-        for client in [*self.connected]:
-            expires = client.member.identity.expires
-            if expires is not None and expires <= now and client.member.joined:
-                client.expire()
 
     def _drop(self, client: Connection, why: str) -> None:
         _logger.info(

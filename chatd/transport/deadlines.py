@@ -1,10 +1,11 @@
-"""Many deadlines of one length, at the cost of a dictionary entry each.
+"""Many deadlines without timers: one check every second serves any number of connections.
 
-Deadlines that are added last expire last.  So a dictionary in order of insertion is the whole queue, and one
-check every second serves any number of connections without timers.
+Deadlines of one length that are added last expire last.  So a dictionary in order of insertion is the whole queue.
+Deadlines of lengths of their own are kept by the second in which they end.
 """
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Generic, TypeVar
 
 from twisted.internet.interfaces import IReactorTime
@@ -42,3 +43,38 @@ class Deadlines(Generic[_T]):
                 return
             del self._due[who]
             yield who
+
+
+class Expiries(Generic[_T]):
+    """A set whose items expire at times of their own, rounded up to the second."""
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._due: dict[_T, int] = {}
+        self._at: dict[int, set[_T]] = {}
+        self._checked = int(clock.seconds())
+
+    def set(self, who: _T, delay: float) -> None:
+        """Let an item expire `delay` seconds from now, instead of when it would have."""
+        self.discard(who)
+        due = max(ceil(self._clock.seconds() + delay), self._checked + 1)
+        self._due[who] = due
+        self._at.setdefault(due, set()).add(who)
+
+    def discard(self, who: _T) -> None:
+        """Remove an item, if it is in the set."""
+        due = self._due.pop(who, None)
+        if due is not None:
+            others = self._at[due]
+            others.discard(who)
+            if not others:
+                del self._at[due]
+
+    def expired(self) -> list[_T]:
+        """Remove and return the items whose time is over."""
+        now = int(self._clock.seconds())
+        over = [who for second in range(self._checked + 1, now + 1) for who in self._at.get(second, ())]
+        self._checked = now
+        for who in over:
+            self.discard(who)
+        return over

@@ -11,6 +11,12 @@ from typing import Final, NamedTuple
 
 from chatd.messages import Post
 
+LEEWAY_SECONDS: Final = 60
+"""The difference between the clocks of the issuer and of this server that is tolerated.
+
+Machines that follow NTP differ by less than a second.  A minute also covers one that has just started.
+"""
+
 Rooms = tuple[re.Pattern[str], ...] | None
 """The rooms whose names match one of these patterns; None: every room."""
 

@@ -162,7 +162,7 @@ class _Gone:
     def evict(self) -> None:
         """Do nothing."""
 
-    stop_reading = read_on = read_frames = evict
+    stop_reading = read_on = read_frames = renewed = evict
 
     def fail(self, code: CloseCode, reason: str) -> None:
         """Do nothing."""

@@ -112,6 +112,9 @@ class SessionTransport(MemberTransport, Protocol):
     def fail(self, code: CloseCode, reason: str) -> None:
         """Fail the connection."""
 
+    def renewed(self) -> None:
+        """Take note that the session has a new identity."""
+
 
 def _is_text(text: bytes) -> bool:
     """Check that the payload of a refused frame is at least UTF-8."""
@@ -348,6 +351,7 @@ class Session(Membership):
             self._transport.fail(CloseCode.POLICY_VIOLATION, "the token does not permit reading this room")
         else:
             self.identity = identity
+            self._transport.renewed()
             self._rename(room, identity.username)
             self.send_frame(token_frame(identity.expires or 0.0, label))
 

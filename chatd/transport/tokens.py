@@ -9,7 +9,6 @@ No token, and nothing out of a token that is refused, is in a log, an answer or 
 """
 
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -22,14 +21,9 @@ from twisted.logger import Logger
 from chatd.messages import Code
 from chatd.transport.admission import HttpError, JoinRequest, room_pattern
 from chatd.transport.frames import is_username
-from chatd.transport.identity import Identity, Permissions, Rooms
+from chatd.transport.identity import LEEWAY_SECONDS, Identity, Permissions, Rooms
 from chatd.transport.jwks import KeySource
 
-LEEWAY_SECONDS: Final = 60
-"""The difference between the clocks of the issuer and of this server that is tolerated.
-
-Machines that follow NTP differ by less than a second.  A minute also covers one that has just started.
-"""
 MAX_TOKEN: Final = 8 << 10
 """The largest size of a token, in bytes, which is half of the largest request head."""
 MAX_SUBJECT: Final = 255
@@ -91,10 +85,6 @@ class Tokens:
         self._username = username
         self.cookie = cookie
         self._quiet_until: dict[str, float] = {}
-
-    def ended(self) -> float:
-        """Return the time, in seconds since 1970, such that tokens which expired before it are no longer accepted."""
-        return time.time() - LEEWAY_SECONDS
 
     @property
     def fault(self) -> str | None:

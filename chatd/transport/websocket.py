@@ -294,6 +294,9 @@ class WebSocketConnection(AutobahnConnection):
 
     # Closing
 
+    def renewed(self) -> None:
+        self.factory.connections.expect_expiry(self)
+
     def expire(self) -> None:
         self.close(CloseCode.POLICY_VIOLATION, "the token has expired")
 

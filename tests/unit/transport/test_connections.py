@@ -8,6 +8,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, STALL_SECONDS, Connections, buffered
+from chatd.transport.identity import ANYONE, LEEWAY_SECONDS, Identity
 
 
 class Connection:
@@ -20,6 +21,7 @@ class Connection:
     answers = True
     number = 0
     buffered = 0
+    identity = ANYONE
 
     def __init__(self):
         self.journal = []
@@ -34,6 +36,10 @@ class Connection:
 
     def abort(self):
         self.journal.append("abort")
+
+    def expire(self):
+        self.journal.append("expire")
+        self.joined = False
 
 
 @pytest.fixture
@@ -276,3 +282,84 @@ def test_empty_fires_once_for_every_caller(connections):
 def test_unfinished_handshakes_are_not_waited_for(connections, client):
     connections.handshakes.add(client)
     assert connections.empty().called
+
+
+# Tokens
+
+
+class Wall:
+    """A wall clock, which can be set."""
+
+    now = 1_790_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def wall():
+    return Wall()
+
+
+@pytest.fixture
+def guarded(clock, wall):
+    """The connections of a server with tokens, which needs no pings."""
+    return Connections(clock, 10_000, wall)
+
+
+def test_token_expires(guarded, client, clock, wall):
+    """A connection is closed when its token and the leeway are over, and not a second time."""
+    client.identity = Identity("s", "ann", wall.now + 10)
+    guarded.add(client)
+    clock.advance(10 + LEEWAY_SECONDS - 1)
+    guarded.check_deadlines()
+    assert client.journal == []
+    clock.advance(1)
+    guarded.check_deadlines()
+    guarded.check_deadlines()
+    assert client.journal == ["expire"]
+
+
+@pytest.mark.parametrize("jump", [-86_400, 86_400])
+def test_jump_of_the_wall_clock(guarded, client, clock, wall, jump):
+    """A wall clock that is set changes no deadline of a token that was accepted before."""
+    client.identity = Identity("s", "ann", wall.now + 10)
+    guarded.add(client)
+    wall.now += jump
+    clock.advance(10 + LEEWAY_SECONDS - 1)
+    guarded.check_deadlines()
+    assert client.journal == []
+    clock.advance(1)
+    guarded.check_deadlines()
+    assert client.journal == ["expire"]
+
+
+def test_renewal_moves_the_expiry(guarded, client, clock, wall):
+    """The newest token counts, whether it lasts longer or not."""
+    for lasts, over in ((10, 100), (100, 5)):
+        client.identity = Identity("s", "ann", wall.now + lasts)
+        guarded.add(client)
+        client.identity = Identity("s", "ann", wall.now + over)
+        guarded.expect_expiry(client)
+        clock.advance(over + LEEWAY_SECONDS - 1)
+        guarded.check_deadlines()
+        assert client.journal == []
+        clock.advance(1)
+        guarded.check_deadlines()
+        assert client.journal == ["expire"]
+        client.journal.clear()
+        client.joined = True
+
+
+def test_connection_that_closes_is_not_expired(guarded, client, clock, wall):
+    """A connection that has left its room, or has ended, is not closed again."""
+    client.identity = Identity("s", "ann", wall.now)
+    guarded.add(client)
+    client.joined = False
+    clock.advance(LEEWAY_SECONDS)
+    guarded.check_deadlines()
+    guarded.add(client)
+    guarded.remove(client, 1000)
+    clock.advance(LEEWAY_SECONDS)
+    guarded.check_deadlines()
+    assert client.journal == []

@@ -1,6 +1,10 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import REPEATABLE
+from twisted.internet.task import Clock
 
-from chatd.transport.deadlines import Deadlines
+from chatd.transport.deadlines import Deadlines, Expiries
 
 
 @pytest.fixture
@@ -90,3 +94,44 @@ def test_those_waited_for_may_change_while_they_are_looked_at(deadlines):
     for who in deadlines:
         deadlines.discard(who)
     assert list(deadlines) == []
+
+
+# Times of their own
+
+
+def test_items_expire_at_their_own_times():
+    """An item expires in the second after its time, whatever the order in which items were set."""
+    clock = Clock()
+    clock.advance(0.5)
+    expiries = Expiries(clock)
+    for who, delay in (("late", 3), ("soon", 1.2), ("past", -5), ("gone", 1)):
+        expiries.set(who, delay)
+    expiries.discard("gone")
+    expiries.discard("nobody")
+    found = []
+    for _ in range(4):
+        clock.advance(1)
+        found.append(expiries.expired())
+    assert found == [["past"], ["soon"], [], ["late"]]
+
+
+@REPEATABLE
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(-2, 9), st.booleans(), st.integers(0, 3))))
+def test_expiries_as_a_table(steps):
+    """The set returns what a table of times returns, and keeps nothing of what is gone."""
+    clock, table = Clock(), {}
+    expiries = Expiries(clock)
+    for who, delay, stays, passes in steps:
+        if stays:
+            expiries.set(who, delay)
+            table[who] = clock.seconds() + max(delay, 0.001)
+        else:
+            expiries.discard(who)
+            table.pop(who, None)
+        clock.advance(passes)
+        over = {who for who, due in table.items() if due <= clock.seconds()}
+        assert {*expiries.expired()} == over
+        table = {who: due for who, due in table.items() if who not in over}
+    clock.advance(20)
+    assert {*expiries.expired()} == {*table}
+    assert expiries.expired() == []

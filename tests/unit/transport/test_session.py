@@ -39,6 +39,7 @@ class SessionClient:
         self.waiting = deque()
         self.reading = True
         self.ended = None
+        self.renewals = 0
         self.session = Session(self, rooms, self.intake)
         self.session.events, self.session.name = events, name
         self.session.join(result_of(rooms.open(room)))
@@ -73,6 +74,9 @@ class SessionClient:
     def fail(self, code, reason):
         self.ended = code, reason
         self.session.leave()
+
+    def renewed(self):
+        self.renewals += 1
 
     # The client
 
