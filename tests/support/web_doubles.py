@@ -109,6 +109,11 @@ class WebSocketClient:
         return int(re.search(rb"Retry-After: (\d+)", self._head)[1])
 
     @property
+    def answered(self):
+        """The head of the answer to the handshake; empty if there was none at once."""
+        return self._head
+
+    @property
     def problem(self):
         """The problem that refuses the handshake."""
         return json.loads(self._data)

@@ -8,12 +8,15 @@ from support.houses import House
 from support.web_doubles import Transport
 from support.websocket_frames import masked
 from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.defer import Deferred
 
 from chatd.messages import Code
 from chatd.room.moderation import Sanction, SanctionKind
-from chatd.transport.admission import client_address
+from chatd.transport.admission import Addresses, Admission, client_address
+from chatd.transport.api import Api
 from chatd.transport.connections import EVENT_STREAM, WEBSOCKET
 from chatd.transport.framing import CloseCode
+from chatd.transport.identity import Identity
 from chatd.transport.moderator import sanction_words
 
 HOST = "203.0.113.7"
@@ -288,3 +291,70 @@ def test_ban_during_the_load_of_a_stream(house):
     house.turn()
     response, text = stream.connection.response()
     assert (response.status, json.loads(text)["detail"]) == (403, BANNED)
+
+
+# Subjects of tokens
+
+SUBJECT = "auth0|7"
+
+
+class FakeTokens:
+    """Every client has a token of one subject, which is known at once or, if `slow`, when the test fires it."""
+
+    cookie = None
+
+    def __init__(self, *, slow=False):
+        self.identity = Identity(SUBJECT, "ann", NEW_YEAR)
+        self.waiting = Deferred() if slow else None
+
+    def identify(self, *_):
+        return self.identity if self.waiting is None else self.waiting
+
+    def verified(self):
+        if self.waiting is not None:
+            self.waiting.callback(self.identity)
+
+
+@pytest.fixture(params=[False, True], ids=["known", "verified later"])
+def tokens(request, house):
+    """The tokens of a server whose clients have the subject SUBJECT."""
+    tokens = FakeTokens(slow=request.param)
+    house.site.intake.tokens = tokens
+    addresses = Addresses(None, 0, house.clock.seconds)
+    house.site.resource.putChild(b"rooms", Api(house.rooms, house.connections, Admission(), addresses, tokens))
+    return tokens
+
+
+def test_handshake_of_a_banned_subject_is_refused(house, tokens):
+    house.sanction(subject=SUBJECT)
+    client = house.client("/rooms/team")
+    first = client.answered
+    tokens.verified()
+    assert (first or client.transport.value()).startswith(b"HTTP/1.1 403 ")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [(b"GET", b"/rooms/team/messages"), (b"GET", b"/rooms/team/events"), (b"POST", b"/rooms/team/messages")],
+)
+def test_request_of_a_banned_subject_is_refused(house, tokens, method, path):
+    house.sanction(subject=SUBJECT)
+    connection = house.connect()
+    connection.transport.clear()
+    body = json.dumps({"username": "ann", "message": "hi"}).encode() if method == b"POST" else None
+    connection.begin(method, path, b"Content-Type: application/json", body=body)
+    tokens.verified()
+    response, text = connection.response()
+    assert (response.status, json.loads(text)["detail"]) == (403, BANNED)
+
+
+def test_new_ban_of_a_subject_closes_its_connections(house, tokens):
+    """A mute of the subject refuses its posts."""
+    client = house.client("/rooms/team")
+    tokens.verified()
+    client.closing()
+    house.sanction("s1", kind="mute", subject=SUBJECT)
+    client.post("hi")
+    assert client.closing()[1][0]["message"] == "You are muted on this server"
+    house.sanction("s2", subject=SUBJECT)
+    assert client.closing()[0] == (1008, BANNED)
