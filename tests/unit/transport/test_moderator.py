@@ -334,18 +334,24 @@ def test_handshake_of_a_banned_subject_is_refused(house, tokens):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [(b"GET", b"/rooms/team/messages"), (b"GET", b"/rooms/team/events"), (b"POST", b"/rooms/team/messages")],
+    ("request_line", "kind", "words"),
+    [
+        (b"GET /rooms/team/messages", "ban", BANNED),
+        (b"GET /rooms/team/events", "ban", BANNED),
+        (b"POST /rooms/team/messages", "ban", BANNED),
+        (b"POST /rooms/team/messages", "mute", "You are muted on this server"),
+    ],
 )
-def test_request_of_a_banned_subject_is_refused(house, tokens, method, path):
-    house.sanction(subject=SUBJECT)
+def test_request_of_a_sanctioned_subject_is_refused(house, tokens, request_line, kind, words):
+    method, path = request_line.split()
+    house.sanction(kind=kind, subject=SUBJECT)
     connection = house.connect()
     connection.transport.clear()
     body = json.dumps({"username": "ann", "message": "hi"}).encode() if method == b"POST" else None
     connection.begin(method, path, b"Content-Type: application/json", body=body)
     tokens.verified()
     response, text = connection.response()
-    assert (response.status, json.loads(text)["detail"]) == (403, BANNED)
+    assert (response.status, json.loads(text)["detail"]) == (403, words)
 
 
 def test_new_ban_of_a_subject_closes_its_connections(house, tokens):
