@@ -91,6 +91,19 @@ def test_node_that_was_away_catches_up(redis, node):
         knows(far, "bob")
 
 
+def test_connection_is_lost_before_the_answer(redis, node):
+    """The room may be cleared, and the operator looks."""
+    redis.flush()
+    with Proxy(redis.port) as proxy:
+        far = node(proxy.url())
+        proxy.refuse()
+        asked = far.store.clear_room("none")
+        proxy.cut()
+        fails(far, asked, ".")
+        proxy.go_on()
+        far.up()
+
+
 def test_node_that_missed_the_feed_reads_all(tmp_path, binary, node, monkeypatch):
     """The feed has dropped what it missed, so it reads the whole set."""
     monkeypatch.setattr(redis_store, "FEED_LENGTH", 5)
