@@ -383,9 +383,9 @@ OPTIONS: Final = (
     ),
     Option(
         name="jwks",
-        metavar="URL|FILE",
+        metavar="URL",
         default="",
-        help="ask every client for a token, signed with a key of a JSON Web Key Set at an `https:` URL or in a file",
+        help="ask every client for a token, signed with a key of a JSON Web Key Set, at an `https:` URL or in a file",
         parse=parse_jwks,
         shown="none",
     ),

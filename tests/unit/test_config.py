@@ -60,6 +60,12 @@ def test_defaults():
         rate=(20, 40),
         max_per_address=256,
         proxy_hops=0,
+        jwt_key=None,
+        jwks="",
+        jwt_audience="",
+        jwt_issuer="",
+        jwt_username="sub",
+        jwt_cookie="",
         ping=25,
         drain=30,
         log_format="text",
@@ -479,12 +485,15 @@ def test_usage_of_the_command(capsys, words, status):
 def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     """The lines that the documentation shows are those of a valid file."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").write_text("[]")
+    (tmp_path / "FILE").write_text(f"[{' ' * 32}]")  # an empty seed, and a secret
     lines = re.findall(r"`([a-z-]+ = [^`]+)` \|$", config.tables()["sources"], re.MULTILINE)
     assert [*tomllib.loads("\n".join(lines))] == NAMES
+    # One of the two keys, and no cookie without an origin.
+    lines = [line for line in lines if not line.startswith(("jwks ", "jwt-cookie "))]
     settings = read(file("\n".join(lines)))
     assert settings.store_password_file == pathlib.Path("FILE")
-    expected = read("--seed=FILE", "--store-password-file=FILE", "--admin-token-file=FILE")
+    files = [f"--{name}=FILE" for name in ("seed", "store-password-file", "admin-token-file", "jwt-key")]
+    expected = read(*files, "--jwt-audience=TEXT", "--jwt-issuer=TEXT")
     assert settings._replace(config=None) == expected
 
 
