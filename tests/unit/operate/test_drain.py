@@ -11,6 +11,7 @@ from twisted.internet.task import Clock, LoopingCall, deferLater
 from chatd.operate import drain
 from chatd.operate.drain import ANSWER_SECONDS, FULL_SECONDS, IMMEDIATE_SECONDS, LATE_SECONDS, Drain
 from chatd.transport.connections import CLOSE_SECONDS, Connections
+from chatd.transport.identity import ANYONE
 
 TICK = drain.TICK_SECONDS
 SLACK = TICK + 1e-6
@@ -21,6 +22,7 @@ class DrainedClient:
 
     carrier = "websocket"
     member = property(lambda self: self)
+    identity = ANYONE
     joined = True
     head = cursor = 0
     awaits_log = False
