@@ -41,6 +41,7 @@ class House:
         seed=SEED,
         ready=True,
         per_address=0,
+        tokens=None,
     ):
         self.clock = Turns()
         self.log = log or FaultyStore(Retention.parse(retain))
@@ -51,10 +52,18 @@ class House:
         admission = Admission(allowed, pages, proxied=hops > 0)
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
-        api = Api(self.rooms, self.connections, admission, addresses)
+        api = Api(self.rooms, self.connections, admission, addresses, tokens)
         self.limits = Limits(self.clock, per_address, hops, lambda: 0.0)
         state = ready, "ready" if ready else "starting"
-        self.site = http.site(lambda: state, self.clock, {"": api, "rooms": api}, limit, self.limits, proxied=hops > 0)
+        self.site = http.site(
+            lambda: state,
+            self.clock,
+            {"": api, "rooms": api},
+            limit,
+            self.limits,
+            tokens=tokens,
+            proxied=hops > 0,
+        )
         self.now = getattr(self.log, "now", lambda: NEW_YEAR)
         self.moderator = Moderator(self.log.sanctions, self.connections.connected, self.now, hops)
         self.site.intake.moderator = self.moderator
