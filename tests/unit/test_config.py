@@ -497,6 +497,49 @@ def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     assert settings._replace(config=None) == expected
 
 
+@pytest.fixture
+def keys(tmp_path, monkeypatch):
+    """Files with a secret and with a key set, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_text("s" * 32)
+    key = {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo", "kid": "1"}
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": [key]}))
+
+
+@pytest.mark.parametrize("words", [["--jwt-key=secret"], ["--jwks=jwks.json"], ["--jwks=https://login.example/jwks"]])
+def test_keys_for_tokens(keys, words):
+    settings = read(*words, "--jwt-audience=chat", "--jwt-cookie=session", "--origin=https://chat.example")
+    assert settings.tokens
+    assert not read().tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--jwt-key=none"], "--jwt-key: none cannot be read (No such file or directory)"),
+        (["--jwks=secret"], "--jwks: secret is not JSON"),
+        (
+            ["--jwks=http://login.example/jwks"],
+            "--jwks: http://login.example could be answered by anyone on the way: use https",
+        ),
+        (["--jwt-key=secret", "--jwks=jwks.json"], "--jwt-key and --jwks: give one of them"),
+        (["--jwt-audience=chat"], "--jwt-audience: there are no tokens without --jwt-key or --jwks"),
+        (
+            ["--jwt-key=secret", "--jwt-cookie=session"],
+            "--jwt-cookie: name the pages that may connect with --origin, and not with *",
+        ),
+        (
+            ["--jwt-key=secret", "--jwt-cookie=session", "--origin=*"],
+            "--jwt-cookie: name the pages that may connect with --origin, and not with *",
+        ),
+        (["--jwt-key=secret", "--jwt-cookie=a b"], "--jwt-cookie: 'a b' is not the name of a cookie"),
+        (["--jwt-key=secret", "--jwt-username="], "--jwt-username: the name of a claim is empty"),
+    ],
+)
+def test_wrong_options_for_tokens(keys, words, line):
+    assert refusal(*words) == line
+
+
 DEFAULTS = (
     r"`--(?P<name>[a-z-]+)`,? \(?(?P<value>[0-9][\w:]*)(?: [a-z]+)? by default",
     r"(?i)\bby default,? \(?`--(?P<name>[a-z-]+)[ =](?P<value>[^`]+)`",

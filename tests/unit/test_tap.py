@@ -12,6 +12,7 @@ import pytest
 import twisted.internet
 import txaio
 from support.servers import LONG
+from support.tokens import SECRET, token
 from support.transports import Wire
 from support.websocket_frames import masked, read_frames
 from twisted.application.service import Application, IServiceMaker
@@ -706,6 +707,45 @@ def test_hangup_reads_the_token_again(reactor, kept, guarded, tmp_path, monkeypa
     handlers[signal.SIGHUP](signal.SIGHUP, None)
     reactor.advance(0)
     assert [guarded(), guarded(old), guarded(new)] == [401, 401, None]
+
+
+PAGE = b"GET /rooms/main/messages HTTP/1.1\r\nHost: x\r\n"
+
+
+def status_with(reactor, *headers):
+    """Return the status with which the port for clients answers a request."""
+    factory = reactor.tcpServers[0][1]
+    lines = b"".join(header + b"\r\n" for header in headers)
+    return int(Client(factory, PAGE + lines + b"\r\n").received.split()[1])
+
+
+@pytest.mark.parametrize("option", ["jwt-key", "jwks"])
+def test_tokens_are_needed(reactor, tmp_path, monkeypatch, option):
+    """A key makes the port ask for tokens, and SIGHUP reads the file again."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "key"
+    key = {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo", "kid": "1"}
+    texts = {"jwt-key": SECRET.decode(), "jwks": json.dumps({"keys": [key]})}
+    file.write_text(texts[option])
+    start(f"--{option}=key", "--jwt-username=sub")
+    header = b"Authorization: Bearer " + token().encode()
+    assert status_with(reactor) == 401
+    assert status_with(reactor, header) == (200 if option == "jwt-key" else 401)
+    file.write_text("x" * 40 if option == "jwt-key" else texts[option])
+    handlers[signal.SIGHUP](signal.SIGHUP, None)
+    reactor.advance(0)
+    assert status_with(reactor, header) == 401
+
+
+def test_key_set_at_a_url(reactor):
+    """Without keys the server says so, and answers 503."""
+    start("--jwks=https://login.example/jwks")
+    header = b"Authorization: Bearer " + token().encode()
+    assert status_with(reactor, header) == 503
+    ready = Client(reactor.tcpServers[1][1], b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").received
+    assert ready.endswith(b"\r\n\r\ndegraded: no key to verify tokens\n")
 
 
 def test_port_without_a_token_file_is_open(reactor, guarded):

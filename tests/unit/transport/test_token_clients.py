@@ -295,4 +295,5 @@ def test_expiry_ends_an_event_stream(house):
     stream = house.stream(b"/rooms/main/events", bearer(lasts=-50))
     assert len(house.connections.connected) == 1
     house.pass_time(12)
+    stream.read()
     assert stream.ended
