@@ -119,8 +119,6 @@ def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "appli
 
 def problem_answer(request: Request, refused: HttpError) -> bytes:
     """Set the head of the answer that refuses a request, and return its body."""
-    for name, value in {**retry_after(refused), **refused.headers}.items():
-        request.setHeader(name, value)
     return answer(request, refused.status, problem(refused.status, str(refused), refused.code), PROBLEM)
 
 

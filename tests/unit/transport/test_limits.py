@@ -153,17 +153,17 @@ def test_idle_addresses_are_forgotten(clock, monkeypatch):
     """Memory is bounded by the addresses that have clients, or are still counted."""
     monkeypatch.setattr("chatd.transport.limits.MAX_ADDRESSES", 10)
     limits = Limits(clock, 3)
-    kept = limits.enter(peer("10.0.0.1"), None)
-    creator = limits.enter(peer("10.0.0.2"), None)
+    kept = limits.enter(peer("198.18.0.1"), None)
+    creator = limits.enter(peer("198.18.0.2"), None)
     for _ in range(99):
         limits.room_created(creator)
     limits.leave(creator)
     for second in range(200):
         clock.advance(1 / HANDSHAKES_PER_SECOND)
-        limits.leave(limits.enter(peer(f"10.0.1.{second}"), None))
+        limits.leave(limits.enter(peer(f"198.18.1.{second}"), None))
     assert len(limits) <= 21
-    assert limits.place(peer("10.0.0.1"), None) is kept
-    assert limits.place(peer("10.0.0.2"), None) is creator
+    assert limits.place(peer("198.18.0.1"), None) is kept
+    assert limits.place(peer("198.18.0.2"), None) is creator
 
 
 # Files
@@ -331,12 +331,12 @@ def test_idle_connections_of_plain_http(house):
 def test_connections_of_a_proxy(clock):
     """A proxy's own connections do not count: the clients behind it do."""
     house = House(per_address=1, hops=1)
-    proxies = [house.connect(Transport(peerAddress=peer("10.0.0.1"))) for _ in range(3)]
+    proxies = [house.connect(Transport(peerAddress=peer("198.18.0.1"))) for _ in range(3)]
     assert [proxy.ask(b"GET", b"/readyz")[0].status for proxy in proxies] == [200] * 3
     assert not any(proxy.closing for proxy in proxies)
-    assert over(house, "/", b"X-Forwarded-For: 192.0.2.1", host="10.0.0.1").status == 101
-    assert over(house, "/", b"X-Forwarded-For: 192.0.2.2", host="10.0.0.1").status == 101
-    assert over(house, "/", b"X-Forwarded-For: 192.0.2.1", host="10.0.0.1").status == 429
+    assert over(house, "/", b"X-Forwarded-For: 192.0.2.1", host="198.18.0.1").status == 101
+    assert over(house, "/", b"X-Forwarded-For: 192.0.2.2", host="198.18.0.1").status == 101
+    assert over(house, "/", b"X-Forwarded-For: 192.0.2.1", host="198.18.0.1").status == 429
 
 
 def test_upgrade_after_other_requests_counts_once(house):
