@@ -49,7 +49,9 @@ def test_valid_token_is_admitted(house):
 
 
 @pytest.mark.parametrize(
-    "headers", [(), (bearer(secret=b"x" * 40),), (BEARER + b"x.y.z",), (bearer(lasts=-61),)], ids=str
+    "headers",
+    [(), (bearer(secret=b"x" * 40),), (BEARER + b"x.y.z",), (bearer(lasts=-61),)],
+    ids=["none", "forged", "garbage", "expired"],
 )
 def test_invalid_token_is_401(house, headers):
     assert status_of(house, *headers) == [401] * 5
@@ -225,6 +227,7 @@ def test_renewal_with_another_username(house):
         ("x.y.z", "The token is not accepted: a valid token is required."),
         (token("bob"), "The token is of another subject."),
     ],
+    ids=["garbage", "another subject"],
 )
 def test_refused_renewal(house, text, message):
     """The old token stays in force."""
