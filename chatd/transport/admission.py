@@ -295,9 +295,12 @@ def client_address(peer: object, forwarded: str | None, hops: int) -> str | None
     to add to `X-Forwarded-For` (RFC 7239, section 7.4).  What is no IP address there counts as that of the connection.
     """
     named = _forwarded_for(forwarded, hops)
-    match = _HOST_PORT.fullmatch(named)
-    host = (match[1] or match[2]) if match else named
-    return host if is_address(host) else getattr(peer, "host", None)
+    if named:
+        match = _HOST_PORT.fullmatch(named)
+        host = (match[1] or match[2]) if match else named
+        if is_address(host):
+            return host
+    return getattr(peer, "host", None)
 
 
 def _forwarded_for(forwarded: str | None, hops: int) -> str:

@@ -180,14 +180,18 @@ class WebSocketConnection(AutobahnConnection):
 
     def _open(self, request: JoinRequest, answer: bytes) -> "Deferred[bytes]":
         """Find the room; the result is the answer to the handshake, or HttpError."""
-        self.factory.intake.moderator.admit(request.room, self._visitor(request))
+        self._check_sanctions(request)
         opening = self.factory.rooms.open(request.room, request.last)
         if not opening.called:
             self._wait_for(opening)
         return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
 
-    def _visitor(self, request: JoinRequest) -> Visitor:
-        return Visitor(request.username, request.identity.subject, self.session.address)
+    def _check_sanctions(self, request: JoinRequest) -> None:
+        """Raise HttpError 403 for a client that is banned from the room."""
+        moderator = self.factory.intake.moderator
+        if moderator.active:  # hardly ever
+            visitor = Visitor(request.username, request.identity.subject, self.session.address)
+            moderator.admit(request.room, visitor)
 
     def _wait_for(self, deferred: "Deferred[Any]") -> None:
         """Leave the frames that a client sends before it has its answer in its socket."""
@@ -205,7 +209,7 @@ class WebSocketConnection(AutobahnConnection):
             raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "the handshake took too long")
         if self.factory.connections.stopping:
             raise server_stopping()
-        self.factory.intake.moderator.admit(request.room, self._visitor(request))
+        self._check_sanctions(request)
         self.admitted = request, ticket
         return answer
 
