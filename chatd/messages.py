@@ -58,7 +58,7 @@ class Post(NamedTuple):
     label: str | None = None
     """The key by which a retry of this post is recognized."""
     author: str | None = None
-    """The subject of the token of the one who posts; None without tokens."""
+    """The subject of the poster's token; None without tokens."""
     replaces: Id | None = None
     """The message that this one is the newest text of; None for a new message."""
     removed: bool = False

@@ -285,28 +285,26 @@ def client_network(peer: str, forwarded: str | None, hops: int) -> str | None:
     `hops` proxies stand before the server and are trusted to add to `X-Forwarded-For` (RFC 7239, section 7.4).  What is
     no IP address there counts as the address of the connection, so that nobody can fill the memory with names.
     """
-    return network(_forwarded_for(forwarded, hops)) or network(peer)
+    return network(_behind(peer, forwarded, hops))
 
 
 def client_address(peer: object, forwarded: str | None, hops: int) -> str | None:
     """Return the IP address of the client behind a connection; None if it has none, as over a Unix socket.
 
-    `peer` is the address of the connection as Twisted has it.  `hops` proxies stand before the server and are trusted
-    to add to `X-Forwarded-For` (RFC 7239, section 7.4).  What is no IP address there counts as that of the connection.
+    `peer` is the address of the connection as Twisted has it.  The others are as in client_network().
     """
-    named = _forwarded_for(forwarded, hops)
-    if named:
-        match = _HOST_PORT.fullmatch(named)
-        host = (match[1] or match[2]) if match else named
-        if is_address(host):
-            return host
-    return getattr(peer, "host", None)
+    return _behind(getattr(peer, "host", ""), forwarded, hops) or None
 
 
-def _forwarded_for(forwarded: str | None, hops: int) -> str:
-    """Return what the outermost of the trusted proxies saw as the address of the client; "" if there is none."""
+def _behind(peer: str, forwarded: str | None, hops: int) -> str:
+    """Return the IP address that the outermost of the trusted proxies saw, or else the address of the connection."""
     entries = forwarded.rsplit(",", hops)[-hops:] if forwarded and hops else []
-    return entries[0].strip() if len(entries) == hops and entries else ""
+    if not entries or len(entries) < hops:
+        return peer
+    named = entries[0].strip()
+    match = _HOST_PORT.fullmatch(named)
+    host = (match[1] or match[2]) if match else named
+    return host if is_address(host) else peer
 
 
 class _AddressRate:

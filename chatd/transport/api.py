@@ -66,6 +66,22 @@ _NUMBER = re.compile(r"-?[0-9]{1,15}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _logger = Logger()
 
+_REFUSALS: Final[dict[type[Exception], tuple[HTTPStatus, str, Code]]] = {
+    Forbidden: (HTTPStatus.FORBIDDEN, "only its author or a moderator may replace a message", Code.FORBIDDEN),
+    LabelReused: (
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        "Idempotency-Key: it was given to another message",
+        Code.LABEL_REUSED,
+    ),
+    NotReplaceable: (
+        HTTPStatus.CONFLICT,
+        "the message is an edit or was removed, and cannot be replaced",
+        Code.NOT_REPLACEABLE,
+    ),
+    UnknownId: (HTTPStatus.NOT_FOUND, "there is no message of this id", Code.UNKNOWN_ID),
+}
+"""The errors when the log refuses a post; session.REFUSALS has their twins as frames."""
+
 _Handler = Callable[[Identity], Any]
 """Handles a request of a client, and returns the body of the answer or NOT_DONE_YET."""
 
@@ -87,7 +103,7 @@ class Reply:
             self._request.write(answer(self._request, status, body, kind, **headers))
             self._request.finish()
 
-    def send_all(self, handler: "_Handler", identity: Identity) -> None:
+    def send_all(self, handler: _Handler, identity: Identity) -> None:
         """Call a handler late, if the client is still connected, and send the answer that it returns."""
         if self._disconnected:
             return
@@ -126,7 +142,7 @@ def _meaning(failure: Failure) -> HttpError:
     if isinstance(failure.value, HttpError):
         return failure.value
     if failure.check(UnknownId):
-        return HttpError(HTTPStatus.NOT_FOUND, "there is no message of this id", Code.UNKNOWN_ID)
+        return HttpError(*_REFUSALS[UnknownId])
     failure.trap(LogUnavailable)
     _logger.error("the log cannot be read: {error}", error=failure.value)
     return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the log cannot be read now", Code.UNAVAILABLE)
@@ -157,22 +173,12 @@ class Posting:
         self._reply.send(status, body, **location)
 
     def refused(self, post: Post, error: Refusal) -> None:
-        if isinstance(error, LabelReused):
-            status, code, why = HTTPStatus.UNPROCESSABLE_ENTITY, Code.LABEL_REUSED, "it was given to another message"
-            self._reply.refuse(HttpError(status, f"Idempotency-Key: {why}", code))
-        elif isinstance(error, UnknownId):
-            self._reply.failed(Failure(error))
-        elif isinstance(error, Forbidden):
-            why = "only its author or a moderator may replace a message"
-            self._reply.refuse(HttpError(HTTPStatus.FORBIDDEN, why, Code.FORBIDDEN))
-        elif isinstance(error, NotReplaceable):
-            why = "the message is an edit or was removed, and cannot be replaced"
-            self._reply.refuse(HttpError(HTTPStatus.CONFLICT, why, Code.NOT_REPLACEABLE))
-        else:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            in_doubt = isinstance(error, InDoubt)
-            why = "may not have been stored; try again with the same key" if in_doubt else "was not stored; try again"
-            self._reply.refuse(HttpError(status, f"the message {why}", Code.UNAVAILABLE))
+        if not isinstance(error, LogUnavailable):
+            self._reply.refuse(HttpError(*_REFUSALS[type(error)]))
+            return
+        in_doubt = isinstance(error, InDoubt)
+        why = "may not have been stored; try again with the same key" if in_doubt else "was not stored; try again"
+        self._reply.refuse(HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"the message {why}", Code.UNAVAILABLE))
 
 
 class Api(ChatResource):
@@ -280,7 +286,7 @@ class Api(ChatResource):
             raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
         cast(Any, request.channel).counted = True
 
-    def _preflight(self, request: Request, resource: dict[str, "_Handler"]) -> int:
+    def _preflight(self, request: Request, resource: dict[str, _Handler]) -> int:
         """Answer a preflight request (Fetch, section 3.2.3)."""
         request.setHeader("allow", _methods(resource))
         if _header(request, b"origin"):
@@ -447,7 +453,7 @@ def _id(text: str) -> Id:
         raise HttpError(HTTPStatus.NOT_FOUND, str(error), Code.UNKNOWN_ID) from None
 
 
-def _methods(resource: "dict[str, _Handler]") -> str:
+def _methods(resource: dict[str, _Handler]) -> str:
     return ", ".join(sorted({*resource, "HEAD"}))
 
 
