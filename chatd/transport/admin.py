@@ -7,6 +7,7 @@ DELETE /sanctions/ID       lift it
 GET    /rooms              the rooms that hold messages: ?after=NAME, ?limit=N
 POST   /rooms/NAME/clear   remove the messages of a room; its numbers go on, and clients stay
 DELETE /rooms/NAME         also lift the sanctions in it
+DELETE /rooms/NAME/messages/ID  remove one message, as a moderator would
 
 Each change is one line of the log with the namespace AUDIT.
 """
@@ -25,12 +26,13 @@ from twisted.web.http import Request
 from twisted.web.server import NOT_DONE_YET
 from typing_extensions import override
 
-from chatd.messages import Code
+from chatd.messages import Code, Id
 from chatd.room.log import LogUnavailable
 from chatd.room.moderation import MAX_SANCTIONS, ModerationStore, RoomSummary, Sanction, is_room
 from chatd.room.registry import Registry
 from chatd.transport.admission import HttpError, read_query
-from chatd.transport.api import Reply
+from chatd.transport.api import Posting, Reply, message_id
+from chatd.transport.frames import removal
 from chatd.transport.heads import Head
 from chatd.transport.http import ChatResource, answer, problem_answer
 from chatd.transport.moderator import moment
@@ -44,7 +46,12 @@ MAX_PAGE_ROOMS: Final = 1000
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})
 """The paths that need no token, because load balancers have none."""
 
-_ROUTE = re.compile(r"/(?P<kind>sanctions|rooms)(?:/(?P<name>[^/]+)(?P<rest>/clear)?)?")
+OPERATOR: Final = "operator"
+"""The username of a removal by an operator."""
+
+_ROUTE = re.compile(
+    r"/(?P<kind>sanctions|rooms)(?:/(?P<name>[^/]+)(?:(?P<clear>/clear)|/messages/(?P<message>[^/]+))?)?"
+)
 _LIMIT = re.compile(r"[1-9][0-9]{0,3}")
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="chatd admin"'}
 _audit = Logger(namespace=AUDIT)
@@ -97,7 +104,7 @@ class ModerationApi(ChatResource):
         return handler()
 
     def _handlers(
-        self, request: Request, query: str, kind: str, name: str | None, rest: str | None
+        self, request: Request, query: str, *, kind: str, name: str | None, clear: str | None, message: str | None
     ) -> dict[str, Callable[[], Any]]:
         """Return the functions for a path, by method."""
         if name is None and kind == "rooms":
@@ -105,9 +112,11 @@ class ModerationApi(ChatResource):
         if name is None:
             return {"GET": lambda: self._list_sanctions(request), "POST": lambda: self._sanction(request)}
         if kind == "rooms" and is_room(name):
-            change = self._clear if rest else self._delete
-            return {"POST" if rest else "DELETE": lambda: change(request, name)}
-        sanction = None if kind == "rooms" or rest else self._store.sanctions.get(name)
+            if message is not None:
+                return {"DELETE": lambda: self._remove(request, name, message)}
+            change = self._clear if clear else self._delete
+            return {"POST" if clear else "DELETE": lambda: change(request, name)}
+        sanction = None if kind == "rooms" or clear or message else self._store.sanctions.get(name)
         if sanction is None:
             return {}
         body = _encode(_shown(sanction))
@@ -213,6 +222,17 @@ class ModerationApi(ChatResource):
         self._store.clear_room(room).addCallback(cleared).addErrback(_failed, reply)
         return NOT_DONE_YET
 
+    def _remove(self, request: Request, room: str, text: str) -> int:
+        """Remove a message, and answer with the id of the removal."""
+        message, operator = message_id(text), _operator(request)
+
+        def stored(_: int) -> None:
+            _log_removal(operator, room, message)
+
+        post = removal(message, None)._replace(username=OPERATOR, moderated=True)
+        self._rooms.post(room, post, Posting(Reply(request), lambda: self._rooms.epoch, stored, HTTPStatus.OK))
+        return NOT_DONE_YET
+
 
 def _shown(sanction: Sanction) -> dict[str, object]:
     """Return a sanction as operators see it."""
@@ -272,4 +292,11 @@ def _log_room(action: str, operator: str, room: str, removed: int) -> None:
         action=action,
         room=room,
         removed=removed,
+    )
+
+
+def _log_removal(operator: str, room: str, message: Id) -> None:
+    """Write one line about a message that was removed."""
+    _audit.info(
+        "{operator}: remove the message {id} of {room}", operator=operator, action="remove", id=str(message), room=room
     )

@@ -149,25 +149,28 @@ def _meaning(failure: Failure) -> HttpError:
 
 
 class Posting:
-    """A post in flight, whose outcome is the answer to a request (chatd.room.log.Poster)."""
+    """A post in flight, whose outcome is the answer to a request (chatd.room.log.Poster).
+
+    `stored` is called with the number of a new entry, and `status` answers for it.
+    """
 
     def __init__(
         self,
         reply: Reply,
         epoch: Callable[[], str],
-        created: Callable[[], None],
-        stored: HTTPStatus = HTTPStatus.CREATED,
+        stored: Callable[[int], None],
+        status: HTTPStatus = HTTPStatus.CREATED,
     ) -> None:
         self._reply = reply
         self._epoch = epoch
-        self._created = created
         self._stored = stored
+        self._status = status
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
-        if number == 1 and not duplicate:
-            self._created()
+        if not duplicate:
+            self._stored(number)
         message = Id(self._epoch(), number)
-        status = HTTPStatus.OK if duplicate else self._stored
+        status = HTTPStatus.OK if duplicate else self._status
         body = payload(ack_frame(message, post.label, duplicate=duplicate)) + b"\n"
         location = {} if post.removed else {"location": f"messages/{message}"}
         self._reply.send(status, body, **location)
@@ -337,7 +340,7 @@ class Api(ChatResource):
     def _message(self, request: Request, reader: Identity, room: str, text: str) -> int:
         """Answer with one message."""
         check_reading(reader, room)
-        wanted = _id(text)
+        wanted = message_id(text)
         reply = Reply(request)
 
         def found(encoded: EncodedPage) -> None:
@@ -375,9 +378,9 @@ class Api(ChatResource):
     def _remove(self, request: Request, poster: Identity, room: str, text: str) -> int:
         """Remove a message, and answer with the id of the removal."""
         label = _idempotency_key(_header(request, b"idempotency-key"))
-        return self._append(request, poster, room, removal(_id(text), label), HTTPStatus.OK)
+        return self._append(request, poster, room, removal(message_id(text), label), HTTPStatus.OK)
 
-    def _append(self, request: Request, poster: Identity, room: str, post: Post, stored: HTTPStatus) -> int:
+    def _append(self, request: Request, poster: Identity, room: str, post: Post, status: HTTPStatus) -> int:
         """Hand a post to the log, with its author."""
         forbidden = refusal(poster, room, post.username)
         if forbidden is not None:
@@ -388,10 +391,14 @@ class Api(ChatResource):
         place = limits.place(request.getClientAddress(), _header(request, b"x-forwarded-for"))
         wait = 0.0 if self._rooms.holds_entries(room) else limits.room_wait(place)
         if wait:
-            status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
-            raise HttpError(status, NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, headers)
-        posting = Posting(Reply(request), lambda: self._rooms.epoch, lambda: limits.room_created(place), stored)
-        self._rooms.post(room, post, posting)
+            headers = {"Retry-After": str(ceil(wait))}
+            raise HttpError(HTTPStatus.TOO_MANY_REQUESTS, NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, headers)
+
+        def stored(number: int) -> None:
+            if number == 1:
+                limits.room_created(place)
+
+        self._rooms.post(room, post, Posting(Reply(request), lambda: self._rooms.epoch, stored, status))
         return NOT_DONE_YET
 
     # Events
@@ -445,7 +452,7 @@ def _header(request: Request, name: bytes) -> str | None:
     return b", ".join(values).decode("latin-1") if values else None
 
 
-def _id(text: str) -> Id:
+def message_id(text: str) -> Id:
     """Parse the id in a path; raises HttpError 404."""
     try:
         return Id.parse(text)

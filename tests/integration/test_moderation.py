@@ -168,6 +168,29 @@ def test_rooms_are_listed_cleared_and_deleted(tmp_path, server):
     assert [row[:3] for row in stored(tmp_path / "chatd.sqlite", "team")[1]] == [(2, "ann", "on")]
 
 
+def test_message_is_removed(tmp_path, server):
+    """Its text leaves the store, its clients learn it, and the audit log names it."""
+    with Raw(server.port) as ann:
+        ann.join("/rooms/team")
+        ann.send(post("ann", "a secret"))
+        message = ann.json()["id"]
+        (line,) = moderate(server, "remove", "team", message)
+        removal = ann.json()
+        assert line == f"{message} is removed: clients learn it by {removal['id']}"
+        assert (removal["replaces"], removal["removed"]) == (message, True)
+        assert (removal["data"]["username"], removal["data"]["message"]) == ("operator", "[removed]")
+        assert (
+            fault(server, "remove", "team", message) == "the message is an edit or was removed, and cannot be replaced"
+        )
+        assert fault(server, "remove", "team", "none-9") == "there is no message of this id"
+    assert f"remove the message {message} of team" in server.log.text
+    server.stop()
+    assert [row[:3] for row in stored(tmp_path / "chatd.sqlite", "team")[1]] == [
+        (1, "ann", "[removed]"),
+        (2, "operator", "[removed]"),
+    ]
+
+
 def test_admin_port_with_a_token(tmp_path):
     """The script takes it from a file or from the environment, and SIGHUP replaces it."""
     file = tmp_path / "token"
@@ -235,5 +258,7 @@ def test_rooms_of_many_pages(monkeypatch):
 
 def test_help_names_every_command():
     text = "\n".join(moderate(None, "--help"))
-    assert all(f"\n    {name} " in text for name in ("ban", "mute", "lift", "list", "rooms", "clear", "delete"))
+    assert all(
+        f"\n    {name} " in text for name in ("ban", "mute", "lift", "list", "remove", "rooms", "clear", "delete")
+    )
     assert pathlib.Path(ROOT / "scripts/moderate").stat().st_mode & 0o111

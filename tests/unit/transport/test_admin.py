@@ -179,6 +179,12 @@ def test_deleted_room_is_not_listed(house):
         ("DELETE", "/sanctions/s1/clear", 404, None),
         ("GET", "/rooms/team/", 404, None),
         ("GET", "/rooms/team", 405, "DELETE"),
+        ("GET", "/rooms/team/messages/abcd-1", 405, "DELETE"),
+        ("OPTIONS", "/rooms/team/messages/abcd-1", 405, "DELETE"),
+        ("OPTIONS", "/rooms/team", 405, "DELETE"),
+        ("DELETE", "/rooms/team/messages/1", 404, None),
+        ("DELETE", "/rooms/team/messages/", 404, None),
+        ("DELETE", "/sanctions/s1/messages/abcd-1", 404, None),
         ("PUT", "/rooms/team/clear", 405, "POST"),
         ("PUT", "/rooms", 405, "GET, HEAD"),
         ("PUT", "/sanctions", 405, "GET, HEAD, POST"),
@@ -197,6 +203,22 @@ def test_clients_do_not_reach_the_admin_port(house):
     assert house.post(path=b"/rooms/team/clear")[0].status == 404
     assert house.get(b"/sanctions")[0].status == 404
     assert house.operate("GET", "/sanctions", b"Origin: https://evil.example")[0] == 403
+
+
+def test_operator_removes_a_message(house):
+    """The text of anyone's message is erased, and its clients get the removal."""
+    client = house.client("/rooms/team")
+    client.post("a secret")
+    client.read()
+    status, answer, _ = house.operate("DELETE", f"/rooms/team/messages/{house.id(1)}")
+    assert (status, answer) == (200, {"type": "ack", "id": house.id(2)})
+    house.turn()
+    (removal,) = client.read()
+    assert (removal["replaces"], removal["removed"]) == (house.id(1), True)
+    assert (removal["data"]["username"], removal["data"]["message"]) == ("operator", "[removed]")
+    assert "a secret" not in house.get(b"/rooms/team/messages")[1]
+    again = house.operate("DELETE", f"/rooms/team/messages/{house.id(1)}")
+    assert (again[0], again[1]["code"]) == (409, "NOT_REPLACEABLE")
 
 
 # Faults
@@ -269,6 +291,8 @@ def test_every_change_is_one_line(house):
     with capturedLogs() as events:
         house.add(username="ann", room="team", seconds=60, reason="it's {spam}")
         house.add(kind="mute", address="203.0.113.7")
+        house.operate("DELETE", f"/rooms/team/messages/{house.id(1)}")
+        house.operate("DELETE", f"/rooms/team/messages/{house.id(1)}")
         house.operate("POST", "/rooms/team/clear")
         house.operate("DELETE", "/rooms/team")
         house.operate("DELETE", "/sanctions/s2", peer=UNIXAddress(None))
@@ -277,7 +301,8 @@ def test_every_change_is_one_line(house):
     assert audited(events) == [
         "127.0.0.1:4711: ban s1 of username 'ann' in team until 2026-01-01T00:01:00Z: \"it's {spam}\"",
         "127.0.0.1:4711: mute s2 of address '203.0.113.7/32' in all rooms until it is lifted: ''",
-        "127.0.0.1:4711: clear the room team, which held 1 messages",
+        f"127.0.0.1:4711: remove the message {house.id(1)} of team",
+        "127.0.0.1:4711: clear the room team, which held 2 messages",
         "127.0.0.1:4711: delete the room team, which held 0 messages",
         "127.0.0.1:4711: lift s1 of username 'ann' in team until 2026-01-01T00:01:00Z: \"it's {spam}\"",
         "UNIXAddress(None): lift s2 of address '203.0.113.7/32' in all rooms until it is lifted: ''",
