@@ -8,13 +8,16 @@ import asyncio
 import contextlib
 import itertools
 import json
+import pathlib
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Final
 
 from attacking import inputs
-from attacking.servers import HOST
+from attacking.servers import HOST, Server
+from chatd.load.options import allow_files
 
 Attack = Callable[[int, float], Coroutine[None, None, None]]
 
@@ -209,11 +212,18 @@ ATTACKS: Final[dict[str, tuple[str, Attack]]] = {
     ),
 }
 """Each attack by its name: in words, and what it does."""
-JOINED: Final = drip(1000, JOIN, b"")
-"""1,000 clients that join and stay."""
+JOINED: Final = "joined"
+"""The name of the attack by 1,000 clients that join and stay; it matters to a server with few files only."""
 
 
-def main(name: str, port: int, seconds: float) -> None:
-    """Run one attack for so many seconds."""
-    attack = ATTACKS[name][1] if name in ATTACKS else JOINED
-    asyncio.run(attack(port, time.monotonic() + seconds))
+async def attack(name: str, server: Server, seconds: float) -> None:
+    """Run one attack in another process for so many seconds."""
+    command = sys.executable, "-m", "attacking.attacks", name, str(server.port), str(seconds)
+    process = await asyncio.create_subprocess_exec(*command, cwd=pathlib.Path(__file__).parent.parent)
+    await process.wait()
+
+
+if __name__ == "__main__":
+    allow_files(10_000)
+    one = ATTACKS[sys.argv[1]][1] if sys.argv[1] in ATTACKS else drip(1000, JOIN, b"")
+    asyncio.run(one(int(sys.argv[2]), time.monotonic() + float(sys.argv[3])))

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 ROOT: Final = pathlib.Path(__file__).resolve().parent.parent.parent
 HOST: Final = "127.0.0.1"
+TWISTD: Final = sys.executable, str(pathlib.Path(sys.executable).with_name("twistd"))
 START_SECONDS: Final = 20
 """The time in which a server must start."""
 SUSPICIOUS: Final = re.compile("Traceback|Unhandled|unexpected error|critical")
@@ -27,20 +29,25 @@ def free_port() -> int:
 class Server:
     """A server in a process of its own.
 
-    `options` are those of `twistd chatd`; the store is in memory.  `files` is the most files that it may open.
+    `options` are those of `twistd chatd`; without another, the store is in memory.  `before` are the words before the
+    command, as those of prlimit, and `command` is what runs as twistd.
     """
 
-    def __init__(self, folder: str | pathlib.Path, *options: str, files: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        *options: str,
+        before: Sequence[str] = (),
+        command: Sequence[str] = TWISTD,
+    ) -> None:
         self.port, self.admin_port = free_port(), free_port()
         kept = {name: text for name, text in os.environ.items() if not name.startswith(("CHATD_", "PYTHON"))}
         ports = (
             f"--listen=tcp:{self.port}:interface={HOST}:backlog=4096",
             f"--admin=tcp:{self.admin_port}:interface={HOST}",
         )
-        twistd = pathlib.Path(sys.executable).with_name("twistd")
-        limit = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
         self.process = subprocess.Popen(  # noqa: S603 -- this module made the command
-            [*limit, sys.executable, twistd, "--nodaemon", "--pidfile=", "chatd", "--store=memory:", *ports, *options],
+            [*before, *command, "--nodaemon", "--pidfile=", "chatd", "--store=memory:", *ports, *options],
             cwd=folder,
             env=kept | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
