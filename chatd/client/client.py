@@ -25,7 +25,6 @@ from twisted.python.failure import Failure
 
 from chatd.client.connection import CONNECT_SECONDS, ClientConnection, ClientFactory
 from chatd.client.protocol import (
-    EXPIRED,
     RENEWAL_LABEL,
     WINDOW,
     Ack,
@@ -46,7 +45,7 @@ from chatd.client.protocol import (
     token_text,
 )
 from chatd.messages import Entry, Id
-from chatd.transport.framing import CloseCode
+from chatd.transport.framing import EXPIRED, CloseCode
 
 _logger = Logger()
 

@@ -28,8 +28,6 @@ RENEWAL_SECONDS: Final = 60
 """The time before the expiry of a token at which it is renewed; half of its time if less is left."""
 LONGEST_WAIT: Final = 86_400.0
 """The most seconds until a token is renewed."""
-EXPIRED: Final = "token has expired"
-"""The words in the reason of the close with which the server ends a connection whose token has expired."""
 RENEWAL_LABEL: Final = "token"
 """The label of frames with a new token, which no request has."""
 

@@ -48,6 +48,9 @@ class CloseCode(IntEnum):
     TRY_AGAIN_LATER = 1013
 
 
+EXPIRED: Final = "the token has expired"
+"""The reason of the close that ends a connection with its token.  A client that can get another token reconnects."""
+
 MAX_REASON: Final = 123
 """The largest size in bytes of the reason in a close frame (section 5.5.1)."""
 

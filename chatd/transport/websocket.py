@@ -34,7 +34,7 @@ from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import Admission, HttpError, JoinRequest, read_query, server_stopping
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
 from chatd.transport.connections import WEBSOCKET, Connections, buffered
-from chatd.transport.framing import SUBPROTOCOL, CloseCode
+from chatd.transport.framing import EXPIRED, SUBPROTOCOL, CloseCode
 from chatd.transport.handshake import read_upgrade, switch
 from chatd.transport.heads import Head, take
 from chatd.transport.http import HEAD, HTTP_1_1, SERVER, ChatSite, refusal
@@ -302,7 +302,7 @@ class WebSocketConnection(AutobahnConnection):
         self.factory.connections.expect_expiry(self)
 
     def expire(self) -> None:
-        self.close(CloseCode.POLICY_VIOLATION, "the token has expired")
+        self.close(CloseCode.POLICY_VIOLATION, EXPIRED)
 
     def evict(self) -> None:
         self.close(CloseCode.TRY_AGAIN_LATER, "too slow: reconnect")

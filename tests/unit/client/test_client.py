@@ -25,6 +25,7 @@ from chatd.client.protocol import (
 )
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame, token_frame
+from chatd.transport.framing import EXPIRED
 from chatd.transport.handshake import switch
 
 # Addresses
@@ -803,12 +804,12 @@ def test_expired_token():
     """After the close of an expired token a client that can get another one reconnects with it."""
     issuer = Issuer()
     table = Table(token=issuer)
-    close(table, "the token has expired")
+    close(table, EXPIRED)
     assert table.watch.kinds()[-1] == "on_disconnect"
     table.clock.advance(1)
     assert authorization(table.endpoint.accept()) == issuer.made[1]
     table = Table(token="a.b.c")
-    close(table, "the token has expired")
+    close(table, EXPIRED)
     assert table.watch.kinds()[-1] == "on_reject"
     table = Table(token=Issuer())
     close(table, "100 frames in a row were rejected")
