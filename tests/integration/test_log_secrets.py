@@ -5,9 +5,13 @@ import contextlib
 import http.client
 import json
 import re
+import signal
 import sqlite3
+import sys
+import time
 from typing import NamedTuple
 
+import jwt
 import pytest
 from support.raw_clients import EventReader, RawMember
 from support.servers import LONG, LOOPBACK, Raw, Server, upgrade
@@ -48,6 +52,10 @@ class Secrets:
         text = f"xyzzy{len(self._used):03}plugh"
         self._used[text] = where
         return text
+
+    def keep(self, where, *texts):
+        """Find these texts too, which were not drawn here."""
+        self._used |= dict.fromkeys(texts, where)
 
     def found(self, log):
         """Return the places of the secrets that are in a log, in any form."""
@@ -324,6 +332,116 @@ def test_lines_about_clients_have_a_number(run):
 def test_each_line_with_fields_about_a_member_names_the_room(run):
     lacking = {sentence for sentence, fields in of_clients(run) if "connection" in fields and "room" not in fields}
     assert {re.sub(r"^#\d+ \S+ ", "", sentence) for sentence in lacking} == set()
+
+
+# Tokens, their key, and the token of the admin port
+
+COOKIE = "session"
+VERBOSE = """
+import txaio
+from twisted.scripts import twistd
+
+txaio.use_twisted()
+txaio.set_global_log_level("trace")
+twistd.run()
+"""
+"""twistd, with a log of everything that Autobahn does."""
+UNFIT = {
+    "it has expired": {"exp": 1},
+    "it is not valid yet": {"nbf": 1 << 40},
+    "its audience is not": {"aud": "others"},
+    "its claim chatd is malformed": {"chatd": {"reed": []}},
+    "its subject is too long or empty": {"sub": ""},
+    "the claim of --jwt-username is no username": {"name": "n" * 31},
+    "it is malformed": {"exp": "soon"},
+    "its signature is wrong": {"key": "another secret of at least 32 bytes"},
+}
+"""Claims of tokens that are refused, by the words in the log."""
+
+
+def use_tokens(server, token):
+    """Send valid and invalid tokens in every way."""
+
+    def asked(path, sent, **headers):
+        yield upgrade(path, Authorization=f"Bearer {sent}", **headers)
+        yield upgrade(path, Sec_WebSocket_Protocol=f"chat.v1, bearer.{sent}", **headers)
+        yield upgrade(path, Cookie=f"{COOKIE}={sent}", Origin=PAGE, **headers)
+
+    def answer(data, status):
+        with Raw(server.port) as other:
+            other.send(data)
+            assert other.head()[0] == status
+
+    good, other = token("a token"), token("a token of another subject", sub="bob")
+    for path in (f"/rooms/{ROOM}", f"/rooms/{ROOM}?access_token={good}"):
+        for data in asked(path, good):
+            answer(data, 101)
+            answer(data.replace(b"\r\n\r\n", b"\r\nX-Twice: 1\r\nX-Twice: 2\r\n\r\n"), 101)  # not plain
+        for data in asked(path, good, Sec_WebSocket_Version="7"):
+            answer(data, 400)
+    for words, claims in UNFIT.items():
+        unfit = token(words, **claims)
+        for data in asked("/", unfit):
+            answer(data, 401)
+        answer(f"GET /rooms/main/events HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {unfit}\r\n\r\n".encode(), 401)
+    answer(upgrade("/", Authorization=f"Bearer {token('a token that is too large', more='x' * 8192)}"), 401)
+    answer(upgrade("/", Authorization=f"Bearer {good}", Cookie=f"{COOKIE}={other}", Origin=PAGE), 401)
+    with RawMember(server.port, Authorization=f"Bearer {good}") as member:
+        renewals = (token("a renewal"), other, token("a renewal that has expired", exp=1), f"{good}x", good)
+        for sent, kind in zip(renewals, ("token", "error", "error", "error", "token"), strict=True):
+            member.send(said(type="token", token=sent))
+            assert member.answer()["type"] == kind
+
+
+def use_admin_port(server, right, wrong):
+    """Send the right and a wrong token to the admin port."""
+    for sent, status in (right, 200), (wrong, 401):
+        with Raw(server.admin_port) as operator:
+            operator.send(
+                f"GET /sanctions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {sent}\r\n\r\n".encode()
+            )
+            assert operator.head()[0] == status
+
+
+def test_log_has_no_token_and_no_key(tmp_path):
+    """No part of a token, no key and no token of the admin port is in the log, not even with Autobahn's debugging."""
+    secret = Secrets()
+    key, admin = (secret(where) * 3 for where in ("the key", "the token of the admin port"))
+    files = tmp_path / "jwt.key", tmp_path / "admin"
+
+    def write(*texts):
+        for file, text in zip(files, texts, strict=True):
+            file.write_text(text)
+            file.chmod(0o600)
+
+    def token(where, key=key, **claims):
+        given = {
+            "sub": "ann",
+            "name": "ann",
+            "exp": int(time.time()) + 3600,
+            "at": secret(f"a claim of {where}"),
+        } | claims
+        made = jwt.encode(given, key, "HS256")
+        secret.keep(where, made, *made.split(".")[1:])
+        return made
+
+    write(key, admin)
+    options = (
+        *("--jwt-key=jwt.key", "--jwt-username=name", f"--jwt-cookie={COOKIE}", f"--origin={PAGE}"),
+        *("--admin-token-file=admin", "--log-format=json"),
+    )
+    with Server(tmp_path, *options, admin=LOOPBACK, command=(sys.executable, "-c", VERBOSE)) as server:
+        use_tokens(server, token)
+        use_admin_port(server, admin, secret("a wrong token of the admin port"))
+        write(secret("a key that is too short"), f"{secret('half of a token')} {secret('the other half')}")
+        server.terminate(signal.SIGHUP)
+        server.log.wait("the old token of the admin port stays")
+        server.log.wait("holds a secret of ")
+        server.stop()
+    text = "\n".join([*server.log, *server.errors])
+    assert secret.found(text) == []
+    for words in (*UNFIT, "a request carries two that differ", "it is larger than 8 KiB", "connection accepted from"):
+        assert words in text
 
 
 @pytest.mark.parametrize("before", ["", "a", "ab"])

@@ -18,7 +18,7 @@ from support.websocket_frames import masked, read_frames
 from twisted.application.service import Application, IServiceMaker
 from twisted.internet.selectreactor import SelectReactor
 from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
-from twisted.logger import ILogObserver, LogLevel
+from twisted.logger import ILogObserver, LogLevel, capturedLogs, formatEvent
 from twisted.plugin import IPlugin
 from twisted.scripts.twistd import ServerOptions
 
@@ -377,6 +377,26 @@ def test_server_answers_on_both_ports(reactor):
     for factory in (connections, admin):
         assert Client(factory, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").received.endswith(b"\r\n\r\nready\n")
     assert Client(connections, HANDSHAKE).history()["type"] == "history"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begins"),
+    [
+        ([], ["--listen tcp:8085:backlog=4096: everyone who reaches this port can read and post"]),
+        (["--jwt-key=jwt.key", "--origin=*"], ["--origin *: every web page can use this server"]),
+        (["--listen=tcp:0", "--origin=*"], ["--listen tcp:0: everyone ", "--origin *: every web page "]),
+        (["--jwt-key=jwt.key"], []),
+        (["--listen=tcp:0:interface=127.0.0.1", "--origin=*"], []),
+    ],
+)
+def test_start_warns_of_a_port_for_everyone(tmp_path, monkeypatch, arguments, begins):
+    """The log at the start has one warning for each way in which a port beyond this machine is open to everyone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jwt.key").write_bytes(SECRET)
+    with capturedLogs() as events:
+        start(*arguments)
+    lines = [formatEvent(event) for event in events if event["log_level"] == LogLevel.warn]
+    assert [line.startswith(begin) for line, begin in zip(lines, begins, strict=True)] == [True] * len(begins)
 
 
 @pytest.mark.parametrize(
