@@ -203,6 +203,14 @@ def _keys(settings: Settings, machine: Machine) -> Iterator[str]:
             )
 
 
+def _secret(settings: Settings, machine: Machine) -> Iterator[str]:
+    file = settings.jwt_key
+    if file is not None and machine.world_readable(file) and "-----BEGIN " not in (machine.secret(file) or ""):
+        yield (
+            f"--jwt-key {file}: every user of this machine can read the secret: chmod o= {file}, and replace the secret"
+        )
+
+
 def _store(settings: Settings, machine: Machine) -> Iterator[str]:
     kind, _, rest = settings.store.partition(":")
     option = f"--store {settings.store}"
@@ -408,7 +416,8 @@ def _endpoints(settings: Settings) -> list[tuple[str, str, Endpoint]]:
 
 
 RULES: Final[tuple[Callable[[Settings, Machine], Iterator[str]], ...]] = (
-    *(_ports, _keys, _admin, _proxy, _store, _config, _redis, _history, _rooms, _origins, _rate, _ping, _stop, _files),
+    *(_ports, _keys, _secret, _admin, _proxy, _store, _config, _redis),
+    *(_history, _rooms, _origins, _rate, _ping, _stop, _files),
 )
 
 

@@ -261,6 +261,11 @@ BAD = [
         {"admin_token_file": FILE},
         {"password": "0123456789abcdef", "readable": "/srv/password"},
     ),
+    (
+        "--jwt-key /srv/password: every user of this machine can read the secret: chmod o= /srv/password, and replace",
+        {"jwt_key": FILE},
+        {"readable": "/srv/password"},
+    ),
     *(
         (
             "--rate 0: a single client can keep the server and its disk busy: ",
@@ -362,6 +367,8 @@ GOOD = [
     ({"listen": (KEY,)}, {"readable": "/srv/a"}),
     ({"store": "memory.db", "store_password_file": Path("/nobody/reads/it")}, {}),
     ({"admin_token_file": FILE, "admin": ("tcp:8086",)}, {"password": "0123456789abcdef\n"}),
+    ({"jwt_key": FILE}, {"readable": "/srv/password", "password": "-----BEGIN PUBLIC KEY-----"}),
+    ({"jwt_key": FILE}, {}),
     ({"store": REDIS}, {}),
     ({"store": REDIS}, {"redis": {"redis_version": "6.2.0"}}),
     (
