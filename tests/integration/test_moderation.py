@@ -237,12 +237,13 @@ def test_fault_is_one_line(words, line):
 
 
 def test_refusal_is_one_line(server):
-    """The server's reason is the script's, and a port of something else is recognized."""
-    assert fault(server, "lift", "x/y") == "there is nothing here"
+    """The script gives the server's reason, and recognizes an unknown id and a port of something else."""
+    assert fault(server, "lift", "x/y") == "no ban or mute has the id x/y: see the ids with list"
     assert fault(server, "mute", "--address", "0.0.0.0/0").startswith("address: 0.0.0.0/0 stands for everyone")
     assert fault(server, "ban", "--username", "ann", "--room", "Team A").startswith("room: a name such as team-a")
     clients = f"http://127.0.0.1:{server.port}"
-    assert fault(None, "--url", clients, "list") == "there is nothing here"
+    wrong = f"{clients} answers 404, and is no admin port of chatd: name that with --url"
+    assert fault(None, "--url", clients, "list") == wrong
 
 
 def test_rooms_of_many_pages(monkeypatch):
