@@ -9,6 +9,7 @@ import pathlib
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Final
 
@@ -158,11 +159,17 @@ def makeService(options: Options) -> IService:
     site.intake.moderator = moderator
     operating = ModerationApi(store, rooms, time.time, new_epoch)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
+    refused_operators: Counter[str] = Counter()
     metrics = Metrics(
         store=store,
         rooms=rooms,
         connections=connections,
-        refusals={"frame": site.intake.refusals, "handshake": factory.refused_handshakes, "request": site.refused},
+        refusals={
+            "frame": site.intake.refusals,
+            "handshake": factory.refused_handshakes,
+            "request": site.refused,
+            "admin": refused_operators,
+        },
         throttles=site.intake.throttles,
         limits=limits,
         sanctioned=moderator.refusals,
@@ -186,6 +193,7 @@ def makeService(options: Options) -> IService:
             resources={"sanctions": operating, "rooms": operating},
             check=lambda head: check_token(head, admin_token.value),
             hostname=socket.gethostname(),
+            refused=refused_operators,
         ),
         listen=options.listen,
         admin=options.admin,

@@ -75,8 +75,8 @@ class ReactorLag:
 class Metrics(Collector):
     """All metrics.
 
-    `refusals` are counted by kind (frame, handshake, request) and then by reason, `throttles` by carrier, and what bans
-    and mutes refused (`sanctioned`) by kind.
+    `refusals` are counted by kind (frame, handshake, request, admin) and then by reason, `throttles` by carrier, and
+    what bans and mutes refused (`sanctioned`) by kind.
     """
 
     def __init__(
@@ -168,7 +168,8 @@ class Metrics(Collector):
     def _refused(self) -> Iterator[Metric]:
         refusals = CounterMetricFamily(
             "chatd_refusals",
-            "Rejected frames by error code (schema: invalid), and rejected handshakes and HTTP requests by status.",
+            "Rejected frames by error code (schema: invalid), and rejected handshakes and requests by status; admin: "
+            "requests to the admin port.",
             labels=["kind", "reason"],
         )
         for kind, reasons in self._refusals.items():

@@ -548,10 +548,12 @@ def admin(
     resources: Mapping[str, IResource] = MappingProxyType({}),
     check: Callable[[Head], None] = lambda _: None,
     hostname: str = "localhost",
+    refused: Counter[str] | None = None,
 ) -> ChatSite:
     """Make the site of the admin port of the machine with this name, which no web page may use.
 
-    It has these resources too.  `check` raises HttpError for a request that lacks the token of the port.
+    It has these resources too.  `check` raises HttpError for a request that lacks the token of the port.  `refused`
+    counts the refused requests by status.
     """
     paths = "GET /healthz /readyz /metrics /rooms /sanctions, POST /drain"
     resources = {
@@ -561,6 +563,7 @@ def admin(
         "drain": Command(drain, lambda: ready()[1]),
     }
     admin = site(ready, reactor, resources)
+    admin.refused = Counter() if refused is None else refused
 
     def guard(head: Head) -> None:
         check_operator(head.headers, hostname)

@@ -379,6 +379,22 @@ def test_server_answers_on_both_ports(reactor):
     assert Client(connections, HANDSHAKE).history()["type"] == "history"
 
 
+def test_metrics_count_refused_operators(reactor, tmp_path, monkeypatch):
+    """Requests that the admin port refuses are counted apart from those of clients."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "admin").write_text("a-token-of-the-admin-port-for-tests")
+    (tmp_path / "admin").chmod(0o600)
+    start("--admin-token-file=admin")
+    admin = reactor.tcpServers[1][1]
+    for header in b"Host: x", b"Origin: https://evil.example\r\nHost: x":
+        Client(admin, b"GET /metrics HTTP/1.1\r\n" + header + b"\r\n\r\n")
+    text = Client(
+        admin, b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a-token-of-the-admin-port-for-tests\r\n\r\n"
+    ).received
+    for status in b"401", b"403":
+        assert b'chatd_refusals_total{kind="admin",reason="%b"} 1.0' % status in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "begins"),
     [
