@@ -1,8 +1,13 @@
 """The client with tokens, against real servers."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 from support.loops import drive
-from support.servers import Server
+from support.raw_clients import RawMember
+from support.servers import ROOT, Lines, Server, environment, post
 from support.tokens import SECRET, token
 from support.watches import Watch
 from twisted.internet.defer import Deferred
@@ -140,3 +145,19 @@ def test_refused_token(server, status, claims, attempts, how):
     server.log.wait(rf"refused: {status}", count)
     server.stop()
     assert server.log.text.count(f"refused: {status}") == count
+
+
+def test_program_of_the_page(tmp_path, server):
+    """The program of docs/identity.md reads its token from a file, and prints what others post."""
+    page = (ROOT / "docs" / "identity.md").read_text("utf-8")
+    program = re.search(r"(?s)<!-- test: client -->\n```python\n(.*?)```", page)[1].replace("8085", str(server.port))
+    (tmp_path / "token").write_text(f"{token()}\n")
+    command = [sys.executable, "-u", "-c", program]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        lines = Lines(process.stdout)
+        server.log.wait("joined team")
+        with RawMember(server.port, "/rooms/team", Authorization=f"Bearer {token('bob')}") as bob:
+            bob.send(post("bob", "hi from bob"))
+            assert "hi from bob" in lines.wait("hi from bob")[0].string
+        process.kill()
+        lines.close()
