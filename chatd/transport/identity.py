@@ -17,16 +17,27 @@ LEEWAY_SECONDS: Final = 60
 Machines that follow NTP differ by less than a second.  A minute also covers one that has just started.
 """
 
-Rooms = tuple[re.Pattern[str], ...] | None
-"""The rooms whose names match one of these patterns; None: every room."""
+
+class AllowedRooms(NamedTuple):
+    """The rooms with these names, and those whose names match one of the patterns."""
+
+    names: frozenset[str] = frozenset()
+    patterns: tuple[re.Pattern[str], ...] = ()
+
+    def include(self, name: str) -> bool:
+        """Return whether a room is among them."""
+        return name in self.names or any(pattern.match(name) for pattern in self.patterns)
+
+
+NO_ROOMS: Final = AllowedRooms()
 
 
 class Permissions(NamedTuple):
-    """The rooms in which a client may read, post and moderate."""
+    """The rooms in which a client may read, post and moderate; None: every room."""
 
-    read: Rooms = None
-    post: Rooms = None
-    moderate: Rooms = ()
+    read: AllowedRooms | None = None
+    post: AllowedRooms | None = None
+    moderate: AllowedRooms | None = NO_ROOMS
 
 
 class Identity(NamedTuple):
@@ -69,11 +80,11 @@ def refusal(identity: Identity, room: str, username: str) -> str | None:
     return None
 
 
-def _includes(rooms: Rooms, name: str) -> bool:
-    return rooms is None or any(pattern.match(name) for pattern in rooms)
+def _includes(rooms: AllowedRooms | None, name: str) -> bool:
+    return rooms is None or rooms.include(name)
 
 
 ANYONE: Final = Identity()
 """The identity of every client of a server without tokens: it reads and posts everywhere, and moderates nothing."""
-NOBODY: Final = Identity(permissions=Permissions((), (), ()))
+NOBODY: Final = Identity(permissions=Permissions(NO_ROOMS, NO_ROOMS))
 """The identity of a client whose token is no longer valid: it may do nothing."""

@@ -1,17 +1,16 @@
 """Edits and removals over WebSocket, HTTP and event streams: who may do them, and what everyone sees."""
 
 import json
-import re
 
 import pytest
 from support.houses import House
 
 from chatd.transport import api
-from chatd.transport.identity import ANYONE, Identity, Permissions
+from chatd.transport.identity import ANYONE, NO_ROOMS, AllowedRooms, Identity, Permissions
 
 ANN, BOB = Identity("subject-a", "ann"), Identity("subject-b", "bob")
-MODERATOR = Identity("subject-m", "mod", permissions=Permissions(moderate=(re.compile("main"),)))
-READER = Identity("subject-a", "ann", permissions=Permissions(post=()))
+MODERATOR = Identity("subject-m", "mod", permissions=Permissions(moderate=AllowedRooms(frozenset({"main"}))))
+READER = Identity("subject-a", "ann", permissions=Permissions(post=NO_ROOMS))
 FORBIDDEN = "Only its author or a moderator may replace a message."
 NOT_REPLACEABLE = "The message is an edit or was removed, and cannot be replaced."
 

@@ -20,7 +20,7 @@ from chatd.messages import Code
 from chatd.transport.admission import HttpError, JoinRequest
 from chatd.transport.identity import ANYONE, LEEWAY_SECONDS
 from chatd.transport.keyring import EDDSA, RSA, Key, Keyring, read_key
-from chatd.transport.tokens import LOG_SECONDS, MAX_SUBJECT, MAX_TOKEN, Tokens, admit, check_reading
+from chatd.transport.tokens import LOG_SECONDS, MAX_PATTERNS, MAX_SUBJECT, MAX_TOKEN, Tokens, admit, check_reading
 
 RSA_KEY = rsa.generate_private_key(65537, 2048)
 P256 = ec.generate_private_key(ec.SECP256R1())
@@ -171,12 +171,21 @@ def test_username_claim(name):
         {"read": [""]},
         {"post": ["team-*", "a b"]},
         {"moderate": None},
+        {"read": [f"room-{number}-*" for number in range(MAX_PATTERNS + 1)]},
     ],
 )
 def test_malformed_permissions(claim):
-    """A claim that is misspelt grants nothing."""
+    """A claim that is misspelt grants nothing, and so does one whose patterns would take too long to read."""
     signed = jwt.encode(CLAIMS | {"chatd": claim}, SECRET, "HS256")
     refused(verifier().verify, signed)
+
+
+def test_many_rooms():
+    """A list may name as many rooms as fit into a token, beside its patterns."""
+    names = [f"room-{number}" for number in range(400)]
+    found = verifier().verify(token(chatd={"read": [*names, *(f"{name}-*" for name in names[:MAX_PATTERNS])]}))
+    assert [found.may_read(name) for name in ("room-399", "room-400", "room-99-a", "room-100-a")] == [True, False] * 2
+    assert (len(found.permissions.read.names), len(found.permissions.read.patterns)) == (400, MAX_PATTERNS)
 
 
 # Attacks
