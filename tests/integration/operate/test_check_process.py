@@ -1,5 +1,6 @@
 """`twistd chatd --check` as a process, and the Redis user of docs/operations.md."""
 
+import http.client
 import json
 import re
 import resource
@@ -11,7 +12,8 @@ from contextlib import closing
 
 import pytest
 from support.redises import Redis, each_binary
-from support.servers import LONG, ROOT, TWISTD, Raw, Server, certificate_for, environment, numbered
+from support.servers import LONG, LOOPBACK, ROOT, TWISTD, Raw, Server, certificate_for, environment, numbered
+from support.tokens import SECRET, token
 from support.websocket_frames import TEXT, frame
 
 from chatd.config import Configuration
@@ -155,4 +157,39 @@ def test_redis_user_may_run_a_server_and_a_check(tmp_path, binary):
         redis.call("ACL", "SETUSER", "chatd", *more)
         asked = ThisMachine().ask(check.Server("localhost", redis.port, False, ("chatd", "PASSWORD"), 3))  # noqa: FBT003
         assert (asked["role"], asked["appendfsync"]) == ("master", "always")
+        assert redis.call("ACL", "LOG") == []
+
+
+def test_redis_user_may_moderate_and_erase(tmp_path, binary):
+    """Redis denies the documented user nothing that an edit, a removal, a ban or a cleared room asks for."""
+    (tmp_path / "jwt.key").write_bytes(SECRET)
+    with Redis(tmp_path / "redis", binary=binary) as redis:
+        redis.call(*documented_user()[0])
+        store = f"--store=redis://chatd:PASSWORD@localhost:{redis.port}"
+        with Server(tmp_path, store, "--jwt-key=jwt.key", admin=LOOPBACK) as server, Raw(server.port) as ann:
+            bearer = {"Authorization": f"Bearer {token()}", "Content-Type": "application/json"}
+
+            def ask(port, method, path, document=None, **headers):
+                with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)) as connection:
+                    connection.request(method, path, json.dumps(document) if document else "", headers)
+                    return json.loads(connection.getresponse().read() or "{}")
+
+            def send(**document):
+                ann.send(frame(TEXT, json.dumps(document).encode()))
+                answer = ann.json()
+                assert answer["type"] == "message"
+                return answer["id"]
+
+            ann.join(**bearer)
+            first = send(username="ann", message="helo")
+            send(username="ann", message="hello", replaces=first)
+            send(type="remove", id=first)
+            assert ask(server.port, "POST", "/rooms/b/messages", {"username": "ann", "message": "hi"}, **bearer)["id"]
+            ban = ask(server.admin_port, "POST", "/sanctions", {"kind": "ban", "username": "bob"})
+            assert ask(server.admin_port, "DELETE", f"/sanctions/{ban['id']}") == {}
+            assert [room["name"] for room in ask(server.admin_port, "GET", "/rooms")["rooms"]] == ["b", "main"]
+            assert ask(server.admin_port, "DELETE", "/rooms/b")["removed"] == 1
+            server.stop()  # it erases before it ends
+            assert "NOPERM" not in server.log.text
+        assert redis.call("EXISTS", "{chatd}:erase") == 0
         assert redis.call("ACL", "LOG") == []
