@@ -182,7 +182,7 @@ def test_message_is_removed(tmp_path, server):
         assert (
             fault(server, "remove", "team", message) == "the message is an edit or was removed, and cannot be replaced"
         )
-        assert fault(server, "remove", "team", "none-9") == "there is no message of this id"
+        assert fault(server, "remove", "team", "none-9").startswith("team has no message none-9: ")
     assert f"remove the message {message} of team" in server.log.text
     server.stop()
     assert [row[:3] for row in stored(tmp_path / "chatd.sqlite", "team")[1]] == [
@@ -241,6 +241,7 @@ def test_refusal_is_one_line(server):
     assert fault(server, "lift", "x/y") == "no ban or mute has the id x/y: see the ids with list"
     assert fault(server, "mute", "--address", "0.0.0.0/0").startswith("address: 0.0.0.0/0 stands for everyone")
     assert fault(server, "ban", "--username", "ann", "--room", "Team A").startswith("room: a name such as team-a")
+    assert fault(server, "delete", "Team A") == "Team A is no name of a room, such as team-a"
     clients = f"http://127.0.0.1:{server.port}"
     wrong = f"{clients} answers 404, and is no admin port of chatd: name that with --url"
     assert fault(None, "--url", clients, "list") == wrong
