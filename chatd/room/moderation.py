@@ -307,6 +307,11 @@ class RoomSummary(NamedTuple):
     """The timestamp of the newest message."""
 
 
+def every_room(_: str) -> bool:
+    """Return True, for a list of all rooms."""
+    return True
+
+
 class ModerationStore(Protocol):
     """The store that moderation needs."""
 
@@ -319,9 +324,12 @@ class ModerationStore(Protocol):
     def lift(self, words: Sequence[str]) -> "Deferred[None]":
         """Remove the sanctions of these ids; fails with LogUnavailable."""
 
-    def list_rooms(self, after: str, limit: int) -> "Deferred[Sequence[RoomSummary]]":
+    def list_rooms(
+        self, after: str, limit: int, wanted: Callable[[str], bool] = every_room
+    ) -> "Deferred[Sequence[RoomSummary]]":
         """Return at most `limit` rooms that hold messages and whose names follow `after`, in the order of names.
 
+        `wanted` returns whether a room of this name may be among them.  A store may call it in another thread.
         Fails with LogUnavailable.
         """
 

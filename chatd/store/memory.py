@@ -16,7 +16,7 @@ from typing_extensions import override
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import LogUnavailable, Page, Poster
-from chatd.room.moderation import RoomSummary, Sanction
+from chatd.room.moderation import RoomSummary, Sanction, every_room
 from chatd.store.base import (
     SAMPLE,
     SEED_ROOM,
@@ -212,8 +212,11 @@ class MemoryStore(Store):
         return succeed(None)
 
     @override
-    def list_rooms(self, after: str, limit: int) -> "Deferred[Sequence[RoomSummary]]":
-        names = nsmallest(limit, (name for name, log in self._rooms.items() if log.entries and name > after))
+    def list_rooms(
+        self, after: str, limit: int, wanted: Callable[[str], bool] = every_room
+    ) -> "Deferred[Sequence[RoomSummary]]":
+        held = (name for name, log in self._rooms.items() if log.entries and name > after)
+        names = nsmallest(limit, filter(wanted, held))
         return succeed([self._rooms[name].summary(name) for name in names])
 
     @override

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.defer import TimeoutError as DeferredTimeout
@@ -29,7 +29,7 @@ from typing_extensions import override
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
 from chatd.room.log import MAIN, InDoubt, LogUnavailable, Page, Poster
-from chatd.room.moderation import RoomSummary, Sanction
+from chatd.room.moderation import RoomSummary, Sanction, every_room
 from chatd.store.base import Retention, Store, answer_retry, notify
 from chatd.store.sqlite_file import Commit, SqliteFile
 
@@ -311,8 +311,19 @@ class SqliteStore(Store):
         return self._writer.do(lambda: self.file.remove_sanctions(words)).addCallbacks(lifted, self._not_moderated)
 
     @override
-    def list_rooms(self, after: str, limit: int) -> "Deferred[Sequence[RoomSummary]]":
-        return self._reader.do(lambda: self.file.summaries(after, limit)).addErrback(self._unreadable)
+    def list_rooms(
+        self, after: str, limit: int, wanted: Callable[[str], bool] = every_room
+    ) -> "Deferred[Sequence[RoomSummary]]":
+        def more(step: tuple[Sequence[RoomSummary], str | None]) -> Any:
+            """Go on behind the last room; other reads run between the steps."""
+            found, last = step
+            if last is None or len(found) == limit:
+                return found
+            rest = self.list_rooms(last, limit - len(found), wanted)
+            return rest.addCallback(lambda others: [*found, *others])
+
+        step = self._reader.do(lambda: self.file.summaries(after, limit, wanted))
+        return step.addCallbacks(more, self._unreadable)
 
     @override
     def clear_room(self, room: str) -> "Deferred[int]":

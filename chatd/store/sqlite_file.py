@@ -54,6 +54,8 @@ ROWS: Final = 256
 """The most messages that one statement inserts.  Python's GIL is released once per statement."""
 BUSY_MILLISECONDS: Final = 5000
 """How long a statement waits for another program that writes to the file."""
+SCAN_ROOMS: Final = 1000
+"""The rooms that one step of a list looks at."""
 CLEAR_ROWS: Final = 10_000
 """The most messages that one transaction removes from a room; posts wait for it."""
 PROBE_BYTES: Final = 1 << 20
@@ -609,23 +611,31 @@ class SqliteFile:
             removed = db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
             return removed, self._bounds(db, room)[0], until
 
-    def summaries(self, after: str, limit: int) -> Sequence[RoomSummary]:
-        """Summarize the rooms that hold messages and whose names follow `after`."""
-        rooms = (
-            "SELECT name, (SELECT min(number) FROM messages WHERE room = name) AS first, head, stamped"
-            " FROM rooms WHERE name > ? AND first NOT NULL ORDER BY name LIMIT ?"
-        )
+    def summaries(
+        self, after: str, limit: int, wanted: Callable[[str], bool]
+    ) -> tuple[Sequence[RoomSummary], str | None]:
+        """Summarize at most `limit` of the wanted rooms that hold messages, among the next SCAN_ROOMS after a name.
+
+        Returns the last name of these rooms too, unless there is no room after them.
+        """
+        rooms = "SELECT name, head, stamped FROM rooms WHERE name > ? ORDER BY name LIMIT ?"
+        oldest = "SELECT min(number) FROM messages WHERE room = ?"
         sample = (
             "SELECT count(*), sum(length(CAST(username AS BLOB)) + length(CAST(message AS BLOB))) FROM"
             " (SELECT username, message FROM messages WHERE room = ? ORDER BY number DESC LIMIT ?)"
         )
-        found = []
+        found: list[RoomSummary] = []
         with self.reader as db:
             db.execute("BEGIN")
-            for name, first, head, stamped in db.execute(rooms, (after, limit)).fetchall():
-                sampled, size = db.execute(sample, (name, SAMPLE)).fetchone()
-                found.append(RoomSummary(name, first, head, estimate(size, sampled, head - first + 1), stamped))
-        return found
+            scanned = db.execute(rooms, (after, SCAN_ROOMS)).fetchall()
+            for name, head, stamped in scanned:
+                if len(found) == limit:
+                    break
+                (first,) = db.execute(oldest, (name,)).fetchone() if wanted(name) else (None,)
+                if first is not None:
+                    sampled, size = db.execute(sample, (name, SAMPLE)).fetchone()
+                    found.append(RoomSummary(name, first, head, estimate(size, sampled, head - first + 1), stamped))
+        return found, scanned[-1][0] if len(scanned) == SCAN_ROOMS else None
 
     # Reading
 

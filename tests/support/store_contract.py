@@ -911,6 +911,20 @@ class StoreContract:
         assert [room.name for room in self.wait(log.store.list_rooms("b", 2))] == ["c"]
         assert self.wait(log.store.list_rooms("c", 2)) == []
 
+    def test_rooms_that_are_not_wanted_are_passed_over(self, bench):
+        """They take no place among those that are listed."""
+        log = bench()
+        for number in range(9):
+            log.post(f"r{number}", "hi")
+
+        def listed(after, limit):
+            found = self.wait(log.store.list_rooms(after, limit, lambda name: int(name[1:]) % 3 == 1))
+            return [room.name for room in found]
+
+        assert listed("", 2) == ["r1", "r4"]
+        assert listed("r4", 2) == ["r7"]
+        assert listed("r7", 2) == []
+
     def test_size_of_a_room_is_estimated(self, bench):
         """The newest hundred messages stand for all of them."""
         log = bench()

@@ -20,7 +20,7 @@ from typing_extensions import override
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Id, Post
 from chatd.room.log import Forbidden, InDoubt, LogUnavailable, NotReplaceable, Page, Poster, Refusal, UnknownId
-from chatd.room.moderation import RoomSummary, Sanction
+from chatd.room.moderation import RoomSummary, Sanction, every_room
 from chatd.store.base import (
     DAY,
     SAMPLE,
@@ -429,20 +429,22 @@ class RedisStore(Store):
         return connection.run(script, [*KEYS, *keys], *args).addCallbacks(done, failed)
 
     @override
-    def list_rooms(self, after: str, limit: int) -> "Deferred[Sequence[RoomSummary]]":
+    def list_rooms(
+        self, after: str, limit: int, wanted: Callable[[str], bool] = every_room
+    ) -> "Deferred[Sequence[RoomSummary]]":
         if self._session.connection is None:
             return fail(LogUnavailable(self.fault))
-        return self._summaries(self._session.connection, after, limit).addErrback(self._unreadable)
+        return self._summaries(self._session.connection, after, limit, wanted).addErrback(self._unreadable)
 
     @inlineCallbacks
     def _summaries(
-        self, connection: RedisConnection, after: str, limit: int
+        self, connection: RedisConnection, after: str, limit: int, wanted: Callable[[str], bool]
     ) -> Generator["Deferred[Any]", Any, Sequence[RoomSummary]]:
         names: set[str] = set()
         cursor = b""
         while cursor != b"0":
             cursor, flat = yield connection.ask("HSCAN", HEADS, cursor or b"0", "COUNT", SCANNED)
-            names |= {name for room in flat[::2] if (name := room.decode()) > after}
+            names |= {name for room in flat[::2] if (name := room.decode()) > after and wanted(name)}
         found: list[RoomSummary] = []
         for some in _slices(sorted(names), SUMMARIES):
             rows = yield connection.run(SUMMARIZE, [*KEYS, *map(room_key, some)], SAMPLE, *some)

@@ -2026,6 +2026,41 @@ def test_moderation_fails_with_the_disk(opened, path):
     assert store.fault is None
 
 
+def test_other_reads_go_on_while_rooms_are_listed(opened, monkeypatch):
+    """Each step looks at a few rooms, whether they are wanted or not."""
+    monkeypatch.setattr(sqlite_file, "SCAN_ROOMS", 2)
+    reader = HeldWorker()
+    store = opened(reader=reader)
+    for name in "abcdef":
+        post(store, "hi", room=name)
+    listing = store.list_rooms("", 2, lambda name: name in "ef")
+    reader.run()
+    reading = store.read("f", None, 1)
+    reader.run()
+    reader.run()
+    assert result_of(reading).head == 1
+    assert listing.paused
+    reader.run_all()
+    assert [room.name for room in result_of(listing)] == ["e", "f"]
+    store.close()
+    reader.run_all()
+
+
+def test_later_step_of_a_list_fails(opened, path, monkeypatch):
+    monkeypatch.setattr(sqlite_file, "SCAN_ROOMS", 2)
+    reader = HeldWorker()
+    store = opened(reader=reader)
+    for name in "abc":
+        post(store, "hi", room=name)
+    listing = store.list_rooms("", 9)
+    reader.run()
+    run_sql(path, "DROP TABLE rooms")
+    store.close()
+    reader.run_all()
+    with pytest.raises(LogUnavailable, match="no such table: rooms"):
+        result_of(listing)
+
+
 def test_rooms_that_cannot_be_listed(opened, path):
     store = opened()
     run_sql(path, "DROP TABLE rooms")
