@@ -12,9 +12,10 @@ If several nodes serve one room, each node reports its members in its round to a
 the other nodes.  Watchers see the sum over all nodes.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from chatd.room.encoder import Encoder
@@ -64,6 +65,11 @@ class Occupancy(NamedTuple):
         users = None if names is None or len(names) > MAX_USERS else frozenset(names)
         return cls(sum(part.members for part in parts), users)
 
+    @property
+    def shown(self) -> Mapping[str, Sequence[str]]:
+        """The `users` of a snapshot; empty if they are too many to show."""
+        return {} if self.users is None else {"users": sorted(self.users)}
+
 
 EMPTY: Final = Occupancy(0, frozenset())
 Report = Callable[[Occupancy, Sequence[str]], None]
@@ -88,6 +94,9 @@ class Lobby(Protocol):
 
     def follow(self, listener: LobbyListener) -> None:
         """Notify this listener from now on."""
+
+    def elsewhere(self, room: str) -> "Deferred[Sequence[Occupancy]]":
+        """Return the occupancy of a room at each other node; fails with LogUnavailable."""
 
     def report(self, room: str, occupancy: Occupancy, typing: Sequence[str]) -> None:
         """Share the occupancy of a room at this node and its typing users, and learn those of the other nodes."""
@@ -122,6 +131,12 @@ class Presence:
         # The round: the watchers yet to serve, and the frames for them.
         self._round: Iterator[Watcher] | None = None
         self._snapshot = self._delta = self._typed = b""
+
+    @property
+    def here(self) -> Occupancy:
+        """The occupancy of the room at this node."""
+        names = {member.name for member in self._members if member.name is not None}
+        return Occupancy(len(self._members), frozenset(names) if len(names) <= MAX_USERS else None)
 
     def joined(self, member: Watcher) -> None:
         """Note that a member has joined."""
@@ -192,8 +207,7 @@ class Presence:
 
     def _begin_round(self) -> Iterator[Watcher]:
         """Encode the frames of a new round, and return the watchers to serve."""
-        names = {member.name for member in self._members if member.name is not None}
-        occupancy = Occupancy(len(self._members), frozenset(names) if len(names) <= MAX_USERS else None)
+        occupancy = self.here
         typing = [*self._typing]
         if self._report is not None and (occupancy != self._reported or typing):
             self._reported = occupancy
@@ -212,7 +226,7 @@ class Presence:
     def _encode(self, occupancy: Occupancy, shown: Occupancy | None) -> tuple[bytes, bytes]:
         """Return the snapshot, and the delta from the occupancy shown last, which is empty if nothing changed."""
         users = occupancy.users
-        snapshot = self._presence_frame(occupancy.members, **({} if users is None else {"users": sorted(users)}))
+        snapshot = self._presence_frame(occupancy.members, **occupancy.shown)
         if occupancy == shown:
             return snapshot, b""
         if shown is None or shown.users is None or users is None:

@@ -20,7 +20,7 @@ from typing_extensions import override
 from chatd.messages import Entry, Id, PageRequest, Post
 from chatd.room.encoder import Encoder
 from chatd.room.log import EncodedPage, Follower, Log, LogUnavailable, Page, PageRange, Poster, UnknownId
-from chatd.room.presence import Lobby, LobbyListener, Occupancy
+from chatd.room.presence import EMPTY, Lobby, LobbyListener, Occupancy
 from chatd.room.room import MAX_LAG, Member, Room
 
 MAX_ROOMS: Final = 20_000
@@ -261,6 +261,31 @@ class Registry(Follower, LobbyListener):
             return [encode(epoch, entry) for entry in page.entries if after < entry.number <= until]
 
         return wanted.encode(page.first, page.head, frames)
+
+    def read(self, name: str, after: Id, limit: int) -> "Deferred[Page]":
+        """Read at most `limit` entries of a room, open or not, after an id; fails with UnknownId or LogUnavailable."""
+        if after.epoch != self._log.epoch:
+            return fail(UnknownId())
+        return self._log.read(name, after.number, limit).addCallback(self._check_page, name, after, limit)
+
+    def _check_page(self, page: Page, name: str, after: Id, limit: int) -> "Page | Deferred[Page]":
+        room = self._rooms.get(name)
+        stale = room is not None and page.head < room.edited  # members of the room have a newer text
+        if stale or after.epoch != self._log.epoch:  # the epoch may have changed during the read
+            return self.read(name, after, limit)
+        return page
+
+    # Presence
+
+    def occupancy(self, name: str) -> "Deferred[Occupancy]":
+        """Return who is in a room, open at this node or not, on all nodes; fails with LogUnavailable."""
+        if self._lobby is None:
+            return succeed(self._here(name))
+        return self._lobby.elsewhere(name).addCallback(lambda others: Occupancy.sum([self._here(name), *others]))
+
+    def _here(self, name: str) -> Occupancy:
+        room = self._find(name)
+        return EMPTY if room is None else room.presence.here
 
     # Following the log
 

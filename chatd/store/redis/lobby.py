@@ -12,15 +12,16 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import orjson
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from typing_extensions import override
 
+from chatd.room.log import LogUnavailable
 from chatd.room.presence import Lobby, LobbyListener, Occupancy
 from chatd.store.base import new_epoch, notify
 from chatd.store.redis.keys import NO_ENTRY
-from chatd.store.redis.link import Lost, RedisConnection, RedisRefused, Script
+from chatd.store.redis.link import Lost, RedisConnection, RedisRefused, Script, why
 
 ANNOUNCE: Final = Script("announce")
 STREAM: Final = "{chatd}:presence"
@@ -54,6 +55,12 @@ def _decode(data: bytes) -> Occupancy:
 def _place(stream_id: bytes) -> tuple[int, ...]:
     """Return the two parts of an entry's id, by which entries are ordered."""
     return tuple(map(int, stream_id.split(b"-")))
+
+
+def _unavailable(failure: Failure) -> Failure:
+    """Turn an error of Redis into LogUnavailable."""
+    failure.trap(RedisRefused, *Lost)
+    return Failure(LogUnavailable(why(failure)))
 
 
 class RedisLobby(Lobby):
@@ -94,6 +101,24 @@ class RedisLobby(Lobby):
         else:
             self._here.pop(room, None)
         self._dirty.setdefault(room, {}).update(dict.fromkeys(typing))
+
+    @override
+    def elsewhere(self, room: str) -> "Deferred[Sequence[Occupancy]]":
+        connection = self._connection
+        if connection is None:
+            return fail(LogUnavailable("Redis is not connected"))
+
+        def living(flat: Sequence[bytes]) -> "Deferred[Sequence[Occupancy]]":
+            data = dict(zip((node.decode() for node in flat[::2]), flat[1::2], strict=True))
+            data.pop(self.node, None)
+            if not data:
+                return succeed([])
+            asked = connection.ask("MGET", *map(self._key, data))
+            return asked.addCallback(
+                lambda lives: [_decode(data[node]) for node, life in zip(data, lives, strict=True) if life]
+            )
+
+        return connection.ask("HGETALL", self._room_key(room)).addCallback(living).addErrback(_unavailable)
 
     def connected(self, connection: RedisConnection) -> "Deferred[None]":
         """Begin with a new session or epoch: read the stream from its end, and publish every room again."""
@@ -150,7 +175,7 @@ class RedisLobby(Lobby):
                 self._announce(connection, room, (), again=False)
 
     def _announce(self, connection: RedisConnection, room: str, typing: Collection[str], *, again: bool) -> None:
-        keys = [STREAM, f"{{chatd}}:here:{room}", self._key(self.node)]
+        keys = [STREAM, self._room_key(room), self._key(self.node)]
         typed = orjson.dumps([*typing]) if typing else b""
         limits = LIVE_SECONDS * 1000, KEEP, LASTING_SECONDS * 1000
         connection.run(
@@ -160,6 +185,10 @@ class RedisLobby(Lobby):
     @staticmethod
     def _key(node: str) -> str:
         return f"{{chatd}}:node:{node}"
+
+    @staticmethod
+    def _room_key(room: str) -> str:
+        return f"{{chatd}}:here:{room}"
 
     def _answered(self, reply: Sequence[Any], room: str) -> None:
         missing, newest, *flat = reply

@@ -3,6 +3,7 @@
 import pytest
 from support.redises import Proxy, Redis, WatchedLink, each_binary, until, wait_in
 
+from chatd.room.log import LogUnavailable
 from chatd.room.presence import Occupancy
 from chatd.store.base import Retention
 from chatd.store.redis import lobby as redis_lobby
@@ -132,6 +133,31 @@ def test_report_returns_the_others_occupancy(nodes):
     late.store.lobby.report("main", BOB, ())
     late.store.lobby.tick()
     nodes.hears(late, ("main", one.node, ANN))
+
+
+def test_members_elsewhere_can_be_asked_for(nodes):
+    """A node need not be in the room; its own members and those of dead nodes do not count."""
+    one, two, three = (nodes.add() for _ in range(3))
+
+    def elsewhere(guest, room="main"):
+        return sorted(nodes.wait(guest.store.lobby.elsewhere(room)))
+
+    assert elsewhere(one) == []
+    nodes.say(one, ANN, "main")
+    nodes.say(two, BOB, "main")
+    assert elsewhere(one) == [BOB]
+    assert elsewhere(three) == sorted([ANN, BOB])
+    assert elsewhere(three, "other") == []
+    nodes.server.call("DEL", f"{{chatd}}:node:{two.node}")
+    assert elsewhere(three) == [ANN]
+    assert elsewhere(one) == []
+    nodes.server.call("SET", "{chatd}:here:main", "no hash")
+    with pytest.raises(LogUnavailable, match="WRONGTYPE"):
+        elsewhere(one)
+    nodes.server.call("DEL", "{chatd}:here:main")
+    one.store.lobby.disconnected()
+    with pytest.raises(LogUnavailable, match="Redis is not connected"):
+        elsewhere(one)
 
 
 def test_occupancy_without_names(nodes):

@@ -15,6 +15,7 @@ from support.helpers import (
 from support.websocket_frames import read_frames
 
 from chatd.messages import REMOVED, Entry, Id, PageRequest
+from chatd.room.log import UnknownId
 from chatd.transport import frames
 
 SECRET = "sesame"
@@ -248,6 +249,38 @@ def test_page_read_before_an_edit_is_read_again(log, rooms, clock, short_tail):
     assert reading.paused
     log.answer()
     assert SECRET.encode() not in result_of(reading).frames[0]
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_entries_read_before_an_edit_are_read_again(log, rooms, clock, joined):
+    """Members of the room have the newer text; without members nobody has it yet."""
+    if joined:
+        enter(rooms)
+    log.say(1, SECRET)
+    log.held = True
+    reading = rooms.read("main", Id("abcd", 0), 9)
+    after, limit, _ = log.waiting[0]
+    old = log.page(after, limit)
+    log.remove(1)
+    log.answer(old)
+    assert bool(log.waiting) is joined
+    if joined:
+        log.answer()
+    assert (SECRET in str(result_of(reading))) is not joined
+
+
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_entries_after_an_id_of_another_epoch(log, rooms, meanwhile):
+    """The epoch may also change while the log is read."""
+    log.say(1)
+    log.held = True
+    reading = rooms.read("main", Id("abcd" if meanwhile else "efgh", 0), 9)
+    if meanwhile:
+        log.epoch = "efgh"
+        log.answer()
+    assert not log.waiting
+    with pytest.raises(UnknownId):
+        result_of(reading)
 
 
 def test_backlog_read_before_an_edit_is_read_again(log, rooms, clock, short_tail, remembers):
