@@ -40,9 +40,11 @@ from chatd.transport.admin import ModerationApi, check_token
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
+from chatd.transport.export import ExportQueue
 from chatd.transport.jwks import KeyFile, KeySource, KeyUrl
 from chatd.transport.keyring import read_jwks, read_key
 from chatd.transport.limits import Limits
+from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
 from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
@@ -153,11 +155,12 @@ def makeService(options: Options) -> IService:
     tokens = _tokens(settings, reactor)
     readiness = Readiness(lambda: store.fault or (None if tokens is None else tokens.fault))
     admin_token = _admin_token(settings)
-    api = Api(rooms, connections, admission, addresses, tokens)
+    listing, exports = RoomList(store, rooms), ExportQueue(rooms, connections, reactor)
+    api = Api(rooms, connections, admission, addresses, tokens, listing=listing, exports=exports)
     site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, tokens=tokens, proxied=proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator
-    operating = ModerationApi(store, rooms, time.time, new_epoch)
+    operating = ModerationApi(store, rooms, time.time, new_epoch, listing=listing, exports=exports)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     refused_operators: Counter[str] = Counter()
     metrics = Metrics(

@@ -5,6 +5,7 @@ POST   /sanctions          add one: kind, and username, subject or address; perh
 GET    /sanctions/ID       one sanction
 DELETE /sanctions/ID       lift it
 GET    /rooms              the rooms that hold messages: ?after=NAME, ?limit=N
+GET    /rooms/NAME/export  all messages as JSON Lines, each with its author's subject: ?after=ID
 POST   /rooms/NAME/clear   remove the messages of a room; its numbers go on, and clients stay
 DELETE /rooms/NAME         also lift the sanctions in it
 DELETE /rooms/NAME/messages/ID  remove one message, as a moderator would
@@ -13,7 +14,7 @@ Each change is one line of the log with the namespace AUDIT.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hmac import compare_digest
 from http import HTTPStatus
 from io import BytesIO
@@ -28,19 +29,19 @@ from typing_extensions import override
 
 from chatd.messages import Code, Id
 from chatd.room.log import LogUnavailable
-from chatd.room.moderation import MAX_SANCTIONS, ModerationStore, RoomSummary, Sanction, is_room
+from chatd.room.moderation import MAX_SANCTIONS, ModerationStore, Sanction, is_room
 from chatd.room.registry import Registry
-from chatd.transport.admission import HttpError, read_query
-from chatd.transport.api import Posting, Reply, message_id
+from chatd.transport.admission import HttpError
+from chatd.transport.api import Posting, Reply, export, message_id
+from chatd.transport.export import ExportQueue, operator_line
 from chatd.transport.frames import removal
 from chatd.transport.heads import Head
 from chatd.transport.http import ChatResource, answer, problem_answer
+from chatd.transport.listing import RoomList, RoomPage
 from chatd.transport.moderator import moment
 
 AUDIT: Final = "chatd.audit"
 """The namespace of the lines about what operators have changed."""
-PAGE_ROOMS: Final = 100
-"""The number of rooms in an answer, unless the request names another."""
 MAX_PAGE_ROOMS: Final = 1000
 """The most rooms in an answer."""
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})
@@ -50,9 +51,8 @@ OPERATOR: Final = "operator"
 """The username of a removal by an operator."""
 
 _ROUTE = re.compile(
-    r"/(?P<kind>sanctions|rooms)(?:/(?P<name>[^/]+)(?:(?P<clear>/clear)|/messages/(?P<message>[^/]+))?)?"
+    r"/(?P<kind>sanctions|rooms)(?:/(?P<name>[^/]+)(?P<rest>/clear|/export|/messages/(?P<message>[^/]+))?)?"
 )
-_LIMIT = re.compile(r"[1-9][0-9]{0,3}")
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="chatd admin"'}
 _audit = Logger(namespace=AUDIT)
 _logger = Logger()
@@ -74,9 +74,18 @@ class ModerationApi(ChatResource):
     isLeaf = True
 
     def __init__(
-        self, store: ModerationStore, rooms: Registry, now: Callable[[], float], word: Callable[[], str]
+        self,
+        store: ModerationStore,
+        rooms: Registry,
+        now: Callable[[], float],
+        word: Callable[[], str],
+        *,
+        listing: RoomList,
+        exports: ExportQueue,
     ) -> None:
         super().__init__()
+        self._listing = listing
+        self._exports = exports
         self._store = store
         self._rooms = rooms
         self._now = now
@@ -104,19 +113,16 @@ class ModerationApi(ChatResource):
         return handler()
 
     def _handlers(
-        self, request: Request, query: str, *, kind: str, name: str | None, clear: str | None, message: str | None
+        self, request: Request, query: str, *, kind: str, name: str | None, rest: str | None, message: str | None
     ) -> dict[str, Callable[[], Any]]:
         """Return the functions for a path, by method."""
         if name is None and kind == "rooms":
             return {"GET": lambda: self._list_rooms(request, query)}
         if name is None:
             return {"GET": lambda: self._list_sanctions(request), "POST": lambda: self._sanction(request)}
-        if kind == "rooms" and is_room(name):
-            if message is not None:
-                return {"DELETE": lambda: self._remove(request, name, message)}
-            change = self._clear if clear else self._delete
-            return {"POST" if clear else "DELETE": lambda: change(request, name)}
-        sanction = None if kind == "rooms" or clear or message else self._store.sanctions.get(name)
+        if kind == "rooms":
+            return self._room_handlers(request, query, name, rest, message) if is_room(name) else {}
+        sanction = None if rest else self._store.sanctions.get(name)
         if sanction is None:
             return {}
         body = _encode(_shown(sanction))
@@ -124,6 +130,17 @@ class ModerationApi(ChatResource):
             "GET": lambda: answer(request, HTTPStatus.OK, body),
             "DELETE": lambda: self._lift(request, sanction),
         }
+
+    def _room_handlers(
+        self, request: Request, query: str, room: str, rest: str | None, message: str | None
+    ) -> dict[str, Callable[[], Any]]:
+        """Return the functions for a room and for what is below it, by method."""
+        if message is not None:
+            return {"DELETE": lambda: self._remove(request, room, message)}
+        if rest == "/export":
+            return {"GET": lambda: export(request, self._exports, room, query, operator_line)}
+        change = self._clear if rest else self._delete
+        return {"POST" if rest else "DELETE": lambda: change(request, room)}
 
     # Sanctions
 
@@ -169,31 +186,12 @@ class ModerationApi(ChatResource):
     # Rooms
 
     def _list_rooms(self, request: Request, query: str) -> int:
-        asked = {name: values[-1] for name, values in read_query(query).items()}
-        text = asked.get("limit", str(PAGE_ROOMS))
-        limit = int(text) if _LIMIT.fullmatch(text) else 0
-        if not 1 <= limit <= MAX_PAGE_ROOMS:
-            raise HttpError(HTTPStatus.BAD_REQUEST, f"limit: a whole number from 1 to {MAX_PAGE_ROOMS}")
         reply = Reply(request)
 
-        def listed(found: Sequence[RoomSummary]) -> None:
-            members = {room.name: len(room.members) for room in self._rooms}
-            rooms = [
-                {
-                    "name": room.name,
-                    "messages": room.head - room.first + 1,
-                    "bytes": room.bytes,
-                    "members": members.get(room.name, 0),
-                    "first": room.first,
-                    "head": room.head,
-                    "timestamp": room.timestamp,
-                }
-                for room in found[:limit]
-            ]
-            more = {"next": found[limit - 1].name} if len(found) > limit else {}
-            reply.send(HTTPStatus.OK, _encode({"rooms": rooms, **more}))
+        def listed(page: RoomPage) -> None:
+            reply.send(HTTPStatus.OK, page.body, **page.headers)
 
-        self._store.list_rooms(asked.get("after", ""), limit + 1).addCallback(listed).addErrback(reply.failed)
+        self._listing.page(query, MAX_PAGE_ROOMS).addCallback(listed).addErrback(reply.failed)
         return NOT_DONE_YET
 
     def _clear(self, request: Request, room: str) -> int:

@@ -159,9 +159,13 @@ class Admission:
         """Return the room that a path names, `/rooms/NAME` as written or `/`; raise HttpError 404 for others."""
         match = _PATH.fullmatch(path)
         name = match[1] if match else MAIN if path == "/" else None
-        if name is None or (self._rooms and not any(pattern.match(name) for pattern in self._rooms)):
+        if name is None or not self.allows(name):
             raise HttpError(HTTPStatus.NOT_FOUND, "there is no room here; connect to / or to /rooms/NAME")
         return name
+
+    def allows(self, room: str) -> bool:
+        """Return whether the operator allows a room."""
+        return not self._rooms or any(pattern.match(room) for pattern in self._rooms)
 
     def check_origin(self, origin: str | None, host: str | None, forwarded: str | None = None) -> None:
         """Refuse pages of other origins with HttpError 403; requests without an Origin header are allowed.

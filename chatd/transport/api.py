@@ -1,10 +1,13 @@
 """The rooms over plain HTTP, with the ids and the checks that WebSocket clients know.
 
+GET  /rooms                     the rooms that a token may read: ?after=NAME, ?limit=N
 GET  /rooms/NAME                the page that explains how to connect (handshakes never arrive here)
 GET  /rooms/NAME/messages       a page of the log: ?before=ID, ?after=ID, ?limit=N
 GET  /rooms/NAME/messages/ID    one message
 POST /rooms/NAME/messages       post a message, or an edit of one; Idempotency-Key is the label
 DELETE /rooms/NAME/messages/ID  remove one message
+GET  /rooms/NAME/presence       who is in the room
+GET  /rooms/NAME/export         all messages as JSON Lines, or those after an ID: see chatd.transport.export
 GET  /rooms/NAME/events         Server-Sent Events: see chatd.transport.sse
 """
 
@@ -21,7 +24,7 @@ from twisted.web.http import Request
 from twisted.web.server import NOT_DONE_YET
 from typing_extensions import override
 
-from chatd.messages import Code, Id, PageRequest, Post
+from chatd.messages import Code, Entry, Id, PageRequest, Post
 from chatd.room.log import (
     EncodedPage,
     Forbidden,
@@ -33,9 +36,11 @@ from chatd.room.log import (
     UnknownId,
 )
 from chatd.room.moderation import Visitor
+from chatd.room.presence import Occupancy
 from chatd.room.registry import JoinTicket, Registry
 from chatd.transport.admission import Addresses, Admission, HttpError, last_id, read_query, server_stopping
 from chatd.transport.connections import Connections
+from chatd.transport.export import JSON_LINES, Export, ExportQueue, client_line
 from chatd.transport.frames import (
     FrameError,
     ack_frame,
@@ -43,12 +48,14 @@ from chatd.transport.frames import (
     is_label,
     page_request,
     parse_post,
+    presence_frame,
     removal,
 )
 from chatd.transport.framing import payload
-from chatd.transport.http import PROBLEM, ChatResource, answer, page, problem, retry_after
+from chatd.transport.http import PROBLEM, ChatResource, answer, begin, page, problem, retry_after
 from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.limits import Limits
+from chatd.transport.listing import RoomList, RoomPage
 from chatd.transport.moderator import Moderator
 from chatd.transport.session import NEW_ROOMS_EXCEEDED
 from chatd.transport.sse import EventStream
@@ -56,12 +63,16 @@ from chatd.transport.tokens import Tokens, admit, check_reading
 
 EVENT_STREAM_TYPE: Final = "text/event-stream"
 """The media type of Server-Sent Events."""
+MAX_CLIENT_ROOMS: Final = 100
+"""The most rooms in an answer to a client, which may ask often."""
 IDENTITY: Final = "identity"
 """The content coding of a body that is not encoded (RFC 9110, section 12.5.3)."""
 PREFLIGHT_SECONDS: Final = 7200
 """The time for which a browser may cache the answer to a preflight request."""
 
-_ROUTE = re.compile(r"/|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<id>[^/]+)|/events)?")
+_ROUTE = re.compile(
+    r"/|/rooms|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<id>[^/]+)|/events|/presence|/export)?"
+)
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _logger = Logger()
@@ -196,8 +207,13 @@ class Api(ChatResource):
         admission: Admission,
         addresses: Addresses,
         tokens: Tokens | None = None,
+        *,
+        listing: RoomList,
+        exports: ExportQueue,
     ) -> None:
         super().__init__()
+        self._listing = listing
+        self._exports = exports
         self._tokens = tokens
         self._rooms = rooms
         self._connections = connections
@@ -238,20 +254,17 @@ class Api(ChatResource):
         match = _ROUTE.fullmatch(path)
         if match is None:
             raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
+        lists = path == "/rooms"
         named = match["room"] or "/"
-        room = self._admission.room(named)
+        room = "" if lists else self._admission.room(named)
         rest = match["rest"] or ""
-        resource: dict[str, _Handler] = {"OPTIONS": lambda _: self._preflight(request, resource)}
-        if rest == "/messages":
-            resource["GET"] = lambda reader: self._page(request, reader, room, query)
-            resource["POST"] = lambda poster: self._post(request, poster, room)
-        elif rest == "/events":
-            resource["GET"] = lambda reader: self._events(request, reader, named, query)
+        if lists:
+            resource: dict[str, _Handler] = {"GET": lambda reader: self._list_rooms(request, reader, query)}
         elif rest:
-            resource["GET"] = lambda reader: self._message(request, reader, room, match["id"])
-            resource["DELETE"] = lambda poster: self._remove(request, poster, room, match["id"])
+            resource = self._resource(request, room, match, query)
         else:
-            resource["GET"] = lambda _: page(request, named)
+            resource = {"GET": lambda _: page(request, named)}
+        resource["OPTIONS"] = lambda _: self._preflight(request, resource)
         method = request.method.decode("latin-1")
         found = resource.get("GET" if method == "HEAD" else method)
         if found is None:
@@ -261,7 +274,26 @@ class Api(ChatResource):
             _moderator(request).admit(room, _visitor(request))
         if method != "OPTIONS" and rest != "/events":  # browsers never repeat a stream that was refused
             self._limit(request, reading=method not in {"POST", "DELETE"})
-        return found(ANYONE) if method == "OPTIONS" or not rest else self._identified(request, room, found)
+        anyone = method == "OPTIONS" or not (rest or lists)
+        return found(ANYONE) if anyone else self._identified(request, room, found)
+
+    def _resource(self, request: Request, room: str, match: re.Match[str], query: str) -> dict[str, _Handler]:
+        """Return the handlers of what is below a room, by method."""
+        if match["id"] is not None:
+            return {
+                "GET": lambda reader: self._message(request, reader, room, match["id"]),
+                "DELETE": lambda poster: self._remove(request, poster, room, match["id"]),
+            }
+        read = {
+            "/messages": lambda reader: self._page(request, reader, room, query),
+            "/events": lambda reader: self._events(request, reader, match["room"], query),
+            "/presence": lambda reader: self._presence(request, reader, room),
+            "/export": lambda reader: self._export(request, reader, room, query),
+        }
+        resource: dict[str, _Handler] = {"GET": read[match["rest"]]}
+        if match["rest"] == "/messages":
+            resource["POST"] = lambda poster: self._post(request, poster, room)
+        return resource
 
     def _identified(self, request: Request, room: str, handler: _Handler) -> Any:
         """Call a handler with the identity of the client, at once or when the key of its token is there."""
@@ -354,6 +386,44 @@ class Api(ChatResource):
         reading.addCallback(found).addErrback(reply.failed)
         return NOT_DONE_YET
 
+    def _list_rooms(self, request: Request, reader: Identity, query: str) -> int:
+        """Answer with the rooms that a token may read."""
+        if self._tokens is None:
+            detail = "without tokens the rooms are listed for operators only: GET /rooms on the admin port"
+            raise HttpError(HTTPStatus.FORBIDDEN, detail, Code.FORBIDDEN)
+        moderator, visitor = _moderator(request), _visitor(request, reader.username, reader)
+
+        reply = Reply(request)
+
+        def listed(page: RoomPage) -> None:
+            reply.send(HTTPStatus.OK, page.body, **page.headers)
+
+        def wanted(room: str) -> bool:
+            return self._admission.allows(room) and reader.may_read(room)
+
+        def shown(room: str) -> bool:
+            return moderator.find_ban(room, visitor) is None
+
+        self._listing.page(query, MAX_CLIENT_ROOMS, wanted, shown).addCallback(listed).addErrback(reply.failed)
+        return NOT_DONE_YET
+
+    def _presence(self, request: Request, reader: Identity, room: str) -> int:
+        """Answer with the members of a room, as the first presence frame shows them."""
+        check_reading(reader, room)
+        reply = Reply(request)
+
+        def counted(occupancy: Occupancy) -> None:
+            frame = presence_frame(occupancy.members, **occupancy.shown)
+            reply.send(HTTPStatus.OK, payload(frame) + b"\n")
+
+        self._rooms.occupancy(room).addCallback(counted).addErrback(reply.failed)
+        return NOT_DONE_YET
+
+    def _export(self, request: Request, reader: Identity, room: str, query: str) -> Any:
+        """Answer with all messages of a room."""
+        check_reading(reader, room)
+        return export(request, self._exports, room, query, client_line)
+
     # Posting
 
     def _post(self, request: Request, poster: Identity, room: str) -> int:
@@ -410,9 +480,7 @@ class Api(ChatResource):
             wanted = admit(wanted, reader)
         last = last_id(_header(request, b"last-event-id")) or wanted.last
         if request.method == b"HEAD":
-            body = answer(request, HTTPStatus.OK, b"", EVENT_STREAM_TYPE)
-            request.responseHeaders.removeHeader(b"content-length")
-            return body
+            return begin(request, EVENT_STREAM_TYPE)
         cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
         stream = EventStream(request, self._rooms, self._connections, wanted)
         visitor = _visitor(request, wanted.username, wanted.identity)
@@ -428,6 +496,20 @@ class Api(ChatResource):
         opening = self._rooms.open(wanted.room, last).addCallbacks(join, _limits(request).too_many_rooms)
         opening.addErrback(reply.failed)
         return NOT_DONE_YET
+
+
+def export(request: Request, queue: ExportQueue, room: str, query: str, encode: Callable[[str, Entry], bytes]) -> Any:
+    """Begin an export of the entries after the id in the query, or of all entries; HEAD reads nothing."""
+    after = read_query(query).get("after", [])[-1:]
+    try:
+        wanted = page_request({"type": "history", **({"after": after[0]} if after else {})})
+    except FrameError as error:
+        raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
+    if request.method == b"HEAD":
+        return begin(request, JSON_LINES)
+    cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
+    Export(queue, request, room, wanted.after or Id(queue.rooms.epoch, 0), encode=encode, refuse=Reply(request).failed)
+    return NOT_DONE_YET
 
 
 def _limits(request: Request) -> Limits:

@@ -117,6 +117,13 @@ def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "appli
     return b"" if request.method == b"HEAD" else body
 
 
+def begin(request: Request, kind: str) -> bytes:
+    """Set the head of an answer of unknown length, and return no body."""
+    body = answer(request, HTTPStatus.OK, b"", kind)
+    request.responseHeaders.removeHeader(b"content-length")
+    return body
+
+
 def problem_answer(request: Request, refused: HttpError) -> bytes:
     """Set the head of the answer that refuses a request, and return its body."""
     return answer(request, refused.status, problem(refused.status, str(refused), refused.code), PROBLEM)
@@ -242,6 +249,8 @@ class _Channel(HTTPChannel):
     """True while a request waits for its answer."""
     idle = False
     """True from an answer until the next request begins."""
+    endless = False
+    """True if the current answer does not end by itself."""
     half_closed = False
     """True if the client has finished sending."""
     when_lost: Callable[[], None] | None = None
@@ -387,7 +396,7 @@ class _Channel(HTTPChannel):
         An answer that does not end by itself ends now.
         """
         self.half_closed = True
-        if self._requestProducer is not None:
+        if self.endless:
             self.loseConnection()
         self._close_if_finished()
 

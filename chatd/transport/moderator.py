@@ -62,9 +62,13 @@ class Moderator:
 
     def admit(self, room: str, visitor: Visitor) -> None:
         """Raise HttpError 403 for a client that is banned from a room."""
-        sanction = self._sanctions.find(SanctionKind.BAN, room, visitor, self._now())
+        sanction = self.find_ban(room, visitor)
         if sanction is not None:
             raise self._error(sanction)
+
+    def find_ban(self, room: str, visitor: Visitor) -> Sanction | None:
+        """Return the ban that keeps a client out of a room."""
+        return self._sanctions.find(SanctionKind.BAN, room, visitor, self._now())
 
     def admit_post(self, room: str, visitor: Visitor) -> None:
         """Raise HttpError 403 for a client that may not post to a room."""

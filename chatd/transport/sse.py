@@ -59,6 +59,7 @@ class EventStream:
         request.setHeader("cache-control", "no-store")
         request.setHeader("x-accel-buffering", "no")  # else nginx holds the events back
         request.registerProducer(self, streaming=True)
+        self._channel.endless = True
         self._connections.add(self)
         history = self.member.join(ticket)
         request.write(b"retry: %d\n\n%b" % (RETRY_AFTER_SECONDS * 1000, event(history)))

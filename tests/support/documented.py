@@ -114,9 +114,17 @@ def check_answer(method, path, status, headers, body):
         return
     if kind not in response.get("content", {}):
         raise Undocumented(f"{what}: content of the type {kind!r}")
-    document = json.loads(body) if kind.endswith("json") else body.decode()
     pointer = kind.replace("~", "~0").replace("/", "~1")
-    _check(f"openapi.json#/components/responses/{place}/content/{pointer}/schema", document)
+    for document in _documents_in(kind, body):
+        _check(f"openapi.json#/components/responses/{place}/content/{pointer}/schema", document)
+
+
+def _documents_in(kind, body):
+    """Return the documents in the content of an answer: one, or one on each line."""
+    if kind == "application/x-ndjson":
+        assert body.endswith(b"\n")
+        return [json.loads(line) for line in body.splitlines()]
+    return [json.loads(body) if kind.endswith("json") else body.decode()]
 
 
 def _check_headers(what, response, headers):

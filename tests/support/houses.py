@@ -14,7 +14,9 @@ from chatd.transport import frames, http
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
+from chatd.transport.export import ExportQueue
 from chatd.transport.limits import Limits
+from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
 from chatd.transport.websocket import ChatFactory
 
@@ -46,13 +48,17 @@ class House:
         self.clock = Turns()
         self.log = log or FaultyStore(Retention.parse(retain))
         self.log.open(seed)
-        self.rooms = Registry(self.log, frames, self.clock, history)
+        self.rooms = Registry(self.log, frames, self.clock, history, self.log.lobby)
         self.connections = Connections(self.clock, PING_SECONDS)
         allowed, pages = [room_pattern(text) for text in rooms], [origin_pattern(text) for text in origins]
         admission = Admission(allowed, pages, proxied=hops > 0)
         limit = Rate(*rate, self.clock.seconds) if rate else None
         addresses = Addresses(limit, hops, self.clock.seconds)
-        api = Api(self.rooms, self.connections, admission, addresses, tokens)
+        self.listing = RoomList(self.log, self.rooms)
+        self.exports = ExportQueue(self.rooms, self.connections, self.clock)
+        api = Api(
+            self.rooms, self.connections, admission, addresses, tokens, listing=self.listing, exports=self.exports
+        )
         self.limits = Limits(self.clock, per_address, hops, lambda: 0.0)
         state = ready, "ready" if ready else "starting"
         self.site = http.site(

@@ -592,7 +592,9 @@ class Machine(RuleBasedStateMachine):
         rooms = Registry(self.log.store, frames, self.clock, HISTORY)
         self.connections = Connections(self.clock, PING_SECONDS)
         admission = Admission()
-        api = Api(rooms, self.connections, admission, Addresses(None, 0, self.clock.seconds))
+        api = Api(
+            rooms, self.connections, admission, Addresses(None, 0, self.clock.seconds), listing=None, exports=None
+        )
         self.factory = ChatFactory(
             rooms=rooms,
             connections=self.connections,

@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from support.helpers import NEW_YEAR, result_of
+from support.helpers import NEW_YEAR, RecordingPoster, result_of
 from support.houses import House
 from support.web_doubles import Connection, Transport
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.defer import fail
 from twisted.logger import capturedLogs, formatEvent
 
+from chatd.messages import Post
 from chatd.operate.logging import json_line, text_line
 from chatd.room import moderation
 from chatd.room.log import LogUnavailable
@@ -26,7 +27,8 @@ class AdminHouse(House):
     def __init__(self, token=None):
         super().__init__(seed=())
         self.words = iter(f"s{number}" for number in range(1, 1000))
-        api = ModerationApi(self.log, self.rooms, self.now, lambda: next(self.words))
+        more = {"listing": self.listing, "exports": self.exports}
+        api = ModerationApi(self.log, self.rooms, self.now, lambda: next(self.words), **more)
         self.admin = http.admin(
             lambda: (True, "ready"),
             self.clock,
@@ -126,15 +128,34 @@ def test_rooms_are_listed_in_pages(house):
     for room in ("b", "a", "c"):
         house.say("hi", "ho", room=room)
     house.client("/rooms/b")
-    status, page, _ = house.operate("GET", "/rooms?limit=2")
-    row = {"messages": 2, "bytes": 10, "first": 1, "head": 2, "timestamp": "2026-01-01T00:00:00.000Z"}
+    status, page, headers = house.operate("GET", "/rooms?limit=2")
+    stamp = "2026-01-01T00:00:00.000Z"
+    row = {"messages": 2, "bytes": 10, "first": 1, "head": 2, "id": house.id(2), "timestamp": stamp}
     assert (status, page) == (
         200,
         {"rooms": [{"name": "a", "members": 0, **row}, {"name": "b", "members": 1, **row}], "next": "b"},
     )
+    assert headers["link"] == '<?after=b&limit=2>; rel="next"'
     rest = house.operate("GET", f"/rooms?limit=2&after={page['next']}")[1]
     assert rest == {"rooms": [{"name": "c", "members": 0, **row}]}
     assert len(house.operate("GET", "/rooms")[1]["rooms"]) == 3
+
+
+def test_export_names_the_authors(house):
+    """Operators export after the drain too, and see nothing else that clients do not."""
+    house.log.append("team", Post("ann", "hi", author="subject-a"), RecordingPoster())
+    house.say("ho", room="team")
+    house.connections.stopping = True
+    connection = Connection(house.admin, Transport(peerAddress=OPERATOR))
+    connection.begin(b"GET", b"/rooms/team/export")
+    house.turn()
+    response, body = connection.response()
+    found = [json.loads(line) for line in body.splitlines()]
+    assert (response.status, response.headers["content-type"]) == (200, "application/x-ndjson")
+    assert [document.pop("author", None) for document in found] == ["subject-a", None]
+    assert [document["id"] for document in found] == [house.id(1), house.id(2)]
+    assert [document["data"]["message"] for document in found] == ["hi", "ho"]
+    assert house.operate("HEAD", "/rooms/team/export?after=x")[0] == 400
 
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x", "-1", "", "99999999999999999999"])
@@ -187,6 +208,8 @@ def test_deleted_room_is_not_listed(house):
         ("DELETE", "/sanctions/s1/messages/abcd-1", 404, None),
         ("PUT", "/rooms/team/clear", 405, "POST"),
         ("PUT", "/rooms", 405, "GET, HEAD"),
+        ("POST", "/rooms/team/export", 405, "GET, HEAD"),
+        ("GET", "/rooms/Team/export", 404, None),
         ("PUT", "/sanctions", 405, "GET, HEAD, POST"),
         ("PUT", "/sanctions/s1", 405, "DELETE, GET, HEAD"),
     ],

@@ -254,7 +254,6 @@ def test_what_is_no_name_of_a_room_is_404(house, events, name, rest):
 @pytest.mark.parametrize(
     "path",
     [
-        b"/rooms",
         b"/rooms/",
         b"/rooms//messages",
         b"/rooms/main/",

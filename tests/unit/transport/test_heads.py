@@ -42,7 +42,7 @@ class Server:
         store.open(())
         rooms = Registry(store, frames, clock, 100)
         connections, admission = Connections(clock, PING_SECONDS), Admission()
-        api = Api(rooms, connections, admission, Addresses(None, 0, clock.seconds))
+        api = Api(rooms, connections, admission, Addresses(None, 0, clock.seconds), listing=None, exports=None)
         site = http.site(lambda: (True, "ready"), clock, {"": api, "rooms": api})
         self.open = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=clock)
         self.admin = http.admin(lambda: (True, "ready"), clock, drain=lambda: None, metrics=lambda: "")

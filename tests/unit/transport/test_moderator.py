@@ -321,7 +321,8 @@ def tokens(request, house):
     tokens = FakeTokens(slow=request.param)
     house.site.intake.tokens = tokens
     addresses = Addresses(None, 0, house.clock.seconds)
-    house.site.resource.putChild(b"rooms", Api(house.rooms, house.connections, Admission(), addresses, tokens))
+    more = {"listing": house.listing, "exports": house.exports}
+    house.site.resource.putChild(b"rooms", Api(house.rooms, house.connections, Admission(), addresses, tokens, **more))
     return tokens
 
 
