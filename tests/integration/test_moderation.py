@@ -11,7 +11,7 @@ from support.redises import Redis
 from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, environment, post, program, stored, upgrade
 from support.websocket_frames import CLOSE
 
-MODERATE = program(ROOT / "scripts" / "moderate")
+ADMINPORT = program(ROOT / "scripts" / "adminport.py")
 TOKEN = "0123456789abcdef"
 
 
@@ -249,7 +249,7 @@ def test_refusal_is_one_line(server):
 
 def test_rooms_of_many_pages(monkeypatch):
     """The script reads on until there is no next page."""
-    port = MODERATE.AdminPort("http://localhost", None)
+    port = ADMINPORT.AdminPort("http://localhost", None)
     pages = {
         "/rooms?limit=1000": {"rooms": [{"name": "a"}], "next": "a"},
         "/rooms?limit=1000&after=a": {"rooms": [{"name": "b"}]},

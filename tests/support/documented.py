@@ -114,17 +114,17 @@ def check_answer(method, path, status, headers, body):
         return
     if kind not in response.get("content", {}):
         raise Undocumented(f"{what}: content of the type {kind!r}")
+    document = json.loads(body) if kind.endswith("json") else body.decode()
     pointer = kind.replace("~", "~0").replace("/", "~1")
-    for document in _documents_in(kind, body):
-        _check(f"openapi.json#/components/responses/{place}/content/{pointer}/schema", document)
+    _check(f"openapi.json#/components/responses/{place}/content/{pointer}/schema", document)
 
 
-def _documents_in(kind, body):
-    """Return the documents in the content of an answer: one, or one on each line."""
-    if kind == "application/x-ndjson":
-        assert body.endswith(b"\n")
-        return [json.loads(line) for line in body.splitlines()]
-    return [json.loads(body) if kind.endswith("json") else body.decode()]
+def check_lines(data):
+    """Judge whole lines of an export."""
+    if data and not data.endswith(b"\n"):
+        raise Undocumented(f"a part of a line: {data[-500:]}")
+    for line in data.splitlines():
+        _check("openapi.json#/components/responses/Export/content/application~1x-ndjson/schema", json.loads(line))
 
 
 def _check_headers(what, response, headers):
@@ -159,8 +159,9 @@ def install(report):
 
         return checked
 
+    streamed = {"text/event-stream": watching(check_event), "application/x-ndjson": watching(check_lines)}
     _watch_connections(websocket.WebSocketConnection, watching(check_stream))
-    _watch_requests(http.ChatSite.requestFactory, watching(check_answer), watching(check_event))
+    _watch_requests(http.ChatSite.requestFactory, watching(check_answer), streamed)
     _watch_channels(http.ChatSite.protocol, watching(check_answer))
 
 
@@ -179,12 +180,13 @@ def _before(method, check):
     return checked
 
 
-def _watch_requests(request, check, check_events):
+def _watch_requests(request, check, checks):
     """See what is answered to an HTTP request, when it is whole, or begins to stream."""
     write, finish = request.write, request.finish
 
     def streams(self):
-        return self.responseHeaders.getRawHeaders("content-type") == ["text/event-stream"]
+        (kind,) = self.responseHeaders.getRawHeaders("content-type") or [""]
+        return checks.get(kind)
 
     def judge(self, body):
         given = self.responseHeaders.getAllRawHeaders()
@@ -197,7 +199,7 @@ def _watch_requests(request, check, check_events):
             if streams(self):
                 judge(self, b"")
         if streams(self):
-            check_events(data)
+            streams(self)(data)
         else:
             self.watched += data
         return write(self, data)

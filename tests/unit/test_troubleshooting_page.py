@@ -33,7 +33,8 @@ def strings(code):
 @functools.cache
 def words():
     """Return a line for each string of the server and of scripts/moderate, and the script that installs chatd."""
-    code = [*(ROOT / "chatd").rglob("*.py"), ROOT / "scripts" / "moderate"]
+    scripts = ROOT / "scripts"
+    code = [*(ROOT / "chatd").rglob("*.py"), scripts / "moderate", scripts / "adminport.py"]
     found = [text.replace("\n", " ") for path in code for text in strings(path.read_text("utf-8"))]
     return "\n".join([*found, (ROOT / "scripts" / "venv").read_text("utf-8")])
 

@@ -102,7 +102,7 @@ def test_operators_see_the_author():
     assert operator_line("k7Q2", stranger) == client_line("k7Q2", stranger)
 
 
-# What is exported
+# Content of an export
 
 
 @pytest.mark.parametrize("count", [1, EXPORT_ENTRIES - 1, EXPORT_ENTRIES, EXPORT_ENTRIES + 1, 3 * EXPORT_ENTRIES])
@@ -177,7 +177,7 @@ def test_head_reads_nothing(house, reads):
     assert (response.headers["content-length"], reads) == (None, [])
 
 
-# Who may
+# Permissions and limits
 
 
 @pytest.mark.parametrize(
@@ -342,6 +342,7 @@ def test_client_that_finishes_sending_gets_it_whole(house):
     connection = begin(house)
     house.clock.turn()
     connection.channel.readConnectionLost()
+    assert not connection.closing
     house.turn()
     assert len(lines(connection)) == 250
 
