@@ -17,7 +17,7 @@ NPM = "npm ci --prefix tests/node"
 NEEDS = {
     "root": ("full disks, machines and clusters", "run as root"),
     "git": ("the package", "git"),
-    "curl": ("README's example over HTTP", "curl"),
+    "curl": ("the examples over HTTP", "curl"),
     "redis": ("the Redis store", "redis-server"),
     "redis-server": ("instances with a Redis", "redis-server"),
     "redis-cli": ("instances with a Redis", "redis-tools"),
