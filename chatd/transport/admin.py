@@ -138,7 +138,7 @@ class ModerationApi(ChatResource):
         if message is not None:
             return {"DELETE": lambda: self._remove(request, room, message)}
         if rest == "/export":
-            return {"GET": lambda: export(request, self._exports, room, query, operator_line)}
+            return {"GET": lambda: export(request, self._exports, room, query, encode=operator_line)}
         change = self._clear if rest else self._delete
         return {"POST" if rest else "DELETE": lambda: change(request, room)}
 

@@ -422,7 +422,10 @@ class Api(ChatResource):
     def _export(self, request: Request, reader: Identity, room: str, query: str) -> Any:
         """Answer with all messages of a room."""
         check_reading(reader, room)
-        return export(request, self._exports, room, query, client_line)
+        moderator, visitor = _moderator(request), _visitor(request, reader.username, reader)
+        return export(
+            request, self._exports, room, query, encode=client_line, admit=lambda: moderator.admit(room, visitor)
+        )
 
     # Posting
 
@@ -498,8 +501,19 @@ class Api(ChatResource):
         return NOT_DONE_YET
 
 
-def export(request: Request, queue: ExportQueue, room: str, query: str, encode: Callable[[str, Entry], bytes]) -> Any:
-    """Begin an export of the entries after the id in the query, or of all entries; HEAD reads nothing."""
+def export(
+    request: Request,
+    queue: ExportQueue,
+    room: str,
+    query: str,
+    *,
+    encode: Callable[[str, Entry], bytes],
+    admit: Callable[[], None] = lambda: None,
+) -> Any:
+    """Begin an export of the entries after the id in the query, or of all entries; HEAD reads nothing.
+
+    `encode` and `admit` are those of Export.
+    """
     after = read_query(query).get("after", [])[-1:]
     try:
         wanted = page_request({"type": "history", **({"after": after[0]} if after else {})})
@@ -508,7 +522,8 @@ def export(request: Request, queue: ExportQueue, room: str, query: str, encode: 
     if request.method == b"HEAD":
         return begin(request, JSON_LINES)
     cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
-    Export(queue, request, room, wanted.after or Id(queue.rooms.epoch, 0), encode=encode, refuse=Reply(request).failed)
+    first, refuse = wanted.after or Id(queue.rooms.epoch, 0), Reply(request).failed
+    Export(queue, request, room, first, encode=encode, admit=admit, refuse=refuse)
     return NOT_DONE_YET
 
 

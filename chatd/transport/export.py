@@ -94,7 +94,8 @@ class NotJoined:
 class Export:
     """The answer to one request, and a Connection among those that may stall.
 
-    `encode` makes the line of an entry.  `refuse` answers the request with an error that precedes the first line.
+    `encode` makes the line of an entry, and `admit` raises HttpError before a page that the client may not have.
+    `refuse` answers the request with an error that precedes the first line.
     """
 
     number = 0
@@ -108,6 +109,7 @@ class Export:
         after: Id,
         *,
         encode: Callable[[str, Entry], bytes],
+        admit: Callable[[], None],
         refuse: Callable[[Failure], None],
     ) -> None:
         self._queue = queue
@@ -116,6 +118,7 @@ class Export:
         self._room = room
         self._after = after
         self._encode = encode
+        self._admit = admit
         self._refuse = refuse
         self._head: int | None = None
         """The number of the last entry to write; None until the first page is there."""
@@ -148,6 +151,7 @@ class Export:
             return
         if self._channel.site.closing:
             raise server_stopping()
+        self._admit()
         head = self._begin(page.head) if self._head is None else self._head
         entries = [entry for entry in page.entries if entry.number <= head]
         if entries:

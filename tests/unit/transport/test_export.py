@@ -218,6 +218,18 @@ def test_banned_client_is_refused(house):
     assert refusal(begin(house, transport=transport))[0] == 403
 
 
+def test_ban_ends_an_export(house, events):
+    """It is in force at once."""
+    house.say(*map(str, range(250)), room="team")
+    transport = Transport(peerAddress=IPv4Address("TCP", "192.0.2.7", 4321))
+    connection = begin(house, transport=transport)
+    house.clock.turn()
+    house.sanction(address="192.0.2.7")
+    house.turn()
+    assert cut(connection)
+    assert "You are banned from this server" in formatEvent(events[-1])
+
+
 def test_export_counts_as_one_read():
     house = House(seed=(), rate=(1, 2))
     house.say(*map(str, range(250)), room="team")
