@@ -155,12 +155,12 @@ def makeService(options: Options) -> IService:
     tokens = _tokens(settings, reactor)
     readiness = Readiness(lambda: store.fault or (None if tokens is None else tokens.fault))
     admin_token = _admin_token(settings)
-    listing, exports = RoomList(store, rooms), ExportQueue(rooms, connections, reactor)
-    api = Api(rooms, connections, admission, addresses, tokens, listing=listing, exports=exports)
+    exports = ExportQueue(rooms, connections, reactor)
+    api = Api(rooms, connections, admission, addresses, tokens, listing=RoomList(store, rooms), exports=exports)
     site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, tokens=tokens, proxied=proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator
-    operating = ModerationApi(store, rooms, time.time, new_epoch, listing=listing, exports=exports)
+    operating = ModerationApi(store, rooms, time.time, new_epoch, listing=RoomList(store, rooms), exports=exports)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     refused_operators: Counter[str] = Counter()
     metrics = Metrics(

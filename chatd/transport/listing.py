@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Final, NamedTuple, cast
 
 import orjson
-from twisted.internet.defer import Deferred, FirstError, gatherResults
+from twisted.internet.defer import Deferred, DeferredLock, FirstError, gatherResults
 from twisted.python.failure import Failure
 
 from chatd.messages import Id
@@ -30,11 +30,15 @@ class RoomPage(NamedTuple):
 
 
 class RoomList:
-    """The rooms that hold messages, with their members on all nodes."""
+    """The rooms that hold messages, with their members on all nodes.
+
+    One page is read at a time, because a store may look at every room for it.
+    """
 
     def __init__(self, store: ModerationStore, rooms: Registry) -> None:
         self._store = store
         self._rooms = rooms
+        self._turn = DeferredLock()
 
     def page(
         self,
@@ -60,7 +64,9 @@ class RoomList:
             counted = gatherResults([self._rooms.occupancy(room.name) for room in rooms], consumeErrors=True)
             return counted.addCallbacks(self._encode, _cause, callbackArgs=(rooms, last, limit))
 
-        return self._store.list_rooms(asked.get("after", ""), limit + 1, wanted).addCallback(listed)
+        after = asked.get("after", "")
+        found: Deferred[Sequence[RoomSummary]] = self._turn.run(self._store.list_rooms, after, limit + 1, wanted)
+        return found.addCallback(listed)
 
     def _encode(
         self, counts: Sequence[Occupancy], rooms: Sequence[RoomSummary], last: str | None, limit: int

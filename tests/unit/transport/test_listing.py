@@ -7,7 +7,7 @@ from support.houses import House
 from support.tokens import token, verifier
 from support.web_doubles import Transport
 from twisted.internet.address import IPv4Address
-from twisted.internet.defer import fail, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 
 from chatd.room.log import LogUnavailable
 from chatd.room.presence import Occupancy
@@ -126,6 +126,27 @@ def test_list_needs_a_valid_token(house):
     assert house.ask(b"OPTIONS", b"/rooms")[0].status == 204
     response, body = house.ask(b"HEAD", b"/rooms", bearer())
     assert (response.status, body) == (200, "")
+
+
+def test_one_list_is_read_at_a_time(house, monkeypatch):
+    """However many clients ask, and although an earlier one has failed."""
+    waiting = []
+
+    def list_rooms(*_):
+        waiting.append(Deferred())
+        return waiting[-1]
+
+    monkeypatch.setattr(house.log, "list_rooms", list_rooms)
+    connections = [house.connect() for _ in range(3)]
+    for connection in connections:
+        connection.begin(b"GET", b"/rooms", bearer())
+    assert len(waiting) == 1
+    waiting[0].errback(LogUnavailable("no disk"))
+    assert len(waiting) == 2
+    connections[2].lose()
+    waiting[1].callback([])
+    waiting[2].callback([])
+    assert [connection.response()[0].status for connection in connections[:2]] == [503, 200]
 
 
 def test_list_counts_as_a_read():
