@@ -4,8 +4,8 @@ An export is a cursor.  It reads a page of the log, writes it, and goes on when 
 the head that the room had at first, so it ends although others post.  A client that reads slowly costs the bytes of
 one page, and one that does not read is dropped as any other.
 
-All exports share one turn: one page is read at a time, in the order in which they wait.  So however many there are,
-they cost the log no more than one reader, and nobody else waits for more than one of their pages.
+All exports share one turn: one page is read at a time, in the order in which they wait.  Any number of exports
+therefore costs the log no more than one reader, and another client waits for one page of them at most.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""The list of rooms for clients with a token, and who is in a room."""
+"""The list of rooms for clients with a token, and the members of a room over HTTP."""
 
 import json
 
