@@ -38,7 +38,9 @@ MAX_PENDING: Final = 10_000
 DISK_LOOK_SECONDS: Final = 5
 """The interval at which the store looks at its files, or tries a failing disk."""
 ERASE_SECONDS: Final = 1
-"""The time after which the write-ahead log no longer holds what a removal erased, unless another program reads it."""
+"""The time after which the write-ahead log no longer holds what a removal erased, unless another program reads it.
+
+Each further step, which searches a part of a large file for copies, follows after this time too."""
 CLOSE_FILE_SECONDS: Final = 10
 """How long a disk that does not answer may delay the end of the process."""
 
@@ -139,6 +141,8 @@ class SqliteStore(Store):
         self._writer.start()
         self._reader.start()
         self._look_later()
+        if not self.file.erased:
+            self._erase_later()
         return succeed(None)
 
     @override
@@ -202,8 +206,6 @@ class SqliteStore(Store):
     def _committed(self, commit: Commit, batch: Sequence[_QueuedPost]) -> None:
         self._writable()
         self._notify(commit)
-        if commit.erases:
-            self._erase_later()
         for (_, post, poster), outcome in zip(batch, commit.outcomes, strict=False):  # empty if abandoned
             if isinstance(outcome, Exception):
                 notify(poster.refused, post, outcome)
@@ -215,7 +217,7 @@ class SqliteStore(Store):
                 notify(answer_retry, post, number, poster, same=same)
 
     def _erase_later(self) -> None:
-        """Empty the write-ahead log soon, once for the removals of a second."""
+        """Erase what removals have left in the files soon, once for the removals of a second."""
         if self._erase_call is None and not self._closing:
             self._erase_call = self._clock.callLater(ERASE_SECONDS, self._erase)
 
@@ -224,7 +226,7 @@ class SqliteStore(Store):
         self._writer.do(self.file.erase).addCallbacks(self._erased, self._not_erased)
 
     def _erased(self, done: bool) -> None:
-        if not done:  # another program reads the store
+        if not done:  # the file is large, or another program reads the store
             self._erase_later()
 
     def _not_erased(self, failure: Failure) -> None:
@@ -336,6 +338,7 @@ class SqliteStore(Store):
             removed, first, last = step
             if removed:
                 self._notify(Commit([], {}, {room: first}))
+                self._erase_later()
             return before + removed if first > last else self._clear(room, last, before + removed)
 
         return self._writer.do(lambda: self.file.clear(room, until)).addCallbacks(cleared, self._not_moderated)
@@ -350,6 +353,8 @@ class SqliteStore(Store):
 
     def _writable(self) -> None:
         self._faults.pop("write", None)
+        if not self.file.erased:
+            self._erase_later()
         if self._in_doubt:
             self._in_doubt = False
             for follower in self._followers:

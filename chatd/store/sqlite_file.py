@@ -7,8 +7,8 @@ The file states the newest format that has `written` to it, and the oldest forma
 Formats only add (tables, and columns with a default).  Older code therefore reads and writes
 what newer code wrote, until `readable_since` forbids it.
 
-A removal erases: SQLite overwrites with zeros what it frees (`secure_delete`), and `erase` then empties the
-write-ahead log, which still holds the page as it was.
+A removal erases: SQLite overwrites with zeros what it frees (`secure_delete`).  `erase` then empties the write-ahead
+log, which still holds the page as it was, and overwrites copies that SQLite has left in the unused space of pages.
 
 A COMMIT can fail after its pages were written, because the disk did not sync them.  SQLite forgets them, but whoever
 recovers the file after a kill finds them: they are *in doubt*.  The next commit overwrites them, wherever they begin.
@@ -20,7 +20,7 @@ import os
 import pathlib
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from itertools import chain
 from typing import Final, NamedTuple
 
@@ -43,6 +43,7 @@ from chatd.store.base import (
     new_epoch,
     why_not_replaceable,
 )
+from chatd.store.sqlite_pages import MOST_PAGES, stale_gaps
 
 FORMAT: Final = 3
 """The format this code writes; it reads every file whose `readable_since` is not higher."""
@@ -66,6 +67,10 @@ WAL_USUAL: Final = 64 << 20
 """The size in bytes that the write-ahead log has at most, unless another program keeps SQLite from emptying it."""
 WAL_MOST: Final = 1 << 30
 """The size in bytes at which posts are rejected, so that the write-ahead log does not fill the disk."""
+SCRUB_BYTES: Final = 32 << 20
+"""The part of the file in which one step looks for copies of erased texts, in some 20 ms; posts wait for it."""
+SCRUB_PIECE: Final = 1 << 20
+"""The bytes of one read of such a step."""
 
 _SCHEMA: Final = """
 CREATE TABLE log (
@@ -143,8 +148,6 @@ class Commit(NamedTuple):
     """The new entries by room."""
     firsts: dict[str, int]
     """The number of the oldest entry left, by room, in rooms that were trimmed."""
-    erases: bool = False
-    """True if a removal erased texts, of which the write-ahead log still holds copies."""
 
 
 def _place(file: pathlib.Path) -> tuple[int, int] | None:
@@ -190,6 +193,10 @@ class SqliteFile:
         self._wal_size = 0
         self._aged = 0
         """The number of messages removed by commits because of their age, and not logged yet."""
+        self._descriptor: int
+        """The open file, for what SQLite does not do.  Closing another one would release the locks of SQLite."""
+        self._scrub_page, self._scrub_left = 1, 0
+        """The page with which the search for copies of erased texts continues, and how many pages are left."""
 
     # Opening
 
@@ -211,7 +218,8 @@ class SqliteFile:
                 self._places = {file: _place(file) for file in files}
                 self.trim()
                 if self.writer.execute("SELECT 1 FROM messages WHERE replaces NOT NULL LIMIT 1").fetchone():
-                    self.erase()  # a process that was killed may have removed something
+                    self._scrub_all()  # a process that was killed may have removed something
+                    self.erase()
                 self._opened = opened.pop_all()
         except sqlite3.Error as error:
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
@@ -221,8 +229,9 @@ class SqliteFile:
             raise StoreError(f"{self.path} cannot be opened ({error}): name another with --store sqlite:PATH") from None
 
     def close(self) -> None:
-        """Close the connections and release the lock."""
-        self._opened.close()
+        """Erase what was removed a moment ago, close the connections and release the lock."""
+        with self._opened, suppress(sqlite3.Error, OSError):
+            self.erase()
 
     def _take_locks(self, opened: ExitStack) -> None:
         """Lock the file, and a file beside it that stays when scripts/restore replaces the store.
@@ -242,7 +251,7 @@ class SqliteFile:
                 "or name another file with --store sqlite:PATH"
             ) from None
         try:
-            lock = self._take_lock(self._file, opened)
+            lock = self._descriptor = self._take_lock(self._file, opened)
         except OSError as error:
             raise StoreError(
                 f"{self.path} cannot be opened ({error.strerror}): name another with --store sqlite:PATH"
@@ -368,7 +377,7 @@ class SqliteFile:
         before, self._wal_size = self._wal_size, self._wal.stat().st_size
         if self._wal_size <= WAL_USUAL:
             return
-        self.erase()
+        self._checkpoint()
         self._wal_size = self._wal.stat().st_size
         grown = (
             f"{self._wal} has grown to {self._wal_size >> 20} MiB, because another program reads the store: "
@@ -380,6 +389,18 @@ class SqliteFile:
             raise LogUnavailable(grown)
 
     def erase(self) -> bool:
+        """Empty the write-ahead log, and look for copies of erased texts in a part of the file.
+
+        Returns False if there is more to do, or if another program still reads what is in the log.
+        """
+        return self._checkpoint() and self._scrub()
+
+    @property
+    def erased(self) -> bool:
+        """True if nothing was erased since the whole file was searched for copies."""
+        return not self._scrub_left
+
+    def _checkpoint(self) -> bool:
         """Empty the write-ahead log; return False if another program still reads what is in it."""
         try:
             self.writer.execute("PRAGMA busy_timeout=0")
@@ -387,6 +408,53 @@ class SqliteFile:
         finally:
             self.writer.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
         return not busy
+
+    def _scrub_all(self) -> None:
+        """Search the whole file for copies of erased texts, in the next calls of erase()."""
+        (self._scrub_left,) = self.writer.execute("PRAGMA page_count").fetchone()
+
+    def _scrub(self) -> bool:
+        """Overwrite the copies in a part of the file; return True if none is left.
+
+        The transaction keeps others from writing, and the write-ahead log is empty.  So the file holds the newest
+        version of every page.  SQLite must forget the versions in its memory, which it would write again.
+        """
+        db = self.writer
+        if self.erased:
+            return True
+        db.execute("PRAGMA shrink_memory")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            if self._wal.stat().st_size:  # another program has written meanwhile
+                return False
+            (size,), (movable,), (pages,) = (
+                db.execute(f"PRAGMA {name}").fetchone() for name in ("page_size", "auto_vacuum", "page_count")
+            )
+            if movable or pages >= MOST_PAGES:  # the first byte of a page does not tell its kind
+                _logger.warn("{file}: removed texts may stay in unused space until a VACUUM", file=self._file)
+                self._scrub_left = 0
+                return True
+            self._scrub_some(size, pages)
+        finally:
+            self._roll_back()
+        return self.erased
+
+    def _scrub_some(self, size: int, pages: int) -> None:
+        """Overwrite the copies in SCRUB_BYTES of the file, from the page on at which the last call stopped."""
+        until = max(self._scrub_left - SCRUB_BYTES // size, 0)
+        found = False
+        while self._scrub_left > until:
+            if self._scrub_page >= pages:
+                self._scrub_page = 1  # the first page, number 0 here, holds no text
+            count = min(self._scrub_left - until, SCRUB_PIECE // size, pages - self._scrub_page)
+            place = self._scrub_page * size
+            for start, stop in stale_gaps(os.pread(self._descriptor, count * size, place), size):
+                os.pwrite(self._descriptor, bytes(stop - start), place + start)
+                found = True
+            self._scrub_page += count
+            self._scrub_left -= count
+        if found:
+            os.fsync(self._descriptor)
 
     # Writing
 
@@ -437,7 +505,6 @@ class SqliteFile:
         authored: list[_Row] = []
         labelled: dict[tuple[str, str, str], Entry] = {}
         """The labels of this batch, which the table does not hold yet."""
-        erases = False
         for room, post in posts:
             if room not in heads:
                 heads[room], last = self._head(room)
@@ -458,7 +525,8 @@ class SqliteFile:
                     outcomes.append(refused)
                     continue
                 entry = entry._replace(replaces=post.replaces.number, removed=post.removed)
-                erases |= post.removed
+                if post.removed:
+                    self._scrub_all()
             if post.author is None and post.replaces is None:
                 plain.append((room, entry.number, post.username, post.message, stamps[room], post.label))
             else:
@@ -471,7 +539,7 @@ class SqliteFile:
         self._insert(_PLAIN, plain)
         self._insert(_AUTHORED, authored)
         firsts, total = self._finish(entries)
-        return Commit(outcomes, entries, firsts, erases), total if self._retain.seconds else 0
+        return Commit(outcomes, entries, firsts), total if self._retain.seconds else 0
 
     def _finish(self, entries: Mapping[str, Sequence[Entry]]) -> tuple[dict[str, int], int]:
         """Note the heads of rooms with new entries, and trim them; return their firsts and how many were removed."""
@@ -609,6 +677,8 @@ class SqliteFile:
             until = head if until is None else until
             last = min(until, first + CLEAR_ROWS - 1)
             removed = db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
+            if removed:
+                self._scrub_all()
             return removed, self._bounds(db, room)[0], until
 
     def summaries(

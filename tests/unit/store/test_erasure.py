@@ -1,6 +1,7 @@
 """A removal erases: no file of a SQLite store, and no backup of it, has the text any longer."""
 
 import random
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from chatd.messages import REMOVED, Id, Post
 from chatd.store import sqlite, sqlite_file
 from chatd.store.base import Retention
 from chatd.store.sqlite import ERASE_SECONDS, SqliteStore
+from chatd.store.sqlite_pages import stale_gaps
 
 SECRETS = 400
 
@@ -186,3 +188,126 @@ def test_close_erases(opened, path, clock):
     assert found(*files(path)) == set()
     assert clock.getDelayedCalls() == []
     assert sqlite.ERASE_SECONDS == 1
+
+
+# Copies that SQLite leaves in the unused space of its pages
+
+
+@pytest.fixture
+def moved(path):
+    """A file whose pages hold copies of texts that SQLite has moved and that were then removed, and those texts."""
+    chance = random.Random(2)
+    file = sqlite_file.SqliteFile(path, Retention(), ManualTime())
+    file.open(())
+    kept = {}
+    for _ in range(200):
+        texts = [f"<text {number:05}>" for number in range(len(kept), len(kept) + 10)]
+        sizes = chance.choices([0, 50, 480], k=10)
+        posts = [Post("ann", text + "y" * size, None, "a") for text, size in zip(texts, sizes, strict=True)]
+        rooms = chance.choices("abcdefgh", k=10)
+        outcomes = file.commit([*zip(rooms, posts, strict=True)]).outcomes
+        kept |= {(room, number): text.encode() for room, (number, _), text in zip(rooms, outcomes, texts, strict=True)}
+    removed = chance.sample([*kept], 300)
+    for room, number in removed:
+        file.commit([(room, Post("ann", REMOVED, None, "a", Id(file.epoch, number), removed=True))])
+    yield file, {kept[one] for one in removed}, {kept[one] for one in kept.keys() - {*removed}}
+    file.close()
+
+
+def in_files(path, texts):
+    return texts & {*re.findall(rb"<text \d{5}>", b"".join(file.read_bytes() for file in files(path)))}
+
+
+def test_copies_in_unused_space_are_erased(path, moved):
+    """No copy of a removed text stays where SQLite has moved the row from, nor returns with later posts."""
+    file, removed, kept = moved
+    assert file._checkpoint()
+    assert in_files(path, removed), "SQLite leaves copies: else this test shows nothing"
+    assert file.erase()
+    assert in_files(path, removed) == set()
+    for _ in range(50):
+        file.commit([(room, Post("ann", "more" * 50, None, "a")) for room in "abcdefgh"])
+    assert file._checkpoint()
+    assert in_files(path, removed) == set()
+    assert in_files(path, kept) == kept
+    assert file.writer.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_copies_are_erased_in_steps(path, moved, monkeypatch):
+    """A large file is searched in steps; a removal between them lets the search go once around."""
+    file, removed, _ = moved
+    monkeypatch.setattr(sqlite_file, "SCRUB_BYTES", 64 << 10)
+    monkeypatch.setattr(sqlite_file, "SCRUB_PIECE", 16 << 10)
+    assert not file.erase()
+    query = "SELECT room, number, message FROM messages WHERE removed = 0"
+    room, number, text = file.writer.execute(query).fetchone()
+    file.commit([(room, Post("ann", REMOVED, None, "a", Id(file.epoch, number), removed=True))])
+    while not file.erase():
+        pass
+    assert file.erased
+    assert in_files(path, removed | {text[:12].encode()}) == set()
+    assert file.writer.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_copies_stay_while_another_program_writes(path, moved, monkeypatch):
+    """Pages of the file are old while the write-ahead log holds newer ones: they are searched later."""
+    file, removed, _ = moved
+    with monkeypatch.context() as other:
+        other.setattr(file, "_checkpoint", lambda: True)
+        assert not file.erase()
+    assert not file.erased
+    assert file.erase()
+    assert in_files(path, removed) == set()
+
+
+def test_file_whose_pages_do_not_tell_their_kind(path, moved, monkeypatch):
+    """In a file of 128 GiB an overflow page may look like a page of a table: nothing is written, as the log tells."""
+    file, removed, _ = moved
+    monkeypatch.setattr(sqlite_file, "MOST_PAGES", 10)
+    with capturedLogs() as events:
+        assert file.erase()
+    assert in_files(path, removed)
+    assert "VACUUM" in events[0]["log_format"]
+
+
+def test_cleared_room_is_erased(opened, path, clock):
+    """What an operator clears is gone from the unused space too."""
+    store = opened()
+    send(store, Post("ann", secret(0)))
+    assert result_of(store.clear_room("main")) == 1
+    assert not store.file.erased
+    clock.advance(ERASE_SECONDS)
+    assert store.file.erased
+    assert found(*files(path)) == set()
+
+
+def test_search_goes_on_after_a_restart(opened, path, clock, monkeypatch):
+    """A store that holds a removal is searched when it opens, in steps."""
+    store = opened()
+    send(store, Post("ann", secret(0), None, "a"))
+    remove(store, 1)
+    result_of(store.close())
+    monkeypatch.setattr(sqlite_file, "SCRUB_BYTES", 4096)
+    again = opened()
+    assert not again.file.erased
+    for _ in range(10):
+        clock.advance(ERASE_SECONDS)
+    assert again.file.erased
+
+
+@pytest.mark.parametrize(
+    ("page", "gaps"),
+    [
+        (b"\x0d\0\0\0\1\0\x1e\0\0\x1eSTALE" + bytes(15) + b"!!", [(10, 30)]),
+        (b"\x0d\0\0\0\1\0\x1e\0\0\x1e" + bytes(20) + b"!!", []),  # nothing stale
+        (b"\x0d\0\0\0\1\0\x1e\0\0\x0cSTALE" + bytes(15) + b"!!", []),  # a row in the gap: not a valid page
+        (b"\x0d\0\0\0\1\0\x21\0\0\x1eSTALE" + bytes(15) + b"!!", []),  # it begins behind the page
+        (b"\x0d\0\0\0\1\0\0\0\0\x1eSTALE" + bytes(15) + b"!!", []),  # 0 stands for 65536
+        (b"\0\0\0\7\1\0\x1e\0\0\x1eSTALE" + bytes(15) + b"!!", []),  # an overflow page
+        (b"\x05\0\0\0\0\0\x1e\0\0\0\0\1STALE" + bytes(13) + b"!!", [(12, 30)]),  # an interior page without rows
+    ],
+)
+def test_gaps_of_a_page(page, gaps):
+    """Only the unused space of a valid page is found, and only if it holds something."""
+    assert len(page) == 32
+    assert [*stale_gaps(bytes(32) + page + page[:20], 32)] == [(32 + start, 32 + stop) for start, stop in gaps]

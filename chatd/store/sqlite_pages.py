@@ -1,0 +1,38 @@
+"""The pages of an SQLite file, and what they hold beside the data: https://www.sqlite.org/fileformat2.html.
+
+SQLite zeroes what it deletes (`secure_delete`), but not what it moves.  When a page of a table is full, SQLite moves
+some of its rows to another page, and their old bytes can stay in the *gap* of the first page, which is its unused
+space.  A row that is deleted later is zeroed in its new place only.
+
+This module is pure: bytes in, values out.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+MOST_PAGES: Final = 2 << 24
+"""The number of pages from which the first byte of an overflow page may look like that of a page of a table."""
+
+_HEADERS: Final = {2: 12, 5: 12, 10: 8, 13: 8}
+"""The size of the header of each kind of page of a table or an index, by the first byte of the page."""
+_MOST_START: Final = 65536
+"""Stands in a header as 0."""
+
+
+def stale_gaps(data: bytes, size: int) -> Iterator[tuple[int, int]]:
+    """Find the gaps with old bytes in whole pages of this size; yield where each begins and ends in `data`.
+
+    The first page of a file must not be among them.  Pages that do not look valid are left out.
+    """
+    for place in range(0, len(data) - size + 1, size):
+        header = _HEADERS.get(data[place])
+        if header is None:
+            continue
+        cells, start = struct.unpack_from(">HH", data, place + 3)
+        start = start or _MOST_START
+        begin = header + 2 * cells
+        if not begin < start <= size or not data[place + begin : place + start].strip(b"\0"):
+            continue
+        if min(struct.unpack_from(f">{cells}H", data, place + header), default=start) >= start:
+            yield place + begin, place + start
