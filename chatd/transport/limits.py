@@ -73,18 +73,20 @@ class _Pace:
 class Place(_Pace):
     """What one address takes of the server; `due` belongs to its handshakes."""
 
-    __slots__ = ("connections", "rooms")
+    __slots__ = ("arriving", "connections", "rooms")
 
     def __init__(self) -> None:
         super().__init__()
+        self.arriving = 0
+        """The number of its connections that have sent no request yet."""
         self.connections = 0
-        """The number of its connections."""
+        """The number of its other connections."""
         self.rooms = _Pace()
         """The state of the limit of its new rooms."""
 
     def is_idle(self, now: float) -> bool:
         """Return whether nothing would change if the place was forgotten."""
-        return not self.connections and self.due <= now and self.rooms.due <= now
+        return not (self.arriving or self.connections) and self.due <= now and self.rooms.due <= now
 
 
 class Lateness:
@@ -170,6 +172,27 @@ class Limits:
             now = self._clock.seconds()
             self._places = {name: place for name, place in self._places.items() if not place.is_idle(now)}
             self._forget_above = max(MAX_ADDRESSES, 2 * len(self._places))
+
+    def arrive(self, peer: object) -> Place | None:
+        """Count a new connection, which has sent nothing yet, and return its place, which `settle` takes back.
+
+        Behind proxies that add to X-Forwarded-For, nobody knows the address of a client before its request.
+        """
+        place = None if self._hops else self.place(peer, None)
+        if place is not None:
+            place.arriving += 1
+        return place
+
+    def is_crowded(self, place: Place) -> bool:
+        """Return whether too many connections of an address have sent no request, and count the refused client."""
+        crowded = place.arriving > self._most
+        self.refusals[CONNECTIONS] += crowded
+        return crowded
+
+    @staticmethod
+    def settle(place: Place) -> None:
+        """Take back what `arrive` counted."""
+        place.arriving -= 1
 
     def enter(self, peer: object, forwarded: str | None) -> Place | None:
         """Count a new client, and return its place, which `leave` takes back; raise HttpError above a limit."""

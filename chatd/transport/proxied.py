@@ -7,7 +7,7 @@ address or a port, and takes no line that only says UNKNOWN.
 
 import re
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import (
@@ -18,6 +18,7 @@ from twisted.internet.interfaces import (
     IStreamServerEndpoint,
 )
 from twisted.internet.main import CONNECTION_DONE
+from twisted.protocols.haproxy._exceptions import InvalidProxyHeader
 from twisted.protocols.haproxy._v1parser import V1Parser
 from twisted.protocols.haproxy._v2parser import V2Parser
 from twisted.protocols.haproxy._wrapper import HAProxyProtocolWrapper, HAProxyWrappingFactory
@@ -37,6 +38,14 @@ _V1 = re.compile(rb"PROXY (?:(UNKNOWN)(?: .*)?|TCP([46]) ([!-~]+) ([!-~]+) ([0-9
 _MAX_PORT = 65535
 
 
+@runtime_checkable
+class Arriving(Protocol):
+    """A protocol that asks for the address of a client before its first request."""
+
+    def arrive(self) -> None:
+        """Take note that the address is known."""
+
+
 def is_partial(data: bytes) -> bool:
     """Return whether these may be the first bytes of a header, too few to check its line or to know its version."""
     version_1 = V1Parser.PROXYSTR.startswith(data[: len(V1Parser.PROXYSTR)])
@@ -44,6 +53,11 @@ def is_partial(data: bytes) -> bool:
     return (version_1 and V1Parser.NEWLINE not in data and len(data) < _MOST_V1) or (
         version_2 and len(data) < _LEAST_V2
     )
+
+
+def is_version_2(data: bytes) -> bool:
+    """Return whether a header is of version 2."""
+    return data.startswith(V2Parser.PREFIX) and data[12] >> 4 == 2  # noqa: PLR2004 -- section 2.2 of the specification
 
 
 def check_line(line: bytes) -> bytes:
@@ -69,20 +83,34 @@ class ProxiedProtocol(HAProxyProtocolWrapper):
 
     @override
     def dataReceived(self, data: bytes) -> None:
-        """Wait until the version of the header is known, and refuse an invalid line of version 1."""
-        if self._parser is None:
-            data = self._begun + data
-            if is_partial(data):
-                self._begun = data
+        """Pass on what follows the header, behind the news that the address is known."""
+        if self._proxyInfo is None:
+            rest = self._read_header(data)
+            if self._proxyInfo is None:
                 return
-            if data.startswith(V1Parser.PROXYSTR):
-                line, end, rest = data[:_MOST_V1].partition(V1Parser.NEWLINE)
-                try:
+            if isinstance(self.wrappedProtocol, Arriving):
+                self.wrappedProtocol.arrive()
+            data = rest
+        if data and self.wrappedProtocol is not None:  # arrive() may have ended it
+            self.wrappedProtocol.dataReceived(data)
+
+    def _read_header(self, data: bytes) -> bytes:
+        """Read more of the header, and return what follows it; close the connection if it is invalid."""
+        try:
+            if self._parser is None:
+                data = self._begun + data
+                if is_partial(data):
+                    self._begun = data
+                    return b""
+                self._parser = V2Parser() if is_version_2(data) else V1Parser()
+                if isinstance(self._parser, V1Parser):
+                    line, end, rest = data[:_MOST_V1].partition(V1Parser.NEWLINE)
                     data = check_line(line + end) + rest + data[_MOST_V1:]
-                except ValueError:
-                    self.loseConnection()
-                    return
-        super().dataReceived(data)
+            self._proxyInfo, remaining = self._parser.feed(data)
+        except (InvalidProxyHeader, ValueError):
+            self.loseConnection()
+            return b""
+        return remaining or b""
 
     def readConnectionLost(self) -> None:
         """IHalfCloseableProtocol: the protocol behind the header decides."""

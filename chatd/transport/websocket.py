@@ -39,6 +39,8 @@ from chatd.transport.handshake import read_upgrade, switch
 from chatd.transport.heads import Head, take
 from chatd.transport.http import HEAD, HTTP_1_1, SERVER, ChatSite, refusal
 from chatd.transport.identity import Identity
+from chatd.transport.limits import Place
+from chatd.transport.proxied import ProxiedProtocol
 from chatd.transport.session import Session
 from chatd.transport.tokens import admit
 
@@ -62,6 +64,8 @@ class WebSocketConnection(AutobahnConnection):
     """True if bytes that follow a handshake have arrived before its turn."""
     _unanswered = False
     """True while a ping waits for its pong."""
+    _arrival: Place | None = None
+    """The place of the address of this connection, until a request arrives."""
     _socket: socket | None = None
     """The socket, if it may be written to at once."""
 
@@ -85,6 +89,24 @@ class WebSocketConnection(AutobahnConnection):
                 transport.setTcpNoDelay(True)
         self.session = Session(self, factory.rooms, factory.intake)
         factory.connections.handshakes.add(self)
+        if not isinstance(transport, ProxiedProtocol):  # that one calls it when it knows the address
+            self.arrive()
+
+    def arrive(self) -> None:
+        """Count the connection at its address, and drop it if too many there have sent no request."""
+        limits = self.factory.intake.limits
+        place = limits.arrive(self.transport.getPeer())
+        if place is not None:
+            self._arrival = place
+            if limits.is_crowded(place):
+                self.drop()
+
+    def _settle(self) -> None:
+        """Count the connection no longer among those that have sent no request."""
+        place = self._arrival
+        if place is not None:
+            del self._arrival
+            self.factory.intake.limits.settle(place)
 
     def buffer(self) -> None:
         """Write nothing to the socket itself: it would overtake what the transport holds."""
@@ -132,6 +154,7 @@ class WebSocketConnection(AutobahnConnection):
     def _hand_over(self, head: Head) -> None:
         """Let the web site continue this connection, as if it had been there from the start."""
         self.factory.connections.handshakes.discard(self)
+        self._settle()
         self.session.detach()
         rest = self.release_transport()
         channel = self.factory.site.buildProtocol(self.transport.getPeer())
@@ -160,6 +183,7 @@ class WebSocketConnection(AutobahnConnection):
     def _admit(self, head: Head) -> "Deferred[bytes]":
         """Find the room, at once if someone is in it; the result is the answer to the handshake, or HttpError."""
         factory, headers = self.factory, head.headers
+        self._settle()
         self.session.place = factory.intake.limits.enter(self.transport.getPeer(), headers.get("x-forwarded-for"))
         upgrade = read_upgrade(head)
         factory.admission.check_origin(upgrade.origin, headers["host"], headers.get("x-forwarded-host"))
@@ -347,6 +371,7 @@ class WebSocketConnection(AutobahnConnection):
     @override
     def closed(self, code: int) -> None:
         self.session.detach()
+        self._settle()
         self.factory.intake.limits.leave(self.session.place)
         if self.factory.connections.remove(self, code):
             _logger.info(
@@ -402,4 +427,5 @@ class ChatFactory(AutobahnFactory[WebSocketConnection]):
         replace_protocol(transport, connection)
         connection.buffer()  # the last answer may still be in the transport
         connection.keep(rest)
-        connection.head_received(head)
+        if connection.is_connecting:
+            connection.head_received(head)

@@ -2,10 +2,12 @@
 
 import pytest
 from support.houses import House
-from support.web_doubles import Transport, WebSocketClient
+from support.web_doubles import HEAD, Transport, WebSocketClient
 from support.websocket_frames import masked
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.internet.error import ConnectionDone
 from twisted.logger import formatEvent
+from twisted.python.failure import Failure
 
 from chatd.transport.admission import HttpError
 from chatd.transport.intake import PROMPT_HANDSHAKES
@@ -23,6 +25,7 @@ from chatd.transport.limits import (
     Lateness,
     Limits,
 )
+from chatd.transport.proxied import ProxiedFactory
 
 EVENTS = b"/rooms/main/events"
 MANY = 1_000
@@ -353,6 +356,90 @@ def test_upgrade_after_other_requests_counts_once(house):
     )
     assert b"HTTP/1.1 101 " in connection.transport.value()
     assert house.limits.place(peer(), None).connections == 1
+
+
+class Silent:
+    """A connection that has sent no whole request, over a transport of its own."""
+
+    def __init__(self, house, host="192.0.2.7", wrap=lambda factory: factory):
+        self.transport = Transport(peerAddress=peer(host))
+        self.transport.connection = self
+        self.protocol = wrap(house.factory).buildProtocol(None)
+        self.protocol.makeConnection(self.transport)
+
+    def lose(self):
+        self.protocol.connectionLost(Failure(ConnectionDone()))
+
+    @property
+    def dropped(self):
+        return self.transport.disconnected
+
+
+def test_silent_connections_of_an_address(house):
+    """Connections without a request are limited too, or one address could take all the files of the server."""
+    silent = [Silent(house) for _ in range(4)]
+    assert [one.dropped for one in silent] == [False, False, False, True]
+    assert house.limits.refusals["connections"] == 1
+    assert not Silent(house, "192.0.2.8").dropped
+    assert not Silent(house, "127.0.0.1").dropped
+    silent[0].lose()
+    assert over(house).status == 101
+    assert not Silent(house).dropped
+    assert Silent(house).dropped
+
+
+def test_silent_connections_end_in_every_way(house):
+    """No way in which a connection goes on, or ends, keeps it among the silent ones."""
+    lost, plain, refused, joined = (Silent(house, f"192.0.2.{number}") for number in range(4))
+    lost.protocol.dataReceived(b"GET / HT")
+    lost.lose()
+    plain.protocol.dataReceived(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+    refused.protocol.dataReceived(b"nonsense\r\n\r\n")
+    joined.protocol.dataReceived(HEAD + b"\r\n\r\n")
+    house.turn()
+    refused.lose()
+    places = [house.limits.place(peer(f"192.0.2.{number}"), None) for number in range(4)]
+    assert [(place.arriving, place.connections) for place in places] == [(0, 0), (0, 1), (0, 0), (0, 1)]
+
+
+def test_silent_connections_behind_a_load_balancer(house):
+    """With the PROXY protocol they count at the address in its header, and before it nowhere."""
+    silent = [Silent(house, "198.51.100.1", ProxiedFactory) for _ in range(9)]
+    for one in silent:
+        one.protocol.dataReceived(b"PROXY TCP4 192.0.2.7 192.0.2.1 4321 8085\r\nGET / HT")
+    assert [one.dropped for one in silent] == [False] * 3 + [True] * 6
+    assert house.limits.place(peer("198.51.100.1"), None).arriving == 0
+    silent[0].protocol.dataReceived(HEAD.removeprefix(b"GET / HT") + b"\r\n\r\n")
+    place = house.limits.place(peer(), None)
+    assert (place.arriving, place.connections) == (2, 1)
+
+
+def test_silent_connections_behind_proxies(clock):
+    """With X-Forwarded-For nobody knows the address before the request."""
+    assert Limits(clock, 1, 1).arrive(peer()) is None
+
+
+def test_crowded_address_refuses_an_upgrade(house):
+    """A connection that begins a handshake after other requests is dropped like a new one."""
+    connection = house.connect(Transport(peerAddress=peer()))
+    assert connection.ask(b"GET", b"/readyz")[0].status == 200
+    for _ in range(3):
+        Silent(house)
+    connection.transport.protocol = connection.channel
+    connection.begin(b"GET", b"/", *HEAD.split(b"\r\n")[2:])
+    assert b" 101 " not in connection.transport.value()
+    assert connection.transport.disconnected
+
+
+def test_silent_addresses_are_kept(clock, monkeypatch):
+    """An address is not forgotten while it has silent connections."""
+    monkeypatch.setattr("chatd.transport.limits.MAX_ADDRESSES", 10)
+    limits = Limits(clock, 3)
+    kept = limits.arrive(peer("198.18.0.1"))
+    for number in range(100):
+        limits.settle(limits.arrive(peer(f"198.18.1.{number}")))
+    assert limits.place(peer("198.18.0.1"), None) is kept
+    assert len(limits) <= 21
 
 
 # Open rooms

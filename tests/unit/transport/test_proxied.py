@@ -42,6 +42,13 @@ class HalfCloseable(Behind):
         raise NotImplementedError
 
 
+class Told(Behind):
+    """A protocol that asks for the address."""
+
+    def arrive(self):
+        self.received += self.transport.getPeer().host.encode() + b":"
+
+
 class Lost(Wire):
     """A transport that ends as Twisted's do when nobody handles a half-close."""
 
@@ -69,6 +76,19 @@ def test_header_in_two_pieces(header, rest):
         assert behind.received == rest
         assert (behind.transport.getPeer().host, behind.transport.getPeer().port) == ("192.0.2.7", 4321)
         assert not wire.disconnecting
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_address_is_known_before_the_bytes(header):
+    """The protocol learns of the address once, before it gets a byte, and also without one."""
+    wire, behind = connect(Told)
+    wire.protocol.dataReceived(header)
+    assert behind.received == b"192.0.2.7:"
+    wire.protocol.dataReceived(b"GET")
+    wire, behind = connect(Told)
+    wire.protocol.dataReceived(header + b"GET")
+    wire.protocol.dataReceived(b" /")
+    assert behind.received == b"192.0.2.7:GET /"
 
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
