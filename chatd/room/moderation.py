@@ -33,6 +33,10 @@ IPV4_BITS: Final = 96
 """The bits of an IPv6 address before the IPv4 address that is mapped into it (RFC 4291, section 2.5.5.2)."""
 
 _ROOM = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
+"""The ignorable characters that are no controls (Unicode's Default_Ignorable_Code_Point), and the blank of braille."""
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -67,10 +71,17 @@ def fold(username: str) -> str:
 
     This is Unicode's caseless matching (NFKC, case folding, NFKC), without invisible characters and outer spaces.
     """
-    if username.isascii():
+    if username.isascii() and username.isprintable():
         return username.strip().lower()
-    visible = "".join(letter for letter in username if unicodedata.category(letter) != "Cf")
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold()).strip()
+    folded = unicodedata.normalize("NFKC", _visible(username)).casefold()
+    return _visible(unicodedata.normalize("NFKC", folded)).strip()
+
+
+def _visible(text: str) -> str:
+    """Return a text without the characters that are shown as nothing."""
+    return "".join(
+        letter for letter in text if unicodedata.category(letter) not in ("Cc", "Cf") and not _INVISIBLE.match(letter)
+    )
 
 
 def parse_address(text: str) -> IPAddress | None:
@@ -92,7 +103,7 @@ def parse_network(text: str) -> IPv4Network | IPv6Network:
         if address is None:
             network = ip_network(text)
             mapped = isinstance(network, IPv6Network) and network.network_address.ipv4_mapped
-            if mapped and network.prefixlen > IPV4_BITS:
+            if mapped and network.prefixlen >= IPV4_BITS:
                 network = ip_network(f"{mapped}/{network.prefixlen - IPV4_BITS}")
         else:
             network = ip_network(f"{address}/{HOST_BITS[address.version]}", strict=False)

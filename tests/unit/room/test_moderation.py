@@ -74,6 +74,8 @@ def test_request_becomes_a_sanction():
         ({"kind": "ban", "username": "ann", "seconds": MAX_SECONDS + 1}, "seconds: a number above 0"),
         ({"kind": "ban", "username": "ann", "reason": "a\nb"}, "reason: a text of 200 characters at most, in one line"),
         ({"kind": "ban", "username": "ann", "until": 7}, "there is no field 'until'"),
+        ({"kind": "ban", "username": "\u3164\ufe0f"}, "username: 1 to 255 visible characters"),
+        ({"kind": "ban", "address": "::ffff:0:0/96"}, "stands for everyone"),
     ],
 )
 def test_wrong_request_is_refused_in_one_line(document, words):
@@ -115,7 +117,13 @@ def test_names_of_rooms(name, good):
 # Finding
 
 
-@pytest.mark.parametrize("name", ["ann", "Ann", "ANN", " ann ", "\uff41\uff4e\uff4e", "a\u200bnn"])
+HIDDEN = [
+    f"a{letter}nn"
+    for letter in "\0\n\x7f\x9f\xad\u034f\u115f\u180c\u200b\u202e\u2065\u2800\u3164\ufe0f\uffa0\U000e0100"
+]
+
+
+@pytest.mark.parametrize("name", ["ann", "Ann", "ANN", " ann ", "\uff41\uff4e\uff4e", *HIDDEN])
 def test_spellings_of_one_username(name):
     """Case, width, outer spaces and invisible characters do not make another user."""
     assert find(sanction(username="Ann"), visitor=ANN._replace(username=name)) == "s1"
@@ -123,7 +131,7 @@ def test_spellings_of_one_username(name):
 
 def test_folding_is_stable():
     """A folded name folds to itself."""
-    for name in ("Straße", "İ", "ﬁ", "ϓ", "Å"):
+    for name in ("Straße", "İ", "ﬁ", "ϓ", "Å", "a\u3164", "\u2800 a\0 "):
         assert fold(fold(name)) == fold(name)
 
 
