@@ -349,6 +349,8 @@ class Session(Membership):
             self._err("The token is of another subject.", Code.TOKEN_REFUSED, label)
         elif not identity.may_read(room.name):
             self._transport.fail(CloseCode.POLICY_VIOLATION, "the token does not permit reading this room")
+        elif (sanction := self._sanction(identity.username or "")) and sanction.kind is SanctionKind.BAN:
+            self._transport.fail(CloseCode.POLICY_VIOLATION, sanction_words(sanction))
         else:
             self.identity = identity
             self._transport.renewed()

@@ -246,6 +246,23 @@ def test_renewal_that_loses_the_room(house):
     assert client.closing()[0] == (1008, "the token does not permit reading this room")
 
 
+@pytest.mark.parametrize(("kind", "code"), [("ban", 1008), ("mute", None)])
+def test_renewal_to_a_sanctioned_username(kind, code):
+    """A token with a banned username ends the connection, as it would have refused the handshake; a mute does not."""
+    house = House(tokens=verifier(username="name"))
+    house.sanction(kind=kind, username="Bob", reason="spam")
+    client = house.client("/", bearer(sub="1", name="ann"))
+    client.read()
+    client.say(type="token", token=token("1", name="bob"))
+    found, frames = client.closing()
+    assert (found and found[0]) == code
+    if code:
+        assert (found[1], frames) == ("You are banned from this server: spam", [])
+        assert house.get(b"/rooms/main/messages")[0].status == 401
+    else:
+        assert [frame["type"] for frame in frames] == ["token"]
+
+
 def test_renewal_without_tokens():
     client = House().client()
     client.read()
