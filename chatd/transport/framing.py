@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 
 SUBPROTOCOL: Final = "chat.v1"
 """The name of chatd's protocol, which a handshake may name: `Sec-WebSocket-Protocol` (section 1.9)."""
+BEARER: Final = "bearer."
+"""The prefix of the subprotocol that carries a token beside it."""
 MAGIC: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """The bytes that a server appends to the key of a client (section 1.3)."""
 

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Final, NamedTuple
 
 from chatd.transport.admission import HttpError
-from chatd.transport.framing import accept_token
+from chatd.transport.framing import BEARER, accept_token
 from chatd.transport.heads import Head
 
 VERSIONS: Final = {"13": "origin", "8": "sec-websocket-origin"}
@@ -90,7 +90,8 @@ def _protocols(offered: str) -> list[str]:
     protocols = [name for member in offered.split(",") if (name := member.strip(" \t"))]
     for index, name in enumerate(protocols):
         if name in protocols[:index]:
-            raise _invalid(f'duplicate protocol "{name}" specified in HTTP Sec-WebSocket-Protocol header')
+            shown = BEARER if name.startswith(BEARER) else name  # nobody repeats a token
+            raise _invalid(f'duplicate protocol "{shown}" specified in HTTP Sec-WebSocket-Protocol header')
     return protocols
 
 

@@ -22,6 +22,7 @@ from chatd.messages import Code
 from chatd.room.moderation import is_room
 from chatd.transport.admission import HttpError, JoinRequest, room_pattern
 from chatd.transport.frames import is_username
+from chatd.transport.framing import BEARER
 from chatd.transport.identity import LEEWAY_SECONDS, AllowedRooms, Identity, Permissions
 from chatd.transport.jwks import KeySource
 
@@ -33,8 +34,6 @@ FOREVER: Final = 1 << 53
 """The latest expiry, in seconds since 1970: the claim may be an integer that no float holds."""
 LOG_SECONDS: Final = 60
 """The time in which each reason for refusing tokens is logged once."""
-BEARER: Final = "bearer."
-"""The prefix of the subprotocol that carries a token."""
 MAX_PATTERNS: Final = 100
 """The most patterns in a list of rooms, names aside.  To compile a new one takes 16 µs of the reactor's time."""
 CLAIM: Final = "chatd"

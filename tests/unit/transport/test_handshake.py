@@ -64,6 +64,7 @@ def test_names_and_values_are_read_whatever_their_case():
         (b"Connection: keep-alive, Upgrade\r\n", b"", "HTTP Connection header missing"),
         (b", Upgrade", b"", 'do not include "upgrade" value (case-insensitive): "keep-alive"'),
         (b"Host: ", b"Sec-WebSocket-Protocol: a, b, a\r\nHost: ", 'duplicate protocol "a" specified in HTTP Sec-We'),
+        (b"Host: ", b"Sec-WebSocket-Protocol: bearer.x, bearer.x\r\nHost: ", 'duplicate protocol "bearer." specified'),
         (b"Host: ", b"Origin: x\r\nOrigin: x\r\nHost: ", "HTTP Origin header appears more than once in opening hand"),
         (b"Host: ", b"Content-Length: 1\r\nHost: ", "an opening handshake has no body"),
         (b"Host: ", b"Transfer-Encoding: chunked\r\nHost: ", "an opening handshake has no body"),
