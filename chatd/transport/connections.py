@@ -103,7 +103,8 @@ class Connections:
         """The number of ended connections, by carrier and close code."""
         self.handshakes: Deadlines[Connection] = Deadlines(HANDSHAKE_SECONDS, clock)
         self.closings: Deadlines[Connection] = Deadlines(CLOSE_SECONDS, clock)
-        self.stalls: Deadlines[Connection] = Deadlines(STALL_SECONDS, clock)
+        self.stalls: Deadlines[Any] = Deadlines(STALL_SECONDS, clock)
+        """The connections whose transport is full: of these clients, and those of plain HTTP."""
         self.pings: Deadlines[Connection] = Deadlines(ping, clock)
         self.expiries: Expiries[Connection] = Expiries(clock)
         """The connections with a token, until it expires."""

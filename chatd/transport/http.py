@@ -35,7 +35,8 @@ from zope.interface import implementer
 import chatd
 from chatd.messages import Code
 from chatd.transport.admission import HttpError, Rate, check_operator
-from chatd.transport.connections import HTTP
+from chatd.transport.connections import HTTP, buffered
+from chatd.transport.deadlines import Deadlines
 from chatd.transport.heads import HEAD_END, MAX_HEAD, MAX_HEADERS, Head, check_partial, invalid, parse, too_long
 from chatd.transport.intake import Intake
 from chatd.transport.limits import Limits, Place
@@ -259,6 +260,33 @@ class _Channel(HTTPChannel):
     """The place of the address of this connection, if the connection counts there."""
     _stays = True
     """False if the connection closes after its answer."""
+    # What connections.Connection has, for an answer that waits in a full transport.
+    number = 0
+    joined = True
+    """False if the connection had all the time for its answer once."""
+
+    @property
+    def member(self) -> "_Channel":
+        return self
+
+    @property
+    def peer(self) -> str:
+        """The address of the client, as `HOST:PORT`."""
+        address = self.transport.getPeer()
+        return f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
+
+    @property
+    def buffered(self) -> int:
+        """The number of bytes that the transport holds."""
+        return buffered(self.transport)
+
+    def evict(self) -> None:
+        """Take note that the client is too slow; there is no way to tell it."""
+        self.joined = False
+
+    def abort(self) -> None:
+        """Drop the connection."""
+        self.transport.abortConnection()
 
     @override
     def connectionMade(self) -> None:
@@ -275,9 +303,21 @@ class _Channel(HTTPChannel):
         """Remove the connection from those of the site."""
         super().connectionLost(reason)
         self.site.remove(self)
+        self._not_stalled()
         self._leave_place()
         if self.when_lost is not None:
             self.when_lost()
+
+    @override
+    def pauseProducing(self) -> None:
+        """Note that the transport is full, unless an event stream does that for its client."""
+        super().pauseProducing()
+        if self._requestProducer is None and self.site.stalls is not None:
+            self.site.stalls.add(self)
+
+    def _not_stalled(self) -> None:
+        if self.site.stalls is not None:
+            self.site.stalls.discard(self)
 
     def _leave_place(self) -> None:
         place, self._place = self._place, None
@@ -332,6 +372,8 @@ class _Channel(HTTPChannel):
 
     @override
     def resumeProducing(self) -> None:
+        self._not_stalled()
+        self.joined = True
         super().resumeProducing()
         if self.paused:
             self._networkProducer.pauseProducing()
@@ -416,6 +458,7 @@ class _Channel(HTTPChannel):
         cast(Any, self._networkProducer).unregisterProducer()
         self._networkProducer.resumeProducing()  # else it stays paused while answers wait to be sent
         self.site.remove(self)
+        self._not_stalled()
         self._leave_place()
         upgrade(self.transport, head, self.clearLineBuffer())
 
@@ -464,6 +507,8 @@ class ChatSite(Site):
         """The open connections."""
         self.upgrade: Callable[[Any, Head, bytes], None] | None = None
         """Continues a connection that begins a WebSocket handshake after other requests, and the bytes behind it."""
+        self.stalls: Deadlines[Any] | None = None
+        """Collects the connections whose answer waits in a full transport, if somebody looks after them."""
         self.guard: Callable[[Head], None] = lambda _: None
         """Raises HttpError for a request that may not use this site."""
         self.closing = False
@@ -490,7 +535,7 @@ class ChatSite(Site):
     def abort(self) -> None:
         """Drop the remaining connections."""
         for channel in [*self.channels]:
-            channel.transport.abortConnection()
+            channel.abort()
 
     def remove(self, channel: _Channel) -> None:
         """Remove a connection that has ended."""

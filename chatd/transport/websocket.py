@@ -414,6 +414,7 @@ class ChatFactory(AutobahnFactory[WebSocketConnection]):
         self.intake = site.intake
         self.site = site
         site.upgrade = self.take_back
+        site.stalls = connections.stalls
         self.refused_handshakes: Counter[str] = Counter()
         """The number of refused handshakes, by status."""
 

@@ -1617,3 +1617,65 @@ def test_request_is_not_logged(house, events):
     for path in (b"/", b"/rooms/main", b"/rooms/main/messages", b"/rooms/Main", b"/rooms/main/messages?limit=0"):
         house.get(path)
     assert events == []
+
+
+# Answers that nobody reads
+
+
+@pytest.fixture
+def unread(house):
+    """A connection of plain HTTP whose page waits in a full transport."""
+    connection = house.connect()
+    connection.begin(b"GET", b"/rooms/main/messages")
+    house.turn()
+    connection.transport.producer.pauseProducing()
+    return connection
+
+
+def test_unread_answer_is_dropped(house, unread):
+    """A client that does not take its answer has as long as one of an event stream."""
+    house.pass_time(2 * STALL_SECONDS - 1)
+    assert not unread.transport.disconnected
+    house.pass_time(1)
+    assert unread.transport.disconnected
+    assert house.forgotten
+
+
+def test_answer_that_is_read_is_no_stall(house, unread):
+    """The time begins again when the transport has taken an answer."""
+    house.pass_time(2 * STALL_SECONDS - 1)
+    unread.transport.producer.resumeProducing()
+    house.pass_time(2 * STALL_SECONDS)
+    unread.transport.producer.pauseProducing()
+    house.pass_time(2 * STALL_SECONDS - 1)
+    assert not unread.transport.disconnected
+    unread.lose()
+    assert house.forgotten
+
+
+def test_unread_answers_count_in_the_bound(house, unread, monkeypatch, events):
+    """The bytes of plain HTTP are among those that all full transports may hold."""
+    monkeypatch.setattr("chatd.transport.connections.MAX_BUFFERED", 100)
+    unread.transport.dataBuffer, unread.transport.offset = b"x" * 111, 10
+    house.pass_time(1)
+    assert unread.transport.disconnected
+    assert [event["why"] for event in events] == ["did not read its bytes, the most of too many,"]
+    assert events[0]["peer"] == "192.168.1.1:54321"
+
+
+def test_stream_stalls_once(house):
+    """The connection below an event stream does not count beside the stream."""
+    stream = house.stream()
+    full(stream)
+    assert len([*house.connections.stalls]) == 1
+
+
+def test_full_transport_of_the_admin_port(house):
+    """A site that nobody looks after waits, until the time for the next request is over."""
+    house.site.stalls = None
+    connection = house.connect()
+    connection.begin(b"GET", b"/readyz")
+    connection.transport.producer.pauseProducing()
+    house.pass_time(3 * STALL_SECONDS)
+    assert not connection.transport.disconnected
+    connection.lose()
