@@ -14,16 +14,20 @@ from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectError, DNSLookupError
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
+from twisted.internet.error import ConnectError, ConnectionAborted, DNSLookupError
+from twisted.internet.interfaces import IProtocolFactory, IReactorTime, IStreamClientEndpoint
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
-from twisted.web.client import Agent, ResponseDone, ResponseFailed
+from twisted.web.client import URI, Agent, BrowserLikePolicyForHTTPS, ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgentEndpointFactory
 from typing_extensions import override
+from zope.interface import implementer
 
 from chatd.transport.keyring import Keyring, read_jwks
 
@@ -31,6 +35,8 @@ FETCH_SECONDS: Final = 5
 """The time limit of one fetch, so that handshakes that wait for it still finish in theirs."""
 MAX_SET: Final = 256 << 10
 """The largest size of a key set in bytes; those of large providers have 20 KiB."""
+MAX_ANSWER: Final = 2 * MAX_SET
+"""The most bytes of an answer, with its headers, of which Twisted takes any number."""
 UNKNOWN_SECONDS: Final = 60
 """The least time between two fetches for keys that the set lacks."""
 REFRESH_SECONDS: Final = 600
@@ -39,6 +45,9 @@ RETRY_SECONDS: Final = 5
 """The time between two fetches while there is no key at all."""
 LOG_SECONDS: Final = 60
 """The time in which the same fault is logged once."""
+
+TOO_LONG: Final = f"answered with more than {MAX_SET >> 10} KiB"
+"""The reason for giving up an answer above a limit."""
 
 _URL = re.compile(r"(?:https?)://[!-~]+")
 
@@ -194,6 +203,8 @@ def _reason(failure: Failure) -> str:
         return str(error)
     if isinstance(error, (ConnectError, DNSLookupError)):
         return "cannot be reached"
+    if isinstance(error, ConnectionAborted):
+        return TOO_LONG
     return f"failed ({type(error).__name__})"
 
 
@@ -205,12 +216,12 @@ class Fetcher:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._agent = Agent(reactor, connectTimeout=FETCH_SECONDS)
+        self._agent = Agent.usingEndpointFactory(reactor, _Endpoints(reactor))
 
     def fetch(self, url: str) -> "Deferred[bytes]":
         """Fetch a document; the Deferred fails with ValueError for an answer of another kind."""
         headers = Headers({"accept": ["application/jwk-set+json, application/json"], "user-agent": ["chatd"]})
-        fetched = self._agent.request(b"GET", url.encode(), headers)
+        fetched: Deferred[Any] = self._agent.request(b"GET", url.encode(), headers)
         fetched.addCallback(self._read)
         timer = self._reactor.callLater(FETCH_SECONDS, fetched.cancel)
 
@@ -232,6 +243,57 @@ class Fetcher:
         return body.read
 
 
+class _Bounded(ProtocolWrapper):
+    """Passes on MAX_ANSWER bytes, and drops the connection when there are more."""
+
+    transport: Any
+    _left = MAX_ANSWER
+
+    @override
+    def dataReceived(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            self.transport.abortConnection()
+        else:
+            super().dataReceived(data)
+
+
+class _BoundedFactory(WrappingFactory[Any]):
+    """Wraps each protocol of a factory."""
+
+    protocol = _Bounded
+    noisy = False
+
+
+@implementer(IStreamClientEndpoint)
+class _BoundedEndpoint:
+    """An endpoint whose connections carry an answer of limited size."""
+
+    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
+        self._endpoint = endpoint
+
+    def connect(self, factory: IProtocolFactory) -> "Deferred[Any]":
+        """IStreamClientEndpoint: connect, and fire with the protocol of the factory."""
+        connected: Deferred[Any] = self._endpoint.connect(_BoundedFactory(factory))
+        return connected.addCallback(lambda outer: outer.wrappedProtocol)
+
+
+@implementer(IAgentEndpointFactory)
+class _Endpoints:
+    """Makes the endpoints of the agent: as Twisted does, with bounds."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._policy = BrowserLikePolicyForHTTPS()
+
+    def endpointForURI(self, uri: URI) -> _BoundedEndpoint:
+        """IAgentEndpointFactory: return the endpoint for a URI."""
+        endpoint: Any = HostnameEndpoint(self._reactor, uri.host, uri.port, timeout=FETCH_SECONDS)
+        if uri.scheme == b"https":
+            endpoint = wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
+        return _BoundedEndpoint(endpoint)
+
+
 class _Body(TwistedProtocol):
     """Reads the body of an answer, up to MAX_SET bytes; aborts the connection if nobody waits for it."""
 
@@ -251,7 +313,7 @@ class _Body(TwistedProtocol):
         self._data += data
         if len(self._data) > MAX_SET and not self.read.called:
             self._abort()
-            self.read.errback(ValueError(f"answered with more than {MAX_SET >> 10} KiB"))
+            self.read.errback(ValueError(TOO_LONG))
 
     @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:

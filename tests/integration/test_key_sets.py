@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import ssl
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event
@@ -11,10 +12,11 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from support.loops import drive
-from support.servers import LONG
+from support.servers import LONG, certificate_for
 from support.threads import serving
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThreadPool
+from twisted.logger import formatEvent
 
 from chatd.transport import jwks
 from chatd.transport.admission import HttpError
@@ -47,6 +49,7 @@ class Provider(ThreadingHTTPServer):
         self.asked = []
         self.dropped = Event()
         self.status, self.headers, self.body, self.cut = 200, {}, key_set("old"), False
+        self.endless = b""
 
     def handle_error(self, *_):
         """Print no traceback of a connection that the client has dropped."""
@@ -68,6 +71,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         if provider.cut and "Connection" in provider.headers:
             return  # and close
+        if provider.endless:
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nx: y\r\n")
+                while True:
+                    self.wfile.write(provider.endless)
         if provider.cut or not provider.status:
             with contextlib.suppress(OSError):
                 self.rfile.read(1)  # returns when the client gives up
@@ -180,6 +188,39 @@ def test_hanging_server(provider, stage, monkeypatch):
         assert await deferToThreadPool(loop, loop.getThreadPool(), provider.dropped.wait, LONG)
 
     verifying(provider, first, hang)
+
+
+@pytest.mark.parametrize("head", ["x: y" * 20, " folded" * 20], ids=["headers", "folded header"])
+def test_endless_head(provider, head, events):
+    """An answer whose head never ends is dropped when it is too long, and not only when its time is over."""
+
+    async def flood(keys, verify, _):
+        provider.status, provider.endless = 0, f"{head}\r\n".encode() * 100
+        assert await verify("new") == 401
+        assert await verify("old") == "ann"
+        loop = keys.loop
+        assert await deferToThreadPool(loop, loop.getThreadPool(), provider.dropped.wait, LONG)
+
+    verifying(provider, first, flood)
+    assert any("answered with more than 256 KiB" in formatEvent(event) for event in events)
+
+
+def test_untrusted_certificate(tmp_path, events):
+    """A server whose certificate the machine does not trust is asked for nothing."""
+    certificate_for(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    provider = Provider()
+    provider.socket = context.wrap_socket(provider.socket, server_side=True)
+    provider.url = provider.url.replace("http:", "https:")
+
+    async def refuse(_, verify, __):
+        assert await verify("old") == 503
+
+    with serving(provider):
+        verifying(provider, refuse)
+    assert provider.asked == []
+    assert any("no token can be verified" in formatEvent(event) for event in events)
 
 
 def test_server_that_is_down_at_the_start(provider):
