@@ -33,6 +33,8 @@ ANY_ORIGIN: Final = r".*\Z"
 """The pattern of `*`, which every page matches."""
 OWN_DOMAINS: Final = frozenset({"example", "internal", "invalid", "lan", "local", "localhost", "test"})
 """Top-level domains without an owner (RFC 2606, RFC 6762): every host below them is the operator's own."""
+MAX_HOSTS: Final = 8
+"""The most names that are read of X-Forwarded-Host, the last ones: a client could name thousands."""
 ROUNDING: Final = 1e-6
 """The seconds that sums of fractions may lose."""
 
@@ -177,7 +179,10 @@ class Admission:
         if self._origins:
             allowed = any(pattern.match(origin) for pattern in self._origins)
         else:
-            hosts = [host or "", *(forwarded.split(",") if forwarded and self._proxied else ())]
+            hosts = [
+                host or "",
+                *(forwarded.rsplit(",", MAX_HOSTS)[-MAX_HOSTS:] if forwarded and self._proxied else ()),
+            ]
             allowed = any(is_same_host(origin, one.strip()) for one in hosts)
         if not allowed:
             raise HttpError(HTTPStatus.FORBIDDEN, "this page may not connect here")

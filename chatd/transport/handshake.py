@@ -88,10 +88,12 @@ def _wrong_version(version: str | None, head: Head) -> str:
 def _protocols(offered: str) -> list[str]:
     """Return the subprotocols that a client offers; raise HttpError if one is offered twice (section 4.1)."""
     protocols = [name for member in offered.split(",") if (name := member.strip(" \t"))]
-    for index, name in enumerate(protocols):
-        if name in protocols[:index]:
+    seen: set[str] = set()
+    for name in protocols:
+        if name in seen:
             shown = BEARER if name.startswith(BEARER) else name  # nobody repeats a token
             raise _invalid(f'duplicate protocol "{shown}" specified in HTTP Sec-WebSocket-Protocol header')
+        seen.add(name)
     return protocols
 
 

@@ -11,6 +11,7 @@ from support.helpers import REPEATABLE, ManualTime, count_held
 from chatd.messages import Id
 from chatd.transport import admission
 from chatd.transport.admission import (
+    MAX_HOSTS,
     Addresses,
     Admission,
     HttpError,
@@ -250,6 +251,13 @@ def test_host_that_a_proxy_forwards(forwarded):
     assert refuses(Admission(), *asked)
     assert refuses(Admission(proxied=True), "https://evil.example", *asked[1:])
     assert refuses(Admission(proxied=True, origins=[origin_pattern("https://other.example")]), *asked)
+
+
+@pytest.mark.parametrize(("before", "behind", "allowed"), [(9999, MAX_HOSTS - 1, True), (0, MAX_HOSTS, False)])
+def test_many_forwarded_hosts(before, behind, allowed):
+    """The last names count, which proxies have added, so that a client cannot make each request expensive."""
+    names = ",".join(["x"] * before + ["chat.example"] + ["x"] * behind)
+    assert refuses(Admission(proxied=True), "https://chat.example", "internal:8085", names) is not allowed
 
 
 OWN = "host.chat.com"

@@ -99,6 +99,13 @@ def test_other_version(version, reason):
     assert reason in detail
 
 
+def test_many_protocols():
+    """As many as fit into a head are read, and compared by hash: comparing all pairs took a quarter of a second."""
+    offered = b"Sec-WebSocket-Protocol: " + b",".join(b"%x" % number for number in range(3000))
+    assert len(read_upgrade(parse(HEAD + b"\r\n" + offered)).protocols) == 3000
+    assert refusal(b"\r\nHost: ", b"\r\n" + offered + b",0\r\nHost: ")[1].startswith('duplicate protocol "0"')
+
+
 def test_other_method():
     """The answer names the allowed one."""
     assert refusal(b"GET", b"POST") == (405, 'HTTP method "POST" not allowed', {"Allow": "GET"})
