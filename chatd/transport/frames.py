@@ -90,17 +90,17 @@ class Form:
         """Name the first fault in the order of the schema's properties, unknown keys last, or return None."""
         if not isinstance(document, dict):
             return '"value" must be of type object'
+        known = self.schema["properties"]
         # The schemas check no more than the type of a nested value.  Its content is left out, because the explainer
-        # would quote it at any depth.
+        # would quote it at any depth.  So are unknown keys, of which it would list a thousand for each error.
         shallow = {
-            name: type(value)() if isinstance(value, (dict, list)) else value for name, value in document.items()
+            name: type(value)() if isinstance(value, (dict, list)) else value
+            for name, value in document.items()
+            if name in known
         }
         faults: dict[str | None, str] = {}
-        known = self.schema["properties"]
         for error in self._explainer.iter_errors(shallow):
             keyword, limit = str(error.validator), error.validator_value
-            if keyword == "additionalProperties":
-                continue
             if keyword == "not":
                 faults[None] = _CONFLICT
                 continue
@@ -110,8 +110,9 @@ class Form:
                 name = str(error.absolute_path[0])
             words = _WORDS[limit if keyword == "type" else keyword]
             faults.setdefault(name, words.format(name=name, limit=limit))
-        faults |= {name: f'"{name}" is not allowed' for name in document if name not in known}
-        return next((faults[name] for name in [*known, None, *document] if name in faults), None)
+        found = next((faults[name] for name in [*known, None] if name in faults), None)
+        unknown = next((name for name in document if name not in known), None)
+        return f'"{unknown}" is not allowed' if found is None and unknown is not None else found
 
 
 MESSAGE: Final = Form("message")
