@@ -264,18 +264,17 @@ class Api(ChatResource):
             resource = self._resource(request, room, match, query)
         else:
             resource = {"GET": lambda _: page(request, named)}
-        resource["OPTIONS"] = lambda _: self._preflight(request, resource)
         method = request.method.decode("latin-1")
+        if method == "OPTIONS":
+            return self._preflight(request, _methods(resource))
         found = resource.get("GET" if method == "HEAD" else method)
         if found is None:
             request.setHeader("allow", _methods(resource))
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
-        if method != "OPTIONS":
-            _moderator(request).admit(room, _visitor(request))
-        if method != "OPTIONS" and rest != "/events":  # browsers never repeat a stream that was refused
+        _moderator(request).admit(room, _visitor(request))
+        if rest != "/events":  # browsers never repeat a stream that was refused
             self._limit(request, reading=method not in {"POST", "DELETE"})
-        anyone = method == "OPTIONS" or not (rest or lists)
-        return found(ANYONE) if anyone else self._identified(request, room, found)
+        return self._identified(request, room, found) if rest or lists else found(ANYONE)
 
     def _resource(self, request: Request, room: str, match: re.Match[str], query: str) -> dict[str, _Handler]:
         """Return the handlers of what is below a room, by method."""
@@ -321,11 +320,11 @@ class Api(ChatResource):
             raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
         cast(Any, request.channel).counted = True
 
-    def _preflight(self, request: Request, resource: dict[str, _Handler]) -> int:
+    def _preflight(self, request: Request, methods: str) -> int:
         """Answer a preflight request (Fetch, section 3.2.3)."""
-        request.setHeader("allow", _methods(resource))
+        request.setHeader("allow", methods)
         if _header(request, b"origin"):
-            request.setHeader("access-control-allow-methods", _methods(resource))
+            request.setHeader("access-control-allow-methods", methods)
             allowed = "Content-Type, Idempotency-Key, Last-Event-ID"
             request.setHeader(
                 "access-control-allow-headers", allowed if self._tokens is None else f"Authorization, {allowed}"
@@ -558,7 +557,7 @@ def message_id(text: str) -> Id:
 
 
 def _methods(resource: dict[str, _Handler]) -> str:
-    return ", ".join(sorted({*resource, "HEAD"}))
+    return ", ".join(sorted({*resource, "HEAD", "OPTIONS"}))
 
 
 def _idempotency_key(value: str | None) -> str | None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import weakref
 from http import HTTPStatus
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -1679,3 +1680,35 @@ def test_full_transport_of_the_admin_port(house):
     house.pass_time(3 * STALL_SECONDS)
     assert not connection.transport.disconnected
     connection.lose()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        (b"GET", b"/rooms/main/messages", None),
+        (b"GET", b"/rooms/main/messages/zzzz-1", None),
+        (b"POST", b"/rooms/main/messages", b"{}"),
+        (b"OPTIONS", b"/rooms/main/messages", None),
+        (b"PUT", b"/rooms/main/messages", None),
+        (b"GET", b"/rooms/main", None),
+        (b"GET", b"/nowhere", None),
+    ],
+)
+def test_answered_request_is_freed_at_once(house, method, path, body):
+    """No cycle keeps a request, and with it the bytes of its transport, until the garbage collector runs."""
+    made = []
+
+    class Noted(house.site.requestFactory):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    house.site.requestFactory = Noted
+    gc.collect()
+    gc.disable()
+    try:
+        house.ask(method, path, body=body)
+        house.turn()
+        assert [request() for request in made] == [None]
+    finally:
+        gc.enable()
