@@ -377,7 +377,7 @@ class SqliteFile:
         before, self._wal_size = self._wal_size, self._wal.stat().st_size
         if self._wal_size <= WAL_USUAL:
             return
-        self._checkpoint()
+        self.checkpoint()
         self._wal_size = self._wal.stat().st_size
         grown = (
             f"{self._wal} has grown to {self._wal_size >> 20} MiB, because another program reads the store: "
@@ -393,14 +393,14 @@ class SqliteFile:
 
         Returns False if there is more to do, or if another program still reads what is in the log.
         """
-        return self._checkpoint() and self._scrub()
+        return self.checkpoint() and self._scrub()
 
     @property
     def erased(self) -> bool:
         """True if nothing was erased since the whole file was searched for copies."""
         return not self._scrub_left
 
-    def _checkpoint(self) -> bool:
+    def checkpoint(self) -> bool:
         """Empty the write-ahead log; return False if another program still reads what is in it."""
         try:
             self.writer.execute("PRAGMA busy_timeout=0")

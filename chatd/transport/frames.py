@@ -84,7 +84,7 @@ class Form:
         self.schema: dict[str, Any] = orjson.loads(text)
         """The JSON Schema (2020-12)."""
         self.accepts = jsonschema_rs.validator_for(self.schema).is_valid
-        self._explainer = _Explainer(self.schema)
+        self.explainer = _Explainer(self.schema)
 
     def explain(self, document: object) -> str | None:
         """Name the first fault in the order of the schema's properties, unknown keys last, or return None."""
@@ -99,7 +99,7 @@ class Form:
             if name in known
         }
         faults: dict[str | None, str] = {}
-        for error in self._explainer.iter_errors(shallow):
+        for error in self.explainer.iter_errors(shallow):
             keyword, limit = str(error.validator), error.validator_value
             if keyword == "not":
                 faults[None] = _CONFLICT

@@ -305,8 +305,11 @@ class _Channel(HTTPChannel):
         self.site.remove(self)
         self._not_stalled()
         self._leave_place()
-        if self.when_lost is not None:
-            self.when_lost()
+        # No cycle of references remains.
+        self._requestProducer = None
+        when_lost, self.when_lost = self.when_lost, None
+        if when_lost is not None:
+            when_lost()
 
     @override
     def pauseProducing(self) -> None:

@@ -139,6 +139,7 @@ class EventStream:
 
     def _client_left(self) -> None:
         self._open = False
+        self._request.producer = None  # no cycle of references remains
         self.member.detach()
         if self._connections.remove(self, self._code):
             room = self.member.room_name

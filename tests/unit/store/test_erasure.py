@@ -221,13 +221,13 @@ def in_files(path, texts):
 def test_copies_in_unused_space_are_erased(path, moved):
     """No copy of a removed text stays where SQLite has moved the row from, nor returns with later posts."""
     file, removed, kept = moved
-    assert file._checkpoint()
+    assert file.checkpoint()
     assert in_files(path, removed), "SQLite leaves copies: else this test shows nothing"
     assert file.erase()
     assert in_files(path, removed) == set()
     for _ in range(50):
         file.commit([(room, Post("ann", "more" * 50, None, "a")) for room in "abcdefgh"])
-    assert file._checkpoint()
+    assert file.checkpoint()
     assert in_files(path, removed) == set()
     assert in_files(path, kept) == kept
     assert file.writer.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -253,7 +253,7 @@ def test_copies_stay_while_another_program_writes(path, moved, monkeypatch):
     """Pages of the file are old while the write-ahead log holds newer ones: they are searched later."""
     file, removed, _ = moved
     with monkeypatch.context() as other:
-        other.setattr(file, "_checkpoint", lambda: True)
+        other.setattr(file, "checkpoint", lambda: True)
         assert not file.erase()
     assert not file.erased
     assert file.erase()

@@ -1712,3 +1712,17 @@ def test_answered_request_is_freed_at_once(house, method, path, body):
         assert [request() for request in made] == [None]
     finally:
         gc.enable()
+
+
+def test_lost_stream_is_freed_at_once(house):
+    """The connection below a stream lets go of it, as of a request."""
+    stream = house.stream()
+    reader = weakref.ref(next(iter(house.connections.connected)))
+    gc.collect()
+    gc.disable()
+    try:
+        stream.connection.lose()
+        house.turn()
+        assert reader() is None
+    finally:
+        gc.enable()

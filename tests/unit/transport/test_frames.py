@@ -1353,10 +1353,10 @@ def test_event_is_three_lines_for_any_text(entry):
 def test_unknown_keys_cost_no_explanation(monkeypatch):
     """The slow explainer sees the known keys only: a frame of a thousand others took it 5 ms."""
     seen = []
-    explainer = frames.MESSAGE._explainer
+    explainer = frames.MESSAGE.explainer
     monkeypatch.setattr(
         frames.MESSAGE,
-        "_explainer",
+        "explainer",
         SimpleNamespace(iter_errors=lambda document: seen.append(document) or explainer.iter_errors(document)),
     )
     many = {f"k{number}": number for number in range(1000)}
