@@ -1,7 +1,8 @@
 """The interface and the shared parts of all stores.
 
 A store keeps the logs of all rooms.  `chatd.room.log.Log` is the part of it that a room needs.  This module adds the
-rest: opening and closing, the epoch, the time, how much is retained, and what an operator needs to moderate.
+rest: opening and closing, the epoch, the time, how much is retained, what an operator needs to moderate, and the
+cursors of webhooks.
 """
 
 import datetime as dt
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
+from chatd.room.cursors import CursorStore
 from chatd.room.log import MAIN, Follower, Forbidden, LabelReused, Log, NotReplaceable, Poster, UnknownId
 from chatd.room.moderation import ModerationStore, Sanction, Sanctions
 from chatd.room.presence import Lobby
@@ -61,7 +63,7 @@ class Retention(NamedTuple):
         raise ValueError(f"{text!r} is neither a number of messages (5000) nor of days (30d) nor all")
 
 
-class Store(Log, ModerationStore):
+class Store(Log, ModerationStore, CursorStore):
     """A log that is opened before the first client and closed after the last.
 
     Stores derive from this class and call `__init__`.  They notify `_followers`, and they

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
+from chatd.room.cursors import HELD, Behind
 from chatd.room.log import LogUnavailable, Page, Poster
 from chatd.room.moderation import RoomSummary, Sanction, every_room
 from chatd.store.base import (
@@ -136,6 +137,8 @@ class MemoryStore(Store):
         """The highest number in any room that was forgotten; every new room continues after it."""
         self._aged = 0
         """The number of messages removed because of their age, and not logged yet."""
+        self._cursors: dict[str, dict[str, int]] = {}
+        """The cursors of each reader outside, by room."""
 
     @override
     def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
@@ -230,6 +233,36 @@ class MemoryStore(Store):
                 notify(follower.trimmed, room, log.first)
         return succeed(removed)
 
+    # Cursors of readers outside, of which only this process has any
+
+    @override
+    def claim(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
+        self._cursors.setdefault(reader, {name: log.head for name, log in self._rooms.items()})
+        return succeed(HELD)
+
+    @override
+    def renew(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
+        return succeed(HELD)
+
+    @override
+    def release(self, reader: str, word: str) -> "Deferred[None]":
+        return succeed(None)
+
+    @override
+    def advance(self, reader: str, word: str, cursors: Mapping[str, int]) -> "Deferred[bool]":
+        self._cursors[reader].update(cursors)
+        return succeed(HELD)
+
+    @override
+    def cursor(self, reader: str, room: str) -> "Deferred[int]":
+        return succeed(self._cursors[reader].get(room, 0))
+
+    @override
+    def behind(self, reader: str, place: str) -> "Deferred[tuple[Sequence[Behind], str]]":
+        cursors = self._cursors[reader]
+        rooms = [Behind(name, cursors.get(name, 0), log.head) for name, log in self._rooms.items()]
+        return succeed(([room for room in rooms if room.head > room.cursor], ""))
+
     # Ending
 
     @override
@@ -261,6 +294,8 @@ class MemoryStore(Store):
         self._forgotten = max(self._forgotten, *(log.head for log in empty.values()))
         for name in empty:
             del self._rooms[name]
+            for cursors in self._cursors.values():
+                cursors.pop(name, None)
         for follower in self._followers:
             notify(follower.interrupted)
 

@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Post
+from chatd.room.cursors import HELD, Behind
 from chatd.room.log import MAIN, InDoubt, LogUnavailable, Page, Poster
 from chatd.room.moderation import RoomSummary, Sanction, every_room
 from chatd.store.base import Retention, Store, answer_retry, notify
@@ -348,6 +349,34 @@ class SqliteStore(Store):
         failure.trap(sqlite3.Error, LogUnavailable)
         self._unwritable(failure)
         return Failure(LogUnavailable(str(failure.value)))
+
+    # Cursors of readers outside, of which only this process has any, because it locks the file
+
+    @override
+    def claim(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
+        claimed = self._writer.do(lambda: self.file.claim(reader))
+        return claimed.addCallbacks(lambda _: HELD, self._not_moderated)
+
+    @override
+    def renew(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
+        return succeed(HELD)
+
+    @override
+    def release(self, reader: str, word: str) -> "Deferred[None]":
+        return succeed(None)
+
+    @override
+    def advance(self, reader: str, word: str, cursors: Mapping[str, int]) -> "Deferred[bool]":
+        advanced = self._writer.do(lambda: self.file.advance(reader, cursors))
+        return advanced.addCallbacks(lambda _: HELD, self._not_moderated)
+
+    @override
+    def cursor(self, reader: str, room: str) -> "Deferred[int]":
+        return self._reader.do(lambda: self.file.cursor(reader, room)).addErrback(self._unreadable)
+
+    @override
+    def behind(self, reader: str, place: str) -> "Deferred[tuple[Sequence[Behind], str]]":
+        return self._reader.do(lambda: self.file.behind(reader, place)).addErrback(self._unreadable)
 
     # Faults
 

@@ -27,6 +27,7 @@ from typing import Final, NamedTuple
 from twisted.logger import Logger
 
 from chatd.messages import Entry, Id, Post
+from chatd.room.cursors import Behind
 from chatd.room.log import Forbidden, InDoubt, LogUnavailable, NotReplaceable, Page, UnknownId
 from chatd.room.moderation import RoomSummary, Sanction
 from chatd.store.base import (
@@ -61,6 +62,8 @@ CLEAR_ROWS: Final = 10_000
 """The most messages that one transaction removes from a room; posts wait for it."""
 PROBE_BYTES: Final = 1 << 20
 """The bytes that a disk has free after it was full, before it counts as writable."""
+SCANNED_ROOMS: Final = 1000
+"""The most rooms that one look for rooms with undelivered messages reads."""
 WAL_ROWS: Final = 4096
 """The number of messages after which the size of the write-ahead log is looked at."""
 WAL_USUAL: Final = 64 << 20
@@ -128,6 +131,20 @@ CREATE TABLE IF NOT EXISTS sanctions (
     id TEXT PRIMARY KEY,
     sanction TEXT NOT NULL          -- the fields as a JSON object
 )
+"""
+_READERS: Final = """
+CREATE TABLE IF NOT EXISTS readers (
+    name TEXT PRIMARY KEY,          -- a program outside that gets every room, such as a webhook
+    epoch TEXT NOT NULL             -- the epoch of its cursors
+) WITHOUT ROWID
+"""
+_CURSORS: Final = """
+CREATE TABLE IF NOT EXISTS cursors (
+    reader TEXT NOT NULL,
+    room TEXT NOT NULL,
+    number INTEGER NOT NULL,        -- the number of the last message delivered
+    PRIMARY KEY (reader, room)
+) WITHOUT ROWID
 """
 
 _logger = Logger()
@@ -706,6 +723,52 @@ class SqliteFile:
                     sampled, size = db.execute(sample, (name, SAMPLE)).fetchone()
                     found.append(RoomSummary(name, first, head, estimate(size, sampled, head - first + 1), stamped))
         return found, scanned[-1][0] if len(scanned) == SCAN_ROOMS else None
+
+    # Cursors of readers outside
+
+    def claim(self, reader: str) -> None:
+        """Note a reader: a new one has all messages so far, and one of another epoch has none."""
+        self.check_files()
+        db = self.writer
+        db.execute(_READERS)
+        db.execute(_CURSORS)
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            known = db.execute("SELECT epoch FROM readers WHERE name = ?", (reader,)).fetchone()
+            if known is None:
+                db.execute("INSERT INTO cursors SELECT ?, name, head FROM rooms", (reader,))
+            elif known[0] != self.epoch:
+                db.execute("DELETE FROM cursors WHERE reader = ?", (reader,))
+            db.execute("INSERT OR REPLACE INTO readers VALUES (?, ?)", (reader, self.epoch))
+
+    def advance(self, reader: str, cursors: Mapping[str, int]) -> None:
+        """Move cursors.  The disk is not synced: after a power failure, some messages are delivered again."""
+        self.check_files()
+        db = self.writer
+        db.execute("PRAGMA synchronous=NORMAL")
+        try:
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                rows = [(reader, room, number) for room, number in cursors.items()]
+                db.executemany("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?)", rows)
+        finally:
+            db.execute("PRAGMA synchronous=FULL")
+
+    def cursor(self, reader: str, room: str) -> int:
+        """Return the number of the last message of a room that was delivered; 0 without one."""
+        query = "SELECT number FROM cursors WHERE reader = ? AND room = ?"
+        row = self.reader.execute(query, (reader, room)).fetchone()
+        return int(row[0]) if row else 0
+
+    def behind(self, reader: str, place: str) -> tuple[Sequence[Behind], str]:
+        """Look for rooms with undelivered messages after a name; return them and the next name, "" at the end."""
+        query = (
+            "SELECT name, ifnull(number, 0), head FROM rooms LEFT JOIN cursors ON reader = ? AND room = name"
+            " WHERE name > ? ORDER BY name LIMIT ?"
+        )
+        rows = self.reader.execute(query, (reader, place, SCANNED_ROOMS)).fetchall()
+        found = [Behind(*row) for row in rows if row[2] > row[1]]
+        return found, rows[-1][0] if len(rows) == SCANNED_ROOMS else ""
 
     # Reading
 

@@ -16,6 +16,7 @@ from support.helpers import NEW_YEAR, REPEATABLE, ManualTime, RecordingFollower,
 from twisted.logger import capturedLogs, formatEvent
 
 from chatd.messages import REMOVED, Entry, Id, Post
+from chatd.room.cursors import Behind
 from chatd.room.log import Forbidden, InDoubt, LabelReused, NotReplaceable, Page, UnknownId
 from chatd.room.moderation import RoomSummary, Sanction, SanctionKind, Visitor
 from chatd.store.base import DAY, JUMP_SECONDS, STEADY_SECONDS, LogClock, Retention, instant, timestamp
@@ -107,6 +108,24 @@ class Bench:
         sanction = Sanction.parse({"kind": kind, **document}, word, self.now())
         self.wait(self.store.sanction(sanction))
         return sanction
+
+    def claim(self, word="w1", reader="app"):
+        """Claim a reader outside for a minute."""
+        return self.wait(self.store.claim(reader, word, 60))
+
+    def advance(self, word="w1", **cursors):
+        return self.wait(self.store.advance("app", word, cursors))
+
+    def cursor(self, room):
+        return self.wait(self.store.cursor("app", room))
+
+    def behind(self, reader="app"):
+        """Return all rooms that a reader lacks entries of, in the order of their names."""
+        found, place = self.wait(self.store.behind(reader, ""))
+        while place:
+            more, place = self.wait(self.store.behind(reader, place))
+            found = [*found, *more]
+        return sorted(found)
 
     def new_events(self):
         """Return the follower's events since the last call."""
@@ -868,6 +887,52 @@ class StoreContract:
         """For any sequence of labelled posts, outcomes equal those of the Model below."""
         self.check_labels(make, self.label_steps)
 
+    # Cursors of readers outside
+
+    def test_new_reader_begins_at_the_heads(self, bench):
+        """A reader gets what is appended after its first claim, in old and new rooms."""
+        log = bench(seed=SEED)
+        log.post("tea", "a")
+        assert log.claim()
+        assert log.behind() == []
+        assert log.cursor("main") == 2
+        log.post("tea", "b")
+        log.post("new", "c", "d")
+        assert log.behind() == [Behind("new", 0, 2), Behind("tea", 1, 2)]
+        assert log.cursor("new") == 0
+
+    def test_cursors_advance(self, bench):
+        """A room whose cursor is at its head has nothing for the reader."""
+        log = bench()
+        log.claim()
+        log.post("main", "a", "b")
+        log.post("tea", "c")
+        assert log.advance(main=1, tea=1)
+        assert (log.cursor("main"), log.cursor("tea")) == (1, 1)
+        assert log.behind() == [Behind("main", 1, 2)]
+        assert log.wait(log.store.renew("app", "w1", 60))
+        assert log.advance(main=2)
+        assert log.behind() == []
+
+    def test_readers_have_cursors_of_their_own(self, bench):
+        log = bench()
+        log.claim()
+        log.post("main", "a")
+        log.claim("w1", "other")
+        assert log.behind() == [Behind("main", 0, 1)]
+        assert log.behind("other") == []
+        log.wait(log.store.release("app", "w1"))
+        assert log.claim("w2")
+        assert log.behind() == [Behind("main", 0, 1)]
+
+    def test_cleared_room_is_behind(self, bench):
+        """What was removed before its delivery leaves the reader behind."""
+        log = bench()
+        log.claim()
+        log.post("main", "a", "b")
+        log.wait(log.store.clear_room("main"))
+        assert log.behind() == [Behind("main", 0, 2)]
+
     # Moderation
 
     def test_sanctions_are_added_and_lifted(self, bench):
@@ -1258,6 +1323,19 @@ class DurableStoreContract(StoreContract):
         assert sorted(log.store.sanctions) == [given[0], given[2]]
         visitor = Visitor("ann2", None, None)
         assert log.store.sanctions.find(SanctionKind.BAN, "main", visitor, log.now()) == given[2]
+
+    def test_cursors_outlive_the_process(self, bench, again):
+        """A reader goes on where it was, and does not begin at the heads once more."""
+        log = bench()
+        log.claim()
+        log.post("main", "a", "b")
+        log.post("tea", "c")
+        log.advance(main=1)
+        log.wait(log.store.release("app", "w1"))
+        log.reopen(again)
+        log.post("main", "d")
+        assert log.claim("w2")
+        assert log.behind() == [Behind("main", 1, 3), Behind("tea", 0, 1)]
 
     def test_cleared_room_stays_cleared(self, bench, again):
         log = bench()

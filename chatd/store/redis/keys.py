@@ -33,6 +33,16 @@ def copy_key(epoch: str, room: str) -> str:
     return f"{{chatd}}:copy:{epoch}:{room}"
 
 
+def lease_key(reader: str) -> str:
+    """Return the key that names the claim on a reader outside, such as a webhook."""
+    return f"{{chatd}}:lease:{reader}"
+
+
+def cursors_key(reader: str) -> str:
+    """Return the key of the cursors of a reader outside."""
+    return f"{{chatd}}:cursors:{reader}"
+
+
 def label_key(room: str, username: str, label: str) -> str:
     """Return the key that remembers a label."""
     return f"{{chatd}}:label:{digest(room, username, label)}"

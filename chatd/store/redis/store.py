@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from chatd.histogram import SECONDS, Histogram
 from chatd.messages import Entry, Id, Post
+from chatd.room.cursors import Behind
 from chatd.room.log import Forbidden, InDoubt, LogUnavailable, NotReplaceable, Page, Poster, Refusal, UnknownId
 from chatd.room.moderation import RoomSummary, Sanction, every_room
 from chatd.store.base import (
@@ -42,9 +43,11 @@ from chatd.store.redis.keys import (
     LOG,
     MICROSECONDS,
     copy_key,
+    cursors_key,
     digest,
     fields_of,
     label_key,
+    lease_key,
     message_of,
     number_of,
     room_key,
@@ -75,11 +78,13 @@ REASONS: Final = Forbidden, UnknownId, NotReplaceable
 """The reasons for which the script `append` does not replace a message."""
 SCANNED: Final = 1000
 """About how many names of rooms one request reads."""
+NEW_READER: Final = 2
+"""The answer of the script `claim` about a reader that has no cursors yet."""
 SUMMARIES: Final = 20
 """The most rooms that one script summarizes."""
 
-APPEND, PAGE, TRIM, ERASE, SANCTION, CLEAR, SUMMARIZE = SCRIPTS = tuple(
-    Script(name) for name in ("append", "page", "trim", "erase", "sanction", "clear", "rooms")
+APPEND, PAGE, TRIM, ERASE, SANCTION, CLEAR, SUMMARIZE, CLAIM, ADVANCE = SCRIPTS = tuple(
+    Script(name) for name in ("append", "page", "trim", "erase", "sanction", "clear", "rooms", "claim", "advance")
 )
 
 _logger = Logger()
@@ -457,6 +462,79 @@ class RedisStore(Store):
             if len(found) >= limit:
                 break
         return found[:limit]
+
+    # Cursors of readers outside
+
+    @override
+    def claim(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
+        return self._using(lambda connection: self._claim(connection, reader, word, seconds))
+
+    @inlineCallbacks
+    def _claim(
+        self, connection: RedisConnection, reader: str, word: str, seconds: float
+    ) -> Generator["Deferred[Any]", Any, bool]:
+        keys, epoch = [*KEYS, lease_key(reader), cursors_key(reader)], self.epoch
+        found = yield connection.run(CLAIM, keys, epoch, word, round(seconds * 1000), "")
+        if found != NEW_READER:
+            return bool(found)
+        cursor = b""
+        held = 1
+        while cursor != b"0" and held:
+            cursor, heads = yield connection.ask("HSCAN", HEADS, cursor or b"0", "COUNT", SCANNED)
+            held = yield connection.run(ADVANCE, [*KEYS, cursors_key(reader)], epoch, word, *heads)
+        if held:
+            held = yield connection.run(ADVANCE, [*KEYS, cursors_key(reader)], epoch, word, "#epoch", epoch)
+        return bool(held)
+
+    @override
+    def renew(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
+        keys, lasting = [*KEYS, lease_key(reader), cursors_key(reader)], round(seconds * 1000)
+        return self._using(lambda connection: connection.run(CLAIM, keys, self.epoch, word, lasting, "1")).addCallback(
+            bool
+        )
+
+    @override
+    def release(self, reader: str, word: str) -> "Deferred[None]":
+        keys = [*KEYS, lease_key(reader), cursors_key(reader)]
+        return self._using(lambda connection: connection.run(CLAIM, keys, self.epoch, word, 0, "")).addCallback(
+            lambda _: None
+        )
+
+    @override
+    def advance(self, reader: str, word: str, cursors: Mapping[str, int]) -> "Deferred[bool]":
+        pairs = [part for pair in cursors.items() for part in pair]
+        keys = [*KEYS, cursors_key(reader)]
+        return self._using(lambda connection: connection.run(ADVANCE, keys, self.epoch, word, *pairs)).addCallback(bool)
+
+    @override
+    def cursor(self, reader: str, room: str) -> "Deferred[int]":
+        read = self._using(lambda connection: connection.ask("HGET", cursors_key(reader), room))
+        return read.addCallback(lambda number: int(number or 0))
+
+    @override
+    def behind(self, reader: str, place: str) -> "Deferred[tuple[Sequence[Behind], str]]":
+        return self._using(lambda connection: self._behind(connection, reader, place))
+
+    @inlineCallbacks
+    def _behind(
+        self, connection: RedisConnection, reader: str, place: str
+    ) -> Generator["Deferred[Any]", Any, tuple[Sequence[Behind], str]]:
+        place_after, flat = yield connection.ask("HSCAN", HEADS, place or "0", "COUNT", SCANNED)
+        rooms, heads = flat[::2], flat[1::2]
+        cursors = (yield connection.ask("HMGET", cursors_key(reader), *rooms)) if rooms else ()
+        found = [
+            Behind(room.decode(), int(cursor or 0), int(head))
+            for room, cursor, head in zip(rooms, cursors, heads, strict=True)
+        ]
+        next_place = "" if place_after == b"0" else place_after.decode()
+        return [room for room in found if room.head > room.cursor], next_place
+
+    def _using(self, ask: "Callable[[RedisConnection], Deferred[_T]]") -> "Deferred[_T]":
+        """Ask over the connection of this session; fail with LogUnavailable."""
+        connection = self._session.connection
+        if connection is None:
+            return fail(LogUnavailable(self.fault))
+        return ask(connection).addErrback(self._unreadable)
 
     # Reading
 

@@ -6,6 +6,7 @@ from support.helpers import ManualTime, RecordingPoster, result_of
 from support.store_contract import SEED, ClockContract, EditContract, GuardContract
 
 from chatd.messages import Post
+from chatd.room.cursors import Behind
 from chatd.room.log import Page
 from chatd.store import memory
 from chatd.store.base import DAY, Retention
@@ -157,6 +158,18 @@ class TestMemoryStore(ClockContract, EditContract, GuardContract):
         log.now.advance(DAY + 1)
         log.trim()
         assert log.post("a", "again") == [6]
+
+    def test_forgotten_room_has_no_cursor(self, bench, monkeypatch):
+        """A room of the same name begins again, and its numbers go on."""
+        monkeypatch.setattr(memory, "MAX_ROOMS", 1)
+        log = bench()
+        log.claim()
+        log.post("a", "1", "2")
+        log.advance(a=2)
+        self.wait(log.store.clear_room("a"))
+        log.post("b", "3")
+        assert log.cursor("a") == 0
+        assert log.behind() == [Behind("b", 0, 3)]
 
     def test_bound_of_rooms(self):
         assert memory.MAX_ROOMS == 10_000

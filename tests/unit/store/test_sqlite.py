@@ -2077,3 +2077,75 @@ def test_file_without_sanctions_gets_their_table(opened, path):
     result_of(store.sanction(ban("ann")))
     assert run_sql(path, "SELECT id FROM sanctions") == [("ann",)]
     assert run_sql(path, "SELECT written, readable_since FROM log") == before
+
+
+# Cursors of readers outside
+
+
+def cursors(store, *, reader="app"):
+    """Return the rooms that a reader lacks entries of, as (room, cursor, head)."""
+    found, place = result_of(store.behind(reader, ""))
+    while place:
+        more, place = result_of(store.behind(reader, place))
+        found = [*found, *more]
+    return [tuple(room) for room in found]
+
+
+def test_new_epoch_takes_the_cursors(opened, path):
+    """After a restored backup the numbers stand for other messages, so a reader begins at the start of every room."""
+    store = opened()
+    result_of(store.claim("app", "w", 1))
+    post(store, "a", "b")
+    result_of(store.advance("app", "w", {"main": 2}))
+    assert result_of(store.cursor("app", "main")) == 2
+    result_of(store.close())
+    run_sql(path, "UPDATE log SET epoch = 'newone'")
+    again = opened()
+    result_of(again.claim("app", "w", 1))
+    assert cursors(again) == [("main", 0, 2)]
+
+
+def test_rooms_behind_are_read_in_pieces(opened, monkeypatch):
+    monkeypatch.setattr(sqlite_file, "SCANNED_ROOMS", 10)
+    store = opened()
+    result_of(store.claim("app", "w", 1))
+    for number in range(20):
+        post(store, "a", room=f"r{number:02}")
+    assert len(result_of(store.behind("app", ""))[0]) == 10
+    assert cursors(store) == [(f"r{number:02}", 0, 1) for number in range(20)]
+
+
+def test_store_without_readers_has_no_table_for_them(opened, path):
+    post(opened(), "a")
+    assert run_sql(path, "SELECT name FROM sqlite_schema WHERE name IN ('readers', 'cursors')") == []
+
+
+def test_cursors_do_not_sync_the_disk(opened):
+    """A post after a cursor is synced as before."""
+    store = opened()
+    result_of(store.claim("app", "w", 1))
+    (full,) = store.file.writer.execute("PRAGMA synchronous").fetchone()
+    seen = []
+    store.file.writer.set_trace_callback(seen.append)
+    result_of(store.advance("app", "w", {"main": 0}))
+    store.file.writer.set_trace_callback(None)
+    assert seen[0] == "PRAGMA synchronous=NORMAL"
+    assert store.file.writer.execute("PRAGMA synchronous").fetchone() == (full,) == (2,)
+
+
+def test_faults_of_cursors(opened, path):
+    """An error of SQLite is a fault of the log like every other one, and nothing moves."""
+    store = opened()
+    result_of(store.claim("app", "w", 1))
+    post(store, "a")
+    run_sql(path, "CREATE TRIGGER no_cursor BEFORE INSERT ON cursors BEGIN SELECT RAISE(ABORT, 'no'); END")
+    run_sql(path, "CREATE TRIGGER no_reader BEFORE INSERT ON readers BEGIN SELECT RAISE(ABORT, 'no'); END")
+    for failing in (store.claim("new", "w", 1), store.advance("app", "w", {"main": 1})):
+        with pytest.raises(LogUnavailable, match="no"):
+            result_of(failing)
+    assert store.file.writer.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert cursors(store) == [("main", 0, 1)]
+    run_sql(path, "DROP TABLE cursors")
+    for failing in (store.cursor("app", "main"), store.behind("app", "")):
+        with pytest.raises(LogUnavailable, match="no such table"):
+            result_of(failing)

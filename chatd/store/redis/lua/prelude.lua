@@ -11,6 +11,9 @@
 --                   announces the newest removal
 -- {chatd}:feed      stream: the changes of all rooms, in one order, with ids SEQ-MICROSECONDS
 -- {chatd}:sanctions hash: the JSON of each sanction, by its id
+-- {chatd}:lease:READER string: the word of the node that reads for a reader outside, such as a webhook; it expires
+-- {chatd}:cursors:READER hash: the number of the last message delivered to that reader, by room; `#epoch`, the epoch of
+--                   these numbers; and `#word`, the word of the newest lease.  No room has such a name.
 -- {chatd}:label:SHA string: the number of the message that has this label, and the digest of its text
 --
 -- Each id contains the time, so that a lost entry differs from the one that reuses its number.
