@@ -29,6 +29,8 @@ from chatd.transport.admission import ANY_ORIGIN, origin_pattern, room_pattern
 from chatd.transport.frames import FrameError
 from chatd.transport.jwks import KeyFile, check_url
 from chatd.transport.keyring import read_jwks, read_key
+from chatd.webhooks.sender import WebhookAddress
+from chatd.webhooks.signature import read_secrets
 
 _T = TypeVar("_T")
 HELP: Final = "`twistd chatd --help` explains every option"
@@ -138,6 +140,14 @@ def parse_cookie(text: str) -> str:
     return text
 
 
+def parse_webhook_key(text: str) -> Path | None:
+    """Check the file with the keys for webhooks, and return its path."""
+    path = _path(text)
+    if path is not None:
+        read_secrets(path)
+    return path
+
+
 def parse_log_format(text: str) -> str:
     """Check the name of a log format, and return it."""
     if text not in LOG_FORMATS:
@@ -190,6 +200,9 @@ class Settings(NamedTuple):
     jwt_username: str
     """The name of a claim."""
     jwt_cookie: str
+    webhook: tuple[WebhookAddress, ...]
+    webhook_key: Path | None
+    """A file with the secrets that sign."""
     ping: int
     """Seconds."""
     drain: int
@@ -421,6 +434,23 @@ OPTIONS: Final = (
         shown="none",
     ),
     Option(
+        name="webhook",
+        metavar="URL",
+        default="",
+        help="post the messages of all rooms to an application at an `https:` or `http:` URL; requires `--webhook-key`",
+        parse=WebhookAddress.parse,
+        repeated=True,
+        shown="none",
+    ),
+    Option(
+        name="webhook-key",
+        metavar="FILE",
+        default="",
+        help="sign what is posted to webhooks with the keys in a file, one `whsec_…` a line",
+        parse=parse_webhook_key,
+        shown="none",
+    ),
+    Option(
         name="ping",
         metavar="SECONDS",
         default="25",
@@ -562,6 +592,7 @@ class Configuration:
         if not settings.listen:
             raise ConfigError("--listen: give at least one server endpoint such as tcp:8085")
         _check_tokens(settings)
+        _check_webhooks(settings)
         if settings.store_password_file is None:
             self.each("store", lambda url: parse_store(url, password_elsewhere=False))
         return settings
@@ -583,6 +614,16 @@ def _check_tokens(settings: Settings) -> None:
     for name in ("jwt_audience", "jwt_issuer", "jwt_cookie"):
         if getattr(settings, name):
             raise ConfigError(f"--{name.replace('_', '-')}: there are no tokens without --jwt-key or --jwks")
+
+
+def _check_webhooks(settings: Settings) -> None:
+    """Raise ConfigError for options about webhooks that contradict each other."""
+    if settings.webhook and settings.webhook_key is None:
+        raise ConfigError("--webhook: name the file with the keys that sign with --webhook-key")
+    if settings.webhook_key is not None and not settings.webhook:
+        raise ConfigError("--webhook-key: there are no webhooks without --webhook")
+    if len({address.reader for address in settings.webhook}) < len(settings.webhook):
+        raise ConfigError("--webhook: a URL is given twice, with two passwords: give it once")
 
 
 def read_file(path: Path, source: str) -> dict[str, Given]:

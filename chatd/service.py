@@ -2,13 +2,14 @@
 
 Start: the store opens, then the ports.  A step that fails ends the process with one line, before any client connects.
 If twistd gives up root in between, the ports open first, and nothing is accepted until the store is open.
-Stop: the server drains its clients (see `chatd.operate.drain`), and then the store closes.  A drain can also be
+Stop: the server drains its clients (see `chatd.operate.drain`), ends its deliveries to webhooks in the time that the
+drain has left, and then the store closes.  A drain can also be
 requested without a stop.  The process then stays, unready, until a signal ends it.
 """
 
 import signal
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -75,8 +76,18 @@ class Readiness:
         return True, f"degraded: {fault}" if fault else "ready"
 
 
+class Deliveries(Protocol):
+    """What sends messages to other programs while the store is open."""
+
+    def start(self) -> None:
+        """Begin."""
+
+    def stop(self, seconds: float) -> "Deferred[Any]":
+        """End within some seconds; fire when that is done."""
+
+
 class ChatService(Service):
-    """Starts and stops the store, the ports and the clients, in order.
+    """Starts and stops the store, the ports, the clients and the webhooks, in order.
 
     `listen` and `admin` are endpoints by the text that names them, for the messages.  `process` ends if the start
     fails.  `observer` gets the log instead of twistd's own; None leaves that to twistd.  `each_second` are functions to
@@ -103,6 +114,7 @@ class ChatService(Service):
         observer: ILogObserver | None,
         notify: Notifier,
         each_second: Sequence[Callable[[], object]] = (),
+        webhooks: Deliveries | None = None,
     ) -> None:
         self._store = store
         self._seed = seed
@@ -124,6 +136,7 @@ class ChatService(Service):
         self._process = process
         self._observer = observer
         self._notify = notify
+        self._webhooks = webhooks
         self._loops: list[tuple[LoopingCall, float]] = [
             *((LoopingCall(look), LOOK_SECONDS) for look in (connections.check_deadlines, *each_second)),
             (LoopingCall(lateness.look), limits.LOOK_SECONDS),
@@ -176,6 +189,7 @@ class ChatService(Service):
             loop.clock = self._clock
             self._repeat(loop, interval)
         if self._stored:
+            self._start_webhooks()
             self._check_ready()
         else:
             opened.addCallback(self._opened)
@@ -185,12 +199,17 @@ class ChatService(Service):
         self._stored = True
         if self._readiness.why_not != "starting":
             return
+        self._start_webhooks()
         if self._process.sheds_privileges:
             for port in self._ports:
                 port.startReading()
             self._check_ready()
         else:
             self._listen(self._ports_to_open)
+
+    def _start_webhooks(self) -> None:
+        if self._webhooks is not None:
+            self._webhooks.start()
 
     def _listen(self, to_open: Sequence[tuple[str, IStreamServerEndpoint, IProtocolFactory, list[Any]]]) -> list[str]:
         """Open ports, and return a line for each that cannot be opened."""
@@ -286,7 +305,10 @@ class ChatService(Service):
         super().stopService()
         _logger.info("stopping")
         self._notify(STOPPING="1", STATUS="stopping")
+        over = self._clock.seconds() + self._drain.budget
         yield self.drain()
+        if self._webhooks is not None:
+            yield self._webhooks.stop(max(0.0, over - self._clock.seconds()))
         for loop, _ in self._loops:
             loop.stop()
         yield self._store.close()

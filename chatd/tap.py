@@ -48,6 +48,10 @@ from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
 from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
+from chatd.webhooks.delivery import PARALLEL, Webhook
+from chatd.webhooks.fanout import Fanout
+from chatd.webhooks.sender import Sender
+from chatd.webhooks.signature import SigningKeys
 
 GARBAGE: Final = 50_000
 """Number of new objects that start a garbage collection.  Python's default of 700 suits smaller programs."""
@@ -135,6 +139,22 @@ def _tokens(settings: config.Settings, reactor: Any) -> Tokens | None:
     )
 
 
+def _fanout(settings: config.Settings, store: Store, reactor: Any) -> Fanout | None:
+    """Make what posts to webhooks, if the options ask for it."""
+    if settings.webhook_key is None:
+        return None
+    keys = SigningKeys(settings.webhook_key.absolute())
+    webhooks: dict[str, Webhook] = {}
+    for address in settings.webhook:
+        number = sum(other.origin == address.origin for other in settings.webhook[: settings.webhook.index(address)])
+        name = f"{address.origin} {number + 1}" if number else address.origin
+        sender = Sender(reactor, address, keys, time.time, PARALLEL)
+        webhooks[name] = Webhook(name, address.reader, sender, log=store, cursors=store, clock=reactor, now=time.time)
+    fanout = Fanout([*webhooks.values()], keys)
+    store.follow(fanout)
+    return fanout
+
+
 def makeService(options: Options) -> IService:
     """Compose the server."""
     reactor = _reactor()
@@ -163,6 +183,7 @@ def makeService(options: Options) -> IService:
     operating = ModerationApi(store, rooms, time.time, new_epoch, listing=RoomList(store, rooms), exports=exports)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
     refused_operators: Counter[str] = Counter()
+    fanout = _fanout(settings, store, reactor)
     metrics = Metrics(
         store=store,
         rooms=rooms,
@@ -177,6 +198,7 @@ def makeService(options: Options) -> IService:
         limits=limits,
         sanctioned=moderator.refusals,
         clock=reactor,
+        webhooks=() if fanout is None else fanout,
     )
     twistd = {} if options.parent is None else options.parent
     process = ServerProcess(twistd, reactor)
@@ -208,11 +230,13 @@ def makeService(options: Options) -> IService:
         observer=observer,
         notify=Notifier(options.environ),
         each_second=[] if tokens is None else [tokens.keys.look],
+        webhooks=fanout,
     )
     for line in check.exposures(settings):
         _logger.warn("{exposure}", exposure=line)
     process.daemonize()
-    _heed_upkeep(reactor, observer, options.ports, [admin_token, *([] if tokens is None else [tokens.keys])])
+    secrets = (admin_token, None if tokens is None else tokens.keys, fanout)
+    _heed_upkeep(reactor, observer, options.ports, [secret for secret in secrets if secret is not None])
     reactor.callWhenRunning(_heed_signals, reactor, service)
     return service
 
@@ -246,7 +270,10 @@ def _admin_token(settings: config.Settings) -> AdminToken:
 
 
 def _heed_upkeep(
-    reactor: Any, observer: logging.LineObserver | None, ports: Ports, secrets: Sequence[AdminToken | KeySource]
+    reactor: Any,
+    observer: logging.LineObserver | None,
+    ports: Ports,
+    secrets: Sequence[AdminToken | KeySource | Fanout],
 ) -> None:
     """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
 

@@ -21,6 +21,7 @@ from chatd.store.memory import KEEP
 from chatd.store.sqlite_file import FORMAT
 from chatd.transport.admission import OWN_DOMAINS, room_pattern
 from chatd.transport.frames import history_frame, message_frame
+from chatd.transport.jwks import is_loopback
 
 NOTHING: Final = "nothing to worry about"
 """The output of a check without findings."""
@@ -394,6 +395,23 @@ def _admin(settings: Settings, machine: Machine) -> Iterator[str]:
             )
 
 
+def _webhooks(settings: Settings, machine: Machine) -> Iterator[str]:
+    key = settings.webhook_key
+    if key is not None and machine.world_readable(key):
+        yield (
+            f"--webhook-key {key}: every user of this machine can read the keys: chmod o= {key}, and replace the keys"
+        )
+    for address in settings.webhook:
+        host = urlsplit(address.origin).hostname or ""
+        if address.authorization is not None and f"@{host}" in machine.command_line().lower():
+            yield (
+                f"--webhook {address.origin}: every user of this machine can see the password in the command line "
+                "(ps): put the URL into the environment, as CHATD_WEBHOOK"
+            )
+        if address.origin.startswith("http:") and not is_loopback(host):
+            yield f"--webhook {address.origin}: the network can read the messages: use https"
+
+
 def _rate(settings: Settings, _: Machine) -> Iterator[str]:
     if not settings.rate[0] and any(Endpoint(text).public for text in settings.listen):
         yield "--rate 0: a single client can keep the server and its disk busy: set a rate, such as 20:40"
@@ -417,7 +435,7 @@ def _endpoints(settings: Settings) -> list[tuple[str, str, Endpoint]]:
 
 RULES: Final[tuple[Callable[[Settings, Machine], Iterator[str]], ...]] = (
     *(_ports, _keys, _secret, _admin, _proxy, _store, _config, _redis),
-    *(_history, _rooms, _origins, _rate, _ping, _stop, _files),
+    *(_history, _rooms, _origins, _webhooks, _rate, _ping, _stop, _files),
 )
 
 

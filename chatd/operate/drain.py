@@ -73,7 +73,8 @@ class Drain:
         self._connections = connections
         self._log = log
         self._requests = requests
-        self._budget = budget
+        self.budget = budget
+        """The longest duration of the drain in seconds."""
         self._clock = clock
         self._immediate: float | None = None
         """The time at which the drain became immediate."""
@@ -94,10 +95,10 @@ class Drain:
         """
         connections, clock = self._connections, self._clock
         begin = clock.seconds()
-        over = clock.callLater(self._budget, self._abort)
-        self._end = begin + self._budget - min(ANSWER_SECONDS, self._budget / 4)
-        self._limit = begin + self._budget - min(LATE_SECONDS, self._budget / 8)
-        grace = begin + min(GRACE_SECONDS, self._budget / 4)
+        over = clock.callLater(self.budget, self._abort)
+        self._end = begin + self.budget - min(ANSWER_SECONDS, self.budget / 4)
+        self._limit = begin + self.budget - min(LATE_SECONDS, self.budget / 8)
+        grace = begin + min(GRACE_SECONDS, self.budget / 4)
         while (expecting or connections.connected) and self._immediate is None and clock.seconds() < grace:
             yield deferLater(clock, TICK_SECONDS)
         yield close_ports()

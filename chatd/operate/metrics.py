@@ -13,7 +13,7 @@ import platform
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,7 @@ from chatd.store.base import Store
 from chatd.transport.connections import CARRIERS, Connections
 from chatd.transport.framing import CloseCode
 from chatd.transport.limits import Limits
+from chatd.webhooks.delivery import OUTCOMES, Webhook
 
 LAG_SECONDS: Final = 0.5
 """The interval between two samples of the reactor lag."""
@@ -90,6 +91,7 @@ class Metrics(Collector):
         limits: Limits,
         sanctioned: Mapping[str, int],
         clock: IReactorTime,
+        webhooks: Iterable[Webhook] = (),
     ) -> None:
         self._store = store
         self._rooms = rooms
@@ -98,6 +100,7 @@ class Metrics(Collector):
         self._throttles = throttles
         self._limits = limits
         self._sanctioned = sanctioned
+        self._webhooks = webhooks
         self._lag = ReactorLag(clock)
         self._started = time.time()
         self._registry = CollectorRegistry()
@@ -112,6 +115,7 @@ class Metrics(Collector):
         yield from self._clients()
         yield from self._messages()
         yield from self._refused()
+        yield from self._webhook_metrics()
         yield from self._store_metrics()
         yield from self._process()
 
@@ -207,6 +211,40 @@ class Metrics(Collector):
             sanctioned.add_metric([kind], self._sanctioned.get(kind, 0))
         yield sanctions
         yield sanctioned
+
+    def _webhook_metrics(self) -> Iterator[Metric]:
+        """Yield the metrics of webhooks, if there are any."""
+        if not self._webhooks:
+            return
+        labels = ["webhook"]
+        deliveries = CounterMetricFamily(
+            "chatd_webhook_deliveries",
+            "Deliveries by outcome: taken (2xx), rejected (another status), unanswered.",
+            labels=[*labels, "outcome"],
+        )
+        messages = CounterMetricFamily("chatd_webhook_messages", "Messages taken by the application.", labels=labels)
+        missed = CounterMetricFamily(
+            "chatd_webhook_missed", "Messages that were removed before their delivery.", labels=labels
+        )
+        active = GaugeMetricFamily("chatd_webhook_active", "1 if this node delivers.", labels=labels)
+        stopped = GaugeMetricFamily("chatd_webhook_stopped", "1 after the application answered 410.", labels=labels)
+        behind = GaugeMetricFamily(
+            "chatd_webhook_lag_messages", "Messages that the application lacks, where this is known.", labels=labels
+        )
+        age = GaugeMetricFamily(
+            "chatd_webhook_lag_seconds", "Age of the oldest message that the application lacks.", labels=labels
+        )
+        for webhook in self._webhooks:
+            for outcome in OUTCOMES:
+                deliveries.add_metric([webhook.name, outcome], webhook.outcomes[outcome])
+            lag, seconds = webhook.lag
+            messages.add_metric([webhook.name], webhook.messages)
+            missed.add_metric([webhook.name], webhook.missed)
+            active.add_metric([webhook.name], webhook.active)
+            stopped.add_metric([webhook.name], webhook.stopped)
+            behind.add_metric([webhook.name], lag)
+            age.add_metric([webhook.name], seconds)
+        yield from (deliveries, messages, missed, active, stopped, behind, age)
 
     def _store_metrics(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(

@@ -62,6 +62,8 @@ NAMES = [
     "seed",
     "store",
     "store-password-file",
+    "webhook",
+    "webhook-key",
 ]
 
 

@@ -18,6 +18,7 @@ LAYERS = (
     "chatd.operate",
     "chatd.client",
     "chatd.config",
+    "chatd.webhooks",
     {"chatd.transport", "chatd.store"},
     "chatd.room",
     {"chatd.messages", "chatd.histogram"},

@@ -1,5 +1,6 @@
 """The options: every source, every refusal, and the documentation that follows from them."""
 
+import base64
 import json
 import pathlib
 import re
@@ -66,6 +67,8 @@ def test_defaults():
         jwt_issuer="",
         jwt_username="sub",
         jwt_cookie="",
+        webhook=(),
+        webhook_key=None,
         ping=25,
         drain=30,
         log_format="text",
@@ -488,8 +491,8 @@ def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     (tmp_path / "FILE").write_text(f"[{' ' * 32}]")  # an empty seed, and a secret
     lines = re.findall(r"`([a-z-]+ = [^`]+)` \|$", config.tables()["sources"], re.MULTILINE)
     assert [*tomllib.loads("\n".join(lines))] == NAMES
-    # One of the two keys, and no cookie without an origin.
-    lines = [line for line in lines if not line.startswith(("jwks ", "jwt-cookie "))]
+    # One of the two keys, no cookie without an origin, and no key of webhooks without one.
+    lines = [line for line in lines if not line.startswith(("jwks ", "jwt-cookie ", "webhook-key "))]
     settings = read(file("\n".join(lines)))
     assert settings.store_password_file == pathlib.Path("FILE")
     files = [f"--{name}=FILE" for name in ("seed", "store-password-file", "admin-token-file", "jwt-key")]
@@ -504,6 +507,60 @@ def keys(tmp_path, monkeypatch):
     (tmp_path / "secret").write_text("s" * 32)
     key = {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo", "kid": "1"}
     (tmp_path / "jwks.json").write_text(json.dumps({"keys": [key]}))
+
+
+HOOK, HOOK_KEY = "https://app.example/hook", "--webhook-key=hooks"
+
+
+@pytest.fixture
+def hooks(tmp_path, monkeypatch):
+    """A file with a key for webhooks, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hooks").write_text(f"whsec_{'A' * 32}\n")
+
+
+def test_webhooks(hooks):
+    """Credentials are apart from the URL, so that one webhook keeps its cursors when they change."""
+    settings = read(f"--webhook={HOOK}", "--webhook=http://ann:gehe%2Fim@127.0.0.1:8000?a=b", HOOK_KEY)
+    one, other = settings.webhook
+    assert (one.url, one.origin, one.authorization) == (HOOK.encode(), "https://app.example", None)
+    assert (other.url, other.origin) == (b"http://127.0.0.1:8000/?a=b", "http://127.0.0.1:8000")
+    assert base64.b64decode(other.authorization.removeprefix(b"Basic ")) == b"ann:gehe/im"
+    assert "gehe" not in f"{settings}"
+    assert one.reader != other.reader == read("--webhook=http://127.0.0.1:8000/?a=b", HOOK_KEY).webhook[0].reader
+    assert len(read(f"--webhook={HOOK}", f"--webhook={HOOK}", HOOK_KEY).webhook) == 1
+
+
+NO_HOOK = "the URL of a webhook is like https://app.example/chatd, without a fragment"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        *(
+            ([f"--webhook={url}", HOOK_KEY], f"--webhook: {NO_HOOK}")
+            for url in (
+                "ftp://app.example",
+                "https://",
+                "https://x:0/",
+                "https://x:y/",
+                "https://x/#a",
+                "https://\u00fc/",
+            )
+        ),
+        (["--webhook=https://ann:geheim@[/", HOOK_KEY], f"--webhook: {NO_HOOK}"),
+        ([f"--webhook={HOOK}"], "--webhook: name the file with the keys that sign with --webhook-key"),
+        ([HOOK_KEY], "--webhook-key: there are no webhooks without --webhook"),
+        (
+            ["--webhook=https://a:b@x/", "--webhook=https://a:c@x/", HOOK_KEY],
+            "--webhook: a URL is given twice, with two passwords: give it once",
+        ),
+        ([f"--webhook={HOOK}", "--webhook-key=none"], "--webhook-key: none cannot be read (No such file or directory)"),
+    ],
+)
+def test_wrong_webhooks(hooks, words, line):
+    """The line does not repeat the URL, which may hold a password."""
+    assert refusal(*words) == line
 
 
 @pytest.mark.parametrize("words", [["--jwt-key=secret"], ["--jwks=jwks.json"], ["--jwks=https://login.example/jwks"]])

@@ -67,6 +67,8 @@ class Connections:
 class Drain:
     """A drain that closes the ports at once and ends when `gone` fires, which it has at first."""
 
+    budget = 30.0
+
     def __init__(self, journal):
         self.journal = journal
         self.gone = succeed(None)

@@ -251,6 +251,8 @@ def test_check_sees_every_option(environ, checked, tmp_path):
         "jwt_issuer": "",
         "jwt_username": "sub",
         "jwt_cookie": "",
+        "webhook": (),
+        "webhook_key": None,
         "ping": 5,
         "drain": 9,
         "log_format": "json",
