@@ -39,7 +39,7 @@ class CursorStore(Protocol):
     def renew(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
         """Keep a claim for some seconds more; fire with False if it is over."""
 
-    def release(self, reader: str, word: str) -> "Deferred[None]":
+    def end_claim(self, reader: str, word: str) -> "Deferred[None]":
         """End a claim, so that another node need not wait for its end."""
 
     def advance(self, reader: str, word: str, cursors: Mapping[str, int]) -> "Deferred[bool]":

@@ -245,7 +245,7 @@ class MemoryStore(Store):
         return succeed(HELD)
 
     @override
-    def release(self, reader: str, word: str) -> "Deferred[None]":
+    def end_claim(self, reader: str, word: str) -> "Deferred[None]":
         return succeed(None)
 
     @override

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import count
 from typing import Any, Final, Protocol
 
-from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -128,8 +128,8 @@ class Webhook:
         """Those of them that the store is writing."""
         self._place: str | None = None
         """Where the scan goes on; None if every room with news has a lane."""
-        self._scanning = False
-        """True while the store answers a scan."""
+        self._scanning: Deferred[Any] | None = None
+        """The request for the next rooms of the scan."""
         self._overflowed = False
         """True if a room got no lane since the scan began."""
         self._failures = 0
@@ -198,7 +198,8 @@ class Webhook:
         self._unsaved.clear()
         self._saving.clear()
         self._place = None
-        self._scanning = self._overflowed = False
+        self._scanning = None
+        self._overflowed = False
         for request in [*self._in_flight.values()]:
             request.cancel()
         self._in_flight.clear()
@@ -238,18 +239,16 @@ class Webhook:
 
     def _scan(self) -> None:
         """Go on with the scan if there is one, and space for lanes."""
-        if self._place is None or self._scanning or len(self._lanes) > MAX_LANES // 2 or not self._lease.held:
+        if self._place is None or self._scanning is not None or len(self._lanes) > MAX_LANES // 2:
             return
-        self._scanning = True
-        asked = self._cursors.behind(self._reader, self._place)
-        word = self._lease.word
-        asked.addCallbacks(self._scanned, self._not_scanned, callbackArgs=(word,), errbackArgs=(word,))
+        asked = self._scanning = self._cursors.behind(self._reader, self._place)
+        asked.addCallbacks(self._scanned, self._not_scanned, callbackArgs=(asked,), errbackArgs=(asked,))
         asked.addErrback(self._unexpected)
 
-    def _scanned(self, result: tuple[Sequence[Behind], str], word: str) -> None:
-        if not (self._scanning and self._lease.held and word == self._lease.word):
+    def _scanned(self, result: tuple[Sequence[Behind], str], asked: "Deferred[Any]") -> None:
+        if self._scanning is not asked:  # forgotten
             return
-        self._scanning = False
+        self._scanning = None
         found, place = result
         for room, cursor, head in found:
             if room not in self._lanes:
@@ -259,12 +258,12 @@ class Webhook:
             self._place, self._overflowed = "", False
         self._scan()
 
-    def _not_scanned(self, failure: Failure, word: str) -> None:
+    def _not_scanned(self, failure: Failure, asked: "Deferred[Any]") -> None:
         failure.trap(LogUnavailable)
 
         def again() -> None:
-            if self._scanning and word == self._lease.word:
-                self._scanning = False
+            if self._scanning is asked:
+                self._scanning = None
                 self._scan()
 
         self._clock.callLater(STORE_SECONDS, again)
@@ -312,8 +311,6 @@ class Webhook:
 
     def _begin(self, lane: _Lane) -> None:
         """Deliver the next batch of a lane."""
-        if self._stale(lane):
-            return
         delivering = self._deliver(lane)
         self._in_flight[lane.room] = delivering
         delivering.addErrback(self._not_delivered, lane).addBoth(self._ended, lane.room, delivering)
@@ -344,7 +341,7 @@ class Webhook:
 
     def _not_delivered(self, failure: Failure, lane: _Lane) -> None:
         """Try again soon after a fault of the store."""
-        if failure.check(CancelledError) or self._stale(lane):
+        if self._stale(lane):  # and cancelled
             return
         if not failure.check(LogUnavailable):
             self._unexpected(failure)

@@ -76,7 +76,7 @@ class Lease:
         self.lose()
         if not held:
             return succeed(None)
-        return self._cursors.release(self._reader, self.word).addErrback(_trap)
+        return self._cursors.end_claim(self._reader, self.word).addErrback(_trap)
 
     def _ask(self, word: str = "") -> None:
         """Renew the claim, or make one, under a new word unless one is given."""

@@ -921,7 +921,7 @@ class StoreContract:
         log.claim("w1", "other")
         assert log.behind() == [Behind("main", 0, 1)]
         assert log.behind("other") == []
-        log.wait(log.store.release("app", "w1"))
+        log.wait(log.store.end_claim("app", "w1"))
         assert log.claim("w2")
         assert log.behind() == [Behind("main", 0, 1)]
 
@@ -1331,7 +1331,7 @@ class DurableStoreContract(StoreContract):
         log.post("main", "a", "b")
         log.post("tea", "c")
         log.advance(main=1)
-        log.wait(log.store.release("app", "w1"))
+        log.wait(log.store.end_claim("app", "w1"))
         log.reopen(again)
         log.post("main", "d")
         assert log.claim("w2")

@@ -494,7 +494,7 @@ class RedisStore(Store):
         )
 
     @override
-    def release(self, reader: str, word: str) -> "Deferred[None]":
+    def end_claim(self, reader: str, word: str) -> "Deferred[None]":
         keys = [*KEYS, lease_key(reader), cursors_key(reader)]
         return self._using(lambda connection: connection.run(CLAIM, keys, self.epoch, word, 0, "")).addCallback(
             lambda _: None

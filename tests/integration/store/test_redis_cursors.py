@@ -51,9 +51,9 @@ def test_one_node_has_a_reader(two, redis):
     assert 0 < redis.call("PTTL", lease_key("app")) <= 60_000
     one.post("a", "b", room="tea")
     assert advance(one, "w1", tea=1)
-    wait_in(other.loop, other.store.release("app", "w2"))
+    wait_in(other.loop, other.store.end_claim("app", "w2"))
     assert not claim(other, "w2")
-    wait_in(one.loop, one.store.release("app", "w1"))
+    wait_in(one.loop, one.store.end_claim("app", "w1"))
     assert claim(other, "w2")
     assert behind(other) == [Behind("tea", 1, 2)]
 
@@ -82,7 +82,7 @@ def test_new_epoch_begins_at_the_start(two, redis):
     redis.call("HSET", LOG, "epoch", "byhand")
     assert not advance(one, "w1", tea=1)
     until(other.loop, lambda: other.store.epoch == "byhand")
-    wait_in(other.loop, other.store.release("app", "w1"))
+    wait_in(other.loop, other.store.end_claim("app", "w1"))
     assert claim(other, "w2")
     assert behind(other) == [Behind("main", 0, 2), Behind("tea", 0, 1)]
     assert redis.call("HGET", cursors_key("app"), "#epoch") == b"byhand"
@@ -135,7 +135,7 @@ def test_redis_that_is_away(two):
     for asked in (
         one.store.claim("app", "w", 1),
         one.store.renew("app", "w", 1),
-        one.store.release("app", "w"),
+        one.store.end_claim("app", "w"),
         one.store.advance("app", "w", {"tea": 1}),
         one.store.cursor("app", "tea"),
         one.store.behind("app", ""),

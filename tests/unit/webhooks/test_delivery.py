@@ -1,0 +1,707 @@
+"""What a webhook sends when, over a store in memory, with a transport and a clock that the test drives."""
+
+import json
+
+import pytest
+from support.helpers import RecordingPoster
+from support.stores import FaultyStore
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
+
+from chatd.messages import REMOVED, Id, Post
+from chatd.room.cursors import HELD
+from chatd.room.log import LogUnavailable
+from chatd.store.base import Retention
+from chatd.webhooks import delivery
+from chatd.webhooks.batch import MAX_ENTRIES
+from chatd.webhooks.delivery import (
+    BACKOFF_SECONDS,
+    GATHER_SECONDS,
+    LOG_SECONDS,
+    MAX_WAIT_SECONDS,
+    PARALLEL,
+    STORE_SECONDS,
+    Webhook,
+)
+from chatd.webhooks.fanout import STOP_SECONDS, Fanout
+from chatd.webhooks.lease import LEASE_SECONDS, MARGIN_SECONDS, RENEW_SECONDS
+from chatd.webhooks.sender import Answer
+
+LOST = not HELD
+TAKEN, WRONG, NONE, GONE = Answer(204), Answer(500), Answer(None, "cannot be reached"), Answer(410)
+
+
+class Application:
+    """A transport that the test answers; a cancelled request answers as the sender's does."""
+
+    def __init__(self):
+        self.sent = []
+        self.waiting = {}
+        self.closed = 0
+
+    def send(self, webhook_id, body):
+        answer = Deferred(lambda _: answer.callback(NONE))
+        self.sent.append(webhook_id)
+        self.waiting[webhook_id] = answer
+        self.body = json.loads(body)
+        return answer
+
+    def answer(self, answer=TAKEN, webhook_id=None):
+        """Answer a request, by default the oldest one."""
+        self.waiting.pop(webhook_id or next(iter(self.waiting))).callback(answer)
+
+    def close(self):
+        self.closed += 1
+        return succeed(None)
+
+
+class Store(FaultyStore):
+    """A store whose cursors fail or wait while the test asks for it."""
+
+    lapsed = cursors_down = False
+    held_cursors = None
+
+    def claim(self, reader, word, seconds):
+        if self.lapsed or self.cursors_down:
+            return fail(LogUnavailable("away")) if self.cursors_down else succeed(LOST)
+        return super().claim(reader, word, seconds)
+
+    def renew(self, reader, word, seconds):
+        return fail(LogUnavailable("away")) if self.cursors_down else succeed(not self.lapsed)
+
+    def advance(self, reader, word, cursors):
+        if self.cursors_down:
+            return fail(LogUnavailable("away"))
+        if self.held_cursors is not None:
+            self.held_cursors.append(Deferred())
+            return self.held_cursors[-1]
+        return succeed(LOST) if self.lapsed else super().advance(reader, word, cursors)
+
+    def behind(self, reader, place):
+        return fail(LogUnavailable("away")) if self.cursors_down else super().behind(reader, place)
+
+
+class Bench:
+    """A webhook over a store in the epoch `k7Q2`."""
+
+    def __init__(self, retain=None, jitter=lambda _, most: most, *, start=True):
+        self.store = Store(retain and Retention.parse(retain))
+        self.store.open(())
+        self.store.epoch = "k7Q2"
+        self.clock = Clock()
+        self.application = Application()
+        self.webhook = Webhook(
+            "app",
+            "reader",
+            self.application,
+            log=self.store,
+            cursors=self.store,
+            clock=self.clock,
+            now=self.store.now,
+            jitter=jitter,
+        )
+        self.store.follow(Fanout([self.webhook], None))
+        if start:
+            self.webhook.start()
+
+    def say(self, *texts, room="team", **fields):
+        poster = RecordingPoster()
+        for text in texts:
+            self.store.append(room, Post("ann", text, **fields), poster)
+        return poster.numbers
+
+    def gather(self):
+        self.clock.advance(GATHER_SECONDS)
+
+    def sent(self):
+        """Return the ids of the deliveries since the last call, without the epoch."""
+        sent, self.application.sent[:] = [*self.application.sent], []
+        return [one.replace("k7Q2-", "") for one in sent]
+
+    def deliver(self, *texts, room="team"):
+        """Post texts that the application takes."""
+        self.say(*texts, room=room)
+        self.gather()
+        self.application.answer()
+        self.sent()
+
+    def cursor(self, room="team"):
+        return self.store._cursors["reader"].get(room, 0)
+
+
+@pytest.fixture
+def bench():
+    return Bench()
+
+
+# Batches
+
+
+def test_entries_of_a_moment_share_a_delivery(bench):
+    bench.say("a")
+    bench.clock.advance(GATHER_SECONDS / 2)
+    bench.say("b")
+    assert bench.sent() == []
+    bench.clock.advance(GATHER_SECONDS / 2)
+    assert bench.sent() == ["team:1:2"]
+    assert bench.webhook.lag == (2, 0)
+    bench.application.answer()
+    assert (bench.cursor(), bench.webhook.lag) == (2, (0, 0))
+    assert (bench.webhook.outcomes, bench.webhook.messages) == ({"taken": 1}, 2)
+
+
+def test_next_batch_waits_for_the_answer(bench):
+    """Entries of a room are in order, because a room has one request at a time."""
+    bench.say("a")
+    bench.gather()
+    bench.say("b", "c")
+    bench.gather()
+    assert bench.sent() == ["team:1:1"]
+    bench.application.answer()
+    bench.gather()
+    assert bench.sent() == ["team:2:3"]
+
+
+def test_next_batch_waits_for_the_cursor(bench):
+    """A restart therefore repeats no more than one batch of a room."""
+    bench.store.held_cursors = []
+    bench.say("a")
+    bench.gather()
+    bench.say("b")
+    bench.application.answer()
+    bench.gather()
+    assert bench.sent() == ["team:1:1"]
+    bench.store.held_cursors[0].callback(HELD)
+    bench.gather()
+    assert bench.sent() == ["team:2:2"]
+
+
+def test_cursors_are_stored_together(bench):
+    """The batches that are taken while the store writes share its next write."""
+    bench.store.held_cursors = held = []
+    for room in ("a", "b", "c"):
+        bench.say("x", room=room)
+    bench.gather()
+    for _ in range(3):
+        bench.application.answer()
+    assert len(held) == 1
+    held[0].callback(HELD)
+    assert len(held) == 2
+    held[1].callback(HELD)
+    assert len(held) == 2
+
+
+def test_retry_has_the_same_id(bench):
+    """The range of a batch is fixed until it is taken, whatever is appended meanwhile."""
+    bench.say("a", "b")
+    bench.gather()
+    bench.application.answer(WRONG)
+    bench.say("c")
+    bench.clock.advance(BACKOFF_SECONDS[0])
+    assert bench.sent() == ["team:1:2"] * 2
+    bench.application.answer()
+    bench.gather()
+    assert bench.sent() == ["team:3:3"]
+
+
+def test_retry_does_not_hold_what_was_removed(bench):
+    """The text of a batch is read again for each attempt."""
+    bench.say("secret", author="a")
+    bench.gather()
+    bench.application.answer(WRONG)
+    bench.say(REMOVED, author="a", replaces=Id("k7Q2", 1), removed=True)
+    bench.clock.advance(BACKOFF_SECONDS[0])
+    (message,) = bench.application.body["messages"]
+    assert (message["data"]["message"], message["removed"]) == (REMOVED, True)
+    assert bench.sent() == ["team:1:1"] * 2
+
+
+def test_long_backlog_is_sent_in_batches(bench):
+    bench.say(*"x" * (2 * MAX_ENTRIES + 1))
+    for _ in range(3):
+        bench.gather()
+        bench.application.answer()
+    assert bench.sent() == ["team:1:100", "team:101:200", "team:201:201"]
+
+
+def test_new_webhook_begins_at_the_heads():
+    bench = Bench(start=False)
+    bench.say("a")
+    bench.webhook.start()
+    bench.say("b")
+    bench.gather()
+    assert bench.sent() == ["team:2:2"]
+    assert "start" not in bench.application.body
+
+
+# Failures
+
+
+def test_backoff_doubles_up_to_a_limit(bench):
+    """With full jitter, each pause is a random part of this."""
+    bench.say("a")
+    bench.gather()
+    pause = BACKOFF_SECONDS[0]
+    for _ in range(10):
+        bench.sent()
+        bench.application.answer(NONE)
+        bench.clock.advance(pause * 0.99)
+        assert bench.sent() == []
+        bench.clock.advance(pause * 0.02)
+        assert bench.sent() == ["team:1:1"]
+        pause = min(2 * pause, BACKOFF_SECONDS[1])
+
+
+def test_pause_is_a_part_of_the_backoff():
+    asked = []
+    bench = Bench(jitter=lambda *bounds: asked.append(bounds) or 0.0)
+    bench.say("a")
+    bench.gather()
+    bench.application.answer(NONE)
+    assert asked == [(0.0, BACKOFF_SECONDS[0])]
+    bench.clock.advance(0)
+    assert bench.sent() == ["team:1:1"] * 2
+
+
+def test_slow_room_does_not_stop_others(bench):
+    bench.say("a", room="slow")
+    bench.gather()
+    bench.say("b", room="quick")
+    bench.gather()
+    bench.application.answer(webhook_id="quick:k7Q2-1:1")
+    assert bench.cursor("quick") == 1
+    assert [*bench.application.waiting] == ["slow:k7Q2-1:1"]
+
+
+def test_failing_room_does_not_stop_others(bench):
+    """Its failures count for itself while other rooms succeed."""
+    bench.say("a", room="bad")
+    bench.gather()
+    for number in range(2 * PARALLEL):
+        bench.application.answer(WRONG, "bad:k7Q2-1:1")
+        bench.deliver("x", room=f"r{number}")
+        bench.clock.advance(BACKOFF_SECONDS[1])
+    assert bench.webhook.outcomes == {"rejected": 2 * PARALLEL, "taken": 2 * PARALLEL}
+
+
+def test_requests_in_parallel_are_bounded(bench):
+    for number in range(PARALLEL + 2):
+        bench.say("x", room=f"r{number}")
+    bench.gather()
+    assert len(bench.sent()) == PARALLEL
+    bench.application.answer()
+    assert len(bench.sent()) == 1
+
+
+def test_application_that_is_away_is_probed(bench):
+    """One request at a time tries it; all rooms go on with the first success."""
+    rooms = 3 * PARALLEL
+    for number in range(rooms):
+        bench.say("x", room=f"r{number}")
+    bench.gather()
+    while bench.application.waiting:
+        bench.application.answer(NONE)
+    assert len(bench.sent()) < 2 * PARALLEL
+    for _ in range(20):
+        bench.clock.advance(BACKOFF_SECONDS[1])
+        assert len(bench.sent()) == 1
+        bench.application.answer(NONE)
+    bench.clock.advance(BACKOFF_SECONDS[1])
+    bench.application.answer()
+    assert len(bench.sent()) == 1 + PARALLEL
+    while bench.application.waiting:
+        bench.application.answer()
+    assert sum(bench.cursor(f"r{number}") for number in range(rooms)) == rooms
+
+
+def test_retry_after_is_honoured(bench):
+    """It counts for all rooms, also if another one succeeds meanwhile, and at most for an hour."""
+    bench.say("a", room="one")
+    bench.say("b", room="two")
+    bench.gather()
+    bench.application.answer(Answer(429, "", 30.0))
+    bench.application.answer()
+    bench.say("c", room="three")
+    bench.sent()
+    bench.clock.advance(29)
+    assert bench.sent() == []
+    bench.clock.advance(1)
+    assert sorted(bench.sent()) == ["one:1:1", "three:1:1"]
+    bench.application.answer(Answer(503, "", 1e9))
+    bench.application.answer()
+    bench.clock.advance(MAX_WAIT_SECONDS - 1)
+    assert bench.sent() == []
+    bench.clock.advance(1)
+    assert len(bench.sent()) == 1
+
+
+def test_gone_stops_the_webhook(bench):
+    """Nothing more is sent until a reload."""
+    bench.say("a", room="one")
+    bench.say("b", room="two")
+    bench.gather()
+    with capturedLogs() as events:
+        bench.application.answer(GONE)
+    assert "410" in formatEvent(events[0])
+    bench.application.answer(WRONG)
+    bench.sent()
+    bench.say("c", room="three")
+    bench.clock.advance(MAX_WAIT_SECONDS)
+    assert (bench.sent(), bench.webhook.stopped) == ([], True)
+    bench.webhook.resume()
+    bench.webhook.resume()
+    assert sorted(bench.sent()) == ["one:1:1", "three:1:1", "two:1:1"]
+
+
+def test_faults_are_logged_once_a_minute(bench):
+    bench.say("a")
+    with capturedLogs() as events:
+        bench.gather()
+        bench.application.answer(NONE)
+        for _ in range(4):
+            bench.clock.advance(10)
+            bench.application.answer(NONE)
+        bench.clock.advance(LOG_SECONDS)
+        bench.application.answer(NONE)
+        bench.clock.advance(LOG_SECONDS)
+        bench.application.answer()
+    assert [formatEvent(event) for event in events] == [
+        *["webhook app cannot be reached: retrying"] * 2,
+        "webhook app takes deliveries again",
+    ]
+
+
+def test_lag_is_the_age_of_the_oldest(bench):
+    """It is known for rooms that were tried."""
+    bench.say("a")
+    bench.gather()
+    bench.application.answer(WRONG)
+    bench.store.now.advance(90)
+    bench.say("b", room="other")
+    assert bench.webhook.lag == (2, pytest.approx(90, abs=0.01))
+
+
+# What was removed
+
+
+def test_gap_is_stated():
+    """A batch says that entries before it were removed, and which is the first one left."""
+    bench = Bench(retain="2")
+    bench.deliver("a")
+    bench.say("b")
+    bench.gather()
+    bench.application.answer(WRONG)
+    bench.say(*"cdef")
+    bench.clock.advance(BACKOFF_SECONDS[0])
+    assert bench.application.body == {
+        "type": "messages",
+        "room": "team",
+        "missed": True,
+        "first": "k7Q2-5",
+        "messages": [],
+    }
+    assert bench.sent() == ["team:2:2"] * 2
+    with capturedLogs() as events:
+        bench.application.answer()
+    assert "1 messages of the room team were removed" in formatEvent(events[-1])
+    bench.gather()
+    assert [message["id"] for message in bench.application.body["messages"]] == ["k7Q2-5", "k7Q2-6"]
+    assert bench.application.body["missed"]
+    bench.application.answer()
+    assert bench.webhook.missed == 3
+
+
+def test_cleared_room_is_stated(bench):
+    """Without any entry left, the batch is empty."""
+    bench.say("a", "b")
+    bench.store.clear_room("team")
+    bench.gather()
+    assert bench.sent() == ["team:1:2"]
+    assert bench.application.body["messages"] == []
+    assert bench.application.body["first"] == "k7Q2-3"
+    bench.application.answer()
+    assert bench.cursor() == 2
+
+
+def test_new_epoch_begins_at_the_start(bench):
+    """Requests of the old one are dropped, and each room says that it starts."""
+    bench.deliver("a", "b")
+    bench.say("c")
+    bench.gather()
+    bench.store.epoch = "newone"
+    bench.store._cursors["reader"].clear()  # as stores with a history do
+    bench.store._followers[0].interrupted()
+    assert bench.application.waiting["team:k7Q2-3:3"].called
+    bench.gather()
+    assert bench.application.sent[-1] == "team:newone-1:3"
+    assert bench.application.body["start"] is True
+
+
+# The store
+
+
+def test_store_that_cannot_be_read(bench):
+    """It is no failure of the application."""
+    bench.say("a")
+    bench.store.down = True
+    bench.gather()
+    assert bench.sent() == []
+    bench.store.down = False
+    bench.clock.advance(STORE_SECONDS)
+    assert bench.sent() == ["team:1:1"]
+    assert bench.webhook.outcomes == {}
+
+
+def test_cursor_that_cannot_be_stored(bench):
+    """What the application has taken is not sent again; the store is tried again."""
+    bench.say("a")
+    bench.gather()
+    bench.store.cursors_down = True
+    bench.application.answer()
+    bench.say("b")
+    bench.clock.advance(2 * STORE_SECONDS)
+    bench.store.cursors_down = False
+    bench.clock.advance(STORE_SECONDS)
+    bench.gather()
+    assert bench.sent() == ["team:1:1", "team:2:2"]
+
+
+def test_unexpected_error_is_logged(bench, monkeypatch):
+    """A fault of this server stops no room for good."""
+    bench.say("a")
+    with monkeypatch.context() as patch, capturedLogs() as events:
+        patch.setattr(delivery, "make_batch", lambda *_: 1 / 0)
+        bench.gather()
+    assert "ZeroDivisionError" in formatEvent(events[0]) or events[0]["log_failure"].check(ZeroDivisionError)
+    bench.clock.advance(STORE_SECONDS)
+    assert bench.sent() == ["team:1:1"]
+
+
+# Too many rooms
+
+
+def test_rooms_beyond_the_limit_are_found_later(monkeypatch):
+    """The memory for rooms is bounded, and none is forgotten."""
+    monkeypatch.setattr(delivery, "MAX_LANES", 4)
+    bench = Bench()
+    for number in range(20):
+        bench.say("x", room=f"r{number:02}")
+    bench.gather()
+    assert len(bench.webhook._lanes) == 4
+    taken = []
+    for _ in range(40):
+        taken += bench.sent()
+        while bench.application.waiting:
+            bench.application.answer()
+        bench.gather()
+    assert sorted(taken) == [f"r{number:02}:1:1" for number in range(20)]
+
+
+def test_news_during_a_scan(monkeypatch):
+    """A room that gets no lane during a scan is found by another one, and one that does asks for its cursor."""
+    bench = Bench(start=False)
+    for room in ("a", "b", "c"):
+        bench.say("1", "2", room=room)
+    scans = []
+    behind = bench.store.behind
+
+    def held(reader, place):
+        scans.append((Deferred(), behind(reader, place)))
+        return scans[-1][0]
+
+    monkeypatch.setattr(bench.store, "behind", held)
+    bench.webhook.start()
+    bench.say("3", room="a")
+    monkeypatch.setattr(delivery, "MAX_LANES", 1)
+    bench.say("3", room="b")
+    monkeypatch.undo()
+    waiting, found = scans[0]
+    found.chainDeferred(waiting)
+    bench.gather()
+    assert sorted(bench.sent()) == ["a:3:3", "b:3:3"]
+
+
+def test_scan_goes_on_in_places(bench, monkeypatch):
+    """The store names the next place, and a room that has a lane already is not added twice."""
+    bench.say("a", room="r")
+    (follower,), bench.store._followers[:] = [*bench.store._followers], []
+    bench.say("a", room="s")
+    bench.say("a", room="t")
+    places = {"": ([("r", 0, 1), ("s", 0, 1)], "s"), "s": ([("t", 0, 1)], "")}
+    monkeypatch.setattr(bench.store, "behind", lambda _, place: succeed(places[place]))
+    follower.interrupted()
+    bench.gather()
+    assert sorted(bench.sent()) == ["r:1:1", "s:1:1", "t:1:1"]
+
+
+def test_scan_that_fails_is_repeated(bench):
+    bench.store.cursors_down = True
+    bench.store._followers[0].interrupted()
+    bench.store.cursors_down = False
+    bench.store.append("team", Post("ann", "a"), RecordingPoster())
+    bench.clock.advance(STORE_SECONDS)
+    assert bench.sent() == ["team:1:1"]
+    assert bench.webhook._place is None
+
+
+def test_interruption_during_a_scan(bench, monkeypatch):
+    """Another scan follows, because the first one may have passed what is missing."""
+    asked = []
+    monkeypatch.setattr(bench.store, "behind", lambda _, place: asked.append(Deferred()) or asked[-1])
+    bench.store._followers[0].interrupted()
+    bench.store._followers[0].interrupted()
+    assert len(asked) == 1
+    asked[0].callback(([], ""))
+    assert len(asked) == 2
+    asked[1].callback(([], ""))
+    assert len(asked) == 2
+
+
+# The lease
+
+
+def test_node_without_the_lease_sends_nothing(bench):
+    """It holds nothing in memory either, and tries again."""
+    other = Bench(start=False)
+    other.store.lapsed = True
+    other.webhook.start()
+    other.store._followers[0].interrupted()
+    other.say("a")
+    other.clock.advance(GATHER_SECONDS)
+    assert (other.sent(), other.webhook.active, other.webhook._lanes) == ([], False, {})
+    other.store.lapsed = False
+    other.clock.advance(RENEW_SECONDS)
+    assert other.webhook.active
+    other.say("b")
+    other.clock.advance(GATHER_SECONDS)
+    assert other.sent() == ["team:2:2"]
+
+
+def test_lost_lease_drops_requests(bench):
+    """A cursor that the store refuses to move ends the lease, and so does a renewal that it refuses."""
+    bench.say("a")
+    bench.gather()
+    bench.store.lapsed = True
+    with capturedLogs() as events:
+        bench.clock.advance(RENEW_SECONDS)
+    assert formatEvent(events[0]) == "webhook app: this node no longer delivers"
+    assert (bench.webhook.active, bench.application.waiting["team:k7Q2-1:1"].called) == (False, True)
+    bench.store.lapsed = False
+    bench.clock.advance(RENEW_SECONDS)
+    assert bench.sent() == ["team:1:1"] * 2
+    bench.store.lapsed = True
+    bench.application.answer(webhook_id="team:k7Q2-1:1")
+    assert (bench.webhook.active, bench.cursor()) == (False, 0)
+
+
+def test_lease_ends_without_the_store(bench):
+    """A node that cannot renew its claim stops before another one may begin."""
+    bench.say("a")
+    bench.gather()
+    bench.store.cursors_down = True
+    for _ in range(13):
+        bench.clock.advance(1)
+        assert bench.webhook.active
+    bench.clock.advance(LEASE_SECONDS - MARGIN_SECONDS - 13)
+    assert not bench.webhook.active
+    bench.store.cursors_down = False
+    bench.clock.advance(RENEW_SECONDS)
+    assert bench.webhook.active
+
+
+def test_suspended_node_sends_nothing_late(bench):
+    """After a long stop the claim is over, although nothing has told this node."""
+    bench.say("a")
+    bench.clock.rightNow += LEASE_SECONDS
+    bench.store.lapsed = True
+    bench.clock.advance(0)
+    assert (bench.webhook.active, bench.webhook._lanes) == (False, {})
+
+
+def test_late_answer_to_a_claim(bench, monkeypatch):
+    """A claim whose answer takes too long counts as refused."""
+    other, asked = Bench(start=False), []
+    monkeypatch.setattr(other.store, "claim", lambda *_: asked.append(Deferred()) or asked[-1])
+    other.webhook.start()
+    other.clock.advance(LEASE_SECONDS)
+    asked[0].callback(HELD)
+    assert not other.webhook.active
+    other.clock.advance(RENEW_SECONDS)
+    other.webhook._lease.lose()
+    asked[1].callback(HELD)
+    assert not other.webhook.active
+
+
+def test_answers_of_the_store_after_the_lease(bench, monkeypatch):
+    """What the store answers to a node that has lost the lease meanwhile has no effect."""
+    bench.store.held_cursors = held = []
+    asked = []
+    bench.say("a")
+    bench.gather()
+    bench.application.answer()
+    monkeypatch.setattr(bench.store, "behind", lambda *_: asked.append(Deferred()) or asked[-1])
+    bench.store._followers[0].interrupted()
+    bench.store._followers[0].interrupted()
+    bench.webhook._lease.lose()
+    held[0].errback(LogUnavailable("away"))
+    asked[0].errback(LogUnavailable("away"))
+    bench.clock.advance(STORE_SECONDS)
+    assert len(asked) == 1
+
+
+def test_late_answers_of_the_store(bench, monkeypatch):
+    """Neither do a late page, a late cursor, and late rooms."""
+    bench.store.held_cursors = held = []
+    asked = []
+    monkeypatch.setattr(bench.store, "behind", lambda *_: asked.append(Deferred()) or asked[-1])
+    bench.say("a")
+    bench.gather()
+    bench.application.answer()
+    bench.store.slow = True
+    bench.say("a", room="other")
+    bench.gather()
+    bench.store._followers[0].interrupted()
+    bench.webhook._lease.lose()
+    held[0].callback(HELD)
+    asked[0].callback(([("team", 0, 1)], ""))
+    bench.store.answer()
+    assert (bench.webhook._lanes, bench.sent()) == ({}, ["team:1:1"])
+
+
+# The end
+
+
+def test_stop_waits_for_answers(bench):
+    """Nothing new is sent, and the cursor of what is taken is stored."""
+    bench.say("a")
+    bench.gather()
+    bench.say("b", room="other")
+    stopped = bench.webhook.stop(STOP_SECONDS)
+    bench.gather()
+    assert (bench.sent(), stopped.called) == (["team:1:1"], False)
+    bench.application.answer()
+    assert (stopped.called, bench.cursor(), bench.application.closed) == (True, 1, 1)
+    assert bench.clock.getDelayedCalls() == []
+
+
+def test_stop_drops_what_is_not_answered(bench):
+    bench.say("a")
+    bench.gather()
+    stopped = bench.webhook.stop(STOP_SECONDS)
+    bench.clock.advance(STOP_SECONDS)
+    assert (stopped.called, bench.cursor()) == (True, 0)
+    assert bench.application.waiting["team:k7Q2-1:1"].called
+    assert bench.clock.getDelayedCalls() == []
+
+
+def test_stop_of_an_idle_webhook(bench):
+    assert bench.webhook.stop(STOP_SECONDS).called
+    other = Bench(start=False)
+    assert Fanout([other.webhook], None).stop(0).called
+
+
+def test_release_that_fails(bench, monkeypatch):
+    """Another node then waits for the end of the claim."""
+    monkeypatch.setattr(bench.store, "end_claim", lambda *_: fail(LogUnavailable("away")))
+    assert bench.webhook.stop(0).called
