@@ -195,8 +195,7 @@ class Webhook:
         self._lanes.clear()
         self._ready.clear()
         self._waiting.clear()
-        self._unsaved.clear()
-        self._saving.clear()
+        self._unsaved, self._saving = {}, {}
         self._place = None
         self._scanning = None
         self._overflowed = False
@@ -248,14 +247,14 @@ class Webhook:
     def _scanned(self, result: tuple[Sequence[Behind], str], asked: "Deferred[Any]") -> None:
         if self._scanning is not asked:  # forgotten
             return
-        self._scanning = None
         found, place = result
-        for room, cursor, head in found:
-            if room not in self._lanes:
-                self._add(_Lane(room, cursor, head), 0.0)
         self._place = place or None
         if self._place is None and self._overflowed:
             self._place, self._overflowed = "", False
+        for room, cursor, head in found:
+            if room not in self._lanes:
+                self._add(_Lane(room, cursor, head), 0.0)
+        self._scanning = None
         self._scan()
 
     def _not_scanned(self, failure: Failure, asked: "Deferred[Any]") -> None:
@@ -288,7 +287,7 @@ class Webhook:
             if not (self._in_flight or self._unsaved or self._saving or self._stopping.called):
                 self._stopping.callback(None)
             return
-        if self.stopped:
+        if self.stopped or not self._lease.in_force:
             return
         now = self._clock.seconds()
         waiting = self._waiting
@@ -326,8 +325,6 @@ class Webhook:
             lane.cursor = yield self._cursors.cursor(self._reader, lane.room)
         limit = MAX_ENTRIES if lane.last is None else lane.last - lane.cursor
         page = yield self._log.read(lane.room, lane.cursor, limit)
-        if self._stale(lane):
-            return
         lane.head = max(lane.head, page.head)
         batch = make_batch(self._log.epoch, lane.room, lane.cursor, page, lane.last)
         if batch is None:

@@ -51,8 +51,14 @@ class Lease:
         self._lost = lost
         self._next: IDelayedCall | None = None
         self._end: IDelayedCall | None = None
+        self._until = 0.0
         self._asks = 0
         """The number of requests so far; the answer to any but the last is ignored."""
+
+    @property
+    def in_force(self) -> bool:
+        """True while no other node can have the reader; a process that was suspended may still count as `held`."""
+        return self.held and self._clock.seconds() < self._until
 
     def start(self) -> None:
         """Claim the reader, and try again until that succeeds; claim it once more if the log has another epoch."""
@@ -93,13 +99,15 @@ class Lease:
     def _answered(self, held: bool, asked: int, since: float) -> None:
         if asked != self._asks:
             return
-        left = since + LEASE_SECONDS - MARGIN_SECONDS - self._clock.seconds()
+        until = since + LEASE_SECONDS - MARGIN_SECONDS
+        left = until - self._clock.seconds()
         if not held or left <= 0:
             self.lose()
             self._again()
             return
         if self._end is not None and self._end.active():
             self._end.cancel()
+        self._until = until
         self._end = self._clock.callLater(left, self._expired)
         self._again()
         if not self.held:
