@@ -237,7 +237,5 @@ class _AnswerBody(TwistedProtocol):
 
     def _abort(self) -> None:
         """Drop the connection, which a server may hold open; its proxy passes on no more than a polite close."""
-        connection = self.transport._producer  # noqa: SLF001 -- None after the end of the answer
-        if connection is not None:
-            connection.abortConnection()
+        self.transport._producer.abortConnection()  # noqa: SLF001
         self._end()
