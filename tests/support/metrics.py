@@ -40,6 +40,16 @@ METRICS = {
     "process_start_time_seconds": "gauge",
 }
 """The metrics that every server has, with their types.  The samples of a counter end in `_total`."""
+WEBHOOK_METRICS = {
+    "chatd_webhook_active": "gauge",
+    "chatd_webhook_deliveries": "counter",
+    "chatd_webhook_lag_messages": "gauge",
+    "chatd_webhook_lag_seconds": "gauge",
+    "chatd_webhook_messages": "counter",
+    "chatd_webhook_missed": "counter",
+    "chatd_webhook_stopped": "gauge",
+}
+"""The metrics that a server with webhooks has too."""
 
 
 class Scrape:

@@ -150,6 +150,21 @@ class Endpoint:
         return self.result
 
 
+class Webhooks:
+    """Webhooks that end when `ended` fires, which it has at first."""
+
+    def __init__(self, journal):
+        self.journal = journal
+        self.ended = succeed(None)
+
+    def start(self):
+        self.journal.append("deliver")
+
+    def stop(self, seconds):
+        self.journal.append(("deliver no more", seconds))
+        return self.ended
+
+
 class Server:
     """A ChatService of doubles, which record their calls in one journal."""
 
@@ -161,8 +176,10 @@ class Server:
         watchdog=None,
         sheds_privileges=False,
         observer=None,
+        webhooks=False,
     ):
         self.journal = []
+        self.webhooks = Webhooks(self.journal) if webhooks else None
         self.clock = Clock()
         self.store = Store(self.journal)
         self.connections = Connections(self.journal)
@@ -190,6 +207,7 @@ class Server:
             lateness=self.lateness,
             observer=self.observer,
             notify=Notify(self.journal, watchdog),
+            webhooks=self.webhooks,
         )
 
     def start(self):
@@ -785,6 +803,39 @@ def test_order_of_the_stop(server):
     server.admin["tcp:8086"].port.stopped.callback(None)
     assert stopped.called
     assert not server.service.running
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_webhooks_need_the_store(late):
+    """They begin when it is open and end before it closes, in the time that the drain has left."""
+    server = Server(webhooks=True)
+    if late:
+        server.store.opened = Deferred()
+        server.service.startService()
+        assert "deliver" not in server.journal
+        server.store.opened.callback(None)
+    else:
+        server.service.startService()
+    assert server.journal.count("deliver") == 1
+    server.journal.clear()
+    server.drain.gone, server.webhooks.ended = Deferred(), Deferred()
+    server.stop()
+    server.clock.advance(10)
+    server.journal.clear()
+    server.drain.gone.callback(None)
+    assert server.journal == [("deliver no more", 20.0)]
+    server.webhooks.ended.callback(None)
+    assert server.journal[1] == "store.close"
+
+
+def test_webhooks_after_a_long_drain():
+    server = Server(webhooks=True)
+    server.start()
+    server.drain.gone = Deferred()
+    server.stop()
+    server.clock.advance(40)
+    server.drain.gone.callback(None)
+    assert ("deliver no more", 0.0) in server.journal
 
 
 def test_no_calls_are_left_after_the_stop(server):

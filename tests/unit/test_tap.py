@@ -777,6 +777,25 @@ def test_tokens_are_needed(reactor, tmp_path, monkeypatch, option):
     assert status_with(reactor, header) == 401
 
 
+def test_webhooks(reactor, tmp_path, monkeypatch):
+    """Each webhook has metrics under its origin, begins with the store, and SIGHUP reads the keys again."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text(f"whsec_{'A' * 32}")
+    urls = "https://ann:geheim@app.example/a", "https://app.example/b", "http://127.0.0.1:1/"
+    start(*(f"--webhook={url}" for url in urls), "--webhook-key=keys")
+    text = Client(reactor.tcpServers[1][1], b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").received.decode()
+    for name in ("https://app.example", "https://app.example 2", "http://127.0.0.1:1"):
+        assert f'chatd_webhook_active{{webhook="{name}"}} 1.0' in text
+    assert "geheim" not in text
+    (tmp_path / "keys").write_text("")
+    with capturedLogs() as events:
+        handlers[signal.SIGHUP](signal.SIGHUP, None)
+        reactor.advance(0)
+    assert any("the old keys of the webhooks stay in force" in formatEvent(event) for event in events)
+
+
 def test_key_set_at_a_url(reactor):
     """Without keys the server says so, and answers 503."""
     start("--jwks=https://login.example/jwks")

@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from support.metrics import ALERTS, METRICS, Scrape, queries, rules, unknown
+from support.metrics import ALERTS, METRICS, WEBHOOK_METRICS, Scrape, queries, rules, unknown
 from support.servers import LONG, ROOT, Raw, Server, need, post
 
 ALERT_TESTS = ROOT / "tests" / "alerts_test.yml"
@@ -24,8 +24,11 @@ def ask_metrics(port, method="GET", path="/metrics"):
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory):
-    """The text of a scrape of a server process with two clients and one message."""
-    with Server(tmp_path_factory.mktemp("server"), admin="tcp:port=0:interface=127.0.0.1") as server:
+    """The text of a scrape of a server process with two clients, one message and a webhook that nobody receives."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "keys").write_text(f"whsec_{'A' * 32}")
+    hook = "--webhook=http://127.0.0.1:1/", "--webhook-key=keys"
+    with Server(folder, *hook, admin="tcp:port=0:interface=127.0.0.1") as server:
         with Raw(server.port) as ann, Raw(server.port) as bob:
             ann.join()
             bob.join()
@@ -44,7 +47,7 @@ def scraped(tmp_path_factory):
 def test_metrics_of_a_real_server(scraped):
     """A server process reports every metric, with the values that its traffic must cause."""
     scrape = Scrape(scraped)
-    assert scrape.types == METRICS | dict.fromkeys(
+    assert scrape.types == METRICS | WEBHOOK_METRICS | dict.fromkeys(
         ("chatd_log_bytes", "chatd_log_free_bytes", "chatd_log_wal_bytes"), "gauge"
     )
     assert scrape.some("chatd_connections") == {("websocket",): 2}

@@ -14,6 +14,7 @@ from chatd.operate import check
 from chatd.operate.check import Endpoint, RedisRefused, Unreached, exposures, findings
 from chatd.store.base import DAY, Retention
 from chatd.transport.frames import history_frame, message_frame
+from chatd.webhooks.sender import WebhookAddress
 
 SETTINGS = Configuration((), {}).settings._replace(folder=Path("/srv"))
 """The defaults."""
@@ -29,6 +30,7 @@ WELL = {
     "appendfsync": "always",
 }
 """The facts of a Redis that loses nothing."""
+HOOKS = {"webhook": (WebhookAddress.parse("https://ann:secret@app.example/hook"),), "webhook_key": FILE}
 KEY = "ssl:443:privateKey=a\\:b.pem:certKey=c.pem"
 
 
@@ -357,6 +359,17 @@ BAD = [
         )
         for text in ("everysec", "no")
     ),
+    ("--webhook-key /srv/password: every user of this machine can read the keys: ", HOOKS, {"readable": FILE}),
+    (
+        "--webhook http://app.example: the network can read the messages: use https",
+        {"webhook": (WebhookAddress.parse("http://app.example/hook"),)},
+        {},
+    ),
+    (
+        "--webhook https://app.example: every user of this machine can see the password in the command line (ps): ",
+        HOOKS,
+        {"command": "twistd\0chatd\0--webhook\0https://ann:secret@App.example/hook"},
+    ),
 ]
 # Options and machines without a finding, each just short of one.
 GOOD = [
@@ -412,6 +425,8 @@ GOOD = [
     ({"listen": (LOCAL,), "proxy_hops": 1}, {}),
     ({"listen": (LOCAL, "tcp:8087")}, {}),
     ({"listen": (f"haproxy:{LOCAL}",)}, {}),
+    (HOOKS, {"command": "twistd\0chatd\0--webhook\0https://app.example/hook"}),
+    ({"webhook": (WebhookAddress.parse("http://127.0.0.1:8000/hook"),)}, {}),
 ]
 
 

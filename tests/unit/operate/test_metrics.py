@@ -5,6 +5,7 @@ import platform
 import re
 import resource
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ from support.helpers import (
     result_of,
 )
 from support.houses import House
-from support.metrics import ALERTS, DASHBOARD, METRICS, Scrape, asked, panels, rules
+from support.metrics import ALERTS, DASHBOARD, METRICS, WEBHOOK_METRICS, Scrape, asked, panels, rules
 from support.servers import ROOT
 from support.web_doubles import Connection
 from support.websocket_frames import masked
@@ -139,6 +140,37 @@ def test_sanctions_and_what_they_refuse(house, monkeypatch):
     house.now.advance(1)
     assert house.scrape().some("chatd_sanctions") == {("ban",): 1, ("mute",): 1}
     assert house.scrape().some("chatd_sanction_refusals_total") == {("ban",): 1}
+
+
+class Hook:
+    """A webhook as the metrics see it."""
+
+    def __init__(self, name, **values):
+        self.name, self.outcomes, self.lag = name, Counter(values.pop("outcomes", ())), values.pop("lag", (0, 0.0))
+        self.messages = self.missed = self.active = self.stopped = 0
+        self.__dict__ |= values
+
+
+def test_webhooks(house):
+    """Each has its own values, and a server without webhooks has none of these metrics."""
+    assert not any(name.startswith("chatd_webhook") for name in house.scrape().types)
+    house.metrics._webhooks = [
+        Hook("https://a.example", outcomes={"taken": 3, "rejected": 1}, messages=7, active=True, lag=(5, 61.5)),
+        Hook("https://b.example", missed=2, stopped=True),
+    ]
+    scrape = house.scrape()
+    assert scrape.types == METRICS | WEBHOOK_METRICS | {"chatd_log_messages": "gauge"}
+    assert scrape.some("chatd_webhook_deliveries_total") == {
+        ("taken", "https://a.example"): 3,
+        ("rejected", "https://a.example"): 1,
+    }
+    assert scrape("chatd_webhook_deliveries_total", webhook="https://b.example", outcome="unanswered") == 0
+    assert scrape("chatd_webhook_messages_total", webhook="https://a.example") == 7
+    assert scrape("chatd_webhook_active", webhook="https://a.example") == 1
+    assert scrape("chatd_webhook_lag_messages", webhook="https://a.example") == 5
+    assert scrape("chatd_webhook_lag_seconds", webhook="https://a.example") == 61.5
+    assert scrape("chatd_webhook_missed_total", webhook="https://b.example") == 2
+    assert scrape("chatd_webhook_stopped", webhook="https://b.example") == 1
 
 
 def test_closes_by_code(house):
