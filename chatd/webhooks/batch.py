@@ -28,9 +28,9 @@ class Batch(NamedTuple):
     last: int
     """The number of the last entry of the range."""
     messages: int
-    """How many entries the body holds."""
+    """The number of entries in the body."""
     missed: int
-    """How many entries of the range the log no longer holds."""
+    """The number of entries of the range that the log no longer holds."""
     timestamp: str
     """The timestamp of the first entry; "" without one."""
 

@@ -1,6 +1,6 @@
-"""What one webhook sends when.
+"""The schedule of one webhook: which deliveries it sends, and when.
 
-A room that may have news for the application is a *lane*: a cursor, and where its next batch ends.  Lanes are served in
+A room with possible news for the application is a *lane*: a cursor, and the end of its next batch.  Lanes are served in
 parallel, a few at a time, and each lane has at most one request.  A lane waits a moment before its first request, so
 that the entries of that time share it, and after each failure for a random time that grows (*full jitter*).  If nothing
 but failures comes back, only one request at a time is tried.
@@ -54,7 +54,7 @@ _logger = Logger()
 
 
 class WebhookTransport(Protocol):
-    """What carries deliveries to the application."""
+    """The carrier of deliveries to the application."""
 
     def send(self, webhook_id: str, body: bytes) -> "Deferred[Answer]":
         """Send a delivery; the Deferred never fails.  Cancel it to drop the request."""
@@ -125,9 +125,9 @@ class Webhook:
         self._unsaved: dict[str, _Lane] = {}
         """Lanes whose batch was taken, and whose cursor is not in the store yet."""
         self._saving: dict[str, _Lane] = {}
-        """Those of them that the store is writing."""
+        """Lanes whose cursor the store is writing."""
         self._place: str | None = None
-        """Where the scan goes on; None if every room with news has a lane."""
+        """The place at which the scan goes on; None if every room with news has a lane."""
         self._scanning: Deferred[Any] | None = None
         """The request for the next rooms of the scan."""
         self._overflowed = False

@@ -45,7 +45,7 @@ _REDIRECTS: Final = range(300, 400)
 
 @dataclass(frozen=True, repr=False)
 class WebhookAddress:
-    """Where a webhook posts to."""
+    """The URL that a webhook posts to."""
 
     url: bytes
     """The URL without credentials."""

@@ -105,7 +105,7 @@ def test_status_alone_counts(send, reply):
 
 
 def test_large_answer_at_once(send):
-    """The whole answer may be there before its body is read."""
+    """The whole answer may arrive before its body is read."""
     body = b"x" * (MAX_ANSWER + 1)
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
     with serving(Receiver(lambda handler: handler.wfile.write(head + body) and "drop")) as app:
@@ -132,7 +132,7 @@ def test_hanging_application(send, monkeypatch):
         app.released.set()
 
 
-def test_answer_whose_body_hangs(send, monkeypatch):
+def test_answer_with_a_hanging_body(send, monkeypatch):
     """The status counts after the time limit."""
     monkeypatch.setattr(sender, "REQUEST_SECONDS", 0.2)
 

@@ -28,7 +28,7 @@ class Receiver(ThreadingHTTPServer):
         self.replies = [*replies]
         self.webhook = Webhook(secret)
         self.deliveries = []
-        """What arrived and was verified: (id, document, whether it was answered with 2xx)."""
+        """Verified deliveries: (id, document, whether it was answered with 2xx)."""
         self.headers = []
         self.changed = threading.Condition()
         self.released = threading.Event()

@@ -1,8 +1,10 @@
 """One delivery as JSON."""
 
 import json
+import re
 
 import pytest
+from support.documented import SCHEMAS, _check
 from support.helpers import stamped
 
 from chatd.messages import REMOVED, Entry
@@ -15,9 +17,22 @@ def entries(first, last, text="x", **fields):
     return [Entry(number, "ann", text, stamped(number), **fields) for number in range(first, last + 1)]
 
 
+DELIVERY = "/webhooks/messages/post"
+_POST = json.loads((SCHEMAS / "openapi.json").read_text("utf-8"))["webhooks"]["messages"]["post"]
+
+
+def make(cursor, page, last=None):
+    return make_batch("k7Q2xe", "team", cursor, page, last)
+
+
 def made(cursor, page, last=None):
-    found = make_batch("k7Q2xe", "team", cursor, page, last)
-    return found, json.loads(found.body)
+    """Make a batch, which the OpenAPI document must describe; return it and its document."""
+    found = make(cursor, page, last)
+    document = json.loads(found.body)
+    _check(f"openapi.json#{DELIVERY}/requestBody/content/application~1json/schema", document)
+    (pattern,) = (one["schema"]["pattern"] for one in _POST["parameters"] if one["name"] == "webhook-id")
+    assert re.fullmatch(pattern, found.id)
+    return found, document
 
 
 def test_batch():
@@ -53,7 +68,7 @@ def test_text_that_looks_like_the_type():
 
 
 def test_start_of_a_room():
-    """The first batch of a room in an epoch says so."""
+    """The first batch of a room in an epoch has `start`."""
     assert made(0, Page(entries(1, 1), 1, 1))[1]["start"] is True
     assert "start" not in made(1, Page(entries(2, 2), 1, 2))[1]
 
@@ -63,7 +78,7 @@ def test_start_of_a_room():
     [(3, 4, 6, None, 0), (3, 5, 6, None, 1), (3, 7, 6, None, 3), (3, 9, 9, 5, 2)],
 )
 def test_gap(cursor, first, head, last, missed):
-    """A batch states that entries of its range are gone, and which one is the first that is left."""
+    """A batch states that entries of its range are missing, and names the first one left."""
     found, document = made(cursor, Page(entries(max(first, cursor + 1), head), first, head), last)
     assert found.missed == missed
     assert document.get("first") == (f"k7Q2xe-{first}" if missed else None)
@@ -73,7 +88,7 @@ def test_gap(cursor, first, head, last, missed):
 
 
 def test_nothing_to_deliver():
-    assert make_batch("k7Q2xe", "team", 6, Page([], 1, 6), None) is None
+    assert make(6, Page([], 1, 6)) is None
 
 
 def test_fixed_range():
@@ -85,8 +100,8 @@ def test_fixed_range():
 def test_size_is_bounded():
     """A batch ends with the entry that fills it, and a fixed range has no such limit."""
     text = "x" * (MAX_BYTES // 3)
-    found, _ = made(0, Page(entries(1, 9, text), 1, 9))
+    found = make(0, Page(entries(1, 9, text), 1, 9))
     assert (found.last, found.messages) == (3, 3)
     assert len(found.body) < 2 * MAX_BYTES
-    assert made(0, Page(entries(1, 4, text), 1, 9), 4)[0].messages == 4
+    assert make(0, Page(entries(1, 4, text), 1, 9), 4).messages == 4
     assert batch.MAX_ENTRIES == 100

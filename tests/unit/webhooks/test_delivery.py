@@ -1,4 +1,4 @@
-"""What a webhook sends when, over a store in memory, with a transport and a clock that the test drives."""
+"""The schedule of a webhook over a store in memory, with a transport and a clock that the test drives."""
 
 import json
 
@@ -387,11 +387,11 @@ def test_lag_is_the_age_of_the_oldest(bench):
     assert bench.webhook.lag == (2, pytest.approx(90, abs=0.01))
 
 
-# What was removed
+# Removed entries
 
 
 def test_gap_is_stated():
-    """A batch says that entries before it were removed, and which is the first one left."""
+    """A batch states that entries before it were removed, and names the first one left."""
     bench = Bench(retain="2")
     bench.deliver("a")
     bench.say("b")
@@ -430,7 +430,7 @@ def test_cleared_room_is_stated(bench):
 
 
 def test_new_epoch_begins_at_the_start(bench):
-    """Requests of the old one are dropped, and each room says that it starts."""
+    """Requests of the old one are dropped, and the first batch of each room has `start`."""
     bench.deliver("a", "b")
     bench.say("c")
     bench.gather()
@@ -459,7 +459,7 @@ def test_store_that_cannot_be_read(bench):
 
 
 def test_cursor_that_cannot_be_stored(bench):
-    """What the application has taken is not sent again; the store is tried again."""
+    """A delivery that was taken is not sent again, and the store is tried again."""
     bench.say("a")
     bench.gather()
     bench.store.cursors_down = True
@@ -643,7 +643,7 @@ def test_late_answer_to_a_claim(bench, monkeypatch):
 
 
 def test_answers_of_the_store_after_the_lease(bench, monkeypatch):
-    """What the store answers to a node that has lost the lease meanwhile has no effect."""
+    """Late failures of the store do not start anything on a node that has lost the lease."""
     bench.store.held_cursors = held = []
     asked = []
     bench.say("a")
@@ -691,7 +691,7 @@ def test_page_after_the_lease(bench):
     assert bench.sent() == []
 
 
-def test_room_whose_news_was_taken(bench, monkeypatch):
+def test_room_without_news_is_closed(bench, monkeypatch):
     """A room that a scan found behind, and that is not, is closed without a request."""
     bench.deliver("a")
     monkeypatch.setattr(bench.store, "behind", lambda *_: succeed(([("team", 1, 1)], "")))
