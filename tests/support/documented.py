@@ -47,6 +47,11 @@ def _validator(place):
     return jsonschema_rs.validator_for({"$ref": BASE + place}, registry=_registry)
 
 
+def check_delivery(document):
+    """Check what is posted to a webhook."""
+    _check("openapi.json#/webhooks/messages/post/requestBody/content/application~1json/schema", document)
+
+
 _frames = {
     message["name"]: message["payload"]["$ref"].removeprefix("#")
     for message in _documents["asyncapi.json"]["components"]["messages"].values()

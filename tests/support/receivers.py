@@ -5,6 +5,7 @@ import contextlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from support.documented import check_delivery
 from support.servers import LONG
 
 SECRET, OTHER = (f"whsec_{base64.b64encode(bytes([number] * 32)).decode()}" for number in (1, 2))
@@ -23,7 +24,7 @@ class Receiver(ThreadingHTTPServer):
     def __init__(self, *replies, port=0, secret=SECRET):
         from standardwebhooks import Webhook
 
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(("127.0.0.1", port), ReceiverHandler)
         self.url = f"http://127.0.0.1:{self.server_port}/hook?secret=1"
         self.replies = [*replies]
         self.webhook = Webhook(secret)
@@ -74,7 +75,7 @@ class Receiver(ThreadingHTTPServer):
         """Print no traceback of a connection that the server has dropped."""
 
 
-class Handler(BaseHTTPRequestHandler):
+class ReceiverHandler(BaseHTTPRequestHandler):
     """Verifies a delivery, and answers as the next reply says."""
 
     protocol_version = "HTTP/1.1"
@@ -83,6 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         body = self.rfile.read(int(self.headers["content-length"]))
         document = server.webhook.verify(body, dict(self.headers))
+        check_delivery(document)
         server.headers.append(dict(self.headers))
         with server.changed:
             reply = server.replies.pop(0) if server.replies else 204

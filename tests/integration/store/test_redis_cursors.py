@@ -7,6 +7,7 @@ from chatd.room.cursors import Behind
 from chatd.room.log import LogUnavailable
 from chatd.store.redis import store as redis_store
 from chatd.store.redis.keys import LOG, cursors_key, lease_key
+from chatd.store.redis.link import RedisConnection
 
 
 @each_binary
@@ -118,20 +119,19 @@ def test_unfinished_reader_begins_once_more(two, redis):
 def test_claim_lost_while_heads_are_noted(two, redis, monkeypatch):
     """A node that loses its claim at once has no reader."""
     one, _ = two
-    run = one.store._session.connection.run
+    run = RedisConnection.run
 
-    def late(script, *arguments):
+    def late(connection, script, *arguments):
         if script is redis_store.ADVANCE:
             redis.call("HSET", cursors_key("app"), "#word", "w2")
-        return run(script, *arguments)
+        return run(connection, script, *arguments)
 
-    monkeypatch.setattr(one.store._session.connection, "run", late)
+    monkeypatch.setattr(RedisConnection, "run", late)
     assert not claim(one, "w1")
 
 
-def test_redis_that_is_away(two):
-    one, _ = two
-    one.store._session.drop()
+def test_redis_that_is_away(node):
+    one = node("redis://127.0.0.1:1", at_once=True)
     for asked in (
         one.store.claim("app", "w", 1),
         one.store.renew("app", "w", 1),

@@ -47,6 +47,7 @@ class MeasuredHouse(House):
 
     def __init__(self, **options):
         super().__init__(seed=(), ready=False, **options)
+        self.hooks = []
         self.metrics = Metrics(
             store=self.log,
             rooms=self.rooms,
@@ -60,6 +61,7 @@ class MeasuredHouse(House):
             limits=self.site.intake.limits,
             sanctioned=self.moderator.refusals,
             clock=self.clock,
+            webhooks=self.hooks,
         )
 
     def scrape(self):
@@ -154,7 +156,7 @@ class Hook:
 def test_webhooks(house):
     """Each has its own values, and a server without webhooks has none of these metrics."""
     assert not any(name.startswith("chatd_webhook") for name in house.scrape().types)
-    house.metrics._webhooks = [
+    house.hooks += [
         Hook("https://a.example", outcomes={"taken": 3, "rejected": 1}, messages=7, active=True, lag=(5, 61.5)),
         Hook("https://b.example", missed=2, stopped=True),
     ]

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from support.documented import SCHEMAS, _check
+from support.documented import SCHEMAS, check_delivery
 from support.helpers import stamped
 
 from chatd.messages import REMOVED, Entry
@@ -17,8 +17,7 @@ def entries(first, last, text="x", **fields):
     return [Entry(number, "ann", text, stamped(number), **fields) for number in range(first, last + 1)]
 
 
-DELIVERY = "/webhooks/messages/post"
-_POST = json.loads((SCHEMAS / "openapi.json").read_text("utf-8"))["webhooks"]["messages"]["post"]
+POST = json.loads((SCHEMAS / "openapi.json").read_text("utf-8"))["webhooks"]["messages"]["post"]
 
 
 def make(cursor, page, last=None):
@@ -29,8 +28,8 @@ def made(cursor, page, last=None):
     """Make a batch, which the OpenAPI document must describe; return it and its document."""
     found = make(cursor, page, last)
     document = json.loads(found.body)
-    _check(f"openapi.json#{DELIVERY}/requestBody/content/application~1json/schema", document)
-    (pattern,) = (one["schema"]["pattern"] for one in _POST["parameters"] if one["name"] == "webhook-id")
+    check_delivery(document)
+    (pattern,) = (one["schema"]["pattern"] for one in POST["parameters"] if one["name"] == "webhook-id")
     assert re.fullmatch(pattern, found.id)
     return found, document
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.helpers import RecordingPoster
+from support.helpers import RecordingPoster, result_of
 from support.stores import FaultyStore
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
@@ -59,13 +59,16 @@ class Application:
 class Store(FaultyStore):
     """A store whose cursors fail or wait while the test asks for it."""
 
-    lapsed = cursors_down = False
+    lapsed = cursors_down = new_epoch = False
     held_cursors = None
 
     def claim(self, reader, word, seconds):
         if self.lapsed or self.cursors_down:
             return fail(LogUnavailable("away")) if self.cursors_down else succeed(LOST)
-        return super().claim(reader, word, seconds)
+        claimed = super().claim(reader, word, seconds)
+        if self.new_epoch:
+            super().advance(reader, word, {"team": 0})
+        return claimed
 
     def renew(self, reader, word, seconds):
         return fail(LogUnavailable("away")) if self.cursors_down else succeed(not self.lapsed)
@@ -83,7 +86,9 @@ class Store(FaultyStore):
 
 
 class Bench:
-    """A webhook over a store in the epoch `k7Q2`."""
+    """A webhook over a store in the epoch `k7Q2`; while it is `deaf`, it hears of no message."""
+
+    deaf = False
 
     def __init__(self, retain=None, jitter=lambda _, most: most, *, start=True):
         self.store = Store(retain and Retention.parse(retain))
@@ -101,9 +106,23 @@ class Bench:
             now=self.store.now,
             jitter=jitter,
         )
-        self.store.follow(Fanout([self.webhook], None))
+        self.fanout = Fanout([self.webhook], None)
+        self.store.follow(self)
         if start:
             self.webhook.start()
+
+    def appended(self, room, entries):
+        if not self.deaf:
+            self.fanout.appended(room, entries)
+
+    def trimmed(self, room, first):
+        self.fanout.trimmed(room, first)
+
+    def lose(self):
+        """Lose the lease: the store refuses to renew the claim, and goes on to refuse."""
+        self.store.lapsed = True
+        self.pass_time(RENEW_SECONDS)
+        assert not self.webhook.active
 
     def say(self, *texts, room="team", **fields):
         poster = RecordingPoster()
@@ -132,7 +151,7 @@ class Bench:
         self.sent()
 
     def cursor(self, room="team"):
-        return self.store._cursors["reader"].get(room, 0)
+        return result_of(self.store.cursor("reader", room))
 
 
 @pytest.fixture
@@ -435,8 +454,8 @@ def test_new_epoch_begins_at_the_start(bench):
     bench.say("c")
     bench.gather()
     bench.store.epoch = "newone"
-    bench.store._cursors["reader"].clear()  # as stores with a history do
-    bench.store._followers[0].interrupted()
+    bench.store.new_epoch = True
+    bench.fanout.interrupted()
     assert bench.application.waiting["team:k7Q2-3:3"].called
     bench.gather()
     assert bench.application.sent[-1] == "team:newone-1:3"
@@ -493,8 +512,8 @@ def test_rooms_beyond_the_limit_are_found_later(monkeypatch):
     for number in range(20):
         bench.say("x", room=f"r{number:02}")
     bench.gather()
-    assert len(bench.webhook._lanes) == 4
-    taken = []
+    taken = bench.sent()
+    assert len(taken) == 4
     for _ in range(40):
         taken += bench.sent()
         while bench.application.waiting:
@@ -530,32 +549,31 @@ def test_news_during_a_scan(monkeypatch):
 def test_scan_goes_on_in_places(bench, monkeypatch):
     """The store names the next place, and a room that has a lane already is not added twice."""
     bench.say("a", room="r")
-    (follower,), bench.store._followers[:] = [*bench.store._followers], []
+    bench.deaf = True
     bench.say("a", room="s")
     bench.say("a", room="t")
     places = {"": ([("r", 0, 1), ("s", 0, 1)], "s"), "s": ([("t", 0, 1)], "")}
     monkeypatch.setattr(bench.store, "behind", lambda _, place: succeed(places[place]))
-    follower.interrupted()
+    bench.fanout.interrupted()
     bench.gather()
     assert sorted(bench.sent()) == ["r:1:1", "s:1:1", "t:1:1"]
 
 
 def test_scan_that_fails_is_repeated(bench):
     bench.store.cursors_down = True
-    bench.store._followers[0].interrupted()
+    bench.fanout.interrupted()
     bench.store.cursors_down = False
     bench.store.append("team", Post("ann", "a"), RecordingPoster())
     bench.pass_time(STORE_SECONDS)
     assert bench.sent() == ["team:1:1"]
-    assert bench.webhook._place is None
 
 
 def test_interruption_during_a_scan(bench, monkeypatch):
     """Another scan follows, because the first one may have passed what is missing."""
     asked = []
     monkeypatch.setattr(bench.store, "behind", lambda _, place: asked.append(Deferred()) or asked[-1])
-    bench.store._followers[0].interrupted()
-    bench.store._followers[0].interrupted()
+    bench.fanout.interrupted()
+    bench.fanout.interrupted()
     assert len(asked) == 1
     asked[0].callback(([], ""))
     assert len(asked) == 2
@@ -571,10 +589,10 @@ def test_node_without_the_lease_sends_nothing(bench):
     other = Bench(start=False)
     other.store.lapsed = True
     other.webhook.start()
-    other.store._followers[0].interrupted()
+    other.fanout.interrupted()
     other.say("a")
     other.pass_time(GATHER_SECONDS)
-    assert (other.sent(), other.webhook.active, other.webhook._lanes) == ([], False, {})
+    assert (other.sent(), other.webhook.active, other.webhook.lag) == ([], False, (0, 0))
     other.store.lapsed = False
     other.pass_time(RENEW_SECONDS)
     assert other.webhook.active
@@ -621,7 +639,7 @@ def test_suspended_node_sends_nothing_late(bench):
     bench.clock.rightNow += LEASE_SECONDS
     bench.store.lapsed = True
     bench.clock.advance(0)  # what is due earlier than the end of the claim is called first
-    assert (bench.sent(), bench.webhook.active, bench.webhook._lanes) == ([], False, {})
+    assert (bench.sent(), bench.webhook.active, bench.webhook.lag) == ([], False, (0, 0))
 
 
 def test_late_answer_to_a_claim(bench, monkeypatch):
@@ -633,9 +651,8 @@ def test_late_answer_to_a_claim(bench, monkeypatch):
     asked[0].callback(HELD)
     assert not other.webhook.active
     other.pass_time(RENEW_SECONDS)
-    other.webhook._lease.lose()
-    asked[1].callback(HELD)
     other.webhook.start()
+    asked[1].callback(HELD)
     other.webhook.start()
     asked[2].errback(LogUnavailable("away"))
     assert not other.webhook.active
@@ -650,9 +667,9 @@ def test_answers_of_the_store_after_the_lease(bench, monkeypatch):
     bench.gather()
     bench.application.answer()
     monkeypatch.setattr(bench.store, "behind", lambda *_: asked.append(Deferred()) or asked[-1])
-    bench.store._followers[0].interrupted()
-    bench.store._followers[0].interrupted()
-    bench.webhook._lease.lose()
+    bench.fanout.interrupted()
+    bench.fanout.interrupted()
+    bench.lose()
     held[0].errback(LogUnavailable("away"))
     asked[0].errback(LogUnavailable("away"))
     bench.pass_time(STORE_SECONDS)
@@ -670,12 +687,12 @@ def test_late_answers_of_the_store(bench, monkeypatch):
     bench.store.slow = True
     bench.say("a", room="other")
     bench.gather()
-    bench.store._followers[0].interrupted()
-    bench.webhook._lease.lose()
+    bench.fanout.interrupted()
+    bench.lose()
     held[0].callback(HELD)
     asked[0].callback(([("team", 0, 1)], ""))
     bench.store.answer()
-    assert (bench.webhook._lanes, bench.sent()) == ({}, ["team:1:1"])
+    assert (bench.webhook.lag, bench.sent()) == ((0, 0), ["team:1:1"])
 
 
 def test_page_after_the_lease(bench):
@@ -685,7 +702,7 @@ def test_page_after_the_lease(bench):
     bench.gather()
     reading = bench.store.waiting[0]
     bench.store.waiting.clear()
-    bench.webhook._lease.lose()
+    bench.lose()
     bench.store.slow = False
     reading[0]()
     assert bench.sent() == []
@@ -695,9 +712,9 @@ def test_room_without_news_is_closed(bench, monkeypatch):
     """A room that a scan found behind, and that is not, is closed without a request."""
     bench.deliver("a")
     monkeypatch.setattr(bench.store, "behind", lambda *_: succeed(([("team", 1, 1)], "")))
-    bench.store._followers[0].interrupted()
+    bench.fanout.interrupted()
     bench.gather()
-    assert (bench.sent(), bench.webhook._lanes) == ([], {})
+    assert (bench.sent(), bench.webhook.lag) == ([], (0, 0))
 
 
 # All webhooks of a server
