@@ -35,6 +35,12 @@ PARALLEL: Final = 8
 """The most requests of one webhook at a time, each for another room."""
 MAX_LANES: Final = 10_000
 """The most rooms with news that are held in memory, with some 300 bytes each."""
+RATE: Final = 100.0
+"""The most deliveries of one webhook that begin in a second, so that busy rooms leave the CPU to clients.
+
+A delivery costs about 1 ms, and 0.05 ms for each message.  Messages of rooms that wait share deliveries."""
+BURST_SECONDS: Final = 0.1
+"""The time for which an idle webhook saves the deliveries that it may begin."""
 GATHER_SECONDS: Final = 0.1
 """How long the first new entry of a room waits for others."""
 BACKOFF_SECONDS: Final = 1.0, 60.0
@@ -136,6 +142,8 @@ class Webhook:
         """Failed deliveries in a row, over all rooms."""
         self._paused = 0.0
         """The time until which nothing is sent."""
+        self._paced = 0.0
+        """The time at which RATE permits the next delivery."""
         self._timer: IDelayedCall | None = None
         self._stopping: Deferred[None] | None = None
         self._logged: tuple[str, float] = "", 0.0
@@ -294,12 +302,14 @@ class Webhook:
         while waiting and waiting[0][0] <= now:
             self._ready.append(heapq.heappop(waiting)[2])
         most = PARALLEL if self._failures < PARALLEL else 1
-        while self._ready and len(self._in_flight) < most and now >= self._paused:
+        while self._ready and len(self._in_flight) < most and now >= max(self._paused, self._paced):
+            self._paced = max(self._paced, now - BURST_SECONDS) + 1 / RATE
             self._begin(self._ready.popleft())
-        if self._ready and now < self._paused:
-            self._wake_at(self._paused)
+        blocked = max(self._paused, self._paced)
+        if self._ready and now < blocked:
+            self._wake_at(blocked)
         elif waiting:
-            self._wake_at(max(waiting[0][0], self._paused))
+            self._wake_at(max(waiting[0][0], blocked))
 
     def _wake_at(self, due: float) -> None:
         if self._timer is not None and self._timer.active():

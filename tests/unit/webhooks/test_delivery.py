@@ -17,10 +17,12 @@ from chatd.webhooks import delivery
 from chatd.webhooks.batch import MAX_ENTRIES
 from chatd.webhooks.delivery import (
     BACKOFF_SECONDS,
+    BURST_SECONDS,
     GATHER_SECONDS,
     LOG_SECONDS,
     MAX_WAIT_SECONDS,
     PARALLEL,
+    RATE,
     STORE_SECONDS,
     Webhook,
 )
@@ -318,6 +320,24 @@ def test_requests_in_parallel_are_bounded(bench):
     assert len(bench.sent()) == 1
 
 
+def test_deliveries_in_a_second_are_bounded(bench):
+    """Rooms then wait for each other, and their messages share deliveries."""
+    seconds, taken = 5, []
+    for _ in range(10 * seconds):
+        for number in range(30):
+            bench.say("x", room=f"r{number}")
+        bench.clock.pump([0.01] * 10)
+        while bench.application.waiting:
+            bench.application.answer()
+        taken += bench.sent()
+    assert len(taken) <= seconds * RATE + BURST_SECONDS * RATE
+    bench.clock.pump([0.1] * 20)
+    while bench.application.waiting:
+        bench.application.answer()
+        bench.clock.pump([0.1])
+    assert {bench.cursor(f"r{number}") for number in range(30)} == {10 * seconds}
+
+
 def test_application_that_is_away_is_probed(bench):
     """One request at a time tries it; all rooms go on with the first success."""
     rooms = 3 * PARALLEL
@@ -336,6 +356,7 @@ def test_application_that_is_away_is_probed(bench):
     assert len(bench.sent()) == 1 + PARALLEL
     while bench.application.waiting:
         bench.application.answer()
+        bench.pass_time(1 / RATE)
     assert sum(bench.cursor(f"r{number}") for number in range(rooms)) == rooms
 
 
