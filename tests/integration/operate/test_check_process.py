@@ -11,8 +11,11 @@ import sys
 from contextlib import closing
 
 import pytest
+from support.receivers import SECRET as HOOK_KEY
+from support.receivers import Receiver
 from support.redises import Redis, each_binary
 from support.servers import LONG, LOOPBACK, ROOT, TWISTD, Raw, Server, certificate_for, environment, numbered
+from support.threads import serving
 from support.tokens import SECRET, token
 from support.websocket_frames import TEXT, frame
 
@@ -132,10 +135,13 @@ def test_redis_user_may_run_a_server_and_a_check(tmp_path, binary):
     """Redis denies the documented user nothing that a server, or a check with the added rights, asks for."""
     words, more = documented_user()
     assert words[2:5] == ["chatd", "on", ">PASSWORD"]
-    with Redis(tmp_path / "redis", binary=binary, appendonly=True, fsync="always") as redis:
+    with serving(Receiver()) as app, Redis(tmp_path / "redis", binary=binary, appendonly=True, fsync="always") as redis:
         redis.call(*words)
         store = f"--store=redis://chatd:PASSWORD@localhost:{redis.port}/3"
-        with Server(tmp_path, store, "--retain=5") as server, Raw(server.port) as ann, Raw(server.port) as bob:
+        (tmp_path / "keys").write_text(HOOK_KEY)
+        options = store, "--retain=5", f"--webhook={app.url}", "--webhook-key=keys"
+        with Server(tmp_path, *options) as server, Raw(server.port) as ann, Raw(server.port) as bob:
+            server.log.wait("this node delivers")
             ann.join("/?events=presence,typing&username=ann")
             bob.join("/?events=presence,typing&username=bob")
             said = [json.dumps({"username": "bob", "message": "hi", "label": f"{number}"}) for number in range(9)]
@@ -149,6 +155,7 @@ def test_redis_user_may_run_a_server_and_a_check(tmp_path, binary):
             while (text := bob.json())["type"] == "presence":
                 pass
             assert [number for number, *_ in numbered(text)] == [9, 10, 11]
+            app.wait(lambda app: len(app.ids) > 0)
             server.stop()
             assert "NOPERM" not in server.log.text
         with Server(tmp_path, store, "--retain=1d") as server:  # trims by age at the start
