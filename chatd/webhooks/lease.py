@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -21,6 +22,8 @@ LEASE_SECONDS: Final = 15.0
 """How long a claim lasts; after a crash, another node begins within this time and RENEW_SECONDS."""
 RENEW_SECONDS: Final = 5.0
 """The time after which a claim is renewed, or tried again."""
+END_SECONDS: Final = 1.0
+"""The time limit for ending a claim in the store."""
 MARGIN_SECONDS: Final = 1.0
 """How long before the end of its claim a node stops."""
 
@@ -82,7 +85,8 @@ class Lease:
         self.lose()
         if not held:
             return succeed(None)
-        return self._cursors.end_claim(self._reader, self.word).addErrback(_trap)
+        ended = self._cursors.end_claim(self._reader, self.word).addTimeout(END_SECONDS, self._clock)
+        return ended.addErrback(_trap)
 
     def _ask(self, word: str = "") -> None:
         """Renew the claim, or make one, under a new word unless one is given."""
@@ -128,4 +132,4 @@ class Lease:
 
 
 def _trap(failure: Failure) -> None:
-    failure.trap(LogUnavailable)
+    failure.trap(LogUnavailable, DeferredTimeoutError)

@@ -12,6 +12,8 @@ from support.redises import Redis
 from support.servers import LONG, TWISTD, Server
 from support.threads import serving
 
+from chatd.store.redis.keys import LOG
+
 ADMIN = "tcp:0:interface=127.0.0.1"
 BRISK = """
 import runpy, sys
@@ -205,6 +207,22 @@ def test_suspended_node(tmp_path, redis):
             app.wait(lambda app: app.texts("team")[-1] == "z")
             app.check_ids()
             first.stop()
+
+
+def test_new_epoch(tmp_path, redis):
+    """After a new epoch, the application gets every room from its start."""
+    with serving(Receiver()) as app:
+        (one, _), options = pair(tmp_path, app, redis)
+        with Posting(*one, options=options) as server:
+            server.log.wait("this node delivers")
+            server.say("a", "b")
+            app.wait(lambda app: app.texts("team") == ["a", "b"])
+            redis.call("HSET", LOG, "epoch", "byhand")
+            app.wait(lambda app: any(webhook_id.startswith("team:byhand-1:2") for webhook_id in app.ids))
+            (again,) = (document for webhook_id, document, _ in app.deliveries if webhook_id == "team:byhand-1:2")
+            assert again["start"] is True
+            app.check_ids()
+            server.stop()
 
 
 def test_killed_node(tmp_path, redis):

@@ -27,7 +27,7 @@ from chatd.webhooks.delivery import (
     Webhook,
 )
 from chatd.webhooks.fanout import STOP_SECONDS, Fanout
-from chatd.webhooks.lease import LEASE_SECONDS, MARGIN_SECONDS, RENEW_SECONDS
+from chatd.webhooks.lease import END_SECONDS, LEASE_SECONDS, MARGIN_SECONDS, RENEW_SECONDS
 from chatd.webhooks.sender import Answer
 
 LOST = not HELD
@@ -40,14 +40,21 @@ class Application:
     def __init__(self):
         self.sent = []
         self.waiting = {}
+        self.bodies = {}
         self.closed = 0
 
     def send(self, webhook_id, body):
         answer = Deferred(lambda _: answer.callback(NONE))
         self.sent.append(webhook_id)
         self.waiting[webhook_id] = answer
-        self.body = json.loads(body)
+        self.body = self.bodies[webhook_id] = json.loads(body)
         return answer
+
+    def take(self):
+        """Take the oldest delivery, and return its texts."""
+        body = self.bodies[next(iter(self.waiting))]
+        self.answer()
+        return [message["data"]["message"] for message in body["messages"]]
 
     def answer(self, answer=TAKEN, webhook_id=None):
         """Answer a request, by default the oldest one."""
@@ -358,6 +365,25 @@ def test_application_that_is_away_is_probed(bench):
         bench.application.answer()
         bench.pass_time(1 / RATE)
     assert sum(bench.cursor(f"r{number}") for number in range(rooms)) == rooms
+
+
+def test_application_that_is_away_for_an_hour():
+    """It costs about a request a minute, and gets everything in order within a minute after its return."""
+    bench, texts = Bench(), []
+    for minute in range(60):
+        bench.say(f"{minute}", room=f"r{minute % 20}")
+        for _ in range(60):
+            bench.pass_time(1)
+            while bench.application.waiting:
+                bench.application.answer(NONE)
+    assert len(bench.sent()) < 200
+    for _ in range(int(BACKOFF_SECONDS[1])):
+        bench.pass_time(1)
+        while bench.application.waiting:
+            texts += bench.application.take()
+    assert sorted(texts, key=int) == [f"{minute}" for minute in range(60)]
+    assert all(int(text) < 20 or texts.index(f"{int(text) - 20}") < texts.index(text) for text in texts)
+    assert bench.webhook.lag == (0, 0)
 
 
 def test_retry_after_is_honoured(bench):
@@ -801,3 +827,11 @@ def test_release_that_fails(bench, monkeypatch):
     """Another node then waits for the end of the claim."""
     monkeypatch.setattr(bench.store, "end_claim", lambda *_: fail(LogUnavailable("away")))
     assert bench.webhook.stop(0).called
+
+
+def test_end_of_a_claim_is_bounded(bench, monkeypatch):
+    """A store that does not answer does not delay the end of the server for long."""
+    monkeypatch.setattr(bench.store, "end_claim", lambda *_: Deferred())
+    stopped = bench.webhook.stop(0)
+    bench.pass_time(END_SECONDS)
+    assert (stopped.called, bench.application.closed) == (True, 1)
