@@ -21,6 +21,7 @@ from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
+from twisted.web._newclient import HTTP11ClientProtocol
 from twisted.web.client import Agent, HTTPConnectionPool, ResponseFailed, _HTTP11ClientFactory
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IBodyProducer
@@ -31,10 +32,8 @@ from chatd.webhooks.signature import SigningKeys, sign
 
 REQUEST_SECONDS: Final = 15
 """The time limit of one request with its answer (Standard Webhooks recommends 15 to 30 seconds)."""
-MAX_ANSWER: Final = 16 << 10
-"""The bytes of an answer's body that are read, so that its connection can serve another request.
-
-Nothing in the body has a meaning."""
+MAX_ANSWER: Final = 64 << 10
+"""The bytes of an answer, with its head, after which its connection is dropped; the body has no meaning."""
 IDLE_SECONDS: Final = 1.5
 """How long an idle connection is kept; common servers close theirs after 2 seconds or more."""
 
@@ -122,7 +121,7 @@ class Sender:
         self._address = address
         self._keys = keys
         self._now = now
-        self._pool = _QuietPool(reactor)
+        self._pool = _ConnectionPool(reactor)
         self._pool.maxPersistentPerHost = connections
         self._pool.cachedConnectionTimeout = IDLE_SECONDS  # type: ignore[assignment]
         self._pool.retryAutomatically = False
@@ -158,7 +157,7 @@ class Sender:
 
 
 def _read(response: Any, now: float) -> "Deferred[Answer]":
-    """Fire with the answer when its body has ended, or enough of it was read."""
+    """Fire with the answer when its body has ended, so that the connection can serve another request."""
     wait = response.headers.getRawHeaders("retry-after", [""])[-1]
     body = _AnswerBody(Answer(response.code, "", parse_retry_after(wait, now)))
     response.deliverBody(body)
@@ -177,16 +176,39 @@ def _reason(failure: Failure) -> str:
     return f"gives no valid answer ({type(error).__name__})"
 
 
-class _QuietFactory(_HTTP11ClientFactory):
-    """Logs no line for each connection."""
+class _BoundedConnection(HTTP11ClientProtocol):
+    """A connection that ends with an answer of more than MAX_ANSWER bytes."""
+
+    transport: Any
+    _received = 0
+
+    @override
+    def request(self, request: Any) -> "Deferred[Any]":
+        self._received = 0
+        return cast("Deferred[Any]", super().request(request))
+
+    @override
+    def dataReceived(self, bytes: bytes) -> None:
+        self._received += len(bytes)
+        super().dataReceived(bytes)
+        if self._received > MAX_ANSWER:
+            self.transport.abortConnection()
+
+
+class _ConnectionFactory(_HTTP11ClientFactory):
+    """Builds bounded connections, and logs no line for each."""
 
     noisy = False
 
+    @override
+    def buildProtocol(self, addr: Any) -> HTTP11ClientProtocol:
+        return _BoundedConnection(self._quiescentCallback)
 
-class _QuietPool(HTTPConnectionPool):
+
+class _ConnectionPool(HTTPConnectionPool):
     """Keeps connections open for a while."""
 
-    _factory = _QuietFactory
+    _factory = _ConnectionFactory
 
 
 @implementer(IBodyProducer)
@@ -212,20 +234,13 @@ class _Payload:
 
 
 class _AnswerBody(TwistedProtocol):
-    """Skips the body of an answer, up to MAX_ANSWER bytes; the status alone counts, whatever becomes of the body."""
+    """Skips the body of an answer: the status alone counts, whatever becomes of the body."""
 
     transport: Any
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._size = 0
         self.ended: Deferred[Answer] = Deferred(lambda _: self._abort())
-
-    @override
-    def dataReceived(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > MAX_ANSWER:
-            self._abort()
 
     @override
     def connectionLost(self, reason: Failure = connectionDone) -> None:

@@ -1,6 +1,7 @@
 """The request of one delivery, against a real server that verifies it and misbehaves in every way."""
 
 import base64
+import contextlib
 import gzip
 import time
 
@@ -110,6 +111,32 @@ def test_large_answer_at_once(send):
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
     with serving(Receiver(lambda handler: handler.wfile.write(head + body) and "drop")) as app:
         assert send(app.url)[0].taken
+
+
+def endless(head, line):
+    """Return a reply that writes until the connection ends, and notes how much was taken."""
+
+    def write(handler):
+        handler.wfile.write(head)
+        with contextlib.suppress(OSError):
+            for _ in range(1 << 20):
+                handler.wfile.write(line * 1000)
+        return "drop"
+
+    return write
+
+
+def test_endless_body(send):
+    """The connection is dropped at a limit, and the status counts."""
+    with serving(Receiver(endless(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 9))) as app:
+        assert [answer.taken for answer in send(app.url, 2)] == [True, True]
+
+
+def test_endless_head(send):
+    """An answer whose head does not end is none."""
+    with serving(Receiver(endless(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"))) as app:
+        one, other = send(app.url, 2)
+        assert (str(one), other.taken) == ("gives no valid answer (ConnectionAborted)", True)
 
 
 def test_retry_after(send):
