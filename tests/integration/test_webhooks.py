@@ -102,6 +102,23 @@ def test_application_that_is_down(tmp_path):
         server.stop()
 
 
+def test_slow_room(tmp_path):
+    """A room whose delivery takes long does not hold up another one, and gets its next messages together."""
+    with serving(Receiver("slow")) as app, Posting(tmp_path, app) as server:
+        server.log.wait("this node delivers")
+        server.say("a", room="slow")
+        app.wait(lambda app: app.headers)
+        server.say(*numbers(20), room="quick")
+        server.say(*"bcdef", room="slow")
+        app.wait(lambda app: app.texts("quick") == numbers(20))
+        assert app.texts("slow") == []
+        app.released.set()
+        app.wait(lambda app: app.texts("slow") == [*"abcdef"])
+        assert len([webhook_id for webhook_id in app.ids if webhook_id.startswith("slow")]) == 2
+        app.check_ids()
+        server.stop()
+
+
 def test_application_that_fails(tmp_path):
     """Each failure is followed by a retry with the same id; a redirect is not followed."""
     replies = 500, "drop", (302, {"Location": "/other"}), (429, {"Retry-After": "1"}), 404, "cut"

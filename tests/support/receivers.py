@@ -14,8 +14,9 @@ SECRET, OTHER = (f"whsec_{base64.b64encode(bytes([number] * 32)).decode()}" for 
 class Receiver(ThreadingHTTPServer):
     """A server on a free port, or on the port of an earlier one.
 
-    `replies` are the next answers, each a status, a status with headers, or a word: `hang`, `cut` (in the body of the
-    answer) or `drop` (before any answer).  After them the answer is 204.
+    `replies` are the next answers: each is a status, a status with headers, a function of the handler that returns one,
+    or a word.  `slow` is 204 when the test releases it, `hang` is none, `cut` ends in the body of the answer, `drop`
+    before any answer.  After the replies the answer is 204.
     """
 
     daemon_threads = True
@@ -33,7 +34,7 @@ class Receiver(ThreadingHTTPServer):
         self.headers = []
         self.changed = threading.Condition()
         self.released = threading.Event()
-        """Ends every `hang`."""
+        """Ends every `hang` and `slow`."""
 
     def note(self, webhook_id, document, taken):
         with self.changed:
@@ -85,12 +86,16 @@ class ReceiverHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         document = server.webhook.verify(body, dict(self.headers))
         check_delivery(document)
-        server.headers.append(dict(self.headers))
         with server.changed:
+            server.headers.append(dict(self.headers))
+            server.changed.notify_all()
             reply = server.replies.pop(0) if server.replies else 204
         status, headers = reply if isinstance(reply, tuple) else (reply, {})
         if callable(status):
             status = status(self)
+        if status == "slow":
+            server.released.wait(LONG)
+            status = 204
         if status in ("hang", "drop"):
             server.note(self.headers["webhook-id"], document, taken=False)
             if status == "hang":
