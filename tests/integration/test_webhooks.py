@@ -155,6 +155,25 @@ def test_server_killed_during_a_delivery(tmp_path):
             server.stop()
 
 
+def test_server_killed_again_and_again(tmp_path):
+    """Every message arrives, in order; a kill repeats at most the delivery whose answer it cut off, in each room."""
+    kills, rooms, said = 4, ("one", "two"), 0
+    with serving(Receiver()) as app:
+        for _ in range(kills):
+            with Posting(tmp_path, app) as server:
+                server.log.wait("this node delivers")
+                before = len(app.ids)
+                while len(app.ids) < before + 4:
+                    for room in rooms:
+                        server.say(f"{said}", room=room)
+                    said += 1
+                server.kill()
+        with Posting(tmp_path, app) as server:
+            app.wait(lambda app: all(app.texts(room) == numbers(said) for room in rooms))
+            server.stop()
+        assert len(app.ids) - len({*app.ids}) <= kills * len(rooms)
+
+
 def test_stop_during_a_delivery(tmp_path):
     """The stop does not wait for an application that hangs, and the next process delivers it."""
     with serving(Receiver("hang")) as app:
