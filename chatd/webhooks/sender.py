@@ -16,6 +16,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final, NamedTuple, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from OpenSSL import SSL
+from service_identity import VerificationError
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.protocol import Protocol as TwistedProtocol
@@ -173,6 +175,8 @@ def _reason(failure: Failure) -> str:
         return f"does not answer within {REQUEST_SECONDS} seconds"
     if isinstance(error, (ConnectError, DNSLookupError)):
         return "cannot be reached"
+    if isinstance(error, (SSL.Error, VerificationError)):
+        return "has no valid certificate, or does not speak TLS"
     return f"gives no valid answer ({type(error).__name__})"
 
 

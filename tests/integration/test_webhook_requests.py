@@ -3,11 +3,13 @@
 import base64
 import contextlib
 import gzip
+import ssl
 import time
 
 import pytest
 from support.loops import drive
 from support.receivers import OTHER, SECRET, Receiver
+from support.servers import certificate_for
 from support.threads import serving
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThreadPool
@@ -186,6 +188,21 @@ def test_cancelled_request(send):
         (answer,) = send(app.url, act=cancel)
         assert answer.status is None
         app.released.set()
+
+
+def test_certificate(send, tmp_path, monkeypatch):
+    """The application needs a certificate of an authority that the machine trusts, or that SSL_CERT_FILE names."""
+    certificate_for(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    app = Receiver()
+    app.socket = context.wrap_socket(app.socket, server_side=True)
+    with serving(app):
+        url = app.url.replace("http:", "https:")
+        assert str(send(url)[0]) == "has no valid certificate, or does not speak TLS"
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert send(url)[0].taken
+        assert send(url.replace("127.0.0.1", "localhost"))[0].status is None
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/", "http://nowhere.invalid/"])
