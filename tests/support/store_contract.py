@@ -983,7 +983,7 @@ class StoreContract:
             log.post(f"r{number}", "hi")
 
         def listed(after, limit):
-            found = self.wait(log.store.list_rooms(after, limit, lambda name: int(name[1:]) % 3 == 1))
+            found = self.wait(log.store.list_rooms(after, limit, lambda name: name in {"r1", "r4", "r7"}))
             return [room.name for room in found]
 
         assert listed("", 2) == ["r1", "r4"]
