@@ -86,5 +86,3 @@ def _includes(rooms: AllowedRooms | None, name: str) -> bool:
 
 ANYONE: Final = Identity()
 """The identity of every client of a server without tokens: it reads and posts everywhere, and moderates nothing."""
-NOBODY: Final = Identity(permissions=Permissions(NO_ROOMS, NO_ROOMS))
-"""The identity of a client whose token is no longer valid: it may do nothing."""

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from chatd.transport.identity import ANYONE, NO_ROOMS, NOBODY, AllowedRooms, Identity, Permissions
+from chatd.transport.identity import ANYONE, NO_ROOMS, AllowedRooms, Identity, Permissions
 
 TEAM = AllowedRooms(frozenset({"lobby"}), (re.compile(r"team-.*\Z"),))
 
@@ -13,7 +13,7 @@ TEAM = AllowedRooms(frozenset({"lobby"}), (re.compile(r"team-.*\Z"),))
     ("identity", "room", "allowed"),
     [
         (ANYONE, "main", (True, True, False)),
-        (NOBODY, "main", (False, False, False)),
+        (Identity(permissions=Permissions(NO_ROOMS, NO_ROOMS)), "main", (False, False, False)),
         (Identity("s", "ann", 0.0, Permissions()), "main", (True, True, False)),
         (Identity("s", "ann", 0.0, Permissions(TEAM, NO_ROOMS, TEAM)), "team-a", (True, False, True)),
         (Identity("s", "ann", 0.0, Permissions(TEAM, None, None)), "main", (False, True, True)),
