@@ -10,6 +10,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from threading import RLock
 from typing import Any, Final
 
@@ -62,12 +63,23 @@ def _level(event: LogEvent) -> str:
     return str(level.name) if level else "info"
 
 
+def _moment(seconds: float) -> str:
+    """Format a time as timestamp() does; the lines of one second share most of the text."""
+    whole = int(seconds)
+    return f"{_second(whole)}.{int((seconds - whole) * 1000):03d}Z"
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return timestamp(seconds).partition(".")[0]
+
+
 def text_line(event: LogEvent) -> str:
     """One event as `TIME LEVEL SYSTEM: SENTENCE`; a traceback follows on indented lines of its own.
 
     The indent distinguishes a line of an error's text, which may come from a client, from an event.
     """
-    lines = [f"{timestamp(event['log_time'])} {_level(event)} {event.get('log_namespace', '-')}: {_sentence(event)}"]
+    lines = [f"{_moment(event['log_time'])} {_level(event)} {event.get('log_namespace', '-')}: {_sentence(event)}"]
     if "log_failure" in event:
         lines += (f"    {_printable(line)}" for line in _traceback(event))
     return "\n".join(lines) + "\n"
@@ -81,7 +93,7 @@ def json_line(event: LogEvent) -> str:
         if not name.startswith("log_") and name not in _NOT_FIELDS
     }
     line: dict[str, Any] = {
-        "time": timestamp(event["log_time"]),
+        "time": _moment(event["log_time"]),
         "level": _level(event),
         "system": event.get("log_namespace", "-"),
         "event": _sentence(event),
