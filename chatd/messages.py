@@ -4,8 +4,9 @@ This module knows neither JSON nor WebSocket.
 """
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 REMOVED: Final = "[removed]"
 """The text of a removal, and of everything that it erased."""
@@ -65,6 +66,8 @@ class Post(NamedTuple):
     """True for a removal: an edit that erases the message that it replaces, and all its edits."""
     moderated: bool = False
     """True if the poster may replace the messages of others in this room."""
+    extra: Mapping[str, Any] | None = None
+    """The operator's own fields, as JSON values by name; None without any."""
 
 
 class PageRequest(NamedTuple):
@@ -106,9 +109,11 @@ class Entry(NamedTuple):
     """True for a removal, and for an entry whose text a removal has erased."""
     replaced: int | None = None
     """The number of the newest edit of this entry, whose text it carries; None if it was never edited."""
+    extra: Mapping[str, Any] | None = None
+    """The operator's own fields, as JSON values by name; None without any.  Nobody may change the mapping."""
 
     def revised(self, edit: "Entry") -> "Entry":
         """Return this entry as an edit leaves it: the original, or an earlier edit that a removal erases."""
         if self.number == edit.replaces:
-            return self._replace(message=edit.message, removed=edit.removed, replaced=edit.number)
-        return self._replace(message=edit.message, removed=True)
+            return self._replace(message=edit.message, removed=edit.removed, replaced=edit.number, extra=edit.extra)
+        return self._replace(message=edit.message, removed=True, extra=None)

@@ -11,7 +11,7 @@ import secrets
 import string
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 from twisted.internet.defer import Deferred
@@ -145,7 +145,24 @@ def is_retry(post: Post, stored: Entry) -> bool:
     """Return whether a post repeats an entry that has its label; the text of a removed entry is no longer known."""
     if stored.replaces != (post.replaces and post.replaces.number):
         return False
-    return stored.removed or (not post.removed and stored.message == post.message)
+    same = stored.message == post.message and (stored.extra is post.extra or sorted_extra(stored) == sorted_extra(post))
+    return stored.removed or (not post.removed and same)
+
+
+def sorted_extra(message: Post | Entry) -> str:
+    """Return the operator's own fields as JSON in which the order of keys has no meaning; "" without any."""
+    return "" if message.extra is None else orjson.dumps(message.extra, option=orjson.OPT_SORT_KEYS).decode()
+
+
+def dump_extra(extra: Mapping[str, Any] | None) -> str | None:
+    """Encode the operator's own fields for a store."""
+    return None if extra is None else orjson.dumps(extra).decode()
+
+
+def load_extra(text: str | bytes | None) -> Mapping[str, Any] | None:
+    """Decode what dump_extra() encoded; an empty text stands for no fields."""
+    fields: dict[str, Any] | None = orjson.loads(text) if text else None
+    return fields
 
 
 def why_not_replaceable(post: Post, stored: Entry | None) -> UnknownId | Forbidden | NotReplaceable | None:

@@ -25,6 +25,7 @@ from chatd.store.base import (
     Retention,
     Store,
     answer_retry,
+    dump_extra,
     estimate,
     is_retry,
     log_removed,
@@ -88,7 +89,7 @@ class _Room:
         if edit.removed:
             for number in (original, *edits):
                 place = number - self.first
-                self.entries[place] = self.entries[place]._replace(message=edit.message, removed=True)
+                self.entries[place] = self.entries[place]._replace(message=edit.message, removed=True, extra=None)
         edits.append(edit.number)
 
     def between(self, start: int, stop: int) -> Sequence[Entry]:
@@ -98,7 +99,7 @@ class _Room:
             return entries
         first = self.first
         return [
-            entry if entry.replaced is None else entry._replace(message=self.entries[entry.replaced - first].message)
+            entry if entry.replaced is None else _as_edited(entry, self.entries[entry.replaced - first])
             for entry in entries
         ]
 
@@ -109,7 +110,10 @@ class _Room:
 
     def summary(self, name: str) -> RoomSummary:
         newest = [self.entries[-1 - index] for index in range(min(SAMPLE, len(self.entries)))]
-        size = sum(len(entry.username.encode()) + len(entry.message.encode()) for entry in newest)
+        size = sum(
+            len(entry.username.encode()) + len(entry.message.encode()) + len(dump_extra(entry.extra) or "")
+            for entry in newest
+        )
         size = estimate(size, len(newest), len(self.entries))
         return RoomSummary(name, self.first, self.head, size, newest[0].timestamp)
 
@@ -117,6 +121,11 @@ class _Room:
         """Return the entry that was stored with the label of this post."""
         number = None if post.label is None else self._labelled.get((post.username, post.label))
         return None if number is None else self.get(number)
+
+
+def _as_edited(entry: Entry, edit: Entry) -> Entry:
+    """Return an entry with what its newest edit says."""
+    return entry._replace(message=edit.message, extra=edit.extra)
 
 
 class MemoryStore(Store):
@@ -171,7 +180,9 @@ class MemoryStore(Store):
                 return
         log = self._room(room)
         now = self._clock.read().after(log.stamped)
-        entry = Entry(log.head + 1, post.username, post.message, now, post.author, replaces, post.removed)
+        entry = Entry(
+            log.head + 1, post.username, post.message, now, post.author, replaces, post.removed, extra=post.extra
+        )
         first = log.first
         if replaces is not None:
             log.edit(replaces, entry)

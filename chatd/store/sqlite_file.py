@@ -22,7 +22,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from twisted.logger import Logger
 
@@ -36,9 +36,11 @@ from chatd.store.base import (
     LogClock,
     Retention,
     StoreError,
+    dump_extra,
     dump_sanction,
     estimate,
     is_retry,
+    load_extra,
     load_sanction,
     log_removed,
     new_epoch,
@@ -46,7 +48,7 @@ from chatd.store.base import (
 )
 from chatd.store.sqlite_pages import MOST_PAGES, stale_gaps
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """The format this code writes; it reads every file whose `readable_since` is not higher."""
 READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code writes."""
@@ -93,10 +95,11 @@ CREATE TABLE messages (
     message TEXT NOT NULL,
     timestamp TEXT NOT NULL,
     label TEXT,                     -- the poster's key for it (since format 2)
-    author TEXT,                    -- the token subject of the poster (since format 3, as all that follows)
+    author TEXT,                    -- the token subject of the poster (since format 3, as the next four)
     replaces INTEGER,               -- the number of the message that this one is a newer text of
     removed INTEGER,                -- 1 for a removal, and for a message whose text it erased
     replaced INTEGER,               -- the number of the newest edit, whose text a page shows
+    extra TEXT,                     -- the operator's own fields as a JSON object (since format 4)
     PRIMARY KEY (room, number)
 ) WITHOUT ROWID;
 """
@@ -109,21 +112,29 @@ _UPGRADES: Final = {
         *(f"ALTER TABLE messages ADD COLUMN {column}" for column in ("removed INTEGER", "replaced INTEGER")),
         _EDITS,
     ],
+    4: ["ALTER TABLE messages ADD COLUMN extra TEXT"],
 }
 """The statements that make a file of the format before one of this format."""
-_SHOWN: Final = """
-    SELECT number, username,
-        CASE WHEN replaced IS NULL THEN message
-            ELSE (SELECT message FROM messages AS edit WHERE edit.room = shown.room AND edit.number = shown.replaced)
-        END,
-        timestamp, author, replaces, ifnull(removed, 0), replaced
+_NEWEST: Final = """
+        CASE WHEN replaced IS NULL THEN {0}
+            ELSE (SELECT {0} FROM messages AS edit WHERE edit.room = shown.room AND edit.number = shown.replaced)
+        END"""
+_SHOWN: Final = f"""
+    SELECT number, username, {_NEWEST.format("message")},
+        timestamp, author, replaces, ifnull(removed, 0), replaced, {_NEWEST.format("extra")}
     FROM messages AS shown WHERE room = ?"""
 """The entries of a room, each with its newest text."""
 _STORED: Final = """
-    SELECT number, username, message, timestamp, author, replaces, ifnull(removed, 0) FROM messages WHERE room = ?"""
+    SELECT number, username, message, timestamp, author, replaces, ifnull(removed, 0), NULL, extra
+    FROM messages WHERE room = ?"""
 """The entries of a room, each with the text that it had first."""
+_ERASE_EXTRA: Final = """
+    UPDATE messages SET extra = NULL WHERE extra NOT NULL AND removed AND (replaces NOT NULL OR (room, number) IN
+        (SELECT room, replaces FROM messages WHERE replaces NOT NULL AND removed))"""
+"""Erases what format 3, which does not know the column, has left beside a removed text."""
 _PLAIN: Final = "room", "number", "username", "message", "timestamp", "label"
 _AUTHORED: Final = *_PLAIN, "author", "replaces", "removed"
+_EXTENDED: Final = *_AUTHORED, "extra"
 
 # Not part of a format: code that does not know the table leaves it as it is.
 _SANCTIONS: Final = """
@@ -150,7 +161,7 @@ CREATE TABLE IF NOT EXISTS cursors (
 _logger = Logger()
 
 
-_Row = tuple[str | int | None, ...]
+_Row = tuple[Any, ...]
 _NotReplaced = UnknownId | Forbidden | NotReplaceable
 Outcome = tuple[int, bool | None] | _NotReplaced
 """The number of a post, and whether it is a retry (None: its label is new); or why it was not stored."""
@@ -174,6 +185,17 @@ def _place(file: pathlib.Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _entry(row: _Row) -> Entry:
+    """Return the entry in a row of _SHOWN or _STORED."""
+    entry = Entry(*row)
+    return entry if row[-1] is None else entry._replace(extra=load_extra(row[-1]))
+
+
+def _extended(room: str, entry: Entry, label: str | None) -> _Row:
+    """Return the row of an entry with fields of the operator's own."""
+    return room, *entry[:4], label, *entry[4:7], dump_extra(entry.extra)
 
 
 def _lost(file: pathlib.Path) -> str:
@@ -235,6 +257,7 @@ class SqliteFile:
                 self._places = {file: _place(file) for file in files}
                 self.trim()
                 if self.writer.execute("SELECT 1 FROM messages WHERE replaces NOT NULL LIMIT 1").fetchone():
+                    self.writer.execute(_ERASE_EXTRA)
                     self._scrub_all()  # a process that was killed may have removed something
                     self.erase()
                 self._opened = opened.pop_all()
@@ -330,7 +353,8 @@ class SqliteFile:
         db.execute("INSERT INTO log VALUES (?, ?, ?)", (new_epoch(), FORMAT, READABLE_SINCE))
         db.execute(_LABELS)
         db.execute(_EDITS)
-        self._insert(_PLAIN, [(SEED_ROOM, *entry[:4], None) for entry in seed])
+        self._insert(_PLAIN, [(SEED_ROOM, *entry[:4], None) for entry in seed if entry.extra is None])
+        self._insert(_EXTENDED, [_extended(SEED_ROOM, entry, None) for entry in seed if entry.extra is not None])
         if seed:
             self._set_head(SEED_ROOM, seed[-1].number, seed[-1].timestamp)
         db.execute("COMMIT")
@@ -520,6 +544,7 @@ class SqliteFile:
         outcomes: list[Outcome] = []
         plain: list[_Row] = []
         authored: list[_Row] = []
+        extended: list[_Row] = []
         labelled: dict[tuple[str, str, str], Entry] = {}
         """The labels of this batch, which the table does not hold yet."""
         for room, post in posts:
@@ -533,10 +558,11 @@ class SqliteFile:
                 if stored is not None:
                     outcomes.append((stored.number, is_retry(post, stored)))
                     continue
-            entry = Entry(heads[room] + 1, post.username, post.message, stamps[room], post.author)
+            entry = Entry(heads[room] + 1, post.username, post.message, stamps[room], post.author, extra=post.extra)
             if post.replaces is not None:
                 self._insert(_PLAIN, plain)  # the post may replace one of them
                 self._insert(_AUTHORED, authored)
+                self._insert(_EXTENDED, extended)
                 refused = self._edit(room, post, post.replaces, entry.number)
                 if refused is not None:
                     outcomes.append(refused)
@@ -544,7 +570,9 @@ class SqliteFile:
                 entry = entry._replace(replaces=post.replaces.number, removed=post.removed)
                 if post.removed:
                     self._scrub_all()
-            if post.author is None and post.replaces is None:
+            if post.extra is not None:
+                extended.append(_extended(room, entry, post.label))
+            elif post.author is None and post.replaces is None:
                 plain.append((room, entry.number, post.username, post.message, stamps[room], post.label))
             else:
                 authored.append((room, *entry[:4], post.label, *entry[4:7]))
@@ -555,6 +583,7 @@ class SqliteFile:
             entries[room].append(entry)
         self._insert(_PLAIN, plain)
         self._insert(_AUTHORED, authored)
+        self._insert(_EXTENDED, extended)
         firsts, total = self._finish(entries)
         return Commit(outcomes, entries, firsts), total if self._retain.seconds else 0
 
@@ -581,7 +610,7 @@ class SqliteFile:
             db = self.writer
             if post.removed:
                 which = "room = ? AND (number = ? OR replaces = ?)"
-                erase = f"UPDATE messages SET message = ?, removed = 1 WHERE {which}"
+                erase = f"UPDATE messages SET message = ?, removed = 1, extra = NULL WHERE {which}"
                 db.execute(erase, (post.message, room, original, original))
             db.execute("UPDATE messages SET replaced = ? WHERE room = ? AND number = ?", (number, room, original))
         return refused
@@ -592,7 +621,7 @@ class SqliteFile:
 
     def _find(self, query: str, *values: str | int) -> Entry | None:
         row = self.writer.execute(query, values).fetchone()
-        return row and Entry(*row)
+        return row and _entry(row)
 
     def _head(self, room: str) -> tuple[int, str]:
         """Return the number and the timestamp of the newest message of a room, or 0 and ""."""
@@ -708,8 +737,8 @@ class SqliteFile:
         rooms = "SELECT name, head, stamped FROM rooms WHERE name > ? ORDER BY name LIMIT ?"
         oldest = "SELECT min(number) FROM messages WHERE room = ?"
         sample = (
-            "SELECT count(*), sum(length(CAST(username AS BLOB)) + length(CAST(message AS BLOB))) FROM"
-            " (SELECT username, message FROM messages WHERE room = ? ORDER BY number DESC LIMIT ?)"
+            "SELECT count(*), sum(length(CAST(username || message || ifnull(extra, '') AS BLOB))) FROM"
+            " (SELECT username, message, extra FROM messages WHERE room = ? ORDER BY number DESC LIMIT ?)"
         )
         found: list[RoomSummary] = []
         with self.reader as db:
@@ -782,7 +811,7 @@ class SqliteFile:
                 rows = db.execute(f"{_SHOWN} ORDER BY number DESC LIMIT ?", (room, limit)).fetchall()[::-1]
             else:
                 rows = db.execute(f"{_SHOWN} AND number > ? ORDER BY number LIMIT ?", (room, after, limit)).fetchall()
-        return Page([Entry(*row) for row in rows], first, head)
+        return Page([*map(_entry, rows)], first, head)
 
     @staticmethod
     def _bounds(db: sqlite3.Connection, room: str) -> tuple[int, int]:

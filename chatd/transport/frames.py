@@ -1,8 +1,9 @@
 """The JSON of the wire: text from and to typed frames.
 
 `schemas/` is the single source of the frames that clients may send: `message.json` for a post, `page.json`,
-`typing.json` and `remove.json` for the frames with a `type`.  A compiled validator accepts or refuses a frame in a
-fraction of a microsecond.  A slow one then finds the reason for a refusal.  A property test checks that the two agree.
+`typing.json`, `remove.json` and `token.json` for the frames with a `type`.  An operator may replace `message.json`
+(`chatd.transport.operator_schema`).  A compiled validator accepts or refuses a frame in a fraction of a microsecond.
+`chatd.transport.explainer` then finds the reason for a refusal.
 
 Every message is encoded once, for all readers.  It becomes its WebSocket frame here, and a room keeps nothing
 else of it.  The frames of a server are not masked, so the bytes are the same for every client (RFC 6455,
@@ -14,31 +15,26 @@ This module is pure: bytes in, values out.
 import datetime as dt
 import importlib.resources
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NoReturn
 
-import jsonschema
-import jsonschema_rs
 import orjson
-from jsonschema.validators import extend
 
 from chatd.messages import REMOVED, Code, Entry, Id, PageRequest, Post, Renewal, Typing
+from chatd.transport.explainer import Part
 from chatd.transport.framing import payload, text_frame
 
-_WORDS: Final = {
-    "required": '"{name}" is required',
-    "minLength": '"{name}" is not allowed to be empty',
-    "maxLength": '"{name}" length must be less than or equal to {limit} characters long',
-    "pattern": '"{name}" fails to match the required pattern: /{limit}/',
-    "minimum": '"{name}" must be greater than or equal to {limit}',
-    "maximum": '"{name}" must be less than or equal to {limit}',
-    "string": '"{name}" must be a string',
-    "integer": '"{name}" must be an integer',
-}
 _NOT_JSON: Final = "Invalid JSON format."
 _HINTS: Final = {_NOT_JSON: 'Send a JSON object such as {"username":"ann","message":"hi"}'}
 """How to correct a frame, by the words of its error."""
-_CONFLICT: Final = '"value" contains a conflict between optional exclusive peers [before, after]'
+MAX_MESSAGE: Final = 16 << 10
+"""The largest size of a posted frame in bytes by default: 530 code points, each escaped in twelve bytes, fit twice."""
+MAX_BRACKETS: Final = 8192
+"""The most `[` and `{` in a frame with an operator's schema, because each of them may cost 60 ns to parse."""
+SAFE_DEPTH: Final = 200
+"""The number of `[` and `{` up to which a frame is certainly not nested too deeply to be encoded again."""
+_FIXED: Final = "username", "message", "label", "replaces"
+"""The fields of a post that every server knows."""
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,3})?Z")
 _LABEL = re.compile(r"[!-~]{1,64}")
 
@@ -67,60 +63,34 @@ class SchemaError(FrameError):
         return f"Validation error: {self._form.explain(self._document)}"
 
 
-def _pattern(_: object, pattern: str, instance: object, __: object) -> Iterator[jsonschema.ValidationError]:
-    """Check `pattern` as JSON Schema defines it: `$` does not match before a final newline."""
-    if isinstance(instance, str) and not re.search(pattern.replace("$", r"\Z"), instance):
-        yield jsonschema.ValidationError("")
-
-
-_Explainer: Any = extend(jsonschema.Draft202012Validator, {"pattern": _pattern})
+Frame = Post | PageRequest | Renewal | Typing
+"""A valid frame of a client."""
 
 
 class Form:
-    """One kind of frame that clients send, as `schemas/NAME.json` defines it."""
+    """One kind of frame that clients send, as a JSON Schema (2020-12) without references defines it."""
 
-    def __init__(self, name: str) -> None:
-        text = importlib.resources.files("chatd").joinpath(f"schemas/{name}.json").read_bytes()
-        self.schema: dict[str, Any] = orjson.loads(text)
-        """The JSON Schema (2020-12)."""
-        self.accepts = jsonschema_rs.validator_for(self.schema).is_valid
-        self.explainer = _Explainer(self.schema)
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.schema = schema
+        self._part = Part(schema)
+        self.accepts = self._part.accepts
+
+    @classmethod
+    def load(cls, name: str) -> "Form":
+        """Return the form that `schemas/NAME.json` defines."""
+        return cls(orjson.loads(importlib.resources.files("chatd").joinpath(f"schemas/{name}.json").read_bytes()))
 
     def explain(self, document: object) -> str | None:
         """Name the first fault in the order of the schema's properties, unknown keys last, or return None."""
-        if not isinstance(document, dict):
-            return '"value" must be of type object'
-        known = self.schema["properties"]
-        # The schemas check no more than the type of a nested value.  Its content is left out, because the explainer
-        # would quote it at any depth.  So are unknown keys, of which it would list a thousand for each error.
-        shallow = {
-            name: type(value)() if isinstance(value, (dict, list)) else value
-            for name, value in document.items()
-            if name in known
-        }
-        faults: dict[str | None, str] = {}
-        for error in self.explainer.iter_errors(shallow):
-            keyword, limit = str(error.validator), error.validator_value
-            if keyword == "not":
-                faults[None] = _CONFLICT
-                continue
-            if keyword == "required":
-                name = next(name for name in limit if name not in error.instance and name not in faults)
-            else:
-                name = str(error.absolute_path[0])
-            words = _WORDS[limit if keyword == "type" else keyword]
-            faults.setdefault(name, words.format(name=name, limit=limit))
-        found = next((faults[name] for name in [*known, None] if name in faults), None)
-        unknown = next((name for name in document if name not in known), None)
-        return f'"{unknown}" is not allowed' if found is None and unknown is not None else found
+        return None if self.accepts(document) else self._part.fault(document)
 
 
-MESSAGE: Final = Form("message")
+MESSAGE: Final = Form.load("message")
 FORMS: Final = {
-    "history": Form("page"),
-    "remove": Form("remove"),
-    "token": Form("token"),
-    "typing": Form("typing"),
+    "history": Form.load("page"),
+    "remove": Form.load("remove"),
+    "token": Form.load("token"),
+    "typing": Form.load("typing"),
 }
 """The kinds of frames with a `type`, by that type."""
 PAGE_LIMIT: Final[int] = FORMS["history"].schema["properties"]["limit"]["maximum"]
@@ -128,27 +98,72 @@ PAGE_LIMIT: Final[int] = FORMS["history"].schema["properties"]["limit"]["maximum
 PAGE_DEFAULT: Final[int] = FORMS["history"].schema["properties"]["limit"]["default"]
 """The number of messages in a page by default."""
 
-_accepts = MESSAGE.accepts
 
+class Vocabulary:
+    """The frames that clients of one server may send, which change if the operator changes the schema of a message.
 
-def parse(text: bytes) -> Post | PageRequest | Renewal | Typing:
-    """Parse the text of a frame.
-
-    Raises FrameError when it is not JSON (RFC 8259: neither NaN nor a lone surrogate is; of
-    duplicate keys the last counts) or not what its schema asks for.
+    Its attributes are functions, made for the schema in force.  Each raises FrameError for a text that is not JSON
+    (RFC 8259: neither NaN nor a lone surrogate is; of duplicate keys the last counts) or not what its schema asks for.
     """
-    document = _load(text)
-    if _accepts(document):
-        return _post(document)
-    if not isinstance(document, dict) or "type" not in document:
-        return _refuse(MESSAGE, document)
+
+    parse: Callable[[bytes], Frame]
+    """Parses the text of a frame."""
+    parse_post: Callable[[bytes], Post]
+    """Parses a post over HTTP."""
+
+    def __init__(self) -> None:
+        self.use(MESSAGE, MESSAGE.schema, MAX_MESSAGE)
+
+    def use(self, message: Form, schema: dict[str, Any], max_bytes: int) -> None:
+        """Accept these messages from now on, in frames of at most so many bytes.
+
+        `schema` is what `message` was made from, and may have references.
+        """
+        self.message, self.schema, self.max_bytes = message, schema, max_bytes
+        self._typing = FORMS["typing"]
+        if message is not MESSAGE:
+            named = {**self._typing.schema["properties"], "username": message.schema["properties"]["username"]}
+            self._typing = Form({**self._typing.schema, "properties": named})
+        plain = message is MESSAGE and max_bytes <= MAX_MESSAGE
+        self.parse, self.parse_post = _readers(message, self._typing, plain=plain)
+
+    def is_username(self, value: str) -> bool:
+        """Check a username against the schema."""
+        return self._typing.accepts({"type": "typing", "username": value})
+
+
+def _readers(message: Form, typing: Form, *, plain: bool) -> tuple[Callable[[bytes], Frame], Callable[[bytes], Post]]:
+    """Make the functions of a Vocabulary; the `plain` ones are for messages without fields of the operator's own."""
+    accepts = message.accepts
+    load, post = (_load, _post) if plain else (_load_bounded, _extended_post)
+
+    def parse(text: bytes) -> Frame:
+        document = load(text)
+        if accepts(document):
+            return post(document)
+        if not isinstance(document, dict) or "type" not in document:
+            return _refuse(message, document)
+        return _typed(document, typing)
+
+    def parse_post(text: bytes) -> Post:
+        document = load(text)
+        if not accepts(document):
+            _refuse(message, document)
+        return post(document)
+
+    return parse, parse_post
+
+
+def _typed(document: dict[str, Any], typing: Form) -> Frame:
+    """Read a frame that has a type."""
     kind = document["type"]
     if not isinstance(kind, str) or kind not in FORMS:
         raise FrameError(f'Validation error: "type" must be one of [{", ".join(FORMS)}]', _label(document))
     if kind == "history":
         return page_request(document)
-    if not FORMS[kind].accepts(document):
-        _refuse(FORMS[kind], document)
+    form = typing if kind == "typing" else FORMS[kind]
+    if not form.accepts(document):
+        _refuse(form, document)
     if kind == "token":
         return Renewal(document["token"], document.get("label"))
     if kind == "remove":
@@ -156,18 +171,16 @@ def parse(text: bytes) -> Post | PageRequest | Renewal | Typing:
     return Typing(document["username"])
 
 
-def parse_post(text: bytes) -> Post:
-    """Parse a post over HTTP; raises FrameError as parse does."""
-    document = _load(text)
-    if not _accepts(document):
-        _refuse(MESSAGE, document)
-    return _post(document)
-
-
 def _post(document: dict[str, Any]) -> Post:
     """Read a document that its schema accepts."""
     post = Post(document["username"], document["message"], document.get("label"))
     return post._replace(replaces=Id.parse(document["replaces"])) if "replaces" in document else post
+
+
+def _extended_post(document: dict[str, Any]) -> Post:
+    """Read a document that an operator's schema accepts."""
+    extra = {name: value for name, value in document.items() if name not in _FIXED}
+    return _post(document)._replace(extra=extra or None)
 
 
 def removal(message: Id, label: str | None) -> Post:
@@ -192,6 +205,20 @@ def _load(text: bytes) -> Any:
         raise FrameError(_NOT_JSON) from None
 
 
+def _load_bounded(text: bytes) -> Any:
+    """Parse JSON that an operator's schema may accept at any depth; refuse what takes long or cannot be encoded."""
+    brackets = text.count(b"[") + text.count(b"{")
+    if brackets > MAX_BRACKETS:
+        raise FrameError(f'Validation error: "value" contains more than {MAX_BRACKETS} brackets')
+    document = _load(text)
+    if brackets > SAFE_DEPTH:
+        try:
+            orjson.dumps(document)
+        except orjson.JSONEncodeError:
+            raise FrameError('Validation error: "value" is nested too deeply', _label(document)) from None
+    return document
+
+
 def _refuse(form: Form, document: object) -> NoReturn:
     raise SchemaError(form, document)
 
@@ -206,13 +233,15 @@ def is_label(value: object) -> bool:
     return isinstance(value, str) and _LABEL.fullmatch(value) is not None
 
 
-def is_username(value: str) -> bool:
-    """Check a username against the schema."""
-    return FORMS["typing"].accepts({"type": "typing", "username": value})
+STANDARD: Final = Vocabulary()
+"""The frames that clients may send to a server without a schema of the operator's own."""
+parse: Final = STANDARD.parse
+parse_post: Final = STANDARD.parse_post
+is_username: Final = STANDARD.is_username
 
 
-def parse_seed(text: bytes) -> tuple[Entry, ...]:
-    """Parse the messages of a new log: a list of `{"username", "message", "timestamp"}`, oldest first.
+def parse_seed(text: bytes, message: Form = MESSAGE) -> tuple[Entry, ...]:
+    """Parse the messages of a new log: a list of posts with a `timestamp` each, oldest first.
 
     Raises FrameError with the place and the reason.
     """
@@ -225,7 +254,7 @@ def parse_seed(text: bytes) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     for number, document in enumerate(documents, 1):
         timestamp = document.pop("timestamp", None) if isinstance(document, dict) else None
-        fault = MESSAGE.explain(document)
+        fault = message.explain(document)
         if not fault:
             fault = next((f'"{name}" is not allowed' for name in ("label", "replaces") if name in document), None)
         if fault:
@@ -234,7 +263,8 @@ def parse_seed(text: bytes) -> tuple[Entry, ...]:
             raise FrameError(f'message {number}: "timestamp" must be a time such as 2024-10-20T12:30:00Z')
         if entries and _seconds(timestamp) < _seconds(entries[-1].timestamp):
             raise FrameError(f'message {number}: "timestamp" is before that of message {number - 1}')
-        entries.append(Entry(number, document["username"], document["message"], timestamp))
+        post = _extended_post(document)
+        entries.append(Entry(number, post.username, post.message, timestamp, extra=post.extra))
     return tuple(entries)
 
 
@@ -248,8 +278,9 @@ def _seconds(timestamp: str) -> float:
 
 def message_frame(epoch: str, entry: Entry) -> bytes:
     """Encode the frame that carries one message to every member."""
-    number, username, message, timestamp, _, replaces, removed, replaced = entry
-    data = orjson.dumps({"username": username, "message": message, "timestamp": timestamp})
+    number, username, message, timestamp, _, replaces, removed, replaced, extra = entry
+    fields = {"username": username, "message": message, "timestamp": timestamp}
+    data = orjson.dumps(fields if extra is None else {**fields, **extra})
     if replaces is None and replaced is None:
         return text_frame(b'{"type":"message","id":"%b-%d","data":%b}' % (epoch.encode(), number, data))
     notes = [f'"{name}":"{epoch}-{id_}",' for name, id_ in (("replaces", replaces), ("replaced", replaced)) if id_]
@@ -269,12 +300,16 @@ def entry_of(frame: bytes) -> Entry:
     text = payload(frame)
     match: Any = _NOTES.search(text)
     number, _, replaces, _, replaced, removed = match.groups()
+    data = orjson.loads(text[match.end() : -1])
     return Entry(
         int(number),
-        **orjson.loads(text[match.end() : -1]),
+        data.pop("username"),
+        data.pop("message"),
+        data.pop("timestamp"),
         replaces=replaces and int(replaces),
         removed=removed is not None,
         replaced=replaced and int(replaced),
+        extra=data or None,
     )
 
 

@@ -1244,6 +1244,61 @@ class EditContract(StoreContract):
         assert log.texts("main") == ["new"]
 
 
+class ExtraContract(StoreContract):
+    """Entries keep the operator's own fields."""
+
+    def test_extra_fields_are_stored_unchanged(self, bench):
+        """Followers and pages get the fields, beside entries without any."""
+        log = bench(seed=[SEED[0]._replace(extra={"color": "red"}), SEED[1]])
+        extra = {"tags": ["é", 1, 1.0, None, {"b": True, "a": []}], "": "", "size": 2**63}
+        posts = [Post("ann", "hi"), Post("ann", "hi", extra=extra), Post("ann", "hi", "l", "a", extra=extra)]
+        assert log.send("main", *posts) == [("posted", 3), ("posted", 4), ("posted", 5)]
+        expected = [{"color": "red"}, None, None, extra, extra]
+        assert [event[2].extra for event in log.new_events()] == expected[2:]
+        entries = log.read("main").entries
+        assert [entry.extra for entry in entries] == expected
+        assert [type(item) for item in entries[3].extra["tags"][1:3]] == [int, float]
+        assert entries[4].author == "a"
+
+    def test_edit_replaces_extra_fields(self, bench):
+        """An edit has fields of its own, or none, and pages show those of the newest edit."""
+        log = bench()
+        first = Post("ann", "old", author="a", extra={"color": "red", "size": 1})
+        log.send("main", first, log.edit(1, extra={"color": "blue"}))
+        assert [entry.extra for entry in log.read("main").entries] == [{"color": "blue"}] * 2
+        log.send("main", log.edit(1))
+        assert [entry.extra for entry in log.read("main").entries] == [None, {"color": "blue"}, None]
+        log.send("main", log.edit(1, extra={"size": 2}))
+        assert [entry.extra for entry in log.read("main").entries] == [
+            {"size": 2},
+            {"color": "blue"},
+            None,
+            {"size": 2},
+        ]
+
+    def test_removal_erases_extra_fields(self, bench):
+        log = bench()
+        log.send("main", Post("ann", "old", author="a", extra={"a": 1}), log.edit(1, extra={"a": 2}), log.removal(1))
+        assert [entry.extra for entry in log.read("main").entries] == [None] * 3
+        assert [entry.message for entry in log.read("main").entries] == ["[removed]"] * 3
+
+    def test_retry_has_the_same_extra_fields(self, bench):
+        """The order of keys has no meaning, and the type of a value has one."""
+        log = bench()
+        post = Post("ann", "hi", "l", extra={"a": {"c": 1, "b": 2}, "d": 3})
+        same, other = {"d": 3, "a": {"b": 2, "c": 1}}, {"d": 3.0, "a": {"b": 2, "c": 1}}
+        posts = [post, post._replace(extra=same), post._replace(extra=other), post._replace(extra=None)]
+        assert log.send("main", *posts) == [("posted", 1), ("duplicate", 1), REUSED, REUSED]
+        plain = Post("ann", "hi", "m")
+        assert log.send("main", plain, plain._replace(extra=same)) == [("posted", 2), REUSED]
+
+    def test_size_of_a_room_counts_extra_fields(self, bench):
+        log = bench()
+        log.send("main", Post("ann", "hi", extra={"a": "x" * 1000}))
+        (summary,) = self.wait(log.store.list_rooms("", 10))
+        assert summary.bytes > 1000
+
+
 class GuardContract(StoreContract):
     def test_failing_poster_disturbs_nobody(self, bench):
         """Whatever a poster raises, each of the others gets its outcome, and the store goes on."""
@@ -1314,6 +1369,14 @@ class DurableStoreContract(StoreContract):
         ]
         log.reopen(again)
         assert log.send("other", Post("bob", "hi", "l"), Post("bob", "hi", "m")) == [("duplicate", 2), ("posted", 3)]
+
+    def test_extra_fields_outlive_the_process(self, bench, again):
+        log = bench()
+        post = Post("ann", "hi", "l", extra={"b": 1, "a": "é"})
+        log.send("main", post)
+        log.reopen(again)
+        assert [entry.extra for entry in log.read("main").entries] == [post.extra]
+        assert log.send("main", post, post._replace(extra=None)) == [("duplicate", 1), REUSED]
 
     def test_sanctions_outlive_the_process(self, bench, again):
         log = bench()

@@ -19,7 +19,6 @@ ALLOWED = {
     ("support/documented.py", "_refuse"): "the one answer that leaves without a request, seen in every test",
     ("unit/test_schemas.py", "_ID"): "the documents show the pattern of the program, letter for letter",
     ("unit/test_schemas.py", "_PATH"): "the documents show the pattern of the program, letter for letter",
-    ("unit/transport/test_frames.py", "_WORDS"): "a keyword without words fails before the first frame that breaks it",
     ("unit/transport/test_websocket.py", "_fail_connection"): "Autobahn calls it, with reasons that are shorter",
 }
 """The private names that a file of tests may use, each with the reason."""

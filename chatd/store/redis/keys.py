@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from chatd.messages import Entry
-from chatd.store.base import timestamp
+from chatd.store.base import load_extra, timestamp
 
-_MARKS: Final = {b"a", b"p", b"x", b"d"}
-"""The fields of an entry that has an author, or was edited."""
+_MARKS: Final = {b"a", b"p", b"x", b"d", b"j"}
+"""The fields of an entry that has an author or fields of the operator's own, or was edited."""
 LOG, HEADS, FEED = KEYS = [f"{{chatd}}:{name}" for name in ("log", "heads", "feed")]
 """The keys that every script of the log takes first."""
 ERASURES: Final = "{chatd}:erase"
@@ -75,5 +75,7 @@ def message_of(stream_id: bytes, number: int, fields: Mapping[bytes, bytes]) -> 
             replaces=None if replaces is None else int(replaces),
             removed=b"x" in fields,
             replaced=None if replaced is None else int(replaced),
+            # An older version leaves the field beside what it removed.
+            extra=None if b"x" in fields else load_extra(fields.get(b"j")),
         )
     return entry

@@ -25,7 +25,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from chatd.messages import Entry
-from chatd.store.base import SEED_ROOM, StoreError, instant, new_epoch
+from chatd.store.base import SEED_ROOM, StoreError, instant, new_epoch, sorted_extra
 from chatd.store.redis.feed import EpochChanged, Feed
 from chatd.store.redis.keys import FEED, KEYS, MICROSECONDS, digest, room_key
 from chatd.store.redis.link import (
@@ -42,7 +42,7 @@ from chatd.store.redis.link import (
 )
 from chatd.store.redis.lobby import ANNOUNCE, STREAM, RedisLobby
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """The format this code writes; it reads every log whose `readable_since` is not higher."""
 READABLE_SINCE: Final = 1
 """The oldest format whose code can read and write what this code writes."""
@@ -107,7 +107,7 @@ class RedisSession:
         """Start the first session; fire when it is there, however many attempts that takes."""
         opened: Deferred[None] = Deferred()
         self._seed = seed
-        self._seed_digest = digest(*(text for entry in seed for text in entry[1:4]))
+        self._seed_digest = digest(*(text for entry in seed for text in (*entry[1:4], sorted_extra(entry)) if text))
         self._ticks.clock = self.clock
         self._ticks.start(1, now=False)
         self._ended = self._run(opened)
@@ -290,7 +290,7 @@ class RedisSession:
             words: list[str | bytes | int] = [new_epoch(), FORMAT, READABLE_SINCE, self._feed.epoch, self._feed.seen]
             words += [self._seed_digest, len(self._seed), stored]
             for entry in piece:
-                words += [*entry[1:4], round(instant(entry.timestamp) * MICROSECONDS)]
+                words += [*entry[1:4], sorted_extra(entry), round(instant(entry.timestamp) * MICROSECONDS)]
             reply = yield connection.run(OPEN, [*KEYS, room_key(SEED_ROOM)], *words)
             if len(reply) > 1:
                 reply[-1] = reply[-1].strip(b"-\r\n")  # Redis 6.2 gives the whole line

@@ -34,6 +34,7 @@ from chatd.store.base import (
     instant,
     log_removed,
     notify,
+    sorted_extra,
 )
 from chatd.store.redis.feed import Feed
 from chatd.store.redis.keys import (
@@ -179,7 +180,7 @@ class RedisStore(Store):
         label, text_digest = LOG, ""
         if post.label is not None:
             label = label_key(room, post.username, post.label)
-            text_digest = digest(post.message, *([replaces] if replaces else []))
+            text_digest = digest(post.message, *filter(None, [replaces, sorted_extra(post)]))
         serial = self._serials = self._serials + 1
         self._pending[serial] = _SentPost(post, poster, self._clock.seconds())
         self._session.connection.run(
@@ -197,6 +198,7 @@ class RedisStore(Store):
             replaces,
             "1" if post.removed else "",
             "1" if post.moderated else "",
+            sorted_extra(post),
         ).addBoth(self._timed, serial).addCallbacks(
             self._stored, self._not_stored, callbackArgs=(serial,), errbackArgs=(serial,)
         ).addErrback(lambda failure: _logger.failure("a poster failed", failure))

@@ -8,7 +8,15 @@ import pytest
 from support.helpers import ManualTime, RecordingPoster
 from support.redis_nodes import DOUBT, UNAVAILABLE, outcome
 from support.redises import LOCAL, Cluster, Proxy, Redis, WatchedLink, each_binary, turn, until, wait_in
-from support.store_contract import SEED, TIMESTAMP, ClockContract, DurableStoreContract, EditContract, GuardContract
+from support.store_contract import (
+    SEED,
+    TIMESTAMP,
+    ClockContract,
+    DurableStoreContract,
+    EditContract,
+    ExtraContract,
+    GuardContract,
+)
 from twisted.logger import LogLevel, formatEvent
 
 from chatd.messages import Entry, Post
@@ -34,7 +42,7 @@ def redis(request, tmp_path_factory):
         yield server
 
 
-class TestRedisStore(ClockContract, EditContract, GuardContract, DurableStoreContract):
+class TestRedisStore(ClockContract, EditContract, ExtraContract, GuardContract, DurableStoreContract):
     @pytest.fixture(autouse=True)
     def _loop(self, loop):
         self.loop = loop
@@ -1110,7 +1118,7 @@ def test_newer_format_that_stays_readable(one, node):
 
 def test_log_states_its_format(one, node):
     node(one.url)
-    assert one.call("HMGET", LOG, "written", "readable_since") == [b"2", b"1"]
+    assert one.call("HMGET", LOG, "written", "readable_since") == [b"3", b"1"]
 
 
 def test_usage_is_unknown(one, node):

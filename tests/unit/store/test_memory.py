@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 from support.helpers import ManualTime, RecordingPoster, result_of
-from support.store_contract import SEED, ClockContract, EditContract, GuardContract
+from support.store_contract import SEED, ClockContract, EditContract, ExtraContract, GuardContract
 
 from chatd.messages import Post
 from chatd.room.cursors import Behind
@@ -36,7 +36,7 @@ def _grown(work):
     return after - before
 
 
-class TestMemoryStore(ClockContract, EditContract, GuardContract):
+class TestMemoryStore(ClockContract, EditContract, ExtraContract, GuardContract):
     @pytest.fixture
     def make(self):
         return lambda retain, now: MemoryStore(retain, now, now.steady)

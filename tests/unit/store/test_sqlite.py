@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 from support.failing_disk import FailingDisk, system_sqlite
 from support.helpers import HeldWorker, ImmediateWorker, ManualTime, RecordingFollower, RecordingPoster, result_of
-from support.store_contract import SEED, ClockContract, DurableStoreContract, EditContract, GuardContract
+from support.store_contract import SEED, ClockContract, DurableStoreContract, EditContract, ExtraContract, GuardContract
 from support.store_files import run_sql
 from twisted.internet.defer import succeed
 from twisted.internet.task import Clock
@@ -28,7 +28,7 @@ from chatd.store.sqlite_file import APPLICATION_ID, FORMAT, ROWS, SqliteFile
 ALL = Retention()
 
 
-class TestSqliteStore(ClockContract, EditContract, GuardContract, DurableStoreContract):
+class TestSqliteStore(ClockContract, EditContract, ExtraContract, GuardContract, DurableStoreContract):
     worker = ImmediateWorker
 
     @pytest.fixture
@@ -951,7 +951,7 @@ def test_format_1_keeps_what_newer_code_stated(opened, old, monkeypatch):
 
 
 def test_current_format():
-    assert (FORMAT, sqlite_file.READABLE_SINCE) == (3, 1)
+    assert (FORMAT, sqlite_file.READABLE_SINCE) == (4, 1)
 
 
 # Labels

@@ -936,24 +936,6 @@ def test_every_example_of_a_schema_is_accepted(form):
             assert parse(orjson.dumps(whole | document)) == answer_of(whole | document)
 
 
-@every_form
-def test_every_keyword_of_a_schema_has_words(form):
-    # Whoever adds a keyword gives it its words too: without them the first refusal would be a KeyError.
-    schema = ALL_FORMS[form].schema
-    annotations = {"title", "description", "examples", "default"}
-    handled_apart = {"$schema", "$id", "properties", "type", "additionalProperties", "not"}
-    assert schema.keys() - annotations - handled_apart <= frames._WORDS.keys()
-    for name, part in schema["properties"].items():
-        if name == "type":
-            assert part == {"const": form}  # by which the form is chosen
-        else:
-            assert part.keys() - annotations - {"type"} <= frames._WORDS.keys()
-            assert part["type"] in ("string", "integer")
-            assert part["type"] in frames._WORDS
-    if "not" in schema:
-        assert schema["not"] == {"required": ["before", "after"]}  # which is what its words say
-
-
 # The seed
 
 

@@ -6,12 +6,18 @@
 --       how many messages are kept (0: all); the times in microseconds of the oldest and the newest message whose age
 --       keeps it (0: no age removes any); about how many entries the feed keeps; the time in microseconds ('': this
 --       machine's); the author ('' if there is none); the number of the message to replace ('' if there is none);
---       1 for a removal, and 1 for a moderator (otherwise '')
+--       1 for a removal, and 1 for a moderator (otherwise ''); the operator's own fields as JSON ('' without any)
 -- Returns: the message's number, the number of the feed's entry that announces it, and how many messages were removed.
 --          If the label was used before, also whether it was for the same message (1 or 0).
 --          Nothing if the log is not the one that the node knows.
 --          0 and a reason if the message may not be replaced: 1 it belongs to another author, 2 it is unknown, 3 it is
 --          an edit or was removed.
+
+-- Return one of the texts that keys.digest joins, after its length in characters.
+local function part(words)
+    local _, length = string.gsub(words, '[^\128-\191]', '')
+    return length .. ':' .. words
+end
 
 -- Return the number and the digest that a label names; nothing if its message was trimmed or lost.
 local function find(stream, kept, username, head)
@@ -27,11 +33,7 @@ local function find(stream, kept, username, head)
     local entry = redis.call('XRANGE', stream, number, number)[1]
     if entry then
         local found = fields(entry)
-        local _, length = string.gsub(found.m, '[^\128-\191]', '') -- in characters, as keys.digest counts them
-        local said = length .. ':' .. found.m
-        if found.p then
-            said = said .. #found.p .. ':' .. found.p
-        end
+        local said = part(found.m) .. (found.p and part(found.p) or '') .. (found.j and part(found.j) or '')
         if found.u ~= username or (redis.sha1hex(said) ~= digest and not found.x) then
             return nil -- another message has its number
         end
@@ -53,7 +55,7 @@ local function refusal(stream, changes, number, author, moderated)
 end
 
 local epoch, seen, room, username, message, digest, remember, keep, oldest, youngest, feed, given, author, replaces,
-    removes, moderated = unpack(ARGV)
+    removes, moderated, extra = unpack(ARGV)
 local changes = edits(room)
 local stream, label = KEYS[4], KEYS[5]
 
@@ -105,6 +107,10 @@ if replaces ~= '' then
             redis.call('HSET', changes, 'x' .. edit, '')
         end
     end
+end
+if extra ~= '' then
+    table.insert(entry, 'j')
+    table.insert(entry, extra)
 end
 redis.call('XADD', stream, text(number) .. '-' .. text(now), unpack(entry))
 if digest ~= '' then

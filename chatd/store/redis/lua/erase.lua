@@ -49,6 +49,12 @@ for _, entry in ipairs(redis.call('XRANGE', stream, text(done + 1), '+', 'COUNT'
     done = parts(entry[1])
     if redis.call('HGET', changes, 'x' .. text(done)) and not fields(entry).x then
         entry[2][4] = '[removed]' -- after u, its value, and m
+        for index = #entry[2] - 1, 1, -2 do
+            if entry[2][index] == 'j' then
+                table.remove(entry[2], index)
+                table.remove(entry[2], index)
+            end
+        end
         table.insert(entry[2], 'x')
         table.insert(entry[2], '1')
     end

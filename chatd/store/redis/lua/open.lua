@@ -4,7 +4,8 @@
 -- ARGV: an epoch that no log had; the format of the node's code; the oldest format that reads what it writes;
 --       the epoch, and the newest entry of the feed, as the node knows them ('' and '0-0' at first);
 --       the seed's digest and its number of messages; how many messages precede the given ones; and the given
---       messages: for each its username, text, timestamp, and the timestamp in microseconds
+--       messages: for each its username, text, timestamp, own fields of the operator ('' without any), and the
+--       timestamp in microseconds
 -- Returns: the epoch; readable_since; written; the newest entry of the feed; what the log had lost ('' if nothing);
 --          and why Redis refuses to write ('' if it writes).
 --          Only the number of stored messages, if the log is new and needs those of the seed that follow.
@@ -33,11 +34,16 @@ if not epoch and (seeding or redis.call('EXISTS', LOG, HEADS, FEED, room) == 0) 
         if tonumber(skipped) ~= count or #ARGV == 8 then
             return { count }
         end
-        for argument = 9, #ARGV, 4 do
-            local username, message, timestamp = unpack(ARGV, argument, argument + 2)
-            micros = math.max(tonumber(ARGV[argument + 3]), micros)
+        for argument = 9, #ARGV, 5 do
+            local username, message, timestamp, extra = unpack(ARGV, argument, argument + 3)
+            micros = math.max(tonumber(ARGV[argument + 4]), micros)
             count = count + 1
-            redis.call('XADD', room, text(count) .. '-' .. text(micros), 'u', username, 'm', message, 't', timestamp)
+            local entry = { 'u', username, 'm', message, 't', timestamp }
+            if extra ~= '' then
+                table.insert(entry, 'j')
+                table.insert(entry, extra)
+            end
+            redis.call('XADD', room, text(count) .. '-' .. text(micros), unpack(entry))
         end
         if count < tonumber(total) then
             redis.call('HSET', LOG, 'seeding', digest)

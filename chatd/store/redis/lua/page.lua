@@ -5,7 +5,7 @@
 -- Returns: the epoch; the number of the feed's newest entry; the numbers of the oldest message kept and of the newest
 --          ever appended; and the entries, oldest first (but newest first if the newest were requested).
 --          Nothing if the log has lost the room.  A message that was edited has the text of its newest edit, and in the
---          field d its number; what was removed has the field x.
+--          field d its number; what was removed has the field x, and its field j has no meaning.
 
 local room, after, limit = unpack(ARGV)
 local stream = KEYS[4]
@@ -26,7 +26,10 @@ if redis.call('EXISTS', changes) == 1 then
         local numbers, removed = unpack(redis.call('HMGET', changes, key, 'x' .. key))
         if numbers then
             local newest = string.match(numbers, '%d+$')
-            entry[2][4] = redis.call('XRANGE', stream, newest, newest)[1][2][4] -- after u, its value, and m
+            local edit = redis.call('XRANGE', stream, newest, newest)[1]
+            entry[2][4] = edit[2][4] -- after u, its value, and m
+            table.insert(entry[2], 'j') -- the last of equal fields counts
+            table.insert(entry[2], fields(edit).j or '')
             table.insert(entry[2], 'd')
             table.insert(entry[2], newest)
         end

@@ -50,7 +50,7 @@ local function edits(room)
 end
 
 -- Return the fields of an entry by name: u the username, m the text, t the timestamp of a seeded message, a the author,
--- p the number that an edit replaces, x for a removal.
+-- p the number that an edit replaces, x for a removal, j the operator's own fields as JSON.
 local function fields(entry)
     local found = {}
     for index = 1, #entry[2], 2 do

@@ -10,7 +10,7 @@ for index = 4, #KEYS do
     local entries = redis.call('XREVRANGE', KEYS[index], '+', '-', 'COUNT', ARGV[1])
     local bytes = 0
     for _, entry in ipairs(entries) do
-        bytes = bytes + #entry[2][2] + #entry[2][4]
+        bytes = bytes + #entry[2][2] + #entry[2][4] + #(fields(entry).j or '')
     end
     local number = tonumber(redis.call('HGET', HEADS, ARGV[index - 2]) or 0)
     table.insert(found, { first(KEYS[index], number), number, #entries, bytes, entries[1] })
