@@ -31,11 +31,11 @@ def send(node, *posts):
 
 
 def say(text, label=None):
-    return Post("ann", text, label, "a")
+    return Post("ann", text, label, "a", extra={"note": text})
 
 
 def edit(node, number, text):
-    return Post("ann", text, None, "a", Id(node.store.epoch, number))
+    return Post("ann", text, None, "a", Id(node.store.epoch, number), extra={"note": text})
 
 
 def removal(node, number):
