@@ -20,7 +20,7 @@ from urllib.parse import parse_qs
 from chatd.messages import Code, Id
 from chatd.room.log import MAIN
 from chatd.room.presence import EVENTS
-from chatd.transport.frames import is_username
+from chatd.transport.frames import STANDARD, Vocabulary
 from chatd.transport.identity import ANYONE, Identity
 
 NO_EVENTS: Final[frozenset[str]] = frozenset()
@@ -151,10 +151,18 @@ class Admission:
     With `proxied`, that is also the host that a proxy names in X-Forwarded-Host.
     """
 
-    def __init__(self, rooms: Sequence[str] = (), origins: Sequence[str] = (), *, proxied: bool = False) -> None:
+    def __init__(
+        self,
+        rooms: Sequence[str] = (),
+        origins: Sequence[str] = (),
+        *,
+        proxied: bool = False,
+        vocabulary: Vocabulary = STANDARD,
+    ) -> None:
         self._rooms = [re.compile(pattern) for pattern in rooms]
         self._origins = [re.compile(pattern) for pattern in origins]
         self._proxied = proxied
+        self._vocabulary = vocabulary
         self.any_origin = ANY_ORIGIN in origins
 
     def room(self, path: str) -> str:
@@ -193,7 +201,12 @@ class Admission:
         if not query:
             return JoinRequest(room, None, NO_EVENTS, None)
         last, events, username = (query.get(name, [None])[-1] for name in ("last_event_id", "events", "username"))
-        return JoinRequest(room, last_id(last), _events(events), _username(username))
+        return JoinRequest(room, last_id(last), _events(events), self._username(username))
+
+    def _username(self, text: str | None) -> str | None:
+        if text and not self._vocabulary.is_username(text):
+            raise HttpError(HTTPStatus.BAD_REQUEST, f"username: {self._vocabulary.usernames}")
+        return text or None
 
 
 def last_id(text: str | None) -> Id | None:
@@ -209,12 +222,6 @@ def _events(text: str | None) -> frozenset[str]:
     if not events <= EVENTS:
         raise HttpError(HTTPStatus.BAD_REQUEST, f"events: choose of {', '.join(sorted(EVENTS))}")
     return events
-
-
-def _username(text: str | None) -> str | None:
-    if text and not is_username(text):
-        raise HttpError(HTTPStatus.BAD_REQUEST, "username: 1 to 30 characters")
-    return text or None
 
 
 def read_query(query: str) -> dict[str, list[str]]:

@@ -47,13 +47,13 @@ from chatd.transport.frames import (
     history_frame,
     is_label,
     page_request,
-    parse_post,
     presence_frame,
     removal,
 )
 from chatd.transport.framing import payload
 from chatd.transport.http import PROBLEM, ChatResource, answer, begin, page, problem, retry_after
 from chatd.transport.identity import ANYONE, Identity, refusal
+from chatd.transport.intake import Intake
 from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList, RoomPage
 from chatd.transport.moderator import Moderator
@@ -437,7 +437,7 @@ class Api(ChatResource):
             accepted = {"Accept-Encoding": IDENTITY}
             raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send it without Content-Encoding", headers=accepted)
         try:
-            post = parse_post(cast(BytesIO, request.content).read())
+            post = _intake(request).vocabulary.parse_post(cast(BytesIO, request.content).read())
         except FrameError as error:
             raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
         label = _idempotency_key(_header(request, b"idempotency-key"))
@@ -526,14 +526,17 @@ def export(
     return NOT_DONE_YET
 
 
+def _intake(request: Request) -> Intake:
+    """Return what the connections to the port of a request share."""
+    return cast(Intake, cast(Any, request.channel).site.intake)
+
+
 def _limits(request: Request) -> Limits:
-    """Return the limits on new clients of the port of a request."""
-    limits: Limits = cast(Any, request.channel).site.intake.limits
-    return limits
+    return _intake(request).limits
 
 
 def _moderator(request: Request) -> Moderator:
-    return cast(Moderator, cast(Any, request.channel).site.intake.moderator)
+    return _intake(request).moderator
 
 
 def _visitor(request: Request, username: str | None = None, identity: Identity = ANYONE) -> Visitor:

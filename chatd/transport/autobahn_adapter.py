@@ -27,11 +27,10 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from typing_extensions import override
 
+from chatd.transport.frames import MAX_MESSAGE
 from chatd.transport.framing import MAX_REASON, CloseCode, Opcode, masked_text_at, masked_texts
 from chatd.transport.intake import FRAMES_PER_LOOK, FRAMES_PER_TURN, SECONDS_PER_TURN
 
-MAX_MESSAGE: Final = 16 << 10
-"""The largest size of a posted frame in bytes: 530 code points, each escaped in twelve bytes, fit twice."""
 MAX_FRAGMENTS: Final = 128
 """The largest number of WebSocket frames in one message."""
 
@@ -73,6 +72,8 @@ class AutobahnConnection(WebSocketServerProtocol):
     current_frame: Any = None
     inside_message = False
     websocket_version = 13
+    max_message = MAX_MESSAGE
+    """The largest size of a message in bytes."""
     fragments = 0
     """The number of frames so far in the message that is being received."""
 
@@ -174,6 +175,7 @@ class AutobahnConnection(WebSocketServerProtocol):
         data, self.data = self.data, b""
         start, size, frames, session = 0, len(data), 0, self.session
         now = deadline = 0.0
+        most = self.max_message
         between = self.state == self.STATE_OPEN and not self.inside_message and self.current_frame is None
         while start < size and not session.must_wait():
             if frames:
@@ -184,7 +186,7 @@ class AutobahnConnection(WebSocketServerProtocol):
                     session.queue()
                     break
             frames += 1
-            text, after = masked_text_at(data, start, MAX_MESSAGE) if between else (None, -1)
+            text, after = masked_text_at(data, start, most) if between else (None, -1)
             if text is not None:
                 start = after
                 session.received(text)
@@ -205,7 +207,7 @@ class AutobahnConnection(WebSocketServerProtocol):
     def unread_texts(self) -> Iterator[bytes]:
         """Iterate over the texts that have arrived and wait, unless the connection was failed."""
         between = not self.inside_message and self.current_frame is None
-        return masked_texts(self.data if between and not self.failedByMe else b"", MAX_MESSAGE)
+        return masked_texts(self.data if between and not self.failedByMe else b"", self.max_message)
 
     @override
     def onFrameBegin(self) -> None:
@@ -299,6 +301,12 @@ class AutobahnFactory(WebSocketServerFactory, Generic[_T]):
             closeHandshakeTimeout=0,
         )
         self.protocol = self._lean(connection)
+
+    def allow(self, max_bytes: int) -> None:
+        """Accept messages of at most so many bytes from now on."""
+        self.setProtocolOptions(maxFramePayloadSize=max_bytes, maxMessagePayloadSize=max_bytes)
+        connection: Any = self.protocol
+        connection.max_message = connection.maxFramePayloadSize = connection.maxMessagePayloadSize = max_bytes
 
     def _lean(self, connection: type[_T]) -> type[_T]:
         """Derive the class of the connections, which has what Autobahn sets on each of them.

@@ -127,6 +127,12 @@ class Vocabulary:
         plain = message is MESSAGE and max_bytes <= MAX_MESSAGE
         self.parse, self.parse_post = _readers(message, self._typing, plain=plain)
 
+    @property
+    def usernames(self) -> str:
+        """The length of usernames, in words."""
+        schema = self._typing.schema["properties"]["username"]
+        return f"{schema.get('minLength', 0)} to {schema['maxLength']} characters"
+
     def is_username(self, value: str) -> bool:
         """Check a username against the schema."""
         return self._typing.accepts({"type": "typing", "username": value})

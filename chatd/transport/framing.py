@@ -85,14 +85,15 @@ def masked_text_at(data: bytes, start: int, max_size: int) -> tuple[bytes | None
         # An unmasked frame may be this short.
         return None, -1 if end > start + 1 and data[start + 1] < MASKED else start
     length = data[start + 1] - MASKED
-    if data[start] != _TEXT or not 0 <= length <= LENGTH_16:
+    if data[start] != _TEXT or not 0 <= length <= LENGTH_64:
         return None, -1
-    if length == LENGTH_16:
-        begin += 2
+    if length >= LENGTH_16:
+        shortest = LENGTH_16 if length == LENGTH_16 else 1 << 16
+        begin += 2 if length == LENGTH_16 else 8
         if begin > end:
             return None, start
-        length = int.from_bytes(data[start + 2 : start + 4])
-        if length < LENGTH_16 or length > max_size:
+        length = int.from_bytes(data[start + 2 : begin - 4])
+        if length < shortest or length > max_size:
             return None, -1
     after = begin + length
     if after > end:
@@ -163,9 +164,14 @@ def server_frame_at(data: bytes, start: int) -> ServerFrame | None:
 
 
 def masked_frame(opcode: Opcode, payload: bytes, mask: bytes) -> bytes:
-    """Wrap a payload of less than 64 KiB in one frame of a client."""
+    """Wrap a payload in one frame of a client."""
     size = len(payload)
-    length = bytes([MASKED | size]) if size < LENGTH_16 else bytes([MASKED | LENGTH_16]) + size.to_bytes(2)
+    if size < LENGTH_16:
+        length = bytes([MASKED | size])
+    elif size < 1 << 16:
+        length = bytes([MASKED | LENGTH_16]) + size.to_bytes(2)
+    else:
+        length = bytes([MASKED | LENGTH_64]) + size.to_bytes(8)
     repeated = (mask * (size // 4 + 1))[:size]
     unmasked = int.from_bytes(payload) ^ int.from_bytes(repeated)
     return bytes([FIN | opcode]) + length + mask + unmasked.to_bytes(size)

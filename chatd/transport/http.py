@@ -17,6 +17,7 @@ import importlib.resources
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from io import BytesIO
 from types import MappingProxyType
 from typing import Any, Final, cast
 
@@ -50,9 +51,6 @@ KEEP_ALIVE_SECONDS: Final = 620
 Load balancers keep theirs for up to 600 seconds.  One that sends a request on a connection which the server
 is about to close answers its client with 502.
 """
-MAX_BODY: Final = 16 << 10
-"""The largest size of a request body in bytes, as for WebSocket messages."""
-
 RETRY_AFTER_SECONDS: Final = 2
 """The Retry-After of a 503, and the time after which a reader of events reconnects."""
 
@@ -206,6 +204,11 @@ class _SiteRequest(TwistedRequest):
 
     defaultContentType = None  # what Twisted takes for none
     channel: "_Channel"
+
+    @override
+    def gotLength(self, length: int | None) -> None:
+        """Keep the body in memory, which the channel bounds; Twisted would spool one of 100 KB to the disk."""
+        self.content = BytesIO()
 
     @override
     def process(self) -> None:
@@ -422,13 +425,13 @@ class _Channel(HTTPChannel):
         self._refuse(too_long(), bodiless=line.startswith(HEAD))
 
     def head_received(self, head: Head) -> None:
-        """Begin a request: a body must have a small Content-Length, so that none is spooled to the disk."""
+        """Begin a request: a body must have a small Content-Length, because it is kept in memory."""
         try:
             self.site.guard(head)
             if self.site.upgrade is not None and head.asks_for_websocket:
                 self._give_back(self.site.upgrade, head)
                 return
-            _check_plain(head)
+            _check_plain(head, self.site.intake.vocabulary.max_bytes)
         except HttpError as refused:
             self._refuse(refused, bodiless=head.method == "HEAD")
             return
@@ -473,14 +476,14 @@ class _Channel(HTTPChannel):
         self.loseConnection()
 
 
-def _check_plain(head: Head) -> None:
+def _check_plain(head: Head, max_body: int) -> None:
     """Raise HttpError unless the site reads this version of HTTP and a body of this length."""
     if head.version not in ("HTTP/1.0", "HTTP/1.1"):
         raise invalid()
     if head.length is None:
         raise HttpError(HTTPStatus.LENGTH_REQUIRED, "say the body's length in Content-Length")
-    if head.length > MAX_BODY:
-        raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {MAX_BODY} bytes")
+    if head.length > max_body:
+        raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {max_body} bytes")
 
 
 class ChatSite(Site):

@@ -14,6 +14,7 @@ from chatd.messages import Code
 from chatd.room.moderation import Sanctions
 from chatd.transport.admission import Rate
 from chatd.transport.connections import HTTP, WEBSOCKET
+from chatd.transport.frames import STANDARD, Vocabulary
 from chatd.transport.limits import Limits
 from chatd.transport.moderator import Moderator
 from chatd.transport.tokens import Tokens
@@ -81,6 +82,8 @@ class Intake:
         self.tokens = tokens
         self.moderator = Moderator(Sanctions(), (), clock.seconds)
         """Refuses clients; by default, nobody is sanctioned."""
+        self.vocabulary: Vocabulary = STANDARD
+        """The frames that clients may send."""
         self.turns = TurnQueue(clock)
         self.due = 0.0
         """The state that the rate of handshakes keeps (admission.Paced)."""

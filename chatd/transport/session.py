@@ -35,7 +35,7 @@ from chatd.room.registry import Registry
 from chatd.room.room import Room
 from chatd.transport.admission import HttpError
 from chatd.transport.connections import WEBSOCKET
-from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, parse, token_frame
+from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, token_frame
 from chatd.transport.framing import CloseCode
 from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.intake import SCHEMA, Intake
@@ -170,7 +170,7 @@ class Session(Membership):
             if self._intake.rate is not None and self._intake.rate.take(self):
                 break
             try:
-                frame = parse(text)
+                frame = self._intake.vocabulary.parse(text)
             except FrameError:
                 if _is_text(text):
                     continue
@@ -247,7 +247,7 @@ class Session(Membership):
         rate = self._intake.rate
         wait = 0.0 if rate is None else rate.take(self)
         try:
-            frame = parse(text)
+            frame = self._intake.vocabulary.parse(text)
         except FrameError as error:
             if not _is_text(text):
                 self._transport.fail(CloseCode.INVALID_DATA, "a text frame is not UTF-8")

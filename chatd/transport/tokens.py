@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from chatd.messages import Code
 from chatd.room.moderation import is_room
 from chatd.transport.admission import HttpError, JoinRequest, room_pattern
-from chatd.transport.frames import is_username
+from chatd.transport.frames import STANDARD, Vocabulary
 from chatd.transport.framing import BEARER
 from chatd.transport.identity import LEEWAY_SECONDS, AllowedRooms, Identity, Permissions
 from chatd.transport.jwks import KeySource
@@ -79,12 +79,14 @@ class Tokens:
         issuer: str | None = None,
         username: str = "sub",
         cookie: str | None = None,
+        vocabulary: Vocabulary = STANDARD,
     ) -> None:
         self.keys = keys
         self._now = now
         self._audience = audience
         self._issuer = issuer
         self._username = username
+        self._vocabulary = vocabulary
         self.cookie = cookie
         self._quiet_until: dict[str, float] = {}
 
@@ -170,8 +172,8 @@ class Tokens:
         subject, username = claims["sub"], claims.get(self._username)
         if not 0 < len(subject) <= MAX_SUBJECT or not _is_unicode(subject):
             raise TokenRefused("its subject is too long or empty")
-        if not isinstance(username, str) or not _is_unicode(username) or not is_username(username):
-            raise TokenRefused("the claim of --jwt-username is no username of 1 to 30 characters")
+        if not isinstance(username, str) or not _is_unicode(username) or not self._vocabulary.is_username(username):
+            raise TokenRefused(f"the claim of --jwt-username is no username of {self._vocabulary.usernames}")
         return Identity(
             subject, username, float(min(int(claims["exp"]), FOREVER)), read_permissions(claims.get(CLAIM, {}))
         )

@@ -20,6 +20,7 @@ from chatd.room.room import MAX_LAG
 from chatd.transport import http
 from chatd.transport.api import PREFLIGHT_SECONDS
 from chatd.transport.connections import STALL_SECONDS
+from chatd.transport.frames import MAX_MESSAGE
 
 RETRY = str(http.RETRY_AFTER_SECONDS)
 
@@ -638,7 +639,7 @@ def test_body_too_large_or_without_length(house):
     """A body that is too large is a 413; one without a length is a 411."""
     for length, status in ((b"Content-Length: 16385", 413), (b"Transfer-Encoding: chunked", 411)):
         assert problem(house.ask(b"POST", b"/rooms/main/messages", JSON, length))[0] == status
-    padded = b'{"username":"ann","message":"hi"}'.ljust(http.MAX_BODY)
+    padded = b'{"username":"ann","message":"hi"}'.ljust(MAX_MESSAGE)
     assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=padded)[0].status == 201
 
 

@@ -13,6 +13,7 @@ import chatd
 from chatd.messages import Code
 from chatd.transport import http
 from chatd.transport.admission import Rate
+from chatd.transport.frames import MAX_MESSAGE
 from chatd.transport.heads import MAX_HEAD, parse
 
 
@@ -290,7 +291,7 @@ def test_request_leaves_no_line_in_the_log(clock, events):
 # Bodies
 
 
-@pytest.mark.parametrize("size", [0, 1, http.MAX_BODY])
+@pytest.mark.parametrize("size", [0, 1, MAX_MESSAGE])
 def test_body_that_is_announced_is_read(connection, size):
     assert connection.ask(b"POST", b"/rooms", body=bytes(size))[1] == f"{size} bytes"
     assert not connection.closing
@@ -311,7 +312,7 @@ def test_body_byte_by_byte_and_pipelined_request(connection, clock):
 
 
 REFUSED = {
-    b"Content-Length: %d" % (http.MAX_BODY + 1): (413, "the body is larger than 16384 bytes"),
+    b"Content-Length: %d" % (MAX_MESSAGE + 1): (413, "the body is larger than 16384 bytes"),
     b"Content-Length: 1000000000000": (413, "the body is larger than 16384 bytes"),
     b"Transfer-Encoding: chunked": (411, "say the body's length in Content-Length"),
 }

@@ -13,7 +13,7 @@ from support.websocket_frames import BINARY, CLOSE, PING, PONG, TEXT, close_code
 from chatd.room.registry import Registry
 from chatd.transport import frames, http
 from chatd.transport.admission import Admission
-from chatd.transport.autobahn_adapter import MAX_MESSAGE
+from chatd.transport.frames import MAX_MESSAGE
 from chatd.transport.websocket import ChatFactory
 
 CONTINUATION = 0

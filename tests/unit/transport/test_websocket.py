@@ -19,10 +19,11 @@ from twisted.python.failure import Failure
 from chatd.operate.drain import TICK_SECONDS, Drain
 from chatd.room.presence import ROUND_SECONDS
 from chatd.room.registry import Registry
-from chatd.transport import frames, http, session
+from chatd.transport import frames, http
 from chatd.transport.admission import Admission, Rate, origin_pattern, room_pattern
-from chatd.transport.autobahn_adapter import MAX_FRAGMENTS, MAX_MESSAGE
+from chatd.transport.autobahn_adapter import MAX_FRAGMENTS
 from chatd.transport.connections import CLOSE_SECONDS, HANDSHAKE_SECONDS, STALL_SECONDS
+from chatd.transport.frames import MAX_MESSAGE, STANDARD
 from chatd.transport.heads import MAX_HEAD
 from chatd.transport.intake import FRAMES_PER_LOOK, FRAMES_PER_TURN, SECONDS_PER_TURN
 from chatd.transport.session import MAX_REFUSALS
@@ -1022,13 +1023,13 @@ def test_turn_has_a_budget_of_time(busy, reactor, monkeypatch):
     """Frames that take long end the turn early."""
     client = Client(busy)
     client.joins()
-    parse = session.parse
+    parse = STANDARD.parse
 
     def slowly(text):
         reactor.rightNow += 0.6 * SECONDS_PER_TURN
         return parse(text)
 
-    monkeypatch.setattr(session, "parse", slowly)
+    monkeypatch.setattr(STANDARD, "parse", slowly)
     client.sends(VALID * 8)
     answers = [len(client.reads())]
     for _ in range(2):
