@@ -14,6 +14,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
@@ -26,9 +27,11 @@ from chatd.room.room import MAX_LAG
 from chatd.store.base import Retention
 from chatd.transport import frames
 from chatd.transport.admission import ANY_ORIGIN, origin_pattern, room_pattern
-from chatd.transport.frames import FrameError
+from chatd.transport.frames import MESSAGE, Form, FrameError
 from chatd.transport.jwks import KeyFile, check_url
 from chatd.transport.keyring import read_jwks, read_key
+from chatd.transport.operator_schema import MOST_BYTES, OperatorSchema
+from chatd.transport.operator_schema import read_file as read_schema
 from chatd.webhooks.sender import WebhookAddress
 from chatd.webhooks.signature import read_secrets
 
@@ -99,10 +102,10 @@ def veiled(url: str) -> str:
     return re.sub(r"(?s)^((?:[^:@]*:/*(?:[^:@/]*:)?)?).*@", r"\1***@", url)
 
 
-def parse_seed(path: str) -> tuple[Entry, ...]:
-    """Read a file of messages for a new log."""
+def parse_seed(path: str, message: Form = MESSAGE) -> tuple[Entry, ...]:
+    """Read a file of messages for a new log, which fit a form."""
     try:
-        return frames.parse_seed(Path(path).read_bytes())
+        return frames.parse_seed(Path(path).read_bytes(), message)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except FrameError as error:
@@ -180,6 +183,9 @@ class Settings(NamedTuple):
     """A URL."""
     store_password_file: Path | None
     seed: tuple[Entry, ...]
+    schema: Path | None
+    max_message: int
+    """Bytes; 0: the schema decides."""
     history: int
     retain: Retention
     rooms: tuple[str, ...]
@@ -212,6 +218,8 @@ class Settings(NamedTuple):
     """The configuration file that was read."""
     folder: Path = Path()
     """The working directory of the server."""
+    message: OperatorSchema | None = None
+    """The schema of messages in `schema`."""
 
     @property
     def tokens(self) -> bool:
@@ -325,8 +333,23 @@ OPTIONS: Final = (
         metavar="FILE",
         default=str(SEED),
         help="begin a new log with the messages in a file, which is a JSON list",
-        parse=parse_seed,
+        parse=str,
         shown="two messages",
+    ),
+    Option(
+        name="schema",
+        metavar="FILE",
+        default="",
+        help="check messages with a JSON Schema (2020-12) of your own, which may have further fields and other limits",
+        parse=_path,
+        shown="none",
+    ),
+    Option(
+        name="max-message",
+        metavar="BYTES",
+        default="0",
+        help="limit the size of a message as clients send it; 0: the longest of `--schema`, but at least 16384",
+        parse=Number(0, MOST_BYTES),
     ),
     Option(
         name="history",
@@ -588,7 +611,10 @@ class Configuration:
         for given in self._given.values():
             values = tuple(given.values(given.option.parse).values())
             fields[given.option.field] = values if given.option.repeated else values[0]
-        settings = Settings(**fields, config=path)
+        most = fields["max_message"]
+        (message,) = self.each("schema", lambda text: read_schema(Path(text), most) if text else None).values()
+        fields["seed"] = self._seed(MESSAGE if message is None else message.form)
+        settings = Settings(**fields, config=path, message=message)
         if not settings.listen:
             raise ConfigError("--listen: give at least one server endpoint such as tcp:8085")
         _check_tokens(settings)
@@ -596,6 +622,15 @@ class Configuration:
         if settings.store_password_file is None:
             self.each("store", lambda url: parse_store(url, password_elsewhere=False))
         return settings
+
+    def _seed(self, form: Form) -> tuple[Entry, ...]:
+        """Return the seed; none if it is the default, and a schema of the operator's own refuses it."""
+        if self._given["seed"].texts == [str(SEED)] and form is not MESSAGE:
+            with suppress(ValueError):
+                return parse_seed(str(SEED), form)
+            return ()
+        (seed,) = self.each("seed", lambda text: parse_seed(text, form)).values()
+        return seed
 
     def each(self, name: str, make: Callable[[str], _T]) -> dict[str, _T]:
         """Return what `make` makes of each text of an option; ConfigError if that raises ValueError."""

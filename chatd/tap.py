@@ -40,12 +40,15 @@ from chatd.transport.admin import ModerationApi, check_token
 from chatd.transport.admission import Addresses, Admission, Rate, origin_pattern, room_pattern
 from chatd.transport.api import Api
 from chatd.transport.connections import Connections
+from chatd.transport.documents import Documents
 from chatd.transport.export import ExportQueue
+from chatd.transport.frames import MESSAGE, Vocabulary
 from chatd.transport.jwks import KeyFile, KeySource, KeyUrl
 from chatd.transport.keyring import read_jwks, read_key
 from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
+from chatd.transport.operator_schema import SchemaFile
 from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
 from chatd.webhooks.delivery import PARALLEL, Webhook
@@ -55,6 +58,9 @@ from chatd.webhooks.signature import SigningKeys
 
 GARBAGE: Final = 50_000
 """Number of new objects that start a garbage collection.  Python's default of 700 suits smaller programs."""
+
+Reloadable = AdminToken | KeySource | SchemaFile | Fanout
+"""What reads its file again at SIGHUP."""
 
 _logger = Logger()
 
@@ -118,7 +124,7 @@ def _store(settings: config.Settings, reactor: Any) -> Store:
     return RedisStore(Link(address, reactor, file), settings.retain)
 
 
-def _tokens(settings: config.Settings, reactor: Any) -> Tokens | None:
+def _tokens(settings: config.Settings, reactor: Any, vocabulary: Vocabulary) -> Tokens | None:
     """Make what verifies tokens, if the options ask for them."""
     keys: KeySource
     if settings.jwt_key is not None:
@@ -136,6 +142,7 @@ def _tokens(settings: config.Settings, reactor: Any) -> Tokens | None:
         issuer=settings.jwt_issuer or None,
         username=settings.jwt_username,
         cookie=settings.jwt_cookie or None,
+        vocabulary=vocabulary,
     )
 
 
@@ -155,6 +162,16 @@ def _fanout(settings: config.Settings, store: Store, reactor: Any) -> Fanout | N
     return fanout
 
 
+def _vocabulary(settings: config.Settings) -> Vocabulary:
+    """Make the frames that clients may send."""
+    vocabulary, message = Vocabulary(), settings.message
+    if message is not None:
+        vocabulary.use(message.form, message.max_bytes)
+    elif settings.max_message:
+        vocabulary.use(MESSAGE, settings.max_message)
+    return vocabulary
+
+
 def makeService(options: Options) -> IService:
     """Compose the server."""
     reactor = _reactor()
@@ -167,21 +184,31 @@ def makeService(options: Options) -> IService:
     connections = Connections(reactor, settings.ping)
     rooms_allowed, origins = [*map(room_pattern, settings.rooms)], [*map(origin_pattern, settings.origin)]
     proxied = settings.proxy_hops > 0
-    admission = Admission(rooms_allowed, origins, proxied=proxied)
+    vocabulary = _vocabulary(settings)
+    admission = Admission(rooms_allowed, origins, proxied=proxied, vocabulary=vocabulary)
     a_second, burst = settings.rate
     rate = Rate(a_second, burst, reactor.seconds) if a_second else None
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
     limits = Limits(reactor, settings.max_per_address, settings.proxy_hops)
-    tokens = _tokens(settings, reactor)
+    tokens = _tokens(settings, reactor, vocabulary)
     readiness = Readiness(lambda: store.fault or (None if tokens is None else tokens.fault))
     admin_token = _admin_token(settings)
     exports = ExportQueue(rooms, connections, reactor)
     api = Api(rooms, connections, admission, addresses, tokens, listing=RoomList(store, rooms), exports=exports)
-    site = http.site(readiness, reactor, {"": api, "rooms": api}, rate, limits, tokens=tokens, proxied=proxied)
+    documents = Documents(vocabulary)
+    resources = {"": api, "rooms": api, **documents.resources}
+    site = http.site(readiness, reactor, resources, rate, limits, tokens=tokens, proxied=proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator
+    site.intake.vocabulary = vocabulary
     operating = ModerationApi(store, rooms, time.time, new_epoch, listing=RoomList(store, rooms), exports=exports)
     factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
+
+    def schema_changed() -> None:
+        factory.allow(vocabulary.max_bytes)
+        documents.refresh()
+
+    schema_changed()
     refused_operators: Counter[str] = Counter()
     fanout = _fanout(settings, store, reactor)
     metrics = Metrics(
@@ -235,8 +262,11 @@ def makeService(options: Options) -> IService:
     for line in check.exposures(settings):
         _logger.warn("{exposure}", exposure=line)
     process.daemonize()
-    secrets = (admin_token, None if tokens is None else tokens.keys, fanout)
-    _heed_upkeep(reactor, observer, options.ports, [secret for secret in secrets if secret is not None])
+    found = (admin_token, None if tokens is None else tokens.keys, fanout)
+    files: list[Reloadable] = [file for file in found if file is not None]
+    if settings.schema is not None:
+        files.append(SchemaFile(settings.schema.absolute(), settings.max_message, vocabulary, schema_changed))
+    _heed_upkeep(reactor, observer, options.ports, files)
     reactor.callWhenRunning(_heed_signals, reactor, service)
     return service
 
@@ -270,10 +300,7 @@ def _admin_token(settings: config.Settings) -> AdminToken:
 
 
 def _heed_upkeep(
-    reactor: Any,
-    observer: logging.LineObserver | None,
-    ports: Ports,
-    secrets: Sequence[AdminToken | KeySource | Fanout],
+    reactor: Any, observer: logging.LineObserver | None, ports: Ports, files: Sequence[Reloadable]
 ) -> None:
     """Reload at SIGHUP, and rotate the log at SIGUSR1, as twistd does."""
 
@@ -282,8 +309,8 @@ def _heed_upkeep(
         if observer is not None:
             observer.reopen()
         ports.reload()
-        for secret in secrets:
-            secret.reload()
+        for file in files:
+            file.reload()
 
     actions = {signal.SIGHUP: reload, signal.SIGUSR1: (lambda: None) if observer is None else observer.rotate}
 

@@ -333,10 +333,11 @@ def _of_redis(facts: Mapping[str, str], *, durable: bool) -> Iterator[str]:
 def _history(settings: Settings, _: Machine) -> Iterator[str]:
     largest = message_frame("", Entry(1, "\0" * 30, "\0" * 500, timestamp(0)))
     one, two = (len(history_frame("", 1, [largest] * count)) for count in (1, 2))
-    most = FRAME // (two - one)
+    size = two - one if settings.message is None else settings.message.longest
+    most = FRAME // size
     if min(settings.history, settings.retain.messages or settings.history) > most:
         yield (
-            f"--history {settings.history}: a first frame can be {settings.history * (two - one) / (1 << 20):.1f} MiB, "
+            f"--history {settings.history}: a first frame can be {settings.history * size / (1 << 20):.1f} MiB, "
             f"and common clients accept 1 MiB: use at most {most}; clients can read the rest in pages"
         )
 

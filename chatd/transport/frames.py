@@ -112,14 +112,11 @@ class Vocabulary:
     """Parses a post over HTTP."""
 
     def __init__(self) -> None:
-        self.use(MESSAGE, MESSAGE.schema, MAX_MESSAGE)
+        self.use(MESSAGE, MAX_MESSAGE)
 
-    def use(self, message: Form, schema: dict[str, Any], max_bytes: int) -> None:
-        """Accept these messages from now on, in frames of at most so many bytes.
-
-        `schema` is what `message` was made from, and may have references.
-        """
-        self.message, self.schema, self.max_bytes = message, schema, max_bytes
+    def use(self, message: Form, max_bytes: int) -> None:
+        """Accept these messages from now on, in frames of at most so many bytes."""
+        self.message, self.max_bytes = message, max_bytes
         self._typing = FORMS["typing"]
         if message is not MESSAGE:
             named = {**self._typing.schema["properties"], "username": message.schema["properties"]["username"]}

@@ -25,7 +25,7 @@ LAYERS = (
 )
 """The layers, top first: each imports only what is below it, and the parts of one layer do not import each other."""
 PURE = {
-    "chatd.messages": {"enum", "re", "typing"},
+    "chatd.messages": {"collections.abc", "enum", "re", "typing"},
     "chatd.room": {
         *("collections", "collections.abc", "functools", "itertools", "operator", "sys", "typing", "typing_extensions"),
         *("enum", "ipaddress", "re", "unicodedata"),

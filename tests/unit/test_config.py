@@ -54,6 +54,8 @@ def test_defaults():
         store="sqlite:chatd.sqlite",
         store_password_file=None,
         seed=(),
+        schema=None,
+        max_message=0,
         history=100,
         retain=Retention(),
         rooms=(),
@@ -78,7 +80,7 @@ def test_defaults():
 
 def test_every_option_has_its_setting():
     """Settings has one field for each option, in the same order."""
-    assert [option.field for option in config.OPTIONS] == [*Settings._fields[:-2]]
+    assert [option.field for option in config.OPTIONS] == [*Settings._fields[:-3]]
 
 
 VALUES = [
@@ -492,7 +494,7 @@ def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     lines = re.findall(r"`([a-z-]+ = [^`]+)` \|$", config.tables()["sources"], re.MULTILINE)
     assert [*tomllib.loads("\n".join(lines))] == NAMES
     # One of the two keys, no cookie without an origin, and no key of webhooks without one.
-    lines = [line for line in lines if not line.startswith(("jwks ", "jwt-cookie ", "webhook-key "))]
+    lines = [line for line in lines if not line.startswith(("jwks ", "jwt-cookie ", "webhook-key ", "schema "))]
     settings = read(file("\n".join(lines)))
     assert settings.store_password_file == pathlib.Path("FILE")
     files = [f"--{name}=FILE" for name in ("seed", "store-password-file", "admin-token-file", "jwt-key")]

@@ -238,6 +238,8 @@ def test_check_sees_every_option(environ, checked, tmp_path):
         "store": "sqlite:a",
         "store_password_file": pathlib.Path("password"),
         "seed": (),
+        "schema": None,
+        "max_message": 0,
         "history": 7,
         "retain": Retention(seconds=DAY),
         "rooms": ("a", "b*"),
@@ -258,6 +260,7 @@ def test_check_sees_every_option(environ, checked, tmp_path):
         "log_format": "json",
         "config": file,
         "folder": pathlib.Path("/srv"),
+        "message": None,
     }
     assert isinstance(machine, ThisMachine)
 
