@@ -10,7 +10,7 @@ sent again, and repeated ones are not delivered.
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -207,13 +207,15 @@ class Client:
         self._attempt = self._endpoint.connect(self._factory)
         self._attempt.addErrback(self._connect_failed)
 
-    def post(self, username: str, message: str) -> "Deferred[Posted]":
+    def post(self, username: str, message: str, extra: Mapping[str, Any] | None = None) -> "Deferred[Posted]":
         """Post a message, however many connections that takes; the Deferred fires when it is stored.
+
+        `extra` are the fields that the server's own schema has besides.
 
         The Deferred fails with Rejected if the server refuses the message or the client for good, and with
         ClientStopped after `stop`.
         """
-        return self._request({"username": username, "message": message})
+        return self._request({**(extra or {}), "username": username, "message": message})
 
     def page(self, *, before: Id | None = None, after: Id | None = None, limit: int = 50) -> "Deferred[History]":
         """Read at most `limit` entries: the newest, or those before or after one id, but not both.

@@ -126,12 +126,17 @@ class Event(NamedTuple):
 Frame = Message | History | Ack | Error | Event
 
 
+_KNOWN: Final = "username", "message", "timestamp"
+"""The fields of a message without any of the operator's own."""
 _EDITS: Final = "replaces", "replaced"
 """The fields of the envelope that name an edit, and those of Entry."""
 
 
-def _entry(number: int, data: dict[str, str]) -> Entry:
-    return Entry(number, data["username"], data["message"], data["timestamp"])
+def _entry(number: int, data: dict[str, Any]) -> Entry:
+    entry = Entry(number, data["username"], data["message"], data["timestamp"])
+    if len(data) == len(_KNOWN):
+        return entry
+    return entry._replace(extra={name: value for name, value in data.items() if name not in _KNOWN})
 
 
 def _message(document: dict[str, Any]) -> Message:

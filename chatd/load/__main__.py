@@ -46,6 +46,16 @@ def _room(text: str) -> str:
     return text
 
 
+def _extra(text: str) -> dict[str, Any]:
+    try:
+        extra = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(extra, dict) or not extra:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an object with fields")
+    return extra
+
+
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; raise SystemExit, with one line on standard error, if it is wrong."""
     parser = Parser(
@@ -86,6 +96,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="longest time without progress [%(default)g]",
     )
+    add("--extra", type=_extra, metavar="JSON", help="an object of further fields, which each post has")
     add("--seed", type=int, default=1, metavar="N", help="seed of the random choices [%(default)s]")
     add("--lenient", action="store_true", help="accept a new log, as of a restarted server with memory:")
     add("--json", action="store_true", help="print the results as JSON")

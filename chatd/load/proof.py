@@ -13,9 +13,10 @@ This module is pure.  It trusts neither the server nor the client library, and c
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import chain
+from typing import Any
 
 from chatd.client.protocol import History, Posted
 from chatd.messages import Entry, Id
@@ -100,11 +101,22 @@ class Proof:
     """The posts of one run and what its clients receive.  Every check raises Violation.
 
     The word `run` marks the posts of this run.  Each text has `size` characters; with None the sizes vary.
-    With `lenient` a new log is not a violation, and its losses are only counted.
+    With `lenient` a new log is not a violation, and its losses are only counted.  `extra` are further fields that each
+    post has.
     """
 
-    def __init__(self, run: str, clients: int, posters: int, *, lenient: bool = False, size: int | None = None) -> None:
+    def __init__(
+        self,
+        run: str,
+        clients: int,
+        posters: int,
+        *,
+        lenient: bool = False,
+        size: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run = run
+        self.extra = extra
         self.readers = [Reader(number) for number in range(clients)]
         self.posted = [0] * posters
         """The number of posts of each poster."""
@@ -204,7 +216,7 @@ class Proof:
         if (
             not 0 <= poster < len(self.posted)
             or place >= self.posted[poster]
-            or entry[1:3] != (self.username(poster), self.text(poster, place))
+            or (*entry[1:3], entry.extra) != (self.username(poster), self.text(poster, place), self.extra)
         ):
             raise Violation(Kind.DISORDER, f"{where} is not what anyone posted: {_quoted(entry)}")
         if not log.stored[poster].add(place):

@@ -114,7 +114,7 @@ class TrialClient(Listener):
         place, text = self._trial.proof.post(self.reader.number)
         self._due[place] = due
         self.waiting += 1
-        answer = self.client.post(self.name, text)
+        answer = self.client.post(self.name, text, self._trial.proof.extra)
         answer.addCallbacks(self._acked, self._unanswered, callbackArgs=(place, due))
 
     def page(self) -> None:
@@ -175,7 +175,7 @@ class Trial:
         self.fault: str | None = None
         self.cuts = 0
         self.acks, self.echoes = Latencies(), Latencies()
-        self.proof = Proof(run, options.clients, options.posters, lenient=options.lenient)
+        self.proof = Proof(run, options.clients, options.posters, lenient=options.lenient, extra=options.extra)
         self._options = options
         self._address = address
         self._progress = progress
