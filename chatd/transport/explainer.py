@@ -19,7 +19,7 @@ import orjson
 Schema = dict[str, Any] | bool
 _Accepts = Callable[[Any], bool]
 _Words = Callable[[Any, str | None], str]
-"""Returns the words for a value that is refused and its place, which is None for the whole document."""
+"""Returns the words for a refused value and its place; the place of the whole document is None."""
 
 _LIMITS: Final = {
     "maxLength": "length must be less than or equal to {limit} characters long",
@@ -87,7 +87,15 @@ class Part:
 
 
 def _says(words: str) -> _Words:
-    return lambda _, place: f'"{"value" if place is None else place}" {words}'
+    return lambda _, place: f'"{_name(place)}" {words}'
+
+
+def _name(place: str | None) -> str:
+    return "value" if place is None else place
+
+
+def _item(place: str | None, index: int) -> str:
+    return f"{_name(place)}[{index}]"
 
 
 def _inside(place: str | None, name: str) -> str:
@@ -122,6 +130,11 @@ def _type(allowed: str | Sequence[str]) -> _Words:
     return _says(_TYPES[allowed] if isinstance(allowed, str) else f"must be one of {_list(allowed)}")
 
 
+def _limit(words: str, limit: object) -> _Words:
+    text = words.format(limit=_json(limit))
+    return _says(text.removesuffix("s") if limit == 1 and text.endswith(("keys", "items")) else text)
+
+
 def _least_length(least: int) -> _Words:
     short = _says(f"length must be at least {least} characters long")
     return lambda value, place: short(value, place) if value else _says(_EMPTY)(value, place)
@@ -133,7 +146,7 @@ _VALUES: Final[dict[str, Callable[[Any], _Words]]] = {
     "const": lambda value: _says(f"must be {_list([value])}"),
     "minLength": _least_length,
     **{
-        name: lambda limit, words=words: _says(words.format(limit=_json(limit)))  # type: ignore[misc]
+        name: lambda limit, words=words: _limit(words, limit)  # type: ignore[misc]
         for name, words in _LIMITS.items()
     },
 }
@@ -242,7 +255,7 @@ def _additional(schema: dict[str, Any]) -> _Words:
 def _prefix_items(schema: dict[str, Any]) -> _Words:
     parts = [Part(inner) for inner in schema["prefixItems"]]
     return lambda value, place: next(
-        part.fault(item, f"{place}[{index}]")
+        part.fault(item, _item(place, index))
         for index, (item, part) in enumerate(zip(value, parts, strict=False))
         if not part.accepts(item)
     )
@@ -254,7 +267,7 @@ def _items(schema: dict[str, Any]) -> _Words:
 
     def words(value: list[Any], place: str | None) -> str:
         index = skipped + _first(accepts, value[skipped:], lambda some: some)
-        return part.fault(value[index], f"{place}[{index}]")
+        return part.fault(value[index], _item(place, index))
 
     return words
 

@@ -370,7 +370,7 @@ CHEAP: Final = 10_000.0
 MOST_PATTERN: Final = 4 << 20
 """The most bytes of a compiled pattern."""
 TRIES: Final = 2
-"""How often a text is measured, because a busy machine may interrupt it."""
+"""The number of times that a text is measured, because a busy machine may interrupt one."""
 LETTERS: Final = 8
 """The characters of a pattern of which texts are made."""
 
