@@ -183,7 +183,10 @@ def _post(document: dict[str, Any]) -> Post:
 def _extended_post(document: dict[str, Any]) -> Post:
     """Read a document that an operator's schema accepts."""
     extra = {name: value for name, value in document.items() if name not in _FIXED}
-    return _post(document)._replace(extra=extra or None)
+    replaces = Id.parse(document["replaces"]) if "replaces" in document else None
+    return Post(
+        document["username"], document["message"], document.get("label"), replaces=replaces, extra=extra or None
+    )
 
 
 def removal(message: Id, label: str | None) -> Post:
