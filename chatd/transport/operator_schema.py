@@ -437,8 +437,9 @@ class _Estimate:
         if bound <= CHEAP:
             return bound
         texts = [*_texts(pattern, length)]
-        measured = [self._measure(pattern, texts) for _ in range(TRIES)]
-        return min(bound, max(min(times) for times in zip(*measured, strict=True)))
+        measured = zip(*(self._measure(pattern, texts) for _ in range(TRIES)), strict=True)
+        slowest: float = max(min(times) for times in measured)
+        return min(bound, slowest)
 
     def _measure(self, pattern: str, texts: Sequence[str]) -> list[float]:
         """Return the nanoseconds to match each text with a pattern that was never used."""

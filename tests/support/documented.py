@@ -60,6 +60,27 @@ _frames = {
 """The server's frames, by their type."""
 
 
+_own = {}
+"""The fields that operators' schemas have in this process, which the documents in `schemas/` do not know."""
+
+
+def _without_own(document):
+    """Return a frame or a page without the fields of an operator's own, and with short texts."""
+    if not _own or not isinstance(document, dict) or "data" not in document:
+        return document
+    data = document["data"]
+    if isinstance(data, list):
+        return document | {"data": [_usual(one) for one in data]}
+    return document | {"data": _usual(data)}
+
+
+def _usual(data):
+    if not isinstance(data, dict) or "timestamp" not in data:
+        return data
+    usual = {name: value for name, value in data.items() if name not in _own}
+    return usual | {"username": data["username"][:30], "message": data["message"][:500]}
+
+
 def _check(place, document):
     for error in _validator(place).iter_errors(document):
         raise Undocumented(f"{place}: {error.message}: {json.dumps(document)[:500]}")
@@ -72,7 +93,7 @@ def check_text(text):
     kind = document.get("type")
     if kind not in _frames:
         raise Undocumented(f"a frame of the type {kind!r}: {text[:500]}")
-    _check(f"asyncapi.json#{_frames[kind]}", document)
+    _check(f"asyncapi.json#{_frames[kind]}", _without_own(document))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +142,7 @@ def check_answer(method, path, status, headers, body):
         raise Undocumented(f"{what}: content of the type {kind!r}")
     document = json.loads(body) if kind.endswith("json") else body.decode()
     pointer = kind.replace("~", "~0").replace("/", "~1")
-    _check(f"openapi.json#/components/responses/{place}/content/{pointer}/schema", document)
+    _check(f"openapi.json#/components/responses/{place}/content/{pointer}/schema", _without_own(document))
 
 
 def check_lines(data):
@@ -129,7 +150,7 @@ def check_lines(data):
     if data and not data.endswith(b"\n"):
         raise Undocumented(f"a part of a line: {data[-500:]}")
     for line in data.splitlines():
-        _check("openapi.json#/components/responses/Export/content/application~1x-ndjson/schema", json.loads(line))
+        _check("openapi.json#/components/responses/Export/content/application~1x-ndjson/schema", _without_own(json.loads(line)))
 
 
 def _check_headers(what, response, headers):
@@ -152,7 +173,7 @@ def _check_headers(what, response, headers):
 
 def install(report):
     """Watch what leaves this process; `report` is called with what was undocumented."""
-    from chatd.transport import http, websocket
+    from chatd.transport import frames, http, websocket
 
     def watching(check):
         def checked(*args):
@@ -165,9 +186,22 @@ def install(report):
         return checked
 
     streamed = {"text/event-stream": watching(check_event), "application/x-ndjson": watching(check_lines)}
+    _watch_schemas(frames.Vocabulary)
     _watch_connections(websocket.WebSocketConnection, watching(check_stream))
     _watch_requests(http.ChatSite.requestFactory, watching(check_answer), streamed)
     _watch_channels(http.ChatSite.protocol, watching(check_answer))
+
+
+def _watch_schemas(vocabulary):
+    """Learn which fields operators' schemas have."""
+    use = vocabulary.use
+
+    @functools.wraps(use)
+    def used(self, message, max_bytes):
+        _own.update(dict.fromkeys(message.schema["properties"].keys() - {"username", "message", "label", "replaces"}))
+        return use(self, message, max_bytes)
+
+    vocabulary.use = used
 
 
 def _watch_connections(connection, check):
