@@ -7,6 +7,7 @@ import re
 import tomllib
 
 import pytest
+from support.operator_schemas import schema_with
 
 import chatd
 from chatd import config
@@ -382,6 +383,45 @@ def test_wrong_seed(tmp_path, text, fault):
     path = tmp_path / "seed.json"
     path.write_text(text)
     assert refusal(f"--seed={path}").startswith(f"--seed: {path} {fault}")
+
+
+@pytest.fixture
+def schema(tmp_path):
+    """A function that writes a schema whose messages have these fields too, and returns the option."""
+
+    def write(**fields):
+        path = tmp_path / "schema.json"
+        path.write_text(json.dumps(schema_with(**fields)))
+        return f"--schema={path}"
+
+    return write
+
+
+def test_schema_of_messages(schema, tmp_path):
+    """The schema is read with the other options, and its payload limit may be given."""
+    settings = read(schema(color={"type": "string", "maxLength": 2000}))
+    assert settings.schema == tmp_path / "schema.json"
+    assert settings.message.form.schema["properties"].keys() == {"username", "message", "color", "label", "replaces"}
+    assert 24_000 < settings.message.max_bytes < 30_000
+    assert read(schema(), "--max-message=2000").message.max_bytes == 2000
+    assert (read("--max-message=2000").max_message, read("--max-message=2000").message) == (2000, None)
+    line = (
+        f'--schema: {tmp_path / "schema.json"} has a property "type", which is a name of the protocol: choose another'
+    )
+    assert refusal(schema(type={})) == line
+    assert refusal(f"--schema={tmp_path}") == f"--schema: {tmp_path} cannot be read (Is a directory)"
+    assert refusal("--max-message=1000000").startswith("--max-message: '1000000' is not a whole number from 0 to ")
+
+
+def test_seed_fits_the_schema(schema, tmp_path):
+    """A seed that is given must fit, and the default one is left out if it does not."""
+    seed = tmp_path / "seed.json"
+    seed.write_text('[{"username":"ann","message":"hi","color":"red","timestamp":"2024-10-20T12:30:00Z"}]')
+    red = Entry(1, "ann", "hi", "2024-10-20T12:30:00Z", extra={"color": "red"})
+    assert read(schema(color={}), f"--seed={seed}").seed == (red,)
+    assert refusal(schema(), f"--seed={seed}") == f'--seed: {seed} message 1: "color" is not allowed'
+    assert len(read(schema()).seed) == 2
+    assert read(schema(message={"type": "string", "maxLength": 1})).seed == ()
 
 
 def test_seed_that_cannot_be_read(tmp_path):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import twisted.internet
 import txaio
+from support.operator_schemas import schema_with
 from support.servers import LONG
 from support.tokens import SECRET, token
 from support.transports import Wire
@@ -32,6 +33,7 @@ from chatd.store.base import DAY, STEADY_SECONDS, Retention
 from chatd.store.memory import MemoryStore
 from chatd.store.redis import link
 from chatd.transport.admission import HttpError
+from chatd.transport.frames import MAX_MESSAGE
 from chatd.transport.heads import parse as parse_head
 from chatd.transport.limits import LOOK_SECONDS, PROMPT_LOOKS
 from chatd.transport.proxied import ProxiedFactory
@@ -748,6 +750,40 @@ def test_hangup_reads_the_token_again(reactor, kept, guarded, tmp_path, monkeypa
     handlers[signal.SIGHUP](signal.SIGHUP, None)
     reactor.advance(0)
     assert [guarded(), guarded(old), guarded(new)] == [401, 401, None]
+
+
+def test_hangup_reads_the_schema_again(reactor, kept, tmp_path, monkeypatch):
+    """The payload limit and the served documents change with it."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema_with(color={"type": "string", "maxLength": 4000})))
+    start("--schema=schema.json")
+    factory = reactor.tcpServers[0][1]
+
+    def served(path):
+        head, body = Client(factory, b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path).received.split(b"\r\n\r\n", 1)
+        assert b"\r\nAccess-Control-Allow-Origin: *" in head
+        return json.loads(body)
+
+    def fields():
+        body = served(b"openapi.json")["paths"]["/rooms/{name}/messages"]["post"]["requestBody"]
+        return [*body["content"]["application/json"]["schema"]["properties"]]
+
+    assert fields() == ["username", "message", "color", "label", "replaces"]
+    assert 48_000 < factory.protocol.max_message == factory.protocol.maxFramePayloadSize < 60_000
+    file.write_text(json.dumps(schema_with(size={"type": "integer"})))
+    handlers[signal.SIGHUP](signal.SIGHUP, None)
+    reactor.advance(0)
+    assert fields() == ["username", "message", "size", "label", "replaces"]
+    assert factory.protocol.max_message == factory.maxMessagePayloadSize == MAX_MESSAGE
+
+
+def test_payload_limit_is_an_option(reactor):
+    start("--max-message=2000")
+    factory = reactor.tcpServers[0][1]
+    assert factory.protocol.max_message == factory.intake.vocabulary.max_bytes == 2000
 
 
 PAGE = b"GET /rooms/main/messages HTTP/1.1\r\nHost: x\r\n"

@@ -169,6 +169,15 @@ def test_post_waits_for_the_history_and_returns_its_id():
     assert result_of(posted) == Posted(Id("abcd", 7))
 
 
+def test_post_with_fields_of_the_operators_own():
+    """They stand beside the username and the text, and replace neither."""
+    table = Table()
+    wire = table.join()
+    table.client.post("ann", "hi", {"color": "red", "message": "else"})
+    ((text),) = wire.said()
+    assert text == {"color": "red", "username": "ann", "message": "hi", "label": text["label"]}
+
+
 def test_post_without_an_ack_is_repeated_with_its_label():
     table = Table()
     wire = table.join()

@@ -84,6 +84,15 @@ def test_parse_edits():
     assert parse_frame(payload(history_frame("abcd", 8, frames))).entries == entries
 
 
+def test_parse_fields_of_the_operators_own():
+    """An entry has them as a mapping, whatever their names are, and None without any."""
+    extra = {"color": "red", "number": 7, "author": None, "": {"a": [1.5]}}
+    entries = [entry(6)._replace(extra=extra), entry(7)]
+    frames = [message_frame("abcd", one) for one in entries]
+    assert [parse_frame(payload(frame)).entry for frame in frames] == entries
+    assert parse_frame(payload(history_frame("abcd", 7, frames))).entries == entries
+
+
 def test_parse_an_edit_outside_of_its_history():
     with pytest.raises(ProtocolError):
         parse_frame(b'{"type":"history","id":"abcd-1","removed":[9],"data":[]}')

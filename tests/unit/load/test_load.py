@@ -113,6 +113,8 @@ def test_default_options():
     )
     assert (options.cut, options.patience, options.seed, options.lenient, options.json) == (10, 60, 1, False, False)
     assert program.arguments(["ws://localhost:8085/", "--clients=7", "--posters=9"]).posters == 7
+    assert options.extra is None
+    assert program.arguments(["ws://h/", '--extra={"a":{"b":1}}']).extra == {"a": {"b": 1}}
 
 
 @pytest.mark.parametrize("url", ["ws://ann:s3cret@h/", "ws://ann:s3cret@h:x/", "ann:s3cret@h"])
@@ -129,6 +131,9 @@ def test_refused_url_hides_its_password(capsys, url):
         (("ws://h/", "--clients=1.5"), "argument --clients: '1.5' is not a whole number from 1 to 1,000,000"),
         (("ws://h/", "--rate=-1"), "argument --rate: '-1' is not a number from 0 to 1,000,000"),
         (("ws://h/", "--cut=nan"), "argument --cut: 'nan' is not a number from 0 to 1,000,000"),
+        (("ws://h/", "--extra={"), "argument --extra: '{' is not JSON ("),
+        (("ws://h/", "--extra=[]"), "argument --extra: '[]' is not an object with fields"),
+        (("ws://h/", "--extra={}"), "argument --extra: '{}' is not an object with fields"),
         (("ws://h/", "--room=A"), "argument --room: 'A' is not the name of a room, such as team-7"),
         (("ws://h/", "--seconds=1", "--messages=1"), "not allowed with argument"),
         (("ws://h/", "--nonsense"), "unrecognized arguments: --nonsense"),

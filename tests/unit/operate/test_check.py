@@ -1,12 +1,14 @@
 """Every rule of `--check`, with problems that it finds and settings that it accepts."""
 
 import dataclasses
+import json
 import re
 import sys
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from support.operator_schemas import schema_with
 
 from chatd.config import Configuration
 from chatd.messages import Entry
@@ -14,6 +16,7 @@ from chatd.operate import check
 from chatd.operate.check import Endpoint, RedisRefused, Unreached, exposures, findings
 from chatd.store.base import DAY, Retention
 from chatd.transport.frames import history_frame, message_frame
+from chatd.transport.operator_schema import read
 from chatd.webhooks.sender import WebhookAddress
 
 SETTINGS = Configuration((), {}).settings._replace(folder=Path("/srv"))
@@ -457,6 +460,16 @@ def test_advised_history_fits_a_frame():
     assert check.FRAME - len(largest) < len(history_frame("abcdef", most, [largest] * most, more=True)) <= check.FRAME
     assert found_by({"history": most}) == []
     assert len(found_by({"history": most + 1})) == 1
+
+
+def test_history_of_long_messages():
+    """The advice follows from the operator's own schema of messages."""
+    message = read(json.dumps(schema_with(message={"type": "string", "maxLength": 8000})).encode())
+    (found,) = found_by({"history": 100, "message": message})
+    assert found.startswith(
+        "--history 100: a first frame can be 4.7 MiB, and common clients accept 1 MiB: use at most 2"
+    )
+    assert found_by({"history": 20, "message": message}) == []
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ class EditedLog(ScriptedLog):
     def edit(self, original, text="new", *, removed=False, notify=True):
         """Append an edit, and notify the follower."""
         number = len(self.entries) + 1
-        edit = Entry(number, "ann", REMOVED if removed else text, stamped(number), "a", original, removed)
+        extra = None if removed else {"note": text}
+        edit = Entry(number, "ann", REMOVED if removed else text, stamped(number), "a", original, removed, extra=extra)
         for place, entry in enumerate(self.entries):
             if entry.number == original or (removed and entry.replaces == original):
                 self.entries[place] = entry.revised(edit)
@@ -45,6 +46,8 @@ def log():
 
 
 def data(history):
+    """Return the texts of a history, each of which is the only note beside it, if there is one."""
+    assert all(one.get("note", one["message"]) == one["message"] for one in history["data"])
     return [one["message"] for one in history["data"]]
 
 

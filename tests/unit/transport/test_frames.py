@@ -14,7 +14,17 @@ from support.websocket_frames import read_frame
 
 from chatd.messages import Code, Entry, Id, PageRequest, Post, Renewal, Typing
 from chatd.transport import frames
-from chatd.transport.frames import FORMS, MESSAGE, FrameError, is_label, is_username, parse, parse_post, parse_seed
+from chatd.transport.frames import (
+    FORMS,
+    MESSAGE,
+    Form,
+    FrameError,
+    is_label,
+    is_username,
+    parse,
+    parse_post,
+    parse_seed,
+)
 
 SEED_FILE = pathlib.Path(__file__).parents[3] / "seed" / "messages.json"
 FIELDS = [("username", 30), ("message", 500)]
@@ -862,6 +872,17 @@ def test_any_bytes_are_either_something_or_refused(read, data):
         assert label is None or is_label(label)
 
 
+def test_payload_limit_without_a_schema():
+    """With another payload limit, posts and errors stay the same, and long frames have bounds of their own."""
+    vocabulary = frames.Vocabulary()
+    vocabulary.use(MESSAGE, 100_000)
+    assert vocabulary.max_bytes == 100_000
+    assert vocabulary.parse(post_json(label="c81f")) == Post("ann", "hi", "c81f")
+    for text in (b"{", b"[]", post_json(username=""), typing_json(username=1), page_json(limit=0)):
+        assert str(refused(text, vocabulary.parse)) == refusal(text)
+    assert str(refused(b"[" * 9000, vocabulary.parse)).endswith("more than 8192 brackets")
+
+
 # The schemas
 
 every_form = pytest.mark.parametrize("form", ALL_FORMS)
@@ -948,6 +969,16 @@ def test_default_seed():
     assert [[*document] for document in json.loads(SEED_FILE.read_bytes())] == [
         ["username", "message", "timestamp"]
     ] * 2
+
+
+def test_seed_with_fields_of_the_operators_own():
+    form = Form({**MESSAGE.schema, "properties": {**MESSAGE.schema["properties"], "color": {"enum": ["red"]}}})
+    text = b'[{"username":"ann","message":"hi","color":"red","timestamp":"2024-10-20T12:30:00Z"}]'
+    assert parse_seed(text, form) == (Entry(1, "ann", "hi", "2024-10-20T12:30:00Z", extra={"color": "red"}),)
+    with pytest.raises(FrameError, match=r'^message 1: "color" is not allowed$'):
+        parse_seed(text)
+    with pytest.raises(FrameError, match=r'^message 1: "color" must be one of \[red\]$'):
+        parse_seed(text.replace(b'"red"', b'"blue"'), form)
 
 
 def seed_json(*timestamps):
@@ -1148,8 +1179,15 @@ def test_label_is_returned_unchanged(label):
     assert json.loads(frames.payload(frames.error_frame("why", label=label)))["label"] == label
 
 
+extra_fields = st.none() | st.dictionaries(
+    st.text().filter(lambda name: name not in ("username", "message", "timestamp")),
+    st.none() | st.integers(-(2**63), 2**63) | st.text() | st.lists(st.booleans()),
+    min_size=1,
+    max_size=3,
+)
 entries = st.builds(
-    lambda number, post: Entry(number, *post[:2], "2026-01-01T00:00:00.000Z"), st.integers(1, 10**15), posts
+    lambda number, post, extra: Entry(number, *post[:2], "2026-01-01T00:00:00.000Z", extra=extra),
+    *(st.integers(1, 10**15), posts, extra_fields),
 )
 
 
@@ -1158,6 +1196,7 @@ entries = st.builds(
 @example(Entry(1, '"data":', '"data":[{}]', "2026-01-01T00:00:00.000Z"))
 def test_history_holds_exactly_the_data_of_its_messages(entry):
     expected = {"username": entry.username, "message": entry.message, "timestamp": entry.timestamp}
+    expected |= entry.extra or {}
     message = json.loads(read_frame(frames.message_frame("k7Q2xY", entry)).payload)
     assert message == {"type": "message", "id": f"k7Q2xY-{entry.number}", "data": expected}
     both = json.loads(read_frame(history("k7Q2xY", entry.number, [entry, entry], more=True)).payload)
@@ -1180,7 +1219,7 @@ def test_frame_of_an_edit_is_read_back(entry, epoch):
     assert frames.entry_of(frame) == entry
     message = json.loads(read_frame(frame).payload)
     assert message.keys() - {"replaces", "replaced", "removed"} == {"type", "id", "data"}
-    assert message["data"].keys() == {"username", "message", "timestamp"}
+    assert message["data"].keys() == {"username", "message", "timestamp", *(entry.extra or ())}
     ids = {
         name: number and f"{epoch}-{number}"
         for name, number in (("replaces", entry.replaces), ("replaced", entry.replaced))

@@ -89,10 +89,21 @@ def test_half_a_long_header_may_become_a_frame():
     assert masked_text_at(frame, 0, 1000) == (b"x" * 300, len(frame))
 
 
+def test_text_of_64_kib_and_more():
+    """It has a length of eight bytes, which must be needed."""
+    frame = masked(b"x" * 65536)
+    for size in (*range(20), len(frame) - 1):
+        assert masked_text_at(frame[:size], 0, 70_000) == (None, 0)
+    assert masked_text_at(frame + b"more", 0, 70_000) == (b"x" * 65536, len(frame))
+    assert [*masked_texts(frame + frame, 65536)] == [b"x" * 65536] * 2
+    assert masked_text_at(frame, 0, 65535) == (None, -1)
+    assert masked_text_at(b"\x81\xff" + (65535).to_bytes(8) + MASK + b"x" * 65535, 0, 70_000) == (None, -1)
+
+
 SIZES = [0, 1, 3, 125, 126, 127, 65535]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, 65536])
 @pytest.mark.parametrize("opcode", Opcode)
 def test_masked_frame(opcode, size):
     """A client's frame is what the independent encoder of the tests makes."""
