@@ -5,7 +5,7 @@ from support.helpers import RecordingFollower
 
 from chatd.messages import Entry
 from chatd.store.redis.feed import EpochChanged, Feed
-from chatd.store.redis.keys import NO_ENTRY
+from chatd.store.redis.keys import NO_ENTRY, message_of
 
 
 @pytest.fixture
@@ -85,3 +85,11 @@ def test_actions_wait_for_the_feed(feed):
     feed.give_up()
     feed.give_up()
     assert events[-2:] == [5, -7]
+
+
+def test_removed_entry_has_no_fields_of_the_operators_own():
+    """An older version leaves them beside what it removed, and nobody is shown them."""
+    fields = {b"u": b"ann", b"m": b"[removed]", b"j": b'{"color":"red"}', b"t": b"2026-01-01T00:00:00.000Z"}
+    assert message_of(b"5-0", 5, fields).extra == {"color": "red"}
+    assert message_of(b"5-0", 5, fields | {b"x": b"1"}).extra is None
+    assert message_of(b"5-0", 5, fields | {b"j": b""}).extra is None
