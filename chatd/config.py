@@ -30,8 +30,11 @@ from chatd.transport.admission import ANY_ORIGIN, origin_pattern, room_pattern
 from chatd.transport.frames import MESSAGE, Form, FrameError
 from chatd.transport.jwks import KeyFile, check_url
 from chatd.transport.keyring import read_jwks, read_key
-from chatd.transport.operator_schema import MOST_BYTES, OperatorSchema
+from chatd.transport.operator_schema import OperatorSchema
 from chatd.transport.operator_schema import read_file as read_schema
+from chatd.transport.operator_schema import OperatorSchema
+from chatd.transport.operator_schema import read_file as read_schema
+from chatd.transport.schema_cost import MOST_BYTES
 from chatd.webhooks.sender import WebhookAddress
 from chatd.webhooks.signature import read_secrets
 

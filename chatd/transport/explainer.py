@@ -156,7 +156,7 @@ _VALUES: Final[dict[str, Callable[[Any], _Words]]] = {
 # Keywords that look inside a value
 
 
-def _first(accepts: _Accepts, items: Sequence[Any], make: Callable[[Sequence[Any]], object]) -> int:
+def first_refused(accepts: _Accepts, items: Sequence[Any], make: Callable[[Sequence[Any]], object]) -> int:
     """Return the index of the first item that is refused, by halves; one of them is."""
     low, high = 0, len(items)
     while high - low > 1:
@@ -171,7 +171,7 @@ def _first(accepts: _Accepts, items: Sequence[Any], make: Callable[[Sequence[Any
 def _first_key(accepts: _Accepts, value: Mapping[str, Any]) -> str:
     """Return the first key of an object that is refused."""
     keys = [*value]
-    return keys[_first(accepts, keys, lambda some: {key: value[key] for key in some})]
+    return keys[first_refused(accepts, keys, lambda some: {key: value[key] for key in some})]
 
 
 def _properties(schema: dict[str, Any]) -> _Words:
@@ -266,7 +266,7 @@ def _items(schema: dict[str, Any]) -> _Words:
     skipped = len(schema.get("prefixItems", ()))
 
     def words(value: list[Any], place: str | None) -> str:
-        index = skipped + _first(accepts, value[skipped:], lambda some: some)
+        index = skipped + first_refused(accepts, value[skipped:], lambda some: some)
         return part.fault(value[index], _item(place, index))
 
     return words

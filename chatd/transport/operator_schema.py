@@ -2,20 +2,15 @@
 
 The schema decides what a post costs, because every post is checked against it in the reactor thread.  So it is refused
 at the start if one post could keep the thread for long.  References lead to other places of the same file, and are
-replaced by what they name: nothing is fetched, and nothing is recursive.  The cost of a validation is estimated from
-above, for the document that costs most.  Patterns are matched in time that is linear in the text, but the factor may be
-large.  If its bound is not good enough, the pattern is measured on texts that are made of its own characters.
+replaced by what they name: nothing is fetched, and nothing is recursive.  `schema_cost` bounds the rest.
 
 `SchemaFile` reads the file again at SIGHUP.
 """
 
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterator
 from math import ceil
 from pathlib import Path
-from random import Random
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
@@ -23,8 +18,8 @@ import jsonschema_rs
 import orjson
 from twisted.logger import Logger
 
-from chatd.transport.explainer import Schema, compile_schema
 from chatd.transport.frames import MAX_MESSAGE, MESSAGE, Form, Vocabulary
+from chatd.transport.schema_cost import MOST_BYTES, Estimate, longest
 
 DRAFT: Final = "https://json-schema.org/draft/2020-12/schema"
 """The `$schema` of the one draft that is understood."""
@@ -34,8 +29,6 @@ OURS: Final = {name: MESSAGE.schema["properties"][name] for name in ("label", "r
 """The fields that are added to every schema."""
 MAX_ID: Final = 33
 """The largest length of an id in characters."""
-MOST_BYTES: Final = 104 << 10
-"""The largest payload limit in bytes: to parse a document of this size takes nearly a millisecond."""
 MAX_FILE: Final = 1 << 20
 """The largest size of a schema in bytes."""
 MAX_PARTS: Final = 500
@@ -46,8 +39,6 @@ BUDGET: Final = 300_000
 """The most nanoseconds that a validation may take: an explanation costs three, and parsing comes to it."""
 SPACE: Final = 1 << 10
 """The bytes for white space in the longest frame."""
-ANY_ESCAPE: Final = 12
-"""The bytes of a code point as two escaped surrogates, such as `\\ud83d\\udc4b`."""
 
 _ANNOTATIONS: Final = frozenset(
     {"$comment", "contentEncoding", "contentMediaType", "contentSchema", "default", "deprecated", "description"}
@@ -74,7 +65,6 @@ _NAMED: Final = frozenset({"dependentSchemas", "patternProperties", "properties"
 _REFERENCES: Final = "$ref", "$dynamicRef"
 _REFUSED_FORMATS: Final = frozenset({"regex"})
 """The formats that may cost too much: clients would choose patterns to compile."""
-_SCALARS: Final = frozenset({"boolean", "integer", "null", "number", "string"})
 
 _logger = Logger()
 
@@ -103,26 +93,29 @@ def read(text: bytes, max_bytes: int = 0, clock: Callable[[], float] = time.perf
         raise ValueError(f"is not JSON ({error})") from None
     _check_document(written)
     _check_root(written)
-    document = {**written, "properties": {**written["properties"], **OURS}}
-    whole = _Expansion(document).expand(document)
-    longest = _longest(
-        {**whole, "properties": {**whole["properties"], "replaces": {"type": "string", "maxLength": MAX_ID}}}
-    )
-    derived = MAX_MESSAGE if longest is None else max(MAX_MESSAGE, ceil((longest + SPACE) / 1024) * 1024)
-    if not max_bytes and derived > MOST_BYTES:
-        raise ValueError(
-            f"allows frames of {longest} bytes, and the most is {MOST_BYTES}: shorten its fields, or give --max-message"
-        )
-    size = max_bytes or derived
+    whole = expand({**written, "properties": {**written["properties"], **OURS}})
     own = {name: field for name, field in whole["properties"].items() if name not in OURS}
-    cost = _Estimate(size, clock).cost({**whole, "properties": own}).total(size)
+    posted = {**own, "label": OURS["label"], "replaces": {"type": "string", "maxLength": MAX_ID}}
+    size = longest({**whole, "properties": posted})
+    limit = max_bytes or _payload_limit(size)
+    cost = Estimate(limit, clock).cost({**whole, "properties": own}).total(limit)
     if cost > BUDGET:
         raise ValueError(
-            f"may take {cost / 1000:.0f} microseconds to check a frame of {size} bytes, and the most is "
+            f"may take {cost / 1000:.0f} microseconds to check a frame of {limit} bytes, and the most is "
             f"{BUDGET // 1000}: give arrays a maxItems, objects a maxProperties and strings with a pattern a maxLength"
         )
     # The server writes six bytes for what a client may write in twelve.
-    return OperatorSchema(_form(whole), size, size if longest is None else longest // 2)
+    return OperatorSchema(_form(whole), limit, limit if size is None else size // 2)
+
+
+def _payload_limit(size: int | None) -> int:
+    """Return the payload limit for messages of at most so many bytes, or of any size; raise ValueError if too large."""
+    limit = 0 if size is None else ceil((size + SPACE) / 1024) * 1024
+    if limit > MOST_BYTES:
+        raise ValueError(
+            f"allows frames of {size} bytes, and the most is {MOST_BYTES}: shorten its fields, or give --max-message"
+        )
+    return max(limit, MAX_MESSAGE)
 
 
 def _form(schema: dict[str, Any]) -> Form:
@@ -170,6 +163,11 @@ def _check_root(schema: dict[str, Any]) -> None:
 
 
 # References
+
+
+def expand(document: dict[str, Any]) -> Any:
+    """Return a schema without references; raise ValueError if they lead away, or make it too large."""
+    return _Expansion(document).expand(document)
 
 
 class _Expansion:
@@ -248,240 +246,7 @@ def _check_format(schema: dict[str, Any]) -> None:
         raise ValueError(f'has the format "{schema["format"]}", which clients could make expensive')
 
 
-# The longest frame
-
-
-def _longest(schema: Schema) -> int | None:
-    """Return the size in bytes of the longest value that a schema accepts, however it is escaped; None if unbounded."""
-    if isinstance(schema, bool):
-        return None if schema else 0
-    sizes: list[int | None] = []
-    if "const" in schema:
-        sizes.append(_size(schema["const"]))
-    if "enum" in schema:
-        sizes.append(max(map(_size, schema["enum"])))
-    if "type" in schema:
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        sizes.append(_most([_SIZES[name](schema) for name in types]))
-    sizes += map(_longest, schema.get("allOf", ()))
-    sizes += [_most([*map(_longest, schema[name])]) for name in ("anyOf", "oneOf") if name in schema]
-    return min((size for size in sizes if size is not None), default=None)
-
-
-def _most(sizes: Sequence[int | None]) -> int | None:
-    known = [size for size in sizes if size is not None]
-    return max(known, default=0) if len(known) == len(sizes) else None
-
-
-def _sum(sizes: Sequence[int | None]) -> int | None:
-    known = [size for size in sizes if size is not None]
-    return sum(known) if len(known) == len(sizes) else None
-
-
-def _size(value: object) -> int:
-    """Return the size in bytes of a value in which every character is escaped."""
-    if isinstance(value, str):
-        return 2 + 3 * len(value.encode("utf-16-le"))  # six bytes for each unit
-    if isinstance(value, list):
-        return 2 + sum(1 + _size(item) for item in value)
-    if isinstance(value, dict):
-        return 2 + sum(2 + _size(key) + _size(item) for key, item in value.items())
-    return NUMBER
-
-
-NUMBER: Final = 32
-"""The bytes for a number, true, false or null, which a client may write in many ways."""
-
-
-def _longest_string(schema: dict[str, Any]) -> int | None:
-    return 2 + ANY_ESCAPE * int(schema["maxLength"]) if "maxLength" in schema else None
-
-
-def _longest_array(schema: dict[str, Any]) -> int | None:
-    before = [*map(_longest, schema.get("prefixItems", ()))]
-    further = schema.get("items", True)
-    items = 0 if further is False else max(int(schema.get("maxItems", 0)) - len(before), 0)
-    if further is not False and "maxItems" not in schema:
-        return None
-    one = _longest(further) if items else 0
-    return _sum([2, *(size and 1 + size for size in before), None if one is None else items * (1 + one)])
-
-
-def _longest_object(schema: dict[str, Any]) -> int | None:
-    if schema.get("additionalProperties") is not False or "patternProperties" in schema:
-        return None
-    return _sum(
-        [
-            2,
-            *(
-                size
-                for name, inner in schema.get("properties", {}).items()
-                for size in (2 + _size(name), _longest(inner))
-            ),
-        ]
-    )
-
-
-_SIZES: Final = {
-    "string": _longest_string,
-    "array": _longest_array,
-    "object": _longest_object,
-    **dict.fromkeys(("boolean", "integer", "null", "number"), lambda _: NUMBER),
-}
-
-
-# The cost of a validation
-
-
-class _Cost(NamedTuple):
-    """The most nanoseconds that a validation takes: some for every value, and some for each byte of it."""
-
-    fixed: float = 0.0
-    each: float = 0.0
-
-    def total(self, size: int) -> float:
-        """Return the cost for a value of so many bytes."""
-        return self.fixed + self.each * size
-
-    def repeated(self, most: float | None, least_bytes: int, extra: float) -> "_Cost":
-        """Return the cost for each item of a value that has at most so many, of at least so many bytes."""
-        one = self.fixed + extra
-        by_bytes, by_number = one / least_bytes, None if most is None else most * one
-        if by_number is not None and by_number < by_bytes * MOST_BYTES:
-            return _Cost(by_number, self.each)
-        return _Cost(0.0, by_bytes + self.each)
-
-
-KEYWORD: Final = 10.0
-"""Nanoseconds for a keyword."""
-KEY: Final = 30.0
-"""Nanoseconds to look for a key."""
-MEMBER: Final = 100.0
-"""Nanoseconds for a key that a client chooses: an explanation copies it."""
-COMPARISON: Final = 200.0
-"""Nanoseconds to compare an array or an object with another one."""
-DISTINCT: Final = 100.0
-"""Nanoseconds for an item that must differ from the others."""
-FORMAT: Final = 15.0
-"""Nanoseconds for each character of a format."""
-STEP: Final = 0.1
-"""Nanoseconds for each character and each byte of a compiled pattern, if every state of it is alive."""
-CHEAP: Final = 10_000.0
-"""The bound in nanoseconds up to which a pattern is not measured."""
-MOST_PATTERN: Final = 4 << 20
-"""The most bytes of a compiled pattern."""
-TRIES: Final = 2
-"""The number of times that a text is measured, because a busy machine may interrupt one."""
-BLOCK: Final = 2000
-"""The characters of such a text that are drawn; longer ones repeat them."""
-LETTERS: Final = 8
-"""The characters of a pattern of which texts are made."""
-
-
-class _Estimate:
-    """The cost of validations of values that have at most so many bytes."""
-
-    def __init__(self, size: int, clock: Callable[[], float]) -> None:
-        self._size = size
-        self._clock = clock
-
-    def cost(self, schema: Schema) -> _Cost:
-        """Return the most that a validation can cost."""
-        if isinstance(schema, bool):
-            return _Cost(KEYWORD)
-        parts = [self._own(schema), *self._inner(schema)]
-        if "properties" in schema:  # which share the bytes of the object
-            inner = [*map(self.cost, schema["properties"].values())]
-            parts.append(_Cost(sum(KEY + one.fixed for one in inner), max((one.each for one in inner), default=0.0)))
-        again = 2 if schema.keys() & {"unevaluatedItems", "unevaluatedProperties"} else 1
-        return _Cost(again * sum(one.fixed for one in parts), again * sum(one.each for one in parts))
-
-    def _own(self, schema: dict[str, Any]) -> _Cost:
-        """Return the cost of the keywords that look at one value."""
-        fixed, each = KEYWORD * (1 + len(schema.keys() & _VALUES)), 0.0
-        fixed += KEY * len(schema.get("required", ()))
-        fixed += KEY * sum(1 + len(names) for names in schema.get("dependentRequired", {}).values())
-        values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-        fixed += COMPARISON * sum(isinstance(value, (dict, list)) for value in values) + len(values)
-        length = min(int(schema.get("maxLength", self._size)), self._size)
-        if "format" in schema:
-            fixed += FORMAT * length
-        if "pattern" in schema:
-            fixed += self._pattern(schema["pattern"], length)
-        if schema.get("uniqueItems"):
-            scalars = _is_scalar(schema.get("items", True)) and all(map(_is_scalar, schema.get("prefixItems", ())))
-            distinct = _Cost().repeated(schema.get("maxItems"), 2, DISTINCT) if scalars else _Cost(each=DISTINCT)
-            fixed, each = fixed + distinct.fixed, distinct.each
-        return _Cost(fixed, each)
-
-    def _inner(self, schema: Mapping[str, Any]) -> Iterator[_Cost]:
-        """Yield the costs of the schemas inside a schema, except for those of `properties`."""
-        for name in _LISTS:
-            yield from map(self.cost, schema.get(name, ()))
-        yield from (self.cost(schema[name]) for name in ("not", "if", "then", "else") if name in schema)
-        yield from map(self.cost, schema.get("dependentSchemas", {}).values())
-        for name in ("items", "contains", "unevaluatedItems"):
-            if name in schema:
-                yield self.cost(schema[name]).repeated(schema.get("maxItems"), 2, KEYWORD)
-        keys = schema.get("maxProperties")
-        for name in ("propertyNames", "unevaluatedProperties", "additionalProperties"):
-            if schema.get(name, False) is not False:
-                yield self.cost(schema[name]).repeated(keys, 4, MEMBER)
-        for pattern, inner in schema.get("patternProperties", {}).items():
-            yield self.cost(inner).repeated(keys, 4, MEMBER)
-            yield _Cost(self._pattern(pattern, self._size))
-
-    def _pattern(self, pattern: str, length: int) -> float:
-        """Return the nanoseconds to match a text of so many characters: the bound, or what is measured instead."""
-        bound = STEP * _pattern_size(pattern) * length
-        if bound <= CHEAP:
-            return bound
-        texts = [*_texts(pattern, length)]
-        measured = zip(*(self._measure(pattern, texts) for _ in range(TRIES)), strict=True)
-        slowest: float = max(min(times) for times in measured)
-        return min(bound, slowest)
-
-    def _measure(self, pattern: str, texts: Sequence[str]) -> list[float]:
-        """Return the nanoseconds to match each text with a pattern that was never used."""
-        accepts = compile_schema({"pattern": pattern})
-        found = []
-        for text in texts:
-            begun = self._clock()
-            accepts(text)
-            found.append((self._clock() - begun) * 1e9)
-        return found
-
-
-def _texts(pattern: str, length: int) -> Iterator[str]:
-    """Yield texts that are likely to keep many states of a pattern alive, always the same ones."""
-    chance = Random(length)  # noqa: S311 -- repeatable
-    letters = [*dict.fromkeys(re.sub(r"\\[pP]\{\w+\}|\W", "", pattern) + "aZ0\u00e9\u8a9e")][:LETTERS]
-    for some in (*letters, *map("".join, combinations(letters, 2)), "".join(letters)):
-        block = "".join(chance.choices(some, k=min(length, BLOCK)))
-        yield (block * (length // BLOCK + 1))[:length]
-
-
-def _is_scalar(schema: Schema) -> bool:
-    """Return whether a schema accepts no arrays and objects."""
-    if isinstance(schema, bool):
-        return not schema
-    types = schema.get("type", ["object"])
-    return {*(types if isinstance(types, list) else [types])} <= _SCALARS
-
-
-def _pattern_size(pattern: str) -> int:
-    """Return about how many bytes a compiled pattern has; raise ValueError if they are too many."""
-    size = 256
-    while size <= MOST_PATTERN:
-        try:
-            jsonschema_rs.Draft202012Validator(
-                {"pattern": pattern}, pattern_options=jsonschema_rs.RegexOptions(size_limit=size)
-            )
-        except (jsonschema_rs.ValidationError, ValueError):
-            size *= 2
-        else:
-            return size
-    raise ValueError(f"has the pattern {pattern}, which looks around or back, or is too large")
+# The file
 
 
 class SchemaFile:

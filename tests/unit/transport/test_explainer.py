@@ -122,7 +122,7 @@ def test_first_fault_of_many_items_is_found_quickly():
 
     items = [1] * 10_000
     items[7654] = items[9000] = "x"
-    assert explainer._first(counted, items, lambda some: some) == 7654
+    assert explainer.first_refused(counted, items, lambda some: some) == 7654
     assert len(asked) < 20
     assert sum(asked) < 2 * len(items)
 

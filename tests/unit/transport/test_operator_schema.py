@@ -12,7 +12,8 @@ from twisted.logger import capturedLogs, formatEvent
 from chatd.messages import Id, Post
 from chatd.transport import operator_schema
 from chatd.transport.frames import MAX_MESSAGE, MESSAGE, FrameError, Vocabulary
-from chatd.transport.operator_schema import MAX_DEPTH, MAX_PARTS, MOST_BYTES, SchemaFile, read, read_file
+from chatd.transport.operator_schema import MAX_DEPTH, MAX_PARTS, SchemaFile, expand, read, read_file
+from chatd.transport.schema_cost import MOST_BYTES, Estimate, longest, texts
 
 ID = r"^[0-9A-Za-z]{4,16}-(0|[1-9][0-9]{0,15})$"
 
@@ -166,7 +167,7 @@ def test_deep_schema_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("fields", "longest"),
+    ("fields", "size"),
     [
         ({}, 0),
         ({"x": {"type": "string", "maxLength": 1000}}, 12_002),
@@ -186,12 +187,12 @@ def test_deep_schema_is_refused():
     ],
     ids=lambda one: json.dumps(one)[:60],
 )
-def test_longest_frame(fields, longest):
+def test_longest_frame(fields, size):
     """The size of the longest value is that of the value with every character escaped."""
-    whole = operator_schema._Expansion({}).expand(schema_with(**fields))
-    bare = operator_schema._longest(operator_schema._Expansion({}).expand(schema_with()))
+    whole = expand(schema_with(**fields))
+    bare = longest(expand(schema_with()))
     names = sum(2 + 2 + 6 * len(name) for name in fields)
-    assert operator_schema._longest(whole) - bare == longest + names
+    assert longest(whole) - bare == size + names
 
 
 @pytest.mark.parametrize(
@@ -309,16 +310,17 @@ def test_slow_pattern_is_refused():
 
 def test_texts_that_measure_a_pattern():
     """They are made of the pattern's characters, one, two or all of them, and the same in every run."""
-    texts = [*operator_schema._texts(r"[ab]*\p{Lu}c", 50)]
-    assert texts == [*operator_schema._texts(r"[ab]*\p{Lu}c", 50)]
-    assert {len(text) for text in texts} == {50}
-    assert {"a", "b"} in [{*text} for text in texts]
-    assert {"a"} in [{*text} for text in texts]
+    found = [*texts(r"[ab]*\p{Lu}c", 50)]
+    assert found == [*texts(r"[ab]*\p{Lu}c", 50)]
+    assert {len(text) for text in found} == {50}
+    assert {"a", "b"} in [{*text} for text in found]
+    assert {"a"} in [{*text} for text in found]
+    assert [len(text) for text in texts("a", 5000)] == [5000] * len([*texts("a", 50)])
 
 
 def test_cost_of_the_example_is_low():
-    whole = operator_schema._Expansion(EXAMPLE).expand(EXAMPLE)
-    assert operator_schema._Estimate(100_000, time.perf_counter).cost(whole).total(100_000) < operator_schema.BUDGET / 3
+    whole = expand(EXAMPLE)
+    assert Estimate(100_000, time.perf_counter).cost(whole).total(100_000) < operator_schema.BUDGET / 3
 
 
 # In force

@@ -1,0 +1,258 @@
+"""What a schema of messages costs: the size of the longest message, and the time of a check.
+
+Both are bounds.  The size is that of a message in which every character is escaped.  The time is that of the document
+that costs most.  Patterns are matched in time that is linear in the text, but the factor may be large.  If its bound is
+not good enough, a pattern is measured on texts that are made of its own characters.
+
+This module is pure, except for the clock: schemas without references in, numbers out.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from random import Random
+from typing import Any, Final, NamedTuple
+
+import jsonschema_rs
+
+from chatd.transport.explainer import Schema, compile_schema
+
+MOST_BYTES: Final = 104 << 10
+"""The largest payload limit in bytes: to parse a document of this size takes nearly a millisecond."""
+ANY_ESCAPE: Final = 12
+"""The bytes of a code point as two escaped surrogates, such as `\\ud83d\\udc4b`."""
+NUMBER: Final = 32
+"""The bytes for a number, true, false or null, which a client may write in many ways."""
+KEYWORD: Final = 10.0
+"""Nanoseconds for a keyword."""
+KEY: Final = 30.0
+"""Nanoseconds to look for a key."""
+MEMBER: Final = 100.0
+"""Nanoseconds for a key that a client chooses: an explanation copies it."""
+COMPARISON: Final = 200.0
+"""Nanoseconds to compare an array or an object with another one."""
+DISTINCT: Final = 100.0
+"""Nanoseconds for an item that must differ from the others."""
+FORMAT: Final = 15.0
+"""Nanoseconds for each character of a format."""
+STEP: Final = 0.1
+"""Nanoseconds for each character and each byte of a compiled pattern, if every state of it is alive."""
+CHEAP: Final = 10_000.0
+"""The bound in nanoseconds up to which a pattern is not measured."""
+MOST_PATTERN: Final = 4 << 20
+"""The most bytes of a compiled pattern."""
+TRIES: Final = 2
+"""The number of times that a text is measured, because a busy machine may interrupt one."""
+BLOCK: Final = 2000
+"""The characters of such a text that are drawn; longer ones repeat them."""
+LETTERS: Final = 8
+"""The characters of a pattern of which texts are made."""
+_IN_PLACE: Final = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+"""The keywords with lists of schemas for one value."""
+_SCALARS: Final = frozenset({"boolean", "integer", "null", "number", "string"})
+
+
+# The longest message
+
+
+def longest(schema: Schema) -> int | None:
+    """Return the size in bytes of the longest value that a schema accepts, however it is escaped; None if unbounded."""
+    if isinstance(schema, bool):
+        return None if schema else 0
+    sizes: list[int | None] = []
+    if "const" in schema:
+        sizes.append(_size(schema["const"]))
+    if "enum" in schema:
+        sizes.append(max(map(_size, schema["enum"]), default=0))
+    if "type" in schema:
+        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        sizes.append(_most([_SIZES[name](schema) for name in types]))
+    sizes += map(longest, schema.get("allOf", ()))
+    sizes += [_most([*map(longest, schema[name])]) for name in ("anyOf", "oneOf") if name in schema]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _most(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return max(known, default=0) if len(known) == len(sizes) else None
+
+
+def _sum(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+def _size(value: object) -> int:
+    """Return the size in bytes of a value in which every character is escaped."""
+    if isinstance(value, str):
+        return 2 + 3 * len(value.encode("utf-16-le"))  # six bytes for each unit
+    if isinstance(value, list):
+        return 2 + sum(1 + _size(item) for item in value)
+    if isinstance(value, dict):
+        return 2 + sum(2 + _size(key) + _size(item) for key, item in value.items())
+    return NUMBER
+
+
+def _string(schema: dict[str, Any]) -> int | None:
+    return 2 + ANY_ESCAPE * int(schema["maxLength"]) if "maxLength" in schema else None
+
+
+def _array(schema: dict[str, Any]) -> int | None:
+    before = [*map(longest, schema.get("prefixItems", ()))]
+    further = schema.get("items", True)
+    items = 0 if further is False else max(int(schema.get("maxItems", 0)) - len(before), 0)
+    if further is not False and "maxItems" not in schema:
+        return None
+    one = longest(further) if items else 0
+    return _sum([2, *(size and 1 + size for size in before), None if one is None else items * (1 + one)])
+
+
+def _object(schema: dict[str, Any]) -> int | None:
+    if schema.get("additionalProperties") is not False or "patternProperties" in schema:
+        return None
+    return _sum(
+        [
+            2,
+            *(
+                size
+                for name, inner in schema.get("properties", {}).items()
+                for size in (2 + _size(name), longest(inner))
+            ),
+        ]
+    )
+
+
+_SIZES: Final = {
+    "string": _string,
+    "array": _array,
+    "object": _object,
+    **dict.fromkeys(("boolean", "integer", "null", "number"), lambda _: NUMBER),
+}
+
+
+# The cost of a validation
+
+
+class Cost(NamedTuple):
+    """The most nanoseconds that a validation takes: some for every value, and some for each byte of it."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    def total(self, size: int) -> float:
+        """Return the cost for a value of so many bytes."""
+        return self.fixed + self.each * size
+
+    def repeated(self, most: float | None, least_bytes: int, extra: float) -> "Cost":
+        """Return the cost for each item of a value that has at most so many, of at least so many bytes."""
+        one = self.fixed + extra
+        by_bytes, by_number = one / least_bytes, None if most is None else most * one
+        if by_number is not None and by_number < by_bytes * MOST_BYTES:
+            return Cost(by_number, self.each)
+        return Cost(0.0, by_bytes + self.each)
+
+
+class Estimate:
+    """The cost of validations of values that have at most so many bytes."""
+
+    def __init__(self, size: int, clock: Callable[[], float]) -> None:
+        self._size = size
+        self._clock = clock
+
+    def cost(self, schema: Schema) -> Cost:
+        """Return the most that a validation can cost."""
+        if isinstance(schema, bool):
+            return Cost(KEYWORD)
+        parts = [self._own(schema), *self._inner(schema)]
+        if "properties" in schema:  # which share the bytes of the object
+            inner = [*map(self.cost, schema["properties"].values())]
+            parts.append(Cost(sum(KEY + one.fixed for one in inner), max((one.each for one in inner), default=0.0)))
+        again = 2 if schema.keys() & {"unevaluatedItems", "unevaluatedProperties"} else 1
+        return Cost(again * sum(one.fixed for one in parts), again * sum(one.each for one in parts))
+
+    def _own(self, schema: dict[str, Any]) -> Cost:
+        """Return the cost of the keywords that look at one value."""
+        fixed, each = KEYWORD * (1 + len(schema)), 0.0
+        fixed += KEY * len(schema.get("required", ()))
+        fixed += KEY * sum(1 + len(names) for names in schema.get("dependentRequired", {}).values())
+        values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
+        fixed += COMPARISON * sum(isinstance(value, (dict, list)) for value in values) + len(values)
+        length = min(int(schema.get("maxLength", self._size)), self._size)
+        if "format" in schema:
+            fixed += FORMAT * length
+        if "pattern" in schema:
+            fixed += self._pattern(schema["pattern"], length)
+        if schema.get("uniqueItems"):
+            scalars = _is_scalar(schema.get("items", True)) and all(map(_is_scalar, schema.get("prefixItems", ())))
+            distinct = Cost().repeated(schema.get("maxItems"), 2, DISTINCT) if scalars else Cost(each=DISTINCT)
+            fixed, each = fixed + distinct.fixed, distinct.each
+        return Cost(fixed, each)
+
+    def _inner(self, schema: Mapping[str, Any]) -> Iterator[Cost]:
+        """Yield the costs of the schemas inside a schema, except for those of `properties`."""
+        for name in _IN_PLACE:
+            yield from map(self.cost, schema.get(name, ()))
+        yield from (self.cost(schema[name]) for name in ("not", "if", "then", "else") if name in schema)
+        yield from map(self.cost, schema.get("dependentSchemas", {}).values())
+        for name in ("items", "contains", "unevaluatedItems"):
+            if name in schema:
+                yield self.cost(schema[name]).repeated(schema.get("maxItems"), 2, KEYWORD)
+        keys = schema.get("maxProperties")
+        for name in ("propertyNames", "unevaluatedProperties", "additionalProperties"):
+            if schema.get(name, False) is not False:
+                yield self.cost(schema[name]).repeated(keys, 4, MEMBER)
+        for pattern, inner in schema.get("patternProperties", {}).items():
+            yield self.cost(inner).repeated(keys, 4, MEMBER)
+            yield Cost(self._pattern(pattern, self._size))
+
+    def _pattern(self, pattern: str, length: int) -> float:
+        """Return the nanoseconds to match a text of so many characters: the bound, or what is measured instead."""
+        bound = STEP * _pattern_size(pattern) * length
+        if bound <= CHEAP:
+            return bound
+        found = [*texts(pattern, length)]
+        measured = zip(*(self._measure(pattern, found) for _ in range(TRIES)), strict=True)
+        slowest: float = max(min(times) for times in measured)
+        return min(bound, slowest)
+
+    def _measure(self, pattern: str, texts: Sequence[str]) -> list[float]:
+        """Return the nanoseconds to match each text with a pattern that was never used."""
+        accepts = compile_schema({"pattern": pattern})
+        found = []
+        for text in texts:
+            begun = self._clock()
+            accepts(text)
+            found.append((self._clock() - begun) * 1e9)
+        return found
+
+
+def texts(pattern: str, length: int) -> Iterator[str]:
+    """Yield texts that are likely to keep many states of a pattern alive, always the same ones."""
+    chance = Random(length)  # noqa: S311 -- repeatable
+    letters = [*dict.fromkeys(re.sub(r"\\[pP]\{\w+\}|\W", "", pattern) + "aZ0\u00e9\u8a9e")][:LETTERS]
+    for some in (*letters, *map("".join, combinations(letters, 2)), "".join(letters)):
+        block = "".join(chance.choices(some, k=min(length, BLOCK)))
+        yield (block * (length // BLOCK + 1))[:length]
+
+
+def _is_scalar(schema: Schema) -> bool:
+    """Return whether a schema accepts no arrays and objects."""
+    if isinstance(schema, bool):
+        return not schema
+    types = schema.get("type", ["object"])
+    return {*(types if isinstance(types, list) else [types])} <= _SCALARS
+
+
+def _pattern_size(pattern: str) -> int:
+    """Return about how many bytes a compiled pattern has; raise ValueError if they are too many."""
+    size = 256
+    while size <= MOST_PATTERN:
+        try:
+            jsonschema_rs.Draft202012Validator(
+                {"pattern": pattern}, pattern_options=jsonschema_rs.RegexOptions(size_limit=size)
+            )
+        except (jsonschema_rs.ValidationError, ValueError):
+            size *= 2
+        else:
+            return size
+    raise ValueError(f"has the pattern {pattern}, which looks around or back, or is too large")
