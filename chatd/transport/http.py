@@ -6,6 +6,7 @@ GET /readyz   200: send clients here; 503 and why not, otherwise
 GET /metrics  the metrics for Prometheus (on the admin port)
 POST /drain   send all clients elsewhere, and keep running (on the admin port)
 /sanctions    bans and mutes (on the admin port, as are /rooms to manage): see chatd.transport.admin
+/asyncapi.json, /openapi.json: see chatd.transport.documents
 /rooms/...    the rooms over HTTP: see chatd.transport.api
 
 The admin port refuses every request that a web page may have sent.  Refused requests and WebSocket handshakes

@@ -1,6 +1,6 @@
-"""What a schema of messages costs: the size of the longest message, and the time of a check.
+"""Bounds of a schema of messages: the size of the longest message, and the time of a check.
 
-Both are bounds.  The size is that of a message in which every character is escaped.  The time is that of the document
+The size is that of a message in which every character is escaped.  The time is that of the document
 that costs most.  Patterns are matched in time that is linear in the text, but the factor may be large.  If its bound is
 not good enough, a pattern is measured on texts that are made of its own characters.
 

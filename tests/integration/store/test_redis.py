@@ -1116,6 +1116,22 @@ def test_newer_format_that_stays_readable(one, node):
     assert second.store.epoch == epoch
 
 
+def test_fields_of_the_operators_own_reach_every_node(one, node):
+    """Older versions find the username and the text in their places, and ignore the field more."""
+    first, second = node(one.url), node(one.url)
+    extra = {"color": "red", "a": [1, None]}
+    poster = RecordingPoster()
+    first.store.append("main", Post("ann", "hi", "l", extra=extra), poster)
+    first.settle()
+    second.hears("hi")
+    assert second.read().entries[-1].extra == second.events[-1][2].extra == extra
+    ((_, flat),) = one.call("XREVRANGE", "{chatd}:room:main", "+", "-", "COUNT", 1)
+    assert flat == [b"u", b"ann", b"m", b"hi", b"j", b'{"a":[1,null],"color":"red"}']
+    second.store.append("main", Post("ann", "hi", "l", extra=extra), poster)
+    second.settle()
+    assert [outcome for outcome, _, _ in poster.events] == ["posted", "duplicate"]
+
+
 def test_log_states_its_format(one, node):
     node(one.url)
     assert one.call("HMGET", LOG, "written", "readable_since") == [b"3", b"1"]

@@ -192,7 +192,7 @@ schemas = st.recursive(st.booleans(), keywords, max_leaves=6)
 @REPEATABLE
 @given(schemas, st.lists(documents, min_size=1, max_size=5))
 def test_accepting_and_explaining_agree(schema, documents):
-    """What is refused is explained, by one line that begins with the place, and an independent engine agrees."""
+    """A refusal is explained by one line that begins with its place, and an independent engine agrees."""
     part = Part(schema)
     independent = jsonschema.Draft202012Validator(schema)
     for document in documents:
