@@ -153,6 +153,7 @@ def test_gap_duplicate_or_swap_is_found(numbers, words):
         {"message": "something"},
         {"username": "ann"},
         {"username": "load-run-1"},
+        {"extra": {"color": "red"}},
     ],
 )
 def test_altered_message_is_found(changes):

@@ -20,7 +20,7 @@ from chatd.room.room import MAX_LAG
 from chatd.transport import http
 from chatd.transport.api import PREFLIGHT_SECONDS
 from chatd.transport.connections import STALL_SECONDS
-from chatd.transport.frames import MAX_MESSAGE
+from chatd.transport.frames import MAX_MESSAGE, MESSAGE, Vocabulary
 
 RETRY = str(http.RETRY_AFTER_SECONDS)
 
@@ -640,6 +640,15 @@ def test_body_too_large_or_without_length(house):
     for length, status in ((b"Content-Length: 16385", 413), (b"Transfer-Encoding: chunked", 411)):
         assert problem(house.ask(b"POST", b"/rooms/main/messages", JSON, length))[0] == status
     padded = b'{"username":"ann","message":"hi"}'.ljust(MAX_MESSAGE)
+    assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=padded)[0].status == 201
+
+
+def test_large_body_stays_in_memory(house, monkeypatch):
+    """Where an operator allows long messages, no body is written to the disk, as Twisted does from 100 KB on."""
+    monkeypatch.setattr("twisted.web.http.tempfile.TemporaryFile", None)
+    house.site.intake.vocabulary = Vocabulary()
+    house.site.intake.vocabulary.use(MESSAGE, 104 << 10)
+    padded = b'{"username":"ann","message":"hi"}'.ljust(104 << 10)
     assert house.ask(b"POST", b"/rooms/main/messages", JSON, body=padded)[0].status == 201
 
 
