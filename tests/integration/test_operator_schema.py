@@ -49,6 +49,15 @@ def fields_of(data):
     return {name: value for name, value in data.items() if name not in ("username", "message", "timestamp")}
 
 
+def export(server):
+    """Return the lines of an export."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONG)
+    connection.request("GET", "/rooms/main/export")
+    lines = connection.getresponse().read().splitlines()
+    connection.close()
+    return [json.loads(line) for line in lines]
+
+
 def first_event(server):
     """Return the history of an event stream."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LONG)
@@ -97,6 +106,7 @@ def test_fields_in_every_form(folder):
         expected = [{}, {}, EXTRA, {"color": "blue"}]
         assert [fields_of(data) for data in request(server, "GET", "/rooms/main/messages")[1]["data"]] == expected
         assert [fields_of(data) for data in first_event(server)["data"]] == expected
+        assert [fields_of(line["data"]) for line in export(server)] == expected
         subprocess.run(
             [ROOT / "scripts/backup", "--store", "chatd.sqlite", "copy"], cwd=folder, check=True, timeout=LONG
         )

@@ -150,7 +150,10 @@ def check_lines(data):
     if data and not data.endswith(b"\n"):
         raise Undocumented(f"a part of a line: {data[-500:]}")
     for line in data.splitlines():
-        _check("openapi.json#/components/responses/Export/content/application~1x-ndjson/schema", _without_own(json.loads(line)))
+        _check(
+            "openapi.json#/components/responses/Export/content/application~1x-ndjson/schema",
+            _without_own(json.loads(line)),
+        )
 
 
 def _check_headers(what, response, headers):
