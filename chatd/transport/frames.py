@@ -241,9 +241,6 @@ def is_label(value: object) -> bool:
 
 STANDARD: Final = Vocabulary()
 """The frames that clients may send to a server without a schema of the operator's own."""
-parse: Final = STANDARD.parse
-parse_post: Final = STANDARD.parse_post
-is_username: Final = STANDARD.is_username
 
 
 def parse_seed(text: bytes, message: Form = MESSAGE) -> tuple[Entry, ...]:

@@ -425,6 +425,6 @@ def test_page_lists_the_errors_that_are_sent():
     assert len(errors) == 14
     for fault, sent, message in errors:
         with pytest.raises(FrameError) as refused:
-            frames.parse(sent.encode())
+            frames.STANDARD.parse(sent.encode())
         assert str(refused.value) == message, fault
     assert {row[0] for row in rows("| `code` | `message` | what to do |")} == {*Code}

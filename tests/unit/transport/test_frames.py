@@ -17,14 +17,14 @@ from chatd.transport import frames
 from chatd.transport.frames import (
     FORMS,
     MESSAGE,
+    STANDARD,
     Form,
     FrameError,
     is_label,
-    is_username,
-    parse,
-    parse_post,
     parse_seed,
 )
+
+parse, parse_post, is_username = STANDARD.parse, STANDARD.parse_post, STANDARD.is_username
 
 SEED_FILE = pathlib.Path(__file__).parents[3] / "seed" / "messages.json"
 FIELDS = [("username", 30), ("message", 500)]
@@ -1252,7 +1252,7 @@ def test_error_frame_hint():
     assert list(error) == ["type", "message", "hint"]
     words, example = re.fullmatch(r"(.*?)(\{.*\})", error["hint"]).groups()
     assert words == "Send a JSON object such as "
-    assert frames.parse(example.encode()) == Post("ann", "hi", None)
+    assert parse(example.encode()) == Post("ann", "hi", None)
 
 
 def test_error_frame_with_code_label_and_retry_after():
