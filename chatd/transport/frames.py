@@ -138,10 +138,13 @@ class Vocabulary:
 def _readers(message: Form, typing: Form, *, plain: bool) -> tuple[Callable[[bytes], Frame], Callable[[bytes], Post]]:
     """Make the functions of a Vocabulary; the `plain` ones are for messages without fields of the operator's own."""
     accepts = message.accepts
-    load, post = (_load, _post) if plain else (_load_bounded, _extended_post)
+    load, post = (orjson.loads, _post) if plain else (_load_bounded, _extended_post)
 
     def parse(text: bytes) -> Frame:
-        document = load(text)
+        try:
+            document = load(text)
+        except orjson.JSONDecodeError:
+            raise FrameError(_NOT_JSON) from None
         if accepts(document):
             return post(document)
         if not isinstance(document, dict) or "type" not in document:
@@ -149,7 +152,10 @@ def _readers(message: Form, typing: Form, *, plain: bool) -> tuple[Callable[[byt
         return _typed(document, typing)
 
     def parse_post(text: bytes) -> Post:
-        document = load(text)
+        try:
+            document = load(text)
+        except orjson.JSONDecodeError:
+            raise FrameError(_NOT_JSON) from None
         if not accepts(document):
             _refuse(message, document)
         return post(document)
@@ -204,19 +210,12 @@ def page_request(document: dict[str, Any]) -> PageRequest:
     return PageRequest(before, after, int(document.get("limit", PAGE_DEFAULT)), document.get("label"))
 
 
-def _load(text: bytes) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        raise FrameError(_NOT_JSON) from None
-
-
 def _load_bounded(text: bytes) -> Any:
     """Parse JSON that an operator's schema may accept at any depth; refuse what takes long or cannot be encoded."""
     brackets = text.count(b"[") + text.count(b"{")
     if brackets > MAX_BRACKETS:
         raise FrameError(f'Validation error: "value" contains more than {MAX_BRACKETS} brackets')
-    document = _load(text)
+    document = orjson.loads(text)
     if brackets > SAFE_DEPTH:
         try:
             orjson.dumps(document)
@@ -283,7 +282,9 @@ def message_frame(epoch: str, entry: Entry) -> bytes:
     """Encode the frame that carries one message to every member."""
     number, username, message, timestamp, _, replaces, removed, replaced, extra = entry
     fields = {"username": username, "message": message, "timestamp": timestamp}
-    data = orjson.dumps(fields if extra is None else {**fields, **extra})
+    if extra is not None:
+        fields |= extra
+    data = orjson.dumps(fields)
     if replaces is None and replaced is None:
         return text_frame(b'{"type":"message","id":"%b-%d","data":%b}' % (epoch.encode(), number, data))
     notes = [f'"{name}":"{epoch}-{id_}",' for name, id_ in (("replaces", replaces), ("replaced", replaced)) if id_]
