@@ -134,7 +134,8 @@ _ERASE_EXTRA: Final = """
 """Erases what format 3, which does not know the column, has left beside a removed text."""
 _PLAIN: Final = "room", "number", "username", "message", "timestamp", "label"
 _AUTHORED: Final = *_PLAIN, "author", "replaces", "removed"
-_EXTENDED: Final = *_AUTHORED, "extra"
+_COLUMNS: Final = _PLAIN, _AUTHORED, (*_AUTHORED, "extra")
+"""The columns of a row, so that a row without an author or fields of the operator's own needs few."""
 
 # Not part of a format: code that does not know the table leaves it as it is.
 _SANCTIONS: Final = """
@@ -193,9 +194,13 @@ def _entry(row: _Row) -> Entry:
     return entry if row[-1] is None else entry._replace(extra=load_extra(row[-1]))
 
 
-def _extended(room: str, entry: Entry, label: str | None) -> _Row:
-    """Return the row of an entry with fields of the operator's own."""
-    return room, *entry[:4], label, *entry[4:7], dump_extra(entry.extra)
+def _row(room: str, entry: Entry, label: str | None) -> tuple[int, _Row]:
+    """Return the row of an entry, and which of _COLUMNS it has."""
+    if entry.extra is not None:
+        return 2, (room, *entry[:4], label, *entry[4:7], dump_extra(entry.extra))
+    if entry.author is None and entry.replaces is None:
+        return 0, (room, *entry[:4], label)
+    return 1, (room, *entry[:4], label, *entry[4:7])
 
 
 def _lost(file: pathlib.Path) -> str:
@@ -353,8 +358,11 @@ class SqliteFile:
         db.execute("INSERT INTO log VALUES (?, ?, ?)", (new_epoch(), FORMAT, READABLE_SINCE))
         db.execute(_LABELS)
         db.execute(_EDITS)
-        self._insert(_PLAIN, [(SEED_ROOM, *entry[:4], None) for entry in seed if entry.extra is None])
-        self._insert(_EXTENDED, [_extended(SEED_ROOM, entry, None) for entry in seed if entry.extra is not None])
+        rows: list[list[_Row]] = [[] for _ in _COLUMNS]
+        for entry in seed:
+            kind, row = _row(SEED_ROOM, entry, None)
+            rows[kind].append(row)
+        self._insert_all(rows)
         if seed:
             self._set_head(SEED_ROOM, seed[-1].number, seed[-1].timestamp)
         db.execute("COMMIT")
@@ -542,9 +550,7 @@ class SqliteFile:
         entries: dict[str, list[Entry]] = {}
         heads: dict[str, int] = {}
         outcomes: list[Outcome] = []
-        plain: list[_Row] = []
-        authored: list[_Row] = []
-        extended: list[_Row] = []
+        rows: list[list[_Row]] = [[] for _ in _COLUMNS]
         labelled: dict[tuple[str, str, str], Entry] = {}
         """The labels of this batch, which the table does not hold yet."""
         for room, post in posts:
@@ -560,9 +566,7 @@ class SqliteFile:
                     continue
             entry = Entry(heads[room] + 1, post.username, post.message, stamps[room], post.author, extra=post.extra)
             if post.replaces is not None:
-                self._insert(_PLAIN, plain)  # the post may replace one of them
-                self._insert(_AUTHORED, authored)
-                self._insert(_EXTENDED, extended)
+                self._insert_all(rows)  # the post may replace one of them
                 refused = self._edit(room, post, post.replaces, entry.number)
                 if refused is not None:
                     outcomes.append(refused)
@@ -570,20 +574,14 @@ class SqliteFile:
                 entry = entry._replace(replaces=post.replaces.number, removed=post.removed)
                 if post.removed:
                     self._scrub_all()
-            if post.extra is not None:
-                extended.append(_extended(room, entry, post.label))
-            elif post.author is None and post.replaces is None:
-                plain.append((room, entry.number, post.username, post.message, stamps[room], post.label))
-            else:
-                authored.append((room, *entry[:4], post.label, *entry[4:7]))
+            kind, row = _row(room, entry, post.label)
+            rows[kind].append(row)
             if post.label is not None:
                 labelled[key] = entry
             heads[room] = entry.number
             outcomes.append((entry.number, None))
             entries[room].append(entry)
-        self._insert(_PLAIN, plain)
-        self._insert(_AUTHORED, authored)
-        self._insert(_EXTENDED, extended)
+        self._insert_all(rows)
         firsts, total = self._finish(entries)
         return Commit(outcomes, entries, firsts), total if self._retain.seconds else 0
 
@@ -634,6 +632,11 @@ class SqliteFile:
             " ON CONFLICT DO UPDATE SET head = excluded.head, stamped = excluded.stamped",
             (room, head, stamped),
         )
+
+    def _insert_all(self, rows: list[list[_Row]]) -> None:
+        """Insert the rows of each kind, and clear the lists."""
+        for columns, some in zip(_COLUMNS, rows, strict=True):
+            self._insert(columns, some)
 
     def _insert(self, columns: Sequence[str], rows: list[_Row]) -> None:
         """Insert rows and clear the list, with few statements, in powers of two so that few different are prepared."""

@@ -157,8 +157,13 @@ _VALUES: Final[dict[str, Callable[[Any], _Words]]] = {
 
 
 def first_refused(accepts: _Accepts, items: Sequence[Any], make: Callable[[Sequence[Any]], object]) -> int:
-    """Return the index of the first item that is refused, by halves; one of them is."""
-    low, high = 0, len(items)
+    """Return the index of the first item that is refused; one of them is.
+
+    The search takes steps that double, and then halves: a fault near the start costs little, however many items follow.
+    """
+    low, high = 0, 1
+    while high < len(items) and accepts(make(items[low:high])):
+        low, high = high, 2 * high + 1
     while high - low > 1:
         middle = (low + high) // 2
         if accepts(make(items[low:middle])):

@@ -112,7 +112,7 @@ def test_page_lists_the_words():
 
 
 def test_first_fault_of_many_items_is_found_quickly():
-    """An array is searched by halves: few validations, whatever its length."""
+    """An array is searched by steps that double, and by halves: few validations, whatever its length."""
     asked = []
     accepts = compile_schema({"items": {"type": "integer"}})
 
@@ -123,8 +123,16 @@ def test_first_fault_of_many_items_is_found_quickly():
     items = [1] * 10_000
     items[7654] = items[9000] = "x"
     assert explainer.first_refused(counted, items, lambda some: some) == 7654
-    assert len(asked) < 20
+    assert len(asked) < 30
     assert sum(asked) < 2 * len(items)
+    items[2] = "x"
+    asked.clear()
+    assert explainer.first_refused(counted, items, lambda some: some) == 2
+    assert asked == [1, 2, 1]
+    for place in range(40):
+        items = [1] * 40
+        items[place] = "x"
+        assert explainer.first_refused(accepts, items, lambda some: some) == place
 
 
 def test_nothing_is_fetched():

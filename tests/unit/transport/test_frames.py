@@ -2,7 +2,6 @@ import json
 import pathlib
 import re
 import string
-from types import SimpleNamespace
 
 import jsonschema
 import orjson
@@ -1369,18 +1368,3 @@ def test_event_is_three_lines_for_any_text(entry):
     assert lines[:2] == [b"event: message", b"id: k7Q2xY-%d" % entry.number]
     assert lines[2] == b"data: " + frames.payload(frame)
     assert lines[3:] == [b"", b""]
-
-
-def test_unknown_keys_cost_no_explanation(monkeypatch):
-    """The slow explainer sees the known keys only: a frame of a thousand others took it 5 ms."""
-    seen = []
-    explainer = frames.MESSAGE.explainer
-    monkeypatch.setattr(
-        frames.MESSAGE,
-        "explainer",
-        SimpleNamespace(iter_errors=lambda document: seen.append(document) or explainer.iter_errors(document)),
-    )
-    many = {f"k{number}": number for number in range(1000)}
-    assert frames.MESSAGE.explain(many | {"username": "", "message": ["x"]}) == '"username" is not allowed to be empty'
-    assert frames.MESSAGE.explain(many | {"username": "ann", "message": "hi"}) == '"k0" is not allowed'
-    assert seen == [{"username": "", "message": []}, {"username": "ann", "message": "hi"}]
