@@ -42,13 +42,13 @@ from chatd.transport.api import Api
 from chatd.transport.connections import Connections
 from chatd.transport.documents import Documents
 from chatd.transport.export import ExportQueue
-from chatd.transport.frames import MESSAGE, Vocabulary
+from chatd.transport.frames import FORMS, MESSAGE, Vocabulary
 from chatd.transport.jwks import KeyFile, KeySource, KeyUrl
 from chatd.transport.keyring import read_jwks, read_key
 from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
-from chatd.transport.operator_schema import SchemaFile
+from chatd.transport.operator_schema import SchemaFile, check_schema
 from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
 from chatd.webhooks.delivery import PARALLEL, Webhook
@@ -165,6 +165,8 @@ def _fanout(settings: config.Settings, store: Store, reactor: Any) -> Fanout | N
 def _vocabulary(settings: config.Settings) -> Vocabulary:
     """Make the frames that clients may send."""
     vocabulary, message = Vocabulary(), settings.message
+    for form in (MESSAGE, *FORMS.values()):
+        check_schema(form.schema)  # of this version; an operator's is checked already
     if message is not None:
         vocabulary.use(message.form, message.max_bytes)
     elif settings.max_message:

@@ -16,6 +16,8 @@ from urllib.parse import unquote
 
 import jsonschema_rs
 import orjson
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 from twisted.logger import Logger
 
 from chatd.transport.frames import MAX_MESSAGE, MESSAGE, Form, Vocabulary
@@ -129,7 +131,16 @@ def _form(schema: dict[str, Any]) -> Form:
 
 
 def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return getattr(error, "message", str(error)).partition("\n")[0]
+
+
+def check_schema(schema: dict[str, Any]) -> None:
+    """Raise ValueError with the most relevant fault of a document that is no JSON Schema (2020-12)."""
+    validator = Draft202012Validator(Draft202012Validator.META_SCHEMA)
+    fault = best_match(validator.iter_errors(schema))
+    if fault is not None:
+        place = "/".join(map(str, fault.absolute_path))
+        raise ValueError(f"is not a JSON Schema: /{place}: {_line(fault)}")
 
 
 def _check_document(written: object) -> None:
@@ -138,11 +149,7 @@ def _check_document(written: object) -> None:
         raise ValueError("is not a JSON object")  # noqa: TRY004 -- a value, for a caller that reads files
     if written.get("$schema", DRAFT) != DRAFT:
         raise ValueError(f"has another $schema than {DRAFT}")
-    try:
-        jsonschema_rs.meta.validate({**written, "$schema": DRAFT})
-    except jsonschema_rs.ValidationError as error:
-        place = "/".join(map(str, error.instance_path))
-        raise ValueError(f"is not a JSON Schema: /{place}: {_line(error)}") from None
+    check_schema(written)
 
 
 def _check_root(schema: dict[str, Any]) -> None:

@@ -215,7 +215,7 @@ def test_long_seed_is_stored_in_pieces(redis, node, monkeypatch):
         assert each.up().read().entries == seed
     assert nodes[0].store.epoch == nodes[1].store.epoch
     assert nodes[0].post("a") == [("posted", 2346)]
-    assert max(sizes) == 8 + 4 * 500
+    assert max(sizes) == 8 + 5 * 500
 
 
 def test_seed_is_not_sent_again(redis, node, loop):

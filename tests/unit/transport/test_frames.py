@@ -12,7 +12,7 @@ from support.helpers import REPEATABLE
 from support.websocket_frames import read_frame
 
 from chatd.messages import Code, Entry, Id, PageRequest, Post, Renewal, Typing
-from chatd.transport import frames
+from chatd.transport import explainer, frames
 from chatd.transport.frames import (
     FORMS,
     MESSAGE,
@@ -1368,3 +1368,19 @@ def test_event_is_three_lines_for_any_text(entry):
     assert lines[:2] == [b"event: message", b"id: k7Q2xY-%d" % entry.number]
     assert lines[2] == b"data: " + frames.payload(frame)
     assert lines[3:] == [b"", b""]
+
+
+def test_unknown_keys_cost_no_explanation(monkeypatch):
+    """A frame of a thousand unknown keys is explained by its known keys, or by the first unknown one."""
+    copied = []
+    first = explainer.first_refused
+
+    def counted(accepts, items, make):
+        return first(lambda some: accepts(copied.append(len(some)) or some), items, make)
+
+    monkeypatch.setattr(explainer, "first_refused", counted)
+    many = {f"k{number}": number for number in range(1000)}
+    assert MESSAGE.explain(many | {"username": "", "message": ["x"]}) == '"username" is not allowed to be empty'
+    assert copied == []
+    assert MESSAGE.explain({"username": "ann", "message": "hi"} | many) == '"k0" is not allowed'
+    assert max(copied) <= 4
