@@ -32,8 +32,6 @@ from chatd.transport.jwks import KeyFile, check_url
 from chatd.transport.keyring import read_jwks, read_key
 from chatd.transport.operator_schema import OperatorSchema
 from chatd.transport.operator_schema import read_file as read_schema
-from chatd.transport.operator_schema import OperatorSchema
-from chatd.transport.operator_schema import read_file as read_schema
 from chatd.transport.schema_cost import MOST_BYTES
 from chatd.webhooks.sender import WebhookAddress
 from chatd.webhooks.signature import read_secrets
