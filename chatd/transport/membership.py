@@ -5,9 +5,9 @@ is what the room, the presence and the drain know.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-from chatd.room.moderation import Visitor
+from chatd.room.moderation import Sanction, Visitor
 from chatd.room.registry import JoinTicket, Registry
 from chatd.room.room import Room
 from chatd.transport.admission import NO_EVENTS
@@ -36,6 +36,9 @@ class MemberTransport(Protocol):
 
     def evict(self) -> None:
         """Close the connection, because the client is too slow."""
+
+    def ban(self, reason: str) -> None:
+        """Close the connection, because the client is banned."""
 
 
 class Membership:
@@ -91,9 +94,14 @@ class Membership:
         """True while the client is in a room; it leaves before its connection closes."""
         return self.room is not None
 
+    def memberships(self) -> "Iterator[Membership]":
+        """Iterate over the memberships of the client: itself, while it is in a room."""
+        if self.room is not None:
+            yield self
+
     @property
-    def head(self) -> int:
-        """The number of the newest entry in the room; 0 outside of a room."""
+    def head(self) -> Any:
+        """What the client must get at least, for has_pending(): the number of the newest entry; 0 outside of a room."""
         return 0 if self.room is None else self.room.head
 
     @property
@@ -101,9 +109,9 @@ class Membership:
         """True while the log has yet to answer the client's own frames."""
         return False
 
-    def has_pending(self, head: int) -> bool:
-        """Return whether the client has yet to get the entry of this number, or an answer to its own frames."""
-        return self.room is not None and self.cursor < head
+    def has_pending(self, head: Any) -> bool:
+        """Return whether the client has yet to get what `head` was, or an answer to its own frames."""
+        return self.room is not None and bool(self.cursor < head)
 
     def join(self, ticket: JoinTicket) -> bytes:
         """Join the room of a ticket, and return the history frame that must be sent first."""
@@ -144,6 +152,10 @@ class Membership:
     def evict(self) -> None:
         self._transport.evict()
 
+    def ban(self, sanction: Sanction, words: str) -> None:
+        """Close the connection, because the client is banned; the words are for the client."""
+        self._transport.ban(words)
+
 
 class _Gone:
     """The transport of a client that has disconnected: it takes every call and does nothing."""
@@ -163,6 +175,9 @@ class _Gone:
         """Do nothing."""
 
     stop_reading = read_on = read_frames = renewed = evict
+
+    def ban(self, reason: str) -> None:
+        """Do nothing."""
 
     def fail(self, code: CloseCode, reason: str) -> None:
         """Do nothing."""

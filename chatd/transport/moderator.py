@@ -92,12 +92,12 @@ class Moderator:
         return HttpError(HTTPStatus.FORBIDDEN, sanction_words(sanction), Code.FORBIDDEN, headers)
 
     def _enforce(self, sanction: Sanction) -> None:
-        """Close the connections that a new ban meets."""
+        """Remove the clients that a new ban meets."""
         if sanction.kind is not SanctionKind.BAN:
             return
         alone = Sanctions()
         alone.add(sanction)
         for client in [*self._clients]:
-            member = client.member
-            if member.joined and alone.find(sanction.kind, member.room_name, member.visitor, self._now()):
-                client.ban(sanction_words(sanction))
+            for member in client.member.memberships():
+                if alone.find(sanction.kind, member.room_name, member.visitor, self._now()):
+                    member.ban(sanction, sanction_words(sanction))

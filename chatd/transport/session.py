@@ -12,9 +12,9 @@ the transport.
 from collections.abc import Iterator
 from enum import Flag, auto
 from math import ceil
-from typing import Final, Protocol, TypeVar, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 
-from twisted.internet.defer import maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from typing_extensions import override
@@ -31,9 +31,9 @@ from chatd.room.log import (
     UnknownId,
 )
 from chatd.room.moderation import Sanction, SanctionKind
-from chatd.room.registry import Registry
-from chatd.room.room import Room
-from chatd.transport.admission import HttpError
+from chatd.room.registry import JoinTicket, Registry
+from chatd.room.room import Member, Room
+from chatd.transport.admission import HttpError, JoinRequest, Rate
 from chatd.transport.connections import WEBSOCKET
 from chatd.transport.frames import FrameError, ack_frame, error_frame, history_frame, token_frame
 from chatd.transport.framing import CloseCode
@@ -61,6 +61,9 @@ REFUSALS: Final[dict[type[Exception], tuple[Code, str]]] = {
 
 NEW_ROOMS_EXCEEDED: Final = "Too many new rooms"
 """The error sent to a poster whose address has created too many rooms; Code.RATE_LIMITED."""
+
+Request = Post | PageRequest | Renewal | Typing
+"""A valid frame of a client."""
 
 _logger = Logger()
 _T = TypeVar("_T")
@@ -116,6 +119,27 @@ class SessionTransport(MemberTransport, Protocol):
         """Take note that the session has a new identity."""
 
 
+class Addressee(Protocol):
+    """The place of a client in one room, to which its frames for that room and their answers belong."""
+
+    room: Room | None
+    """The room, as long as the client is in it."""
+    name: str | None
+    """The username by which others know the client there."""
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame that is not an entry."""
+
+    def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
+        """Learn the outcome of a post (chatd.room.log.Poster)."""
+
+    def refused(self, post: Post, error: Refusal) -> None:
+        """Learn the outcome of a post (chatd.room.log.Poster)."""
+
+    def ban(self, sanction: Sanction, words: str) -> None:
+        """Close the connection or leave the room, because the client is banned."""
+
+
 def _is_text(text: bytes) -> bool:
     """Check that the payload of a refused frame is at least UTF-8."""
     try:
@@ -146,44 +170,63 @@ class Session(Membership):
         self._quiet_until = 0.0
         """The time before which no further line is logged about refused frames."""
 
+    def open(self, request: JoinRequest) -> "Deferred[JoinTicket]":
+        """Find the room of a client that connects, as Registry.open does."""
+        return self._rooms.open(request.room, request.last)
+
+    def begin(self, request: JoinRequest, ticket: JoinTicket) -> bytes:
+        """Join the room, and return the history frame that must be sent first."""
+        self.events = request.events
+        self.name = request.username
+        self.identity = request.identity
+        return self.join(ticket)
+
     @property
     @override
     def awaits_log(self) -> bool:
-        return self.room is not None and (self._in_flight > 0 or Pause.FETCHING in self._pauses)
+        return self.joined and (self._in_flight > 0 or Pause.FETCHING in self._pauses)
 
     @override
     def has_pending(self, head: int) -> bool:
         room = self.room
         if room is None:
             return False
-        if super().has_pending(head) or Pause.FETCHING in self._pauses or room.owes(self):
+        return super().has_pending(head) or room.owes(self) or self._has_unanswered()
+
+    def _has_unanswered(self) -> bool:
+        """Return whether frames of the client that have arrived wait for their answers."""
+        if Pause.FETCHING in self._pauses:
             return True
         return self.must_wait() and any(True for _ in self._transport.unread_texts())
 
     @override
     def leave(self) -> None:
         """Leave the room; posts that have arrived and wait are still appended to the log, within the rate."""
-        room = self.room
-        if room is None:
-            return
+        if self.joined:
+            self._append_unread()
+            super().leave()
+
+    def _append_unread(self) -> None:
+        """Append the posts that have arrived and wait, within the rate."""
         for text in self._transport.unread_texts():
             if self._intake.rate is not None and self._intake.rate.take(self):
                 break
             try:
-                frame = self._intake.vocabulary.parse(text)
+                member, frame = self._read(text)
             except FrameError:
                 if _is_text(text):
                     continue
                 break
+            room = member.room
             if (
                 isinstance(frame, Post)
+                and room is not None
                 and refusal(self.identity, room.name, frame.username) is None
-                and self._sanction(frame.username) is None
+                and self._sanction(room, frame.username) is None
             ):
                 if self._room_wait(room):
                     break
-                self._append(room, frame)
-        super().leave()
+                self._append(member, room, frame)
 
     # Reading
 
@@ -241,100 +284,112 @@ class Session(Membership):
 
     def received(self, text: bytes) -> None:
         """Handle the text of a frame."""
-        room = self.room
-        if room is None:  # the connection is closing
+        if not self.joined:  # the connection is closing
             return
-        intake = self._intake
-        rate = intake.rate
-        wait = 0.0 if rate is None else rate.take(self)
+        rate = self._intake.rate
         try:
-            parse = intake.vocabulary.parse  # a local: Python 3.11 calls a function in an attribute slowly
-            frame = parse(text)
+            member, frame = self._read(text)
         except FrameError as error:
+            wait = 0.0 if rate is None else rate.take(self)
             if not _is_text(text):
                 self._transport.fail(CloseCode.INVALID_DATA, "a text frame is not UTF-8")
             elif wait:
-                self._limit(wait, error.label)
+                self._limit(self._addressee(error), wait, error.label)
             else:
                 self._refuse(error)
             return
+        wait = 0.0 if rate is None else self._charge(rate, frame)
         if wait:
             if isinstance(frame, Typing):
                 self._throttle(wait)
             else:
-                self._limit(wait, frame.label)
+                self._limit(member, wait, frame.label)
             return
         self._refusals = 0
-        self._handle(room, frame)
+        self._handle(member, frame)
 
-    def _handle(self, room: Room, frame: Post | PageRequest | Renewal | Typing) -> None:
+    def _read(self, text: bytes) -> tuple[Addressee, Any]:
+        """Parse the text of a frame, and find its room; raises FrameError as frames.parse does."""
+        parse = self._intake.vocabulary.parse  # a local: Python 3.11 calls a function in an attribute slowly
+        return self, parse(text)
+
+    def _addressee(self, error: FrameError) -> Addressee:
+        """Return the receiver of the error for a frame that breaks its schema."""
+        return self
+
+    def _charge(self, rate: Rate, frame: Any) -> float:
+        """Take a token for a frame; return as Rate.take does."""
+        return rate.take(self)
+
+    def _handle(self, member: Addressee, frame: Any) -> None:
         """Handle a frame that the rate allows."""
-        if isinstance(frame, PageRequest):
-            self._page(room, frame)
-        elif isinstance(frame, Renewal):
+        room = cast(Room, member.room)
+        if isinstance(frame, Renewal):
             self._renew(frame)
-        elif sanction := self._sanction(frame.username):
-            self._obey(sanction, frame)
-        elif not self._may_post(room, frame):
+        elif isinstance(frame, PageRequest):
+            self._page(member, room, frame)
+        elif sanction := self._sanction(room, frame.username):
+            self._obey(member, sanction, frame)
+        elif not self._may_post(member, room, frame):
             return
         elif isinstance(frame, Post):
-            self._post(room, frame)
+            self._post(member, room, frame)
         else:
             room.presence.typing(frame.username)
 
-    def _may_post(self, room: Room, frame: Post | Typing) -> bool:
+    def _may_post(self, member: Addressee, room: Room, frame: Post | Typing) -> bool:
         """Return whether the client may post under a name; answer with an error if it may not."""
         if self.identity is ANYONE:
             return True
         reason = refusal(self.identity, room.name, frame.username)
         if reason is not None:
-            self._err(reason, Code.FORBIDDEN, frame.label if isinstance(frame, Post) else None)
+            self._err(member, reason, Code.FORBIDDEN, frame.label if isinstance(frame, Post) else None)
         return reason is None
 
-    def _post(self, room: Room, post: Post) -> None:
+    def _post(self, member: Addressee, room: Room, post: Post) -> None:
         wait = self._room_wait(room)
         if wait:
-            self._err(NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, post.label, ceil(wait * 1000) / 1000)
+            self._err(member, NEW_ROOMS_EXCEEDED, Code.RATE_LIMITED, post.label, ceil(wait * 1000) / 1000)
             return
         if not post.removed:
-            self._rename(room, post.username)
-        self._append(room, post)
+            self._rename(member, room, post.username)
+        self._append(member, room, post)
 
     def _room_wait(self, room: Room) -> float:
         """Return 0.0, or the seconds until the client may post the first message of its room."""
         return 0.0 if room.head else self._intake.limits.room_wait(self.place)
 
-    def _sanction(self, username: str) -> Sanction | None:
-        """Return the sanction that forbids the client to post under a name."""
+    def _sanction(self, room: Room, username: str) -> Sanction | None:
+        """Return the sanction that forbids the client to post in a room under a name."""
         moderator = self._intake.moderator
         if not moderator.active:  # nearly always
             return None
-        return moderator.find(self.room_name, self.visitor._replace(username=username or self.identity.username))
+        return moderator.find(room.name, self.visitor._replace(username=username or self.identity.username))
 
-    def _obey(self, sanction: Sanction, frame: Post | Typing) -> None:
-        """Refuse a post of a sanctioned client, hide that it types, and close the connection of a banned one."""
+    def _obey(self, member: Addressee, sanction: Sanction, frame: Post | Typing) -> None:
+        """Refuse a post of a sanctioned client, hide that it types, and remove a banned one."""
         moderator, words = self._intake.moderator, sanction_words(sanction)
         if isinstance(frame, Post):
             moderator.refusals[sanction.kind] += 1
-            self._err(words, Code.FORBIDDEN, frame.label, moderator.retry_after(sanction))
+            self._err(member, words, Code.FORBIDDEN, frame.label, moderator.retry_after(sanction))
         if sanction.kind is SanctionKind.BAN:
-            self._transport.fail(CloseCode.POLICY_VIOLATION, words)
+            member.ban(sanction, words)
 
-    def _rename(self, room: Room, username: str | None) -> None:
-        if username != self.name:
-            self.name = username
+    def _rename(self, member: Addressee, room: Room, username: str | None) -> None:
+        if username != member.name:
+            member.name = username
             room.presence.changed()
 
-    def _append(self, room: Room, post: Post) -> None:
+    def _append(self, member: Addressee, room: Room, post: Post) -> None:
         """Hand a post to the log, with its author."""
         self._in_flight += 1
-        self._rooms.post(room.name, self.identity.sign(post, room.name), self)
+        self._rooms.post(room.name, self.identity.sign(post, room.name), member)
 
     def _renew(self, renewal: Renewal) -> None:
         """Go on with a new token; a token that is refused leaves the old one in force."""
         tokens = self._intake.tokens
         if tokens is None:
-            self._err("This server takes no tokens.", Code.TOKEN_REFUSED, renewal.label)
+            self._err(self, "This server takes no tokens.", Code.TOKEN_REFUSED, renewal.label)
             return
         verifying = maybeDeferred(tokens.verify, renewal.token)
         if not verifying.called:
@@ -344,26 +399,33 @@ class Session(Membership):
         ).addBoth(self._renewal_done)
 
     def _renewed(self, identity: Identity, label: str | None) -> None:
-        room = self.room
-        if room is None:
+        if not self.joined:
             return
         if identity.subject != self.identity.subject:
-            self._err("The token is of another subject.", Code.TOKEN_REFUSED, label)
-        elif not identity.may_read(room.name):
-            self._transport.fail(CloseCode.POLICY_VIOLATION, "the token does not permit reading this room")
-        elif (sanction := self._sanction(identity.username or "")) and sanction.kind is SanctionKind.BAN:
-            self._transport.fail(CloseCode.POLICY_VIOLATION, sanction_words(sanction))
-        else:
+            self._err(self, "The token is of another subject.", Code.TOKEN_REFUSED, label)
+        elif self._keep_rooms(identity):
             self.identity = identity
             self._transport.renewed()
-            self._rename(room, identity.username)
             self.send_frame(token_frame(identity.expires or 0.0, label))
+
+    def _keep_rooms(self, identity: Identity) -> bool:
+        """Stay in the rooms that a new token permits; return whether the connection stays open."""
+        room = cast(Room, self.room)
+        if not identity.may_read(room.name):
+            self._transport.fail(CloseCode.POLICY_VIOLATION, "the token does not permit reading this room")
+            return False
+        sanction = self._sanction(room, identity.username or "")
+        if sanction is not None and sanction.kind is SanctionKind.BAN:
+            self._transport.fail(CloseCode.POLICY_VIOLATION, sanction_words(sanction))
+            return False
+        self._rename(self, room, identity.username)
+        return True
 
     def _not_renewed(self, failure: Failure, label: str | None) -> None:
         failure.trap(HttpError)
         error = cast(HttpError, failure.value)
-        if self.room is not None:
-            self._err(f"The token is not accepted: {error}.", error.code, label)
+        if self.joined:
+            self._err(self, f"The token is not accepted: {error}.", error.code, label)
 
     def _renewal_done(self, result: _T) -> _T:
         if Pause.VERIFYING in self._pauses:
@@ -384,18 +446,18 @@ class Session(Membership):
         self._intake.clock.callLater(wait, self._go_on, Pause.THROTTLED)
         self._log_once("#{connection} {peer} in {room} exceeds the rate")
 
-    def _limit(self, wait: float, label: str | None) -> None:
+    def _limit(self, member: Addressee, wait: float, label: str | None) -> None:
         """Refuse a frame above the rate."""
         wait = ceil(wait * 1000) / 1000
         self._throttle(wait)
         if not self._is_last(Code.RATE_LIMITED):
-            self._err("Rate limit exceeded", Code.RATE_LIMITED, label, wait)
+            self._err(member, "Rate limit exceeded", Code.RATE_LIMITED, label, wait)
 
     def _refuse(self, error: FrameError) -> None:
         """Refuse a frame that breaks its schema."""
         self._log_once("#{connection} {peer} in {room} sent an invalid frame")
         if not self._is_last(SCHEMA):
-            self._err(str(error), None, error.label)
+            self._err(self._addressee(error), str(error), None, error.label)
 
     def _is_last(self, reason: str) -> bool:
         """Count one more refused frame in a row; instead of an answer to the last one, close the connection."""
@@ -417,34 +479,41 @@ class Session(Membership):
                 room=self.room_name,
             )
 
-    def _err(self, message: str, code: Code | None, label: str | None, retry_after: float | None = None) -> None:
+    def _err(
+        self, member: Addressee, message: str, code: Code | None, label: str | None, retry_after: float | None = None
+    ) -> None:
         self._intake.refusals[code or SCHEMA] += 1
-        self.send_frame(error_frame(message, code, label, retry_after))
+        member.send_frame(error_frame(message, code, label, retry_after))
 
-    def _page(self, room: Room, request: PageRequest) -> None:
-        reading = self._rooms.page(room.name, request)
-        if not reading.called:
-            self._pause(Pause.FETCHING)
-        answered = reading.addCallbacks(self._paged, self._not_paged, callbackArgs=(request,), errbackArgs=(request,))
-        answered.addBoth(self._page_done)
+    def _page(self, member: Addressee, room: Room, request: PageRequest) -> None:
+        asked = member, request
+        reading = self._fetch(self._rooms.page(room.name, request))
+        reading.addCallbacks(self._paged, self._not_paged, callbackArgs=asked, errbackArgs=asked)
+        reading.addBoth(self._fetched)
 
-    def _paged(self, page: EncodedPage, request: PageRequest) -> None:
-        if self.room is not None:
+    def _paged(self, page: EncodedPage, member: Addressee, request: PageRequest) -> None:
+        if member.room is not None:
             more = page.older if request.after is None else page.newer
-            self.send_frame(history_frame(self._rooms.epoch, page.end, page.frames, more=more, label=request.label))
+            member.send_frame(history_frame(self._rooms.epoch, page.end, page.frames, more=more, label=request.label))
 
-    def _not_paged(self, failure: Failure, request: PageRequest) -> None:
+    def _not_paged(self, failure: Failure, member: Addressee, request: PageRequest) -> None:
         failure.trap(UnknownId, LogUnavailable)
-        if self.room is None:
+        if member.room is None:
             return
         if failure.check(UnknownId):
             code, words = REFUSALS[UnknownId]
-            self._err(words, code, request.label)
+            self._err(member, words, code, request.label)
             return
         _logger.error("the log cannot be read: {error}", error=failure.value)
-        self._err("The log cannot be read now; try again.", Code.UNAVAILABLE, request.label)
+        self._err(member, "The log cannot be read now; try again.", Code.UNAVAILABLE, request.label)
 
-    def _page_done(self, result: _T) -> _T:
+    def _fetch(self, reading: "Deferred[_T]") -> "Deferred[_T]":
+        """Handle no further frame until a read of the log is done."""
+        if not reading.called:
+            self._pause(Pause.FETCHING)
+        return reading
+
+    def _fetched(self, result: _T) -> _T:
         if Pause.FETCHING in self._pauses:
             self._go_on(Pause.FETCHING)
         return result
@@ -452,27 +521,36 @@ class Session(Membership):
     # chatd.room.log.Poster
 
     def posted(self, post: Post, number: int, *, duplicate: bool = False) -> None:
+        self.stored(self, post, number, duplicate=duplicate)
+
+    def refused(self, post: Post, error: Refusal) -> None:
+        self.not_stored(self, post, error)
+
+    # The outcomes of posts
+
+    def stored(self, member: Addressee, post: Post, number: int, *, duplicate: bool) -> None:
         """Acknowledge a post with a label, after the message itself."""
         self._in_flight -= 1
         if number == 1 and not duplicate:
             self._intake.limits.room_created(self.place)
-        room = self.room
+        room = member.room
         if post.label is None or room is None:
             return
         ack = ack_frame(Id(self._rooms.epoch, number), post.label, duplicate=duplicate)
         if duplicate:
-            self.send_frame(ack)
+            member.send_frame(ack)
             return
-        room.acknowledge(self, number, ack)
+        room.acknowledge(cast(Member, member), number, ack)
         if not self.ready:
             self.block()
 
-    def refused(self, post: Post, error: Refusal) -> None:
+    def not_stored(self, member: Addressee, post: Post, error: Refusal) -> None:
+        """Answer a post that the log refused."""
         self._in_flight -= 1
-        if self.room is None:
+        if member.room is None:
             return
         if isinstance(error, LogUnavailable):
-            self._err(IN_DOUBT if isinstance(error, InDoubt) else NOT_STORED, Code.UNAVAILABLE, post.label)
+            self._err(member, IN_DOUBT if isinstance(error, InDoubt) else NOT_STORED, Code.UNAVAILABLE, post.label)
         else:
             code, words = REFUSALS[type(error)]
-            self._err(words, code, post.label)
+            self._err(member, words, code, post.label)

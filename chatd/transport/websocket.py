@@ -205,7 +205,7 @@ class WebSocketConnection(AutobahnConnection):
     def _open(self, request: JoinRequest, answer: bytes) -> "Deferred[bytes]":
         """Find the room; the result is the answer to the handshake, or HttpError."""
         self._check_sanctions(request)
-        opening = self.factory.rooms.open(request.room, request.last)
+        opening = self.session.open(request)
         if not opening.called:
             self._wait_for(opening)
         return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
@@ -246,13 +246,10 @@ class WebSocketConnection(AutobahnConnection):
         """Join, and send the answer to the handshake with the history, all in one reactor turn."""
         request, ticket = self.admitted
         del self.admitted
-        session = self.session
-        session.events = request.events
-        session.name = request.username
-        session.identity = request.identity
+        history = self.session.begin(request, ticket)
         self.factory.connections.add(self)
         self.transport.registerProducer(self, self._socket is None)
-        self.send_frame(answer + session.join(ticket))
+        self.send_frame(answer + history)
         _logger.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=request.room)
 
     # Reading
@@ -313,7 +310,7 @@ class WebSocketConnection(AutobahnConnection):
         """IPullProducer: the transport is empty."""
         session, connections = self.session, self.factory.connections
         connections.stalls.discard(self)
-        if session.room is None and self.is_closing:  # the close frame is sent by now
+        if not session.joined and self.is_closing:  # the close frame is sent by now
             connections.closings.add(self)
         session.resume()
 

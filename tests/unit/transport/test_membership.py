@@ -37,6 +37,9 @@ class Transport:
     def evict(self):
         self.journal.append("evict")
 
+    def ban(self, reason):
+        self.journal.append(("ban", reason))
+
 
 @pytest.fixture
 def rooms():

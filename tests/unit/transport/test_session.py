@@ -20,6 +20,7 @@ from chatd.room.presence import EVENTS, ROUND_SECONDS
 from chatd.room.registry import Registry
 from chatd.transport import frames
 from chatd.transport.admission import Rate
+from chatd.transport.framing import CloseCode
 from chatd.transport.intake import Intake
 from chatd.transport.membership import GONE
 from chatd.transport.session import LOG_SECONDS, MAX_REFUSALS, Session
@@ -74,6 +75,9 @@ class SessionClient:
     def fail(self, code, reason):
         self.ended = code, reason
         self.session.leave()
+
+    def ban(self, reason):
+        self.fail(CloseCode.POLICY_VIOLATION, reason)
 
     def renewed(self):
         self.renewals += 1
