@@ -17,16 +17,24 @@ _ID = re.compile(r"([0-9A-Za-z]{4,16})-(0|[1-9][0-9]{0,15})")
 class Code(StrEnum):
     """The cause of an error, for programs; a frame that breaks its schema has no code."""
 
+    ALREADY_JOINED = "ALREADY_JOINED"
+    """The connection is in this room already."""
+    EVICTED = "EVICTED"
+    """The client reads this room too slowly, and may join it again."""
     FORBIDDEN = "FORBIDDEN"
     """The token of the client does not permit this."""
     LABEL_REUSED = "LABEL_REUSED"
     """The label belongs to another message."""
+    NOT_JOINED = "NOT_JOINED"
+    """The connection is not in this room."""
     NOT_REPLACEABLE = "NOT_REPLACEABLE"
     """The message to replace is an edit itself, or was removed."""
     RATE_LIMITED = "RATE_LIMITED"
     """The client sends too many frames and may send this one again later."""
     TOKEN_REFUSED = "TOKEN_REFUSED"  # noqa: S105 -- not a password
     """A token is needed, and there is none or it is not valid."""
+    TOO_MANY_ROOMS = "TOO_MANY_ROOMS"
+    """The connection is in as many rooms as it may."""
     UNAVAILABLE = "UNAVAILABLE"
     """The log can neither store nor return entries now; the client may retry."""
     UNKNOWN_ID = "UNKNOWN_ID"
@@ -89,6 +97,23 @@ class Renewal(NamedTuple):
     """A request to go on with a new token."""
 
     token: str
+    label: str | None
+
+
+class Join(NamedTuple):
+    """A request to join a room, on a connection that may be in many."""
+
+    last: Id | None
+    """The id of the last message that the client has."""
+    events: frozenset[str]
+    """The events that it wants besides messages."""
+    username: str | None
+    label: str | None
+
+
+class Leave(NamedTuple):
+    """A request to leave a room, on a connection that may be in many."""
+
     label: str | None
 
 

@@ -4,7 +4,7 @@ Rooms keep frames and never look inside them.  The functions that make the frame
 knows neither JSON nor WebSocket.  `chatd.transport.frames` is the implementation.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from chatd.messages import Entry
@@ -27,6 +27,9 @@ class Encoder(Protocol):
         `messages` are frames of message_frame, oldest first, and `number` is the number of the last one.  `more` means
         that the log holds older entries.  `resumed` answers a client that named its last message.
         """
+
+    def addressed(self, room: str) -> Callable[[bytes], bytes]:
+        """Return the form for connections in many rooms: it adds the name of this room to a frame."""
 
     def presence_frame(self, count: int, **names: Sequence[str]) -> bytes:
         """Encode the number of members, with all `users`, or with those that `join` and `leave`."""

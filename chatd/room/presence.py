@@ -40,8 +40,10 @@ class Watcher(Protocol):
     """The notices that it asked for, a part of EVENTS."""
     name: str | None
     """The username by which others know it."""
-    ready: bool
-    """True while its transport takes more."""
+
+    @property
+    def takes_events(self) -> bool:
+        """True while its transport takes more, and nothing that was sent before waits."""
 
     def send_frame(self, frame: bytes) -> None:
         """Send one frame that is not an entry."""
@@ -241,11 +243,11 @@ class Presence:
                 continue
             if PRESENCE in watcher.events:
                 frame = self._delta if informed else self._snapshot
-                if watcher.ready and frame:
+                if frame and watcher.takes_events:
                     watcher.send_frame(frame)
                     self._watchers[watcher] = True
                 elif frame:
                     self._watchers[watcher] = False
                     self._changed = True  # until the watcher is ready
-            if self._typed and TYPING in watcher.events and watcher.ready:
+            if self._typed and TYPING in watcher.events and watcher.takes_events:
                 watcher.send_frame(self._typed)

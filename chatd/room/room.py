@@ -30,6 +30,7 @@ edits too: nothing here holds the old text any longer.
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from typing import Final, Protocol
@@ -52,6 +53,8 @@ MAX_LAG: Final = 10_000
 """The number of entries that a member may be behind and still catch up from the log."""
 LEFT: Final = sys.maxsize
 """The cursor of a member that has left."""
+LATER: Final = -1
+"""The result of Member.write when another member of the same transport is to write first."""
 
 _logger = Logger()
 
@@ -72,14 +75,24 @@ class Member(Protocol):
     def form(self) -> Callable[[bytes], bytes] | None:
         """The function from a frame to the bytes that its transport sends; None for the frame itself."""
 
+    @property
+    def takes_events(self) -> bool:
+        """True while its transport takes more, and nothing that was sent before waits."""
+
     def write(self, data: bytes) -> int:
-        """Hand bytes to the transport and return the number of bytes it took."""
+        """Hand bytes to the transport and return the number of bytes it took, or LATER.
+
+        After LATER the member is not ready, and calls Room.resume in its turn.
+        """
 
     def hold(self, rest: bytes) -> None:
         """Keep the rest of a frame that write() cut, and be ready again when it is sent."""
 
     def send_frame(self, frame: bytes) -> None:
         """Send one frame that is not an entry, or several acknowledgements, after all that was handed to it."""
+
+    def start_over(self, history: bytes) -> None:
+        """Send the history frame of a room that has restarted, or leave the room."""
 
     def evict(self) -> None:
         """Close it and leave the room: it is too slow, and gets what it lacks by reconnecting."""
@@ -108,6 +121,7 @@ class Room:
         self._message_frame = encoder.message_frame
         self._entry_of = encoder.entry_of
         self._history_frame = encoder.history_frame
+        self._addressed = encoder.addressed
         self._clock = clock
         self._history = history
         self.presence = Presence(self.members, encoder, clock, report)
@@ -151,6 +165,11 @@ class Room:
     def _encode(self, entries: Sequence[Entry]) -> list[bytes]:
         encode, epoch = self._message_frame, self.epoch
         return [encode(epoch, entry) for entry in entries]
+
+    @cached_property
+    def addressed(self) -> Callable[[bytes], bytes]:
+        """The form that names this room in each frame; one object, so that members with this form share runs."""
+        return self._addressed(self.name)
 
     # Measures
 
@@ -204,11 +223,13 @@ class Room:
             self._histories.clear()
         self.presence.left(member)
 
-    def resume(self, member: Member) -> None:
-        """Serve a member whose transport takes more again."""
+    def resume(self, member: Member) -> bool:
+        """Serve a member whose transport takes more again; return whether there is anything to send to it."""
         if member.cursor < self.head or member in self._acks:
             self._unfinished[member] = None
             self._schedule()
+            return True
+        return False
 
     # Reading
 
@@ -321,7 +342,7 @@ class Room:
         for member in self.members:
             member.cursor = head
         for member in [*self.members]:
-            member.send_frame(frame)
+            member.start_over(frame)
         self._schedule()
 
     # Serving
@@ -376,7 +397,7 @@ class Room:
                 member.cursor = end
                 if end < target:
                     self._unfinished[member] = None
-            else:
+            elif taken != LATER:
                 member.cursor, rest = run.cut(taken)  # the transport took whole frames, and one in part
                 member.hold(rest)
 

@@ -38,6 +38,9 @@ MAX_HOSTS: Final = 8
 ROUNDING: Final = 1e-6
 """The seconds that sums of fractions may lose."""
 
+SHARED_PATH: Final = "/connect"
+"""The path of connections that may be in many rooms."""
+
 _PATH = re.compile(r"/rooms/([a-z0-9][a-z0-9_-]{0,63})")
 _ROOMS = re.compile(r"[a-z0-9_*?-]+")
 _PAGE = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\[\]:/]+)(?::([0-9]+))?")
@@ -73,6 +76,7 @@ class JoinRequest(NamedTuple):
     """The request of a client that connects, validated."""
 
     room: str
+    """The name of the room; "" on a connection that may be in many."""
     last: Id | None
     """The id of the last message that the client has."""
     events: frozenset[str]

@@ -15,14 +15,16 @@ This module is pure: bytes in, values out.
 import datetime as dt
 import importlib.resources
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NoReturn
 
 import orjson
 
-from chatd.messages import REMOVED, Code, Entry, Id, PageRequest, Post, Renewal, Typing
+from chatd.messages import REMOVED, Code, Entry, Id, Join, Leave, PageRequest, Post, Renewal, Typing
+from chatd.room.moderation import is_room
+from chatd.room.presence import PRESENCE, TYPING
 from chatd.transport.explainer import Part
-from chatd.transport.framing import payload, text_frame
+from chatd.transport.framing import payload, server_frame_at, text_frame
 
 _NOT_JSON: Final = "Invalid JSON format."
 _HINTS: Final = {_NOT_JSON: 'Send a JSON object such as {"username":"ann","message":"hi"}'}
@@ -44,6 +46,9 @@ class FrameError(ValueError):
 
     `label` is the frame's, if it has a good one, so that the client knows which was meant.
     """
+
+    room: str | None = None
+    """The room of the frame, on a connection that may be in many, if the frame names one."""
 
     def __init__(self, message: str, label: str | None = None) -> None:
         super().__init__(message)
@@ -411,3 +416,101 @@ def event(frame: bytes) -> bytes:
     match = _TYPE_AND_ID.match(text)
     kind, number = match.groups() if match else (b"message", None)
     return b"event: %b\n%bdata: %b\n\n" % (kind, b"id: %b\n" % number if number else b"", text)
+
+
+# Frames of connections that may be in many rooms
+
+
+JOIN: Final = Form.load("join")
+LEAVE: Final = Form.load("leave")
+ADDRESSED: Final = sorted({*FORMS, "join", "leave"})
+"""The types of frames on a connection that may be in many rooms."""
+_EVENTS: Final = {
+    events: events
+    for events in map(frozenset, ((), (PRESENCE,), (TYPING,), (PRESENCE, TYPING)))  # each set once
+}
+
+
+def parse_addressed(text: bytes, parse: Callable[[bytes], Frame]) -> tuple[str | None, Join | Leave | Frame]:
+    """Parse the text of a frame on a connection that may be in many rooms; return its room too.
+
+    `parse` is that of a Vocabulary, for the frames that other connections have too.  A frame without a room, which only
+    a new token may be, has the room None.  Raises FrameError as `parse` does.
+    """
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise FrameError(_NOT_JSON) from None
+    kind = document.get("type") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or kind == "token":
+        return None, parse(text)
+    if "type" in document and (not isinstance(kind, str) or kind not in ADDRESSED):
+        raise FrameError(f'Validation error: "type" must be one of [{", ".join(ADDRESSED)}]', _label(document))
+    room = document.get("room")
+    if not isinstance(room, str) or not is_room(room):
+        error = SchemaError(LEAVE, {"type": "leave", **({"room": room} if "room" in document else {})})
+        error.label = _label(document)
+        raise error
+    try:
+        return room, _parse_for_room(document, parse)
+    except FrameError as error:
+        error.room = room
+        raise
+
+
+def _parse_for_room(document: dict[str, Any], parse: Callable[[bytes], Frame]) -> Join | Leave | Frame:
+    """Read the document of a frame that names a room."""
+    kind = document.get("type")
+    if kind == "join":
+        if not JOIN.accepts(document):
+            _refuse(JOIN, document)
+        last = Id.parse(document["last_event_id"]) if "last_event_id" in document else None
+        events = _EVENTS[frozenset(document.get("events", ()))]
+        return Join(last, events, document.get("username"), document.get("label"))
+    if kind == "leave":
+        if not LEAVE.accepts(document):
+            _refuse(LEAVE, document)
+        return Leave(document.get("label"))
+    del document["room"]
+    return parse(orjson.dumps(document))
+
+
+def left_frame(
+    label: str | None = None, message: str | None = None, code: Code | None = None, retry_after: float | None = None
+) -> bytes:
+    """Encode the frame after which no frame of a room follows; `message` and `code` state why the server ends it."""
+    optional = {"message": message, "code": code, "label": label, "retry_after": retry_after}
+    said = {name: value for name, value in optional.items() if value is not None}
+    return text_frame(orjson.dumps({"type": "left", **said}))
+
+
+def labelled(frame: bytes, label: str | None) -> bytes:
+    """Add the label of a join to the history frame that answers it."""
+    if label is None:
+        return frame
+    text = payload(frame)
+    place = text.index(b'"data":[')
+    return text_frame(b'%b"label":%b,%b' % (text[:place], orjson.dumps(label), text[place:]))
+
+
+def addressed(room: str) -> Callable[[bytes], bytes]:
+    """Return the form for connections in many rooms: it adds the name of this room to a frame, after the type."""
+    named = b',"room":"%b"' % room.encode()
+
+    def form(frame: bytes) -> bytes:
+        text = payload(frame)
+        place = text.index(b'"', _TYPE_BEGINS) + 1
+        return text_frame(text[:place] + named + text[place:])
+
+    return form
+
+
+_TYPE_BEGINS: Final = len('{"type":"')
+
+
+def each_frame(frames: bytes) -> Iterator[bytes]:
+    """Iterate over whole frames of a server that are joined."""
+    start = 0
+    while found := server_frame_at(frames, start):
+        yield frames[start : found.end]
+        start = found.end

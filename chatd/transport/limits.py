@@ -27,6 +27,10 @@ NEW_ROOMS: Final = 1_000
 """The rooms that one address may create at once, by the first message in each."""
 NEW_ROOMS_PER_SECOND: Final = 1
 """The rooms that one address may create a second after that.  Applications that create rooms have one address."""
+JOINS: Final = 10_000
+"""The rooms that the shared connections of one address may join at once: 20 rooms for each of 500 people."""
+JOINS_PER_SECOND: Final = 200
+"""The rooms that they may join a second after that, which take a twentieth of a core."""
 SPREAD_SECONDS: Final = 10
 """The longest time that is added to the Retry-After of a refused client, at random."""
 RETRY_SECONDS: Final = 2
@@ -44,8 +48,8 @@ PROMPT_LOOKS: Final = 8
 """The prompt looks in a row before that."""
 
 FILES, LAG, CONNECTIONS, HANDSHAKES = "files", "lag", "connections", "handshakes"
-ROOMS, NEW_ROOM = "rooms", "new_rooms"
-LIMITS: Final = FILES, LAG, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM
+ROOMS, NEW_ROOM, JOIN = "rooms", "new_rooms", "joins"
+LIMITS: Final = FILES, LAG, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM, JOIN
 """The limits, as the metrics call them."""
 
 _logger = Logger()
@@ -73,7 +77,7 @@ class _Pace:
 class Place(_Pace):
     """What one address takes of the server; `due` belongs to its handshakes."""
 
-    __slots__ = ("arriving", "connections", "rooms")
+    __slots__ = ("arriving", "connections", "joins", "rooms")
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,10 +87,13 @@ class Place(_Pace):
         """The number of its other connections."""
         self.rooms = _Pace()
         """The state of the limit of its new rooms."""
+        self.joins = _Pace()
+        """The state of the limit of its joins."""
 
     def is_idle(self, now: float) -> bool:
         """Return whether nothing would change if the place was forgotten."""
-        return not (self.arriving or self.connections) and self.due <= now and self.rooms.due <= now
+        due = max(self.due, self.rooms.due, self.joins.due)
+        return not (self.arriving or self.connections) and due <= now
 
 
 class Lateness:
@@ -133,6 +140,7 @@ class Limits:
         self._chance = chance
         self._handshakes = Rate(HANDSHAKES_PER_SECOND, most, clock.seconds)
         self._new_rooms = Rate(NEW_ROOMS_PER_SECOND, NEW_ROOMS, clock.seconds)
+        self._joins = Rate(JOINS_PER_SECOND, JOINS, clock.seconds)
         self._places: dict[str, Place] = {}
         self._forget_above = MAX_ADDRESSES
         self.lateness = Lateness(clock)
@@ -196,8 +204,7 @@ class Limits:
 
     def enter(self, peer: object, forwarded: str | None) -> Place | None:
         """Count a new client, and return its place, which `leave` takes back; raise HttpError above a limit."""
-        if self.lateness.refuses:
-            raise self.refusal(LAG, HTTPStatus.SERVICE_UNAVAILABLE, "the server is busy")
+        self.check_lateness()
         if self.is_full():
             raise self.refusal(FILES, HTTPStatus.SERVICE_UNAVAILABLE, "the server is full")
         place = self.place(peer, forwarded)
@@ -210,6 +217,18 @@ class Limits:
             raise self.refusal(CONNECTIONS, HTTPStatus.TOO_MANY_REQUESTS, "too many connections of this address")
         place.connections += 1
         return place
+
+    def check_lateness(self) -> None:
+        """Raise HttpError 503 while the reactor lags."""
+        if self.lateness.refuses:
+            raise self.refusal(LAG, HTTPStatus.SERVICE_UNAVAILABLE, "the server is busy")
+
+    def join_wait(self, place: Place | None) -> float:
+        """Count a room that a shared connection joins; return 0.0, or the seconds until it may."""
+        wait = 0.0 if place is None else self._joins.take(place.joins)
+        if wait:
+            self.refusals[JOIN] += 1
+        return wait
 
     def keep(self, place: Place | None) -> bool:
         """Count a connection of plain HTTP, and return whether it may stay open after its answer."""

@@ -85,6 +85,10 @@ class Membership:
         """The name of the room, also after leave()."""
 
     @property
+    def takes_events(self) -> bool:
+        return self.ready
+
+    @property
     def visitor(self) -> Visitor:
         """The client as sanctions see it; its name is that of its last post."""
         return Visitor(self.name, self.identity.subject, self.address)
@@ -148,6 +152,8 @@ class Membership:
 
     def send_frame(self, frame: bytes) -> None:
         self._transport.send_frame(frame)
+
+    start_over = send_frame
 
     def evict(self) -> None:
         self._transport.evict()

@@ -31,7 +31,15 @@ from zope.interface import implementer
 from chatd.room.log import LogUnavailable
 from chatd.room.moderation import Visitor
 from chatd.room.registry import JoinTicket, Registry
-from chatd.transport.admission import Admission, HttpError, JoinRequest, read_query, server_stopping
+from chatd.transport.admission import (
+    NO_EVENTS,
+    SHARED_PATH,
+    Admission,
+    HttpError,
+    JoinRequest,
+    read_query,
+    server_stopping,
+)
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
 from chatd.transport.connections import WEBSOCKET, Connections, buffered
 from chatd.transport.framing import EXPIRED, SUBPROTOCOL, CloseCode
@@ -42,6 +50,7 @@ from chatd.transport.identity import Identity
 from chatd.transport.limits import Place
 from chatd.transport.proxied import ProxiedProtocol
 from chatd.transport.session import Session
+from chatd.transport.subscription import SharedSession
 from chatd.transport.tokens import admit
 
 _logger = Logger()
@@ -187,7 +196,10 @@ class WebSocketConnection(AutobahnConnection):
         self.session.place = factory.intake.limits.enter(self.transport.getPeer(), headers.get("x-forwarded-for"))
         upgrade = read_upgrade(head)
         factory.admission.check_origin(upgrade.origin, headers["host"], headers.get("x-forwarded-host"))
-        request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
+        if upgrade.path == SHARED_PATH:
+            request = self._share()
+        else:
+            request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
         self.session.address = factory.intake.moderator.address(
             self.transport.getPeer(), headers.get("x-forwarded-for")
         )
@@ -201,6 +213,13 @@ class WebSocketConnection(AutobahnConnection):
             return self._open(admit(request, identity), answer)
         self._wait_for(identity)
         return identity.addCallback(lambda identity: self._open(admit(request, identity), answer))
+
+    def _share(self) -> JoinRequest:
+        """Let the connection be in many rooms."""
+        place, factory = self.session.place, self.factory
+        self.session = SharedSession(self, factory.rooms, factory.intake, factory.admission)
+        self.session.place = place
+        return JoinRequest("", None, NO_EVENTS, None)
 
     def _open(self, request: JoinRequest, answer: bytes) -> "Deferred[bytes]":
         """Find the room; the result is the answer to the handshake, or HttpError."""
@@ -250,7 +269,8 @@ class WebSocketConnection(AutobahnConnection):
         self.factory.connections.add(self)
         self.transport.registerProducer(self, self._socket is None)
         self.send_frame(answer + history)
-        _logger.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=request.room)
+        room = self.session.room_name
+        _logger.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=room)
 
     # Reading
 

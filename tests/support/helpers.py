@@ -376,6 +376,13 @@ class Reader:
         else:
             self.held += told
 
+    @property
+    def takes_events(self):
+        return self.ready
+
+    def start_over(self, history):
+        self.send_frame(history)
+
     def drain(self, room, space=None):
         """Empty the transport: the rest that it held goes out first."""
         self.writes.append(self.held)

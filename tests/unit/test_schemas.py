@@ -18,14 +18,21 @@ from chatd.transport.frames import FrameError
 
 SCHEMAS = ROOT / "schemas"
 PAGE = ROOT / "docs" / "protocol.md"
-FILES = ["asyncapi.json", "openapi.json", "message.json", "page.json", "typing.json", "token.json", "remove.json"]
-SENT = ["history", "message", "ack", "error", "presence", "typing", "token"]
+FILES = [
+    *("asyncapi.json", "openapi.json", "message.json", "page.json", "typing.json", "token.json", "remove.json"),
+    *("join.json", "leave.json"),
+]
+SENT = ["history", "message", "ack", "error", "presence", "typing", "token", "left"]
+SHARED = {"join", "leave", "left"}
+"""The frames of connections that may be in many rooms only."""
 RECEIVED = {
     "post": "message.json",
     "pageRequest": "page.json",
     "typingNotice": "typing.json",
     "newToken": "token.json",
     "removal": "remove.json",
+    "join": "join.json",
+    "leave": "leave.json",
 }
 
 LABEL, ID = "c81f", Id("k7Q2xe", 2)
@@ -189,10 +196,10 @@ def test_client_frames_have_one_source():
     assert body["content"] == {"application/json": {"schema": {"$ref": "./message.json"}}}
 
 
-@pytest.mark.parametrize("channel", ["main", "room"])
+@pytest.mark.parametrize("channel", ["main", "room", "shared"])
 def test_channels_have_every_message(channel):
     """Each channel has all messages, and each message is sent or received."""
-    messages = [*ASYNCAPI["components"]["messages"]]
+    messages = [name for name in ASYNCAPI["components"]["messages"] if name not in SHARED or channel == "shared"]
     assert [*ASYNCAPI["channels"][channel]["messages"]] == messages
     said = set()
     for operation in ASYNCAPI["operations"].values():
@@ -252,6 +259,9 @@ MADE = [
     frames.presence_frame(2, join=[], leave=["ann"]),
     frames.typing_frame(["ann"]),
     frames.token_frame(1790000000.0, LABEL),
+    *map(frames.addressed("team"), [frames.message_frame("k7Q2xe", ANN), frames.left_frame(LABEL)]),
+    frames.addressed("team")(frames.labelled(frames.history_frame("k7Q2xe", 2, [], resumed=True), LABEL)),
+    frames.addressed("team")(frames.left_frame(None, "No.", Code.FORBIDDEN, 1.5)),
 ]
 
 
@@ -266,18 +276,23 @@ def test_frames_fit_their_schemas(frame):
             node["undocumented"] = 1
             assert frame_faults(kind, document), place
             del node["undocumented"]
-    for name in document.keys() - {
-        "replaces",
-        "replaced",
-        "removed",
-        "more",
-        "resumed",
-        "duplicate",
-        "hint",
-        "label",
-        "code",
-        "retry_after",
-    }:
+    optional = {"room"} if kind != "left" else {"message"}
+    for name in (
+        document.keys()
+        - optional
+        - {
+            "replaces",
+            "replaced",
+            "removed",
+            "more",
+            "resumed",
+            "duplicate",
+            "hint",
+            "label",
+            "code",
+            "retry_after",
+        }
+    ):
         assert frame_faults(kind, {key: value for key, value in document.items() if key != name}), name
 
 
@@ -312,7 +327,7 @@ NO_NAMES = [f"n{number}" for number in range(201)]
         {"type": "error", "message": "No.", "code": "NO"},
         {"type": "error", "message": "No.", "code": None},
         {"type": "error", "message": "No.", "retry_after": 1},
-        {"type": "error", "message": "No.", "code": "UNAVAILABLE", "retry_after": 1},
+        {"type": "error", "message": "No.", "code": "NOT_JOINED", "retry_after": 1},
         {"type": "error", "message": "No.", "code": "RATE_LIMITED", "retry_after": -1},
         {"type": "presence", "data": {"users": ["ann"]}},
         {"type": "presence", "data": {"count": 1, "users": ["ann", "ann"]}},

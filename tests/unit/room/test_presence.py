@@ -27,6 +27,10 @@ class Watcher:
         self.clock, self.seconds = clock, seconds
         self.times = []
 
+    @property
+    def takes_events(self):
+        return self.ready
+
     def send_frame(self, frame):
         assert self.ready
         self.frames.append(frame)
