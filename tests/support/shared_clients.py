@@ -10,10 +10,14 @@ from twisted.python.failure import Failure
 
 
 class SharedClient:
-    """A client of a House on `/connect`, whose socket the test fills and drains."""
+    """A client of a House on `/connect`, whose socket the test fills and drains.
 
-    def __init__(self, house, *headers, target="/connect"):
+    `settle` runs after all that it sends; by default nothing is due then.
+    """
+
+    def __init__(self, house, *headers, target="/connect", settle=None):
         self.house = house
+        self._settle = settle or house.turn
         self.transport = Tcp()
         self.transport.connection = self
         self.protocol = house.factory.buildProtocol(None)
@@ -41,7 +45,7 @@ class SharedClient:
 
     def send(self, data):
         self.protocol.dataReceived(data)
-        self.house.turn()
+        self._settle()
 
     def say(self, *documents, **document):
         """Send frames, all in one piece."""
@@ -75,7 +79,7 @@ class SharedClient:
         self.transport.socket.sent += self.transport.buffered()
         self.socket.space = space
         self.transport.producer.resumeProducing()
-        self.house.turn()
+        self._settle()
 
     def lose(self):
         self.protocol.connectionLost(Failure(ConnectionDone()))
