@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from twisted.internet.abstract import isIPAddress, isIPv6Address
@@ -22,6 +22,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime, IStreamClien
 from twisted.internet.ssl import optionsForClientTLS
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from typing_extensions import override
 
 from chatd.client.connection import CONNECT_SECONDS, ClientConnection, ClientFactory
 from chatd.client.protocol import (
@@ -142,54 +143,32 @@ class Listener:
         """
 
 
-class Client:
-    """A member of one room, over as many connections as needed; it connects when `start` is called.
+class Timers:
+    """The timers of an object, one for each of its methods that are called later."""
 
-    `address` is a URL, or parsed; the constructor raises ValueError for a URL that ServerAddress.parse rejects.
-    `last` is the last id of an earlier client, after which this one continues.
-    `window` is the largest number of requests in flight; with 1 posts keep their order.
-    `token` goes to a server that asks for one: a text, or a function that returns a valid one.  The client calls the
-    function, which must not block, for each connection and before the token expires.
-    `backoff` chooses the pauses between attempts to connect.
-    `endpoint` connects elsewhere than to the host of the address, or is shared by many clients.
-    `decode` parses frames; many clients in one process may share one that caches results.
-    """
-
-    def __init__(
-        self,
-        reactor: IReactorTime,
-        address: ServerAddress | str,
-        listener: Listener,
-        *,
-        last: Id | None = None,
-        window: int = WINDOW,
-        token: str | Callable[[], str] | None = None,
-        backoff: Backoff | None = None,
-        endpoint: IStreamClientEndpoint | None = None,
-        decode: Callable[[bytes], Frame] = parse_frame,
-    ) -> None:
-        self.address = ServerAddress.parse(address) if isinstance(address, str) else address
-        self._decode = decode
+    def __init__(self, reactor: IReactorTime) -> None:
         self._reactor = reactor
-        self._listener = listener
+        self._timers: dict[Callable[[], None], IDelayedCall] = {}
+
+    def _schedule(self, call: Callable[[], None], seconds: float | None) -> None:
+        """Replace the timer of a call: it fires in `seconds`, and None cancels it."""
+        timer = self._timers.pop(call, None)
+        if timer is not None and timer.active():
+            timer.cancel()
+        if seconds is not None:
+            self._timers[call] = self._reactor.callLater(seconds, call)
+
+
+class RoomClient(Timers):
+    """One room as a client reads it: the position, the listener and the pending requests."""
+
+    def __init__(self, reactor: IReactorTime, listener: Listener, last: Id | None, window: int) -> None:
+        super().__init__(reactor)
+        self.listener = listener
         self._cursor = Cursor(last)
         self._requests = PendingRequests(window)
-        self._token = token
-        self._bearer: str | None = None
-        """The newest token."""
-        self._unauthorized = False
-        """True if the server refused the newest token, before any history."""
-        self._backoff = backoff or Backoff()
-        self._endpoint = endpoint or self.address.endpoint(reactor)
-        self._factory = ClientFactory(self, str(self.address), reactor)
-        self._attempt: Deferred[Any] | None = None
-        self._connection: ClientConnection | None = None
-        self._timers: dict[Callable[[], None], IDelayedCall] = {}
-        self._closed: Deferred[None] = Deferred()
         self._end: Exception | None = None
-        """The reason for which the client does not reconnect."""
-        self.server: str | None = None
-        """The name and version of the last server, such as `chatd/1.0.0`; None before the first connection."""
+        """The reason for which the client has given up the room."""
 
     @property
     def last(self) -> Id | None:
@@ -197,15 +176,6 @@ class Client:
         return self._cursor.last
 
     # For its user
-
-    def start(self) -> None:
-        """Connect."""
-        self._cursor.connect()
-        if not self._take_token():
-            self._reconnect("there is no token", None)
-            return
-        self._attempt = self._endpoint.connect(self._factory)
-        self._attempt.addErrback(self._connect_failed)
 
     def post(self, username: str, message: str, extra: Mapping[str, Any] | None = None) -> "Deferred[Posted]":
         """Post a message, however many connections that takes; the Deferred fires when it is stored.
@@ -225,6 +195,133 @@ class Client:
         asked = {name: str(place) for name, place in (("before", before), ("after", after)) if place is not None}
         return self._request({"type": "history", **asked, "limit": limit})
 
+    def _request(self, document: dict[str, Any]) -> "Deferred[Any]":
+        if self._end is not None:
+            return fail(self._end)
+        answer = self._requests.add(document)
+        self._send()
+        return answer
+
+    # For its connection
+
+    def disconnected(self) -> None:
+        """Send nothing until the room is joined on another connection."""
+        self._cursor.connect()
+        self._schedule(self._send, None)
+
+    def finish(self, error: Exception) -> None:
+        """Give up the room: no request will be answered."""
+        self._end = self._end or error
+        self._requests.fail(error)
+
+    def reject(self, error: Rejected) -> None:
+        """Give up the room, because the server refused the client."""
+        try:
+            self.listener.on_reject(error)  # first: it names the cause of the failures that follow
+        finally:
+            self.finish(error)
+
+    @property
+    def can_send(self) -> bool:
+        """True while a connection takes frames."""
+        raise NotImplementedError
+
+    def transmit(self, text: bytes) -> None:
+        """Send a text frame."""
+        raise NotImplementedError
+
+    def _greeted(self) -> None:
+        """React to the first history of a connection."""
+
+    def _handle(self, frame: Frame) -> None:
+        if isinstance(frame, Message):
+            last = self.last
+            self._cursor.message(frame)
+            self._deliver(last, self.listener.on_entries, frame.epoch, (frame.entry,))
+        elif isinstance(frame, Ack) or (isinstance(frame, History) and frame.label is not None):
+            self._requests.answer(frame)
+            self._send()
+        elif isinstance(frame, History):
+            self._handle_history(frame)
+        elif isinstance(frame, Event):
+            self.listener.on_event(frame)
+        elif isinstance(frame, Error) and self._requests.refuse(frame, self._reactor.seconds()):
+            self._send()
+        else:
+            raise ProtocolError(f"an error answers no request: {getattr(frame, 'message', frame)}")
+
+    def _handle_history(self, frame: History) -> None:
+        new_log, last = self._cursor.greeted, self.last
+        if self._cursor.history(frame):
+            self._deliver(last, self.listener.on_history, frame)
+        elif frame.entries:
+            self._deliver(last, self.listener.on_entries, frame.end.epoch, frame.entries)
+        if new_log:
+            self._requests.repeat()
+            self._send()
+            return
+        self._greeted()
+        self._requests.connect()
+        self._send()
+        self.listener.on_connect()
+
+    def _deliver(self, last: Id | None, callback: Callable[..., None], *received: Any) -> None:
+        """Call the listener with what follows `last`; if it raises, the next connection begins there again."""
+        try:
+            callback(*received)
+        except Exception:
+            self._cursor.last = last
+            raise
+
+    def _send(self) -> None:
+        """Send the requests that may be sent now, and schedule the next attempt."""
+        if not self._cursor.greeted or not self.can_send:
+            return  # the next connection sends them
+        now = self._reactor.seconds()
+        for text in self._requests.send(now):
+            self.transmit(text)
+        self._schedule(self._send, self._requests.wait(now))
+
+
+class Connector(Timers):
+    """Keeps a server connected, over as many connections as needed; it connects when `start` is called."""
+
+    def __init__(
+        self,
+        reactor: IReactorTime,
+        address: ServerAddress | str,
+        token: str | Callable[[], str] | None,
+        backoff: Backoff | None,
+        endpoint: IStreamClientEndpoint | None,
+    ) -> None:
+        Timers.__init__(self, reactor)
+        self.address = ServerAddress.parse(address) if isinstance(address, str) else address
+        self._token = token
+        self._bearer: str | None = None
+        """The newest token."""
+        self._unauthorized = False
+        """True if the server refused the newest token, before any history."""
+        self._backoff = backoff or Backoff()
+        self._endpoint = endpoint or self.address.endpoint(reactor)
+        self._factory = ClientFactory(self, str(self.address), reactor)
+        self._attempt: Deferred[Any] | None = None
+        self._connection: ClientConnection | None = None
+        self._closed: Deferred[None] = Deferred()
+        self._end: Exception | None = None
+        """The reason for which the client does not reconnect."""
+        self.server: str | None = None
+        """The name and version of the last server, such as `chatd/1.0.0`; None before the first connection."""
+
+    # For its user
+
+    def start(self) -> None:
+        """Connect."""
+        if not self._take_token():
+            self._reconnect("there is no token", None)
+            return
+        self._attempt = self._endpoint.connect(self._factory)
+        self._attempt.addErrback(self._connect_failed)
+
     def drop_connection(self) -> bool:
         """Abort the connection, as a bad network does, and reconnect; return whether there was a connection."""
         if self._connection is None:
@@ -236,7 +333,8 @@ class Client:
         """Close the connection; the Deferred fires when it is closed.  Pending requests fail with ClientStopped."""
         if self._end is None:
             self._end = ClientStopped("the client was stopped")
-            self._requests.fail(self._end)
+            for room in self._rooms():
+                room.finish(self._end)
         if self._connection is not None:
             self._connection.close()
         elif not self._closed.called:
@@ -246,11 +344,36 @@ class Client:
             self._closed.callback(None)
         return self._closed
 
+    # For a subclass
+
+    def _rooms(self) -> Sequence[RoomClient]:
+        """Return the rooms that the client reads."""
+        raise NotImplementedError
+
+    def _receive(self, text: bytes) -> None:
+        """Handle a text frame; raise ProtocolError if it breaks the protocol."""
+        raise NotImplementedError
+
+    def _greeted(self) -> None:
+        """Note that the server serves this client."""
+        self._backoff.reset()
+        self._unauthorized = False
+        self._schedule_renewal()
+
+    @property
+    def can_send(self) -> bool:
+        """True while a connection takes frames."""
+        return self._connection is not None and self._connection.can_send
+
+    def transmit(self, text: bytes) -> None:
+        """Send a text frame; `can_send` must be true."""
+        cast(ClientConnection, self._connection).sendMessage(text)
+
     # For its connections (ConnectionOwner)
 
     def target(self) -> tuple[str, int, str]:
         """Return the host, the port and the resource that a handshake names now."""
-        return self.address.uri_host, self.address.port, self.address.resource(self.last)
+        return self.address.uri_host, self.address.port, self.address.resource(None)
 
     def headers(self) -> dict[str, str]:
         """Return the header that carries the token (RFC 6750, section 2.1)."""
@@ -261,14 +384,18 @@ class Client:
         self._attempt = None
         self._connection = connection
 
+    def connection_opened(self) -> None:
+        """React to a finished handshake."""
+
     def handle_text(self, text: bytes) -> str | None:
         """Handle a text frame; return the reason if the connection must be dropped."""
         try:
             try:
-                self._handle(self._decode(text))
+                self._receive(text)
             except ProtocolError as error:
                 _logger.warn("{address}: {error}", address=self.address, error=error)
-                self._listener.on_protocol_error(error)
+                for room in self._rooms():
+                    room.listener.on_protocol_error(error)
                 return "the server broke the protocol"
         except Exception:  # noqa: BLE001 -- Autobahn loses exceptions if the frame came with the handshake
             _logger.failure("{address}: a callback of the listener failed", address=self.address)
@@ -278,8 +405,9 @@ class Client:
     def connection_lost(self, reason: str, retry_after: float | None) -> None:
         """Reconnect later, or finish if the client was stopped."""
         self._connection = None
-        self._schedule(self._send, None)
         self._schedule(self._renew, None)
+        for room in self._rooms():
+            room.disconnected()
         if self._end is None:
             self._reconnect(reason, retry_after)
         else:
@@ -294,10 +422,8 @@ class Client:
         self._end = self._end or error
         self.connection_lost(str(error), None)
         if first:
-            try:
-                self._listener.on_reject(error)  # first: it names the cause of the failures that follow
-            finally:
-                self._requests.fail(error)
+            for room in self._rooms():
+                room.reject(error)
 
     def _may_succeed_later(self, error: Rejected) -> bool:
         """Return whether a new token may help: after one has expired, or when the first one is refused."""
@@ -323,9 +449,16 @@ class Client:
             self._schedule(self._renew, seconds_to_renewal(self._bearer or "", time.time()))
 
     def _renew(self) -> None:
-        if self._take_token() and self._connection is not None and self._connection.can_send:
-            self._connection.sendMessage(token_text(self._bearer or ""))
+        if self._take_token() and self.can_send:
+            self.transmit(token_text(self._bearer or ""))
         self._schedule_renewal()
+
+    def _is_about_token(self, frame: Frame) -> bool:
+        """Return whether a frame answers the renewal of the token."""
+        if isinstance(frame, Error) and frame.label == RENEWAL_LABEL:
+            _logger.warn("{address}: {reason}", address=self.address, reason=frame.message)
+            return True
+        return isinstance(frame, Event) and frame.type == "token"
 
     def _connect_failed(self, failure: Failure) -> None:
         self._attempt = None
@@ -336,74 +469,50 @@ class Client:
     def _reconnect(self, reason: str, retry_after: float | None) -> None:
         wait = self._backoff.next(retry_after)
         self._schedule(self.start, wait)
-        self._listener.on_disconnect(reason, wait)
+        for room in self._rooms():
+            room.listener.on_disconnect(reason, wait)
 
-    def _handle(self, frame: Frame) -> None:
-        if isinstance(frame, Message):
-            last = self.last
-            self._cursor.message(frame)
-            self._deliver(last, self._listener.on_entries, frame.epoch, (frame.entry,))
-        elif isinstance(frame, Ack) or (isinstance(frame, History) and frame.label is not None):
-            self._requests.answer(frame)
-            self._send()
-        elif isinstance(frame, History):
-            self._handle_history(frame)
-        elif isinstance(frame, Event) and frame.type == "token":
-            pass  # the server has accepted a new token
-        elif isinstance(frame, Error) and frame.label == RENEWAL_LABEL:
-            _logger.warn("{address}: {reason}", address=self.address, reason=frame.message)
-        elif isinstance(frame, Event):
-            self._listener.on_event(frame)
-        elif self._requests.refuse(frame, self._reactor.seconds()):
-            self._send()
-        else:
-            raise ProtocolError(f"an error answers no request: {frame.message}")
 
-    def _handle_history(self, frame: History) -> None:
-        new_log, last = self._cursor.greeted, self.last
-        if self._cursor.history(frame):
-            self._deliver(last, self._listener.on_history, frame)
-        elif frame.entries:
-            self._deliver(last, self._listener.on_entries, frame.end.epoch, frame.entries)
-        if new_log:
-            self._requests.repeat()
-            self._send()
-            return
-        self._backoff.reset()
-        self._unauthorized = False
-        self._schedule_renewal()
-        self._requests.connect()
-        self._send()
-        self._listener.on_connect()
+class Client(Connector, RoomClient):
+    """A member of one room, over as many connections as needed; it connects when `start` is called.
 
-    def _deliver(self, last: Id | None, callback: Callable[..., None], *received: Any) -> None:
-        """Call the listener with what follows `last`; if it raises, the next connection begins there again."""
-        try:
-            callback(*received)
-        except Exception:
-            self._cursor.last = last
-            raise
+    `address` is a URL, or parsed; the constructor raises ValueError for a URL that ServerAddress.parse rejects.
+    `last` is the last id of an earlier client, after which this one continues.
+    `window` is the largest number of requests in flight; with 1 posts keep their order.
+    `token` goes to a server that asks for one: a text, or a function that returns a valid one.  The client calls the
+    function, which must not block, for each connection and before the token expires.
+    `backoff` chooses the pauses between attempts to connect.
+    `endpoint` connects elsewhere than to the host of the address, or is shared by many clients.
+    `decode` parses frames; many clients in one process may share one that caches results.
+    """
 
-    def _request(self, document: dict[str, Any]) -> "Deferred[Any]":
-        if self._end is not None:
-            return fail(self._end)
-        answer = self._requests.add(document)
-        self._send()
-        return answer
+    def __init__(
+        self,
+        reactor: IReactorTime,
+        address: ServerAddress | str,
+        listener: Listener,
+        *,
+        last: Id | None = None,
+        window: int = WINDOW,
+        token: str | Callable[[], str] | None = None,
+        backoff: Backoff | None = None,
+        endpoint: IStreamClientEndpoint | None = None,
+        decode: Callable[[bytes], Frame] = parse_frame,
+    ) -> None:
+        RoomClient.__init__(self, reactor, listener, last, window)
+        Connector.__init__(self, reactor, address, token, backoff, endpoint)
+        self._decode = decode
 
-    def _send(self) -> None:
-        """Send the requests that may be sent now, and schedule the next attempt."""
-        if self._connection is None or not self._connection.can_send or not self._cursor.greeted:
-            return  # the next connection sends them
-        now = self._reactor.seconds()
-        for text in self._requests.send(now):
-            self._connection.sendMessage(text)
-        self._schedule(self._send, self._requests.wait(now))
+    @override
+    def target(self) -> tuple[str, int, str]:
+        return self.address.uri_host, self.address.port, self.address.resource(self.last)
 
-    def _schedule(self, call: Callable[[], None], seconds: float | None) -> None:
-        """Replace the timer of a call: it fires in `seconds`, and None cancels it."""
-        timer = self._timers.pop(call, None)
-        if timer is not None and timer.active():
-            timer.cancel()
-        if seconds is not None:
-            self._timers[call] = self._reactor.callLater(seconds, call)
+    @override
+    def _rooms(self) -> Sequence[RoomClient]:
+        return (self,)
+
+    @override
+    def _receive(self, text: bytes) -> None:
+        frame = self._decode(text)
+        if not self._is_about_token(frame):
+            self._handle(frame)

@@ -74,6 +74,9 @@ class ConnectionOwner(Protocol):
     def connection_made(self, connection: "ClientConnection") -> None:
         """Record a new connection, before its handshake."""
 
+    def connection_opened(self) -> None:
+        """React to a finished handshake."""
+
     def handle_text(self, text: bytes) -> str | None:
         """Handle a text frame; return the reason if the connection must be dropped."""
 
@@ -140,6 +143,7 @@ class ClientConnection(WebSocketClientProtocol):
     def onOpen(self) -> None:
         self.owner.server = self.http_headers.get("server")
         self._expect(SILENCE_SECONDS)
+        self.owner.connection_opened()
 
     @override
     def dataReceived(self, data: bytes) -> None:

@@ -30,6 +30,8 @@ LONGEST_WAIT: Final = 86_400.0
 """The most seconds until a token is renewed."""
 RENEWAL_LABEL: Final = "token"
 """The label of frames with a new token, which no request has."""
+JOIN_LABEL: Final = "join"
+"""The label of frames that join a room, which no request has."""
 
 
 class ProtocolError(Exception):
@@ -70,6 +72,18 @@ def seconds_to_renewal(token: str, now: float) -> float | None:
 def token_text(token: str) -> bytes:
     """Return the text of the frame that renews the token of a connection."""
     return orjson.dumps({"type": "token", "token": token, "label": RENEWAL_LABEL})
+
+
+def join_text(room: str, last: Id | None, events: Sequence[str], username: str | None) -> bytes:
+    """Return the text of the frame that joins a room, on a connection that may be in many."""
+    asked: dict[str, Any] = {"type": "join", "room": room, "label": JOIN_LABEL}
+    optional = {"last_event_id": last and str(last), "events": [*events], "username": username}
+    return orjson.dumps(asked | {name: value for name, value in optional.items() if value})
+
+
+def leave_text(room: str) -> bytes:
+    """Return the text of the frame that leaves a room."""
+    return orjson.dumps({"type": "leave", "room": room})
 
 
 # Frames of the server
@@ -116,6 +130,14 @@ class Error(NamedTuple):
     """Seconds after which the server accepts the same frame; 0.0 if it does not say."""
 
 
+class Left(NamedTuple):
+    """The connection is not in the room any longer."""
+
+    message: str | None = None
+    """The reason of the server, if the client did not ask for it."""
+    code: str | None = None
+
+
 class Event(NamedTuple):
     """A frame of another type: presence, typing, or a type that this version does not know."""
 
@@ -123,7 +145,7 @@ class Event(NamedTuple):
     data: Any
 
 
-Frame = Message | History | Ack | Error | Event
+Frame = Message | History | Ack | Error | Event | Left
 
 
 _KNOWN: Final = "username", "message", "timestamp"
@@ -179,13 +201,32 @@ _PARSERS: Final[dict[str, Callable[[dict[str, Any]], Frame]]] = {
 }
 
 
+def _left(document: dict[str, Any]) -> Left:
+    return Left(document.get("message"), document.get("code"))
+
+
+_ADDRESSED: Final = {**_PARSERS, "left": _left}
+
+
 def parse_frame(text: bytes) -> Frame:
     """Parse a text frame of the server; raise ProtocolError if it is malformed."""
+    return _parse(text, _PARSERS)[1]
+
+
+def parse_addressed_frame(text: bytes) -> tuple[str | None, Frame]:
+    """Parse a text frame on a connection that may be in many rooms, and return its room too; None without one.
+
+    Raises ProtocolError if the frame is malformed.
+    """
+    return _parse(text, _ADDRESSED)
+
+
+def _parse(text: bytes, parsers: dict[str, Callable[[dict[str, Any]], Frame]]) -> tuple[str | None, Frame]:
     try:
         document = orjson.loads(text)
         kind = document["type"]
-        parser = _PARSERS.get(kind)
-        return parser(document) if parser else Event(kind, document.get("data"))
+        parser = parsers.get(kind)
+        return document.get("room"), parser(document) if parser else Event(kind, document.get("data"))
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ProtocolError(f"malformed frame: {text[:200].decode(errors='replace')}") from None
 
