@@ -25,6 +25,8 @@ from chatd.load.figures import Progress, summary
 from chatd.load.options import Parser, allow_files, number_from
 from chatd.load.trial import UNTRIED, Trial
 from chatd.operate.clock import use_monotonic_clock
+from chatd.transport.admission import SHARED_PATH
+from chatd.transport.subscription import MAX_SUBSCRIPTIONS
 
 SPARE: Final = 50
 """Open files besides those of the clients."""
@@ -68,6 +70,13 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("url", type=_address, metavar="URL", help="ws://HOST:PORT/ for a new room, or .../rooms/NAME; wss: for TLS")
     add("--room", type=_room, metavar="NAME", help="the room, which overrides that of the URL")
+    add(
+        "--rooms",
+        type=number_from(1, int),
+        default=0,
+        metavar="N",
+        help="rooms that each client joins over one connection; they are named after --room [one room, by its URL]",
+    )
     add("--clients", type=number_from(1, int), default=100, metavar="N", help="number of clients [%(default)s]")
     add("--posters", type=number_from(1, int), metavar="N", help="number of clients that post [all]")
     add(
@@ -102,6 +111,10 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(words)
     options.posters = min(options.posters or options.clients, options.clients)
+    if options.rooms > MAX_SUBSCRIPTIONS:
+        parser.error(f"argument --rooms: a connection is in {MAX_SUBSCRIPTIONS:,} rooms at most")
+    if options.rooms and options.url.path not in ("/", SHARED_PATH):
+        parser.error(f"argument --rooms: the URL names the room {options.url.path}: use --room for the names")
     return options
 
 
@@ -114,7 +127,9 @@ def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO) -> int:
         return UNTRIED
     run = secrets.token_hex(3)
     address: ServerAddress = options.url
-    if options.room or address.path == "/":
+    if options.rooms:
+        address = address._replace(path=SHARED_PATH)
+    elif options.room or address.path == "/":
         address = address._replace(path=f"/rooms/{options.room or f'load-{run}'}")
     trial = Trial(options, address, run, reactor, Progress(err, reactor.seconds))
     ended: list[int | Failure] = []

@@ -85,6 +85,8 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"lost       {lost} acknowledged messages; {{fresh_starts:,}} fresh starts, {{logs_lost:,}} new logs"
         )
+    if known["rooms"] > 1:
+        lines.insert(1, "rooms      {rooms:,}, which each client joined over one connection")
     if known["cpu"] >= BUSY:
         lines.append("busy       this program used {cpu:.0%} of a core, so these times contain its own delays")
     if report["proved"]:

@@ -58,6 +58,7 @@ def test_summary_of_a_busy_program():
         report = {
             "url": "ws://h:80/",
             "clients": 1,
+            "rooms": 1,
             "posters": 1,
             "seconds": 0.0,
             "posted": 0,
@@ -136,6 +137,11 @@ def test_refused_url_hides_its_password(capsys, url):
         (("ws://h/", "--extra={}"), "argument --extra: '{}' is not an object with fields"),
         (("ws://h/", "--room=A"), "argument --room: 'A' is not the name of a room, such as team-7"),
         (("ws://h/", "--seconds=1", "--messages=1"), "not allowed with argument"),
+        (("ws://h/", "--rooms=1001"), "argument --rooms: a connection is in 1,000 rooms at most"),
+        (
+            ("ws://h/rooms/a", "--rooms=2"),
+            "argument --rooms: the URL names the room /rooms/a: use --room for the names",
+        ),
         (("ws://h/", "--nonsense"), "unrecognized arguments: --nonsense"),
     ],
 )

@@ -9,10 +9,10 @@ from twisted.internet.task import Clock
 
 from chatd.client.client import ServerAddress
 from chatd.load import __main__ as program
-from chatd.load.figures import Progress
-from chatd.load.trial import INTERRUPTED, REFUTED, TICK, TICKS, UNTRIED, Trial
+from chatd.load.figures import Progress, summary
+from chatd.load.trial import INTERRUPTED, PROVED, REFUTED, TICK, TICKS, UNTRIED, Trial
 from chatd.messages import Code, Entry, Id
-from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame
+from chatd.transport.frames import ack_frame, addressed, error_frame, history_frame, labelled, message_frame
 
 
 class Address(ServerAddress):
@@ -25,11 +25,11 @@ class Address(ServerAddress):
 class Table:
     """A trial with its clock and its endpoint."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, url="ws://h/rooms/a"):
         self.clock = Clock()
         self.clock.endpoint = self.endpoint = Endpoint()
         self.terminal = Terminal()
-        options = program.arguments(["ws://h/rooms/a", "--cut=0", *words])
+        options = program.arguments([url, "--cut=0", *words])
         self.trial = Trial(
             options, Address(*options.url), "run", self.clock, Progress(self.terminal, self.clock.seconds)
         )
@@ -134,6 +134,92 @@ def test_start_of_a_new_log_that_never_arrives(posting):
     assert [request["before"] for request in wire.said()] == ["efgh-8"]
     table.tick(20 * TICKS)
     assert table.trial.fault == "the messages before efgh-8 were not received in 3 seconds"
+
+
+class SharedTable(Table):
+    """A trial of one client in the rooms `r-0` and `r-1`."""
+
+    def __init__(self, *words):
+        super().__init__("--rooms=2", "--room=r", "--clients=1", *words, url="ws://h/connect")
+        self.wire = self.endpoint.accept()
+        self.wire.answer()
+        for join in self.wire.said():
+            self.say(join["room"], labelled(history_frame("abcd", 0, []), join["label"]))
+
+    def say(self, room, *frames):
+        self.wire.say(b"".join(map(addressed(room), frames)))
+
+
+def test_each_room_has_a_proof():
+    """One client posts to its rooms in turn, and reads the newest page of each."""
+    table = SharedTable("--rate=0", "--messages=2")
+    table.tick()
+    posts = table.wire.said()
+    assert [post["room"] for post in posts] == ["r-0", "r-1"]
+    assert posts[0]["message"] != posts[1]["message"]
+    for post in posts:
+        table.say(post["room"], message(1, post), ack(1, post))
+    table.tick()
+    for page in table.wire.said():
+        table.say(page["room"], history_frame("abcd", 1, [], label=page["label"]))
+    table.tick()
+    table.wire.close(1000)
+    table.wire.end()
+    assert result_of(table.trial.done) == PROVED
+    report = table.trial.report()
+    assert (report["clients"], report["rooms"], report["delivered"], report["lost"]) == (1, 2, 2, 0)
+    assert re.search(r"^rooms      2, ", summary(report), re.MULTILINE)
+
+
+def test_message_in_another_room_is_refuted():
+    """The message of one room is none of another, and the fault names the room."""
+    table = SharedTable("--rate=0", "--messages=2")
+    table.tick()
+    one, other = table.wire.said()
+    table.say("r-0", message(1, other))
+    table.say("r-0", ack(1, one))
+    table.wire.end()
+    assert re.fullmatch(r"post 0 of client 0 was acknowledged as abcd-1, and is nowhere in r-0", table.trial.fault)
+
+
+def test_room_that_falls_behind():
+    table = SharedTable("--rate=0", "--messages=2", "--patience=3")
+    table.tick()
+    for post in table.wire.said():
+        table.say(post["room"], message(1, post), ack(1, post))
+    table.tick()
+    pages = table.wire.said()
+    table.say("r-0", history_frame("abcd", 1, [], label=pages[0]["label"]))
+    table.tick(20 * TICKS)
+    assert table.trial.fault == "client 0 in r-1 has abcd-1 of abcd-1, and received no more in 3 seconds"
+
+
+def test_new_log_of_each_room_is_read_back():
+    table = SharedTable("--rate=0", "--messages=2", "--patience=3")
+    table.tick()
+    for post in table.wire.said():
+        table.say(post["room"], message(1, post), ack(1, post))
+        table.say(post["room"], history_frame("efgh", 7, [], resumed=False))
+    table.tick()
+    for page in table.wire.said():
+        table.say(page["room"], history_frame("efgh", 7, [], label=page["label"]))
+    table.tick()
+    (page,) = table.wire.said()
+    assert (page["room"], page["before"]) == ("r-0", "efgh-8")
+    others = [message(number, {"username": "ann", "message": "hi"}, "efgh") for number in range(1, 8)]
+    table.say("r-0", history_frame("efgh", 7, others, label=page["label"]))
+    table.tick(2)
+    (page,) = table.wire.said()
+    assert (page["room"], page["before"]) == ("r-1", "efgh-8")
+    table.tick(20 * TICKS)
+    assert table.trial.fault == "the messages before efgh-8 in r-1 were not received in 3 seconds"
+
+
+def test_connection_is_cut_with_all_its_rooms():
+    table = SharedTable("--rate=1", "--seconds=100", "--cut=0.001")
+    table.tick(5)
+    assert table.wire.aborted
+    assert table.trial.report()["cut"] >= 1
 
 
 def test_not_all_clients_can_join():
