@@ -198,7 +198,7 @@ def makeService(options: Options) -> IService:
     exports = ExportQueue(rooms, connections, reactor)
     api = Api(rooms, connections, admission, addresses, tokens, listing=RoomList(store, rooms), exports=exports)
     documents = Documents(vocabulary)
-    resources = {"": api, "rooms": api, **documents.resources}
+    resources = {"": api, "rooms": api, "events": api, **documents.resources}
     site = http.site(readiness, reactor, resources, rate, limits, tokens=tokens, proxied=proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator

@@ -181,6 +181,20 @@ class Admission:
         """Return whether the operator allows a room."""
         return not self._rooms or any(pattern.match(room) for pattern in self._rooms)
 
+    def join_requests(self, query: Mapping[str, Sequence[str]], last: str | None, most: int) -> list[JoinRequest]:
+        """Validate the request of a client that reads many rooms, or raise HttpError.
+
+        `last` is the header Last-Event-ID, which counts before the query.
+        """
+        rooms = [*dict.fromkeys(query.get("room", ()))]
+        if not 1 <= len(rooms) <= most:
+            raise HttpError(HTTPStatus.BAD_REQUEST, f"room: name 1 to {most} rooms")
+        ids = last_ids(last or query.get("last_event_id", [None])[-1], len(rooms))
+        others = {name: query[name] for name in ("events", "username") if name in query}
+        return [
+            self.join_request(f"/rooms/{room}", others)._replace(last=id_) for room, id_ in zip(rooms, ids, strict=True)
+        ]
+
     def check_origin(self, origin: str | None, host: str | None, forwarded: str | None = None) -> None:
         """Refuse pages of other origins with HttpError 403; requests without an Origin header are allowed.
 
@@ -219,6 +233,23 @@ def last_id(text: str | None) -> Id | None:
         return Id.parse(text) if text else None
     except ValueError as error:
         raise HttpError(HTTPStatus.BAD_REQUEST, f"last_event_id: {error}") from None
+
+
+def last_ids(text: str | None, count: int) -> list[Id | None]:
+    """Read the ids that a client has of several rooms, in the order of its rooms; raise HttpError 400 if invalid.
+
+    An id without an epoch has that of the id before it, and an empty one stands for a room without messages.
+    """
+    if not text:
+        return [None] * count
+    found: list[Id | None] = []
+    epoch = ""
+    for item in text.split(","):
+        found.append(last_id(item if "-" in item or not item else f"{epoch}-{item}"))
+        epoch = epoch if found[-1] is None else found[-1].epoch
+    if len(found) != count:
+        raise HttpError(HTTPStatus.BAD_REQUEST, "last_event_id: there must be one id for each room")
+    return found
 
 
 def _events(text: str | None) -> frozenset[str]:

@@ -9,6 +9,7 @@ DELETE /rooms/NAME/messages/ID  remove one message
 GET  /rooms/NAME/presence       who is in the room
 GET  /rooms/NAME/export         all messages as JSON Lines, or those after an ID: see chatd.transport.export
 GET  /rooms/NAME/events         Server-Sent Events: see chatd.transport.sse
+GET  /events                    Server-Sent Events of many rooms: ?room=NAME&room=NAME
 """
 
 import re
@@ -18,6 +19,7 @@ from io import BytesIO
 from math import ceil
 from typing import Any, Final, cast
 
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import Request
@@ -58,7 +60,7 @@ from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList, RoomPage
 from chatd.transport.moderator import Moderator
 from chatd.transport.session import NEW_ROOMS_EXCEEDED
-from chatd.transport.sse import EventStream
+from chatd.transport.sse import MAX_STREAM_ROOMS, EventStream, SharedStream
 from chatd.transport.tokens import Tokens, admit, check_reading
 
 EVENT_STREAM_TYPE: Final = "text/event-stream"
@@ -71,7 +73,7 @@ PREFLIGHT_SECONDS: Final = 7200
 """The time for which a browser may cache the answer to a preflight request."""
 
 _ROUTE = re.compile(
-    r"/|/rooms|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<id>[^/]+)|/events|/presence|/export)?"
+    r"/|/rooms|/events|(?P<room>/rooms/[^/]*)(?P<rest>/messages|/messages/(?P<id>[^/]+)|/events|/presence|/export)?"
 )
 _NUMBER = re.compile(r"-?[0-9]{1,15}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -254,12 +256,16 @@ class Api(ChatResource):
         match = _ROUTE.fullmatch(path)
         if match is None:
             raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
-        lists = path == "/rooms"
+        many = {
+            "/rooms": lambda reader: self._list_rooms(request, reader, query),
+            "/events": lambda reader: self._shared_events(request, reader, query),
+        }
+        lists = path in many
         named = match["room"] or "/"
         room = "" if lists else self._admission.room(named)
         rest = match["rest"] or ""
         if lists:
-            resource: dict[str, _Handler] = {"GET": lambda reader: self._list_rooms(request, reader, query)}
+            resource: dict[str, _Handler] = {"GET": many[path]}
         elif rest:
             resource = self._resource(request, room, match, query)
         else:
@@ -272,7 +278,7 @@ class Api(ChatResource):
             request.setHeader("allow", _methods(resource))
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not for this")
         _moderator(request).admit(room, _visitor(request))
-        if rest != "/events":  # browsers never repeat a stream that was refused
+        if not path.endswith("/events"):  # browsers never repeat a stream that was refused
             self._limit(request, reading=method not in {"POST", "DELETE"})
         return self._identified(request, room, found) if rest or lists else found(ANYONE)
 
@@ -497,6 +503,43 @@ class Api(ChatResource):
 
         opening = self._rooms.open(wanted.room, last).addCallbacks(join, _limits(request).too_many_rooms)
         opening.addErrback(reply.failed)
+        return NOT_DONE_YET
+
+    def _shared_events(self, request: Request, reader: Identity, query: str) -> Any:
+        """Answer with a stream of the events of many rooms, which are joined one after another."""
+        wanted = self._admission.join_requests(read_query(query), _header(request, b"last-event-id"), MAX_STREAM_ROOMS)
+        if reader is not ANYONE:
+            wanted = [admit(one, reader) for one in wanted]
+        moderator, visitor = _moderator(request), _visitor(request, wanted[0].username, reader)
+        for one in wanted:
+            moderator.admit(one.room, visitor)
+        if request.method == b"HEAD":
+            return begin(request, EVENT_STREAM_TYPE)
+        cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
+        stream = SharedStream(request, self._rooms, self._connections, wanted)
+        stream.member.address = visitor.address
+        reply, limits = Reply(request), _limits(request)
+        parts = iter(zip(stream.member.parts, wanted, strict=True))
+
+        def open_next(_: object = None) -> "Deferred[Any] | None":
+            part, one = next(parts, (None, None))
+            if part is None or one is None:
+                return None
+
+            def join(ticket: JoinTicket) -> None:
+                moderator.admit(one.room, visitor)
+                stream.join_part(part, ticket)
+
+            return self._rooms.open(one.room, one.last).addCallbacks(join, limits.too_many_rooms).addCallback(open_next)
+
+        def failed(failure: Failure) -> None:
+            refused = _meaning(failure)
+            if stream.begun:  # the client reconnects, and is answered with the status
+                stream.evict()
+            else:
+                reply.refuse(refused)
+
+        maybeDeferred(open_next).addErrback(failed)
         return NOT_DONE_YET
 
 

@@ -514,3 +514,21 @@ def each_frame(frames: bytes) -> Iterator[bytes]:
     while found := server_frame_at(frames, start):
         yield frames[start : found.end]
         start = found.end
+
+
+def shared_event(frame: bytes, form: Callable[[bytes], bytes], ids: Callable[[str], Sequence[str]]) -> bytes:
+    """Convert a frame to a Server-Sent Event of a stream of many rooms.
+
+    `form` adds its room, and `ids` returns the ids of all rooms from that of the frame.  An id has no epoch if its
+    epoch is that of the id before it.
+    """
+    match: Any = _TYPE_AND_ID.match(payload(frame))
+    kind, own = match.groups()
+    head = b""
+    if own:
+        texts, epoch = [], ""
+        for text in ids(own.decode()):
+            before, (epoch, _, number) = epoch, text.partition("-") if text else (epoch, "", "")
+            texts.append(number if epoch == before else text)
+        head = b"id: %b\n" % ",".join(texts).encode()
+    return b"event: %b\n%bdata: %b\n\n" % (kind, head, payload(form(frame)))

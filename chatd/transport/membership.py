@@ -105,7 +105,7 @@ class Membership:
 
     @property
     def head(self) -> Any:
-        """What the client must get at least, for has_pending(): the number of the newest entry; 0 outside of a room."""
+        """The argument of has_pending(): the number of the newest entry in the room; 0 outside of a room."""
         return 0 if self.room is None else self.room.head
 
     @property
@@ -153,7 +153,8 @@ class Membership:
     def send_frame(self, frame: bytes) -> None:
         self._transport.send_frame(frame)
 
-    start_over = send_frame
+    def start_over(self, history: bytes) -> None:
+        self.send_frame(history)
 
     def evict(self) -> None:
         self._transport.evict()

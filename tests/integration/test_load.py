@@ -106,6 +106,15 @@ def test_correct_server_is_proved(server):
     assert lines[-1] == "proved     each client received each message exactly once, in one order, as it was posted"
 
 
+def test_many_rooms_over_each_connection(server):
+    words = ("--rooms=5", "--clients=6", "--messages=100", "--rate=200", "--cut=0.2")
+    status, out, err = run(server.url, *words)
+    assert (status, err) == (PROVED, "")
+    assert out.startswith(f"{server.url}connect: 6 clients, 6 of them posters; ")
+    assert "rooms      5, which each client joined over one connection\n" in out
+    assert "delivered  600, " in out
+
+
 def test_report_as_json(server):
     words = ("--clients=3", "--seconds=0.3", "--rate=50", "--cut=0", "--room=kitchen", "--json")
     status, out, err = run(server.url, *words)
@@ -124,6 +133,7 @@ def test_report_as_json(server):
         "fault": None,
         "url": f"{server.url}rooms/kitchen",
         "clients": 3,
+        "rooms": 1,
         "posters": 3,
         "posted": 15,
         "acknowledged": 15,

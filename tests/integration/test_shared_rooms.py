@@ -127,6 +127,34 @@ def test_slow_reader_loses_nothing(server):
     assert heard == sent
 
 
+def events(server, *lines):
+    """Read events of two rooms, and return those that arrive until the one with the text `end`."""
+    with Raw(server.port) as client:
+        client.send("\r\n".join(["GET /events?room=a&room=b HTTP/1.0", "Host: localhost", *lines, "", ""]).encode())
+        assert client.head()[0] == 200
+        data = b""
+        while b'"message":"end"' not in data or not data.endswith(b"\n\n"):
+            data += client.take(1)
+    return re.findall(r"id: (\S+)\ndata: (.*)\n", data.decode())
+
+
+def test_one_event_stream(server):
+    """A stream of two rooms is broken after any event, and resumes both with its one id."""
+    with Shared(server) as ann:
+        ann.enter("a", "b")
+        for room, text in [("a", "1"), ("b", "2"), ("a", "3"), ("b", "end")]:
+            ann.post(room, text)
+        ann.read(4)
+    found = events(server)
+    texts = [[one["message"] for one in json.loads(data)["data"]] for _, data in found]
+    assert texts == [["1", "3"], ["2", "end"]]
+    epoch = server.epoch
+    assert [id_ for id_, _ in found] == [f"{epoch}-2,", f"{epoch}-2,2"]
+    again = events(server, f"Last-Event-ID: {epoch}-1,1")
+    assert [[one["message"] for one in json.loads(data)["data"]] for _, data in again] == [["3"], ["end"]]
+    assert all(json.loads(data)["resumed"] for _, data in again)
+
+
 def test_a_thousand_rooms(tmp_path):
     """A connection joins a thousand rooms at the default rate, and gets the messages of each."""
     with Server(tmp_path, "--store=memory:", "--rate=20:40", command=(sys.executable, TWISTD)) as server:

@@ -64,7 +64,7 @@ class House:
         self.site = http.site(
             lambda: state,
             self.clock,
-            {"": api, "rooms": api},
+            {"": api, "rooms": api, "events": api},
             limit,
             self.limits,
             tokens=tokens,

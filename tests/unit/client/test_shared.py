@@ -124,7 +124,7 @@ def test_requests_name_their_room():
 
 
 def test_leave():
-    """What is still received of the room goes nowhere; the room can be joined again afterwards."""
+    """The client drops the frames that still arrive, and can join the room again afterwards."""
     table = Table()
     table.ready()
     posted = table.rooms["a"].post("ann", "hi")

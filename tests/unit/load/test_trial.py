@@ -172,7 +172,7 @@ def test_each_room_has_a_proof():
 
 
 def test_message_in_another_room_is_refuted():
-    """The message of one room is none of another, and the fault names the room."""
+    """A message of another room is a fault, which names the room."""
     table = SharedTable("--rate=0", "--messages=2")
     table.tick()
     one, other = table.wire.said()
