@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from chatd.messages import Code, Join, Leave, Post, Typing
 from chatd.room.log import LogUnavailable, Refusal
-from chatd.room.moderation import Sanction, Visitor
+from chatd.room.moderation import Sanction, SanctionKind, Visitor
 from chatd.room.registry import JoinTicket, Registry, TooManyRooms
 from chatd.room.room import LATER, Room
 from chatd.transport.admission import SHARED_PATH, Admission, HttpError, JoinRequest, Rate
@@ -37,6 +37,7 @@ from chatd.transport.frames import (
 from chatd.transport.identity import Identity
 from chatd.transport.intake import Intake
 from chatd.transport.limits import ROOMS
+from chatd.transport.moderator import sanction_words
 from chatd.transport.session import Addressee, Session, SessionTransport
 
 MAX_SUBSCRIPTIONS: Final = 1_000
@@ -225,10 +226,16 @@ class SharedSession(Session):
     def _keep_rooms(self, identity: Identity) -> bool:
         self.name = identity.username
         for name, one in [*self.subscriptions.items()]:
-            if identity.may_read(name):
-                self._rename(one, cast(Room, one.room), identity.username)
-            else:
+            room = cast(Room, one.room)
+            sanction = self._sanction(room, identity.username or "")
+            if not identity.may_read(name):
                 self.end(one, UNREADABLE, Code.FORBIDDEN)
+            elif sanction is not None and sanction.kind is SanctionKind.BAN:
+                one.ban(sanction, sanction_words(sanction))
+                if not self._is_open:
+                    return False
+            else:
+                self._rename(one, room, identity.username)
         return True
 
     # The queue

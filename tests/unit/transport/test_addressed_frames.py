@@ -11,9 +11,10 @@ from support.helpers import REPEATABLE
 from chatd.messages import Code, Entry, Id, Join, Leave, PageRequest, Post, Renewal, Typing
 from chatd.room.presence import EVENTS
 from chatd.transport import frames
-from chatd.transport.frames import JOIN, LEAVE, FrameError, parse, parse_addressed
+from chatd.transport.frames import JOIN, LEAVE, FrameError, Vocabulary
 from chatd.transport.framing import payload, text_frame
 
+parse = Vocabulary().parse
 FORMS = {"join": JOIN, "leave": LEAVE}
 ID = "k7Q2xe-41"
 values = st.recursive(
@@ -31,6 +32,10 @@ names = st.sampled_from(
     ["room", "last_event_id", "username", "label", "events", "message", "id", "limit", "before", "x"]
 )
 documents = st.dictionaries(names, values, max_size=6)
+
+
+def parse_addressed(text):
+    return frames.parse_addressed(text, parse)
 
 
 def outcome(parser, document):

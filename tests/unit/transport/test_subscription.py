@@ -643,6 +643,22 @@ def test_new_token_renames():
     assert [one.name for one in ann.session.subscriptions.values()] == ["anna"]
 
 
+@pytest.mark.parametrize(("where", "closed"), [({"room": "team"}, None), ({}, 1008)])
+def test_new_token_of_a_banned_name(where, closed):
+    """A ban of one room ends that room, and a ban of all rooms the connection."""
+    house = House(tokens=verifier(username="name"), seed=())
+    ann = SharedClient(house, bearer(name="ann"))
+    ann.join("team", "cats")
+    house.sanction(username="bob", **where)
+    ann.say(type="token", token=token(name="bob"))
+    heard = ann.read()
+    if closed:
+        assert (ann.closed[0], ann.rooms) == (closed, [])
+    else:
+        assert [one["type"] for one in heard[2:]] == ["left", "token"]
+        assert ann.rooms == ["cats"]
+
+
 def test_token_that_is_verified_late():
     keys = HeldKeys()
     house = House(tokens=verifier(keys), seed=())
