@@ -14,7 +14,7 @@ from chatd.transport.frames import MAX_MESSAGE, MESSAGE, Vocabulary
 from chatd.transport.http import ChatResource, answer
 
 NAMES: Final = "asyncapi.json", "openapi.json"
-_OTHERS: Final = "page.json", "remove.json", "token.json", "typing.json"
+_OTHERS: Final = "join.json", "leave.json", "page.json", "remove.json", "token.json", "typing.json"
 _SIZE: Final = "a message of more than {size}", "The content is longer than {size}"
 """How the documents mention the payload limit."""
 
@@ -36,7 +36,8 @@ def compose(vocabulary: Vocabulary) -> dict[str, bytes]:
 def _extend(files: dict[str, Any]) -> None:
     """Let the messages of the server have the fields of an operator's schema, and those of an earlier one."""
     fields = files["message.json"]["properties"]
-    files["typing.json"]["properties"]["username"] = fields["username"]
+    for name in ("join.json", "typing.json"):
+        files[name]["properties"]["username"] = fields["username"]
     posted = files["asyncapi.json"]["components"]["schemas"]["Posted"]
     own = {name: field for name, field in fields.items() if name not in ("username", "message", "label", "replaces")}
     posted["properties"] |= own

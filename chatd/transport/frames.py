@@ -98,6 +98,8 @@ FORMS: Final = {
     "typing": Form.load("typing"),
 }
 """The kinds of frames with a `type`, by that type."""
+JOIN: Final = Form.load("join")
+LEAVE: Final = Form.load("leave")
 PAGE_LIMIT: Final[int] = FORMS["history"].schema["properties"]["limit"]["maximum"]
 """The largest number of messages in a page."""
 PAGE_DEFAULT: Final[int] = FORMS["history"].schema["properties"]["limit"]["default"]
@@ -122,10 +124,9 @@ class Vocabulary:
     def use(self, message: Form, max_bytes: int) -> None:
         """Accept these messages from now on, in frames of at most so many bytes."""
         self.message, self.max_bytes = message, max_bytes
-        self._typing = FORMS["typing"]
+        self._typing, self.join = FORMS["typing"], JOIN
         if message is not MESSAGE:
-            named = {**self._typing.schema["properties"], "username": message.schema["properties"]["username"]}
-            self._typing = Form({**self._typing.schema, "properties": named})
+            self._typing, self.join = (_renamed(form, message) for form in (self._typing, JOIN))
         plain = message is MESSAGE and max_bytes <= MAX_MESSAGE
         self.parse, self.parse_post = _readers(message, self._typing, plain=plain)
 
@@ -138,6 +139,12 @@ class Vocabulary:
     def is_username(self, value: str) -> bool:
         """Check a username against the schema."""
         return self._typing.accepts({"type": "typing", "username": value})
+
+
+def _renamed(form: Form, message: Form) -> Form:
+    """Return a form whose usernames are those of messages."""
+    named = {**form.schema["properties"], "username": message.schema["properties"]["username"]}
+    return Form({**form.schema, "properties": named})
 
 
 def _readers(message: Form, typing: Form, *, plain: bool) -> tuple[Callable[[bytes], Frame], Callable[[bytes], Post]]:
@@ -421,8 +428,6 @@ def event(frame: bytes) -> bytes:
 # Frames of connections that may be in many rooms
 
 
-JOIN: Final = Form.load("join")
-LEAVE: Final = Form.load("leave")
 ADDRESSED: Final = sorted({*FORMS, "join", "leave"})
 """The types of frames on a connection that may be in many rooms."""
 _EVENTS: Final = {
@@ -431,11 +436,11 @@ _EVENTS: Final = {
 }
 
 
-def parse_addressed(text: bytes, parse: Callable[[bytes], Frame]) -> tuple[str | None, Join | Leave | Frame]:
+def parse_addressed(text: bytes, vocabulary: Vocabulary) -> tuple[str | None, Join | Leave | Frame]:
     """Parse the text of a frame on a connection that may be in many rooms; return its room too.
 
-    `parse` is that of a Vocabulary, for the frames that other connections have too.  A frame without a room, which only
-    a new token may be, has the room None.  Raises FrameError as `parse` does.
+    A frame without a room, which only a new token may be, has the room None.  Raises FrameError as Vocabulary.parse
+    does.
     """
     try:
         document = orjson.loads(text)
@@ -443,7 +448,7 @@ def parse_addressed(text: bytes, parse: Callable[[bytes], Frame]) -> tuple[str |
         raise FrameError(_NOT_JSON) from None
     kind = document.get("type") if isinstance(document, dict) else None
     if not isinstance(document, dict) or kind == "token":
-        return None, parse(text)
+        return None, vocabulary.parse(text)
     if "type" in document and (not isinstance(kind, str) or kind not in ADDRESSED):
         raise FrameError(f'Validation error: "type" must be one of [{", ".join(ADDRESSED)}]', _label(document))
     room = document.get("room")
@@ -452,18 +457,18 @@ def parse_addressed(text: bytes, parse: Callable[[bytes], Frame]) -> tuple[str |
         error.label = _label(document)
         raise error
     try:
-        return room, _parse_for_room(document, parse)
+        return room, _parse_for_room(document, vocabulary)
     except FrameError as error:
         error.room = room
         raise
 
 
-def _parse_for_room(document: dict[str, Any], parse: Callable[[bytes], Frame]) -> Join | Leave | Frame:
+def _parse_for_room(document: dict[str, Any], vocabulary: Vocabulary) -> Join | Leave | Frame:
     """Read the document of a frame that names a room."""
     kind = document.get("type")
     if kind == "join":
-        if not JOIN.accepts(document):
-            _refuse(JOIN, document)
+        if not vocabulary.join.accepts(document):
+            _refuse(vocabulary.join, document)
         last = Id.parse(document["last_event_id"]) if "last_event_id" in document else None
         events = _EVENTS[frozenset(document.get("events", ()))]
         return Join(last, events, document.get("username"), document.get("label"))
@@ -472,7 +477,7 @@ def _parse_for_room(document: dict[str, Any], parse: Callable[[bytes], Frame]) -
             _refuse(LEAVE, document)
         return Leave(document.get("label"))
     del document["room"]
-    return parse(orjson.dumps(document))
+    return vocabulary.parse(orjson.dumps(document))
 
 
 def left_frame(

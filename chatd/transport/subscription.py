@@ -284,7 +284,7 @@ class SharedSession(Session):
 
     @override
     def _read(self, text: bytes) -> tuple[Addressee, Any]:
-        room, frame = parse_addressed(text, self._intake.vocabulary.parse)
+        room, frame = parse_addressed(text, self._intake.vocabulary)
         return self._in_room(room), frame
 
     @override

@@ -14,7 +14,8 @@ from chatd.transport import frames
 from chatd.transport.frames import JOIN, LEAVE, FrameError, Vocabulary
 from chatd.transport.framing import payload, text_frame
 
-parse = Vocabulary().parse
+VOCABULARY = Vocabulary()
+parse = VOCABULARY.parse
 FORMS = {"join": JOIN, "leave": LEAVE}
 ID = "k7Q2xe-41"
 values = st.recursive(
@@ -35,7 +36,7 @@ documents = st.dictionaries(names, values, max_size=6)
 
 
 def parse_addressed(text):
-    return frames.parse_addressed(text, parse)
+    return frames.parse_addressed(text, VOCABULARY)
 
 
 def outcome(parser, document):
@@ -111,6 +112,21 @@ def test_anything_is_read_or_refused(document):
 )
 def test_valid_frame(document, frame):
     assert parse_addressed(orjson.dumps(document)) == ("team", frame)
+
+
+def test_schema_of_the_operator():
+    """Messages have its fields, and usernames its length, also in a join."""
+    schema = json.loads(json.dumps(frames.MESSAGE.schema))
+    schema["properties"]["username"]["maxLength"] = 40
+    schema["properties"]["color"] = {"type": "string"}
+    vocabulary = Vocabulary()
+    vocabulary.use(frames.Form(schema), 1 << 14)
+    name = "a" * 40
+    (_, join), (_, post) = (
+        frames.parse_addressed(orjson.dumps({"room": "team", "username": name, **more}), vocabulary)
+        for more in ({"type": "join"}, {"message": "hi", "color": "red"})
+    )
+    assert (join.username, post.username, post.extra) == (name, name, {"color": "red"})
 
 
 def test_token_has_no_room():
