@@ -140,10 +140,15 @@ class Registry(Follower, LobbyListener):
         `last` names the last entry of a client that reconnects.  The first request for a room reads the log, and
         further requests wait with it.  Fails with LogUnavailable or TooManyRooms.
         """
+        ticket = self.ticket(name, last)
+        return self._open(name).addCallback(self._read_backlog, last) if ticket is None else succeed(ticket)
+
+    def ticket(self, name: str, last: Id | None) -> JoinTicket | None:
+        """Return what `open` would, if it is here at once: a ticket for an open room whose log need not be read."""
         room = self._rooms.get(name)
-        if room is not None and last is None:  # the usual case
-            return succeed(JoinTicket(room, None, None))
-        return self._open(name).addCallback(self._read_backlog, last)
+        if room is None or (last is not None and room.needs_backlog(last)):
+            return None
+        return JoinTicket(room, last, None)
 
     def _open(self, name: str) -> "Deferred[Room]":
         room = self._rooms.get(name)

@@ -170,16 +170,16 @@ class Session(Membership):
         self._quiet_until = 0.0
         """The time before which no further line is logged about refused frames."""
 
-    def open(self, request: JoinRequest) -> "Deferred[JoinTicket]":
-        """Find the room of a client that connects, as Registry.open does."""
-        return self._rooms.open(request.room, request.last)
+    def open(self, request: JoinRequest) -> "JoinTicket | Deferred[JoinTicket] | None":
+        """Find the room of a client that connects, at once if it is open, or as Registry.open does; None: no room."""
+        return self._rooms.ticket(request.room, request.last) or self._rooms.open(request.room, request.last)
 
-    def begin(self, request: JoinRequest, ticket: JoinTicket) -> bytes:
+    def begin(self, request: JoinRequest, ticket: JoinTicket | None) -> bytes:
         """Join the room, and return the history frame that must be sent first."""
         self.events = request.events
         self.name = request.username
         self.identity = request.identity
-        return self.join(ticket)
+        return self.join(cast(JoinTicket, ticket))
 
     @property
     @override

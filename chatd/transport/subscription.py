@@ -15,7 +15,6 @@ from itertools import islice
 from sys import intern
 from typing import Any, Final, NamedTuple, cast
 
-from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from typing_extensions import override
@@ -158,11 +157,11 @@ class SharedSession(Session):
     # The connection
 
     @override
-    def open(self, request: JoinRequest) -> "Deferred[JoinTicket]":
-        return succeed(cast(JoinTicket, None))
+    def open(self, request: JoinRequest) -> None:
+        """Open no room: the client joins rooms later."""
 
     @override
-    def begin(self, request: JoinRequest, ticket: JoinTicket) -> bytes:
+    def begin(self, request: JoinRequest, ticket: JoinTicket | None) -> bytes:
         self.name = request.username
         self.identity = request.identity
         self._is_open = True

@@ -19,7 +19,7 @@ from http import HTTPStatus
 from socket import socket
 from typing import Any, NoReturn, TypeVar, cast
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProtocolNegotiationFactory, IPullProducer, IPushProducer, IReactorTime
 from twisted.internet.tcp import Connection as TcpConnection
 from twisted.logger import Logger
@@ -65,7 +65,7 @@ class WebSocketConnection(AutobahnConnection):
     carrier = WEBSOCKET
     number = 0
     session: Session
-    admitted: tuple[JoinRequest, JoinTicket]
+    admitted: tuple[JoinRequest, JoinTicket | None]
     """The request and the ticket, from the admission until the client joins."""
     _loading = False
     """True while a handshake waits for its turn, for a key of its token, or for the log."""
@@ -156,9 +156,16 @@ class WebSocketConnection(AutobahnConnection):
             self._answer(head)
 
     def _answer(self, head: Head) -> None:
-        """Answer a handshake."""
-        admitted = maybeDeferred(self._admit, head)
-        admitted.addCallbacks(self._switch, self._deny, errbackArgs=(head,))
+        """Answer a handshake, at once if nothing has to be read or fetched, as is usual."""
+        try:
+            answer = self._admit(head)
+        except HttpError as refused:
+            self._refuse(refused, bodiless=head.method == "HEAD")
+            return
+        if isinstance(answer, bytes):
+            self._switch(answer)
+        else:
+            answer.addCallbacks(self._switch, self._deny, errbackArgs=(head,))
 
     def _hand_over(self, head: Head) -> None:
         """Let the web site continue this connection, as if it had been there from the start."""
@@ -189,8 +196,8 @@ class WebSocketConnection(AutobahnConnection):
             self.factory.refused_handshakes[str(status.value)] += 1
             self.refuse(refusal(refused, bodiless=bodiless))
 
-    def _admit(self, head: Head) -> "Deferred[bytes]":
-        """Find the room, at once if someone is in it; the result is the answer to the handshake, or HttpError."""
+    def _admit(self, head: Head) -> "bytes | Deferred[bytes]":
+        """Find the room, at once if someone is in it; return the answer to the handshake, or raise HttpError."""
         factory, headers = self.factory, head.headers
         self._settle()
         self.session.place = factory.intake.limits.enter(self.transport.getPeer(), headers.get("x-forwarded-for"))
@@ -221,10 +228,12 @@ class WebSocketConnection(AutobahnConnection):
         self.session.place = place
         return JoinRequest("", None, NO_EVENTS, None)
 
-    def _open(self, request: JoinRequest, answer: bytes) -> "Deferred[bytes]":
-        """Find the room; the result is the answer to the handshake, or HttpError."""
+    def _open(self, request: JoinRequest, answer: bytes) -> "bytes | Deferred[bytes]":
+        """Find the room; return the answer to the handshake, or raise HttpError."""
         self._check_sanctions(request)
         opening = self.session.open(request)
+        if not isinstance(opening, Deferred):
+            return self._opened(opening, request, answer)
         if not opening.called:
             self._wait_for(opening)
         return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
@@ -247,7 +256,7 @@ class WebSocketConnection(AutobahnConnection):
         self.transport.resumeProducing()
         return result
 
-    def _opened(self, ticket: JoinTicket, request: JoinRequest, answer: bytes) -> bytes:
+    def _opened(self, ticket: JoinTicket | None, request: JoinRequest, answer: bytes) -> bytes:
         if not self.is_connecting:
             raise HttpError(HTTPStatus.REQUEST_TIMEOUT, "the handshake took too long")
         if self.factory.connections.stopping:
