@@ -22,6 +22,7 @@ from chatd.load.options import allow_files
 Attack = Callable[[int, float], Coroutine[None, None, None]]
 
 JOIN: Final = inputs.handshake()
+SHARED: Final = inputs.handshake(b"/connect")
 PAUSE: Final = 0.05
 """The time that an attacker waits before it connects again, in seconds."""
 _numbers = itertools.count()
@@ -144,6 +145,17 @@ def room() -> bytes:
     return b"/rooms/attack-%d" % next(_numbers)
 
 
+def join(room: str) -> bytes:
+    """Compose the frame that joins a room on a shared connection."""
+    return text(type="join", room=room)
+
+
+def _visit() -> bytes:
+    """Compose a join of a room that nobody has named, and a leave."""
+    name = f"attack-{next(_numbers)}"
+    return join(name) + text(type="leave", room=name)
+
+
 def _late(count: int) -> Callable[[], bytes]:
     return lambda: b"".join(text(type="history", limit=100) for _ in range(count))
 
@@ -185,6 +197,14 @@ ATTACKS: Final[dict[str, tuple[str, Attack]]] = {
     ),
     "joins": ("joins, as fast as 100 clients can", visits(100, lambda: JOIN)),
     "rooms": ("joins of ever new rooms", visits(100, lambda: inputs.handshake(room()))),
+    "shared-joins": (
+        "20 floods of joins and leaves of ever new rooms on shared connections",
+        flood(20, lambda: SHARED, lambda: b"".join(_visit() for _ in range(100))),
+    ),
+    "shared-unread": (
+        "100 shared connections in 100 rooms each, and in that of the others, that never read",
+        unread(100, SHARED + join("main") + b"".join(join(f"shared-{number}") for number in range(100))),
+    ),
     "new-rooms": (
         "posts in ever new rooms",
         visits(100, lambda: inputs.handshake(room()) + posts(1)),

@@ -61,7 +61,19 @@ TEXTS: Final = (
 )
 """Texts of frames."""
 
+SHARED: Final = (
+    b'{"type":"join","room":"team","events":["presence","typing"],"username":"bob","label":"j1"}',
+    b'{"room":"team","username":"ann","message":"hi","label":"c2"}',
+    b'{"type":"join","room":"other","last_event_id":"abcdef-1"}',
+    b'{"type":"history","room":"team","limit":3}',
+    b'{"type":"typing","room":"other","username":"bob"}',
+    b'{"type":"leave","room":"team","label":"l1"}',
+)
+"""Texts of frames on a connection with many rooms."""
+
 HEADS: Final = (
+    handshake(b"/connect"),
+    request(b"GET /events?room=team&room=other HTTP/1.1"),
     handshake(),
     handshake(b"/rooms/team?events=presence,typing&username=bob"),
     handshake(b"/?last_event_id=abcdef-1"),
@@ -101,10 +113,12 @@ FRAMES: Final = (
     handshake(b"/rooms/team") + frame(TEXT, POST, masked=False),
     handshake() + frame(TEXT, POST, reserved=4),
     handshake() + frame(PING, b"x" * SHORT),
+    handshake(b"/connect") + b"".join(frame(TEXT, text) for text in SHARED),
+    *(handshake(b"/connect") + frame(TEXT, SHARED[0]) + frame(TEXT, text) for text in (*SHARED, *TEXTS)),
 )
 """Connections that speak WebSocket."""
 
-PIPELINES: Final = tuple(first + second for first in HEADS[5:] for second in (*FRAMES[:3], *HEADS[:3], *HEADS[-4:]))
+PIPELINES: Final = tuple(first + second for first in HEADS[7:] for second in (*FRAMES[:3], *HEADS[:3], *HEADS[-4:]))
 """Two requests at once."""
 
 STREAM: Final = request(b"GET /rooms/team/events HTTP/1.1")
