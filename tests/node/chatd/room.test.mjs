@@ -1,0 +1,438 @@
+// chatd.js against real servers.
+import assert from "node:assert/strict";
+import { createHmac } from "node:crypto";
+import { writeFile, mkdtemp } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { test } from "node:test";
+import WebSocket from "ws";
+import { Client, ClientStopped, Rejected } from "../../../chatd/static/chatd.js";
+import { proxy, seeded, serve, stored, until } from "./server.mjs";
+
+const quick = { WebSocket, random: () => 0.05, locks: null };
+function join_(test, url, options, name = "main") {
+  const client = new Client(url, { username: "ann", ...quick, ...options });
+  test.after(() => client.stop());
+  return client.room(name);
+}
+const texts = (room) => room.snapshot().messages.map(({ data }) => data.message);
+const is = (state) => (snapshot) => snapshot.state === state;
+const event = (room, type) => new Promise((resolve) => room.addEventListener(type, resolve, { once: true }));
+/** A WebSocket that never opens, as behind a proxy that blocks them. */
+class Blocked {
+  constructor() {
+    setTimeout(() => this.onclose?.({ code: 1006, reason: "" }));
+  }
+  close() {}
+}
+
+/** A storage of the outbox that outlives a client, as IndexedDB outlives a page. */
+function memory() {
+  const posts = new Map();
+  return {
+    posts,
+    list: async (key) => [...posts.values()].filter((post) => post.key === key),
+    put: async (post) => posts.set(post.label, structuredClone(post)),
+    delete: async (label) => posts.delete(label),
+  };
+}
+
+for (const Socket of [WebSocket, Blocked])
+  test(`${Socket.name}: two people chat`, async (t) => {
+    const { url } = await serve(t);
+    const ann = join_(t, url, { WebSocket: Socket });
+    const bob = join_(t, url, { username: "bob" });
+    await until(bob, ({ presence }) => presence?.users?.includes("ann"));
+    const posted = await ann.post("hi");
+    assert.match(posted.id, /^\w+-3$/);
+    assert.equal(posted.duplicate, false);
+    await bob.post("hello");
+    await until(ann, ({ messages }) => messages.length === 4);
+    assert.deepEqual(texts(ann), ["Hello!", "Hi Alice!", "hi", "hello"]);
+    assert.deepEqual(ann.snapshot().outbox, []);
+    assert.equal(ann.snapshot(), ann.snapshot());
+    bob.typing();
+    await until(ann, ({ typing }) => typing.includes("bob"));
+    assert.equal(ann.snapshot().last, posted.id.replace(/3$/, "4"));
+    const read = [];
+    for await (const entry of bob) {
+      read.push(entry.data.message);
+      if (read.length === 4) bob.post("bye");
+      if (read.length === 5) bob.stop();
+    }
+    assert.deepEqual(read, ["Hello!", "Hi Alice!", "hi", "hello", "bye"]);
+    await assert.rejects(bob.post("late"), ClientStopped);
+  });
+
+for (const Socket of [WebSocket, Blocked])
+  test(`${Socket.name}: a killed server loses and doubles nothing`, async (t) => {
+    const first = await serve(t);
+    const room = join_(t, first.url, { WebSocket: Socket }, "a");
+    const seen = [];
+    for (const type of ["history", "entries"])
+      room.addEventListener(type, ({ detail }) => seen.push(...detail.entries.map(({ data }) => data.message)));
+    const posts = Array.from({ length: 40 }, (_, number) => room.post(`m${number}`));
+    await posts[20];
+    await first.kill();
+    posts.push(room.post("offline"));
+    await until(room, is("waiting"));
+    const second = await serve(t, first);
+    await Promise.all(posts);
+    const expected = [...Array.from({ length: 40 }, (_, number) => `m${number}`), "offline"];
+    await until(room, ({ messages }) => messages.length === 41);
+    assert.deepEqual(seen, expected);
+    assert.deepEqual((await stored(second.url, "a")).map(({ message }) => message), expected);
+  });
+
+for (const Socket of [WebSocket, Blocked])
+  test(`${Socket.name}: a drained server names the pause`, async (t) => {
+    const first = await serve(t);
+    const room = join_(t, first.url, { WebSocket: Socket });
+    await until(room, is("online"));
+    const ended = event(room, "disconnect");
+    await first.stop();
+    const { reason, wait } = (await ended).detail;
+    assert.match(reason, Socket === Blocked ? /the stream ended/ : /closed with 1012 retry_after/);
+    assert.ok(wait > 0.05);
+    await serve(t, first);
+    await until(room, is("online"));
+    assert.deepEqual(texts(room), ["Hello!", "Hi Alice!"]);
+  });
+
+test("a server that lost its log replaces everything", async (t) => {
+  const options = ["--store=memory:"];
+  const first = await serve(t, { options });
+  const room = join_(t, first.url);
+  await room.post("lost");
+  await first.kill();
+  const post = room.post("kept");
+  const replaced = event(room, "history");
+  const second = await serve(t, { ...first, options });
+  assert.equal((await replaced).detail.entries.length, 2);
+  await post;
+  assert.deepEqual(texts(room), ["Hello!", "Hi Alice!", "kept"]);
+  assert.equal((await stored(second.url)).length, 3);
+});
+
+test("older pages", async (t) => {
+  const { url } = await serve(t, { options: ["--history=10"] });
+  const room = join_(t, url, {}, "a");
+  for (let number = 1; number <= 25; number++) room.post(`m${number}`);
+  await until(room, ({ messages }) => messages.length === 25);
+  const other = join_(t, url, { username: "bob" }, "a");
+  await until(other, ({ messages }) => messages.length === 10);
+  await Promise.all([other.older(5), other.older(5)]);
+  assert.equal(texts(other)[0], "m11");
+  await other.older();
+  assert.deepEqual(texts(other), texts(room));
+  assert.equal(other.snapshot().more, false);
+  await other.older();
+  const page = await other.page({ before: other.snapshot().messages[3].id, limit: 2 });
+  assert.deepEqual(page.entries.map(({ data }) => data.message), ["m2", "m3"]);
+  assert.equal(page.more, true);
+  await assert.rejects(other.page({ before: "abcd-1" }), { code: "UNKNOWN_ID" });
+});
+
+test("refused posts", async (t) => {
+  const { url } = await serve(t);
+  for (const options of [{}, { WebSocket: Blocked }]) {
+    const storage = memory();
+    const room = join_(t, url, { storage, ...options });
+    await assert.rejects(room.post(""), (error) => error instanceof Rejected && /not allowed to be empty/.test(error.message));
+    const [{ error, label, frame }] = room.snapshot().outbox;
+    assert.match(error.message, /not allowed to be empty/);
+    assert.equal(frame.message, "");
+    assert.deepEqual(storage.posts.get(label).error, error);
+    room.discard(label);
+    assert.deepEqual(room.snapshot().outbox, []);
+    assert.equal(storage.posts.size, 0);
+    await room.post("fine");
+    room.stop();
+  }
+});
+
+test("outbox outlives the client", async (t) => {
+  const first = await serve(t);
+  const storage = memory();
+  const room = join_(t, first.url, { storage });
+  await until(room, is("online"));
+  await first.kill();
+  const lost = Promise.all(["one", "two", "three"].map((text) => room.post(text)));
+  room.stop();
+  await assert.rejects(lost, ClientStopped);
+  assert.equal(storage.posts.size, 3);
+  const second = await serve(t, first);
+  const again = join_(t, second.url, { storage });
+  await until(again, ({ messages }) => messages.length === 5);
+  assert.deepEqual(texts(again).slice(2), ["one", "two", "three"]);
+  await until(again, () => storage.posts.size === 0);
+});
+
+test("a post whose ack was lost with the page is stored once", async (t) => {
+  const { url, port } = await serve(t);
+  const storage = memory();
+  let mute = false;
+  const { url: through } = await proxy(t, () => port, (data, up) => (mute && !up ? Buffer.alloc(0) : data));
+  const room = join_(t, through, { storage });
+  await until(room, is("online"));
+  mute = true;
+  room.post("once").catch(() => {});
+  const other = join_(t, url, { username: "bob" });
+  await until(other, ({ messages }) => messages.length === 3);
+  room.stop();
+  const again = join_(t, url, { storage });
+  await until(again, ({ outbox }) => !outbox.length);
+  await until(again, () => storage.posts.size === 0);
+  assert.deepEqual(texts(again), ["Hello!", "Hi Alice!", "once"]);
+});
+
+// Tokens
+
+const SECRET = "a secret of at least 32 bytes, for tests";
+function sign(sub, lasts, claims) {
+  const encode = (value) => Buffer.from(JSON.stringify(value)).toString("base64url");
+  const exp = Math.floor(Date.now() / 1000) + lasts;
+  const text = `${encode({ alg: "HS256", typ: "JWT" })}.${encode({ sub, exp, ...claims })}`;
+  return `${text}.${createHmac("sha256", SECRET).update(text).digest("base64url")}`;
+}
+async function guarded(t) {
+  const folder = await mkdtemp(join(tmpdir(), "chatd-js-"));
+  await writeFile(join(folder, "jwt.key"), SECRET);
+  return serve(t, { folder, options: ["--jwt-key=jwt.key"] });
+}
+
+for (const Socket of [WebSocket, Blocked])
+  test(`${Socket.name}: edits and removals with tokens`, async (t) => {
+    const { url } = await guarded(t);
+    const ann = join_(t, url, { WebSocket: Socket, token: async () => sign("ann", 600) });
+    const bob = join_(t, url, { username: "bob", token: sign("bob", 600) });
+    const { id } = await ann.post("helo");
+    await ann.edit(id, "hello");
+    await until(bob, ({ messages }) => messages.at(-1)?.data.message === "hello");
+    assert.equal(bob.snapshot().messages.length, 3);
+    await assert.rejects(bob.edit(id, "mine"), { code: "FORBIDDEN" });
+    await assert.rejects(bob.remove(id), { code: "FORBIDDEN" });
+    await ann.remove(id);
+    await until(bob, ({ messages }) => messages.at(-1).removed);
+    await assert.rejects(ann.edit(id, "back"), { code: "NOT_REPLACEABLE" });
+    assert.equal(JSON.stringify(bob.snapshot().messages).includes("hello"), false);
+  });
+
+test("token is renewed before its expiry, on the same connection", async (t) => {
+  const { url } = await guarded(t);
+  let calls = 0;
+  const renewed = Promise.withResolvers?.() ?? {};
+  const third = new Promise((resolve) => (renewed.resolve = resolve));
+  const room = join_(t, url, {
+    token() {
+      if (++calls === 3) renewed.resolve();
+      return sign("ann", 2);
+    },
+  });
+  let ends = 0;
+  room.addEventListener("disconnect", () => (ends += 1));
+  await third;
+  await room.post("still here");
+  assert.equal(ends, 0);
+});
+
+test("a refused token is asked for again, and once only", async (t) => {
+  const { url } = await guarded(t);
+  const tokens = [sign("ann", -600), sign("ann", 600)];
+  const room = join_(t, url, { token: () => tokens.shift() });
+  await room.post("in");
+  const other = join_(t, url, { username: "bob", token: () => "x.y.z" });
+  const { error } = await until(other, (snapshot) => snapshot.state === "rejected" && snapshot);
+  assert.equal(error.code, 401);
+  await assert.rejects(other.post("out"), { code: 401 });
+  await assert.rejects(other[Symbol.asyncIterator]().next(), { code: 401 });
+});
+
+test("a token function that fails is called again", async (t) => {
+  const { url } = await guarded(t);
+  let calls = 0;
+  const room = join_(t, url, {
+    async token() {
+      if (++calls < 3) throw new Error("offline");
+      return sign("ann", 600);
+    },
+  });
+  await room.post("in");
+  assert.equal(calls, 3);
+});
+
+test("a room that does not exist is final", async (t) => {
+  const { url } = await serve(t, { options: ["--rooms=main"] });
+  const room = join_(t, url, {}, "other");
+  assert.equal((await until(room, ({ error }) => error)).code, 404);
+});
+
+test("abort signal stops the rooms", async (t) => {
+  const { url } = await serve(t);
+  const abort = new AbortController();
+  const room = join_(t, url, { signal: abort.signal });
+  await until(room, is("online"));
+  abort.abort();
+  assert.equal(room.snapshot().state, "stopped");
+  assert.equal(join_(t, url, { signal: abort.signal }, "b").snapshot().state, "stopped");
+});
+
+// Tabs
+
+/** Web Locks and broadcast channels for the tabs of one test. */
+function browser() {
+  const queue = [];
+  let held = false;
+  const grant = async () => {
+    if (held || !queue.length) return;
+    held = true;
+    const { call, resolve } = queue.shift();
+    await call();
+    held = false;
+    resolve();
+    grant();
+  };
+  const locks = {
+    request: (name, { signal }, call) =>
+      new Promise((resolve, reject) => {
+        const entry = { call, resolve };
+        queue.push(entry);
+        signal.addEventListener("abort", () => {
+          if (queue.includes(entry)) queue.splice(queue.indexOf(entry), 1);
+          reject(signal.reason);
+        });
+        queueMicrotask(grant);
+      }),
+  };
+  const channels = new Set();
+  class BroadcastChannel extends EventTarget {
+    constructor() {
+      super();
+      channels.add(this);
+    }
+    postMessage(data) {
+      for (const other of channels)
+        if (other !== this) setImmediate(() => other.deliver(structuredClone(data)));
+    }
+    deliver(data) {
+      if (channels.has(this)) this.dispatchEvent(Object.assign(new Event("message"), { data }));
+    }
+    close() {
+      channels.delete(this);
+    }
+  }
+  return { locks, BroadcastChannel, storage: memory() };
+}
+
+test("ten tabs are one connection, and each message is seen once", async (t) => {
+  const { url } = await serve(t);
+  let sockets = 0;
+  class Counted extends WebSocket {
+    constructor(...given) {
+      super(...given);
+      sockets += 1;
+    }
+  }
+  const shared = { ...browser(), WebSocket: Counted };
+  const tabs = Array.from({ length: 10 }, () => join_(t, url, shared));
+  const seen = tabs.map(() => []);
+  tabs.forEach((tab, at) => {
+    for (const type of ["history", "entries"])
+      tab.addEventListener(type, ({ detail }) => seen[at].push(...detail.entries.map(({ data }) => data.message)));
+  });
+  await Promise.all(tabs.map((tab) => until(tab, is("online"))));
+  assert.equal(sockets, 1);
+  const other = join_(t, url, { username: "bob" });
+  const { users, count } = await until(other, ({ presence }) => presence?.users?.includes("ann") && presence);
+  assert.deepEqual([users, count], [["ann", "bob"], 2]);
+  await Promise.all(tabs.map((tab, at) => tab.post(`from ${at}`)));
+  await Promise.all(tabs.map((tab) => until(tab, ({ messages }) => messages.length === 12)));
+  assert.equal(shared.storage.posts.size, 0);
+  other.typing();
+  await until(tabs[9], ({ typing }) => typing.includes("bob"));
+  tabs[5].typing();
+  await until(other, ({ typing }) => typing.includes("ann"));
+
+  // The leader leaves without a word, between two messages.
+  const post = tabs[9].post("to nobody");
+  tabs[0].stop();
+  await post;
+  await other.post("after");
+  await Promise.all(tabs.slice(1).map((tab) => until(tab, ({ messages }) => messages.length === 14)));
+  assert.equal(sockets, 2);
+  const all = (await stored(url)).map(({ message }) => message);
+  for (const one of seen.slice(1)) assert.deepEqual(one, all);
+
+  // A new tab gets the history of its leader.
+  const late = join_(t, url, shared);
+  await until(late, ({ messages }) => messages.length === 14);
+  await until(late, ({ presence }) => presence?.count === 2);
+  assert.equal(sockets, 2);
+});
+
+test("tabs show the pause of their leader, and its refusals", async (t) => {
+  const first = await serve(t);
+  const shared = browser();
+  const [leader, tab] = [join_(t, first.url, shared), join_(t, first.url, shared)];
+  await until(tab, is("online"));
+  await first.kill();
+  await until(tab, is("waiting"));
+  assert.equal(typeof tab.snapshot().retryAt, "number");
+  const post = tab.post("later");
+  await serve(t, first);
+  await post;
+  await until(leader, ({ messages }) => messages.length === 3);
+  await assert.rejects(tab.post(""), Rejected);
+  const [{ label }] = await until(leader, ({ outbox }) => outbox.length && outbox);
+  leader.discard(label);
+  await until(tab, ({ outbox }) => !outbox.length);
+});
+
+test("posts of a closed tab are sent by the next one", async (t) => {
+  const first = await serve(t);
+  const shared = browser();
+  const [, tab] = [join_(t, first.url, shared), join_(t, first.url, shared)];
+  await until(tab, is("online"));
+  await first.kill();
+  await until(tab, is("waiting"));
+  tab.post("from the closed tab").catch(() => {});
+  tab.stop();
+  const second = await serve(t, first);
+  const next = join_(t, second.url, shared);
+  await until(next, ({ messages }) => messages.length === 3);
+  assert.equal(texts(next)[2], "from the closed tab");
+});
+
+// Faults
+
+for (const Socket of [WebSocket, Blocked])
+  for (const seed of [1, 2, 3])
+    test(`${Socket.name}: a proxy that cuts at random, seed ${seed}`, async (t) => {
+      const random = seeded(seed);
+      const server = await serve(t);
+      let faults = 0;
+      const { url } = await proxy(t, () => server.port, (data) => {
+        if (faults >= 25 || random() > 0.06) return data;
+        faults += 1;
+        return data.subarray(0, Math.floor(random() * data.length));
+      });
+      const options = { WebSocket: Socket, random: () => 0.02 * random() };
+      const [ann, bob] = ["ann", "bob"].map((username) => join_(t, url, { ...options, username }, "a"));
+      const seen = [ann, bob].map((room) => {
+        const list = [];
+        for (const type of ["history", "entries"])
+          room.addEventListener(type, ({ detail }) => list.push(...detail.entries.map(({ data }) => data.message)));
+        return list;
+      });
+      const posts = [ann, bob].flatMap((room, who) => Array.from({ length: 60 }, (_, at) => room.post(`${who} ${at}`)));
+      const ids = (await Promise.all(posts)).map(({ id }) => Number(id.split("-")[1]));
+      const all = (await stored(server.url, "a")).map(({ message }) => message);
+      assert.equal(all.length, 120);
+      for (const [at, room] of [ann, bob].entries()) {
+        await until(room, ({ messages }) => messages.length === 120);
+        assert.deepEqual(seen[at], all);
+        assert.deepEqual(all.filter((text) => text.startsWith(at)), Array.from({ length: 60 }, (_, n) => `${at} ${n}`));
+      }
+      assert.deepEqual(ids.map((number) => all[number - 1]), [0, 1].flatMap((who) => Array.from({ length: 60 }, (_, n) => `${who} ${n}`)));
+      assert.ok(faults >= 5, `${faults} cuts`);
+    });
