@@ -456,7 +456,7 @@ function createRoom(url, options) {
         core.heard();
         for (const line of lines) {
           if (line.startsWith("data: ")) receive(line.slice(6));
-          else if (line.startsWith("retry: ") && view.state === "online") retryAfter = line.slice(7) / 1000;
+          else if (line.startsWith("retry: ") && view.state === "online") retryAfter = Number(line.slice(7)) / 1000;
         }
       }
     } catch (error) {
@@ -576,8 +576,11 @@ function createRoom(url, options) {
       link.send({ type: "typing", username });
     },
     snapshot() {
-      const messages = () => view.entries.filter((entry) => !entry.replaces);
-      return (shown ??= { ...view, retryAt, outbox: [...view.outbox], typing: [...view.typing], messages: messages() });
+      if (shown) return shown;
+      const { outbox, typing, entries } = view;
+      const messages = entries.filter(({ replaces }) => !replaces);
+      const copies = { outbox: [...outbox], typing: [...typing], entries: [...entries], messages };
+      return (shown = { ...view, ...copies, retryAt });
     },
     subscribe(call) {
       room.addEventListener("change", call);

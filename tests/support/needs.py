@@ -22,6 +22,7 @@ NEEDS = {
     "redis-server": ("instances with a Redis", "redis-server"),
     "redis-cli": ("instances with a Redis", "redis-tools"),
     "node": ("clients in JavaScript, the AsyncAPI and OpenAPI documents", "nodejs"),
+    "npm": ("the package of chatd.js", "npm"),
     "ws": ("clients in JavaScript", NPM),
     "wscat": ("clients in JavaScript", NPM),
     "@asyncapi/specs": ("the AsyncAPI document", NPM),
