@@ -1,0 +1,87 @@
+"""The files of chatd.js: its pure core, its size, its types and its package."""
+
+import gzip
+import json
+import re
+import subprocess
+
+import pytest
+from support.servers import LONG, NODE, ROOT, need
+
+STATIC = ROOT / "chatd" / "static"
+LIBRARY = STATIC / "chatd.js"
+LARGEST = 26_000, 8_700
+"""The most bytes of the library: as it is, with its comments, and compressed."""
+
+
+def node(*arguments):
+    return subprocess.run(
+        [need("node"), *arguments], cwd=NODE, capture_output=True, text=True, timeout=LONG, check=False
+    )
+
+
+def test_core_in_node():
+    """The state machine keeps the protocol, with a clock and randomness of the test."""
+    result = node("--test", "chatd/core.test.mjs")
+    assert result.returncode == 0, result.stdout
+
+
+def test_library_is_small():
+    text = LIBRARY.read_bytes()
+    assert (len(text), len(gzip.compress(text, 9))) <= LARGEST
+    assert len(gzip.compress(text, 9)) <= LARGEST[1]
+
+
+def test_library_depends_on_nothing():
+    text = LIBRARY.read_text("utf-8")
+    assert re.findall(r"^import |\bimport\((?!\")|\brequire\(|https?://", text, re.MULTILINE) == []
+
+
+def test_types_name_what_the_library_has():
+    """Each exported value has a type, and the room has the methods that its type names."""
+    types = (STATIC / "chatd.d.ts").read_text("utf-8")
+    declared = set(re.findall(r"^export (?:class|function) (\w+)", types, re.MULTILINE))
+    script = """
+        import(process.argv[1]).then(({ Client, createCore, ...others }) => {
+            const client = new Client("http://127.0.0.1:9", { WebSocket: null, fetch: async () => { throw Error(); } });
+            const room = client.room("a");
+            client.stop();
+            const host = { arm() {}, close() {}, emit() {}, connect() {}, send() {}, now: () => 0, random: () => 0 };
+            const names = (object) => Object.keys(object).sort();
+            console.log(JSON.stringify({
+                exports: ["Client", "createCore", ...names(others)],
+                Room: names(room),
+                Core: names(createCore(host)),
+                Client: Object.getOwnPropertyNames(Client.prototype),
+            }));
+        });
+    """
+    result = node("-e", script, LIBRARY.as_uri())
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert set(found["exports"]) == declared
+    for name in ("Room", "Core", "Client"):
+        body = re.search(rf"export (?:class|interface) {name}\b.*?\{{\n(.*?)^\}}", types, re.DOTALL | re.MULTILINE)[1]
+        members = set(re.findall(r"^  (?:readonly )?(\w+)[(:]", body, re.MULTILINE)) - {"addEventListener"}
+        assert {*found[name]} - {"isTrusted"} == members, name
+
+
+def test_package_has_the_library_and_its_types():
+    need("npm")
+    result = subprocess.run(
+        ["npm", "pack", "--dry-run", "--json", "--offline"],
+        cwd=STATIC,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=True,
+    )
+    (package,) = json.loads(result.stdout)
+    assert {file["path"] for file in package["files"]} == {"chatd.js", "chatd.d.ts", "package.json"}
+    assert package["name"] == "chatd"
+
+
+@pytest.mark.parametrize("name", ["main", "types"])
+def test_package_names_its_files(name):
+    package = json.loads((STATIC / "package.json").read_text("utf-8"))
+    assert (STATIC / package[name]).is_file()
