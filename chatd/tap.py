@@ -49,6 +49,7 @@ from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
 from chatd.transport.operator_schema import SchemaFile, check_schema
+from chatd.transport.static import Static
 from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
 from chatd.webhooks.delivery import PARALLEL, Webhook
@@ -198,7 +199,7 @@ def makeService(options: Options) -> IService:
     exports = ExportQueue(rooms, connections, reactor)
     api = Api(rooms, connections, admission, addresses, tokens, listing=RoomList(store, rooms), exports=exports)
     documents = Documents(vocabulary)
-    resources = {"": api, "rooms": api, "events": api, **documents.resources}
+    resources = {"": api, "rooms": api, "events": api, "static": Static(), **documents.resources}
     site = http.site(readiness, reactor, resources, rate, limits, tokens=tokens, proxied=proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator

@@ -8,6 +8,7 @@ POST /drain   send all clients elsewhere, and keep running (on the admin port)
 /sanctions    bans and mutes (on the admin port, as are /rooms to manage): see chatd.transport.admin
 /asyncapi.json, /openapi.json: see chatd.transport.documents
 /rooms/...    the rooms over HTTP: see chatd.transport.api
+/static/...   chatd.js, for browsers: see chatd.transport.static
 
 The admin port refuses every request that a web page may have sent.  Refused requests and WebSocket handshakes
 are answered with a problem (RFC 9457).
@@ -112,7 +113,7 @@ def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "appli
     request.setHeader("cache-control", "no-store")
     for name, value in headers.items():
         request.setHeader(name.replace("_", "-"), value)
-    if status != HTTPStatus.NO_CONTENT:
+    if status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
         request.setHeader("content-length", str(len(body)))
     return b"" if request.method == b"HEAD" else body
 

@@ -79,7 +79,8 @@ def test_wheel_content(wheel):
         names = set(archive.namelist())
         schema = archive.read("chatd/schemas/message.json")
     assert schema == (ROOT / "schemas" / "message.json").read_bytes()
-    assert names >= {"chatd/static/index.html", "chatd/seed/messages.json", "twisted/plugins/chatd_plugin.py"}
+    assert names >= {f"chatd/static/{name}" for name in ("index.html", "chatd.js", "chatd.d.ts", "package.json")}
+    assert names >= {"chatd/seed/messages.json", "twisted/plugins/chatd_plugin.py"}
     modules = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.lua") for path in (ROOT / "chatd").rglob(kind)}
     assert modules <= names
     assert names.isdisjoint({"twisted/__init__.py", "twisted/plugins/__init__.py"})

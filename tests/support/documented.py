@@ -7,6 +7,7 @@ script, and a report ends it.
 """
 
 import functools
+import gzip
 import json
 import os
 import pathlib
@@ -28,9 +29,7 @@ _registry = jsonschema_rs.Registry(
 _openapi = _documents["openapi.json"]
 _routes = [
     (
-        re.compile(
-            path.replace("{name}", "[a-z0-9][a-z0-9_-]{0,63}").replace("{id}", "[^/]+").replace("{sanction}", "[^/]+")
-        ),
+        re.compile(re.sub(r"\{\w+\}", "[^/]+", path.replace("{name}", "[a-z0-9][a-z0-9_-]{0,63}"))),
         methods,
     )
     for path, methods in _openapi["paths"].items()
@@ -135,9 +134,12 @@ def check_answer(method, path, status, headers, body):
     place = responses[str(status)]["$ref"].removeprefix("#/components/responses/")
     response = _openapi["components"]["responses"][place]
     _check_headers(f"{what} ({place})", response, headers)
-    kind = {name.lower(): value for name, value in headers}.get("content-type", "").partition(";")[0]
+    given = {name.lower(): value for name, value in headers}
+    kind = given.get("content-type", "").partition(";")[0]
     if not body:
         return
+    if given.get("content-encoding") == "gzip":
+        body = gzip.decompress(body)
     if kind not in response.get("content", {}):
         raise Undocumented(f"{what}: content of the type {kind!r}")
     document = json.loads(body) if kind.endswith("json") else body.decode()

@@ -5,8 +5,9 @@ import json
 import re
 import subprocess
 
-import pytest
 from support.servers import LONG, NODE, ROOT, need
+
+import chatd
 
 STATIC = ROOT / "chatd" / "static"
 LIBRARY = STATIC / "chatd.js"
@@ -81,7 +82,8 @@ def test_package_has_the_library_and_its_types():
     assert package["name"] == "chatd"
 
 
-@pytest.mark.parametrize("name", ["main", "types"])
-def test_package_names_its_files(name):
+def test_package_names_its_files_and_the_version():
     package = json.loads((STATIC / "package.json").read_text("utf-8"))
-    assert (STATIC / package[name]).is_file()
+    assert all((STATIC / package[name]).is_file() for name in ("main", "types"))
+    assert package["version"] == chatd.__version__
+    assert package.keys().isdisjoint({"dependencies", "peerDependencies"})

@@ -1,0 +1,92 @@
+"""The files for browsers: whole or compressed, cached, and open to pages of every origin."""
+
+import gzip
+import importlib.resources
+
+import pytest
+from support.web_doubles import Connection
+
+import chatd
+from chatd.transport import http
+from chatd.transport.static import FILES, Static
+
+VERSIONED = f"/static/{chatd.__version__}/chatd.js".encode()
+
+
+@pytest.fixture
+def connection(clock):
+    return Connection(http.site(lambda: (True, "ready"), clock, {"static": Static()}))
+
+
+def content(name):
+    return importlib.resources.files("chatd").joinpath("static", name).read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", [*FILES])
+@pytest.mark.parametrize("folder", ["", f"{chatd.__version__}/"])
+def test_file_is_served(connection, folder, name):
+    """Under the version it may be kept for ever; under the plain name a browser asks each time."""
+    response, text = connection.ask(b"GET", f"/static/{folder}{name}".encode())
+    assert (response.status, text) == (200, content(name))
+    assert response.headers["content-type"] == FILES[name]
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert response.headers["vary"] == "Accept-Encoding"
+    assert ("immutable" in response.headers["cache-control"]) == bool(folder)
+
+
+def raw(connection, *headers):
+    """Ask for the library, and return the response with its content in bytes."""
+    connection.transport.clear()
+    connection.begin(b"GET", VERSIONED, *headers)
+    head, _, body = connection.transport.value().partition(b"\r\n\r\n")
+    return head.decode(), body
+
+
+@pytest.mark.parametrize("accepted", [b"gzip", b"br, GZIP;q=0.5", b"deflate,gzip ; q=1"])
+def test_file_is_compressed_if_the_client_accepts_it(connection, accepted):
+    head, body = raw(connection, b"Accept-Encoding: " + accepted)
+    assert gzip.decompress(body).decode() == content("chatd.js")
+    assert "Content-Encoding: gzip" in head
+
+
+@pytest.mark.parametrize("accepted", [b"", b"br", b"gzip;q=0", b"gzip; q=0.00, br", b"x-gzip2"])
+def test_file_is_whole_if_the_client_does_not_accept_gzip(connection, accepted):
+    head, body = raw(connection, b"Accept-Encoding: " + accepted)
+    assert body.decode() == content("chatd.js")
+    assert "Content-Encoding" not in head
+
+
+@pytest.mark.parametrize("accepted", [b"gzip", b"br"])
+def test_unchanged_file_is_not_sent_again(connection, accepted):
+    """Each content coding has an entity tag of its own."""
+    response, _ = connection.ask(b"HEAD", VERSIONED, b"Accept-Encoding: " + accepted)
+    tag = response.headers["etag"].encode()
+    for known, status in ((tag, 304), (b'"x", ' + tag, 304), (b'"x"', 200)):
+        head, body = raw(connection, b"Accept-Encoding: " + accepted, b"If-None-Match: " + known)
+        assert head.startswith(f"HTTP/1.1 {status} ")
+        assert (body == b"") == (status == 304)
+        assert ("Content-Length" in head) == (status == 200)
+    other = b"br" if accepted == b"gzip" else b"gzip"
+    head, _ = raw(connection, b"Accept-Encoding: " + other, b"If-None-Match: " + tag)
+    assert head.startswith("HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/static",
+        b"/static/",
+        b"/static/index.html",
+        b"/static/../messages.py",
+        b"/static/9.9.9/chatd.js",
+        b"/static/%2E",
+    ],
+)
+def test_other_files_do_not_exist(connection, path):
+    response, _ = connection.ask(b"GET", path)
+    assert response.status == 404
+
+
+def test_only_reading_is_allowed(connection):
+    response, _ = connection.ask(b"POST", VERSIONED, body=b"")
+    assert (response.status, response.headers["allow"]) == (405, "GET, HEAD")
