@@ -1,6 +1,8 @@
 """A real browser: headless Chromium, driven by the DevTools protocol."""
 
 import contextlib
+import copy
+import itertools
 import json
 import shutil
 import subprocess
@@ -33,7 +35,7 @@ class Page:
     def __init__(self, folder, url):
         self._folder = folder
         self._url = url
-        self._ids = 0
+        self._ids = itertools.count(1)
         self._session = {}
         self.logged = []
         self.refused = []
@@ -50,13 +52,8 @@ class Page:
             browser = lines.wait(r"^DevTools listening on (ws://.*)$")[0][1]
             self._socket = stack.enter_context(connect(browser, max_size=None, proxy=None))
             (target,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
-            attach = {"targetId": target["targetId"], "flatten": True}
-            self._session = {"sessionId": self.call("Target.attachToTarget", **attach)["sessionId"]}
-            for domain in ("Log", "Runtime", "Page"):
-                self.call(f"{domain}.enable")
-            self.call("Page.navigate", url=self._url)
-            while self._next(LONG).get("method") != "Page.loadEventFired":
-                pass
+            self._attach(target["targetId"])
+            self.load("Page.navigate", url=self._url)
             self._exit = stack.pop_all()
         return self
 
@@ -68,11 +65,37 @@ class Page:
         self._process.wait(LONG)
         lines.close()
 
+    def _attach(self, target):
+        self._session = {}
+        self._target = target
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+        for domain in ("Log", "Runtime", "Page"):
+            self.call(f"{domain}.enable")
+
+    def load(self, method, **params):
+        """Call a method that loads a page, and wait until it is loaded."""
+        self._loaded = False
+        self.call(method, **params)
+        while not self._loaded:
+            self._next(LONG)
+
+    def tab(self):
+        """Open the page in another tab of the same browser."""
+        tab = copy.copy(self)
+        tab._session = {}
+        tab._attach(tab.call("Target.createTarget", url="about:blank")["targetId"])
+        tab.load("Page.navigate", url=self._url)
+        return tab
+
+    def close_tab(self):
+        """Close this tab, as a person does."""
+        self.call("Target.closeTarget", targetId=self._target)
+
     def call(self, method, **params):
         """Call a method of the DevTools protocol, and return its result."""
-        self._ids += 1
-        self._socket.send(json.dumps({"id": self._ids, "method": method, "params": params} | self._session))
-        own = self._ids
+        own = next(self._ids)
+        self._socket.send(json.dumps({"id": own, "method": method, "params": params} | self._session))
         while True:
             said = self._next(LONG)
             if said.get("id") == own:
@@ -82,7 +105,9 @@ class Page:
     def _next(self, seconds):
         """Take the next message, and keep what it says if it is an event."""
         said = json.loads(self._socket.recv(seconds))
-        if said.get("method") == "Log.entryAdded":
+        if said.get("method") == "Page.loadEventFired" and said["sessionId"] == self._session["sessionId"]:
+            self._loaded = True
+        elif said.get("method") == "Log.entryAdded":
             self.refused.append(said["params"]["entry"]["text"])
         elif said.get("method") == "Runtime.consoleAPICalled":
             (value,) = said["params"]["args"]
@@ -90,8 +115,9 @@ class Page:
         return said
 
     def run(self, script):
-        """Run a script as the page's console does, and return its value."""
-        done = self.call("Runtime.evaluate", expression=script, replMode=True, returnByValue=True)
+        """Run a script as the page's console does, and return its value, for which it may wait."""
+        options = {"replMode": True, "returnByValue": True, "awaitPromise": True}
+        done = self.call("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
