@@ -1,12 +1,10 @@
 """chatd.js in a real browser: reloads, IndexedDB, tabs, and pages of another origin."""
 
 import contextlib
-import http.server
-import threading
 
 import pytest
-from support.browser import Page
-from support.servers import LONG, ROOT, Server, stored
+from support.browser import Page, site
+from support.servers import ROOT, Server, stored
 
 LIBRARY = ROOT / "chatd" / "static" / "chatd.js"
 HTML = """<!doctype html><title>chatd.js</title><script type="module">
@@ -35,42 +33,14 @@ window.saved = async (count) => {
 TEXTS = "room.snapshot().messages.map(({ data }) => data.message)"
 
 
-@contextlib.contextmanager
-def site(port):
-    """The URL of a page of another origin, whose server has a copy of the library."""
-    pages = {
-        "/": ("text/html", HTML.replace("PORT", str(port)).encode()),
-        "/chatd.js": ("text/javascript", LIBRARY.read_bytes()),
-    }
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            kind, body = pages.get(self.path, ("text/plain", b""))
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            """Log nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join(LONG)
-
-
 @pytest.fixture
 def opened(tmp_path):
     """A server, and a page whose client is online."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "--origin=*"))
-        page = stack.enter_context(Page(tmp_path / "profile", stack.enter_context(site(server.port))))
+        html = HTML.replace("PORT", str(server.port)).encode()
+        pages = {"/": ("text/html", html), "/chatd.js": ("text/javascript", LIBRARY.read_bytes())}
+        page = stack.enter_context(Page(tmp_path / "profile", stack.enter_context(site(pages))))
         page.run("await until(({ state }) => state === 'online')")
         yield server, page, stack
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import http.server
 import itertools
 import json
 import shutil
 import subprocess
+import threading
 import time
 
 from support.needs import need
@@ -24,6 +26,32 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-port=0",
 )
+
+
+@contextlib.contextmanager
+def site(pages):
+    """The URL of a server of pages, which are media types and contents in bytes by their path."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind, body = pages.get(self.path, ("text/plain", b""))
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            """Log nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join(LONG)
 
 
 class Page:

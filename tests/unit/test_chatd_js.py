@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 import re
 import subprocess
 
@@ -65,6 +66,32 @@ def test_types_name_what_the_library_has():
         body = re.search(rf"export (?:class|interface) {name}\b.*?\{{\n(.*?)^\}}", types, re.DOTALL | re.MULTILINE)[1]
         members = set(re.findall(r"^  (?:readonly )?(\w+)[(:]", body, re.MULTILINE)) - {"addEventListener"}
         assert {*found[name]} - {"isTrusted"} == members, name
+
+
+USE = """
+import { Client, createCore, Rejected, type Entry, type Room } from "LIBRARY";
+const room: Room = new Client("http://x", { username: "ann", token: async () => "x" }).room("a");
+room.addEventListener("entries", ({ detail }) => detail.entries[0].data.message.length);
+export async function use(): Promise<Entry | undefined> {
+  const { id, duplicate } = await room.post("x", { color: "red" });
+  await room.edit(id, duplicate ? "y" : "z");
+  for await (const entry of room) return entry;
+}
+// @ts-expect-error
+room.post(5);
+// @ts-expect-error
+room.snapshot().nothing;
+export { createCore, Rejected };
+"""
+
+
+def test_types_are_valid(tmp_path):
+    """TypeScript accepts the types, and what they allow."""
+    compiler = pathlib.Path(need("typescript")) / "bin" / "tsc"
+    (tmp_path / "use.ts").write_text(USE.replace("LIBRARY", str(LIBRARY)))
+    options = ["--noEmit", "--strict", "--target", "es2023", "--lib", "es2023,dom,dom.iterable"]
+    result = node(compiler, *options, "--module", "nodenext", tmp_path / "use.ts")
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 def test_package_has_the_library_and_its_types():

@@ -1,0 +1,156 @@
+"""The examples of docs/clients.md, as a reader would run them."""
+
+import json
+import pathlib
+import re
+import subprocess
+
+from support.browser import Page, site
+from support.servers import LONG, NODE, ROOT, Server, environment, need, stored
+from support.tokens import SECRET, token
+
+STATIC = ROOT / "chatd" / "static"
+TRANSPILE = """
+const compilerOptions = { jsx: "react-jsx", module: "commonjs", target: "es2022" };
+const text = require("fs").readFileSync(0, "utf-8");
+console.log(require("typescript").transpileModule(text, { compilerOptions }).outputText);
+"""
+MODULES = {
+    "react": "react/cjs/react.production.js",
+    "react/jsx-runtime": "react/cjs/react-jsx-runtime.production.js",
+    "react-dom": "react-dom/cjs/react-dom.production.js",
+    "react-dom/client": "react-dom/cjs/react-dom-client.production.js",
+    "scheduler": "scheduler/cjs/scheduler.production.js",
+}
+"""The files of React, by the names under which modules require them."""
+REACT = """<!doctype html><main></main><script type="module">
+const found = { chatd: await import("/chatd.js") };
+const sources = SOURCES;
+function require(name) {
+  if (!found[name]) {
+    const module = { exports: {} };
+    new Function("require", "module", "exports", sources[name])(require, module, module.exports);
+    found[name] = module.exports;
+  }
+  return found[name];
+}
+const { Chat } = require("example");
+const root = require("react-dom/client").createRoot(document.querySelector("main"));
+root.render(require("react/jsx-runtime").jsx(Chat, {}));
+</script>"""
+
+
+def example(kind, server):
+    """Return an example, with the port of a server."""
+    text = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    (code,) = re.findall(rf"^<!-- test: {kind} -->\n```[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert "http://localhost:8085" in code
+    return code.replace("localhost:8085", f"127.0.0.1:{server.port}")
+
+
+def messages(folder):
+    return [row[2] for row in stored(folder / "chatd.sqlite")[1]]
+
+
+def watch(script):
+    """Return a script that waits until an expression is true, whenever the page changes."""
+    return f"""await new Promise((resolve) => {{
+        const look = () => ({script}) && resolve();
+        new MutationObserver(look).observe(document.body, {{ childList: true, subtree: true, characterData: true }});
+        look();
+    }})"""
+
+
+def run_node(code, folder, *, before=""):
+    """Run a program as a package of its own that depends on chatd, in a Node with a WebSocket; return its output."""
+    modules = folder / "node_modules"
+    modules.mkdir()
+    (modules / "chatd").symlink_to(STATIC)
+    (modules / "ws").symlink_to(pathlib.Path(need("ws")))
+    (folder / "before.mjs").write_text(f'import WebSocket from "ws"; globalThis.WebSocket ??= WebSocket;\n{before}')
+    (folder / "example.mjs").write_text(code, "utf-8")
+    result = subprocess.run(
+        [need("node"), "--import", "./before.mjs", "example.mjs"],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_page_in_ten_lines(tmp_path):
+    with Server(tmp_path, "--origin=*") as server:
+        html = example("page", server)
+        assert len(html.splitlines()) <= 10
+        with site({"/": ("text/html", html.encode())}) as url, Page(tmp_path / "profile", url) as page:
+            page.run(watch("list.children.length === 3"))
+            shown = page.run("[...list.children].map((item) => item.textContent)")
+    assert shown == messages(tmp_path) == ["Hello!", "Hi Alice!", "Hello from a page!"]
+
+
+def test_program_in_node(tmp_path):
+    with Server(tmp_path) as server:
+        lines = run_node(example("node", server), tmp_path).splitlines()
+        assert lines[-1] == f"{server.epoch}-3 ann Hello from Node!"
+    assert len(lines) == 3
+
+
+def test_token_from_the_application(tmp_path):
+    (tmp_path / "jwt.key").write_bytes(SECRET)
+    with Server(tmp_path, "--jwt-key=jwt.key") as server:
+        before = """
+            const { fetch: real } = globalThis;
+            globalThis.fetch = async (url, ...rest) =>
+              url === "/chat-token" ? new Response("TOKEN") : real(url, ...rest);
+        """.replace("TOKEN", token())
+        code = 'import { Client } from "chatd";\n' + example("token", server)
+        run_node(f'{code}await client.room("main").post("with a token");\nclient.stop();\n', tmp_path, before=before)
+    assert messages(tmp_path)[-1] == "with a token"
+
+
+def test_component_of_react(tmp_path):
+    """It shows the messages and their changes, and posts."""
+    modules = pathlib.Path(need("react-dom")).parent
+    for tool in ("react", "typescript"):
+        need(tool)
+    with Server(tmp_path, "--origin=*") as server:
+        code = example("react", server)
+        transpiled = subprocess.run(
+            [need("node"), "-e", TRANSPILE],
+            cwd=NODE,
+            input=code,
+            capture_output=True,
+            text=True,
+            timeout=LONG,
+            check=True,
+        )
+        texts = {name: (modules / path).read_text("utf-8") for name, path in MODULES.items()}
+        texts["example"] = transpiled.stdout
+        html = REACT.replace("SOURCES", json.dumps(texts).replace("</", "<\\/"))
+        pages = {
+            "/": ("text/html", html.encode()),
+            "/chatd.js": ("text/javascript", (STATIC / "chatd.js").read_bytes()),
+        }
+        with site(pages) as url, Page(tmp_path / "profile", url) as page:
+            page.run(watch("document.querySelectorAll('p').length === 2"))
+            page.run("document.querySelector('input').value = 'Hello from React!'")
+            page.run("document.querySelector('form').requestSubmit()")
+            page.run(watch("document.querySelectorAll('p')[2]?.textContent === 'ann: Hello from React!'"))
+            assert page.run("document.querySelector('input').placeholder") == "online"
+    assert messages(tmp_path)[-1] == "Hello from React!"
+
+
+def test_page_names_each_method_and_field():
+    """The tables name the methods of a room, its options and the fields of a snapshot as the types have them."""
+    text = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    types = (STATIC / "chatd.d.ts").read_text("utf-8")
+    for name, left in (("Room", {"addEventListener"}), ("Options", {"random"}), ("Snapshot", {"entries", "last"})):
+        body = re.search(rf"export interface {name}\b.*?\{{\n(.*?)^\}}", types, re.DOTALL | re.MULTILINE)[1]
+        members = set(re.findall(r"^  (\w+)\??[(:<]", body, re.MULTILINE)) - left
+        assert len(members) > 5
+        assert {member for member in members if f"`{member}" not in text} == set(), name
