@@ -101,7 +101,7 @@ def test_page_that_comes_back_goes_on(opened):
     other = page.tab()
     page.load("Page.navigate", url="about:blank")
     other.run("await room.post('meanwhile')")
-    page.run("history.back(); 0")
+    page.load("Runtime.evaluate", expression="history.back()")
     other.run("await room.post('after')")
     assert page.run(f"await until(({{ messages }}) => messages.length === 2); {TEXTS}") == ["meanwhile", "after"]
 

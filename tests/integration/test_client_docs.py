@@ -116,8 +116,7 @@ def test_token_from_the_application(tmp_path):
 def test_component_of_react(tmp_path):
     """It shows the messages and their changes, and posts."""
     modules = pathlib.Path(need("react-dom")).parent
-    for tool in ("react", "typescript"):
-        need(tool)
+    need("typescript")
     with Server(tmp_path, "--origin=*") as server:
         code = example("react", server)
         transpiled = subprocess.run(

@@ -32,7 +32,7 @@ FLAGS = (
 def site(pages):
     """The URL of a server of pages, which are media types and contents in bytes by their path."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Files(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             kind, body = pages.get(self.path, ("text/plain", b""))
             self.send_response(200)
@@ -44,7 +44,7 @@ def site(pages):
         def log_message(self, *_):
             """Log nothing."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -111,8 +111,7 @@ class Page:
     def tab(self):
         """Open the page in another tab of the same browser."""
         tab = copy.copy(self)
-        tab._session = {}
-        tab._attach(tab.call("Target.createTarget", url="about:blank")["targetId"])
+        tab._attach(self.call("Target.createTarget", url="about:blank")["targetId"])
         tab.load("Page.navigate", url=self._url)
         return tab
 
@@ -133,7 +132,10 @@ class Page:
     def _next(self, seconds):
         """Take the next message, and keep what it says if it is an event."""
         said = json.loads(self._socket.recv(seconds))
-        if said.get("method") == "Page.loadEventFired" and said["sessionId"] == self._session["sessionId"]:
+        loaded = said.get("method") == "Page.loadEventFired" or (
+            said.get("method") == "Page.frameNavigated" and said["params"]["type"] == "BackForwardCacheRestore"
+        )
+        if loaded and said["sessionId"] == self._session["sessionId"]:
             self._loaded = True
         elif said.get("method") == "Log.entryAdded":
             self.refused.append(said["params"]["entry"]["text"])

@@ -25,7 +25,6 @@ NEEDS = {
     "npm": ("the package of chatd.js", "npm"),
     "ws": ("clients in JavaScript", NPM),
     "wscat": ("clients in JavaScript", NPM),
-    "react": ("the example with React", NPM),
     "react-dom": ("the example with React", NPM),
     "typescript": ("the types of chatd.js, the example with React", NPM),
     "@asyncapi/specs": ("the AsyncAPI document", NPM),
