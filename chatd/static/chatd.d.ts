@@ -146,7 +146,7 @@ export interface Options {
 export class Client {
   /** `url` is the address of the server, by default that of the page. */
   constructor(url?: string, options?: Options);
-  /** Join a room, `main` by default, or return it if this client has joined it. */
+  /** Join a room, `main` by default, or return it if this client is in it. A room that has ended is joined again. */
   room(name?: string): Room;
   /** Leave all rooms. */
   stop(): void;
@@ -242,8 +242,8 @@ export interface Core {
   receive(frame: string | object): { type: string } | undefined;
   /** Add an older page. */
   prepend(page: History): void;
-  /** Return the history frame for another tab, which has the entries up to an id. */
-  welcome(last?: Id): object;
+  /** Return the history frame for another tab, which has the entries up to an id; undefined if it has newer ones. */
+  welcome(last?: Id): object | undefined;
   post(...posts: PendingPost[]): void;
   discard(label: string, ack?: { id: Id; duplicate?: boolean }): void;
   /** Call a function once, later; undefined cancels that, and so does the end of the connection. */

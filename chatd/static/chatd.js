@@ -33,8 +33,9 @@ export class Rejected extends Error {
 /** The end of a room, or of a post, by its user. The server may have stored the post. */
 export class ClientStopped extends Error {}
 
+const epochOf = (id) => id?.split("-")[0];
 const numberOf = (id) => (id ? Number(id.split("-")[1]) : 0);
-const before = (id, count) => `${id.split("-")[0]}-${numberOf(id) - count}`;
+const before = (id, count) => `${epochOf(id)}-${numberOf(id) - count}`;
 
 /** @returns {Entry[]} the entries of a history frame */
 export function entriesOf({ id: end, data, replaces = {}, replaced = {}, removed = [] }) {
@@ -55,7 +56,12 @@ export function secondsToRenewal(token, now) {
   }
 }
 
-/** Make the state machine of a client in a room, whose last id may be known. @param {import("./chatd.d.ts").Host} host */
+/**
+ * Make the state machine of a client in a room, whose last id may be known.
+ * @param {import("./chatd.d.ts").Host} host
+ * @param {string} [last]
+ * @returns {import("./chatd.d.ts").Core}
+ */
 export function createCore({ now, random, arm, connect, send, close, emit }, last) {
   const view = { state: "connecting", last, entries: [], more: !!last, outbox: [], typing: new Set() };
   const timers = new Map(); // when to call which functions
@@ -82,7 +88,7 @@ export function createCore({ now, random, arm, connect, send, close, emit }, las
   // Connections
 
   function setState(state) {
-    if (view.error) return; // a listener has stopped the room meanwhile
+    if (view.error) return;
     view.state = state;
     emit("state", state);
   }
@@ -98,7 +104,7 @@ export function createCore({ now, random, arm, connect, send, close, emit }, las
     probed = true; // a server that stays silent is given up
     after(CONNECT, silent);
     setState("connecting");
-    connect(view.last);
+    if (!view.error) connect(view.last); // unless a listener has stopped the room
   }
   /** End for good. */
   function end(state, error) {
@@ -109,6 +115,7 @@ export function createCore({ now, random, arm, connect, send, close, emit }, las
   }
   /** Take the end of a connection or of an attempt, and reconnect later if that may succeed. */
   function lost({ reason, code = 0, retryAfter }) {
+    if (view.error) return;
     const expired = code === 1008 && reason.includes("token has expired");
     const refused = code >= 400 && code < 600 && !TEMPORARY.includes(code);
     if (refused || (FINAL_CODES.includes(code) && !expired)) return end("rejected", new Rejected(reason, code));
@@ -149,6 +156,7 @@ export function createCore({ now, random, arm, connect, send, close, emit }, las
 
   /** Take a frame, as text or parsed, and return it parsed. */
   function receive(text) {
+    if (view.error) return undefined;
     try {
       const frame = typeof text === "string" ? JSON.parse(text) : text;
       heard();
@@ -158,6 +166,7 @@ export function createCore({ now, random, arm, connect, send, close, emit }, las
       return frame;
     } catch (error) {
       lost({ reason: `the server broke the protocol: ${error.message}` });
+      return undefined;
     }
   }
   const handlers = {
@@ -230,8 +239,9 @@ export function createCore({ now, random, arm, connect, send, close, emit }, las
     entries.forEach(edit);
     emit("older", page);
   }
-  /** Return the history frame for another tab, which has the entries up to an id. */
+  /** Return the history frame for another tab, which has the entries up to an id; undefined if it has newer ones. */
   function welcome(last) {
+    if (epochOf(last) === epochOf(view.last) && numberOf(last) > numberOf(view.last)) return undefined;
     const place = view.entries.findLastIndex(({ id }) => id === last);
     const resumed = last && (place >= 0 || last === view.last);
     const entries = last === view.last ? [] : view.entries.slice(resumed ? place + 1 : -100);
@@ -290,14 +300,17 @@ function database() {
 }
 const memory = { list: async () => [], put: async () => {}, delete: async () => {} };
 
-/** @param {import("./chatd.d.ts").Options} options @returns {import("./chatd.d.ts").Room} */
+/**
+ * Make the host of a core: a member of the room at a URL.
+ * @param {string} url
+ * @param {import("./chatd.d.ts").Options} options
+ * @returns {import("./chatd.d.ts").Room}
+ */
 function createRoom(url, options) {
-  const { username, token, events = "presence,typing", signal, random = Math.random, ...io } = options;
-  const { WebSocket, fetch, locks, storage, BroadcastChannel } = {
-    ...{ WebSocket: globalThis.WebSocket, fetch: globalThis.fetch, BroadcastChannel: globalThis.BroadcastChannel },
-    ...{ locks: globalThis.navigator?.locks, storage: globalThis.indexedDB ? database() : memory },
-    ...io,
-  };
+  const { username, token, events = "presence,typing", signal, random = Math.random } = options;
+  const { WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = options;
+  const { locks = globalThis.navigator?.locks, BroadcastChannel = globalThis.BroadcastChannel } = options;
+  const { storage = globalThis.indexedDB ? database() : memory } = options;
   const room = new EventTarget();
   const key = `chatd ${url} ${username}`;
   const stopped = new AbortController();
@@ -392,8 +405,8 @@ function createRoom(url, options) {
   const query = (last) => encode({ events, username, last_event_id: last });
   function open(mine, last) {
     const protocols = bearer ? ["chat.v1", `bearer.${bearer}`] : ["chat.v1"];
+    streams = true; // until it opens
     const socket = new WebSocket(`${url.replace(/^http/, "ws")}?${query(last)}`, protocols);
-    streams = true;
     mine.send = (frame) => socket.send(JSON.stringify(frame));
     mine.close = () => socket.close();
     socket.onopen = () => {
@@ -423,7 +436,8 @@ function createRoom(url, options) {
   async function request(path, init, again = typeof token === "function") {
     bearer ??= await newToken();
     const headers = { ...init?.headers, ...(bearer && { Authorization: `Bearer ${bearer}` }) };
-    const response = await fetch(url + path, { cache: "no-store", ...init, headers });
+    const limit = AbortSignal.timeout(ANSWER * 1000);
+    const response = await fetch(url + path, { cache: "no-store", signal: limit, ...init, headers });
     if (response.status !== 401 || !again) return response;
     bearer = await newToken();
     return request(path, init, false);
@@ -453,8 +467,9 @@ function createRoom(url, options) {
         if (done) return lost({ reason: "the stream ended", retryAfter });
         const lines = (text + value).split("\n");
         text = lines.pop();
-        core.heard();
+        if (mine === link) core.heard();
         for (const line of lines) {
+          if (mine !== link) return;
           if (line.startsWith("data: ")) receive(line.slice(6));
           else if (line.startsWith("retry: ") && view.state === "online") retryAfter = Number(line.slice(7)) / 1000;
         }
@@ -472,6 +487,7 @@ function createRoom(url, options) {
       const response = await (type === "remove"
         ? request(`/messages/${id}`, { method: "DELETE", headers })
         : request("/messages", { method: "POST", headers, body: JSON.stringify(frame) }));
+      if (response.status === 401) return mine === link && core.lost({ code: 401, reason: "the token was refused" });
       const body = await response.json();
       const code = TEMPORARY.includes(response.status) ? "UNAVAILABLE" : body.code;
       answer = response.ok ? body : { ...answer, message: body.detail, code, retry_after: retryAfterOf(response) };
@@ -499,16 +515,19 @@ function createRoom(url, options) {
   }
   function hear({ data: { hello, last, to, frame, up, status, discarded } }) {
     if (discarded) core.discard(discarded);
-    else if (leads && hello && view.state === "online") {
-      tell({ to: hello, frame: core.welcome(last) });
-      tell({ frame: { type: "presence", data: view.presence } });
-    } else if (leads && hello) tellState();
+    else if (leads && hello) greet(hello, last);
     else if (leads && up) frame.label ? core.post(record(frame)) : link.send?.(frame);
-    else if (leads || up) return;
+    else if (leads || up || hello) return;
     else if (status) {
       retryAt = status.retryAt;
       core.follow(status);
     } else if (to ? to === link.id : view.state === "online") core.receive(frame);
+  }
+  function greet(to, last) {
+    if (view.state !== "online") return tellState();
+    const frame = core.welcome(last);
+    if (frame) tell({ to, frame });
+    if (view.presence) tell({ frame: { type: "presence", data: view.presence } });
   }
   function lead() {
     leads = true;
@@ -619,10 +638,13 @@ export class Client {
     this.options = options;
     this.rooms = new Map();
   }
-  /** Join a room, or return it if this client has joined it. */
+  /** Join a room, or return it if this client is in it. */
   room(name = "main") {
-    if (!this.rooms.has(name)) this.rooms.set(name, createRoom(`${this.url}/rooms/${name}`, this.options));
-    return this.rooms.get(name);
+    const known = this.rooms.get(name);
+    if (known && !known.snapshot().error) return known;
+    const room = createRoom(`${this.url}/rooms/${name}`, this.options);
+    this.rooms.set(name, room);
+    return room;
   }
   stop() {
     for (const room of this.rooms.values()) room.stop();

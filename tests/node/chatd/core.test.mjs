@@ -328,6 +328,28 @@ test("other tabs are answered as by the server", () => {
   }
 });
 
+test("tab that has newer entries waits until its leader has them", () => {
+  const { core } = online();
+  assert.equal(core.welcome("abcd-3"), undefined);
+  assert.equal(core.welcome("wxyz-3").resumed, false);
+});
+
+test("listener may stop the room at any event", () => {
+  for (const stopping of ["state", "history", "disconnect", "entries"]) {
+    const { core, told, view } = start();
+    told.events.push = ([type]) => type === stopping && core.end("stopped", new Error("enough"));
+    const before = told.connects.length;
+    core.lost({ reason: "gone" });
+    core.start();
+    core.receive(history("abcd-1", "one"));
+    core.receive(message("abcd-2", "two"));
+    core.lost({ reason: "gone" });
+    assert.equal(view.state, "stopped", stopping);
+    assert.ok(told.connects.length <= before + 1);
+    assert.equal(core.deadline(), Infinity);
+  }
+});
+
 test("tab follows the state of its leader", () => {
   const { core, told, pass, view } = online();
   core.follow({ state: "waiting" });

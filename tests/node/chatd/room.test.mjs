@@ -269,6 +269,29 @@ test("a room that does not exist is final", async (t) => {
   assert.equal((await until(room, ({ error }) => error)).code, 404);
 });
 
+test("a token that is refused at a post ends the client, and the post stays", async (t) => {
+  const { url } = await serve(t);
+  const refuse = (url, init) => (init.method === "POST" ? new Response("{}", { status: 401 }) : fetch(url, init));
+  const room = join_(t, url, { WebSocket: null, fetch: refuse });
+  await until(room, is("online"));
+  await assert.rejects(room.post("hi"), { code: 401 });
+  const { state, outbox } = room.snapshot();
+  assert.equal(state, "rejected");
+  assert.deepEqual(outbox.map(({ error }) => error), [undefined]);
+});
+
+test("a room that has ended is joined again", async (t) => {
+  const { url } = await serve(t);
+  const client = new Client(url, { username: "ann", ...quick });
+  t.after(() => client.stop());
+  const room = client.room();
+  assert.equal(client.room("main"), room);
+  room.stop();
+  const next = client.room();
+  assert.notEqual(next, room);
+  await next.post("again");
+});
+
 test("abort signal stops the rooms", async (t) => {
   const { url } = await serve(t);
   const abort = new AbortController();
@@ -338,7 +361,9 @@ test("ten tabs are one connection, and each message is seen once", async (t) => 
   const shared = { ...browser(), WebSocket: Counted };
   const tabs = Array.from({ length: 10 }, () => join_(t, url, shared));
   const seen = tabs.map(() => []);
+  const breaks = [];
   tabs.forEach((tab, at) => {
+    tab.addEventListener("disconnect", ({ detail }) => breaks.push(detail));
     for (const type of ["history", "entries"])
       tab.addEventListener(type, ({ detail }) => seen[at].push(...detail.entries.map(({ data }) => data.message)));
   });
@@ -365,11 +390,26 @@ test("ten tabs are one connection, and each message is seen once", async (t) => 
   const all = (await stored(url)).map(({ message }) => message);
   for (const one of seen.slice(1)) assert.deepEqual(one, all);
 
+  assert.deepEqual(breaks, []);
+
   // A new tab gets the history of its leader.
   const late = join_(t, url, shared);
   await until(late, ({ messages }) => messages.length === 14);
   await until(late, ({ presence }) => presence?.count === 2);
   assert.equal(sockets, 2);
+});
+
+test("tabs need no events besides messages", async (t) => {
+  const { url } = await serve(t);
+  const shared = { ...browser(), events: "" };
+  const [one, other] = [join_(t, url, shared), join_(t, url, shared)];
+  const breaks = [];
+  other.addEventListener("disconnect", ({ detail }) => breaks.push(detail));
+  await until(other, is("online"));
+  await other.post("hi");
+  await until(one, ({ messages }) => messages.length === 3);
+  await until(other, ({ messages }) => messages.length === 3);
+  assert.deepEqual(breaks, []);
 });
 
 test("tabs show the pause of their leader, and its refusals", async (t) => {
