@@ -328,6 +328,40 @@ test("other tabs are answered as by the server", () => {
   }
 });
 
+test("end of a connection closes it, and forgets who is there", () => {
+  const { core, told, view } = online();
+  core.receive({ type: "presence", data: { count: 2, users: ["ann", "cy"] } });
+  core.receive({ type: "typing", data: { users: ["cy"] } });
+  const { closes } = told;
+  core.lost({ reason: "gone" });
+  assert.deepEqual([view.presence, view.typing.size, told.closes], [undefined, 0, closes + 1]);
+});
+
+test("each change is announced once", () => {
+  const { core, told, pass } = online();
+  const announced = (act) => {
+    told.events.length = 0;
+    act();
+    return told.events.map(([type]) => type);
+  };
+  assert.deepEqual(announced(() => core.receive({ type: "presence", data: { count: 1, users: [] } })), ["presence"]);
+  assert.deepEqual(announced(() => core.receive({ type: "typing", data: { users: ["cy"] } })), ["typing"]);
+  assert.deepEqual(announced(() => pass(5)), ["typing"]);
+  assert.deepEqual(announced(() => core.receive({ type: "news", data: 7 })), ["news"]);
+  assert.deepEqual(announced(() => core.post(post("p1"))), ["outbox"]);
+  assert.deepEqual(announced(() => core.prepend({ id: "abcd-0", entries: [], more: false })), ["older"]);
+  assert.deepEqual(announced(() => core.lost({ reason: "gone" })), ["disconnect", "state"]);
+  assert.deepEqual(announced(() => core.end("stopped", new Error("enough"))), ["state"]);
+});
+
+test("another tab learns whether the log has older messages", () => {
+  const { core, view } = start();
+  core.receive(history("abcd-2", "one", "two"));
+  assert.deepEqual([core.welcome(), core.welcome("abcd-2")].map(({ more }) => more), [false, true]);
+  view.more = true;
+  assert.equal(core.welcome().more, true);
+});
+
 test("tab that has newer entries waits until its leader has them", () => {
   const { core } = online();
   assert.equal(core.welcome("abcd-3"), undefined);
