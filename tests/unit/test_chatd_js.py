@@ -12,8 +12,8 @@ import chatd
 
 STATIC = ROOT / "chatd" / "static"
 LIBRARY = STATIC / "chatd.js"
-LARGEST = 26_000, 8_700
-"""The most bytes of the library: as it is, with its comments, and compressed."""
+LARGEST = 27_000, 9_000
+"""The most bytes of the library with its comments: as it is, and compressed as it is served."""
 
 
 def node(*arguments):
@@ -30,8 +30,8 @@ def test_core_in_node():
 
 def test_library_is_small():
     text = LIBRARY.read_bytes()
-    assert (len(text), len(gzip.compress(text, 9))) <= LARGEST
-    assert len(gzip.compress(text, 9)) <= LARGEST[1]
+    sizes = len(text), len(gzip.compress(text, 9))
+    assert all(size <= most for size, most in zip(sizes, LARGEST, strict=True)), sizes
 
 
 def test_library_depends_on_nothing():
