@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 
+import pytest
 from support.servers import LONG, NODE, ROOT, need
 
 import chatd
@@ -22,9 +23,10 @@ def node(*arguments):
     )
 
 
-def test_core_in_node():
-    """The state machine keeps the protocol, with a clock and randomness of the test."""
-    result = node("--test", "chatd/core.test.mjs")
+@pytest.mark.parametrize("name", ["core", "page"])
+def test_library_in_node(name):
+    """The state machine keeps the protocol, and its host reacts to the page, with the clock and the network of a test."""
+    result = node("--test", f"chatd/{name}.test.mjs")
     assert result.returncode == 0, result.stdout
 
 
