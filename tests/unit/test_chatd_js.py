@@ -25,7 +25,7 @@ def node(*arguments):
 
 @pytest.mark.parametrize("name", ["core", "page"])
 def test_library_in_node(name):
-    """The state machine keeps the protocol, and its host reacts to the page, with the clock and the network of a test."""
+    """The state machine keeps the protocol, and its host reacts to the page, with the clock of a test."""
     result = node("--test", f"chatd/{name}.test.mjs")
     assert result.returncode == 0, result.stdout
 
