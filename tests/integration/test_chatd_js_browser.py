@@ -101,7 +101,8 @@ def test_page_that_comes_back_goes_on(opened):
     other = page.tab()
     page.load("Page.navigate", url="about:blank")
     other.run("await room.post('meanwhile')")
-    page.load("Runtime.evaluate", expression="history.back()")
+    visited = page.call("Page.getNavigationHistory")
+    page.load("Page.navigateToHistoryEntry", entryId=visited["entries"][visited["currentIndex"] - 1]["id"])
     other.run("await room.post('after')")
     assert page.run(f"await until(({{ messages }}) => messages.length === 2); {TEXTS}") == ["meanwhile", "after"]
 
