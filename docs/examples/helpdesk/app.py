@@ -200,8 +200,11 @@ def unread(name):
 def see(request):
     """Take a room, and the id of the newest message that its page has shown."""
     name, key = request.body.decode().split()
+    statement = """INSERT INTO seen VALUES (?, ?, ?, ?) ON CONFLICT (username, room) DO UPDATE
+        SET epoch = excluded.epoch, number = excluded.number
+        WHERE epoch != excluded.epoch OR number < excluded.number"""  # requests may overtake each other
     with database() as db:
-        db.execute("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?)", [request.user, name, *split(key)])
+        db.execute(statement, [request.user, name, *split(key)])
     request.answer(204)
 
 
@@ -217,6 +220,7 @@ PUBLIC = {
     "GET /": home,
     "GET /room.js": static("text/javascript"),
     "GET /style.css": static("text/css"),
+    "GET /favicon.ico": lambda request: request.answer(204),
     "POST /login": log_in,
     "POST /webhook": webhook,
 }

@@ -1,0 +1,337 @@
+"""The guide docs/embedding.md and its example, a helpdesk: people in browsers, webhooks, a bot and nginx."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from support.browser import Page
+from support.redises import free_port
+from support.servers import LONG, NODE, ROOT, Lines, Server, certificate_for, environment, need
+
+from chatd.webhooks.signature import parse_secrets, sign
+
+GUIDE = (ROOT / "docs" / "embedding.md").read_text("utf-8")
+EXAMPLE = ROOT / "docs" / "examples" / "helpdesk"
+DELIVERED = r'"POST /webhook HTTP/1.1" 204'
+
+
+def blocks():
+    """Yield the kind, the name and the code of each block of the guide."""
+    for marker, code in re.findall(r"(?:^<!-- ([^\n]*) -->\n)?^```\w*\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL):
+        kind, _, name = marker.partition(": ")
+        yield kind, name, code
+
+
+def block(kind, name):
+    (code,) = [code for one, other, code in blocks() if (one, other) == (kind, name)]
+    return code
+
+
+class Helpdesk:
+    """The example on free ports, started as the guide starts it; a context manager."""
+
+    def __init__(self, folder):
+        self.folder = folder / "desk"
+        self.port, self.chat, self.admin = (free_port() for _ in range(3))
+        self.url = f"http://localhost:{self.port}/"
+        for name in ("docs", ".venv"):
+            (folder / name).symlink_to(ROOT / name)
+        ports = {"PORT": self.port, "CHAT_PORT": self.chat, "ADMIN_PORT": self.admin}
+        self._process = subprocess.Popen(
+            ["sh", "-euc", block("run", "start")],
+            cwd=folder,
+            env=environment(**{name: str(port) for name, port in ports.items()}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.log = Lines(self._process.stdout)
+
+    def __enter__(self):
+        try:
+            for pattern in ("^the helpdesk is at ", "ready, with the log ", "this node delivers"):
+                self.log.wait(pattern)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(LONG)
+        self.log.close()
+
+    def local(self, text):
+        """Return a text with the ports of this helpdesk."""
+        for port, own in ((8000, self.port), (8085, self.chat), (8086, self.admin)):
+            text = text.replace(f":{port}", f":{own}")
+        return text
+
+    def start_page(self, name):
+        """Return the start page of an account, after a new login."""
+        browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with browser.open(f"{self.url}login", f"name={name}&password={name}-1".encode()) as page:
+            return page.read().decode()
+
+    def wait_for_page(self, name, text):
+        """Wait for requests to the application until the start page of an account has a text."""
+        requests = 0
+        while text not in self.start_page(name):
+            requests += 1
+            self.log.wait(r'"POST /(webhook|seen) HTTP/1.1" 204', requests)
+
+    def deliver(self, webhook_id, body, secret=None):
+        """Post a delivery as chatd does, and return the status."""
+        keys = parse_secrets(secret or (self.folder / "webhook.key").read_text("ascii"))
+        now = int(time.time())
+        signature = sign(keys, webhook_id, now, body)
+        headers = {"webhook-id": webhook_id, "webhook-timestamp": str(now), "webhook-signature": signature}
+        return status(urllib.request.Request(f"{self.url}webhook", body, headers))
+
+
+def status(request):
+    """Send a request, and return the status of the answer."""
+    try:
+        with urllib.request.urlopen(request, timeout=LONG) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+@pytest.fixture
+def desk(tmp_path):
+    with Helpdesk(tmp_path) as desk:
+        yield desk
+
+
+@contextlib.contextmanager
+def person(folder, name, url, room="help", *, trust=False):
+    """A person who logs in with a browser and opens a room."""
+    with Page(folder / f"profile-{name}", "about:blank") as page:
+        if trust:
+            page.call("Security.setIgnoreCertificateErrors", ignore=True)
+        page.load("Page.navigate", url=url)
+        page.run(f"document.forms[0].name.value = '{name}'; document.forms[0].password.value = '{name}-1'")
+        page.load("Runtime.evaluate", expression="document.forms[0].requestSubmit()")
+        page.load("Page.navigate", url=f"{url}room/{room}")
+        until(page, "state.textContent === 'online'")
+        yield page
+
+
+def until(page, condition):
+    """Wait until a condition holds on a page."""
+    page.run(f"""await new Promise((resolve, reject) => {{
+        const observer = new MutationObserver(() => look());
+        const look = () => ({condition}) && resolve(observer.disconnect());
+        observer.observe(document, {{ subtree: true, childList: true, characterData: true, attributes: true }});
+        setTimeout(() => reject(new Error(document.body.innerText)), {LONG // 2 * 1000});
+        look();
+    }})""")
+
+
+TEXTS = "[...messages.querySelectorAll('span')].map((one) => one.textContent)"
+NAMES = "[...messages.querySelectorAll('b')].map((one) => one.textContent)"
+
+
+def shows(page, *texts):
+    """Wait until a page shows these messages."""
+    until(page, f"JSON.stringify({TEXTS}) === {json.dumps(json.dumps(texts, separators=(',', ':')))}")
+
+
+def write(page, text):
+    page.run(f"post.elements.text.value = {json.dumps(text)}; post.requestSubmit()")
+
+
+def press(page, label, place):
+    """Press a button beside a message."""
+    page.run(
+        f"[...messages.children[{place}].querySelectorAll('button')].find((b) => b.textContent === '{label}').click()"
+    )
+
+
+def buttons(page, place):
+    return page.run(f"[...messages.children[{place}].querySelectorAll('button')].map((one) => one.textContent)")
+
+
+def test_people_in_browsers(desk, tmp_path):
+    """A customer and an agent chat, edit, remove and moderate. What a third one missed is counted."""
+    with person(tmp_path, "ann", desk.url) as ann, person(tmp_path, "bob", desk.url) as bob:
+        for page in (ann, bob):
+            until(page, "people.textContent === 'ann, bob'")
+
+        attack = "<img src=x onerror=\"document.body.textContent = 'owned'\">"
+        write(ann, attack)
+        shows(bob, attack)
+        write(bob, "hi")
+        for page in (ann, bob):
+            shows(page, attack, "hi")
+            assert page.run(NAMES) == ["ann", "bob"]
+        assert buttons(ann, 0) == ["Edit", "Remove"]
+        assert buttons(ann, 1) == []
+        assert buttons(bob, 0) == ["Remove", "Mute"]
+
+        press(ann, "Edit", 0)
+        write(ann, "hello")
+        shows(bob, "hello", "hi")
+        press(ann, "Remove", 0)
+        shows(bob, "[removed]", "hi")
+        assert buttons(ann, 0) == []
+
+        write(ann, "spam")
+        shows(bob, "[removed]", "hi", "spam")
+        press(bob, "Remove", 2)
+        shows(ann, "[removed]", "hi", "[removed]")
+        write(bob, "no spam please")
+        shows(ann, "[removed]", "hi", "[removed]", "no spam please")
+        write(ann, "sorry")
+        shows(bob, "[removed]", "hi", "[removed]", "no spam please", "sorry")
+        desk.wait_for_page("cy", "help</a>: 3 new")
+        desk.wait_for_page("bob", "help</a>: 0 new")
+
+        press(bob, "Mute", 4)
+        desk.log.wait('"POST /mute HTTP/1.1" 204')
+        write(ann, "why?")
+        until(ann, "outbox.textContent.includes('why? (') && outbox.querySelector('button')")
+        ann.run("outbox.querySelector('button').click()")
+        until(ann, "outbox.childElementCount === 0")
+        assert ann.refused == bob.refused == []
+
+
+def test_rooms_of_customers_and_agents(desk, tmp_path):
+    """An agent uses both rooms. A customer gets neither the page nor the messages of the other one."""
+    with person(tmp_path, "bob", desk.url, "staff") as bob:
+        write(bob, "for agents")
+        shows(bob, "for agents")
+    desk.wait_for_page("bob", "staff</a>: 0 new")
+    assert "staff" not in desk.start_page("cy")
+    login = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    login.open(f"{desk.url}login", b"name=cy&password=cy-1").close()
+    for method, path in (("GET", "room/staff"), ("POST", "mute")):
+        data = b"ann" if method == "POST" else None
+        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+            login.open(f"{desk.url}{path}", data)
+        refused.value.close()
+    assert status(urllib.request.Request(f"{desk.url}token", b"")) == 401
+    assert status(urllib.request.Request(f"{desk.url}login", b"name=cy&password=")) == 403
+    foreign = {"Sec-Fetch-Site": "cross-site"}
+    assert status(urllib.request.Request(f"{desk.url}login", b"name=cy&password=cy-1", foreign)) == 403
+
+
+def message(number, **fields):
+    return {"id": f"k7Q2xe-{number}", "data": {"username": "ann", "message": "hi"}} | fields
+
+
+def test_receiver_counts_once(desk):
+    """Repeated deliveries change nothing, removed messages do not count, and a start replaces the room."""
+
+    def deliver(*messages, **fields):
+        body = json.dumps({"type": "messages", "room": "help", "messages": messages} | fields).encode()
+        return desk.deliver(f"help:{messages[0]['id']}:9", body)
+
+    assert deliver(message(1), message(2), start=True) == 204
+    assert deliver(message(2), message(3, replaces="k7Q2xe-1"), message(4)) == 204
+    assert deliver(message(2), message(3, replaces="k7Q2xe-1"), message(4)) == 204
+    assert "help</a>: 3 new" in desk.start_page("cy")
+    assert "help</a>: 0 new" in desk.start_page("ann")
+    assert deliver(message(5, replaces="k7Q2xe-1", removed=True)) == 204
+    assert "help</a>: 2 new" in desk.start_page("cy")
+    assert deliver(message(1) | {"id": "newone-1"}, start=True) == 204
+    assert "help</a>: 1 new" in desk.start_page("cy")
+    assert desk.deliver("help:1:1", b'{"type":"another"}') == 204
+    assert desk.deliver("help:1:1", b"{}", "whsec_" + "A" * 32) == 401
+    assert status(urllib.request.Request(f"{desk.url}webhook", b"{}")) == 401
+
+
+def test_commands_of_the_guide(desk, tmp_path):
+    """Each check of the guide prints what it shows there. Where a person waits a second, the test waits for deliveries."""
+    need("curl")
+    names = ["refused", "token", "mute", "count", "bot"]
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    steps = "".join(f"echo '# {name}'\n{block('run', name)}" for name in names)
+    script = f'sleep() {{ read -r _ <"{gate}"; }}\n{desk.local(steps)}'
+    shell = subprocess.Popen(
+        ["sh", "-euc", script], cwd=desk.folder, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    opened = os.open(gate, os.O_RDWR)
+    try:
+        for deliveries in range(1, steps.count("\nsleep 1\n") + 1):
+            desk.log.wait(DELIVERED, deliveries)
+            os.write(opened, b"\n")
+        printed, _ = shell.communicate(timeout=LONG)
+    finally:
+        os.close(opened)
+        shell.kill()
+        shell.wait(LONG)
+    printed = re.sub(r"[0-9A-Za-z]{6}-(\d+)", r"k7Q2xe-\1", printed)
+    assert printed == "".join(f"# {name}\n{block('output', name)}" for name in names)
+
+
+def test_token_in_node(desk):
+    program = f"""
+        import {{ makeToken }} from "{EXAMPLE}/token.mjs";
+        process.stdout.write(makeToken("dee", {{ read: ["help"] }}));
+    """
+    command = [need("node"), "--input-type=module", "-e", program]
+    made = subprocess.run(command, cwd=desk.folder, capture_output=True, text=True, timeout=LONG, check=True)
+    headers = {"Authorization": f"Bearer {made.stdout}"}
+    for room, expected in (("help", 200), ("staff", 403)):
+        url = f"http://127.0.0.1:{desk.chat}/rooms/{room}/messages"
+        assert status(urllib.request.Request(url, headers=headers)) == expected
+
+
+def test_blocks_are_run_or_part_of_a_file():
+    """Each block of code stands in a file of the example, or is run by a test of this module."""
+    found = [*blocks()]
+    assert len(found) > 20
+    source = (ROOT / "tests" / "integration" / "test_embedding.py").read_text("utf-8")
+    for kind, name, code in found:
+        if kind == "file":
+            assert code in (EXAMPLE / name).read_text("utf-8"), code
+        else:
+            assert kind in ("run", "output"), code
+            assert f'"{name}"' in source
+    assert {name for kind, name, _ in found if kind == "run"} >= {name for kind, name, _ in found if kind == "output"}
+
+
+def unit(name):
+    """Return the settings of a block for systemd, as (key, value)."""
+    return [line.split("=", 1) for line in block("run", name).splitlines() if "=" in line]
+
+
+def test_site_behind_nginx(tmp_path):
+    """The site of the guide: nginx with TLS, chatd with the options of its unit, and the application."""
+    nginx = need("nginx")
+    need("curl")
+    certificate_for(tmp_path)
+    application, chat, site = (free_port() for _ in range(3))
+    ports = {":8000": f":{application}", ":8085": f":{chat}", "443": f"127.0.0.1:{site}"}
+
+    def local(text):
+        text = text.replace("/etc/ssl/desk.example/fullchain.pem", f"{tmp_path}/cert.pem")
+        text = text.replace("/etc/ssl/desk.example/privkey.pem", f"{tmp_path}/key.pem")
+        return re.sub("|".join(ports), lambda found: ports[found[0]], text)
+
+    key, value = unit("socket")[-1]
+    assert key == "ListenStream"
+    environ = {}
+    for key, value in unit("unit"):
+        if key == "LoadCredential":
+            name, path = value.split(":")
+            assert path == f"/etc/desk/{name}"
+        else:
+            environ |= dict(one.split("=", 1) for one in local(value).replace("%d", str(tmp_path)).split())
+    (tmp_path / "jwt.key").write_text("a secret of at least 32 bytes, for tests\n")
+    (tmp_path / "webhook.key").write_text("whsec_" + "A" * 43 + "=\n")
