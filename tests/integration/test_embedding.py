@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ import urllib.request
 import pytest
 from support.browser import Page
 from support.redises import free_port
-from support.servers import LONG, NODE, ROOT, Lines, Server, certificate_for, environment, need
+from support.servers import LONG, ROOT, Lines, Server, certificate_for, environment, need
 
 from chatd.webhooks.signature import parse_secrets, sign
 
@@ -255,7 +255,7 @@ def test_receiver_counts_once(desk):
 
 
 def test_commands_of_the_guide(desk, tmp_path):
-    """Each check of the guide prints what it shows there. Where a person waits a second, the test waits for deliveries."""
+    """Each check prints what the guide shows. The test waits for a delivery where a person waits for a second."""
     need("curl")
     names = ["refused", "token", "mute", "count", "bot"]
     gate = tmp_path / "gate"
@@ -275,6 +275,7 @@ def test_commands_of_the_guide(desk, tmp_path):
         os.close(opened)
         shell.kill()
         shell.wait(LONG)
+    assert shell.returncode == 0, printed
     printed = re.sub(r"[0-9A-Za-z]{6}-(\d+)", r"k7Q2xe-\1", printed)
     assert printed == "".join(f"# {name}\n{block('output', name)}" for name in names)
 
@@ -296,7 +297,7 @@ def test_blocks_are_run_or_part_of_a_file():
     """Each block of code stands in a file of the example, or is run by a test of this module."""
     found = [*blocks()]
     assert len(found) > 20
-    source = (ROOT / "tests" / "integration" / "test_embedding.py").read_text("utf-8")
+    source = pathlib.Path(__file__).read_text("utf-8")
     for kind, name, code in found:
         if kind == "file":
             assert code in (EXAMPLE / name).read_text("utf-8"), code
@@ -306,9 +307,49 @@ def test_blocks_are_run_or_part_of_a_file():
     assert {name for kind, name, _ in found if kind == "run"} >= {name for kind, name, _ in found if kind == "output"}
 
 
-def unit(name):
+def settings(name):
     """Return the settings of a block for systemd, as (key, value)."""
     return [line.split("=", 1) for line in block("run", name).splitlines() if "=" in line]
+
+
+@contextlib.contextmanager
+def process(command, folder, *, ready=None, **changes):
+    """A process of a test, and its output, with a line that it prints when it is ready."""
+    running = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(**changes),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = Lines(running.stdout)
+    try:
+        if ready:
+            lines.wait(ready)
+        yield lines
+    finally:
+        running.terminate()
+        running.wait(LONG)
+        lines.close()
+
+
+NGINX = """
+daemon off;
+pid nginx.pid;
+error_log stderr notice;
+events {}
+http {
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    include site.conf;
+}
+"""
 
 
 def test_site_behind_nginx(tmp_path):
@@ -316,22 +357,52 @@ def test_site_behind_nginx(tmp_path):
     nginx = need("nginx")
     need("curl")
     certificate_for(tmp_path)
-    application, chat, site = (free_port() for _ in range(3))
-    ports = {":8000": f":{application}", ":8085": f":{chat}", "443": f"127.0.0.1:{site}"}
+    ports = {number: free_port() for number in ("443", "8000", "8085")}
+    site = f"https://127.0.0.1:{ports['443']}"
 
     def local(text):
         text = text.replace("/etc/ssl/desk.example/fullchain.pem", f"{tmp_path}/cert.pem")
         text = text.replace("/etc/ssl/desk.example/privkey.pem", f"{tmp_path}/key.pem")
-        return re.sub("|".join(ports), lambda found: ports[found[0]], text)
+        text = text.replace("listen 443", f"listen 127.0.0.1:{ports['443']}").replace("https://desk.example", site)
+        return re.sub(r"(127\.0\.0\.1:)(8000|8085)\b", lambda found: found[1] + str(ports[found[2]]), text)
 
-    key, value = unit("socket")[-1]
-    assert key == "ListenStream"
-    environ = {}
-    for key, value in unit("unit"):
+    chatd = {}
+    for key, value in settings("unit"):
         if key == "LoadCredential":
-            name, path = value.split(":")
-            assert path == f"/etc/desk/{name}"
+            assert re.fullmatch(r"([a-z.]+):/etc/desk/\1", value)
         else:
-            environ |= dict(one.split("=", 1) for one in local(value).replace("%d", str(tmp_path)).split())
+            chatd |= dict(one.split("=", 1) for one in local(value).replace("%d", str(tmp_path)).split())
     (tmp_path / "jwt.key").write_text("a secret of at least 32 bytes, for tests\n")
     (tmp_path / "webhook.key").write_text("whsec_" + "A" * 43 + "=\n")
+    (tmp_path / "site.conf").write_text(local((EXAMPLE / "nginx.conf").read_text("utf-8")))
+    (tmp_path / "nginx.conf").write_text(NGINX)
+    address, _, port = local(settings("socket")[-1][1]).partition(":")
+    listen = f"tcp:{port}:interface={address}"
+    program = block("run", "application") + f"exec {sys.executable} {EXAMPLE}/app.py"
+    with contextlib.ExitStack() as stack:
+        own = {"PORT": str(ports["8000"]), "CHAT_SERVER": f"http://127.0.0.1:{ports['8085']}"}
+        application = process(["sh", "-euc", program], tmp_path, ready="^the helpdesk is at", **own)
+        requests = stack.enter_context(application)
+        stack.enter_context(Server(tmp_path, listen=listen, env=environment(**chatd)))
+        command = [nginx, "-e", "stderr", "-p", tmp_path, "-c", "nginx.conf"]
+        stack.enter_context(process(command, tmp_path, ready="start worker processes"))
+        checks = subprocess.run(
+            ["sh", "-euc", local(block("run", "site"))],
+            env=environment(CURL_CA_BUNDLE=str(tmp_path / "cert.pem")),
+            capture_output=True,
+            text=True,
+            timeout=LONG,
+            check=True,
+        )
+        assert checks.stdout == block("output", "site")
+        with (
+            person(tmp_path, "ann", f"{site}/", trust=True) as ann,
+            person(tmp_path, "bob", f"{site}/", trust=True) as bob,
+        ):
+            write(ann, "!hours")
+            for page in (ann, bob):
+                shows(page, "!hours", "We are here from 9 to 17.")
+                assert page.refused == []
+            cookie = ann.call("Network.getCookies")["cookies"][0]
+            assert (cookie["secure"], cookie["httpOnly"], cookie["sameSite"]) == (True, True, "Lax")
+        requests.wait(DELIVERED)

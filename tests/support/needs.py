@@ -32,6 +32,7 @@ NEEDS = {
     "chromium": ("README's example in a browser", "chromium"),
     "promtool": ("alerts, metrics and the agent's configuration", "prometheus"),
     "haproxy": ("clusters, and images behind a load balancer", "haproxy"),
+    "nginx": ("the site of docs/embedding.md", "nginx"),
     "mount": ("full disks", "mount"),
     "umount": ("full disks", "mount"),
     "systemd-analyze": ("the security of the units", "systemd"),
@@ -62,7 +63,7 @@ def find(tool):
     if NEEDS[tool][1] == NPM:
         path = MODULES / (".bin/wscat" if tool == "wscat" else tool)
         return str(path) if path.exists() else None
-    # An ordinary user may run haproxy and mkfs.ext4, but often has no sbin in PATH.
+    # An ordinary user may run haproxy, nginx and mkfs.ext4, but often has no sbin in PATH.
     return shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
 
 

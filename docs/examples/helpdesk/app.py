@@ -1,7 +1,7 @@
 """A helpdesk with accounts of its own, and two chat rooms of chatd in it. docs/embedding.md explains it.
 
-Customers and agents log in. Both use the room `help`, and agents also use `staff`. The application signs tokens, receives
-the messages that chatd delivers, and counts for each account what is new. It needs PyJWT and nothing else.
+Customers and agents log in. Both use the room `help`, and agents also use `staff`. The application signs tokens,
+receives the messages that chatd delivers, and counts for each account what is new. It needs PyJWT and nothing else.
 """
 
 import base64
