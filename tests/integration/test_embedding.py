@@ -45,9 +45,12 @@ class Helpdesk:
         self.url = f"http://localhost:{self.port}/"
         for name in ("docs", ".venv"):
             (folder / name).symlink_to(ROOT / name)
+        self._start(["sh", "-euc", block("run", "start")], folder)
+
+    def _start(self, command, folder):
         ports = {"PORT": self.port, "CHAT_PORT": self.chat, "ADMIN_PORT": self.admin}
         self._process = subprocess.Popen(
-            ["sh", "-euc", block("run", "start")],
+            command,
             cwd=folder,
             env=environment(**{name: str(port) for name, port in ports.items()}),
             stdin=subprocess.DEVNULL,
@@ -60,12 +63,23 @@ class Helpdesk:
 
     def __enter__(self):
         try:
-            for pattern in ("^the helpdesk is at ", "ready, with the log ", "this node delivers"):
-                self.log.wait(pattern)
+            self._wait()
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _wait(self):
+        for pattern in ("^the helpdesk is at ", "ready, with the log ", "this node delivers"):
+            self.log.wait(pattern)
+
+    def restart(self):
+        """Press Ctrl-C, which ends both programs, and start them again in their folder."""
+        os.killpg(self._process.pid, signal.SIGINT)
+        self._process.wait(LONG)
+        self.log.close()
+        self._start([EXAMPLE / "start"], self.folder)
+        self._wait()
 
     def __exit__(self, *_):
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -166,7 +180,7 @@ def buttons(page, place):
 
 
 def test_people_in_browsers(desk, tmp_path):
-    """A customer and an agent chat, edit, remove and moderate. What a third one missed is counted."""
+    """A customer and an agent chat, edit, remove and moderate. A third one sees how many messages are new."""
     with person(tmp_path, "ann", desk.url) as ann, person(tmp_path, "bob", desk.url) as bob:
         for page in (ann, bob):
             until(page, "people.textContent === 'ann, bob'")
@@ -207,6 +221,18 @@ def test_people_in_browsers(desk, tmp_path):
         ann.run("outbox.querySelector('button').click()")
         until(ann, "outbox.childElementCount === 0")
         assert ann.refused == bob.refused == []
+
+
+def test_page_outlives_a_restart(desk, tmp_path):
+    """A page reconnects with a new token, and what was typed meanwhile is stored once."""
+    with person(tmp_path, "ann", desk.url) as ann:
+        write(ann, "before")
+        shows(ann, "before")
+        desk.restart()
+        write(ann, "after")
+        shows(ann, "before", "after")
+        until(ann, "state.textContent === 'online' && !outbox.childElementCount")
+        assert ann.run("location.pathname") == "/room/help"
 
 
 def test_rooms_of_customers_and_agents(desk, tmp_path):

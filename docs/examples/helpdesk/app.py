@@ -28,10 +28,23 @@ CHAT = os.environ.get("CHAT", "http://localhost:8085")  # chatd, as browsers rea
 SERVER = os.environ.get("CHAT_SERVER", "http://127.0.0.1:8085")  # chatd, as this program reaches it
 ADMIN = os.environ.get("CHAT_ADMIN", "http://127.0.0.1:8086")  # the admin port of chatd
 
-# Accounts and sessions: your application has its own, in its database, with hashed passwords.
+
+@contextlib.contextmanager
+def database():
+    """Open the database for one transaction."""
+    with contextlib.closing(sqlite3.connect("helpdesk.sqlite", timeout=10)) as db, db:
+        yield db
+
+
+with database() as db:
+    db.execute("CREATE TABLE IF NOT EXISTS sessions (key PRIMARY KEY, name)")
+    db.execute("CREATE TABLE IF NOT EXISTS posts (room, epoch, number, username, PRIMARY KEY (room, epoch, number))")
+    db.execute("CREATE TABLE IF NOT EXISTS seen (username, room, epoch, number, PRIMARY KEY (username, room))")
+
+
+# Accounts and sessions: your application has its own, with hashed passwords.
 
 ACCOUNTS = {"ann": ("customer", "ann-1"), "cy": ("customer", "cy-1"), "bob": ("agent", "bob-1")}
-sessions = {}  # names, by the value of the session's cookie
 
 
 def rooms_of(name):
@@ -45,13 +58,15 @@ def log_in(request):
     if name not in ACCOUNTS or not hmac.compare_digest(password.encode(), ACCOUNTS[name][1].encode()):
         return request.answer(403, "The name or the password is wrong.")
     key = secrets.token_urlsafe()
-    sessions[key] = name
+    with database() as db:
+        db.execute("INSERT INTO sessions VALUES (?, ?)", [key, name])
     secure = "; Secure" if request.headers["X-Forwarded-Proto"] == "https" else ""
     return request.answer(303, Location="/", Set_Cookie=f"session={key}; Path=/; HttpOnly; SameSite=Lax{secure}")
 
 
 def log_out(request):
-    sessions.pop(request.session, None)
+    with database() as db:
+        db.execute("DELETE FROM sessions WHERE key = ?", [request.session])
     request.answer(303, Location="/")
 
 
@@ -156,18 +171,6 @@ def answer_hours(room, message):
 # Counts of new messages
 
 
-@contextlib.contextmanager
-def database():
-    """Open the database for one transaction."""
-    with contextlib.closing(sqlite3.connect("helpdesk.sqlite", timeout=10)) as db, db:
-        yield db
-
-
-with database() as db:
-    db.execute("CREATE TABLE IF NOT EXISTS posts (room, epoch, number, username, PRIMARY KEY (room, epoch, number))")
-    db.execute("CREATE TABLE IF NOT EXISTS seen (username, room, epoch, number, PRIMARY KEY (username, room))")
-
-
 def split(key):
     """Return the epoch and the number of an id."""
     epoch, number = key.split("-")
@@ -248,7 +251,10 @@ class Request(BaseHTTPRequestHandler):
     def do_GET(self):
         cookies = self.headers.get("Cookie", "").split("; ")
         self.session = next((one.removeprefix("session=") for one in cookies if one.startswith("session=")), "")
-        self.user = sessions.get(self.session)
+        with database() as db:
+            self.user = next(
+                (name for (name,) in db.execute("SELECT name FROM sessions WHERE key = ?", [self.session])), None
+            )
         route = f"{self.command} {self.path}"
         size = int(self.headers.get("Content-Length", "0"))
         if size > 4 << 20:  # a delivery is smaller

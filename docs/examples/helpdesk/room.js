@@ -26,15 +26,14 @@ function make(tag, text) {
   element.textContent = text;
   return element;
 }
-function button(text, act) {
-  const element = make("button", text);
+function press(element, act) {
   element.addEventListener("click", () => act().catch((error) => (problem.textContent = error.message)));
   return element;
 }
+const button = (text, act) => press(make("button", text), act);
 function fill(item, { id, data, removed }) {
-  const time = new Date(data.timestamp).toLocaleTimeString();
+  item.title = new Date(data.timestamp).toLocaleString();
   item.replaceChildren(make("b", data.username), make("span", data.message));
-  item.title = time;
   item.classList.toggle("removed", !!removed);
   if (removed) return;
   if (data.username === user) item.append(button("Edit", async () => edit(id, data.message)));
@@ -53,7 +52,10 @@ function show() {
     if (item !== messages.children[place]) messages.insertBefore(item, messages.children[place] ?? null);
     items.set(entry.id, item);
   });
-  while (messages.children.length > now.messages.length) items.delete(messages.lastChild.entry.id), messages.lastChild.remove();
+  while (messages.children.length > now.messages.length) {
+    items.delete(messages.lastChild.entry.id);
+    messages.lastChild.remove();
+  }
   outbox.replaceChildren(
     ...now.outbox.map(({ label, frame, error }) => {
       const item = make("li", `${frame.message ?? "Remove"} (${error?.message ?? "sending"})`);
@@ -87,8 +89,8 @@ form.addEventListener("submit", (event) => {
   edit(undefined, "");
 });
 form.addEventListener("input", () => room.typing());
-cancel.addEventListener("click", () => edit(undefined, ""));
-older.addEventListener("click", () => room.older());
+press(cancel, async () => edit(undefined, ""));
+press(older, () => room.older());
 document.addEventListener("visibilitychange", show);
 room.subscribe(show);
 show();
