@@ -132,7 +132,7 @@ def desk(tmp_path):
 
 @contextlib.contextmanager
 def person(folder, name, url, room="help", *, trust=False):
-    """A person who logs in with a browser and opens a room."""
+    """A person in a browser, who has logged in and opened a room."""
     with Page(folder / f"profile-{name}", "about:blank") as page:
         if trust:
             page.call("Security.setIgnoreCertificateErrors", ignore=True)

@@ -64,6 +64,13 @@ def log_in(request):
     return request.answer(303, Location="/", Set_Cookie=f"session={key}; Path=/; HttpOnly; SameSite=Lax{secure}")
 
 
+def find_user(session):
+    """Return the account of a session, or None."""
+    with database() as db:
+        (name,) = db.execute("SELECT name FROM sessions WHERE key = ?", [session]).fetchone() or (None,)
+    return name
+
+
 def log_out(request):
     with database() as db:
         db.execute("DELETE FROM sessions WHERE key = ?", [request.session])
@@ -251,10 +258,7 @@ class Request(BaseHTTPRequestHandler):
     def do_GET(self):
         cookies = self.headers.get("Cookie", "").split("; ")
         self.session = next((one.removeprefix("session=") for one in cookies if one.startswith("session=")), "")
-        with database() as db:
-            self.user = next(
-                (name for (name,) in db.execute("SELECT name FROM sessions WHERE key = ?", [self.session])), None
-            )
+        self.user = find_user(self.session)
         route = f"{self.command} {self.path}"
         size = int(self.headers.get("Content-Length", "0"))
         if size > 4 << 20:  # a delivery is smaller
