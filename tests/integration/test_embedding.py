@@ -105,12 +105,12 @@ class Helpdesk:
             requests += 1
             self.log.wait(r'"POST /(webhook|seen) HTTP/1.1" 204', requests)
 
-    def deliver(self, webhook_id, body, secret=None):
-        """Post a delivery as chatd does, and return the status."""
+    def deliver(self, webhook_id, body, *, secret=None, age=0):
+        """Post a delivery as chatd did some seconds ago, and return the status."""
         keys = parse_secrets(secret or (self.folder / "webhook.key").read_text("ascii"))
-        now = int(time.time())
-        signature = sign(keys, webhook_id, now, body)
-        headers = {"webhook-id": webhook_id, "webhook-timestamp": str(now), "webhook-signature": signature}
+        sent = int(time.time()) - age
+        signature = sign(keys, webhook_id, sent, body)
+        headers = {"webhook-id": webhook_id, "webhook-timestamp": str(sent), "webhook-signature": signature}
         return status(urllib.request.Request(f"{self.url}webhook", body, headers))
 
 
@@ -276,7 +276,8 @@ def test_receiver_counts_once(desk):
     assert deliver(message(1) | {"id": "newone-1"}, start=True) == 204
     assert "help</a>: 1 new" in desk.start_page("cy")
     assert desk.deliver("help:1:1", b'{"type":"another"}') == 204
-    assert desk.deliver("help:1:1", b"{}", "whsec_" + "A" * 32) == 401
+    assert desk.deliver("help:1:1", b"{}", secret="whsec_" + "A" * 32) == 401
+    assert desk.deliver("help:1:1", b'{"type":"another"}', age=900) == 401
     assert status(urllib.request.Request(f"{desk.url}webhook", b"{}")) == 401
 
 
