@@ -363,6 +363,7 @@ def process(command, folder, *, ready=None, **changes):
 
 
 NGINX = """
+user root;
 daemon off;
 pid nginx.pid;
 error_log stderr notice;
@@ -377,6 +378,7 @@ http {
     include site.conf;
 }
 """
+"""What Debian has around a site. Started by root, the workers keep root, because the folder of a test is private."""
 
 
 def test_site_behind_nginx(tmp_path):
