@@ -53,7 +53,8 @@ export function seeded(seed) {
   };
 }
 
-/** A proxy before a port. `filter(data, up)` returns the bytes to pass on; with undefined it cuts the connection. */
+/** A proxy before a port. `filter(data, up)` returns the bytes to pass on, or null for none.
+ * With fewer bytes, or undefined, it cuts the connection. */
 export async function proxy(test, target, filter) {
   const sockets = new Set();
   const server = createServer((client) => {
@@ -69,6 +70,7 @@ export async function proxy(test, target, filter) {
       sockets.add(from);
       from.on("data", (data) => {
         const passed = filter(data, up);
+        if (passed === null) return;
         if (passed?.length) to.write(passed);
         if (passed?.length !== data.length) cut();
       });
