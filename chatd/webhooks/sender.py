@@ -160,8 +160,8 @@ class Sender:
 
 def _read(response: Any, now: float) -> "Deferred[Answer]":
     """Fire with the answer when its body has ended, so that the connection can serve another request."""
-    wait = response.headers.getRawHeaders("retry-after", [""])[-1]
-    body = _AnswerBody(Answer(response.code, "", parse_retry_after(wait, now)))
+    wait = response.headers.getRawHeaders(b"retry-after", [b""])[-1]
+    body = _AnswerBody(Answer(response.code, "", parse_retry_after(wait.decode("latin-1"), now)))
     response.deliverBody(body)
     return body.ended
 

@@ -152,6 +152,14 @@ def test_retry_after(send):
     assert waits[2:] == [0, None, None, None]
 
 
+def test_answer_with_a_foreign_retry_after(send):
+    """A header that is no text in UTF-8 counts as missing, and its connection serves the next delivery."""
+    with serving(Receiver(*[(503, {"Retry-After": "\xff"})] * 3)) as app:
+        answers = send(app.url, 4)
+        assert [(answer.status, answer.retry_after) for answer in answers] == [(503, None)] * 3 + [(204, None)]
+        assert app.connections == 1
+
+
 def test_hanging_application(send, monkeypatch):
     """The time of a request is bounded, and its connection is dropped."""
     monkeypatch.setattr(sender, "REQUEST_SECONDS", 0.1)

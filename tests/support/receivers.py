@@ -35,6 +35,12 @@ class Receiver(ThreadingHTTPServer):
         self.changed = threading.Condition()
         self.released = threading.Event()
         """Ends every `hang` and `slow`."""
+        self.connections = 0
+        """The number of connections so far."""
+
+    def process_request(self, request, client_address):
+        self.connections += 1
+        super().process_request(request, client_address)
 
     def note(self, webhook_id, document, taken):
         with self.changed:
