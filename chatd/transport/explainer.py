@@ -46,6 +46,8 @@ _TYPES: Final = {
     "object": "must be of type object",
     "null": "must be null",
 }
+MAX_WORDS: Final = 1000
+"""The most characters of a schema in the words of a fault, such as those of a long `enum`; more are cut off."""
 _NOT_ALLOWED: Final = "is not allowed"
 _NO_MATCH: Final = "does not match any of the allowed types"
 _MATCHES: Final = "matches more than one allowed type"
@@ -87,6 +89,8 @@ class Part:
 
 
 def _says(words: str) -> _Words:
+    if len(words) > MAX_WORDS:
+        words = f"{words[: MAX_WORDS - 1]}…"
     return lambda _, place: f'"{_name(place)}" {words}'
 
 

@@ -222,3 +222,11 @@ def has(document, place):
         except (LookupError, TypeError):
             return False
     return True
+
+
+def test_words_of_a_long_schema_are_cut():
+    """A refused post costs no more to answer than another, however long a list of the schema is."""
+    words = Part({"enum": [*map(str, range(100_000))]}).fault("a")
+    assert words.startswith('"value" must be one of [0, 1, 2, 3, ')
+    assert words.endswith("…")
+    assert len(words) == explainer.MAX_WORDS + len('"value" ')
