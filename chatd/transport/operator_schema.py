@@ -107,7 +107,8 @@ def read(text: bytes, max_bytes: int = 0, clock: Callable[[], float] = time.perf
     if cost > BUDGET:
         raise ValueError(
             f"may take {cost / 1000:.0f} microseconds to refuse a frame of {limit} bytes, and the most is "
-            f"{BUDGET // 1000}: give arrays a maxItems, objects a maxProperties and strings with a pattern a maxLength"
+            f"{BUDGET // 1000}: give arrays a maxItems, objects a maxProperties and strings with a pattern "
+            "a maxLength; and compare few numbers"
         )
     # The server writes six bytes for what a client may write in twelve.
     return OperatorSchema(_form(whole), limit, limit if size is None else size // 2)

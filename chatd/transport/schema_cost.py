@@ -8,7 +8,7 @@ This module is pure, except for the clock: schemas without references in, number
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from random import Random
 from typing import Any, Final, NamedTuple
@@ -33,6 +33,20 @@ COMPARISON: Final = 200.0
 """Nanoseconds to compare an array or an object with another one."""
 DISTINCT: Final = 100.0
 """Nanoseconds for an item that must differ from the others."""
+FRACTION: Final = 10_000.0
+"""Nanoseconds to compare a number with one that may have a fraction: the engine computes with exact fractions."""
+WHOLE: Final = 3_000.0
+"""The same if both numbers are whole, one of which may be written as 1e308."""
+LIMIT: Final = 1_000.0
+"""Nanoseconds to compare any number with a limit that is whole."""
+PAIR: Final = 500.0
+"""Nanoseconds to compare two whole numbers, because the engine gives many large ones the same hash."""
+FEW: Final = 15
+"""The most numbers that the engine compares in pairs to find out whether they are distinct."""
+BYTE: Final = 0.05
+"""Nanoseconds for each character of a text that is compared."""
+SEARCH: Final = 20.0
+"""Nanoseconds to ask one schema whether it has evaluated a key or an item."""
 FORMAT: Final = 2.0
 """Nanoseconds for each character of a format."""
 IDN: Final = 15.0
@@ -52,6 +66,7 @@ LETTERS: Final = 8
 _IN_PLACE: Final = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
 """The keywords with lists of schemas for one value."""
 _SCALARS: Final = frozenset({"boolean", "integer", "null", "number", "string"})
+_LIMITS: Final = "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"
 
 
 # The longest message
@@ -187,19 +202,34 @@ class Estimate:
         fixed += KEY * len(schema.get("required", ()))
         fixed += KEY * sum(1 + len(names) for names in schema.get("dependentRequired", {}).values())
         values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-        fixed += COMPARISON * sum(isinstance(value, (dict, list)) for value in values) + len(values)
+        exact = _exact(schema)
+        fixed += sum(_comparison(value, exact) for value in values) + _numbers(schema, exact)
         length = min(int(schema.get("maxLength", self._size)), self._size)
         if "format" in schema:
             fixed += (IDN if schema["format"] == "idn-hostname" else FORMAT) * length
         if "pattern" in schema:
             fixed += self._pattern(schema["pattern"], length)
         if schema.get("uniqueItems"):
-            scalars = _is_scalar(schema.get("items", True)) and all(map(_is_scalar, schema.get("prefixItems", ())))
-            distinct = Cost().repeated(schema.get("maxItems"), 2, DISTINCT) if scalars else Cost(each=DISTINCT)
+            distinct = self._distinct(schema)
             fixed, each = fixed + distinct.fixed, distinct.each
         return Cost(fixed, each)
 
-    def _inner(self, schema: Mapping[str, Any]) -> Iterator[Cost]:
+    def _distinct(self, schema: dict[str, Any]) -> Cost:
+        """Return the cost to find out whether all items of an array differ."""
+        kinds = [schema.get("items", True), *schema.get("prefixItems", ())]
+        if not all(map(_is_scalar, kinds)):
+            return Cost(each=DISTINCT)
+        found = Cost().repeated(schema.get("maxItems"), 2, DISTINCT)
+        exact = max(map(_exact, kinds))
+        if exact:
+            most = min(int(schema.get("maxItems", self._size)), self._size)
+            few = min(most, FEW)
+            further = 2 * FRACTION if exact == FRACTION else PAIR
+            pairs = PAIR * most * (most - 1) / 2 + further * few * (few - 1) / 2
+            found = found._replace(fixed=found.fixed + pairs)
+        return found
+
+    def _inner(self, schema: dict[str, Any]) -> Iterator[Cost]:
         """Yield the costs of the schemas inside a schema, except for those of `properties`."""
         for name in _IN_PLACE:
             yield from map(self.cost, schema.get(name, ()))
@@ -207,11 +237,14 @@ class Estimate:
         yield from map(self.cost, schema.get("dependentSchemas", {}).values())
         for name in ("items", "contains", "unevaluatedItems"):
             if name in schema:
-                yield self.cost(schema[name]).repeated(schema.get("maxItems"), 2, KEYWORD)
+                search = SEARCH * _in_place(schema) if name == "unevaluatedItems" else KEYWORD
+                yield self.cost(schema[name]).repeated(schema.get("maxItems"), 2, search)
         keys = schema.get("maxProperties")
         for name in ("propertyNames", "unevaluatedProperties", "additionalProperties"):
             if schema.get(name, False) is not False:
                 yield self.cost(schema[name]).repeated(keys, 4, MEMBER)
+        if "unevaluatedProperties" in schema:
+            yield Cost().repeated(keys, 4, SEARCH * _in_place(schema))
         for pattern, inner in schema.get("patternProperties", {}).items():
             yield self.cost(inner).repeated(keys, 4, MEMBER)
             yield Cost(self._pattern(pattern, self._size))
@@ -246,12 +279,57 @@ def texts(pattern: str, length: int) -> Iterator[str]:
         yield (block * (length // BLOCK + 1))[:length]
 
 
+def _types(schema: Schema) -> frozenset[str]:
+    """Return the types that a schema names; without names, and for True, those of all values."""
+    if isinstance(schema, bool):
+        return frozenset({"number", "object"} if schema else ())
+    types = schema.get("type", ["number", "object"])
+    return frozenset(types if isinstance(types, list) else [types])
+
+
 def _is_scalar(schema: Schema) -> bool:
     """Return whether a schema accepts no arrays and objects."""
+    return _types(schema) <= _SCALARS
+
+
+def _exact(schema: Schema) -> float:
+    """Return the nanoseconds to compare a number with one that a schema accepts, of which the type is checked first."""
+    types = _types(schema)
+    return FRACTION if "number" in types else WHOLE if "integer" in types else 0.0
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float)
+
+
+def _numbers(schema: dict[str, Any], exact: float) -> float:
+    """Return the nanoseconds for the keywords that look at a number."""
+    limits = sum(max(exact, LIMIT) if _is_fraction(schema[name]) else LIMIT for name in _LIMITS if name in schema)
+    divided = 2 * FRACTION if _is_fraction(schema.get("multipleOf")) else WHOLE
+    return (limits + divided * ("multipleOf" in schema)) * bool(exact)
+
+
+def _comparison(value: object, exact: float = FRACTION) -> float:
+    """Return the nanoseconds to compare a value of a schema with one of a document, in which a number costs `exact`."""
+    if isinstance(value, dict):
+        return COMPARISON + sum(_comparison(key) + _comparison(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return COMPARISON + sum(map(_comparison, value))
+    if isinstance(value, str):
+        return KEYWORD + BYTE * len(value)
+    if isinstance(value, bool) or value is None:
+        return KEYWORD
+    return 2 * exact if _is_fraction(value) else exact
+
+
+def _in_place(schema: Schema) -> int:
+    """Return the number of schemas that look at the same value as this one, with itself."""
     if isinstance(schema, bool):
-        return not schema
-    types = schema.get("type", ["object"])
-    return {*(types if isinstance(types, list) else [types])} <= _SCALARS
+        return 1
+    inside = [*(one for name in ("allOf", "anyOf", "oneOf") for one in schema.get(name, ()))]
+    inside += [schema[name] for name in ("not", "if", "then", "else") if name in schema]
+    inside += [*schema.get("dependentSchemas", {}).values(), *schema.get("patternProperties", {}).values()]
+    return 1 + sum(map(_in_place, inside))
 
 
 def _pattern_size(pattern: str) -> int:

@@ -256,12 +256,17 @@ def test_payload_limit_follows_from_the_schema():
         {"additionalProperties": {"type": "integer"}},
         {"propertyNames": {"maxLength": 3}},
         {"patternProperties": {"^a": {"type": "integer"}}},
-        {"items": {"enum": [[number] for number in range(20)]}, "maxItems": 1000},
+        {"items": {"enum": [[str(number)] for number in range(20)]}, "maxItems": 1000},
         {"items": {"const": {"a": 1}}},
         {"items": {"format": "idn-hostname"}, "maxItems": 10},
         {"properties": {"a": {"items": {"items": {"allOf": [True] * 40}}}}},
         {"unevaluatedItems": {"allOf": [True] * 30}},
         {"unevaluatedProperties": {"type": "integer"}},
+        {"unevaluatedProperties": False, "anyOf": [{"properties": {"a": True}}] * 20},
+        {"unevaluatedItems": False, "anyOf": [{"prefixItems": [True]}] * 20},
+        {"items": {"multipleOf": 2}},
+        {"items": {"minimum": 0.5}, "maxItems": 100},
+        {"items": {"const": 1}, "maxItems": 100},
     ],
     ids=lambda one: json.dumps(one)[:60],
 )
@@ -269,7 +274,8 @@ def test_expensive_schema_is_refused(field):
     """The line names the cost and the remedy, and a bound of the document makes the schema good."""
     words = refusal(schema_with(x=field), 100_000)
     assert words.startswith("may take ")
-    assert words.endswith("give arrays a maxItems, objects a maxProperties and strings with a pattern a maxLength")
+    assert ": give arrays a maxItems, objects a maxProperties and strings with a pattern a maxLength; " in words
+    assert words.endswith("and compare few numbers")
     bounds = {"maxItems": 8, "maxProperties": 8, "maxLength": 8}
     bounded = {name: value | bounds if isinstance(value, dict) else value for name, value in field.items()}
     bounded |= {name: value for name, value in bounds.items() if name != "maxLength"}
@@ -282,6 +288,33 @@ def test_expensive_schema_is_refused(field):
 @pytest.mark.parametrize(
     "field",
     [
+        {"enum": [*range(100_000)]},
+        {"type": "integer", "enum": [*range(100)]},
+        {"enum": [number + 0.5 for number in range(20)]},
+        {"enum": [[0] * 50 + [number] for number in range(50)]},
+        {"enum": [{"a": 5e-324, "b": number} for number in range(20)]},
+        {"enum": [1, *map(str, range(100_000))]},
+        {"type": "array", "uniqueItems": True, "items": {"type": "number"}, "maxItems": 12},
+        {"type": "array", "uniqueItems": True, "items": {"type": "integer"}, "maxItems": 100},
+        {"items": {"multipleOf": 0.01}, "maxItems": 10},
+    ],
+    ids=lambda one: json.dumps(one)[:60],
+)
+def test_comparisons_of_numbers_are_expensive(field):
+    """The engine compares numbers by exact fractions, and one such as 5e-324 takes 20 microseconds."""
+    assert refusal(schema_with(x=field), 100_000).startswith("may take ")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"type": "string", "enum": [*range(100)]},
+        {"enum": [1, 2, 3, True, None]},
+        {"type": "integer", "enum": [*range(30)]},
+        {"type": "number", "minimum": -90.5, "maximum": 90.5, "multipleOf": 0.01},
+        {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 9}, "maxItems": 30},
+        {"type": "array", "uniqueItems": True, "items": {"type": "integer"}, "maxItems": 15},
+        {"type": "object", "properties": {"a": True}, "unevaluatedProperties": False, "maxProperties": 9},
         {"type": "string", "pattern": r"^[\p{L}\p{N} _-]{1,30}$", "maxLength": 30},
         {"type": "string", "pattern": "^#[0-9a-f]{6}$"},
         {"type": "string", "pattern": ID},
