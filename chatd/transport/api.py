@@ -429,7 +429,13 @@ class Api(ChatResource):
         check_reading(reader, room)
         moderator, visitor = _moderator(request), _visitor(request, reader.username, reader)
         return export(
-            request, self._exports, room, query, encode=client_line, admit=lambda: moderator.admit(room, visitor)
+            request,
+            self._exports,
+            room,
+            query,
+            encode=client_line,
+            admit=lambda: moderator.admit(room, visitor),
+            seconds_left=self._connections.seconds_left(reader),
         )
 
     # Posting
@@ -551,10 +557,11 @@ def export(
     *,
     encode: Callable[[str, Entry], bytes],
     admit: Callable[[], None] = lambda: None,
+    seconds_left: float | None = None,
 ) -> Any:
     """Begin an export of the entries after the id in the query, or of all entries; HEAD reads nothing.
 
-    `encode` and `admit` are those of Export.
+    `encode`, `admit` and `seconds_left` are those of Export.
     """
     after = read_query(query).get("after", [])[-1:]
     try:
@@ -565,7 +572,7 @@ def export(
         return begin(request, JSON_LINES)
     cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
     first, refuse = wanted.after or Id(queue.rooms.epoch, 0), Reply(request).failed
-    Export(queue, request, room, first, encode=encode, admit=admit, refuse=refuse)
+    Export(queue, request, room, first, encode=encode, admit=admit, refuse=refuse, seconds_left=seconds_left)
     return NOT_DONE_YET
 
 

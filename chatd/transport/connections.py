@@ -15,7 +15,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from chatd.transport.deadlines import Deadlines, Expiries
-from chatd.transport.identity import LEEWAY_SECONDS
+from chatd.transport.identity import LEEWAY_SECONDS, Identity
 from chatd.transport.membership import Membership
 
 HANDSHAKE_SECONDS: Final = 10
@@ -130,9 +130,13 @@ class Connections:
         The time that is left is measured once, when the token is accepted.  A wall clock that jumps later ends no
         connection early.
         """
-        expires = client.member.identity.expires
-        if expires is not None:
-            self.expiries.set(client, expires + LEEWAY_SECONDS - self._wall())
+        left = self.seconds_left(client.member.identity)
+        if left is not None:
+            self.expiries.set(client, left)
+
+    def seconds_left(self, identity: Identity) -> float | None:
+        """Return the seconds until the token of a client is no longer accepted; None if that never happens."""
+        return None if identity.expires is None else identity.expires + LEEWAY_SECONDS - self._wall()
 
     def remove(self, client: Connection, code: int) -> bool:
         """Remove a connection that has ended with a close code, and return whether its handshake was answered."""

@@ -29,6 +29,7 @@ from chatd.transport.deadlines import Deadlines
 from chatd.transport.frames import message_frame
 from chatd.transport.framing import payload
 from chatd.transport.http import begin
+from chatd.transport.tokens import unauthorized
 
 JSON_LINES: Final = "application/x-ndjson"
 """The media type of an export: one JSON document a line."""
@@ -59,7 +60,7 @@ class ExportQueue:
     def __init__(self, rooms: Registry, connections: Connections, clock: IReactorTime) -> None:
         self.rooms = rooms
         self.connections = connections
-        self._clock = clock
+        self.clock = clock
         self._waiting: deque[Export] = deque()
         self._reading = False
 
@@ -71,7 +72,7 @@ class ExportQueue:
     def _schedule(self) -> None:
         if self._waiting and not self._reading:
             self._reading = True
-            self._clock.callLater(0, self._read)
+            self.clock.callLater(0, self._read)
 
     def _read(self) -> None:
         export = self._waiting.popleft()
@@ -94,8 +95,9 @@ class NotJoined:
 class Export:
     """The answer to one request, and a Connection among those that may stall.
 
-    `encode` makes the line of an entry, and `admit` raises HttpError before a page that the client may not have.
-    `refuse` answers the request with an error that precedes the first line.
+    `encode` makes the line of an entry, and `admit` raises HttpError before a page that the client may not have.  After
+    `seconds_left` its token has expired, and it gets no further page.  `refuse` answers the request with an error that
+    precedes the first line.
     """
 
     number = 0
@@ -111,6 +113,7 @@ class Export:
         encode: Callable[[str, Entry], bytes],
         admit: Callable[[], None],
         refuse: Callable[[Failure], None],
+        seconds_left: float | None = None,
     ) -> None:
         self._queue = queue
         self._request = request
@@ -120,6 +123,7 @@ class Export:
         self._encode = encode
         self._admit = admit
         self._refuse = refuse
+        self._until = None if seconds_left is None else queue.clock.seconds() + seconds_left
         self._head: int | None = None
         """The number of the last entry to write; None until the first page is there."""
         self._paused = False
@@ -152,6 +156,8 @@ class Export:
         if self._channel.site.closing:
             raise server_stopping()
         self._admit()
+        if self._until is not None and self._queue.clock.seconds() >= self._until:
+            raise unauthorized()
         head = self._begin(page.head) if self._head is None else self._head
         entries = [entry for entry in page.entries if entry.number <= head]
         if entries:

@@ -105,7 +105,7 @@ class Tokens:
         """
         found = {*self._carried(authorization, cookies, protocols)}
         if not found:
-            raise _unauthorized("Bearer")
+            raise unauthorized("Bearer")
         if len(found) > 1:
             raise self._refused("a request carries two that differ")
         return self.verify(found.pop())
@@ -184,10 +184,10 @@ class Tokens:
         if now >= self._quiet_until.get(reason, now):
             self._quiet_until[reason] = now + LOG_SECONDS
             _logger.info("a token is refused: {reason}", reason=reason)
-        return _unauthorized('Bearer error="invalid_token"')
+        return unauthorized()
 
 
-def _unauthorized(challenge: str) -> HttpError:
+def unauthorized(challenge: str = 'Bearer error="invalid_token"') -> HttpError:
     """Make the error for a request without a valid token, with the challenge of RFC 6750, section 3."""
     headers = {"WWW-Authenticate": challenge}
     return HttpError(HTTPStatus.UNAUTHORIZED, "a valid token is required", Code.TOKEN_REFUSED, headers)

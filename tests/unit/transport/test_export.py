@@ -19,6 +19,7 @@ from chatd.transport.connections import MAX_BUFFERED, STALL_SECONDS
 from chatd.transport.export import EXPORT_ENTRIES, client_line, operator_line
 from chatd.transport.frames import message_frame
 from chatd.transport.framing import payload
+from chatd.transport.identity import LEEWAY_SECONDS
 
 ANN = Entry(7, "ann", 'hi "data":', "2026-01-01T00:00:00.000Z", "subject-a")
 PATH = b"/rooms/team/export"
@@ -228,6 +229,25 @@ def test_ban_ends_an_export(house, events):
     house.turn()
     assert cut(connection)
     assert "You are banned from this server" in formatEvent(events[-1])
+
+
+def test_token_that_expires_cuts_an_export(events):
+    """Its client gets no further page a minute after the expiry, as it would get no further event."""
+    house = House(seed=(), tokens=verifier())
+    house.say(*map(str, range(250)), room="team")
+    header = BEARER + token(lasts=100).encode()
+    late, connection = begin(house, PATH, header), begin(house, PATH, header)
+    house.clock.turn()
+    waiting = begin(house, PATH, header)
+    house.clock.rightNow += LEEWAY_SECONDS + 90
+    house.clock.turn()
+    house.clock.turn()
+    assert not cut(connection)
+    house.clock.rightNow += 11
+    house.turn()
+    assert [cut(one) for one in (late, connection)] == [True, True]
+    assert "the export of team was cut" in formatEvent(events[-1])
+    assert refusal(waiting)[0] == 401
 
 
 def test_export_counts_as_one_read():
