@@ -15,7 +15,7 @@ The next batch of a room waits until the store has the cursor, so that a restart
 import heapq
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -72,7 +72,7 @@ class WebhookTransport(Protocol):
 class _Lane:
     """One room with entries that the application may lack."""
 
-    __slots__ = ("attempts", "cursor", "head", "last", "room", "since")
+    __slots__ = ("attempts", "cursor", "erased", "head", "last", "originals", "request", "room", "since")
 
     def __init__(self, room: str, cursor: int | None, head: int) -> None:
         self.room = room
@@ -84,6 +84,12 @@ class _Lane:
         self.attempts = 0
         self.since: float | None = None
         """The time of the oldest entry that the application lacks, in seconds since 1970; None until it was read."""
+        self.request: Deferred[Answer] | None = None
+        """The request that waits for its answer."""
+        self.erased = False
+        """True if a text was erased since the batch was read, which may hold it."""
+        self.originals: frozenset[int] = frozenset()
+        """The numbers of the messages in the request, and of those that its edits replace."""
 
 
 class Webhook:
@@ -229,6 +235,23 @@ class Webhook:
         else:
             self._overflowed = True
 
+    def erased(self, room: str, originals: Collection[int]) -> None:
+        """Drop a request that may have the text of a removed message; its batch is read and sent again."""
+        lane = self._lanes.get(room)
+        if lane is None:
+            return
+        if lane.request is None:
+            lane.erased = True  # the page that is being read may have it
+        elif not lane.originals.isdisjoint(originals):
+            lane.erased = True
+            lane.request.cancel()
+
+    def trimmed(self, room: str, first: int) -> None:
+        """Drop a request if the room has no entry any more, because it may have been cleared."""
+        lane = self._lanes.get(room)
+        if lane is not None and first > lane.head:
+            self.erased(room, lane.originals)
+
     def interrupted(self) -> None:
         """Look for news in the store, because a notification may be missing or the log has another epoch."""
         if self._epoch and self._log.epoch != self._epoch:
@@ -334,7 +357,11 @@ class Webhook:
         if lane.cursor is None:
             lane.cursor = yield self._cursors.cursor(self._reader, lane.room)
         limit = MAX_ENTRIES if lane.last is None else lane.last - lane.cursor
+        lane.erased = False
         page = yield self._log.read(lane.room, lane.cursor, limit)
+        if lane.erased:
+            self._later(lane, GATHER_SECONDS)
+            return
         lane.head = max(lane.head, page.head)
         batch = make_batch(self._log.epoch, lane.room, lane.cursor, page, lane.last)
         if batch is None:
@@ -342,7 +369,10 @@ class Webhook:
             return
         lane.last = batch.last
         lane.since = instant(batch.timestamp) if batch.timestamp else None
-        answer = yield self._transport.send(batch.id, batch.body)
+        lane.originals = frozenset(entry.replaces or entry.number for entry in page.entries)
+        lane.request = self._transport.send(batch.id, batch.body)
+        answer = yield lane.request
+        lane.request = None
         if not self._stale(lane):
             self._answered(lane, batch, answer)
 
@@ -370,6 +400,8 @@ class Webhook:
                 "webhook {name} answers 410 and gets nothing more: reload or restart the server to deliver again",
                 name=self.name,
             )
+        elif answer.status is None and lane.erased:
+            self._later(lane, GATHER_SECONDS)
         else:
             self._failed(lane, answer)
 

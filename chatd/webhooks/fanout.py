@@ -43,12 +43,16 @@ class Fanout(Follower):
     @override
     def appended(self, room: str, entries: Sequence[Entry]) -> None:
         first, head = entries[0].number, entries[-1].number
+        removed = [entry.replaces for entry in entries if entry.removed and entry.replaces is not None]
         for webhook in self._webhooks:
             webhook.appended(room, first, head)
+            if removed:
+                webhook.erased(room, removed)
 
     @override
     def trimmed(self, room: str, first: int) -> None:
-        """Do nothing: the next batch of the room states what is missing."""
+        for webhook in self._webhooks:
+            webhook.trimmed(room, first)
 
     @override
     def interrupted(self) -> None:

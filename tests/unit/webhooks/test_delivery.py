@@ -43,8 +43,10 @@ class Application:
         self.bodies = {}
         self.closed = 0
 
+    answer_when_cancelled = NONE
+
     def send(self, webhook_id, body):
-        answer = Deferred(lambda _: answer.callback(NONE))
+        answer = Deferred(lambda _: answer.callback(self.answer_when_cancelled))
         self.sent.append(webhook_id)
         self.waiting[webhook_id] = answer
         self.body = self.bodies[webhook_id] = json.loads(body)
@@ -248,6 +250,85 @@ def test_retry_does_not_hold_what_was_removed(bench):
     (message,) = bench.application.body["messages"]
     assert (message["data"]["message"], message["removed"]) == (REMOVED, True)
     assert bench.sent() == ["team:1:1"] * 2
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_removal_drops_a_request_that_has_the_text(bench, edited):
+    """The batch is sent again at once without the text, which an edit may hold too."""
+    bench.say("secret", author="a")
+    if edited:
+        bench.deliver()
+        bench.say("another secret", author="a", replaces=Id("k7Q2", 1))
+    bench.gather()
+    (sent,) = bench.sent()[-1:]
+    with capturedLogs() as events:
+        bench.say(REMOVED, author="a", replaces=Id("k7Q2", 1), removed=True)
+        bench.application.waiting.pop(f"team:k7Q2-{sent.removeprefix('team:')}")
+        bench.gather()
+        assert bench.sent() == [sent]
+    assert events == []
+    (message,) = bench.application.body["messages"]
+    assert (message["data"]["message"], message["removed"]) == (REMOVED, True)
+    bench.application.answer()
+    bench.gather()
+    assert bench.webhook.outcomes == {"taken": 1 + edited, "unanswered": 1}
+    assert len(bench.sent()) == 1
+
+
+def test_removal_of_another_message_drops_nothing(bench):
+    bench.say("a", author="a")
+    bench.deliver()
+    bench.say("b", author="a")
+    bench.gather()
+    bench.say(REMOVED, author="a", replaces=Id("k7Q2", 1), removed=True)
+    bench.webhook.erased("other", [2])
+    bench.application.answer()
+    assert bench.webhook.outcomes == {"taken": 2}
+
+
+def test_answer_that_precedes_a_drop_counts(bench):
+    """The application that has taken the text gets the removal next."""
+    bench.say("secret", author="a")
+    bench.gather()
+    bench.application.answer_when_cancelled = TAKEN
+    bench.say(REMOVED, author="a", replaces=Id("k7Q2", 1), removed=True)
+    assert bench.webhook.outcomes == {"taken": 1}
+    bench.gather()
+    assert bench.sent() == ["team:1:1", "team:2:2"]
+
+
+def test_removal_while_the_batch_is_read(bench, monkeypatch):
+    """A page from before the removal is not sent."""
+    pages, read = [], bench.store.read
+
+    def slow(*wanted):
+        page = read(*wanted)
+        pages.append((Deferred(), result_of(page)))
+        return pages[-1][0]
+
+    monkeypatch.setattr(bench.store, "read", slow)
+    bench.say("secret", author="a")
+    bench.gather()
+    bench.say(REMOVED, author="a", replaces=Id("k7Q2", 1), removed=True)
+    pages[0][0].callback(pages[0][1])
+    bench.gather()
+    assert bench.sent() == []
+    pages[1][0].callback(pages[1][1])
+    assert bench.sent() == ["team:1:2"]
+    assert "secret" not in str(bench.application.body)
+
+
+def test_cleared_room_drops_its_request(bench):
+    """Messages that retention alone has trimmed may be delivered."""
+    bench.say("a", "b")
+    bench.gather()
+    bench.fanout.trimmed("team", 2)
+    bench.fanout.trimmed("other", 2)
+    assert bench.webhook.outcomes == {}
+    bench.store.clear_room("team")
+    bench.gather()
+    assert bench.sent() == ["team:1:2"] * 2
+    assert bench.application.body["messages"] == []
 
 
 def test_long_backlog_is_sent_in_batches(bench):
