@@ -8,6 +8,7 @@ the feed.  If the session ends first, posts in flight are in doubt and reads fai
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -447,13 +448,16 @@ class RedisStore(Store):
     def _summaries(
         self, connection: RedisConnection, after: str, limit: int, wanted: Callable[[str], bool]
     ) -> Generator["Deferred[Any]", Any, Sequence[RoomSummary]]:
-        names: set[str] = set()
+        names: list[str] = []  # a heap: to sort all at once would keep the reactor thread for long
         cursor = b""
         while cursor != b"0":
             cursor, flat = yield connection.ask("HSCAN", HEADS, cursor or b"0", "COUNT", SCANNED)
-            names |= {name for room in flat[::2] if (name := room.decode()) > after and wanted(name)}
+            for room in flat[::2]:
+                name = room.decode()
+                if name > after and wanted(name):
+                    heappush(names, name)
         found: list[RoomSummary] = []
-        for some in _slices(sorted(names), SUMMARIES):
+        while some := pop_names(names, SUMMARIES):
             rows = yield connection.run(SUMMARIZE, [*KEYS, *map(room_key, some)], SAMPLE, *some)
             for name, (first, head, sampled, size, *newest) in zip(some, rows, strict=True):
                 if sampled:
@@ -566,6 +570,17 @@ class RedisStore(Store):
         if failure.check(RedisRefused):
             self._session.unreadable(failure)
         return Failure(LogUnavailable(why(failure)))
+
+
+def pop_names(heap: list[str], most: int) -> list[str]:
+    """Remove the smallest names from a heap, which may hold a name many times, and return each once, in order."""
+    found: list[str] = []
+    while heap and len(found) < most:
+        name = heappop(heap)
+        found.append(name)
+        while heap and heap[0] == name:
+            heappop(heap)
+    return found
 
 
 def _slices(rooms: Sequence[str], size: int) -> Iterator[Sequence[str]]:
