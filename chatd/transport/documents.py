@@ -19,6 +19,14 @@ _SIZE: Final = "a message of more than {size}", "The content is longer than {siz
 """How the documents mention the payload limit."""
 
 
+class _Own(dict[str, Any]):
+    """A part of an operator's schema, which has no references; what looks like one is a value, as in a `const`."""
+
+
+def _own(schema: Any) -> Any:
+    return _Own(schema) if isinstance(schema, dict) else schema
+
+
 def _load(name: str) -> Any:
     return orjson.loads(importlib.resources.files("chatd").joinpath(f"schemas/{name}").read_bytes())
 
@@ -37,9 +45,11 @@ def _extend(files: dict[str, Any]) -> None:
     """Let the messages of the server have the fields of an operator's schema, and those of an earlier one."""
     fields = files["message.json"]["properties"]
     for name in ("join.json", "typing.json"):
-        files[name]["properties"]["username"] = fields["username"]
+        files[name]["properties"]["username"] = _own(fields["username"])
     posted = files["asyncapi.json"]["components"]["schemas"]["Posted"]
-    own = {name: field for name, field in fields.items() if name not in ("username", "message", "label", "replaces")}
+    own = {
+        name: _own(field) for name, field in fields.items() if name not in ("username", "message", "label", "replaces")
+    }
     posted["properties"] |= own
     posted["additionalProperties"] = True
     posted["description"] += " Messages from before a change of the schema may not fit it."
@@ -49,7 +59,7 @@ def _whole(files: dict[str, Any], document: str, name: str, value: Any) -> Any:
     """Return a value of the file `name` without references to other files than the document."""
     if isinstance(value, list):
         return [_whole(files, document, name, item) for item in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or isinstance(value, _Own):
         return value
     if not isinstance(value.get("$ref"), str):
         return {key: _whole(files, document, name, item) for key, item in value.items()}

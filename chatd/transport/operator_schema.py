@@ -37,13 +37,17 @@ MAX_PARTS: Final = 500
 """The most schemas inside a schema, with those behind references counted each time."""
 MAX_DEPTH: Final = 24
 """The deepest nesting of schemas, with references followed."""
+MAX_NESTING: Final = 100
+"""The deepest nesting of arrays and objects in the file, values such as a `const` included."""
+MAX_REASON: Final = 500
+"""The most characters of a reason, which may name a pattern or a keyword of the file."""
 BUDGET: Final = 1_000_000
 """The most nanoseconds that an explanation may take by its bound, of which few come near."""
 SPACE: Final = 1 << 10
 """The bytes for white space in the longest frame."""
 
 _ANNOTATIONS: Final = frozenset(
-    {"$comment", "contentEncoding", "contentMediaType", "contentSchema", "default", "deprecated", "description"}
+    {"$comment", "contentEncoding", "contentMediaType", "default", "deprecated", "description"}
     | {"examples", "readOnly", "title", "writeOnly"}
 )
 """The keywords that refuse nothing."""
@@ -56,8 +60,8 @@ _VALUES: Final = frozenset(
 )
 """The keywords whose values are not schemas."""
 _ONE: Final = frozenset(
-    {"additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then", "unevaluatedItems"}
-    | {"unevaluatedProperties"}
+    {"additionalProperties", "contains", "contentSchema", "else", "if", "items", "not", "propertyNames", "then"}
+    | {"unevaluatedItems", "unevaluatedProperties"}
 )
 """The keywords whose value is a schema."""
 _LISTS: Final = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
@@ -150,7 +154,22 @@ def _check_document(written: object) -> None:
         raise ValueError("is not a JSON object")  # noqa: TRY004 -- a value, for a caller that reads files
     if written.get("$schema", DRAFT) != DRAFT:
         raise ValueError(f"has another $schema than {DRAFT}")
+    _check_nesting(written)
     check_schema(written)
+
+
+def _check_nesting(written: object) -> None:
+    """Raise ValueError if a document is nested so deeply that a walk through it, or its encoding, could fail."""
+    level = [written]
+    for _ in range(MAX_NESTING):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        ]
+        if not level:
+            return
+    raise ValueError(f"is nested deeper than {MAX_NESTING}")
 
 
 def _check_root(schema: dict[str, Any]) -> None:
@@ -289,4 +308,4 @@ def read_file(path: Path, max_bytes: int = 0) -> OperatorSchema:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"{path} {error}") from None
+        raise ValueError(f"{path} {str(error)[:MAX_REASON]}") from None

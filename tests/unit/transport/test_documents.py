@@ -4,7 +4,7 @@ import json
 
 import jsonschema
 import pytest
-from support.operator_schemas import EXAMPLE_TEXT
+from support.operator_schemas import EXAMPLE_TEXT, schema_with
 from support.servers import ROOT
 
 from chatd.messages import Entry
@@ -47,6 +47,18 @@ def test_document_is_complete_in_itself(name, vocabulary):
         references = [one["$ref"] for one in walk(document) if isinstance(one.get("$ref"), str)]
         assert references
         assert all(isinstance(lookup(document, reference), dict) for reference in references)
+
+
+@pytest.mark.parametrize("reference", ["http://a.example/b", "page.json", "./page.json#/none", "#/none"])
+def test_value_that_looks_like_a_reference(reference):
+    """A value in an operator's schema is served as it is."""
+    field = {"const": {"$ref": reference}, "default": {"$ref": reference}}
+    found, vocabulary = read(json.dumps(schema_with(x=field)).encode()), Vocabulary()
+    vocabulary.use(found.form, found.max_bytes)
+    for name, document in compose(vocabulary).items():
+        fields = [one["x"] for one in walk(json.loads(document)) if "x" in one]
+        assert fields, name
+        assert all(one == field for one in fields)
 
 
 def test_standard_documents_are_those_of_the_project():
