@@ -47,9 +47,9 @@ BYTE: Final = 0.05
 """Nanoseconds for each character of a text that is compared."""
 SEARCH: Final = 20.0
 """Nanoseconds to ask one schema whether it has evaluated a key or an item."""
-FORMAT: Final = 2.0
+FORMAT: Final = 3.0
 """Nanoseconds for each character of a format."""
-IDN: Final = 15.0
+IDN: Final = 45.0
 """Nanoseconds for each character of an internationalized host name."""
 STEP: Final = 0.1
 """Nanoseconds for each character and each byte of a compiled pattern, if every state of it is alive."""

@@ -352,6 +352,14 @@ def test_usual_fields_are_cheap(field):
     read_schema(schema_with(x=field), 100_000)
 
 
+@pytest.mark.parametrize(("format_", "length"), [("idn-hostname", 4_000), ("iri", 70_000)])
+def test_long_formats_are_expensive(format_, length):
+    """A character of an internationalized name takes up to 40 nanoseconds, and one of an IRI 3."""
+    field = {"type": "string", "format": format_}
+    assert refusal(schema_with(x=field | {"maxLength": length}), 100_000).startswith("may take ")
+    read_schema(schema_with(x=field | {"maxLength": length // 2}), 100_000)
+
+
 def test_slow_pattern_is_refused():
     """Its bound is too high, and so is what the clock shows; a quick one of the same size is good."""
     document = orjson.dumps(schema_with(x={"pattern": "[ab]*a[ab]{300}c", "maxLength": 8000}))
