@@ -2,14 +2,14 @@
 
 An export is a cursor.  It reads a page of the log, writes it, and goes on when the transport takes more.  It ends at
 the head that the room had at first, so it ends although others post.  A client that reads slowly costs the bytes of
-one page, and one that does not read is dropped as any other.
+one turn, and one that does not read is dropped as any other.
 
 All exports share one turn: one page is read at a time, in the order in which they wait.  Any number of exports
 therefore costs the log no more than one reader, and another client waits for one page of them at most.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import orjson
@@ -35,6 +35,8 @@ JSON_LINES: Final = "application/x-ndjson"
 """The media type of an export: one JSON document a line."""
 EXPORT_ENTRIES: Final = 100
 """The most entries that are read, encoded and written in one turn, as in a page for clients."""
+EXPORT_BYTES: Final = 256 << 10
+"""The size in bytes after which a turn writes no further entry, because those of an operator's schema may be long."""
 
 _DATA: Final = b'"data":'
 _logger = Logger()
@@ -126,6 +128,8 @@ class Export:
         self._until = None if seconds_left is None else queue.clock.seconds() + seconds_left
         self._head: int | None = None
         """The number of the last entry to write; None until the first page is there."""
+        self._limit = EXPORT_ENTRIES
+        """The most entries of the next page: about as many as a turn writes, so that few are read in vain."""
         self._paused = False
         self._waits = True
         """True while the export waits for its turn or its page."""
@@ -146,7 +150,7 @@ class Export:
 
     def read(self) -> "Deferred[Page]":
         """Read the next page."""
-        return self._queue.rooms.read(self._room, self._after, EXPORT_ENTRIES)
+        return self._queue.rooms.read(self._room, self._after, self._limit)
 
     def write(self, page: Page) -> None:
         """Write the entries of a page, and end the answer or wait for the next page."""
@@ -161,12 +165,25 @@ class Export:
         head = self._begin(page.head) if self._head is None else self._head
         entries = [entry for entry in page.entries if entry.number <= head]
         if entries:
-            self._after = self._after._replace(number=entries[-1].number)
-            self._request.write(b"".join(self._encode(self._after.epoch, entry) for entry in entries))
+            self._write(entries)
         if not entries or self._after.number == head:
             self._end()
         elif not self._paused:
             self._wait()
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        """Write the first entries of some, up to about EXPORT_BYTES."""
+        lines: list[bytes] = []
+        size = 0
+        for entry in entries:
+            lines.append(self._encode(self._after.epoch, entry))
+            size += len(lines[-1])
+            if size >= EXPORT_BYTES:
+                break
+        whole = len(lines) == len(entries)
+        self._limit = min(EXPORT_ENTRIES, 2 * self._limit) if whole else len(lines)
+        self._after = self._after._replace(number=entries[len(lines) - 1].number)
+        self._request.write(b"".join(lines))
 
     def _wait(self) -> None:
         self._waits = True

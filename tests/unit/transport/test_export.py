@@ -289,6 +289,20 @@ def test_one_page_is_read_in_a_turn(house, reads):
     assert [len(lines(one)) for one in connections] == [300] * 3
 
 
+def test_long_entries_are_written_in_parts(house, monkeypatch, reads):
+    """A turn writes about as many bytes as for short entries, and reads hardly more than it writes."""
+    monkeypatch.setattr(export, "EXPORT_BYTES", 900)
+    wanted = [*("x" * 400 + str(number) for number in range(20)), *map(str, range(130))]
+    house.say(*wanted, room="team")
+    connection = begin(house)
+    house.clock.turn()
+    assert len(connection.transport.value()) < 2000
+    house.turn()
+    assert texts(lines(connection)) == wanted
+    assert reads[:11] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert len(reads) < 30
+
+
 def test_full_transport_reads_nothing(house, reads):
     house.say(*map(str, range(250)), room="team")
     connection = begin(house)
