@@ -34,8 +34,10 @@ from chatd.webhooks.signature import SigningKeys, sign
 
 REQUEST_SECONDS: Final = 15
 """The time limit of one request with its answer (Standard Webhooks recommends 15 to 30 seconds)."""
-MAX_ANSWER: Final = 64 << 10
-"""The bytes of an answer, with its head, after which its connection is dropped; the body has no meaning."""
+MAX_ANSWER: Final = 16 << 10
+"""The bytes of an answer, with its head, after which its connection is dropped; the body has no meaning.
+
+Bytes behind it are not parsed, because 64 KiB of short headers or of 1xx answers take up to 50 ms."""
 IDLE_SECONDS: Final = 1.5
 """How long an idle connection is kept; common servers close theirs after 2 seconds or more."""
 
@@ -193,8 +195,9 @@ class _BoundedConnection(HTTP11ClientProtocol):
 
     @override
     def dataReceived(self, bytes: bytes) -> None:
+        left = max(0, MAX_ANSWER - self._received)
         self._received += len(bytes)
-        super().dataReceived(bytes)
+        super().dataReceived(bytes[:left])
         if self._received > MAX_ANSWER:
             self.transport.abortConnection()
 
