@@ -322,15 +322,16 @@ class Webhook:
             return
         now = self._clock.seconds()
         waiting = self._waiting
-        while waiting and waiting[0][0] <= now:
+        while waiting and waiting[0][0] <= now and len(self._ready) < PARALLEL:  # the others cost time only when needed
             self._ready.append(heapq.heappop(waiting)[2])
         most = PARALLEL if self._failures < PARALLEL else 1
         while self._ready and len(self._in_flight) < most and now >= max(self._paused, self._paced):
             self._paced = max(self._paced, now - BURST_SECONDS) + 1 / RATE
             self._begin(self._ready.popleft())
         blocked = max(self._paused, self._paced)
-        if self._ready and now < blocked:
-            self._wake_at(blocked)
+        if self._ready:
+            if now < blocked:  # else the end of a request goes on
+                self._wake_at(blocked)
         elif waiting:
             self._wake_at(max(waiting[0][0], blocked))
 
@@ -431,7 +432,7 @@ class Webhook:
             self._logged = "", 0.0
             _logger.info("webhook {name} takes deliveries again", name=self.name)
         if self._failures >= PARALLEL:  # the other rooms need not wait longer
-            self._ready.extend(lane for _, _, lane in sorted(self._waiting))
+            self._ready.extend(lane for _, _, lane in self._waiting)
             self._waiting.clear()
         self._failures = 0
         self.messages += batch.messages

@@ -448,6 +448,22 @@ def test_application_that_is_away_is_probed(bench):
     assert sum(bench.cursor(f"r{number}") for number in range(rooms)) == rooms
 
 
+def test_many_rooms_that_are_due_at_once(bench, monkeypatch):
+    """A turn takes as many as it may send, however many wait, and does not look again before a request ends."""
+    popped, pop = [], delivery.heapq.heappop
+    monkeypatch.setattr(delivery.heapq, "heappop", lambda heap: popped.append(1) or pop(heap))
+    for number in range(100):
+        bench.say("x", room=f"r{number}")
+    bench.gather()
+    assert len(bench.sent()) == PARALLEL
+    assert len(popped) <= 2 * PARALLEL
+    assert not any(call.getTime() <= bench.clock.seconds() for call in bench.clock.getDelayedCalls())
+    for _ in range(100):
+        bench.application.answer()
+        bench.pass_time(1 / RATE)
+    assert bench.webhook.outcomes == {"taken": 100}
+
+
 def test_application_that_is_away_for_an_hour():
     """It costs about a request a minute, and gets everything in order within a minute after its return."""
     bench, texts = Bench(), []
