@@ -140,6 +140,14 @@ class Addressee(Protocol):
         """Close the connection or leave the room, because the client is banned."""
 
 
+def is_pending(deferred: "Deferred[Any]") -> bool:
+    """Return whether a Deferred has no result yet.
+
+    One that waits for another Deferred, which a callback returned, counts as `called` and has no result.
+    """
+    return not deferred.called or bool(deferred.paused)
+
+
 def _is_text(text: bytes) -> bool:
     """Check that the payload of a refused frame is at least UTF-8."""
     try:
@@ -392,7 +400,7 @@ class Session(Membership):
             self._err(self, "This server takes no tokens.", Code.TOKEN_REFUSED, renewal.label)
             return
         verifying = maybeDeferred(tokens.verify, renewal.token)
-        if not verifying.called:
+        if is_pending(verifying):
             self._pause(Pause.VERIFYING)
         verifying.addCallbacks(
             self._renewed, self._not_renewed, callbackArgs=(renewal.label,), errbackArgs=(renewal.label,)
@@ -509,7 +517,7 @@ class Session(Membership):
 
     def _fetch(self, reading: "Deferred[_T]") -> "Deferred[_T]":
         """Handle no further frame until a read of the log is done."""
-        if not reading.called:
+        if is_pending(reading):
             self._pause(Pause.FETCHING)
         return reading
 

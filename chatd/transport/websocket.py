@@ -49,7 +49,7 @@ from chatd.transport.http import HEAD, HTTP_1_1, SERVER, ChatSite, refusal
 from chatd.transport.identity import Identity
 from chatd.transport.limits import Place
 from chatd.transport.proxied import ProxiedProtocol
-from chatd.transport.session import Session
+from chatd.transport.session import Session, is_pending
 from chatd.transport.subscription import SharedSession
 from chatd.transport.tokens import admit
 
@@ -234,7 +234,7 @@ class WebSocketConnection(AutobahnConnection):
         opening = self.session.open(request)
         if not isinstance(opening, Deferred):
             return self._opened(opening, request, answer)
-        if not opening.called:
+        if is_pending(opening):
             self._wait_for(opening)
         return opening.addCallbacks(self._opened, self._not_opened, callbackArgs=(request, answer))
 

@@ -1,11 +1,14 @@
 """Many rooms on one connection: joins, leaves, fairness, and what ends the place in one room."""
 
+import json
+
 import pytest
-from support.helpers import result_of
+from support.helpers import HEAD, result_of
 from support.houses import House
 from support.shared_clients import SharedClient
 from support.tokens import HeldKeys, token, verifier
-from support.websocket_frames import masked
+from support.transports import Tcp
+from support.websocket_frames import masked, take_frames
 
 from chatd.transport import limits, subscription
 from chatd.transport.connections import WEBSOCKET
@@ -233,6 +236,64 @@ def test_posts_follow_their_join(house, ann):
     house.turn()
     assert [one["type"] for one in ann.read()] == ["history", "left"]
     assert house.rooms.messages == 1
+
+
+@pytest.fixture
+def trimmed(monkeypatch):
+    """A house with a slow log and an open room, whose tail does not reach back to its first messages."""
+    monkeypatch.setattr("chatd.room.tail.TAIL_BYTES", 200)
+    house = House(seed=(), history=3)
+    SharedClient(house).join("team")
+    house.say(*"123456789", room="team")
+    house.turn()
+    house.log.slow = True
+    return house
+
+
+def test_frames_wait_for_a_resume_from_the_log(trimmed):
+    """A room that is open, and whose log must be read for one client, holds back the frames behind the join as well."""
+    house, ann = trimmed, SharedClient(trimmed)
+    join = {"type": "join", "room": "team", "last_event_id": house.id(1)}
+    ann.say(join, join, {"room": "team", "username": "ann", "message": "hi", "label": "p"})
+    assert ann.read() == []
+    assert ann.session.awaits_log
+    house.log.slow = False
+    house.log.release()
+    house.turn()
+    frames = ann.read()
+    first, *others = frames
+    assert (first["type"], first["id"], first["resumed"]) == ("history", house.id(4), True)
+    assert [one["id"] for one in others if one["type"] == "message"] == [house.id(one) for one in range(5, 11)]
+    assert [one["code"] for one in others if one["type"] == "error"] == ["ALREADY_JOINED"]
+    assert (frames[-1]["type"], frames[-1]["id"]) == ("ack", house.id(10))
+    (room,) = house.rooms
+    assert len(room.members) == 2
+
+
+def test_frames_behind_a_handshake_wait_for_a_resume_from_the_log(trimmed):
+    """On a connection to one room too: they are no second request."""
+    transport, protocol = Tcp(), trimmed.factory.buildProtocol(None)
+    protocol.makeConnection(transport)
+    protocol.dataReceived(
+        b"%b\r\n\r\n" % HEAD.replace(b"GET /", f"GET /rooms/team?last_event_id={trimmed.id(1)}".encode())
+    )
+    protocol.dataReceived(masked(b'{"username":"ann","message":"hi"}'))
+    trimmed.log.slow = False
+    trimmed.log.release()
+    trimmed.turn()
+    head, _, rest = transport.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 ")
+    frames, _ = take_frames(rest)
+    assert json.loads(frames[-1].payload)["id"] == trimmed.id(10)
+
+
+def test_client_that_goes_during_a_resume_from_the_log(trimmed):
+    ann = SharedClient(trimmed)
+    ann.join("team", last_event_id=trimmed.id(1))
+    ann.lose()
+    trimmed.log.release()
+    (room,) = trimmed.rooms
+    assert len(room.members) == 1
 
 
 def test_client_that_goes_while_a_room_opens(house, ann):
