@@ -32,6 +32,8 @@ RENEWAL_LABEL: Final = "token"
 """The label of frames with a new token, which no request has."""
 JOIN_LABEL: Final = "join"
 """The label of frames that join a room, which no request has."""
+LEAVE_LABEL: Final = "leave"
+"""The label of frames that leave a room, which no request has."""
 
 
 class ProtocolError(Exception):
@@ -83,7 +85,7 @@ def join_text(room: str, last: Id | None, events: Sequence[str], username: str |
 
 def leave_text(room: str) -> bytes:
     """Return the text of the frame that leaves a room."""
-    return orjson.dumps({"type": "leave", "room": room})
+    return orjson.dumps({"type": "leave", "room": room, "label": LEAVE_LABEL})
 
 
 # Frames of the server

@@ -15,6 +15,7 @@ from typing_extensions import override
 from chatd.client.client import Connector, Listener, RoomClient, ServerAddress
 from chatd.client.protocol import (
     JOIN_LABEL,
+    LEAVE_LABEL,
     RATE_LIMIT_PAUSE_SECONDS,
     WINDOW,
     Backoff,
@@ -69,10 +70,14 @@ class JoinedRoom(RoomClient):
             self.finish(ClientStopped("the room was left"))
             self._schedule(self.join, None)
             if self.can_send and (self._asked or self._cursor.greeted):
-                self.transmit(leave_text(self.name))
+                self._ask_to_leave()
             else:
                 self._gone(self._left)
         return self._left
+
+    def _ask_to_leave(self) -> None:
+        if self.can_send:
+            self.transmit(leave_text(self.name))
 
     def _gone(self, left: "Deferred[None]") -> None:
         self._client.forget(self)
@@ -100,6 +105,7 @@ class JoinedRoom(RoomClient):
         super().disconnected()
         self._asked = False
         self._schedule(self.join, None)
+        self._schedule(self._ask_to_leave, None)
         if self._left is not None:
             self._gone(self._left)
 
@@ -128,6 +134,8 @@ class JoinedRoom(RoomClient):
             self._removed(frame)
         elif isinstance(frame, Error) and frame.label == JOIN_LABEL:
             self._not_joined(frame)
+        elif isinstance(frame, Error) and frame.label == LEAVE_LABEL:
+            self._not_left(frame)
         elif self._left is not None or (isinstance(frame, Error) and frame.code == Code.NOT_JOINED):
             pass  # the rest until the server confirms the leave; or requests that the next join repeats
         elif isinstance(frame, History) and frame.label == JOIN_LABEL:
@@ -158,6 +166,11 @@ class JoinedRoom(RoomClient):
             self._schedule(self.join, wait)
         else:
             self.reject(Rejected(frame.message, frame.code))
+
+    def _not_left(self, frame: Error) -> None:
+        """Repeat a leave above the rate; any other error answers a leave of a room that was ended before."""
+        if self._left is not None and frame.code == Code.RATE_LIMITED:
+            self._schedule(self._ask_to_leave, frame.retry_after or RATE_LIMIT_PAUSE_SECONDS)
 
 
 class SharedClient(Connector):

@@ -8,7 +8,7 @@ from support.watches import Watch
 from twisted.internet.task import Clock
 
 from chatd.client import Backoff, ClientStopped, Entry, Id, Posted, Rejected, SharedClient
-from chatd.client.protocol import JOIN_LABEL, RENEWAL_LABEL
+from chatd.client.protocol import JOIN_LABEL, LEAVE_LABEL, RENEWAL_LABEL
 from chatd.messages import Code
 from chatd.transport.frames import (
     ack_frame,
@@ -21,6 +21,8 @@ from chatd.transport.frames import (
     presence_frame,
     token_frame,
 )
+
+LEAVE = {"type": "leave", "room": "a", "label": LEAVE_LABEL}
 
 
 def message(number):
@@ -133,7 +135,7 @@ def test_leave():
     assert table.rooms["a"].leave() is left
     with pytest.raises(ClientStopped):
         result_of(posted)
-    assert table.wire.said() == [{"type": "leave", "room": "a"}]
+    assert table.wire.said() == [LEAVE]
     table.say("a", message(1))
     assert not left.called
     table.say("a", left_frame())
@@ -143,6 +145,53 @@ def test_leave():
     assert not table.wire.aborted
     table.join("a")
     assert table.wire.said() == [join("a")]
+
+
+def test_leave_above_the_rate_is_repeated():
+    table = Table("a")
+    table.ready()
+    left = table.rooms["a"].leave()
+    limited = error_frame("Rate limit exceeded", Code.RATE_LIMITED, LEAVE_LABEL, 3.0)
+    assert table.wire.said() == [LEAVE]
+    table.say("a", limited)
+    table.clock.advance(2)
+    assert table.wire.said() == []
+    table.clock.advance(1)
+    assert table.wire.said() == [LEAVE]
+    table.say("a", left_frame(LEAVE_LABEL))
+    assert result_of(left) is None
+    table.clock.advance(3)
+    assert table.wire.said() == []
+
+
+def test_refused_leave_of_a_room_that_was_ended():
+    """The client has joined the room again, and stays in it."""
+    table = Table("a")
+    table.ready()
+    left = table.rooms["a"].leave()
+    table.say("a", left_frame(None, "Too slow.", Code.EVICTED))
+    assert result_of(left) is None
+    table.join("a")
+    assert table.wire.said() == [LEAVE, join("a")]
+    table.say("a", error_frame("Rate limit exceeded", Code.RATE_LIMITED, LEAVE_LABEL, 3.0))
+    table.greet("a")
+    table.clock.advance(3)
+    assert table.wire.said() == []
+    assert not table.wire.aborted
+
+
+def test_connection_ends_while_a_leave_waits():
+    table = Table("a")
+    table.ready()
+    left = table.rooms["a"].leave()
+    table.wire.said()
+    table.say("a", error_frame("Rate limit exceeded", Code.RATE_LIMITED, LEAVE_LABEL, 3.0))
+    table.wire.close(1012)
+    assert table.wire.read()  # the answer to the close, after which nothing may be sent
+    table.clock.advance(3)
+    assert not table.wire.read()
+    table.wire.end()
+    assert result_of(left) is None
 
 
 def test_leave_without_connection():
