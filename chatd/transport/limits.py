@@ -47,6 +47,9 @@ PROMPT_SECONDS: Final = 0.25
 PROMPT_LOOKS: Final = 8
 """The prompt looks in a row before that."""
 
+RATE_EXCEEDED: Final = "Rate limit exceeded"
+"""The error sent to a client above a rate; Code.RATE_LIMITED."""
+
 FILES, LAG, CONNECTIONS, HANDSHAKES = "files", "lag", "connections", "handshakes"
 ROOMS, NEW_ROOM, JOIN = "rooms", "new_rooms", "joins"
 LIMITS: Final = FILES, LAG, CONNECTIONS, HANDSHAKES, ROOMS, NEW_ROOM, JOIN
@@ -223,12 +226,15 @@ class Limits:
         if self.lateness.refuses:
             raise self.refusal(LAG, HTTPStatus.SERVICE_UNAVAILABLE, "the server is busy")
 
-    def join_wait(self, place: Place | None) -> float:
-        """Count a room that a shared connection joins; return 0.0, or the seconds until it may."""
+    def check_joins(self, place: Place | None) -> None:
+        """Count a room that a shared connection joins; raise HttpError 429 if its address joins too many.
+
+        All connections of the address wait for the same moment, and only one of them gets the next room.  So the time
+        to wait is spread, as for handshakes.
+        """
         wait = 0.0 if place is None else self._joins.take(place.joins)
         if wait:
-            self.refusals[JOIN] += 1
-        return wait
+            raise self.refusal(JOIN, HTTPStatus.TOO_MANY_REQUESTS, RATE_EXCEEDED, wait)
 
     def keep(self, place: Place | None) -> bool:
         """Count a connection of plain HTTP, and return whether it may stay open after its answer."""

@@ -39,7 +39,7 @@ from chatd.transport.frames import FrameError, ack_frame, error_frame, history_f
 from chatd.transport.framing import CloseCode
 from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.intake import SCHEMA, Intake
-from chatd.transport.limits import Place
+from chatd.transport.limits import RATE_EXCEEDED, Place
 from chatd.transport.membership import Membership, MemberTransport
 from chatd.transport.moderator import sanction_words
 
@@ -459,7 +459,7 @@ class Session(Membership):
         wait = ceil(wait * 1000) / 1000
         self._throttle(wait)
         if not self._is_last(Code.RATE_LIMITED):
-            self._err(member, "Rate limit exceeded", Code.RATE_LIMITED, label, wait)
+            self._err(member, RATE_EXCEEDED, Code.RATE_LIMITED, label, wait)
 
     def _refuse(self, error: FrameError) -> None:
         """Refuse a frame that breaks its schema."""

@@ -295,11 +295,8 @@ class SharedSession(Session):
 
     @override
     def _charge(self, rate: Rate, frame: Any) -> float:
-        if not isinstance(frame, Join):
+        if not isinstance(frame, Join) or self._joins == MAX_SUBSCRIPTIONS:
             return rate.take(self)
-        wait = self._intake.limits.join_wait(self.place)
-        if wait or self._joins == MAX_SUBSCRIPTIONS:
-            return wait or rate.take(self)
         self._joins += 1
         return 0.0
 
@@ -322,6 +319,12 @@ class SharedSession(Session):
         if len(self.subscriptions) >= MAX_SUBSCRIPTIONS:
             words = f"The connection is in {MAX_SUBSCRIPTIONS:,} rooms already."
             self._err(cast(Addressee, member), words, Code.TOO_MANY_ROOMS, frame.label)
+            return
+        try:
+            self._intake.limits.check_joins(self.place)
+        except HttpError as error:
+            self._not_admitted(error, member, frame)
+            self.part_received()
             return
         name = member.room_name
         username = self.identity.username or frame.username or self.name

@@ -360,17 +360,46 @@ def test_first_joins_take_no_token(monkeypatch):
     assert [one.get("code", one["type"]) for one in ann.read()] == ["left", "history", "RATE_LIMITED"]
 
 
+PUBLIC = b"X-Forwarded-For: 203.0.113.7"
+
+
 def test_joins_of_an_address_are_limited(monkeypatch):
     monkeypatch.setattr(limits, "JOINS", 2)
     house = House(rate=(20, 40), per_address=10, hops=1, seed=())
-    public = b"X-Forwarded-For: 203.0.113.7"
-    ann, bob = SharedClient(house, public), SharedClient(house, public)
+    ann, bob = SharedClient(house, PUBLIC), SharedClient(house, PUBLIC)
     ann.join("a", "b")
-    bob.join("a", "b")
-    assert [one.get("code", one["type"]) for one in ann.read() + bob.read()] == ["history", "history", "RATE_LIMITED"]
+    bob.join("a", label="j")
+    assert ann.types() == ["a history 0", "b history 0"]
+    refused = {"message": "Rate limit exceeded", "label": "j", "retry_after": 2}
+    assert bob.read() == [error("RATE_LIMITED", "a", **refused)]
     assert house.limits.refusals[limits.JOIN] == 1
     house.pass_time(1)
+    bob.join("b")
     assert bob.types() == ["b history 0"]
+
+
+def test_crowd_of_an_address_joins_in_the_end(monkeypatch):
+    """However many rooms are refused, no connection is closed; each refused join takes a token of its connection."""
+    monkeypatch.setattr(limits, "JOINS", 1)
+    house = House(rate=(20, 40), per_address=10, hops=1, seed=())
+    SharedClient(house, PUBLIC).join("a")
+    crowd = [SharedClient(house, PUBLIC) for _ in range(3)]
+    for one in crowd:
+        one.join(*["a"] * 120)
+    for one in crowd:
+        assert [frame["code"] for frame in one.read()] == ["RATE_LIMITED"] * 41
+    house.limits._joins.take = lambda place: 0.005  # another connection is always faster
+    for _ in range(40):
+        house.clock.advance(0.1)
+        house.turn()
+    for one in crowd:
+        assert {frame["code"] for frame in one.read()} == {"RATE_LIMITED"}
+        assert one.closed is None
+    del house.limits._joins.take
+    for one in crowd:
+        house.pass_time(1)
+        one.join("b")
+        assert one.types() == ["b history 0"]
 
 
 def test_broken_frame_above_the_rate():
