@@ -229,11 +229,16 @@ def _load_bounded(text: bytes) -> Any:
         raise FrameError(f'Validation error: "value" contains more than {MAX_BRACKETS} brackets')
     document = orjson.loads(text)
     if brackets > SAFE_DEPTH:
-        try:
-            orjson.dumps(document)
-        except orjson.JSONEncodeError:
-            raise FrameError('Validation error: "value" is nested too deeply', _label(document)) from None
+        _encode(document)
     return document
+
+
+def _encode(document: Any) -> bytes:
+    """Encode a document that a client sent; orjson reads deeper ones than it encodes."""
+    try:
+        return orjson.dumps(document)
+    except orjson.JSONEncodeError:
+        raise FrameError('Validation error: "value" is nested too deeply', _label(document)) from None
 
 
 def _refuse(form: Form, document: object) -> NoReturn:
@@ -449,17 +454,20 @@ def parse_addressed(text: bytes, vocabulary: Vocabulary) -> tuple[str | None, Jo
     kind = document.get("type") if isinstance(document, dict) else None
     if not isinstance(document, dict) or kind == "token":
         return None, vocabulary.parse(text)
-    if "type" in document and (not isinstance(kind, str) or kind not in ADDRESSED):
-        raise FrameError(f'Validation error: "type" must be one of [{", ".join(ADDRESSED)}]', _label(document))
     room = document.get("room")
-    if not isinstance(room, str) or not is_room(room):
+    named = room if isinstance(room, str) and is_room(room) else None
+    if "type" in document and (not isinstance(kind, str) or kind not in ADDRESSED):
+        unknown = FrameError(f'Validation error: "type" must be one of [{", ".join(ADDRESSED)}]', _label(document))
+        unknown.room = named
+        raise unknown
+    if named is None:
         error = SchemaError(LEAVE, {"type": "leave", **({"room": room} if "room" in document else {})})
         error.label = _label(document)
         raise error
     try:
-        return room, _parse_for_room(document, vocabulary)
+        return named, _parse_for_room(document, vocabulary)
     except FrameError as error:
-        error.room = room
+        error.room = named
         raise
 
 
@@ -477,7 +485,7 @@ def _parse_for_room(document: dict[str, Any], vocabulary: Vocabulary) -> Join | 
             _refuse(LEAVE, document)
         return Leave(document.get("label"))
     del document["room"]
-    return vocabulary.parse(orjson.dumps(document))
+    return vocabulary.parse(_encode(document))
 
 
 def left_frame(

@@ -189,9 +189,10 @@ def test_rooms_of_a_connection_are_bounded(ann, monkeypatch):
         (
             {"room": "team", "type": "post"},
             '"type" must be one of [history, join, leave, remove, token, typing]',
-            None,
+            "team",
         ),
-        ({"room": "team", "type": 7}, '"type" must be one of [history, join, leave, remove, token, typing]', None),
+        ({"room": "team", "type": 7}, '"type" must be one of [history, join, leave, remove, token, typing]', "team"),
+        ({"room": "A", "type": 7}, '"type" must be one of [history, join, leave, remove, token, typing]', None),
         ({"room": "team", "type": "leave", "x": 1}, '"x" is not allowed', "team"),
         ({"room": "team", "type": "history", "limit": 0}, '"limit" must be greater than or equal to 1', "team"),
         ({"room": "team", "type": "token", "token": "t"}, '"room" is not allowed', None),
@@ -212,6 +213,21 @@ def test_broken_frame(ann, frame, fault, room):
     expected |= {"label": "x"} if labelled and "typing" not in frame else {}
     expected |= {"room": room} if room else {}
     assert ann.read() == [expected]
+
+
+@pytest.mark.parametrize("depth", [254, 1_000])
+def test_frame_that_is_nested_deeply(house, ann, depth):
+    """orjson reads such a frame, and does not encode it."""
+    ann.join("team")
+    ann.read()
+    text = b'{"room":"team","username":"ann","label":"x","message":%b}' % (b"[" * depth + b"]" * depth)
+    ann.send(masked(text))
+    words = 'Validation error: "value" is nested too deeply'
+    assert ann.read() == [{"type": "error", "room": "team", "message": words, "label": "x"}]
+    ann.session.queue()  # it also waits for a turn while the connection ends
+    ann.protocol.dataReceived(masked(text))
+    ann.lose()
+    assert house.forgotten
 
 
 def test_text_that_is_not_json(ann):
