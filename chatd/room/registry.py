@@ -22,6 +22,7 @@ from chatd.room.encoder import Encoder
 from chatd.room.log import EncodedPage, Follower, Log, LogUnavailable, Page, PageRange, Poster, UnknownId
 from chatd.room.presence import EMPTY, Lobby, LobbyListener, Occupancy
 from chatd.room.room import MAX_LAG, Member, Room
+from chatd.room.turns import TurnQueue
 
 MAX_ROOMS: Final = 20_000
 """The most open rooms.  An empty one takes 4 KB, and one with long messages up to some megabytes."""
@@ -87,6 +88,7 @@ class Registry(Follower, LobbyListener):
         self._log = log
         self._encoder = encoder
         self._clock = clock
+        self._turns = TurnQueue(clock)
         self._history = history
         self._rooms: dict[str, Room] = {}
         self._stale: dict[str, Room] = {}
@@ -204,7 +206,16 @@ class Registry(Follower, LobbyListener):
         room = self._stale.pop(name, None)
         if room is None:
             report = None if self._lobby is None else partial(self._lobby.report, name)
-            room = Room(name, self._log, self._encoder, page, clock=self._clock, history=self._history, report=report)
+            room = Room(
+                name,
+                self._log,
+                self._encoder,
+                page,
+                clock=self._clock,
+                turns=self._turns,
+                history=self._history,
+                report=report,
+            )
         elif room.continues(page):
             room.appended(page.entries)
         else:

@@ -12,8 +12,9 @@ that of messages times members.
 
 A flush is a *pass* over the members, and then over those that wait for acknowledgements.  A pass aims at the head it
 began with.  It stops every few milliseconds to let the reactor read, and then continues where it stopped.  The next
-pass begins after it.  Correctness does not depend on passes: the cursor alone states what a member has, and a pass
-without work changes nothing.
+pass begins after it.  All rooms share the time of a reactor turn: a room that finds it spent is flushed in the next
+one.  Correctness does not depend on passes: the cursor alone states what a member has, and a pass without work changes
+nothing.
 
 A member whose transport is full is not *ready*.  Its cursor stays, and the room keeps nothing for it; the transport
 keeps the rest of the frame that was cut.  When the transport has space again the member is served from the tail, or
@@ -35,7 +36,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Final, Protocol
 
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -46,6 +47,7 @@ from chatd.room.log import EncodedPage, Log, Page, PageRange, UnknownId
 from chatd.room.presence import Presence, Report
 from chatd.room.sweep import sweep
 from chatd.room.tail import NO_RUN, RUN_FRAMES, Run, Tail
+from chatd.room.turns import TurnQueue
 
 RUNS: Final = 16
 """The number of joined runs that a pass remembers; the cursors that many members share are few."""
@@ -112,6 +114,7 @@ class Room:
         page: Page,
         *,
         clock: IReactorTime,
+        turns: TurnQueue,
         history: int,
         report: Report | None = None,
     ) -> None:
@@ -123,10 +126,12 @@ class Room:
         self._history_frame = encoder.history_frame
         self._addressed = encoder.addressed
         self._clock = clock
+        self._turns = turns
         self._history = history
         self.presence = Presence(self.members, encoder, clock, report)
         self._histories = Histories(clock)
-        self._flush_call: IDelayedCall | None = None
+        self._flushing = False
+        """True while a flush waits for its turn."""
         # The pass: the members yet to serve, the head it aims at, and its joined runs by cursor and form.
         self._pass: Iterator[Member] | None = None
         self._target = page.head
@@ -348,12 +353,13 @@ class Room:
     # Serving
 
     def _schedule(self) -> None:
-        if self._flush_call is None:
-            self._flush_call = self._clock.callLater(0, self._flush)
+        if not self._flushing:
+            self._flushing = True
+            self._turns.wait(self._flush)
 
     def _flush(self) -> None:
         """Continue the pass for one slice, or begin the next pass."""
-        self._flush_call = None
+        self._flushing = False
         if self._pass is None:
             self._pass = self._begin_pass()
         if not sweep(self._pass, self._serve, self._clock):

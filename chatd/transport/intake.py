@@ -4,14 +4,14 @@ A connection handles a few frames or one request in each reactor turn.  The rest
 sends much at once delays the others by one such budget at most.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
 from typing import Final
 
 from twisted.internet.interfaces import IReactorTime
 
 from chatd.messages import Code
 from chatd.room.moderation import Sanctions
+from chatd.room.turns import TurnQueue
 from chatd.transport.admission import Rate
 from chatd.transport.connections import HTTP, WEBSOCKET
 from chatd.transport.frames import STANDARD, Vocabulary
@@ -25,45 +25,12 @@ FRAMES_PER_LOOK: Final = 4
 """The number of frames between two looks at the clock."""
 SECONDS_PER_TURN: Final = 0.001
 """The time after which a connection leaves its other frames for the next turn, measured from its first look."""
-QUEUE_SECONDS_PER_TURN: Final = 0.008
-"""The time that all waiting connections together have in a reactor turn."""
 PROMPT_HANDSHAKES: Final = 32
 """The number of handshakes that are answered at once; the others of a crowd wait in the queue."""
 PROMPT_HANDSHAKES_PER_SECOND: Final = 400
 """The number of handshakes a second that are answered at once after that, which take a tenth of a core."""
 SCHEMA: Final = "schema"
 """The key of errors without a code in the count of refused frames: those that break their schema."""
-
-
-class TurnQueue:
-    """A fair queue of connections whose bytes wait for the next reactor turn."""
-
-    def __init__(self, clock: IReactorTime) -> None:
-        self._clock = clock
-        self._waiting: deque[Callable[[], object]] = deque()
-        self._scheduled = False
-
-    def wait(self, go_on: Callable[[], object]) -> None:
-        """Call a function in the next turn, or in the first one that has time for it."""
-        self._waiting.append(go_on)
-        self._schedule()
-
-    def _schedule(self) -> None:
-        if self._waiting and not self._scheduled:
-            self._scheduled = True
-            self._clock.callLater(0, self._serve)
-
-    def _serve(self) -> None:
-        """Call each function that waits now, until the time is over."""
-        self._scheduled = False
-        deadline = self._clock.seconds() + QUEUE_SECONDS_PER_TURN
-        try:
-            for _ in range(len(self._waiting)):
-                self._waiting.popleft()()
-                if self._clock.seconds() > deadline:
-                    break
-        finally:
-            self._schedule()
 
 
 class Intake:

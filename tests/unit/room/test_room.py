@@ -1248,6 +1248,7 @@ def test_restart_drops_refills(log, clock, short_tail):
     held = count_held(room, log, clock)
     room.restart(log.page(None, 5))
     member.writes.pop()
+    clock.turns()
     assert count_held(room, log, clock) == held
 
 
