@@ -169,6 +169,7 @@ def test_server_killed_again_and_again(tmp_path):
                     said += 1
                 server.kill()
         with Posting(tmp_path, app) as server:
+            server.log.wait("this node delivers")  # until then a signal ends the process at once
             app.wait(lambda app: all(app.texts(room) == numbers(said) for room in rooms))
             server.stop()
         assert len(app.ids) - len({*app.ids}) <= kills * len(rooms)

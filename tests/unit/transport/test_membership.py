@@ -109,3 +109,11 @@ def test_detached_transport_is_freed(rooms):
         assert freed() is None
     finally:
         gc.enable()
+
+
+def test_transport_takes_more_outside_of_a_room(member, transport):
+    """A client that has left its room is only ready again."""
+    member.ready = False
+    member.resume()
+    assert member.ready
+    assert transport.journal == []
