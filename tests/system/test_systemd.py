@@ -392,7 +392,8 @@ def test_hanging_server_is_restarted(chatd):
         assert numbered(client.join()) == SEED, "the next process serves the log"
     chatd.journal.wait("Watchdog timeout")
     chatd.journal.wait("Fatal Python error: Aborted")
-    chatd.journal.wait("in mainLoop")
+    # The thread that got the signal writes the stacks while the others may run on.
+    chatd.journal.wait("(most recent call first):")
     assert chatd.show("MainPID") != process
     assert chatd.show("NRestarts") == "1"
 
