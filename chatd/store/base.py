@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import orjson
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 from typing_extensions import override
 
 from chatd.histogram import Histogram
 from chatd.messages import Entry, Post
-from chatd.room.cursors import CursorStore
+from chatd.room.cursors import HELD, CursorStore
 from chatd.room.log import MAIN, Follower, Forbidden, LabelReused, Log, NotReplaceable, Poster, UnknownId
 from chatd.room.moderation import ModerationStore, Sanction, Sanctions
 from chatd.room.presence import Lobby
@@ -88,6 +88,16 @@ class Store(Log, ModerationStore, CursorStore):
     @override
     def follow(self, follower: Follower) -> None:
         self._followers.append(follower)
+
+    # A claim on a reader outside, in a store that only one process can use
+
+    @override
+    def renew(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
+        return succeed(HELD)
+
+    @override
+    def end_claim(self, reader: str, word: str) -> "Deferred[None]":
+        return succeed(None)
 
     @abstractmethod
     def usage(self) -> Mapping[str, int]:

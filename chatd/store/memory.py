@@ -252,14 +252,6 @@ class MemoryStore(Store):
         return succeed(HELD)
 
     @override
-    def renew(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
-        return succeed(HELD)
-
-    @override
-    def end_claim(self, reader: str, word: str) -> "Deferred[None]":
-        return succeed(None)
-
-    @override
     def advance(self, reader: str, word: str, cursors: Mapping[str, int]) -> "Deferred[bool]":
         self._cursors[reader].update(cursors)
         return succeed(HELD)

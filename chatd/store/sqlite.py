@@ -358,14 +358,6 @@ class SqliteStore(Store):
         return claimed.addCallbacks(lambda _: HELD, self._not_moderated)
 
     @override
-    def renew(self, reader: str, word: str, seconds: float) -> "Deferred[bool]":
-        return succeed(HELD)
-
-    @override
-    def end_claim(self, reader: str, word: str) -> "Deferred[None]":
-        return succeed(None)
-
-    @override
     def advance(self, reader: str, word: str, cursors: Mapping[str, int]) -> "Deferred[bool]":
         advanced = self._writer.do(lambda: self.file.advance(reader, cursors))
         return advanced.addCallbacks(lambda _: HELD, self._not_moderated)
