@@ -6,14 +6,14 @@ import http.client
 import json
 import pathlib
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
+from functools import partial
 
 import pytest
 from support.redises import Redis
-from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, environment, post, program
+from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, operate, post, program
 from support.tokens import SECRET, token
 
 SCRIPT = ROOT / "scripts" / "erase"
@@ -59,20 +59,8 @@ def export(port, room="team", who=None, after=None):
     return [json.loads(line) for line in ask(port, f"/rooms/{room}/export{query}", who=who).splitlines()]
 
 
-def run(server, *words, code=0):
-    """Run the script; return its lines."""
-    url = [] if server is None else ["--url", f"http://127.0.0.1:{server.admin_port}"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *url, *words],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return (done.stderr if code else done.stdout).splitlines()
+run = partial(operate, "erase")
+"""Run the script; return its lines."""
 
 
 def results(server, *words):

@@ -4,11 +4,11 @@ import json
 import pathlib
 import signal
 import subprocess
-import sys
+from functools import partial
 
 import pytest
 from support.redises import Redis
-from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, environment, post, program, stored, upgrade
+from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, operate, post, program, stored, upgrade
 from support.websocket_frames import CLOSE
 
 ADMINPORT = program(ROOT / "scripts" / "adminport.py")
@@ -21,20 +21,8 @@ def server(tmp_path):
         yield server
 
 
-def moderate(server, *words, code=0, **environ):
-    """Run the script; return its lines, of which a failure has one, on standard error."""
-    url = [] if server is None else ["--url", f"http://127.0.0.1:{server.admin_port}"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "moderate", *url, *words],
-        env=environment(**environ),
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return (done.stderr if code else done.stdout).splitlines()
+moderate = partial(operate, "moderate")
+"""Run the script; return its lines, of which a failure has one, on standard error."""
 
 
 def result(server, *words):

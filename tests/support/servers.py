@@ -72,6 +72,22 @@ def run(*options, cwd, env=None, command=(sys.executable, TWISTD), flags=("-n", 
     )
 
 
+def operate(script, server, *words, code=0, **environ):
+    """Run a script of an operator against a server, if any; return its lines, those of a failure on standard error."""
+    url = [] if server is None else ["--url", f"http://127.0.0.1:{server.admin_port}"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *url, *words],
+        env=environment(**environ),
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return (done.stderr if code else done.stdout).splitlines()
+
+
 class Lines:
     """The lines that a process writes to a pipe, as they come."""
 
