@@ -393,7 +393,8 @@ def test_hanging_server_is_restarted(chatd):
     chatd.journal.wait("Watchdog timeout")
     chatd.journal.wait("Fatal Python error: Aborted")
     # The thread that got the signal writes the stacks while the others may run on.
-    chatd.journal.wait("(most recent call first):")
+    chatd.journal.wait(r"\(most recent call first\):")
+    chatd.journal.wait(r'File ".*\.py", line [0-9]+ in \w+')
     assert chatd.show("MainPID") != process
     assert chatd.show("NRestarts") == "1"
 
