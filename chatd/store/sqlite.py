@@ -136,7 +136,7 @@ class SqliteStore(Store):
 
     @override
     def open(self, seed: Sequence[Entry]) -> "Deferred[None]":
-        self.file.open(seed)
+        untrimmed = self.file.open(seed)
         self.epoch = self.file.epoch
         self.sanctions.replace(self.file.sanctions())
         self._writer.start()
@@ -144,6 +144,8 @@ class SqliteStore(Store):
         self._look_later()
         if not self.file.erased:
             self._erase_later()
+        if untrimmed is not None:
+            self._trim_after(untrimmed)
         return succeed(None)
 
     @override
@@ -287,8 +289,30 @@ class SqliteStore(Store):
 
     @override
     def trim(self) -> "Deferred[None]":
-        trimmed = self._writer.do(self.file.trim).addCallback(lambda firsts: self._notify(Commit([], {}, firsts)))
-        return trimmed.addCallback(self._lift_expired).addErrback(self._not_trimmed)
+        return self._trim_after("")
+
+    def _trim_after(self, place: str) -> "Deferred[None]":
+        """Trim the rooms after a name, and do what follows."""
+        trimmed = self._trim(place).addCallback(self._lift_expired)
+        return trimmed.addCallback(self._return_space).addErrback(self._not_trimmed)
+
+    def _trim(self, place: str) -> "Deferred[None]":
+        """Trim the rooms after a name in steps, between which posts are stored."""
+
+        def trimmed(step: tuple[dict[str, int], str | None]) -> "Deferred[None] | None":
+            firsts, place = step
+            self._notify(Commit([], {}, firsts))
+            return None if place is None or self._closing else self._trim(place)
+
+        return self._writer.do(lambda: self.file.trim(place)).addCallback(trimmed)
+
+    def _return_space(self, _: None) -> "Deferred[None]":
+        """Shrink the file in steps, between which posts are stored."""
+
+        def returned(more: bool) -> "Deferred[None] | None":
+            return self._return_space(None) if more and not self._closing else None
+
+        return self._writer.do(self.file.return_space).addCallback(returned)
 
     def _lift_expired(self, _: None) -> "Deferred[None]":
         expired = self.sanctions.expired(self._now())

@@ -1,7 +1,7 @@
 """The SQLite file that holds a log: its lock, its format, and every statement of SQL.
 
-All of it is synchronous.  `chatd.store.sqlite` calls `commit` and `trim` in one thread, the only one that
-writes, and `page` in another.  Readers see a snapshot, because the file is in write-ahead logging (WAL) mode.
+All of it is synchronous.  `chatd.store.sqlite` calls `commit`, `trim` and `return_space` in one thread, the only one
+that writes, and `page` in another.  Readers see a snapshot, because the file is in write-ahead logging (WAL) mode.
 
 The file states the newest format that has `written` to it, and the oldest format that can still read it.
 Formats only add (tables, and columns with a default).  Older code therefore reads and writes
@@ -46,7 +46,7 @@ from chatd.store.base import (
     new_epoch,
     why_not_replaceable,
 )
-from chatd.store.sqlite_pages import MOST_PAGES, stale_gaps
+from chatd.store.sqlite_pages import MOST_PAGES, is_pointer_map, stale_gaps
 
 FORMAT: Final = 4
 """The format this code writes; it reads every file whose `readable_since` is not higher."""
@@ -60,8 +60,14 @@ BUSY_MILLISECONDS: Final = 5000
 """How long a statement waits for another program that writes to the file."""
 SCAN_ROOMS: Final = 1000
 """The rooms that one step of a list looks at."""
-CLEAR_ROWS: Final = 10_000
-"""The most messages that one transaction removes from a room; posts wait for it."""
+REMOVED_ROWS: Final = 5000
+"""The most messages that one transaction removes; posts wait for it."""
+TRIMMED_ROOMS: Final = 1000
+"""The most rooms that one transaction trims."""
+RETURNED_PAGES: Final = 1024
+"""The most unused pages that one transaction returns to the file system; posts wait for it."""
+MOST_UNUSED: Final = 1 / 4
+"""The part of the file that may be unused, because later messages will fill it."""
 PROBE_BYTES: Final = 1 << 20
 """The bytes that a disk has free after it was full, before it counts as writable."""
 SCANNED_ROOMS: Final = 1000
@@ -128,9 +134,9 @@ _STORED: Final = """
     SELECT number, username, message, timestamp, author, replaces, ifnull(removed, 0), NULL, extra
     FROM messages WHERE room = ?"""
 """The entries of a room, each with the text that it had first."""
-_ERASE_EXTRA: Final = """
-    UPDATE messages SET extra = NULL WHERE extra NOT NULL AND removed AND (replaces NOT NULL OR (room, number) IN
-        (SELECT room, replaces FROM messages WHERE replaces NOT NULL AND removed))"""
+_REMOVALS: Final = "SELECT room, number, replaces FROM messages WHERE replaces NOT NULL AND removed"
+"""The removals, by the index of edits: a search of all messages would delay the start."""
+_ERASE_EXTRA: Final = "UPDATE messages SET extra = NULL WHERE extra NOT NULL AND room = ? AND number IN (?, ?)"
 """Erases what format 3, which does not know the column, has left beside a removed text."""
 _PLAIN: Final = "room", "number", "username", "message", "timestamp", "label"
 _AUTHORED: Final = *_PLAIN, "author", "replaces", "removed"
@@ -235,8 +241,8 @@ class SqliteFile:
         self._unseen = 0
         """The number of messages stored since the write-ahead log was last looked at."""
         self._wal_size = 0
-        self._aged = 0
-        """The number of messages removed by commits because of their age, and not logged yet."""
+        self._unlogged = 0
+        """The number of messages that trims, and commits because of an age, have removed since that was last logged."""
         self._descriptor: int
         """The open file, for what SQLite does not do.  Closing another one would release the locks of SQLite."""
         self._scrub_page, self._scrub_left = 1, 0
@@ -244,9 +250,10 @@ class SqliteFile:
 
     # Opening
 
-    def open(self, seed: Sequence[Entry]) -> None:
-        """Lock the file; if it is new, write an epoch and the seed in one transaction.
+    def open(self, seed: Sequence[Entry]) -> str | None:
+        """Lock the file; if it is new, write an epoch and the seed in one transaction.  Begin to trim it.
 
+        Returns the name after which the next step of `trim` begins; None if nothing is left to do.
         Raises StoreError if the folder cannot be written or another chatd uses the file under any name.  Raises it
         also if the file is no store, has several names, or has a format that this code cannot read.
         """
@@ -260,12 +267,13 @@ class SqliteFile:
                 self.reader = self._connect(opened)
                 files = self._file, self._wal, pathlib.Path(f"{self._file}-shm")
                 self._places = {file: _place(file) for file in files}
-                self.trim()
+                _, untrimmed = self.trim("")
                 if self.writer.execute("SELECT 1 FROM messages WHERE replaces NOT NULL LIMIT 1").fetchone():
-                    self.writer.execute(_ERASE_EXTRA)
+                    self.writer.executemany(_ERASE_EXTRA, self.writer.execute(_REMOVALS).fetchall())
                     self._scrub_all()  # a process that was killed may have removed something
                     self.erase()
                 self._opened = opened.pop_all()
+                return untrimmed
         except sqlite3.Error as error:
             if error.sqlite_errorcode in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                 raise StoreError(
@@ -333,11 +341,13 @@ class SqliteFile:
     def _check(self, seed: Sequence[Entry]) -> str:
         """Create or upgrade the tables as needed, and return the epoch."""
         db = self.writer
-        (application,) = db.execute("PRAGMA application_id").fetchone()
+        application = self._pragma("application_id")
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         new = not application and not tables
         if not new and application != APPLICATION_ID:
             raise StoreError(f"{self.path} is not a chatd store: name another file with --store sqlite:PATH")
+        if new:
+            db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before anything else is written
         db.execute("PRAGMA journal_mode=WAL")  # persistent, so set it only in a file that is ours
         if new:
             self._create(seed)
@@ -407,6 +417,10 @@ class SqliteFile:
         finally:
             self._roll_back()
 
+    def _pragma(self, name: str) -> int:
+        """Return a number that SQLite states about the file."""
+        return int(self.writer.execute(f"PRAGMA {name}").fetchone()[0])
+
     def _roll_back(self) -> None:
         if self.writer.in_transaction:
             self.writer.execute("ROLLBACK")
@@ -460,7 +474,7 @@ class SqliteFile:
 
     def _scrub_all(self) -> None:
         """Search the whole file for copies of erased texts, in the next calls of erase()."""
-        (self._scrub_left,) = self.writer.execute("PRAGMA page_count").fetchone()
+        self._scrub_left = self._pragma("page_count")
 
     def _scrub(self) -> bool:
         """Overwrite the copies in a part of the file; return True if none is left.
@@ -476,10 +490,8 @@ class SqliteFile:
         try:
             if self._wal.stat().st_size:  # another program has written meanwhile
                 return False
-            (size,), (movable,), (pages,) = (
-                db.execute(f"PRAGMA {name}").fetchone() for name in ("page_size", "auto_vacuum", "page_count")
-            )
-            if movable or pages >= MOST_PAGES:  # the first byte of a page does not tell its kind
+            size, pages = self._pragma("page_size"), self._pragma("page_count")
+            if pages >= MOST_PAGES:  # the first byte of a page does not tell its kind
                 _logger.warn("{file}: removed texts may stay in unused space until a VACUUM", file=self._file)
                 self._scrub_left = 0
                 return True
@@ -491,6 +503,7 @@ class SqliteFile:
     def _scrub_some(self, size: int, pages: int) -> None:
         """Overwrite the copies in SCRUB_BYTES of the file, from the page on at which the last call stopped."""
         until = max(self._scrub_left - SCRUB_BYTES // size, 0)
+        movable = self._pragma("auto_vacuum")
         found = False
         while self._scrub_left > until:
             if self._scrub_page >= pages:
@@ -498,6 +511,8 @@ class SqliteFile:
             count = min(self._scrub_left - until, SCRUB_PIECE // size, pages - self._scrub_page)
             place = self._scrub_page * size
             for start, stop in stale_gaps(os.pread(self._descriptor, count * size, place), size):
+                if movable and is_pointer_map((place + start) // size + 1, size):
+                    continue
                 os.pwrite(self._descriptor, bytes(stop - start), place + start)
                 found = True
             self._scrub_page += count
@@ -526,7 +541,7 @@ class SqliteFile:
         except LogUnavailable as error:
             raise InDoubt(str(error)) from None
         self._unseen += len(posts)
-        self._aged += aged
+        self._unlogged += aged
         return commit
 
     def _end(self) -> None:
@@ -593,7 +608,7 @@ class SqliteFile:
         firsts: dict[str, int] = {}
         total = 0
         for room, new in entries.items():
-            removed = self._trim(room) if new else 0
+            removed = self._trim(room, REMOVED_ROWS) if new else 0
             if removed:
                 total += removed
                 firsts[room] = self._bounds(self.writer, room)[0]
@@ -607,9 +622,9 @@ class SqliteFile:
         if refused is None:
             db = self.writer
             if post.removed:
-                which = "room = ? AND (number = ? OR replaces = ?)"
-                erase = f"UPDATE messages SET message = ?, removed = 1, extra = NULL WHERE {which}"
-                db.execute(erase, (post.message, room, original, original))
+                for column in ("number", "replaces"):  # with OR between them, SQLite searches the whole room
+                    erase = "UPDATE messages SET message = ?, removed = 1, extra = NULL WHERE room = ?"
+                    db.execute(f"{erase} AND {column} = ?", (post.message, room, original))
             db.execute("UPDATE messages SET replaced = ? WHERE room = ? AND number = ?", (number, room, original))
         return refused
 
@@ -653,26 +668,38 @@ class SqliteFile:
             done += size
         rows.clear()
 
-    def trim(self) -> dict[str, int]:
-        """Remove what is no longer retained; return the first number left, in rooms that were trimmed."""
-        self.check_files()
+    def trim(self, place: str) -> tuple[dict[str, int], str | None]:
+        """Remove what is no longer retained in some rooms after a name, which is empty at first.
+
+        Returns the first number left in rooms that were trimmed, and the name after which the next step begins; None
+        after the last one.
+        """
+        self._empty_wal()
         if self._retain == Retention():
-            return {}
+            return {}, None
         firsts: dict[str, int] = {}
-        total = 0
+        left = REMOVED_ROWS
         with self.writer as db:
             db.execute("BEGIN IMMEDIATE")
-            for (room,) in db.execute("SELECT name FROM rooms").fetchall():
-                removed = self._trim(room)
+            names = "SELECT name FROM rooms WHERE name > ? ORDER BY name LIMIT ?"
+            rooms = db.execute(names, (place, TRIMMED_ROOMS)).fetchall()
+            for (room,) in rooms:
+                removed = self._trim(room, left)
                 if removed:
-                    total += removed
                     firsts[room] = self._bounds(db, room)[0]
-        log_removed(total + self._aged)
-        self._aged = 0
-        return firsts
+                    left -= removed
+                    if left <= 0:  # the room may have more
+                        break
+                place = room
+        self._unlogged += REMOVED_ROWS - left
+        if left <= 0 or len(rooms) == TRIMMED_ROOMS:
+            return firsts, place
+        log_removed(self._unlogged)
+        self._unlogged = 0
+        return firsts, None
 
-    def _trim(self, room: str) -> int:
-        """Trim one room; return the number of messages removed."""
+    def _trim(self, room: str, most: int) -> int:
+        """Trim one room by a number of messages at most; return the number of messages removed."""
         db, retain = self.writer, self._retain
         last = 0
         if retain.messages:
@@ -681,7 +708,24 @@ class SqliteFile:
             last = self._last_old(room, retain.seconds)
         if last <= 0:
             return 0
+        first, _ = self._bounds(db, room)
+        if first > last:
+            return 0
+        last = min(last, first + most - 1)
         return db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
+
+    def return_space(self) -> bool:
+        """Return a part of the unused pages to the file system; return True if there are more.
+
+        Files that older code made have no `auto_vacuum`, so SQLite cannot move their pages: they keep their size.
+        """
+        self._empty_wal()
+        movable, pages, unused = (self._pragma(name) for name in ("auto_vacuum", "page_count", "freelist_count"))
+        if not movable or not self.erased or unused <= pages * MOST_UNUSED:
+            return False
+        # A step of this statement moves one page, and execute() takes one step of what yields no columns.
+        self.writer.executescript(f"PRAGMA incremental_vacuum({RETURNED_PAGES})")
+        return True
 
     def _last_old(self, room: str, seconds: int) -> int:
         """Return the number of the last message that is too old, as `Ages.too_old` counts; 0 if all are kept."""
@@ -714,17 +758,17 @@ class SqliteFile:
             db.executemany("DELETE FROM sanctions WHERE id = ?", [(word,) for word in words])
 
     def clear(self, room: str, until: int | None) -> tuple[int, int, int]:
-        """Remove the oldest messages of a room, up to a number and CLEAR_ROWS at most.
+        """Remove the oldest messages of a room, up to a number and REMOVED_ROWS at most.
 
         Returns how many were removed, the number of the oldest one left, and the number itself, which is the head at
         first.
         """
-        self.check_files()
+        self._empty_wal()
         with self.writer as db:
             db.execute("BEGIN IMMEDIATE")
             first, head = self._bounds(db, room)
             until = head if until is None else until
-            last = min(until, first + CLEAR_ROWS - 1)
+            last = min(until, first + REMOVED_ROWS - 1)
             removed = db.execute("DELETE FROM messages WHERE room = ? AND number <= ?", (room, last)).rowcount
             if removed:
                 self._scrub_all()

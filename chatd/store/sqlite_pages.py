@@ -14,6 +14,9 @@ from typing import Final
 MOST_PAGES: Final = 2 << 24
 """The number of pages from which the first byte of an overflow page may look like that of a page of a table."""
 
+PENDING_BYTE: Final = 1 << 30
+"""The place of the bytes that SQLite locks; the page there holds nothing."""
+
 _HEADERS: Final = {2: 12, 5: 12, 10: 8, 13: 8}
 """The size of the header of each kind of page of a table or an index, by the first byte of the page."""
 _MOST_START: Final = 65536
@@ -36,3 +39,13 @@ def stale_gaps(data: bytes, size: int) -> Iterator[tuple[int, int]]:
             continue
         if min(struct.unpack_from(f">{cells}H", data, place + header), default=start) >= start:
             yield place + begin, place + start
+
+
+def is_pointer_map(page: int, size: int) -> bool:
+    """Return whether a page, of which the first is 1, is a pointer map in a file with `auto_vacuum` (section 1.8).
+
+    A pointer map has five bytes for each page after it, up to the next one.
+    """
+    map_and_pages = size // 5 + 1
+    first = (page - 2) // map_and_pages * map_and_pages + 2
+    return page == (first + 1 if (first - 1) * size == PENDING_BYTE else first)

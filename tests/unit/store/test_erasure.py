@@ -1,7 +1,9 @@
 """A removal erases: no file of a SQLite store, and no backup of it, has the text any longer."""
 
+import contextlib
 import random
 import re
+import sqlite3
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from chatd.messages import REMOVED, Id, Post
 from chatd.store import sqlite, sqlite_file
 from chatd.store.base import Retention
 from chatd.store.sqlite import ERASE_SECONDS, SqliteStore
-from chatd.store.sqlite_pages import stale_gaps
+from chatd.store.sqlite_pages import is_pointer_map, stale_gaps
 
 SECRETS = 400
 
@@ -282,6 +284,35 @@ def test_copies_stay_while_another_program_writes(path, moved, monkeypatch):
     assert in_files(path, removed) == set()
 
 
+@pytest.mark.parametrize("size", [512, 4096])
+def test_pointer_maps_are_the_pages_that_hold_no_data(tmp_path, size):
+    """A file with `auto_vacuum` has pages that look like any other, but that nothing may be overwritten in."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "some", isolation_level=None)) as db:
+        for name, value in (("page_size", size), ("auto_vacuum", "INCREMENTAL")):
+            db.execute(f"PRAGMA {name}={value}")
+        db.execute("CREATE TABLE texts (text)")
+        db.executemany("INSERT INTO texts VALUES (?)", [("x" * size,)] * 1000)
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        data = {page for (page,) in db.execute("SELECT pageno FROM dbstat")}
+    assert {page for page in range(1, pages + 1) if is_pointer_map(page, size)} == {*range(1, pages + 1)} - data
+
+
+def test_pointer_map_moves_behind_the_page_of_locks():
+    """No data is on the page with the bytes that SQLite locks, at 1 GiB."""
+    lock = (1 << 30) // 1024 + 1
+    assert not is_pointer_map(lock, 1024)
+    assert is_pointer_map(lock + 1, 1024)
+
+
+def test_pointer_maps_stay(path, moved, monkeypatch):
+    file, _, _ = moved
+    assert file.checkpoint()
+    monkeypatch.setattr(sqlite_file, "is_pointer_map", lambda page, size: True)
+    before = path.read_bytes()
+    assert file.erase()
+    assert path.read_bytes() == before
+
+
 def test_file_whose_pages_do_not_tell_their_kind(path, moved, monkeypatch):
     """In a file of 128 GiB an overflow page may look like a page of a table: nothing is written, as the log tells."""
     file, removed, _ = moved
@@ -301,6 +332,19 @@ def test_cleared_room_is_erased(opened, path, clock):
     clock.advance(ERASE_SECONDS)
     assert store.file.erased
     assert found(*files(path)) == set()
+
+
+def test_space_is_returned_after_a_search_only(opened, path, clock):
+    """A page that moves to a place that was searched already would escape."""
+    store = opened()
+    for number in range(50):
+        send(store, Post("ann", secret(number) * 50, None, "a"))
+    result_of(store.close())
+    store = opened("3")
+    remove(store, 50)
+    assert not store.file.return_space()
+    clock.advance(ERASE_SECONDS)
+    assert store.file.return_space()
 
 
 def test_search_goes_on_after_a_restart(opened, path, clock, monkeypatch):

@@ -17,7 +17,7 @@ from twisted.internet.defer import succeed
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 
-from chatd.messages import Post
+from chatd.messages import REMOVED, Id, Post
 from chatd.room.log import InDoubt, LabelReused, LogUnavailable, Page
 from chatd.room.moderation import Sanction
 from chatd.store import sqlite, sqlite_file
@@ -207,6 +207,99 @@ def test_opening_trims(opened):
         store = opened(retain=Retention(messages=2))
     assert texts(store) == ["three", "four"]
     assert [formatEvent(event) for event in events] == ["3 messages removed that --retain no longer keeps"]
+
+
+def test_opening_trims_in_steps(opened, monkeypatch):
+    """An opening takes one step; posts are stored between the others."""
+    monkeypatch.setattr(sqlite_file, "REMOVED_ROWS", 3)
+    monkeypatch.setattr(sqlite_file, "TRIMMED_ROOMS", 2)
+    store = opened()
+    for room in "abcd":
+        post(store, *"vwxyz", room=room)
+    result_of(store.close())
+    with capturedLogs() as events:
+        store, follower = opened(retain=Retention(messages=1), writer=(writer := HeldWorker())), RecordingFollower()
+        store.follow(follower)
+        assert texts(store, "a") == ["y", "z"]
+        writer.run()
+        poster = post(store, "new", room="d")
+        writer.run_all()
+    assert poster.numbers == [6]
+    assert [texts(store, room) for room in "abcd"] == [["z"], ["z"], ["z"], ["new"]]
+    assert [event[2] for event in follower.events if event[:2] == ("trimmed", "b")] == [3, 5]
+    assert [formatEvent(event) for event in events] == ["14 messages removed that --retain no longer keeps"]
+
+
+def test_file_shrinks_after_a_trim(opened, path, monkeypatch):
+    """Unused pages return to the file system in steps; a part stays for later messages."""
+    monkeypatch.setattr(sqlite_file, "RETURNED_PAGES", 3)
+    store = opened()
+    post(store, *["x" * 400] * 1000)
+    result_of(store.close())
+    size = path.stat().st_size
+    store = opened(retain=Retention(messages=100), writer=(writer := HeldWorker()))
+    assert path.stat().st_size == size
+    trimmed = store.trim()
+    writer.run()
+    poster = post(store, "between")
+    writer.run_all()
+    assert result_of(trimmed) is None
+    assert poster.numbers == [1001]
+    closed = store.close()
+    writer.run_all()
+    result_of(closed)
+    assert path.stat().st_size < 0.3 * size
+    assert run_sql(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_large_wal_is_emptied_during_a_trim(opened, path, monkeypatch):
+    """The write-ahead log stays small, however many messages go."""
+    monkeypatch.setattr(sqlite_file, "WAL_USUAL", 1 << 16)
+    monkeypatch.setattr(sqlite_file, "REMOVED_ROWS", 50)
+    store = opened()
+    post(store, *["x" * 400] * 3000)
+    result_of(store.close())
+    store = opened(retain=Retention(messages=1), writer=(writer := HeldWorker()))
+    sizes = []
+    while writer.held:
+        writer.run()
+        sizes.append(path.with_name(f"{path.name}-wal").stat().st_size)
+    assert len(sizes) > 50
+    assert max(sizes) < 1 << 18
+    assert texts(store) == ["x" * 400]
+
+
+def instructions(connections, work):
+    """Run a function; return the number of instructions that the newest store's two connections execute."""
+    ran = []
+    for set_handler in (connections.writer.set_progress_handler, connections.reader.set_progress_handler):
+        set_handler(lambda: ran.append(1), 1)
+    work()
+    for set_handler in (connections.writer.set_progress_handler, connections.reader.set_progress_handler):
+        set_handler(None, 1)
+    return len(ran)
+
+
+def test_work_does_not_grow_with_the_room(opened, tmp_path, connections):
+    """SQLite finds everything by an index."""
+    costs = []
+    for size in (300, 10_000):
+        store = opened(tmp_path / f"{size}.sqlite", retain=Retention(messages=size))
+        store.file.commit([("main", Post("ann", "hi", None, "a"))] * size)
+        original = Id(store.epoch, 200)
+        posts = [
+            Post("ann", "hi", "again", "a"),
+            Post("ann", "hi", "again", "a"),
+            Post("ann", "new", None, "a", original),
+            Post("ann", REMOVED, None, "a", original, removed=True),
+        ]
+        works = [partial(store.append, "main", one, RecordingPoster()) for one in posts]
+        works += [partial(page, store, after=after, limit=10) for after in (None, 250)]
+        works += [partial(store.list_rooms, "", 10), store.trim]
+        costs.append([instructions(connections, work) for work in works])
+    few, many = costs
+    assert all(few)
+    assert [more <= less + 50 for less, more in zip(few, many, strict=True)] == [True] * len(few), costs
 
 
 def test_start_in_2099_removes_nothing(opened):
@@ -892,6 +985,17 @@ def test_labels_in_an_upgraded_log(opened, old):
 
 def test_upgrade_then_trim(opened, old):
     assert page(opened(retain=Retention(messages=1))) == Page([SEED[1]], first=2, head=2)
+
+
+def test_old_file_keeps_its_size(opened, old):
+    """SQLite cannot move pages in it; the trim goes on without that."""
+    store = opened(retain=Retention(messages=1))
+    post(store, *["x" * 400] * 1000)
+    size = old.stat().st_size
+    result_of(store.trim())
+    assert store.fault is None
+    assert old.stat().st_size >= size
+    assert texts(store) == ["x" * 400]
 
 
 def test_failed_upgrade_is_rolled_back(opened, old):
@@ -1992,7 +2096,7 @@ def ban(word, **document):
 
 def test_room_is_cleared_in_steps(opened, monkeypatch):
     """Posts are stored between the steps, and stay."""
-    monkeypatch.setattr(sqlite_file, "CLEAR_ROWS", 2)
+    monkeypatch.setattr(sqlite_file, "REMOVED_ROWS", 2)
     writer = HeldWorker()
     store, follower = opened(writer=writer), RecordingFollower()
     post(store, *"abcde")
