@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from typing_extensions import override
 
@@ -32,7 +33,9 @@ from chatd.transport.jwks import KeyFile, check_url
 from chatd.transport.keyring import read_jwks, read_key
 from chatd.transport.operator_schema import OperatorSchema
 from chatd.transport.operator_schema import read_file as read_schema
+from chatd.transport.page import TITLE
 from chatd.transport.schema_cost import MOST_BYTES
+from chatd.transport.static import read_stylesheet
 from chatd.webhooks.sender import WebhookAddress
 from chatd.webhooks.signature import read_secrets
 
@@ -43,6 +46,10 @@ SEED: Final = Path(chatd.__file__).parent / "seed" / "messages.json"
 LOG_FORMATS: Final = "text", "json"
 MAX_RATE: Final = 1_000_000
 MAX_PER_ADDRESS: Final = 1_000_000
+MAX_TITLE: Final = 100
+"""The most characters of the title of the page."""
+SWITCH: Final = {"": False, "0": False, "false": False, "1": True, "true": True}
+"""The values of an option without a metavar."""
 
 
 class ConfigError(Exception):
@@ -144,6 +151,42 @@ def parse_cookie(text: str) -> str:
     return text
 
 
+def parse_title(text: str) -> str:
+    """Check the title of the page, and return it."""
+    if not text.strip() or len(text) > MAX_TITLE or not text.isprintable():
+        raise ValueError(f"{text!r} is not a title of 1 to {MAX_TITLE} characters in one line")
+    return text
+
+
+def parse_stylesheet(text: str) -> Path | None:
+    """Check the file with the stylesheet of the page, and return its path."""
+    path = _path(text)
+    if path is not None:
+        read_stylesheet(path)
+    return path
+
+
+def parse_login_url(text: str) -> str:
+    """Check the URL at which people get a token, and return it."""
+    if not text:
+        return text
+    try:
+        url = urlsplit(text)
+        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
+    except ValueError:
+        valid = False
+    if not valid or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"{text!r} is not a URL such as https://app.example/login")
+    return text
+
+
+def parse_switch(text: str) -> bool:
+    """Parse the value of an option that is on or off."""
+    if text.lower() not in SWITCH:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return SWITCH[text.lower()]
+
+
 def parse_webhook_key(text: str) -> Path | None:
     """Check the file with the keys for webhooks, and return its path."""
     path = _path(text)
@@ -207,6 +250,11 @@ class Settings(NamedTuple):
     jwt_username: str
     """The name of a claim."""
     jwt_cookie: str
+    title: str
+    stylesheet: Path | None
+    login_url: str
+    """Empty: none."""
+    no_page: bool
     webhook: tuple[WebhookAddress, ...]
     webhook_key: Path | None
     """A file with the secrets that sign."""
@@ -221,6 +269,11 @@ class Settings(NamedTuple):
     """The working directory of the server."""
     message: OperatorSchema | None = None
     """The schema of messages in `schema`."""
+
+    @property
+    def proxied(self) -> bool:
+        """True if trusted proxies stand before the server."""
+        return self.proxy_hops > 0
 
     @property
     def tokens(self) -> bool:
@@ -238,6 +291,7 @@ class Option:
     name: str
     """Its name on the command line, without dashes in front, and its key in a file."""
     metavar: str
+    """Stands for its value; empty for an option that is on or off, and has no value on the command line."""
     default: str
     help: str
     """Its meaning, as a phrase with Markdown's backticks."""
@@ -273,7 +327,7 @@ class Option:
         items = value if self.repeated else [value]
         scalar = str if self.repeated else (str, int)
         if not isinstance(items, list) or not all(
-            isinstance(item, scalar) and not isinstance(item, bool) for item in items
+            isinstance(item, scalar) and isinstance(item, bool) <= (not self.metavar) for item in items
         ):
             raise ValueError(f"the value has the wrong type: write a line like {self.toml}")
         return [str(item) for item in items]
@@ -282,8 +336,15 @@ class Option:
     def toml(self) -> str:
         """A line of a file that sets the default, or an example if the default cannot be written."""
         text = self.metavar if self.shown and not self.repeated else self.default
+        if not self.metavar:
+            return f"{self.name} = {text}"
         value = text.split() if self.repeated else int(text) if isinstance(self.parse, Number) else text
         return f"{self.name} = {json.dumps(value)}"
+
+    @property
+    def usage(self) -> str:
+        """Its form on the command line."""
+        return f"--{self.name} {self.metavar}".rstrip()
 
 
 OPTIONS: Final = (
@@ -458,6 +519,36 @@ OPTIONS: Final = (
         shown="none",
     ),
     Option(
+        name="title",
+        metavar="TEXT",
+        default=TITLE,
+        help="the title of the page for browsers",
+        parse=parse_title,
+    ),
+    Option(
+        name="stylesheet",
+        metavar="FILE",
+        default="",
+        help="add a CSS file to the page",
+        parse=parse_stylesheet,
+        shown="none",
+    ),
+    Option(
+        name="login-url",
+        metavar="URL",
+        default="",
+        help="the page sends people who need a token to this URL, with the parameter `return_to`",
+        parse=parse_login_url,
+        shown="none",
+    ),
+    Option(
+        name="no-page",
+        metavar="",
+        default="false",
+        help="serve no page to chat on: show the instructions of `/about` instead",
+        parse=parse_switch,
+    ),
+    Option(
         name="webhook",
         metavar="URL",
         default="",
@@ -519,18 +610,19 @@ class OptionParser(argparse.ArgumentParser):
             usage="twistd [twistd options] chatd [options]",
             description="A chat-room server over WebSocket that stores every message. Connect with: "
             "npx wscat -c ws://localhost:8085/",
-            epilog="Every option that takes a value can also be given in the environment (CHATD_STORE for --store) or "
-            "in the configuration file (store). The command line overrides the environment, which overrides the file.",
+            epilog="Every option that takes a value, and --no-page, can also be given in the environment (CHATD_STORE "
+            "for --store, CHATD_NO_PAGE=true) or in the configuration file (store, no-page = true). The command line "
+            "overrides the environment, which overrides the file.",
             allow_abbrev=False,
         )
         for option in (*OPTIONS, CONFIG):
             text = f"{option.meaning} [default: {option.shown or option.default}]"
+            form: dict[str, Any] = {"action": "append" if option.repeated else "store", "metavar": option.metavar}
             self.add_argument(
                 f"--{option.name}",
                 dest=option.name,
-                metavar=option.metavar,
-                action="append" if option.repeated else "store",
                 help=text.replace("`", "").replace("%", "%%"),
+                **(form if option.metavar else {"action": "store_const", "const": "true"}),
             )
         self.add_argument("--check", action="store_true", help=CHECK)
         self.add_argument("--version", action="version", version=f"chatd {chatd.__version__}", help="print the version")
@@ -647,7 +739,7 @@ def _check_tokens(settings: Settings) -> None:
             # A browser sends a cookie with the requests of every page.
             raise ConfigError("--jwt-cookie: name the pages that may connect with --origin, and not with *")
         return
-    for name in ("jwt_audience", "jwt_issuer", "jwt_cookie"):
+    for name in ("jwt_audience", "jwt_issuer", "jwt_cookie", "login_url"):
         if getattr(settings, name):
             raise ConfigError(f"--{name.replace('_', '-')}: there are no tokens without --jwt-key or --jwks")
 
@@ -695,8 +787,7 @@ def _table(*rows: Sequence[str]) -> str:
 def tables() -> dict[str, str]:
     """Return the tables of the documentation, by the names in their markers."""
     meanings = [
-        (f"`--{option.name} {option.metavar}`", option.shown or f"`{option.default}`", option.meaning)
-        for option in (*OPTIONS, CONFIG)
+        (f"`{option.usage}`", option.shown or f"`{option.default}`", option.meaning) for option in (*OPTIONS, CONFIG)
     ]
     names = [(f"`--{option.name}`", f"`{option.variable}`", f"`{option.toml}`") for option in OPTIONS]
     return {

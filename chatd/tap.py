@@ -49,7 +49,8 @@ from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
 from chatd.transport.operator_schema import SchemaFile, check_schema
-from chatd.transport.static import Static
+from chatd.transport.page import ChatPage
+from chatd.transport.static import Stylesheet
 from chatd.transport.tokens import Tokens
 from chatd.transport.websocket import ChatFactory
 from chatd.webhooks.delivery import PARALLEL, Webhook
@@ -60,7 +61,7 @@ from chatd.webhooks.signature import SigningKeys
 GARBAGE: Final = 50_000
 """Number of new objects that start a garbage collection.  Python's default of 700 suits smaller programs."""
 
-Reloadable = AdminToken | KeySource | SchemaFile | Fanout
+Reloadable = AdminToken | KeySource | SchemaFile | Stylesheet | Fanout
 """What reads its file again at SIGHUP."""
 
 _logger = Logger()
@@ -175,6 +176,24 @@ def _vocabulary(settings: config.Settings) -> Vocabulary:
     return vocabulary
 
 
+def _page(settings: config.Settings, vocabulary: Vocabulary) -> ChatPage:
+    """Make the page for browsers; end the process with one line if the stylesheet of the operator cannot be read."""
+    try:
+        stylesheet = None if settings.stylesheet is None else Stylesheet(settings.stylesheet.absolute())
+    except ValueError as error:
+        raise SystemExit(f"chatd: --stylesheet: {error}") from None
+    return ChatPage(
+        title=settings.title,
+        login=settings.login_url,
+        claim=settings.jwt_username if settings.tokens else "",
+        personal=bool(settings.jwt_cookie),
+        shown=not settings.no_page,
+        proxied=settings.proxied,
+        stylesheet=stylesheet,
+        vocabulary=vocabulary,
+    )
+
+
 def makeService(options: Options) -> IService:
     """Compose the server."""
     reactor = _reactor()
@@ -186,21 +205,20 @@ def makeService(options: Options) -> IService:
     rooms = Registry(store, frames, reactor, settings.history, store.lobby)
     connections = Connections(reactor, settings.ping)
     rooms_allowed, origins = [*map(room_pattern, settings.rooms)], [*map(origin_pattern, settings.origin)]
-    proxied = settings.proxy_hops > 0
     vocabulary = _vocabulary(settings)
-    admission = Admission(rooms_allowed, origins, proxied=proxied, vocabulary=vocabulary)
-    a_second, burst = settings.rate
-    rate = Rate(a_second, burst, reactor.seconds) if a_second else None
+    admission = Admission(rooms_allowed, origins, proxied=settings.proxied, vocabulary=vocabulary)
+    rate = Rate(*settings.rate, reactor.seconds) if settings.rate[0] else None
     addresses = Addresses(rate, settings.proxy_hops, reactor.seconds)
     limits = Limits(reactor, settings.max_per_address, settings.proxy_hops)
     tokens = _tokens(settings, reactor, vocabulary)
     readiness = Readiness(lambda: store.fault or (None if tokens is None else tokens.fault))
     admin_token = _admin_token(settings)
     exports = ExportQueue(rooms, connections, reactor)
-    api = Api(rooms, connections, admission, addresses, tokens, listing=RoomList(store, rooms), exports=exports)
-    documents = Documents(vocabulary)
-    resources = {"": api, "rooms": api, "events": api, "static": Static(), **documents.resources}
-    site = http.site(readiness, reactor, resources, rate, limits, tokens=tokens, proxied=proxied)
+    page, documents = _page(settings, vocabulary), Documents(vocabulary)
+    listing = RoomList(store, rooms)
+    api = Api(rooms, connections, admission, addresses, tokens, listing=listing, exports=exports, page=page)
+    resources = {"": api, "rooms": api, "events": api, **page.resources, **documents.resources}
+    site = http.site(readiness, reactor, resources, rate, limits, tokens=tokens, proxied=settings.proxied)
     moderator = Moderator(store.sanctions, connections.connected, time.time, settings.proxy_hops)
     site.intake.moderator = moderator
     site.intake.vocabulary = vocabulary
@@ -210,6 +228,7 @@ def makeService(options: Options) -> IService:
     def schema_changed() -> None:
         factory.allow(vocabulary.max_bytes)
         documents.refresh()
+        page.refresh()
 
     schema_changed()
     refused_operators: Counter[str] = Counter()
@@ -265,7 +284,7 @@ def makeService(options: Options) -> IService:
     for line in check.exposures(settings):
         _logger.warn("{exposure}", exposure=line)
     process.daemonize()
-    found = (admin_token, None if tokens is None else tokens.keys, fanout)
+    found = (admin_token, None if tokens is None else tokens.keys, page.stylesheet, fanout)
     files: list[Reloadable] = [file for file in found if file is not None]
     if settings.schema is not None:
         files.append(SchemaFile(settings.schema.absolute(), settings.max_message, vocabulary, schema_changed))

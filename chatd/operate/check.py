@@ -47,6 +47,8 @@ REDIS: Final = 6, 2
 """The oldest version of Redis that has the commands of the store."""
 DURABLE: Final = ".memorydb."
 """Part of the host name of MemoryDB, which stores messages on several disks although its settings do not show it."""
+_FOREIGN = re.compile(r"""(?i)(?:url\(\s*|@import\s+)["']?((?:[a-z][a-z0-9+.-]*:|//)[^"')\s;]{0,100})""")
+"""A link of a stylesheet to another host, or to a scheme such as data:."""
 DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 """Ports that browsers leave out of an origin (RFC 6454, section 6.2)."""
 
@@ -413,6 +415,25 @@ def _webhooks(settings: Settings, machine: Machine) -> Iterator[str]:
             yield f"--webhook {address.origin}: the network can read the messages: use https"
 
 
+def _page(settings: Settings, machine: Machine) -> Iterator[str]:
+    url = urlsplit(settings.login_url)
+    if url.scheme == "http" and not is_loopback(url.hostname or ""):
+        yield f"--login-url {settings.login_url}: the network can read the tokens that come from it: use https"
+    if settings.stylesheet is not None:
+        css = machine.secret(settings.stylesheet) or ""
+        foreign = _FOREIGN.search(re.sub(r"(?s)/\*.*?\*/", "", css))
+        if foreign:
+            yield (
+                f"--stylesheet {settings.stylesheet}: the policy of the page lets browsers load nothing from "
+                f"{foreign[1]}: remove it"
+            )
+    if settings.no_page:
+        for name in ("stylesheet", "login_url"):
+            if getattr(settings, name):
+                option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+                yield f"{option}: there is no page with --no-page: give one of them"
+
+
 def _rate(settings: Settings, _: Machine) -> Iterator[str]:
     if not settings.rate[0] and any(Endpoint(text).public for text in settings.listen):
         yield "--rate 0: a single client can keep the server and its disk busy: set a rate, such as 20:40"
@@ -436,7 +457,7 @@ def _endpoints(settings: Settings) -> list[tuple[str, str, Endpoint]]:
 
 RULES: Final[tuple[Callable[[Settings, Machine], Iterator[str]], ...]] = (
     *(_ports, _keys, _secret, _admin, _proxy, _store, _config, _redis),
-    *(_history, _rooms, _origins, _webhooks, _rate, _ping, _stop, _files),
+    *(_history, _rooms, _origins, _page, _webhooks, _rate, _ping, _stop, _files),
 )
 
 

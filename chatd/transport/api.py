@@ -1,7 +1,7 @@
 """The rooms over plain HTTP, with the ids and the checks that WebSocket clients know.
 
 GET  /rooms                     the rooms that a token may read: ?after=NAME, ?limit=N
-GET  /rooms/NAME                the page that explains how to connect (handshakes never arrive here)
+GET  /rooms/NAME                the page of the room: see chatd.transport.page (handshakes never arrive here)
 GET  /rooms/NAME/messages       a page of the log: ?before=ID, ?after=ID, ?limit=N
 GET  /rooms/NAME/messages/ID    one message
 POST /rooms/NAME/messages       post a message, or an edit of one; Idempotency-Key is the label
@@ -53,12 +53,13 @@ from chatd.transport.frames import (
     removal,
 )
 from chatd.transport.framing import payload
-from chatd.transport.http import PROBLEM, ChatResource, answer, begin, page, problem, retry_after
+from chatd.transport.http import PROBLEM, ChatResource, answer, begin, problem, retry_after
 from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.intake import Intake
 from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList, RoomPage
 from chatd.transport.moderator import Moderator
+from chatd.transport.page import ChatPage
 from chatd.transport.session import NEW_ROOMS_EXCEEDED
 from chatd.transport.sse import MAX_STREAM_ROOMS, EventStream, SharedStream
 from chatd.transport.tokens import Tokens, admit, check_reading
@@ -212,8 +213,10 @@ class Api(ChatResource):
         *,
         listing: RoomList,
         exports: ExportQueue,
+        page: ChatPage | None = None,
     ) -> None:
         super().__init__()
+        self._room_page = page or ChatPage()
         self._listing = listing
         self._exports = exports
         self._tokens = tokens
@@ -269,7 +272,7 @@ class Api(ChatResource):
         elif rest:
             resource = self._resource(request, room, match, query)
         else:
-            resource = {"GET": lambda _: page(request, named)}
+            resource = {"GET": lambda _: self._show(request, named, room)}
         method = request.method.decode("latin-1")
         if method == "OPTIONS":
             return self._preflight(request, _methods(resource))
@@ -337,6 +340,32 @@ class Api(ChatResource):
             )
             request.setHeader("access-control-max-age", str(PREFLIGHT_SECONDS))
         Reply(request).send(HTTPStatus.NO_CONTENT, b"", "")
+        return NOT_DONE_YET
+
+    # The page
+
+    def _show(self, request: Request, path: str, room: str) -> Any:
+        """Answer with the page of a room, which needs no token; it names the user of a valid one in a cookie."""
+
+        def show(reader: Identity) -> Any:
+            return self._room_page.render(request, path, room, reader.username)
+
+        cookies = _header(request, b"cookie")
+        if self._tokens is None or not cookies or not self._room_page.personal:
+            return show(ANYONE)
+        try:
+            identity = self._tokens.identify(None, cookies)
+        except HttpError:
+            return show(ANYONE)
+        if isinstance(identity, Identity):
+            return show(identity)
+        reply = Reply(request)
+
+        def refused(failure: Failure) -> Identity:
+            failure.trap(HttpError)
+            return ANYONE
+
+        identity.addErrback(refused).addCallback(lambda known: reply.send_all(show, known)).addErrback(reply.failed)
         return NOT_DONE_YET
 
     # Reading

@@ -1,6 +1,7 @@
 """HTTP on the WebSocket port and on the admin port, for people, load balancers and scripts.
 
-GET /         a page that explains how to connect
+GET /         the page of the room main: see chatd.transport.page
+GET /about    the instructions for people who connect by other means
 GET /healthz  200: the process answers
 GET /readyz   200: send clients here; 503 and why not, otherwise
 GET /metrics  the metrics for Prometheus (on the admin port)
@@ -8,14 +9,12 @@ POST /drain   send all clients elsewhere, and keep running (on the admin port)
 /sanctions    bans and mutes (on the admin port, as are /rooms to manage): see chatd.transport.admin
 /asyncapi.json, /openapi.json: see chatd.transport.documents
 /rooms/...    the rooms over HTTP: see chatd.transport.api
-/static/...   chatd.js, for browsers: see chatd.transport.static
+/static/...   the files for browsers: see chatd.transport.static
 
 The admin port refuses every request that a web page may have sent.  Refused requests and WebSocket handshakes
 are answered with a problem (RFC 9457).
 """
 
-import html
-import importlib.resources
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -68,8 +67,6 @@ HEAD: Final = b"HEAD "
 TEXT: Final = "text/plain; charset=utf-8"
 METRICS: Final = "text/plain; version=0.0.4; charset=utf-8"
 """The media type of the text format of Prometheus."""
-
-_PAGE: Final = importlib.resources.files("chatd").joinpath("static/index.html").read_text("utf-8")
 
 Ready = Callable[[], tuple[bool, str]]
 """Returns whether clients should be sent here, and the state in words."""
@@ -188,17 +185,6 @@ class Command(ChatResource):
         """Run the action, and answer with 202."""
         self._act()
         return answer(request, HTTPStatus.ACCEPTED, self._state().encode() + b"\n", TEXT)
-
-
-def page(request: Request, path: str) -> bytes:
-    """Answer with the page for people, which names the WebSocket URL of a room on the host of the request."""
-    scheme = "wss" if request.isSecure() else "ws"
-    host = (request.getHeader(b"host") or b"localhost").decode(errors="replace")
-    url = html.escape(f"{scheme}://{host}{path}")
-    body = _PAGE.replace("{url}", url).replace("{version}", chatd.__version__).encode()
-    # The page's example connects by WebSocket to this host, which 'self' includes (CSP Level 3).
-    policy = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'"
-    return answer(request, HTTPStatus.OK, body, "text/html; charset=utf-8", content_security_policy=policy)
 
 
 class _SiteRequest(TwistedRequest):

@@ -79,7 +79,10 @@ def test_wheel_content(wheel):
         names = set(archive.namelist())
         schema = archive.read("chatd/schemas/message.json")
     assert schema == (ROOT / "schemas" / "message.json").read_bytes()
-    assert names >= {f"chatd/static/{name}" for name in ("index.html", "chatd.js", "chatd.d.ts", "package.json")}
+    static = {str(path.relative_to(ROOT)) for path in (ROOT / "chatd" / "static").rglob("*") if path.is_file()}
+    assert (
+        names >= static >= {f"chatd/static/{name}" for name in ("index.html", "about.html", "page/boot.js", "chatd.js")}
+    )
     assert names >= {"chatd/seed/messages.json", "twisted/plugins/chatd_plugin.py"}
     modules = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.lua") for path in (ROOT / "chatd").rglob(kind)}
     assert modules <= names

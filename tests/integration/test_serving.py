@@ -52,8 +52,10 @@ NAMES = [
     "jwt-username",
     "listen",
     "log-format",
+    "login-url",
     "max-message",
     "max-per-address",
+    "no-page",
     "origin",
     "ping",
     "proxy-hops",
@@ -64,6 +66,8 @@ NAMES = [
     "seed",
     "store",
     "store-password-file",
+    "stylesheet",
+    "title",
     "webhook",
     "webhook-key",
 ]
@@ -866,9 +870,10 @@ def get(port, path):
 
 
 def test_plain_http_gets_a_page_and_health_on_both_ports(server):
-    status, kind, page = get(server.port, "/")
-    assert (status, kind) == (200, "text/html")
-    assert server.url in page
+    for path, content in (("/", 'data-room="main"'), ("/about", server.url)):
+        status, kind, page = get(server.port, path)
+        assert (status, kind) == (200, "text/html")
+        assert content in page
     status, kind, page = get(server.admin_port, "/")
     assert (status, kind) == (200, "text/plain")
     for port in (server.port, server.admin_port):

@@ -18,6 +18,7 @@ from chatd.transport.export import ExportQueue
 from chatd.transport.limits import Limits
 from chatd.transport.listing import RoomList
 from chatd.transport.moderator import Moderator
+from chatd.transport.page import ChatPage
 from chatd.transport.websocket import ChatFactory
 
 SEED = (
@@ -44,6 +45,7 @@ class House:
         ready=True,
         per_address=0,
         tokens=None,
+        page=None,
     ):
         self.clock = Turns()
         self.log = log or FaultyStore(Retention.parse(retain))
@@ -56,15 +58,15 @@ class House:
         addresses = Addresses(limit, hops, self.clock.seconds)
         self.listing = RoomList(self.log, self.rooms)
         self.exports = ExportQueue(self.rooms, self.connections, self.clock)
-        api = Api(
-            self.rooms, self.connections, admission, addresses, tokens, listing=self.listing, exports=self.exports
-        )
+        page = page or ChatPage(proxied=hops > 0)
+        more = {"listing": self.listing, "exports": self.exports, "page": page}
+        api = Api(self.rooms, self.connections, admission, addresses, tokens, **more)
         self.limits = Limits(self.clock, per_address, hops, lambda: 0.0)
         state = ready, "ready" if ready else "starting"
         self.site = http.site(
             lambda: state,
             self.clock,
-            {"": api, "rooms": api, "events": api},
+            {"": api, "rooms": api, "events": api, **page.resources},
             limit,
             self.limits,
             tokens=tokens,

@@ -70,6 +70,10 @@ def test_defaults():
         jwt_issuer="",
         jwt_username="sub",
         jwt_cookie="",
+        title="chatd",
+        stylesheet=None,
+        login_url="",
+        no_page=False,
         webhook=(),
         webhook_key=None,
         ping=25,
@@ -109,6 +113,8 @@ VALUES = [
     ("store", "redis://ann:secret@h:1/2", "redis://ann:secret@h:1/2"),
     ("store-password-file", "password", pathlib.Path("password")),
     ("admin-token-file", "token", pathlib.Path("token")),
+    ("title", "Über uns", "Über uns"),
+    ("title", "x" * 100, "x" * 100),
 ]
 
 
@@ -437,7 +443,7 @@ def test_seed_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--colour=red"], "there is no option --colour: `twistd chatd --help` explains every option"),
+        (["--xyzzy=red"], "there is no option --xyzzy: `twistd chatd --help` explains every option"),
         (["--hist", "5"], "there is no option --hist: did you mean --history?"),
         (["--histroy=5"], "there is no option --histroy: did you mean --history?"),
         (["--ping=5", "--log_format=json"], "there is no option --log_format: did you mean --log-format?"),
@@ -477,11 +483,78 @@ def test_help_names_each_option_with_its_default(capsys):
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for option in (*config.OPTIONS, config.CONFIG):
-        assert f"--{option.name} {option.metavar} " in text
+        assert f"{option.usage} " in text
         assert f"[default: {option.shown or option.default}]" in text
     assert "1 to 10000 [default: 100]" in text
     assert "CHATD_STORE for --store" in text
     assert "--check" in text
+
+
+# The page
+
+
+@pytest.mark.parametrize("text", ["", " ", "x" * 101, "a\nb", "a\tb", "a\x1bb"])
+def test_title_is_one_line(text):
+    assert refusal(f"--title={text}") == f"--title: {text!r} is not a title of 1 to 100 characters in one line"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "app.example",
+        "/login",
+        "//app.example",
+        "javascript:alert(1)",
+        "data:text/html,x",
+        "https:",
+        "https://",
+        "https://[",
+        "https://app.example:x/",
+        "https://app.example:0/",
+        "https://ann:secret@app.example/",
+        "https://app.example/a b",
+        "https://app.example/\u00e9",
+        "https://app.example/\n",
+    ],
+)
+def test_login_url_is_one_of_the_web(keys, text):
+    line = refusal("--jwt-key=secret", f"--login-url={text}")
+    assert line.startswith("--login-url: ")
+    assert line.endswith(" is not a URL such as https://app.example/login")
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("text", ["https://app.example/login?a=b", "http://localhost:3000/#/login", "HTTPS://[::1]/"])
+def test_login_url(keys, text):
+    assert read("--jwt-key=secret", f"--login-url={text}").login_url == text
+
+
+def test_stylesheet_is_read_at_the_start(file, tmp_path):
+    (tmp_path / "team.css").write_text("p { color: teal }")
+    assert read(f"--stylesheet={tmp_path}/team.css").stylesheet == tmp_path / "team.css"
+    assert read("--stylesheet=").stylesheet is None
+    missing = tmp_path / "missing.css"
+    assert refusal(f"--stylesheet={missing}") == f"--stylesheet: {missing} cannot be read (No such file or directory)"
+
+
+def test_page_is_switched_off(file):
+    """On the command line the option has no value; elsewhere it is true or false."""
+    assert not read().no_page
+    assert read("--no-page").no_page
+    for text in ("1", "true", "True", "TRUE"):
+        assert read(CHATD_NO_PAGE=text).no_page
+    for text in ("", "0", "false", "False"):
+        assert not read(CHATD_NO_PAGE=text).no_page
+    assert read(file("no-page = true")).no_page
+    assert not read(file("no-page = true"), CHATD_NO_PAGE="false").no_page
+    assert read(file("no-page = false"), "--no-page").no_page
+
+
+def test_switch_has_two_values(file):
+    assert refusal(CHATD_NO_PAGE="yes") == "CHATD_NO_PAGE: 'yes' is neither true nor false"
+    assert refusal("--no-page=true").startswith("argument --no-page: ignored explicit argument 'true'")
+    assert refusal(file("no-page = [true]")).endswith("the value has the wrong type: write a line like no-page = false")
+    assert refusal(file("title = true")).endswith('the value has the wrong type: write a line like title = "chatd"')
 
 
 # The documentation
@@ -533,11 +606,14 @@ def test_documented_lines_of_a_file(file, tmp_path, monkeypatch):
     (tmp_path / "FILE").write_text(f"[{' ' * 32}]")  # an empty seed, and a secret
     lines = re.findall(r"`([a-z-]+ = [^`]+)` \|$", config.tables()["sources"], re.MULTILINE)
     assert [*tomllib.loads("\n".join(lines))] == NAMES
-    # One of the two keys, no cookie without an origin, and no key of webhooks without one.
-    lines = [line for line in lines if not line.startswith(("jwks ", "jwt-cookie ", "webhook-key ", "schema "))]
+    # One of the two keys, no cookie without an origin, no key of webhooks without one, and no URL that is only a word.
+    lines = [
+        line for line in lines if not line.startswith(("jwks ", "jwt-cookie ", "login-url ", "webhook-key ", "schema "))
+    ]
     settings = read(file("\n".join(lines)))
     assert settings.store_password_file == pathlib.Path("FILE")
-    files = [f"--{name}=FILE" for name in ("seed", "store-password-file", "admin-token-file", "jwt-key")]
+    names = ("seed", "store-password-file", "admin-token-file", "jwt-key", "stylesheet")
+    files = [f"--{name}=FILE" for name in names]
     expected = read(*files, "--jwt-audience=TEXT", "--jwt-issuer=TEXT")
     assert settings._replace(config=None) == expected
 
@@ -624,6 +700,10 @@ def test_keys_for_tokens(keys, words):
         (["--jwt-key=secret", "--jwks=jwks.json"], "--jwt-key and --jwks: give one of them"),
         (["--jwt-audience=chat"], "--jwt-audience: there are no tokens without --jwt-key or --jwks"),
         (
+            ["--login-url=https://app.example"],
+            "--login-url: there are no tokens without --jwt-key or --jwks",
+        ),
+        (
             ["--jwt-key=secret", "--jwt-cookie=session"],
             "--jwt-cookie: name the pages that may connect with --origin, and not with *",
         ),
@@ -685,5 +765,5 @@ def test_stated_default_is_found(text):
 def test_each_option_is_documented():
     table = config.tables()["options"]
     for option in (*config.OPTIONS, config.CONFIG):
-        assert f"| `--{option.name} {option.metavar.replace('|', chr(92) + '|')}` | " in table
+        assert f"| `{option.usage.replace('|', chr(92) + '|')}` | " in table
     assert "| `--check` | " in table

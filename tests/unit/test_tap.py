@@ -3,6 +3,7 @@
 import gc
 import json
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -255,6 +256,10 @@ def test_check_sees_every_option(environ, checked, tmp_path):
         "jwt_issuer": "",
         "jwt_username": "sub",
         "jwt_cookie": "",
+        "title": "chatd",
+        "stylesheet": None,
+        "login_url": "",
+        "no_page": False,
         "webhook": (),
         "webhook_key": None,
         "ping": 5,
@@ -379,7 +384,8 @@ def test_server_answers_on_both_ports(reactor):
     start()
     (port, connections, backlog, _), (admin_port, admin, _, interface) = reactor.tcpServers
     assert (port, backlog, admin_port, interface) == (8085, 4096, 8086, "127.0.0.1")
-    assert b"<h1>A chat room</h1>" in Client(connections, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
+    assert b' data-room="main" ' in Client(connections, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
+    assert b"<h1>A chat room</h1>" in Client(connections, b"GET /about HTTP/1.1\r\nHost: x\r\n\r\n").received
     assert b"\r\n\r\nchatd admin: " in Client(admin, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").received
     for factory in (connections, admin):
         assert Client(factory, b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").received.endswith(b"\r\n\r\nready\n")
@@ -778,6 +784,77 @@ def test_hangup_reads_the_schema_again(reactor, kept, tmp_path, monkeypatch):
     reactor.advance(0)
     assert fields() == ["username", "message", "size", "label", "replaces"]
     assert factory.protocol.max_message == factory.maxMessagePayloadSize == MAX_MESSAGE
+
+
+def page_at(reactor, path, *headers):
+    """Return what the port for clients answers to a browser."""
+    lines = b"".join(header + b"\r\n" for header in (b"Host: x", *headers))
+    return Client(reactor.tcpServers[0][1], b"GET %b HTTP/1.1\r\n%b\r\n" % (path, lines)).received.decode()
+
+
+def test_page_follows_the_options(reactor, tmp_path, monkeypatch):
+    """The page has the title, the URL of the login, the claim of the username and the name in the cookie."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_bytes(SECRET)
+    tokens = ["--jwt-key=secret", "--jwt-cookie=session", "--jwt-username=name", "--origin=https://chat.example"]
+    start("--title=Team <1>", "--login-url=https://app.example/login", *tokens)
+    found = page_at(reactor, b"/rooms/a", b"Cookie: session=" + token(name="Ann").encode())
+    for name, value in (
+        ("title", "Team &lt;1&gt;"),
+        ("login", "https://app.example/login"),
+        ("tokens", "name"),
+        ("username", "Ann"),
+        ("max-message", "500"),
+    ):
+        assert f' data-{name}="{value}"' in found
+    assert "\r\nCache-Control: private, no-cache\r\n" in found
+
+
+@pytest.mark.parametrize("path", [b"/", b"/rooms/a", b"/about"])
+def test_no_page(reactor, path):
+    """The instructions take its place, and name the scheme that a trusted proxy has seen."""
+    start("--no-page", "--proxy-hops=1")
+    found = page_at(reactor, path, b"X-Forwarded-Proto: https")
+    url = path.decode().replace("about", "")
+    assert "<h1>A chat room</h1>" in found
+    assert f">wss://x{url}<" in found
+
+
+def test_hangup_reads_the_stylesheet_again(reactor, kept, tmp_path, monkeypatch):
+    """The page links the new one; a file that is gone leaves the old one."""
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "team.css"
+    file.write_text("p { color: teal }")
+    start("--stylesheet=team.css")
+
+    def link():
+        return re.search(r'href="(static/[0-9a-f]{16}/stylesheet\.css)"', page_at(reactor, b"/"))[1]
+
+    def hang_up():
+        handlers[signal.SIGHUP](signal.SIGHUP, None)
+        reactor.advance(0)
+
+    links = [link()]
+    file.write_text("p { color: red }")
+    hang_up()
+    links.append(link())
+    assert links[0] != links[1]
+    file.unlink()
+    hang_up()
+    assert link() == links[1]
+    assert page_at(reactor, f"/{links[1]}".encode()).endswith("\r\n\r\np { color: red }")
+
+
+def test_stylesheet_that_goes_before_the_start(reactor, tmp_path, monkeypatch):
+    """The process ends with one line."""
+    file = tmp_path / "team.css"
+    file.write_text("p { color: teal }")
+    options = parse("--store=memory:", f"--stylesheet={file}")
+    file.unlink()
+    with pytest.raises(SystemExit, match=r"^chatd: --stylesheet: .*/team\.css cannot be read \(No such file"):
+        tap.makeService(options)
 
 
 def test_payload_limit_is_an_option(reactor):

@@ -362,6 +362,29 @@ BAD = [
         )
         for text in ("everysec", "no")
     ),
+    (
+        "--login-url http://app.example/login: the network can read the tokens that come from it: use https",
+        {"login_url": "http://app.example/login"},
+        {},
+    ),
+    *(
+        (
+            f"--stylesheet /srv/password: the policy of the page lets browsers load nothing from {url}: remove it",
+            {"stylesheet": Path("/srv/password")},
+            {"password": f"p {{ color: teal }} {css}"},
+        )
+        for url, css in (
+            ("https://fonts.example/a", "@import 'https://fonts.example/a';"),
+            ("HTTP://fonts.example/a", "@import url( HTTP://fonts.example/a );"),
+            ("//fonts.example/a", 'p { background: url("//fonts.example/a") }'),
+            ("data:image/png", "p { background: URL(data:image/png;base64,AAAA) }"),
+        )
+    ),
+    *(
+        (f"--{name.replace('_', '-')} {value}: there is no page with --no-page: give one of them", found, {})
+        for name, value in (("stylesheet", "/srv/password"), ("login_url", "https://app.example"))
+        for found in [{"no_page": True, name: Path(value) if name == "stylesheet" else value}]
+    ),
     ("--webhook-key /srv/password: every user of this machine can read the keys: ", HOOKS, {"readable": FILE}),
     (
         "--webhook http://app.example: the network can read the messages: use https",
@@ -430,6 +453,10 @@ GOOD = [
     ({"listen": (f"haproxy:{LOCAL}",)}, {}),
     (HOOKS, {"command": "twistd\0chatd\0--webhook\0https://app.example/hook"}),
     ({"webhook": (WebhookAddress.parse("http://127.0.0.1:8000/hook"),)}, {}),
+    ({"no_page": True, "title": "Team"}, {}),
+    ({"login_url": "http://localhost:3000/login"}, {}),
+    ({"stylesheet": Path("/srv/password")}, {"password": "/* url(https://x) */ p { background: url(/logo.svg) }"}),
+    ({"stylesheet": Path("/srv/password")}, {"password": None}),
 ]
 
 

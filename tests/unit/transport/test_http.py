@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 import pytest
 from support.helpers import Turns
-from support.web_doubles import Connection, SecureTransport
+from support.web_doubles import Connection
 from twisted.internet.defer import Deferred
 from twisted.web.server import NOT_DONE_YET
 
@@ -18,12 +18,12 @@ from chatd.transport.heads import MAX_HEAD, parse
 
 
 class Registry(http.ChatResource):
-    """A double of chatd.transport.api: the page, and an answer with the size of the post."""
+    """A double of chatd.transport.api: a page, and an answer with the size of the post."""
 
     isLeaf = True
 
     def render_GET(self, request):
-        return http.page(request, request.path.decode())
+        return http.answer(request, HTTPStatus.OK, b"<!doctype html>\n", "text/html; charset=utf-8")
 
     def render_POST(self, request):
         request.of_a_double = True  # see documented.py
@@ -76,51 +76,6 @@ def test_problem_has_the_code_of_the_error_frame():
 
 
 # Answers
-
-
-def test_page_names_the_requested_address(connection):
-    response, page = connection.ask(b"GET", b"/", b"Host: chat.example:8085")
-    assert response.status == 200
-    assert response.headers["content-type"] == "text/html; charset=utf-8"
-    assert page.startswith("<!doctype html>")
-    assert "npx wscat -c ws://chat.example:8085/\n" in page
-    assert f"chatd {chatd.__version__}</footer>" in page
-    assert "{url}" not in page
-    assert "{version}" not in page
-
-
-def test_page_over_tls_names_wss(clock):
-    connection = Connection(clients_site(clock), SecureTransport())
-    _, page = connection.ask(b"GET", b"/", b"Host: chat.example")
-    assert "wss://chat.example/" in page
-    assert "ws://chat.example/" not in page
-
-
-def test_page_without_a_host_header(connection):
-    """HTTP/1.0 has none."""
-    connection.send(b"GET / HTTP/1.0\r\n\r\n")
-    assert "ws://localhost/" in connection.response()[1]
-
-
-@pytest.mark.parametrize(
-    ("host", "shown"),
-    [
-        (b"x');alert('x", "ws://x&#x27;);alert(&#x27;x/"),
-        (b"a&lt;b", "ws://a&amp;lt;b/"),
-    ],
-)
-def test_hostile_host_is_shown_as_text(connection, host, shown):
-    plain = connection.ask(b"GET", b"/", b"Host: localhost")[1]
-    response, page = connection.ask(b"GET", b"/", b"Host: " + host)
-    assert response.status == 200
-    assert page == plain.replace("ws://localhost/", shown)
-    assert page.count(shown) == 3
-
-
-def test_page_may_load_and_run_nothing(connection):
-    response, _ = connection.ask(b"GET", b"/", b"Host: x")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'"
-    assert response.headers["content-security-policy"] == policy
 
 
 def test_admin_port_has_no_page_but_a_line(admin):
