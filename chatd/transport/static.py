@@ -41,6 +41,8 @@ STYLESHEET: Final = "stylesheet.css"
 MAX_STYLESHEET: Final = 256 << 10
 """The largest size of that stylesheet in bytes, because it stays in memory."""
 
+_TAG = re.compile(r'"[^"]*"')
+"""An entity tag; whether it is weak makes no difference in If-None-Match (RFC 9110, section 13.1.2)."""
 _logger = Logger()
 
 
@@ -62,16 +64,20 @@ class StaticFile(NamedTuple):
 
     def send(self, request: Request, **headers: str) -> Any:
         """Answer with the content, or with 304 if the client has it; `headers` are as in answer()."""
-        coding = "gzip" if _accepts_gzip(request.getHeader("accept-encoding") or "") else ""
+        coding = "gzip" if _accepts_gzip(_header(request, b"accept-encoding")) else ""
         tag, body = self.bodies[coding]
         if coding:
             request.setHeader("content-encoding", coding)
         headers = {"vary": "Accept-Encoding", **headers, "etag": tag}
-        if tag not in re.split(r"\s*,\s*", request.getHeader("if-none-match") or ""):
+        if tag not in _TAG.findall(_header(request, b"if-none-match")):
             return answer(request, HTTPStatus.OK, body, self.kind, **headers)
         answer(request, HTTPStatus.NOT_MODIFIED, b"", self.kind, **headers)
         request.finish()  # Twisted would add the length of the content, which a 304 leaves out
         return NOT_DONE_YET
+
+
+def _header(request: Request, name: bytes) -> str:
+    return (request.getHeader(name) or b"").decode("latin-1")
 
 
 def _accepts_gzip(header: str) -> bool:

@@ -75,7 +75,7 @@ def test_unchanged_file_is_not_sent_again(connection, accepted):
     """Each content coding has an entity tag of its own."""
     response, _ = connection.ask(b"HEAD", VERSIONED, b"Accept-Encoding: " + accepted)
     tag = response.headers["etag"].encode()
-    for known, status in ((tag, 304), (b'"x", ' + tag, 304), (b'"x"', 200)):
+    for known, status in ((tag, 304), (b'"x", ' + tag, 304), (b"W/" + tag, 304), (b'"x"', 200)):
         head, body = raw(connection, b"Accept-Encoding: " + accepted, b"If-None-Match: " + known)
         assert head.startswith(f"HTTP/1.1 {status} ")
         assert (body == b"") == (status == 304)
@@ -108,6 +108,13 @@ def test_unchanged_file_is_not_sent_again(connection, accepted):
 def test_other_files_do_not_exist(connection, path):
     response, _ = connection.ask(b"GET", path)
     assert response.status == 404
+
+
+@pytest.mark.parametrize("header", [b"Accept-Encoding", b"If-None-Match"])
+def test_header_that_is_not_utf_8_is_ignored(connection, header, events):
+    response, text = connection.ask(b"GET", VERSIONED, header + b": \xff")
+    assert (response.status, text) == (200, content("chatd.js"))
+    assert events == []
 
 
 def test_only_reading_is_allowed(connection):
