@@ -6,6 +6,9 @@ GET /static/HASH/stylesheet.css  the stylesheet of the operator with this hash, 
 
 NAME may be in a folder, as page/page.js is.  Pages of every origin may read the files.  They are small, so they stay in
 memory, as they are and compressed.
+
+While nodes are replaced one by one, one node may serve a page and another get the requests for its files.  Another
+version or hash than that of this node is answered as the plain name is.
 """
 
 import gzip
@@ -41,6 +44,8 @@ STYLESHEET: Final = "stylesheet.css"
 MAX_STYLESHEET: Final = 256 << 10
 """The largest size of that stylesheet in bytes, because it stays in memory."""
 
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+!]{0,63}")
+_HASH = re.compile(r"[0-9a-f]{16}")
 _TAG = re.compile(r'"[^"]*"')
 """An entity tag; whether it is weak makes no difference in If-None-Match (RFC 9110, section 13.1.2)."""
 _logger = Logger()
@@ -158,11 +163,15 @@ class Static(ChatResource):
         """Answer with a file, or with 304 if the client has it."""
         request.setHeader("access-control-allow-origin", "*")
         path = "/".join(part.decode("latin-1") for part in request.postpath or ())  # type: ignore[attr-defined]
-        plain = path.removeprefix(f"{chatd.__version__}/")
-        file = self._files.get(plain)
-        if self._stylesheet is not None and path == self._stylesheet.name:
-            file, plain = self._stylesheet.file, STYLESHEET
+        file, version = self._find(path)
         if file is None:
             status = HTTPStatus.NOT_FOUND
             return answer(request, status, problem(status, "there is no such file"), PROBLEM)
-        return file.send(request, cache_control=REVALIDATE if plain == path else IMMUTABLE)
+        return file.send(request, cache_control=IMMUTABLE if path.startswith(f"{version}/") else REVALIDATE)
+
+    def _find(self, path: str) -> tuple[StaticFile | None, str]:
+        """Return the file at a path, and the version or hash under which a browser may keep it for ever."""
+        folder, _, name = path.partition("/")
+        if name == STYLESHEET and _HASH.fullmatch(folder) and self._stylesheet is not None:
+            return self._stylesheet.file, self._stylesheet.file.hash
+        return self._files.get(name if _VERSION.fullmatch(folder) else path), chatd.__version__

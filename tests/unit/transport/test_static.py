@@ -48,6 +48,14 @@ def test_file_is_served(connection, folder, name):
     assert ("immutable" in response.headers["cache-control"]) == bool(folder)
 
 
+@pytest.mark.parametrize("name", ["chatd.js", "page/boot.js"])
+def test_file_of_another_version(connection, name):
+    """A node that is older or newer than the one that served the page has the file, which no browser keeps."""
+    response, text = connection.ask(b"GET", f"/static/9.9.9/{name}".encode())
+    assert (response.status, text) == (200, content(name))
+    assert response.headers["cache-control"] == "public, no-cache"
+
+
 def raw(connection, *headers):
     """Ask for the library, and return the response with its content in bytes."""
     connection.transport.clear()
@@ -99,9 +107,11 @@ def test_unchanged_file_is_not_sent_again(connection, accepted):
         b"/static/page/../chatd.js",
         b"/static/page//boot.js",
         b"/static/stylesheet.css",
-        b"/static/9.9.9/page/boot.js",
         b"/static/../messages.py",
-        b"/static/9.9.9/chatd.js",
+        b"/static/9.9.9/boot.js",
+        b"/static/9.9.9/9.9.9/chatd.js",
+        b"/static/latest/chatd.js",
+        b"/static/0123456789abcdef/stylesheet.css",
         b"/static/%2E",
     ],
 )
@@ -142,7 +152,10 @@ def test_stylesheet_is_served_under_its_hash(styled, stylesheet):
     assert (response.status, text) == (200, ":root { --accent: teal }")
     assert response.headers["content-type"] == "text/css; charset=utf-8"
     assert response.headers["cache-control"] == "public, max-age=31536000, immutable"
-    for path in (b"/static/stylesheet.css", b"/static/0123456789abcdef/stylesheet.css"):
+    response, again = styled.ask(b"GET", b"/static/0123456789abcdef/stylesheet.css")
+    assert (response.status, again) == (200, text), "that of a node that has read its file at another time"
+    assert response.headers["cache-control"] == "public, no-cache"
+    for path in (b"/static/stylesheet.css", b"/static/1/stylesheet.css", b"/static/0123456789abcdeg/stylesheet.css"):
         assert styled.ask(b"GET", path)[0].status == 404
 
 
@@ -153,8 +166,10 @@ def test_stylesheet_is_read_again(styled, stylesheet, tmp_path, events):
     (tmp_path / "team.css").write_text(":root { --accent: red }")
     stylesheet.reload()
     assert changes == [stylesheet.name] != [before]
-    assert styled.ask(b"GET", f"/static/{before}".encode())[0].status == 404
-    assert styled.ask(b"GET", f"/static/{stylesheet.name}".encode())[1] == ":root { --accent: red }"
+    for name in (before, stylesheet.name):
+        response, text = styled.ask(b"GET", f"/static/{name}".encode())
+        assert text == ":root { --accent: red }"
+        assert ("immutable" in response.headers["cache-control"]) == (name == stylesheet.name)
     assert [event["log_level"].name for event in events] == ["info"]
 
 
