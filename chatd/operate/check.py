@@ -432,6 +432,11 @@ def _page(settings: Settings, machine: Machine) -> Iterator[str]:
             if getattr(settings, name):
                 option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
                 yield f"{option}: there is no page with --no-page: give one of them"
+    elif settings.message is not None:
+        unsent = [name for name in settings.message.form.schema["required"] if name not in ("username", "message")]
+        if unsent:
+            fields = ", ".join(unsent)
+            yield f"--schema {settings.schema}: it requires {fields}, which the page does not send: use --no-page"
 
 
 def _rate(settings: Settings, _: Machine) -> Iterator[str]:

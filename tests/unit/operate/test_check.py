@@ -489,6 +489,17 @@ def test_advised_history_fits_a_frame():
     assert len(found_by({"history": most + 1})) == 1
 
 
+def test_schema_that_the_page_does_not_fit():
+    """The page sends a username and a message, and nothing else."""
+    document = schema_with(color={"type": "string", "maxLength": 9}, size={"type": "integer"})
+    fits = read(json.dumps(document).encode())
+    assert found_by({"schema": FILE, "message": fits}) == []
+    requires = read(json.dumps(document | {"required": ["username", "color", "message", "size"]}).encode())
+    (found,) = found_by({"schema": FILE, "message": requires})
+    assert found == "--schema /srv/password: it requires color, size, which the page does not send: use --no-page"
+    assert found_by({"schema": FILE, "message": requires, "no_page": True}) == []
+
+
 def test_history_of_long_messages():
     """The advice follows from the operator's own schema of messages."""
     message = read(json.dumps(schema_with(message={"type": "string", "maxLength": 8000})).encode())

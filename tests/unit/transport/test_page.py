@@ -95,7 +95,7 @@ def test_page_shows_what_the_operator_chose():
 
 
 def test_hostile_settings_are_text():
-    """They end no attribute and no element, and what looks like a place in the template is none."""
+    """They end no attribute and no element, and a name in braces stays as it is."""
     _, document = shown(title=HOSTILE, login=HOSTILE, claim=HOSTILE)
     assert document.title == HOSTILE
     assert [document.settings[name] for name in ("title", "login", "tokens")] == [HOSTILE] * 3
@@ -246,7 +246,7 @@ def test_client_that_leaves_before_the_key_has_come():
     assert connection.transport.value() == b""
 
 
-# What changes while the server runs
+# Changes while the server runs
 
 
 def test_page_links_the_stylesheet_of_the_operator(tmp_path):
@@ -346,7 +346,7 @@ def test_instructions_have_one_path():
 
 
 def test_scripts_for_every_browser_are_old():
-    """What leads a browser to the instructions must run in one that cannot run the page."""
+    """The scripts that lead a browser to the instructions run in one that cannot run the page."""
     for name in ("about.js", "page/boot.js"):
         script = read_files()[name].bodies[""][1].decode()
         assert not re.search(r"=>|`|\b(?:let|const|class|import|export|async|await)\b(?! )|\?\.|\?\?", script)
