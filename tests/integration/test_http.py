@@ -280,10 +280,16 @@ def test_half_closed_client_gets_its_answer(common, times):
         assert client.rest().startswith(b"HTTP/1.1 201 Created\r\n")
 
 
-def test_room_has_a_page_on_the_port_that_it_names(connection, common):
+def test_room_has_a_page(connection):
     answer, page = ask(connection, "GET", "/rooms/team-1")
     assert answer.status == 200
-    assert f"{common.url}rooms/team-1" in page
+    assert ' data-room="team-1" ' in page
+
+
+def test_instructions_name_the_port(connection, common):
+    answer, page = ask(connection, "GET", "/about")
+    assert answer.status == 200
+    assert common.url in page
     with Raw(common.port) as client:
         assert client.join("/rooms/team-1")["data"] == []
 
@@ -436,7 +442,7 @@ def test_http_over_tls(tmp_path):
 
         with connect() as connection:
             assert say(connection, "main")[0].status == 201
-            assert "wss://" in ask(connection, "GET", "/")[1]
+            assert "wss://" in ask(connection, "GET", "/about")[1]
             connection.request("GET", "/rooms/main/events")
             stream = connection.getresponse()
             parser = EventParser()

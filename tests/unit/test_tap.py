@@ -759,7 +759,7 @@ def test_hangup_reads_the_token_again(reactor, kept, guarded, tmp_path, monkeypa
 
 
 def test_hangup_reads_the_schema_again(reactor, kept, tmp_path, monkeypatch):
-    """The payload limit and the served documents change with it."""
+    """The payload limit, the page and the served documents change with it."""
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.chdir(tmp_path)
@@ -778,12 +778,14 @@ def test_hangup_reads_the_schema_again(reactor, kept, tmp_path, monkeypatch):
         return [*body["content"]["application/json"]["schema"]["properties"]]
 
     assert fields() == ["username", "message", "color", "label", "replaces"]
+    assert ' data-max-message="30"' in page_at(reactor, b"/")
     assert 48_000 < factory.protocol.max_message == factory.protocol.maxFramePayloadSize < 60_000
-    file.write_text(json.dumps(schema_with(size={"type": "integer"})))
+    file.write_text(json.dumps(schema_with(size={"type": "integer"}, message={"type": "string", "maxLength": 600})))
     handlers[signal.SIGHUP](signal.SIGHUP, None)
     reactor.advance(0)
     assert fields() == ["username", "message", "size", "label", "replaces"]
     assert factory.protocol.max_message == factory.maxMessagePayloadSize == MAX_MESSAGE
+    assert ' data-max-message="600"' in page_at(reactor, b"/")
 
 
 def page_at(reactor, path, *headers):
