@@ -3,7 +3,8 @@
 (function () {
   "use strict";
   var scripts = document.getElementsByTagName("script");
-  var root = scripts[scripts.length - 1].src.replace(/static\/[^?#]*$/, "");
+  var script = document.currentScript || scripts[scripts.length - 1];
+  var root = script.src.replace(/static\/[^?#]*$/, "");
   var started = false;
 
   function leave() {

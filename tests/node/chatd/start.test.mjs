@@ -13,7 +13,8 @@ function run(name, address, { modules = true } = {}) {
   const listen = (type, listener) => heard[type].push(listener);
   const page = { left: null, places: [{ textContent: "?" }, { textContent: "?" }] };
   const document = {
-    getElementsByTagName: () => [{ src: `${FILES}other.js` }, { src: `${FILES}boot.js` }],
+    currentScript: modules ? { src: `${FILES}boot.js` } : undefined,
+    getElementsByTagName: () => [{ src: "https://other.example/a.js" }, { src: `${FILES}boot.js` }],
     createElement: () => (modules ? { noModule: false } : {}),
     querySelectorAll: (selector) => (selector === ".url" ? page.places : []),
     addEventListener: listen,
