@@ -1,9 +1,10 @@
-"""The scripts that decide whether a browser gets the page or the instructions."""
+"""The scripts that decide whether a browser gets the page or the instructions, and what a stylesheet may set."""
 
+import re
 import subprocess
 
 from support.needs import need
-from support.servers import LONG, NODE
+from support.servers import LONG, NODE, ROOT
 
 
 def test_scripts_before_the_page():
@@ -17,3 +18,12 @@ def test_scripts_before_the_page():
         check=False,
     )
     assert result.returncode == 0, result.stdout
+
+
+def test_documented_properties_are_set():
+    """Each custom property that docs/operations.md promises to operators is one of the theme."""
+    section = (ROOT / "docs/operations.md").read_text("utf-8").partition("\n## The page\n")[2].partition("\n## ")[0]
+    promised = set(re.findall(r"`(--[a-z-]+)`", section.partition("| property |")[2].partition("\n\n")[0]))
+    assert promised >= {"--accent", "--background", "--font", "--text"}
+    for theme in (ROOT / "chatd/static").glob("page/page.css"):
+        assert promised - set(re.findall(r"^\s*(--[a-z-]+):", theme.read_text("utf-8"), re.MULTILINE)) == set()
