@@ -46,6 +46,8 @@ export interface PendingPost {
   key: string;
   /** The order of the posts, about the time in milliseconds. */
   at: number;
+  /** The newest entry that this client had when the post was made. */
+  since?: Id;
   /** What the server gets: a message, an edit (`replaces`) or a removal (`type`, `id`). */
   frame: { label: string; username?: string; message?: string; replaces?: Id; type?: "remove"; id?: Id };
   /** The reason for which the server refused it; such a post is not sent again. */
@@ -70,16 +72,17 @@ export interface Snapshot {
   state: State;
   /** The reason for which the client does not reconnect. */
   error?: Error;
+  /** In `waiting` and `rejected`, why the connection ended, for people. */
+  reason?: string;
   /** The time of the next attempt in `waiting`, as Date.now() counts. */
   retryAt?: number;
   /** The messages, oldest first, with their newest texts and without the edits. */
   messages: Entry[];
-  /** All entries, the edits included. */
-  entries: Entry[];
   /** True if the log has older messages than these: see `older`. */
   more: boolean;
   /** The id of the newest entry. */
   last?: Id;
+  /** The posts without an ack, of all tabs. No post is here and in `messages` at once. */
   outbox: PendingPost[];
   presence?: Presence;
   /** The names of those who type now. */
@@ -97,14 +100,8 @@ export interface RoomEvents {
   presence: Presence;
   typing: string[];
   state: State;
-  /** A connection or an attempt has ended. The next attempt is in `wait` seconds. */
-  disconnect: { reason: string; wait: number };
-  /** The outbox has a new post. */
-  outbox: undefined;
-  /** A post has left the outbox: with the ack, or discarded. */
-  settle: { label: string; ack?: { id: Id; duplicate?: boolean } };
-  /** The server refused a post for good. */
-  refuse: PendingPost;
+  /** The outbox has changed. */
+  outbox: PendingPost[];
   /** The snapshot has changed. */
   change: undefined;
 }
@@ -132,14 +129,10 @@ export interface Options {
   signal?: AbortSignal;
   /** The WebSocket of Node 20: that of the package ws. Null uses event streams alone. */
   WebSocket?: unknown;
-  fetch?: typeof fetch;
   /** IndexedDB by default; without it, posts do not survive a reload. */
   storage?: Storage;
-  /** Web Locks and broadcast channels, by which tabs share a connection. Null gives each tab its own. */
+  /** Web Locks, by which tabs share a connection. Null gives each tab its own. */
   locks?: LockManager | null;
-  BroadcastChannel?: typeof BroadcastChannel | null;
-  /** The source of randomness, from 0 to 1. */
-  random?: () => number;
 }
 
 /** A user of one server. */
@@ -154,6 +147,8 @@ export class Client {
 
 /** A member of one room, over as many connections as needed. */
 export interface Room extends EventTarget, AsyncIterable<Entry> {
+  /** The name of this user, as the options have it. */
+  readonly username?: string;
   /**
    * Post a message, over as many connections, tabs and reloads as that takes. The promise is fulfilled when the server
    * has stored it. It is rejected with Rejected, or with ClientStopped if the room is stopped or the post discarded.
@@ -163,6 +158,8 @@ export interface Room extends EventTarget, AsyncIterable<Entry> {
   edit(id: Id, message: string): Promise<Posted>;
   /** Remove a message. Needs a token of its author or of a moderator. */
   remove(id: Id): Promise<Posted>;
+  /** Send a refused post again, under its label. Undefined if the outbox has no such post. */
+  retry(label: string): Promise<Posted> | undefined;
   /** Remove a post from the outbox, in all tabs. The server may have stored it. */
   discard(label: string): void;
   /** Read a page: the newest entries, or those before or after an id. */
@@ -171,6 +168,8 @@ export interface Room extends EventTarget, AsyncIterable<Entry> {
   older(limit?: number): Promise<void>;
   /** Show the others that this user types. Call it at each key: one notice is sent in three seconds. */
   typing(): void;
+  /** Connect now, unless the server has named the time of the next attempt; check a connection. */
+  reconnect(): void;
   /** Return what to show. The object stays the same until something changes. */
   snapshot(): Snapshot;
   /** Call a function after each change; return a function that ends this. */
@@ -194,65 +193,21 @@ export class Rejected extends Error {
 /** The end of a room, or of a post, by its user. The server may have stored the post. */
 export class ClientStopped extends Error {}
 
-// The parts that need no connection
-
-/** A history frame of the server. */
-export interface HistoryFrame {
-  id: Id;
-  data: Message[];
-  replaces?: Record<string, Id>;
-  replaced?: Record<string, Id>;
-  removed?: number[];
+/** The entries of a room that a client has: consecutive ones, up to the id `last`. It needs no connection. */
+export class Log {
+  constructor(last?: Id);
+  readonly entries: Entry[];
+  readonly last?: Id;
+  /** True if there are older entries than these. */
+  readonly more: boolean;
+  /** Replace all entries. */
+  replace(history: History): void;
+  /** Add newer entries, and return those that are new. Throws if some are missing between. */
+  append(entries: Entry[]): Entry[];
+  /** Add an older page, and return whether it ends where the entries begin. */
+  prepend(page: History): boolean;
+  /** The id before which the next older page ends. */
+  readonly first: Id;
+  /** Return a history frame for a client that has the entries up to an id. */
+  after(id?: Id): object;
 }
-
-/** Return the entries of a history frame. */
-export function entriesOf(frame: HistoryFrame): Entry[];
-
-/** Return the seconds until a JSON Web Token should be renewed; undefined if it states no time or has expired. */
-export function secondsToRenewal(token: string, now: number): number | undefined;
-
-/** What a core needs of the outside. Times are in seconds. */
-export interface Host {
-  now(): number;
-  random(): number;
-  /** Call `tick` at this time, which may be Infinity. */
-  arm(at: number): void;
-  connect(last?: Id): void;
-  send(frame: object): void;
-  close(): void;
-  emit(type: string, detail?: unknown): void;
-}
-
-/** The state machine of a client in a room. */
-export interface Core {
-  readonly view: Omit<Snapshot, "messages" | "retryAt" | "typing"> & { typing: Set<string> };
-  /** Connect now. */
-  start(): void;
-  /** Take the end of a connection or of an attempt. `code` is that of the close frame, or the HTTP status. */
-  lost(ending: { reason: string; code?: number; retryAfter?: number }): void;
-  /** End for good. */
-  end(state: State, error: Error): void;
-  /** Take the state of the leader, in another tab. */
-  follow(leader: { state: State; error?: { message: string; code?: string | number } }): void;
-  /** React to a network or a machine that is back. */
-  wake(): void;
-  /** Take a sign of life of the server. */
-  heard(): void;
-  /** Take a frame, as text or parsed; return it parsed, or undefined if it broke the protocol. */
-  receive(frame: string | object): { type: string } | undefined;
-  /** Add an older page. */
-  prepend(page: History): void;
-  /** Return the history frame for another tab, which has the entries up to an id; undefined if it has newer ones. */
-  welcome(last?: Id): object | undefined;
-  post(...posts: PendingPost[]): void;
-  discard(label: string, ack?: { id: Id; duplicate?: boolean }): void;
-  /** Call a function once, later; undefined cancels that, and so does the end of the connection. */
-  after(seconds: number | undefined, call: () => void): void;
-  /** The time at which `tick` is due. */
-  deadline(): number;
-  /** Do what is due. */
-  tick(): void;
-}
-
-/** Make the state machine of a client in a room. `last` is the last id of an earlier client. */
-export function createCore(host: Host, last?: Id): Core;

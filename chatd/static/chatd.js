@@ -1,27 +1,17 @@
 /**
  * chatd.js, the client of a chatd server for browsers and Node. docs/clients.md explains its use, docs/protocol.md the
- * protocol, and chatd.d.ts the types.
+ * protocol, and chatd.d.ts has the types.
  *
- * A room is a log of numbered entries, and a client is a cursor in it. `createCore` makes that cursor: a state machine
- * that takes frames and events, and tells its host what to do. It has no I/O, clock or randomness. `createRoom` is the
- * host: it connects, keeps time and stores the outbox. Three links carry the same frames: a WebSocket, a stream of
- * events with POST where no WebSocket opens, and another tab. The tab that holds the Web Lock is the leader. It alone
- * is connected, and answers the other tabs as a server does.
- *
- * A post stays in the outbox, even over reloads, until the server answers. Each connection sends it again under its
- * first label, so the server stores it once. One post is in flight at a time, so posts keep their order.
+ * A room is a log of numbered entries (`Log`), and a client is a cursor in it. Frames arrive by one of three ways: a
+ * WebSocket, a stream of events where no WebSocket opens, or another tab. One tab, the leader, holds a Web Lock and is
+ * connected. It answers the others as a server does. All tabs have the same outbox, and the leader sends it: one post
+ * at a time, so that posts keep their order, and again until the server has answered. The label makes that harmless.
  */
-/** @typedef {import("./chatd.d.ts").Entry} Entry */
-
-const CONNECT = 10; // seconds, as all of these: the limit of an attempt to connect
-const ANSWER = 10; // the limit of an answer
+const ANSWER = 10; // seconds, as all of these: the limit of an answer
 const IDLE = 45; // the silence after which the client probes the server
-const SLEPT = 5; // a timer that is so late shows that the machine slept
 const TYPING = 5; // how long a name is shown as typing
-const STREAM = 600; // how long a stream lasts until a WebSocket is tried again
-const FINAL_CODES = [1002, 1003, 1007, 1008, 1009]; // they blame the client, which would fail again
-const TEMPORARY = [408, 425, 429, 500, 502, 503, 504];
-const PROBE = "probe"; // a label that no post has
+const STREAMS = 600; // how long no WebSocket is tried after one that did not open
+const PROBE = { type: "history", limit: 1, label: "probe" };
 
 /** The refusal of a client or a request; `code` is that of the error or the close frame, or the HTTP status. */
 export class Rejected extends Error {
@@ -34,598 +24,517 @@ export class Rejected extends Error {
 export class ClientStopped extends Error {}
 
 const epochOf = (id) => id?.split("-")[0];
-const numberOf = (id) => (id ? Number(id.split("-")[1]) : 0);
-const before = (id, count) => `${epochOf(id)}-${numberOf(id) - count}`;
+const numberOf = (id) => Number(id?.split("-")[1] ?? 0);
+const shift = (id, by) => `${epochOf(id)}-${numberOf(id) + by}`;
+const follows = (id, other) => epochOf(id) !== epochOf(other) || numberOf(id) > numberOf(other);
+const temporary = (status) => status >= 500 || [408, 425, 429].includes(status);
 
-/** @returns {Entry[]} the entries of a history frame */
-export function entriesOf({ id: end, data, replaces = {}, replaced = {}, removed = [] }) {
+function entriesOf({ id: end, data, replaces, replaced, removed }) {
   return data.map((one, place) => {
-    const id = before(end, data.length - 1 - place);
+    const id = shift(end, place + 1 - data.length);
     const n = numberOf(id);
-    return { id, data: one, replaces: replaces[n], replaced: replaced[n], removed: removed.includes(n) };
+    return { id, data: one, replaces: replaces?.[n], replaced: replaced?.[n], removed: removed?.includes(n) };
   });
 }
 
-/** Return the seconds until a JSON Web Token should be renewed; undefined if it states no time or has expired. */
-export function secondsToRenewal(token, now) {
+/** The entries that a client has: consecutive ones, up to the id `last`. */
+export class Log {
+  entries = [];
+  constructor(last) {
+    this.last = last;
+    this.more = !!last;
+  }
+  replace({ id, more, entries }) {
+    Object.assign(this, { entries, more: !!more, last: id });
+  }
+  /** Add entries, and return those that are new. */
+  append(entries) {
+    const fresh = entries.filter(({ id }) => follows(id, this.last));
+    if (this.last && fresh.length && fresh[0].id !== shift(this.last, 1))
+      throw new Error(`${fresh[0].id} does not follow ${this.last}`);
+    this.last = fresh.at(-1)?.id ?? this.last;
+    this.entries.push(...fresh);
+    for (const entry of fresh) this.#edit(entry);
+    return fresh;
+  }
+  /** Put the text of an edit in place of the old one; a removal also erases the earlier edits. */
+  #edit({ id, data, replaces, removed }) {
+    if (!replaces) return;
+    this.entries.forEach((entry, place, entries) => {
+      const original = entry.id === replaces && follows(id, entry.replaced);
+      if (!original && !(removed && entry.replaces === replaces)) return;
+      const { username, timestamp } = entry.data;
+      const replaced = original ? id : undefined;
+      entries[place] = { ...entry, replaced, removed, data: { ...data, username, timestamp } };
+    });
+  }
+  /** The id that a page of older entries is before. */
+  get first() {
+    return this.entries[0]?.id ?? shift(this.last, 1);
+  }
+  /** Add a page of older entries, and return whether it ends where the entries begin. */
+  prepend({ id, more, entries }) {
+    if (entries.length && shift(this.first, -1) !== id) return false;
+    this.more = more;
+    this.entries.unshift(...entries);
+    for (const entry of [...this.entries]) this.#edit(entry);
+    return true;
+  }
+  /** Return the history frame for a reader that has the entries up to an id. */
+  after(id) {
+    const known = this.entries.length + numberOf(id) - numberOf(this.last);
+    const resumed = epochOf(id) === epochOf(this.last) && known >= 0;
+    const entries = this.entries.slice(resumed ? known : 0);
+    return { type: "history", id: this.last, resumed, more: this.more, entries };
+  }
+}
+
+const unique = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
+
+/** The outbox in IndexedDB. */
+function database() {
+  const done = (request) =>
+    new Promise((resolve, reject) => {
+      request.onsuccess = () => resolve(request.result);
+      request.onerror = () => reject(request.error);
+    });
+  const opening = indexedDB.open("chatd", 1);
+  opening.onupgradeneeded = () => opening.result.createObjectStore("outbox", { keyPath: "label" });
+  const opened = done(opening);
+  const run = async (method, given) =>
+    done((await opened).transaction("outbox", "readwrite").objectStore("outbox")[method](given));
+  return {
+    list: async (key) => (await run("getAll")).filter((post) => post.key === key),
+    put: (post) => run("put", post),
+    delete: (label) => run("delete", label),
+  };
+}
+const nowhere = { list: async () => [], put: async () => {}, delete: async () => {} };
+
+/** Return the seconds until a minute before the end of a token, or until half of its time; undefined if it has none. */
+function secondsToRenewal(token) {
   try {
-    const left = JSON.parse(atob(token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/"))).exp - now;
-    return left > 0 ? Math.min(Math.max(left - Math.min(60, left / 2), 1), 86400) : undefined;
+    const { exp } = JSON.parse(atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/")));
+    const left = exp - Date.now() / 1000;
+    return left > 0 ? Math.max(left - 60, left / 2, 1) : undefined;
   } catch {
     return undefined;
   }
 }
 
 /**
- * Make the state machine of a client in a room, whose last id may be known.
- * @param {import("./chatd.d.ts").Host} host
- * @param {string} [last]
- * @returns {import("./chatd.d.ts").Core}
- */
-export function createCore({ now, random, arm, connect, send, close, emit }, last) {
-  const view = { state: "connecting", last, entries: [], more: !!last, outbox: [], typing: new Set() };
-  const timers = new Map(); // when to call which functions
-  const forgets = new Map(); // functions that end the typing of a name
-  let attempts = 0;
-  let paced = false; // the server named the time of the next attempt
-  let probed = false;
-  let sent; // the label of the post in flight
-
-  // Time
-
-  const deadline = () => Math.min(...timers.values());
-  /** Call a function once, later; undefined cancels that, and so does the end of the connection. */
-  function after(seconds, call) {
-    timers.delete(call);
-    if (seconds !== undefined) timers.set(call, now() + seconds);
-    arm(deadline());
-  }
-  /** Do what is due. */
-  function tick() {
-    for (const [call, at] of [...timers]) if (at <= now() && timers.delete(call)) call();
-  }
-
-  // Connections
-
-  function setState(state) {
-    if (view.error) return;
-    view.state = state;
-    emit("state", state);
-  }
-  function disconnect() {
-    timers.clear();
-    view.typing.clear();
-    view.presence = sent = undefined;
-    close();
-  }
-  function start() {
-    if (view.error) return;
-    disconnect();
-    probed = true; // a server that stays silent is given up
-    after(CONNECT, silent);
-    setState("connecting");
-    if (!view.error) connect(view.last); // unless a listener has stopped the room
-  }
-  /** End for good. */
-  function end(state, error) {
-    if (view.error) return;
-    disconnect();
-    Object.assign(view, { state, error });
-    emit("state", state);
-  }
-  /** Take the end of a connection or of an attempt, and reconnect later if that may succeed. */
-  function lost({ reason, code = 0, retryAfter }) {
-    if (view.error) return;
-    const expired = code === 1008 && reason.includes("token has expired");
-    const refused = code >= 400 && code < 600 && !TEMPORARY.includes(code);
-    if (refused || (FINAL_CODES.includes(code) && !expired)) return end("rejected", new Rejected(reason, code));
-    disconnect();
-    paced = retryAfter !== undefined;
-    const wait = retryAfter ?? random() * Math.min(2 ** attempts++, 30);
-    after(wait, start);
-    emit("disconnect", { reason, wait });
-    setState("waiting");
-  }
-  /** Take the state of the leader, in another tab. */
-  function follow({ state, error }) {
-    if (state === "online") return start();
-    if (error) return end(state, new Rejected(error.message, error.code));
-    disconnect();
-    setState(state);
-  }
-  /** The network or the machine is back: connect soon, or check the connection. */
-  function wake() {
-    if (view.state === "online") probe();
-    else if (view.state === "waiting" && !paced) after(random(), start);
-  }
-  function heard() {
-    probed = false;
-    after(IDLE, silent);
-  }
-  function probe() {
-    probed = true;
-    after(ANSWER, silent);
-    send({ type: "history", limit: 1, label: PROBE });
-  }
-  function silent() {
-    if (probed) lost({ reason: "the server did not answer in time" });
-    else probe();
-  }
-
-  // Frames
-
-  /** Take a frame, as text or parsed, and return it parsed. */
-  function receive(text) {
-    if (view.error) return undefined;
-    try {
-      const frame = typeof text === "string" ? JSON.parse(text) : text;
-      heard();
-      if (view.state !== "online" && frame.type !== "history") throw new Error(`a ${frame.type} before the history`);
-      if (handlers[frame.type]) handlers[frame.type](frame);
-      else emit(frame.type, frame.data);
-      return frame;
-    } catch (error) {
-      lost({ reason: `the server broke the protocol: ${error.message}` });
-      return undefined;
-    }
-  }
-  const handlers = {
-    message: ({ type, ...entry }) => append([entry], entry.id),
-    history(frame) {
-      if (frame.label) return; // the answer to a probe
-      const online = view.state === "online";
-      if (online && frame.resumed !== false) throw new Error("a second history is no fresh start");
-      const entries = frame.entries ?? entriesOf(frame);
-      if (frame.resumed && view.last) append(entries, frame.id);
-      else {
-        Object.assign(view, { entries, more: !!frame.more, last: frame.id });
-        emit("history", { entries: [...entries], more: view.more });
-      }
-      attempts = 0;
-      sent = undefined; // the acks of a lost log never arrive
-      if (!online) setState("online");
-      sendNext();
-    },
-    ack: (frame) => answered(frame.label, () => discard(frame.label, frame)),
-    error: ({ label, message, code, retry_after = 1 }) =>
-      answered(label, (post) => {
-        if (code === "RATE_LIMITED" || code === "UNAVAILABLE") return after(retry_after, sendNext);
-        post.error = { message, code };
-        emit("refuse", post);
-      }),
-    presence({ data: { count, users, join, leave } }) {
-      const here = view.presence?.users?.filter((name) => !leave?.includes(name));
-      view.presence = { count, users: join ? here?.concat(join).sort() : users };
-      emit("presence", view.presence);
-    },
-    typing({ data }) {
-      for (const name of data.users) {
-        if (!forgets.has(name)) forgets.set(name, () => view.typing.delete(name) && emit("typing", [...view.typing]));
-        view.typing.add(name);
-        after(TYPING, forgets.get(name));
-      }
-      emit("typing", [...view.typing]);
-    },
-    token() {}, // a new token is in force
-  };
-  function append(entries, end) {
-    if (view.last && before(end, entries.length) !== view.last) throw new Error(`${end} does not follow ${view.last}`);
-    view.last = end;
-    view.entries.push(...entries);
-    for (const entry of entries) {
-      edit(entry);
-      forgets.get(entry.data.username)?.();
-    }
-    if (entries.length) emit("entries", { entries });
-  }
-  /** Put the text of an edit in place of the old one; a removal also erases the earlier edits. */
-  function edit({ id, data, replaces, removed }) {
-    if (!replaces) return;
-    const { entries } = view;
-    const change = (place, fields) => {
-      const { username, timestamp } = entries[place].data;
-      entries[place] = { ...entries[place], ...fields, removed, data: { ...data, username, timestamp } };
-    };
-    const place = numberOf(replaces) - numberOf(entries[0].id);
-    if (entries[place] && numberOf(entries[place].replaced) < numberOf(id)) change(place, { replaced: id });
-    if (removed) entries.forEach((entry, place) => entry.replaces === replaces && change(place));
-  }
-  /** Add an older page, unless it does not end at the oldest entry. */
-  function prepend(page) {
-    const { entries } = view;
-    if (page.entries.length && before(entries[0]?.id ?? before(view.last, -1), 1) !== page.id) return;
-    view.more = page.more;
-    entries.unshift(...page.entries);
-    entries.forEach(edit);
-    emit("older", page);
-  }
-  /** Return the history frame for another tab, which has the entries up to an id; undefined if it has newer ones. */
-  function welcome(last) {
-    if (epochOf(last) === epochOf(view.last) && numberOf(last) > numberOf(view.last)) return undefined;
-    const place = view.entries.findLastIndex(({ id }) => id === last);
-    const resumed = last && (place >= 0 || last === view.last);
-    const entries = last === view.last ? [] : view.entries.slice(resumed ? place + 1 : -100);
-    const more = view.more || entries.length < view.entries.length;
-    return { type: "history", id: view.last, resumed, more, entries };
-  }
-
-  // Posts
-
-  function post(...posts) {
-    const known = view.outbox.map(({ label }) => label);
-    view.outbox.push(...posts.filter(({ label }) => !known.includes(label)));
-    view.outbox.sort((one, other) => one.at - other.at);
-    emit("outbox");
-    sendNext();
-  }
-  /** Remove a post from the outbox. */
-  function discard(label, ack) {
-    view.outbox = view.outbox.filter((post) => post.label !== label);
-    emit("settle", { label, ack });
-  }
-  function sendNext() {
-    const next = view.outbox.find(({ error }) => !error);
-    if (!next || sent || view.state !== "online" || timers.has(sendNext)) return;
-    sent = next.label;
-    after(ANSWER, silent); // a post without an answer leads to a probe
-    send(next.frame);
-  }
-  function answered(label, act) {
-    if (sent === label) sent = undefined;
-    const post = view.outbox.find((post) => post.label === label);
-    if (post) act(post);
-    sendNext();
-  }
-
-  return { view, start, lost, end, follow, wake, heard, receive, prepend, welcome, post, discard, after, deadline, tick };
-}
-
-/** The outbox in IndexedDB. */
-function database() {
-  const settle = (ask) =>
-    new Promise((resolve, reject) => {
-      const request = ask();
-      request.onsuccess = () => resolve(request.result);
-      request.onerror = () => reject(request.error);
-      request.onupgradeneeded = () => request.result.createObjectStore("outbox", { keyPath: "label" });
-    });
-  const opened = settle(() => indexedDB.open("chatd", 1));
-  const run = (mode, ask) =>
-    opened.then((known) => settle(() => ask(known.transaction("outbox", mode).objectStore("outbox"))));
-  return {
-    list: (key) => run("readonly", (all) => all.getAll()).then((posts) => posts.filter((post) => post.key === key)),
-    put: (post) => run("readwrite", (all) => all.put(post)),
-    delete: (label) => run("readwrite", (all) => all.delete(label)),
-  };
-}
-const memory = { list: async () => [], put: async () => {}, delete: async () => {} };
-
-/**
- * Make the host of a core: a member of the room at a URL.
+ * Join the room at a URL.
  * @param {string} url
  * @param {import("./chatd.d.ts").Options} options
  * @returns {import("./chatd.d.ts").Room}
  */
-function createRoom(url, options) {
-  const { username, token, events = "presence,typing", signal, random = Math.random } = options;
-  const { WebSocket = globalThis.WebSocket, fetch = globalThis.fetch } = options;
-  const { locks = globalThis.navigator?.locks, BroadcastChannel = globalThis.BroadcastChannel } = options;
-  const { storage = globalThis.indexedDB ? database() : memory } = options;
+function join(url, options) {
+  const { username, token, signal, events = "presence,typing", WebSocket = globalThis.WebSocket } = options;
+  const { locks = globalThis.navigator?.locks, storage = globalThis.indexedDB ? database() : nowhere } = options;
   const room = new EventTarget();
-  const key = `chatd ${url} ${username}`;
-  const stopped = new AbortController();
-  const channel = locks && BroadcastChannel && new BroadcastChannel(key);
+  const log = new Log(options.last);
+  const key = `chatd ${url} ${username}`; // of the outbox and the tabs
+  const channel = locks && new BroadcastChannel(key);
   const answers = new Map(); // the promises of this tab's posts, by label
-  let link = {};
-  let bearer; // the newest token
-  let streams = false; // the last WebSocket did not open
+  const typists = new Set();
+  const timers = {};
+  const stopped = new AbortController();
+  let visit; // aborted when the page is left
+  let connection = new AbortController(); // aborted at its end
+  let status = { state: "connecting" };
   let leads = false;
-  let release; // ends the lead
-  let away = false; // the page is in the back/forward cache
-  let paging, timer, shown, retryAt;
-  let due = Infinity;
-  let typed = 0; // when this user last typed, and last posted
-  let newest = 0;
-  const clock = () => performance.now() / 1000;
+  let outbox = [];
+  let sent; // the label of the newest post that was sent
+  let attempts = 0;
+  let paced = false; // the server named the time of the next attempt
+  let streams = 0; // the time until which no WebSocket is tried
+  let typed = 0; // the time of the newest typing notice
+  let beaten = Date.now();
+  let send, error, presence, shown, bearer, paging, greeting;
 
-  const core = createCore(
-    { now: clock, random, arm, connect, send: (frame) => link.send?.(frame), close: unlink, emit },
-    options.last,
-  );
-  const { view } = core;
-
-  // For the core
-
-  function arm(at) {
-    if (at >= due || view.error) return;
-    clearTimeout(timer);
-    due = at;
-    const wait = Math.min(Math.max(at - clock(), 0), 10) * 1000; // short, so that a sleep is soon noticed
-    const expected = Date.now() + wait;
-    timer = setTimeout(() => {
-      due = Infinity;
-      if (Date.now() - expected > SLEPT * 1000) core.wake();
-      core.tick();
-      arm(core.deadline());
-    }, wait);
-  }
+  const is = (state) => status.state === state;
+  const tell = (...note) => channel?.postMessage(note);
+  const ignore = () => {};
   function emit(type, detail) {
     shown = undefined;
-    if (type === "disconnect") retryAt = Date.now() + detail.wait * 1000;
-    if (type === "refuse") {
-      storage.put({ ...detail }).catch(() => {});
-      settle(detail.label, new Rejected(detail.error.message, detail.error.code));
-    }
-    if (type === "settle") {
-      storage.delete(detail.label).catch(() => {});
-      settle(detail.label, new ClientStopped("the post was discarded"), detail.ack);
-    }
-    if (type === "state" || type === "history") {
-      if (leads && view.state !== "stopped") tellState();
-      if (view.error) finish();
-    }
-    room.dispatchEvent(Object.assign(new Event(type), { detail }));
-    room.dispatchEvent(new Event("change"));
+    for (const name of [type, "change"]) room.dispatchEvent(new CustomEvent(name, { detail }));
   }
-  function settle(label, error, ack) {
-    const { resolve, reject } = answers.get(label) ?? {};
-    answers.delete(label);
-    if (ack) resolve?.({ id: ack.id, duplicate: !!ack.duplicate });
-    else reject?.(error);
+  /** Call a function later, unless the connection ends before. */
+  function after(name, seconds, call) {
+    clearTimeout(timers[name]);
+    timers[name] = setTimeout(call, Math.min(seconds, 86400) * 1000);
+  }
+
+  // Connections
+
+  function setStatus(next) {
+    if (error) return;
+    status = next;
+    if (leads && !is("stopped")) tell("follow", status);
+    if (is("rejected")) error = new Rejected(status.reason, status.code);
+    if (is("stopped")) error = new ClientStopped("the room was stopped");
+    if (error) finish();
+    emit("state", status.state);
   }
   function finish() {
-    clearTimeout(timer);
+    disconnect();
+    clearInterval(beat);
+    visit?.abort();
     stopped.abort();
-    release?.();
     channel?.close();
-    for (const label of [...answers.keys()]) settle(label, view.error);
+    for (const { reject } of answers.values()) reject(error);
   }
-
-  // Links
-
-  function unlink() {
-    const old = link;
-    link = {};
-    old.close?.();
+  function disconnect() {
+    connection.abort();
+    connection = new AbortController();
+    Object.values(timers).forEach(clearTimeout);
+    typists.clear();
+    presence = sent = undefined;
   }
-  async function connect(last) {
-    const mine = (link = { id: Math.random() });
-    if (channel && !leads) return followLeader(last);
-    try {
-      bearer = await newToken();
-      if (mine !== link) return;
-      if (streams || !WebSocket) stream(mine, last);
-      else open(mine, last);
-    } catch (error) {
-      if (mine === link) core.lost({ reason: error.message });
+  function start() {
+    disconnect();
+    setStatus({ state: "connecting" });
+    if (error) return; // a listener has stopped the room
+    if (!leads) return tell("hello", (greeting = unique()), log.last, unsent());
+    after("watch", ANSWER, silent);
+    connect(connection.signal);
+  }
+  /** Take the end of a connection or of an attempt, and reconnect later if that may succeed. */
+  function lost({ reason, code, retryAfter }) {
+    if (is("connecting")) streams = 0;
+    const expired = code === 1008 && reason.includes("token has expired");
+    const refused = [1002, 1003, 1007, 1008, 1009].includes(code) || (code >= 400 && code < 500 && !temporary(code));
+    if (refused && !expired) return setStatus({ state: "rejected", reason, code });
+    disconnect();
+    paced = retryAfter > 0;
+    const wait = paced ? Number(retryAfter) : Math.random() * Math.min(2 ** attempts++, 30);
+    after("start", wait, start);
+    setStatus({ state: "waiting", reason, retryAt: Date.now() + wait * 1000 });
+  }
+  /** The network, the machine or the user is back: connect soon, or check the connection. */
+  function wake(soon = Math.random()) {
+    if (!leads) tell("wake", soon);
+    else if (is("online")) probe();
+    else if (is("waiting") && !paced) after("start", soon, start);
+  }
+  const beat = setInterval(() => {
+    if (Date.now() - beaten > 15_000) wake(); // the machine slept
+    beaten = Date.now();
+  }, 10_000);
+  const heard = () => leads && after("watch", IDLE, probe);
+  function probe() {
+    after("watch", ANSWER, silent);
+    send(PROBE);
+  }
+  function silent() {
+    const mute = is("connecting") && !streams; // some proxies never answer a WebSocket
+    lost({ reason: "the server did not answer in time" });
+    if (mute) streams = Date.now() + STREAMS * 1000;
+  }
+  function connect(signal) {
+    const end = (ending) => signal.aborted || lost(ending);
+    const fail = ({ message }) => end({ reason: message });
+    const query = encode({ events, username, last_event_id: log.last });
+
+    function open() {
+      const protocols = bearer ? ["chat.v1", `bearer.${bearer}`] : ["chat.v1"];
+      const socket = new WebSocket(`${url.replace("http", "ws")}?${query}`, protocols);
+      let opened = false;
+      signal.onabort = () => socket.close();
+      send = (frame) => socket.send(JSON.stringify(frame));
+      socket.onopen = () => {
+        opened = true;
+        renewLater();
+      };
+      socket.onmessage = ({ data }) => signal.aborted || receive(data);
+      socket.onerror = ignore;
+      socket.onclose = ({ code, reason }) => {
+        const retryAfter = /retry_after=([\d.]+)/.exec(reason)?.[1];
+        if (opened || signal.aborted) return end({ code, reason: `closed with ${code} ${reason}`, retryAfter });
+        streams = Date.now() + STREAMS * 1000;
+        stream().catch(fail); // HTTP shows the status that a WebSocket conceals
+      };
     }
+    function renewLater() {
+      const seconds = typeof token === "function" && secondsToRenewal(bearer);
+      if (seconds) after("renew", seconds, renew);
+    }
+    async function renew() {
+      bearer = await newToken().catch(() => bearer);
+      if (signal.aborted) return;
+      send({ type: "token", token: bearer, label: "token" });
+      renewLater();
+    }
+    async function stream() {
+      send = (frame) => frame.label && frame !== PROBE && deliver(frame).catch(fail);
+      const { ok, status, headers, body } = await request(`/events?${query}`, { signal });
+      if (!ok) return end({ code: status, reason: `refused with ${status}`, retryAfter: headers.get("Retry-After") });
+      const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let text = "", retryAfter; ; ) {
+        const { done, value } = await reader.read();
+        if (done) return end({ reason: "the stream ended", retryAfter });
+        const lines = (text + value).split("\n");
+        text = lines.pop();
+        heard();
+        for (const line of lines) {
+          if (signal.aborted) return;
+          if (line.startsWith("data: ")) receive(line.slice(6));
+          if (line.startsWith("retry: ") && is("online")) retryAfter = Number(line.slice(7)) / 1000;
+        }
+      }
+    }
+    /** Post over HTTP, and take the answer as a frame. */
+    async function deliver(frame) {
+      const { type, id, label } = frame;
+      const headers = { "Content-Type": "application/json", "Idempotency-Key": label };
+      const response = await (type === "remove"
+        ? request(`/messages/${id}`, { method: "DELETE", signal, headers })
+        : request("/messages", { method: "POST", signal, headers, body: JSON.stringify(frame) }));
+      const { status } = response;
+      if (status === 401) return end({ code: status, reason: "the token was refused" });
+      const answer = await response.json();
+      const code = temporary(status) ? "UNAVAILABLE" : answer.code;
+      const refusal = { type: "error", label, code, message: answer.detail, retry_after: response.headers.get("Retry-After") ?? 1 };
+      if (!signal.aborted) receive(JSON.stringify(response.ok ? answer : refusal));
+    }
+    newToken()
+      .then((given) => {
+        bearer = given;
+        if (!signal.aborted) return WebSocket && Date.now() > streams ? open() : stream();
+      })
+      .catch(fail);
   }
   const newToken = async () => (typeof token === "function" ? token() : token);
   const encode = (fields) => new URLSearchParams(Object.entries(fields).filter(([, value]) => value));
-  const query = (last) => encode({ events, username, last_event_id: last });
-  function open(mine, last) {
-    const protocols = bearer ? ["chat.v1", `bearer.${bearer}`] : ["chat.v1"];
-    streams = true; // until it opens
-    const socket = new WebSocket(`${url.replace(/^http/, "ws")}?${query(last)}`, protocols);
-    mine.send = (frame) => socket.send(JSON.stringify(frame));
-    mine.close = () => socket.close();
-    socket.onopen = () => {
-      streams = false;
-      renewLater();
-    };
-    socket.onmessage = ({ data }) => mine === link && receive(data);
-    socket.onerror = () => {};
-    socket.onclose = ({ code, reason }) => {
-      if (mine !== link) return;
-      if (streams) return stream(mine, last); // HTTP shows the status that a WebSocket conceals
-      const seconds = /retry_after=([\d.]+)/.exec(reason)?.[1];
-      core.lost({ code, reason: `closed with ${code} ${reason}`, retryAfter: seconds && Number(seconds) });
-    };
-  }
-  function renewLater() {
-    if (typeof token === "function") core.after(secondsToRenewal(bearer ?? "", Date.now() / 1000), renew);
-  }
-  async function renew() {
-    const mine = link;
-    bearer = await newToken().catch(() => bearer);
-    if (mine !== link) return;
-    if (view.state === "online") link.send({ type: "token", token: bearer, label: "token" });
-    renewLater();
-  }
-  /** Send an HTTP request with the token, and once more with a new one. */
-  async function request(path, init, again = typeof token === "function") {
-    bearer ??= await newToken();
+  /** Send an HTTP request with the token, and again with a new one if that is refused. */
+  async function request(path, init, again) {
+    if (again || !bearer) bearer = await newToken();
     const headers = { ...init?.headers, ...(bearer && { Authorization: `Bearer ${bearer}` }) };
     const limit = AbortSignal.timeout(ANSWER * 1000);
     const response = await fetch(url + path, { cache: "no-store", signal: limit, ...init, headers });
-    if (response.status !== 401 || !again) return response;
-    bearer = await newToken();
-    return request(path, init, false);
+    return response.status === 401 && bearer && !again ? request(path, init, true) : response;
   }
-  const retryAfterOf = ({ headers }) => Number(headers.get("Retry-After") ?? undefined) || undefined;
-  async function stream(mine, last) {
-    const abort = new AbortController();
-    let retryAfter;
-    mine.close = () => abort.abort();
-    mine.send = (frame) => frame.label && frame.label !== PROBE && deliver(frame, mine);
-    const lost = (ending) => {
-      if (view.state !== "online") streams = false;
-      if (mine === link) core.lost(ending);
-    };
+
+  // Frames
+
+  function receive(text) {
     try {
-      const response = await request(`/events?${query(last)}`, { signal: abort.signal });
-      const { ok, status, headers } = response;
-      if (!ok || !headers.get("Content-Type").startsWith("text/event-stream"))
-        return lost({ code: status, reason: `refused with ${status}`, retryAfter: retryAfterOf(response) });
-      core.after(STREAM, () => {
-        streams = false;
-        lost({ reason: "a WebSocket may open now", retryAfter: 0 });
-      });
-      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-      for (let text = ""; ; ) {
-        const { done, value } = await reader.read();
-        if (done) return lost({ reason: "the stream ended", retryAfter });
-        const lines = (text + value).split("\n");
-        text = lines.pop();
-        if (mine === link) core.heard();
-        for (const line of lines) {
-          if (mine !== link) return;
-          if (line.startsWith("data: ")) receive(line.slice(6));
-          else if (line.startsWith("retry: ") && view.state === "online") retryAfter = Number(line.slice(7)) / 1000;
-        }
+      const frame = JSON.parse(text);
+      heard();
+      if (!is("online") && frame.type !== "history") throw new Error(`a ${frame.type} before the history`);
+      handlers[frame.type]?.(frame);
+      if (leads && frame.type !== "history") tell("receive", text);
+    } catch ({ message }) {
+      lost({ reason: `the server broke the protocol: ${message}` });
+    }
+  }
+  const handlers = {
+    message: ({ type, ...entry }) => append([entry]),
+    history(frame) {
+      if (frame.label) return; // the answer to a probe
+      if (is("online") && frame.resumed !== false) throw new Error("a second history is no fresh start");
+      const entries = frame.entries ?? entriesOf(frame);
+      if (frame.resumed && log.last) append(entries);
+      else {
+        log.replace({ ...frame, entries });
+        emit("history", { entries: [...entries], more: log.more });
       }
-    } catch (error) {
-      lost({ reason: error.message });
-    }
+      attempts = 0;
+      setStatus({ state: "online" }); // after a fresh start too, at which the other tabs begin again
+      resend(); // the acks of a lost log never arrive
+    },
+    ack({ label, id, duplicate = false }) {
+      outbox = outbox.map((post) => ({ ...post, since: id }));
+      drop(label);
+      settle(label, "resolve", { id, duplicate });
+    },
+    error({ label, message, code, retry_after = 1 }) {
+      if (code === "RATE_LIMITED" || code === "UNAVAILABLE") return after("send", retry_after, resend);
+      const post = find(label);
+      if (!post) return;
+      sent = undefined;
+      keep({ ...post, error: { message, code } });
+      settle(label, "reject", new Rejected(message, code));
+    },
+    presence({ data: { count, users, join, leave } }) {
+      const here = presence?.users?.filter((name) => !leave?.includes(name));
+      presence = { count, users: join ? here?.concat(join).sort() : users };
+      emit("presence", presence);
+    },
+    typing({ data }) {
+      for (const name of data.users) {
+        typists.add(name);
+        after(`typing ${name}`, TYPING, () => typists.delete(name) && emit("typing", [...typists]));
+      }
+      emit("typing", [...typists]);
+    },
+  };
+  function append(given) {
+    const entries = log.append(given);
+    for (const { data } of entries) typists.delete(data.username);
+    if (entries.length) emit("entries", { entries });
   }
-  /** Post over HTTP, and take the answer as a frame. */
-  async function deliver(frame, mine) {
-    const { type, id, label } = frame;
-    const headers = { "Content-Type": "application/json", "Idempotency-Key": label };
-    let answer = { type: "error", label, code: "UNAVAILABLE" };
-    try {
-      const response = await (type === "remove"
-        ? request(`/messages/${id}`, { method: "DELETE", headers })
-        : request("/messages", { method: "POST", headers, body: JSON.stringify(frame) }));
-      if (response.status === 401) return mine === link && core.lost({ code: 401, reason: "the token was refused" });
-      const body = await response.json();
-      const code = TEMPORARY.includes(response.status) ? "UNAVAILABLE" : body.code;
-      answer = response.ok ? body : { ...answer, message: body.detail, code, retry_after: retryAfterOf(response) };
-    } catch {
-      // The network failed, so the core sends the post again.
-    }
-    if (mine === link) receive(answer);
+
+  // Posts
+
+  const find = (label) => outbox.find((post) => post.label === label);
+  const unsent = () => outbox.filter(({ error }) => !error);
+  /** Add posts, or put them in place of those with the same labels. */
+  function add(posts) {
+    const labels = posts.map(({ label }) => label);
+    outbox = outbox.filter(({ label }) => !labels.includes(label)).concat(posts).sort((one, other) => one.at - other.at);
+    emit("outbox", outbox);
+    sendNext();
+  }
+  function keep(post) {
+    storage.put(post).catch(ignore);
+    add([post]);
+  }
+  function drop(label) {
+    storage.delete(label).catch(ignore);
+    outbox = outbox.filter((post) => post.label !== label);
+    add([]);
+  }
+  function sendNext() {
+    const [next] = unsent();
+    if (!leads || !is("online") || !next || next.label === sent) return;
+    sent = next.label;
+    after("watch", ANSWER, probe);
+    send(next.frame);
+  }
+  function resend() {
+    sent = undefined;
+    sendNext();
+  }
+  function settle(label, how, outcome) {
+    answers.get(label)?.[how](outcome);
+    answers.delete(label);
+  }
+  /** Keep a post until its answer, and return the promise of that. */
+  function submit(post) {
+    const answer = new Promise((resolve, reject) => (error ? reject(error) : answers.set(post.label, { resolve, reject })));
+    answer.catch(ignore); // the snapshot shows it too, so nobody has to wait for it
+    if (error) return answer;
+    tell("add", [post]);
+    keep(post);
+    return answer;
+  }
+  function ask(fields) {
+    const label = unique();
+    const at = Math.max(Date.now(), (outbox.at(-1)?.at ?? 0) + 1);
+    return submit({ label, key, at, since: log.last, frame: { ...fields, label } });
+  }
+  /** Tell whether the entry of a post has arrived, and its ack follows. */
+  const arrived = ({ since, frame: { username, message, replaces } }) =>
+    log.entries.some(
+      ({ id, data, ...entry }) =>
+        data.message === message && data.username === username && entry.replaces === replaces && follows(id, since),
+    );
+  function discard(label) {
+    drop(label);
+    settle(label, "reject", new ClientStopped("the post was discarded"));
   }
 
   // Tabs
 
-  const tell = (note) => channel?.postMessage(note);
-  function tellState() {
-    const { state, error } = view;
-    tell({ status: { state, error: error && { message: error.message, code: error.code }, retryAt } });
+  function hello(from, last, posts) {
+    add(posts);
+    if (!is("online")) return tell("follow", status);
+    tell("welcome", from, JSON.stringify(log.after(last)));
+    if (presence) tell("receive", JSON.stringify({ type: "presence", data: presence }));
   }
-  function receive(text) {
-    const frame = core.receive(text);
-    if (leads && frame && frame.type !== "history") tell({ frame });
-  }
-  function followLeader(last) {
-    const { id } = link;
-    link.send = (frame) => (frame.label === PROBE ? core.heard() : tell({ frame, up: true }));
-    tell({ hello: id, last });
-  }
-  function hear({ data: { hello, last, to, frame, up, status, discarded } }) {
-    if (discarded) core.discard(discarded);
-    else if (leads && hello) greet(hello, last);
-    else if (leads && up) frame.label ? core.post(record(frame)) : link.send?.(frame);
-    else if (leads || up || hello) return;
-    else if (status) {
-      retryAt = status.retryAt;
-      core.follow(status);
-    } else if (to ? to === link.id : view.state === "online") core.receive(frame);
-  }
-  function greet(to, last) {
-    if (view.state !== "online") return tellState();
-    const frame = core.welcome(last);
-    if (frame) tell({ to, frame });
-    if (view.presence) tell({ frame: { type: "presence", data: view.presence } });
+  const welcome = (to, text) => to === greeting && receive(text);
+  function follow(next) {
+    if (next.state === "online") return start();
+    disconnect();
+    setStatus(next);
   }
   function lead() {
     leads = true;
-    core.start();
+    start();
   }
   function enter() {
-    away = false;
-    if (!channel) return lead();
+    visit = new AbortController();
+    const { signal } = visit;
     const hold = (resolve) => {
-      release = resolve;
+      signal.onabort = resolve;
       lead();
     };
-    locks.request(key, { signal: stopped.signal }, () => away || new Promise(hold)).catch(() => {});
-    core.start();
+    if (!channel) return lead();
+    locks.request(key, { signal }, () => new Promise(hold)).catch(ignore);
+    start();
   }
   function leave() {
-    away = true;
+    visit.abort();
     leads = false;
-    core.follow({ state: "waiting" });
-    release?.();
+    follow({ state: "waiting" });
   }
 
   // For the user
 
-  function record(frame) {
-    newest = Math.max(Date.now(), newest + 1);
-    return { label: frame.label, key, at: newest, frame };
-  }
-  function ask(frame) {
-    const label = [...crypto.getRandomValues(new Uint32Array(4))].map((part) => part.toString(36)).join("");
-    const answer = new Promise((resolve, reject) => answers.set(label, { resolve, reject }));
-    answer.catch(() => {}); // the snapshot shows it too, so nobody has to wait for it
-    const post = record({ ...frame, label });
-    if (view.error) settle(label, view.error);
-    else {
-      storage.put(post).catch(() => {});
-      core.post(post);
-    }
-    return answer;
-  }
   async function page(range = {}) {
     const response = await request(`/messages?${encode(range)}`);
-    const page = await response.json();
-    if (!response.ok) throw new Rejected(page.detail, page.code ?? response.status);
-    return { id: page.id, more: !!page.more, entries: entriesOf(page) };
+    const frame = await response.json();
+    if (!response.ok) throw new Rejected(frame.detail, frame.code ?? response.status);
+    return { id: frame.id, more: !!frame.more, entries: entriesOf(frame) };
   }
   Object.assign(room, {
+    username,
     post: (message, fields) => ask({ username, message, ...fields }),
     edit: (id, message) => ask({ username, message, replaces: id }),
     remove: (id) => ask({ type: "remove", id }),
+    retry: (label) => find(label)?.error && submit({ ...find(label), error: undefined }),
     discard(label) {
-      tell({ discarded: label });
-      core.discard(label);
+      tell("discard", label);
+      discard(label);
     },
     page,
     async older(limit = 50) {
-      if (!view.more) return;
-      const range = { before: view.entries[0]?.id ?? before(view.last, -1), limit };
-      paging ??= page(range).then(core.prepend).finally(() => (paging = undefined));
+      const add = (page) => log.prepend(page) && emit("older", page);
+      if (log.more) paging ??= page({ before: log.first, limit }).then(add).finally(() => (paging = undefined));
       await paging;
     },
     typing() {
-      if (Date.now() - typed < 3000 || view.state !== "online") return;
+      if (!leads) return tell("typing");
+      if (Date.now() - typed < 3000 || !is("online")) return;
       typed = Date.now();
-      link.send({ type: "typing", username });
+      send({ type: "typing", username });
     },
+    reconnect: () => wake(0),
     snapshot() {
       if (shown) return shown;
-      const { outbox, typing, entries } = view;
-      const messages = entries.filter(({ replaces }) => !replaces);
-      const copies = { outbox: [...outbox], typing: [...typing], entries: [...entries], messages };
-      return (shown = { ...view, ...copies, retryAt });
+      const messages = log.entries.filter(({ replaces }) => !replaces);
+      const [first] = unsent(); // only this one may be stored
+      const hidden = first && arrived(first) ? first : undefined;
+      const posts = outbox.filter((post) => post !== hidden);
+      const { last, more } = log;
+      return (shown = { ...status, error, messages, last, more, outbox: posts, presence, typing: [...typists] });
     },
     subscribe(call) {
       room.addEventListener("change", call);
       return () => room.removeEventListener("change", call);
     },
     async *[Symbol.asyncIterator]() {
-      let seen;
-      while (!view.error) {
-        const place = view.entries.findLastIndex(({ id }) => id === seen);
-        for (const entry of view.entries.slice(place + 1)) yield ((seen = entry.id), entry);
-        const changed = (resolve) => room.addEventListener("change", resolve, { once: true });
-        if (view.entries.at(-1)?.id === seen && !view.error) await new Promise(changed);
+      for (let seen; !error; ) {
+        const fresh = log.entries.slice(log.entries.findLastIndex(({ id }) => id === seen) + 1);
+        for (const entry of fresh) yield ((seen = entry.id), entry);
+        if (!fresh.length) await new Promise((resolve) => room.addEventListener("change", resolve, { once: true }));
       }
-      if (view.state === "rejected") throw view.error;
+      if (is("rejected")) throw error;
     },
-    stop: () => core.end("stopped", new ClientStopped("the room was stopped")),
+    stop: () => setStatus({ state: "stopped" }),
   });
 
   const on = (target, type, call) => target?.addEventListener?.(type, call, { signal: stopped.signal });
-  on(channel, "message", hear);
-  on(globalThis, "online", core.wake);
-  on(globalThis.document, "visibilitychange", () => document.hidden || core.wake());
+  const leader = { add, discard, hello, wake, typing: room.typing };
+  const follower = { add, discard, welcome, follow, receive: (text) => is("online") && receive(text) };
+  on(channel, "message", ({ data: [name, ...given] }) => (leads ? leader : follower)[name]?.(...given));
+  on(globalThis, "online", () => wake());
+  on(globalThis.document, "visibilitychange", () => document.hidden || wake());
   on(globalThis, "pagehide", leave);
   on(globalThis, "pageshow", ({ persisted }) => persisted && enter());
   on(signal, "abort", room.stop);
-  storage.list(key).then((posts) => core.post(...posts)).catch(() => {});
+  storage.list(key).then(add).catch(ignore);
   if (signal?.aborted) room.stop();
   else enter();
   return room;
@@ -642,7 +551,7 @@ export class Client {
   room(name = "main") {
     const known = this.rooms.get(name);
     if (known && !known.snapshot().error) return known;
-    const room = createRoom(`${this.url}/rooms/${name}`, this.options);
+    const room = join(`${this.url}/rooms/${name}`, this.options);
     this.rooms.set(name, room);
     return room;
   }

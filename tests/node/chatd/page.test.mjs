@@ -1,120 +1,80 @@
 // What chatd.js does in a page, with doubles of its window, its document and the network.
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { Client } from "../../../chatd/static/chatd.js";
+import { history, message, online, start, turn } from "./doubles.mjs";
 
-const HISTORY = { type: "history", id: "abcd-2", data: [] };
-
-class Socket {
-  static all = [];
-  sent = [];
-  closed = false;
-  constructor(url, protocols) {
-    Object.assign(this, { url, protocols });
-    Socket.all.push(this);
-  }
-  send(text) {
-    this.sent.push(JSON.parse(text));
-  }
-  close() {
-    this.closed = true;
-  }
-  /** Open the connection, with an empty history. */
-  open() {
-    this.onopen();
-    this.onmessage({ data: JSON.stringify(HISTORY) });
-  }
-}
-const turn = () => new Promise((resolve) => setImmediate(resolve));
-
-/** A room that is online, and the window and document of its page. */
-async function online(t, options) {
-  const [window, document] = [new EventTarget(), Object.assign(new EventTarget(), { hidden: false })];
-  Object.assign(globalThis, { document, addEventListener: window.addEventListener.bind(window) });
-  t.mock.timers.enable({ apis: ["setTimeout"] });
-  Socket.all = [];
-  const client = new Client("http://server", { username: "ann", WebSocket: Socket, locks: null, ...options });
-  const room = client.room("a");
-  t.after(() => {
-    client.stop();
-    delete globalThis.document;
-    delete globalThis.addEventListener;
-  });
-  await turn();
-  Socket.all[0].open();
-  assert.equal(room.snapshot().state, "online");
-  return { room, window, document, socket: Socket.all[0] };
-}
 const happen = (target, type, fields) => target.dispatchEvent(Object.assign(new Event(type), fields));
 const probe = { type: "history", limit: 1, label: "probe" };
 
 test("connection is checked when the network or the page is back", async (t) => {
-  const { window, document, socket } = await online(t);
+  const { window, document, sent } = await online(t);
   happen(window, "online");
   happen(document, "visibilitychange");
   document.hidden = true;
   happen(document, "visibilitychange");
-  assert.deepEqual(socket.sent, [probe, probe]);
+  assert.deepEqual(sent(), [probe, probe]);
 });
 
 test("connection is checked after the machine slept", async (t) => {
-  const { socket } = await online(t);
-  t.mock.timers.tick(10_000);
-  assert.deepEqual(socket.sent, []);
+  const { sent, pass } = await online(t);
+  await pass(10);
+  assert.deepEqual(sent(), []);
   const now = Date.now;
-  t.after(() => (Date.now = now));
-  Date.now = () => now() + 3_600_000;
-  t.mock.timers.tick(10_000);
-  assert.deepEqual(socket.sent, [probe]);
+  t.mock.method(Date, "now", () => now() + 3_600_000);
+  await pass(10);
+  assert.deepEqual(sent(), [probe]);
 });
 
 test("page in the back/forward cache leaves, and resumes when it is back", async (t) => {
-  const { room, window, socket } = await online(t);
+  const { room, window, sockets } = await online(t);
   happen(window, "pagehide");
-  assert.equal(socket.closed, true);
+  assert.equal(sockets[0].closed, true);
   happen(window, "pageshow", { persisted: false });
   await turn();
-  assert.equal(Socket.all.length, 1);
+  assert.equal(sockets.length, 1);
   happen(window, "pageshow", { persisted: true });
   await turn();
-  assert.match(Socket.all[1].url, /^ws:\/\/server\/rooms\/a\?.*last_event_id=abcd-2$/);
+  assert.match(sockets[1].url, /^ws:\/\/server\/rooms\/a\?.*last_event_id=abcd-2$/);
   assert.equal(room.snapshot().state, "connecting");
 });
 
 test("token goes into a subprotocol, and never into the address", async (t) => {
-  const { socket } = await online(t, { token: async () => "x.y.z" });
-  assert.deepEqual(socket.protocols, ["chat.v1", "bearer.x.y.z"]);
-  assert.equal(socket.url.includes("x.y.z"), false);
+  const { sockets } = await start(t, { token: async () => "x.y.z" });
+  assert.deepEqual(sockets[0].protocols, ["chat.v1", "bearer.x.y.z"]);
+  assert.equal(sockets[0].url.includes("x.y.z"), false);
 });
 
 test("frames of an old connection are ignored", async (t) => {
-  const { room, window, socket } = await online(t);
+  const { room, window, sockets } = await online(t);
   happen(window, "pagehide");
   happen(window, "pageshow", { persisted: true });
-  socket.onmessage({ data: JSON.stringify({ type: "message", id: "abcd-3", data: { username: "bob", message: "late" } }) });
-  socket.onclose({ code: 1008, reason: "" });
-  assert.deepEqual(room.snapshot().messages, []);
+  sockets[0].receive(message("abcd-3", "late"));
+  sockets[0].onclose({ code: 1008, reason: "" });
+  assert.equal(room.snapshot().messages.length, 2);
   assert.equal(room.snapshot().state, "connecting");
 });
 
 test("typing is shown once in three seconds", async (t) => {
-  const { room, socket } = await online(t);
+  const { room, sent, pass } = await online(t);
   room.typing();
   room.typing();
-  const now = Date.now;
-  t.after(() => (Date.now = now));
-  Date.now = () => now() + 3000;
+  await pass(3);
   room.typing();
-  assert.deepEqual(socket.sent, [1, 2].map(() => ({ type: "typing", username: "ann" })));
+  assert.deepEqual(sent(), [1, 2].map(() => ({ type: "typing", username: "ann" })));
 });
 
 test("post that cannot be stored on this machine is sent all the same", async (t) => {
   const fail = async () => {
     throw new Error("no space");
   };
-  const { room, socket } = await online(t, { storage: { list: fail, put: fail, delete: fail } });
+  const { room, sent, receive } = await online(t, { storage: { list: fail, put: fail, delete: fail } });
   const post = room.post("hi");
-  const [{ label }] = socket.sent;
-  socket.onmessage({ data: JSON.stringify({ type: "ack", label, id: "abcd-3" }) });
+  const [{ label }] = sent();
+  receive({ type: "ack", label, id: "abcd-3" });
   assert.deepEqual(await post, { id: "abcd-3", duplicate: false });
+});
+
+test("room names its user", async (t) => {
+  const { room } = await start(t);
+  assert.equal(room.username, "ann");
 });
