@@ -136,6 +136,7 @@ function join(url, options) {
   const key = `chatd ${url} ${username}`; // of the outbox and the tabs
   const channel = locks && new BroadcastChannel(key);
   const answers = new Map(); // the promises of this tab's posts, by label
+  const settled = new Map(); // the labels of posts that have left the outbox, and their ids
   const typists = new Set();
   const timers = {};
   const stopped = new AbortController();
@@ -159,6 +160,7 @@ function join(url, options) {
     shown = undefined;
     for (const name of [type, "change"]) room.dispatchEvent(new CustomEvent(name, { detail }));
   }
+  const change = () => new Promise((resolve) => room.addEventListener("change", resolve, { once: true }));
   /** Call a function later, unless the connection ends before. */
   function after(name, seconds, call) {
     clearTimeout(timers[name]);
@@ -295,7 +297,9 @@ function join(url, options) {
       const answer = await response.json();
       const code = temporary(status) ? "UNAVAILABLE" : answer.code;
       const refusal = { type: "error", label, code, message: answer.detail, retry_after: response.headers.get("Retry-After") ?? 1 };
-      if (!signal.aborted) receive(JSON.stringify(response.ok ? answer : refusal));
+      // The answer may overtake the entry, which is on its way in the stream.
+      while (response.ok && !signal.aborted && follows(answer.id, log.last)) await change();
+      if (!signal.aborted) receive(response.ok ? answer : refusal);
     }
     newToken()
       .then((given) => {
@@ -317,19 +321,21 @@ function join(url, options) {
 
   // Frames
 
-  function receive(text) {
+  function receive(given) {
     try {
-      const frame = JSON.parse(text);
+      const frame = typeof given === "string" ? JSON.parse(given) : given;
       heard();
-      if (!is("online") && frame.type !== "history") throw new Error(`a ${frame.type} before the history`);
       handlers[frame.type]?.(frame);
-      if (leads && frame.type !== "history") tell("receive", text);
+      if (leads && frame.type !== "history") tell("receive", frame);
     } catch ({ message }) {
       lost({ reason: `the server broke the protocol: ${message}` });
     }
   }
   const handlers = {
-    message: ({ type, ...entry }) => append([entry]),
+    message({ type, ...entry }) {
+      if (!is("online")) throw new Error("a message before the history");
+      append([entry]);
+    },
     history(frame) {
       if (frame.label) return; // the answer to a probe
       if (is("online") && frame.resumed !== false) throw new Error("a second history is no fresh start");
@@ -344,8 +350,7 @@ function join(url, options) {
       resend(); // the acks of a lost log never arrive
     },
     ack({ label, id, duplicate = false }) {
-      outbox = outbox.map((post) => ({ ...post, since: id }));
-      drop(label);
+      drop(label, id);
       settle(label, "resolve", { id, duplicate });
     },
     error({ label, message, code, retry_after = 1 }) {
@@ -381,8 +386,8 @@ function join(url, options) {
   const unsent = () => outbox.filter(({ error }) => !error);
   /** Add posts, or put them in place of those with the same labels. */
   function add(posts) {
-    const labels = posts.map(({ label }) => label);
-    outbox = outbox.filter(({ label }) => !labels.includes(label)).concat(posts).sort((one, other) => one.at - other.at);
+    const all = new Map([...outbox, ...posts].map((post) => [post.label, post]));
+    outbox = [...all.values()].filter(({ label }) => !settled.has(label)).sort((one, other) => one.at - other.at);
     emit("outbox", outbox);
     sendNext();
   }
@@ -390,9 +395,9 @@ function join(url, options) {
     storage.put(post).catch(ignore);
     add([post]);
   }
-  function drop(label) {
+  function drop(label, id) {
+    settled.set(label, id);
     storage.delete(label).catch(ignore);
-    outbox = outbox.filter((post) => post.label !== label);
     add([]);
   }
   function sendNext() {
@@ -424,12 +429,17 @@ function join(url, options) {
     const at = Math.max(Date.now(), (outbox.at(-1)?.at ?? 0) + 1);
     return submit({ label, key, at, since: log.last, frame: { ...fields, label } });
   }
-  /** Tell whether the entry of a post has arrived, and its ack follows. */
-  const arrived = ({ since, frame: { username, message, replaces } }) =>
-    log.entries.some(
-      ({ id, data, ...entry }) =>
-        data.message === message && data.username === username && entry.replaces === replaces && follows(id, since),
-    );
+  /** Return the posts whose entry has not arrived. An ack follows its entry, or gets lost on the way. */
+  function missing() {
+    const taken = new Set(settled.values());
+    return outbox.filter(({ error, since, frame }) => {
+      const own = ({ data, replaces }) =>
+        data.message === frame.message && data.username === frame.username && replaces === frame.replaces;
+      const entry = !error && log.entries.find((entry) => own(entry) && follows(entry.id, since) && !taken.has(entry.id));
+      if (entry) taken.add(entry.id);
+      return !entry;
+    });
+  }
   function discard(label) {
     drop(label);
     settle(label, "reject", new ClientStopped("the post was discarded"));
@@ -440,10 +450,10 @@ function join(url, options) {
   function hello(from, last, posts) {
     add(posts);
     if (!is("online")) return tell("follow", status);
-    tell("welcome", from, JSON.stringify(log.after(last)));
-    if (presence) tell("receive", JSON.stringify({ type: "presence", data: presence }));
+    tell("welcome", from, log.after(last));
+    if (presence) tell("receive", { type: "presence", data: presence });
   }
-  const welcome = (to, text) => to === greeting && receive(text);
+  const welcome = (to, frame) => to === greeting && receive(frame);
   function follow(next) {
     if (next.state === "online") return start();
     disconnect();
@@ -504,11 +514,8 @@ function join(url, options) {
     snapshot() {
       if (shown) return shown;
       const messages = log.entries.filter(({ replaces }) => !replaces);
-      const [first] = unsent(); // only this one may be stored
-      const hidden = first && arrived(first) ? first : undefined;
-      const posts = outbox.filter((post) => post !== hidden);
       const { last, more } = log;
-      return (shown = { ...status, error, messages, last, more, outbox: posts, presence, typing: [...typists] });
+      return (shown = { ...status, error, messages, last, more, outbox: missing(), presence, typing: [...typists] });
     },
     subscribe(call) {
       room.addEventListener("change", call);
@@ -518,7 +525,7 @@ function join(url, options) {
       for (let seen; !error; ) {
         const fresh = log.entries.slice(log.entries.findLastIndex(({ id }) => id === seen) + 1);
         for (const entry of fresh) yield ((seen = entry.id), entry);
-        if (!fresh.length) await new Promise((resolve) => room.addEventListener("change", resolve, { once: true }));
+        if (!fresh.length) await change();
       }
       if (is("rejected")) throw error;
     },
@@ -527,7 +534,7 @@ function join(url, options) {
 
   const on = (target, type, call) => target?.addEventListener?.(type, call, { signal: stopped.signal });
   const leader = { add, discard, hello, wake, typing: room.typing };
-  const follower = { add, discard, welcome, follow, receive: (text) => is("online") && receive(text) };
+  const follower = { add, discard, welcome, follow, receive: (frame) => (is("online") || frame.type !== "message") && receive(frame) };
   on(channel, "message", ({ data: [name, ...given] }) => (leads ? leader : follower)[name]?.(...given));
   on(globalThis, "online", () => wake());
   on(globalThis.document, "visibilitychange", () => document.hidden || wake());

@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 
+import pytest
 from support.servers import LONG, NODE, WATCHED, environment, need
 
 
-def test_library_against_real_servers():
+@pytest.mark.parametrize("name", ["room", "faults"])
+def test_library_against_real_servers(name):
     need("ws")
     command = json.dumps([sys.executable, str(WATCHED)])
     result = subprocess.run(
-        [need("node"), "--test", "chatd/room.test.mjs"],
+        [need("node"), "--test", f"chatd/{name}.test.mjs"],
         cwd=NODE,
         env=environment(CHATD_TEST_COMMAND=command),
         capture_output=True,

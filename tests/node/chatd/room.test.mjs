@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { after, test as run } from "node:test";
 import WebSocket from "ws";
 import { Client, ClientStopped, Rejected } from "../../../chatd/static/chatd.js";
-import { proxy, seeded, serve, stored, until } from "./server.mjs";
+import { Blocked, memory, proxy, serve, stored, tabbed, until } from "./server.mjs";
 
 const test = (name, call) => run(name, { timeout: 60_000 }, call);
 const quick = { WebSocket, locks: null };
@@ -30,30 +30,6 @@ async function shared() {
 const texts = (room) => room.snapshot().messages.map(({ data }) => data.message);
 const is = (state) => (snapshot) => snapshot.state === state;
 const event = (room, type) => new Promise((resolve) => room.addEventListener(type, resolve, { once: true }));
-/** A WebSocket that never opens, as behind a proxy that blocks them. */
-class Blocked {
-  constructor() {
-    setTimeout(() => this.onclose?.({ code: 1006, reason: "" }));
-  }
-  close() {}
-}
-
-/** A storage of the outbox that outlives a client, as IndexedDB outlives a page. */
-function memory() {
-  const posts = new Map();
-  let empty = () => {};
-  return {
-    posts,
-    emptied: () => new Promise((resolve) => (posts.size ? (empty = resolve) : resolve())),
-    list: async (key) => [...posts.values()].filter((post) => post.key === key),
-    put: async (post) => posts.set(post.label, structuredClone(post)),
-    delete: async (label) => {
-      posts.delete(label);
-      if (!posts.size) empty();
-    },
-  };
-}
-
 for (const Socket of [WebSocket, Blocked])
   test(`${Socket.name}: two people chat`, async (t) => {
     const [url, name] = await shared();
@@ -324,34 +300,6 @@ test("abort signal stops the rooms", async (t) => {
 
 // Tabs
 
-/** Web Locks and an outbox for the tabs of one test. */
-function tabs_() {
-  const queue = [];
-  let held = false;
-  const grant = async () => {
-    if (held || !queue.length) return;
-    held = true;
-    const { call, resolve } = queue.shift();
-    await call();
-    held = false;
-    resolve();
-    grant();
-  };
-  const locks = {
-    request: (name, { signal }, call) =>
-      new Promise((resolve, reject) => {
-        const entry = { call, resolve };
-        queue.push(entry);
-        signal.addEventListener("abort", () => {
-          if (queue.includes(entry)) queue.splice(queue.indexOf(entry), 1);
-          reject(signal.reason);
-        });
-        queueMicrotask(grant);
-      }),
-  };
-  return { locks, storage: memory() };
-}
-
 test("ten tabs are one connection, and each message is seen once", async (t) => {
   const [url, name] = await shared();
   let sockets = 0;
@@ -361,8 +309,8 @@ test("ten tabs are one connection, and each message is seen once", async (t) => 
       sockets += 1;
     }
   }
-  const tabbed = { ...tabs_(), WebSocket: Counted };
-  const tabs = Array.from({ length: 10 }, () => join_(t, url, tabbed, name));
+  const shares = { ...tabbed(), WebSocket: Counted };
+  const tabs = Array.from({ length: 10 }, () => join_(t, url, shares, name));
   const seen = tabs.map(() => []);
   const breaks = [];
   tabs.forEach((tab, at) => {
@@ -377,7 +325,7 @@ test("ten tabs are one connection, and each message is seen once", async (t) => 
   assert.deepEqual([users, count], [["ann", "bob"], 2]);
   await Promise.all(tabs.map((tab, at) => tab.post(`from ${at}`)));
   await Promise.all(tabs.map((tab) => until(tab, ({ messages }) => messages.length === 10)));
-  await tabbed.storage.emptied();
+  await shares.storage.emptied();
   other.typing();
   await until(tabs[9], ({ typing }) => typing.includes("bob"));
   tabs[5].typing();
@@ -396,7 +344,7 @@ test("ten tabs are one connection, and each message is seen once", async (t) => 
   assert.deepEqual(breaks, []);
 
   // A new tab gets the history of its leader.
-  const late = join_(t, url, tabbed, name);
+  const late = join_(t, url, shares, name);
   await until(late, ({ messages }) => messages.length === 12);
   await until(late, ({ presence }) => presence?.count === 2);
   assert.equal(sockets, 2);
@@ -404,8 +352,8 @@ test("ten tabs are one connection, and each message is seen once", async (t) => 
 
 test("tabs need no events besides messages", async (t) => {
   const [url, name] = await shared();
-  const tabbed = { ...tabs_(), events: "" };
-  const [one, other] = [join_(t, url, tabbed, name), join_(t, url, tabbed, name)];
+  const shares = { ...tabbed(), events: "" };
+  const [one, other] = [join_(t, url, shares, name), join_(t, url, shares, name)];
   const breaks = [];
   other.addEventListener("state", ({ detail }) => detail === "waiting" && breaks.push(detail));
   await until(other, is("online"));
@@ -417,8 +365,8 @@ test("tabs need no events besides messages", async (t) => {
 
 test("tabs show the pause of their leader, and its refusals", async (t) => {
   const first = await serve(t);
-  const tabbed = tabs_();
-  const [leader, tab] = [join_(t, first.url, tabbed), join_(t, first.url, tabbed)];
+  const shares = tabbed();
+  const [leader, tab] = [join_(t, first.url, shares), join_(t, first.url, shares)];
   await until(tab, is("online"));
   await first.kill();
   await until(tab, is("waiting"));
@@ -435,48 +383,15 @@ test("tabs show the pause of their leader, and its refusals", async (t) => {
 
 test("posts of a closed tab are sent by the next one", async (t) => {
   const first = await serve(t);
-  const tabbed = tabs_();
-  const [, tab] = [join_(t, first.url, tabbed), join_(t, first.url, tabbed)];
+  const shares = tabbed();
+  const [, tab] = [join_(t, first.url, shares), join_(t, first.url, shares)];
   await until(tab, is("online"));
   await first.kill();
   await until(tab, is("waiting"));
   tab.post("from the closed tab").catch(() => {});
   tab.stop();
   const second = await serve(t, first);
-  const next = join_(t, second.url, tabbed);
+  const next = join_(t, second.url, shares);
   await until(next, ({ messages }) => messages.length === 3);
   assert.equal(texts(next)[2], "from the closed tab");
 });
-
-// Faults
-
-for (const Socket of [WebSocket, Blocked])
-  for (const seed of [1, 2, 3])
-    test(`${Socket.name}: a proxy that cuts at random, seed ${seed}`, async (t) => {
-      const random = seeded(seed);
-      const [direct, name] = await shared();
-      let faults = 0;
-      const { url } = await proxy(t, () => new URL(direct).port, (data) => {
-        if (faults >= 25 || random() > 0.06) return data;
-        faults += 1;
-        return data.subarray(0, Math.floor(random() * data.length));
-      });
-      const [ann, bob] = ["ann", "bob"].map((username) => join_(t, url, { WebSocket: Socket, username }, name));
-      const seen = [ann, bob].map((room) => {
-        const list = [];
-        for (const type of ["history", "entries"])
-          room.addEventListener(type, ({ detail }) => list.push(...detail.entries.map(({ data }) => data.message)));
-        return list;
-      });
-      const posts = [ann, bob].flatMap((room, who) => Array.from({ length: 60 }, (_, at) => room.post(`${who} ${at}`)));
-      const ids = (await Promise.all(posts)).map(({ id }) => Number(id.split("-")[1]));
-      const all = (await stored(direct, name)).map(({ message }) => message);
-      assert.equal(all.length, 120);
-      for (const [at, room] of [ann, bob].entries()) {
-        await until(room, ({ messages }) => messages.length === 120);
-        assert.deepEqual(seen[at], all);
-        assert.deepEqual(all.filter((text) => text.startsWith(at)), Array.from({ length: 60 }, (_, n) => `${at} ${n}`));
-      }
-      assert.deepEqual(ids.map((number) => all[number - 1]), [0, 1].flatMap((who) => Array.from({ length: 60 }, (_, n) => `${who} ${n}`)));
-      assert.ok(faults >= 5, `${faults} cuts`);
-    });

@@ -100,3 +100,55 @@ export function until(room, condition) {
     look();
   });
 }
+
+/** A WebSocket that never opens, as behind a proxy that blocks them. */
+export class Blocked {
+  constructor() {
+    setTimeout(() => this.onclose?.({ code: 1006, reason: "" }));
+  }
+  close() {}
+}
+
+/** A storage of the outbox that outlives a client, as IndexedDB outlives a page. */
+export function memory() {
+  const posts = new Map();
+  let empty = () => {};
+  return {
+    posts,
+    emptied: () => new Promise((resolve) => (posts.size ? (empty = resolve) : resolve())),
+    list: async (key) => [...posts.values()].filter((post) => post.key === key),
+    put: async (post) => posts.set(post.label, structuredClone(post)),
+    delete: async (label) => {
+      posts.delete(label);
+      if (!posts.size) empty();
+    },
+  };
+}
+
+/** Web Locks and an outbox for the tabs of one test. */
+export function tabbed() {
+  const queue = [];
+  let held = false;
+  const grant = async () => {
+    if (held || !queue.length) return;
+    held = true;
+    const { call, resolve } = queue.shift();
+    await call();
+    held = false;
+    resolve();
+    grant();
+  };
+  const locks = {
+    request: (name, { signal }, call) =>
+      new Promise((resolve, reject) => {
+        const entry = { call, resolve };
+        queue.push(entry);
+        signal.addEventListener("abort", () => {
+          if (queue.includes(entry)) queue.splice(queue.indexOf(entry), 1);
+          reject(signal.reason);
+        });
+        queueMicrotask(grant);
+      }),
+  };
+  return { locks, storage: memory() };
+}
