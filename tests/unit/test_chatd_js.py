@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import subprocess
+import tarfile
 
 import pytest
 from support.servers import LONG, NODE, ROOT, need
@@ -25,7 +26,7 @@ def node(*arguments):
 
 @pytest.mark.parametrize("name", ["core", "page"])
 def test_library_in_node(name):
-    """The state machine keeps the protocol, and its host reacts to the page, with the clock of a test."""
+    """The room keeps the protocol and reacts to the page, with the clock and the socket of a test."""
     result = node("--test", f"chatd/{name}.test.mjs")
     assert result.returncode == 0, result.stdout
 
@@ -46,16 +47,16 @@ def test_types_name_what_the_library_has():
     types = (STATIC / "chatd.d.ts").read_text("utf-8")
     declared = set(re.findall(r"^export (?:class|function) (\w+)", types, re.MULTILINE))
     script = """
-        import(process.argv[1]).then(({ Client, createCore, ...others }) => {
-            const client = new Client("http://127.0.0.1:9", { WebSocket: null, fetch: async () => { throw Error(); } });
+        import(process.argv[1]).then((library) => {
+            const { Client, Log } = library;
+            globalThis.fetch = async () => { throw Error(); };
+            const client = new Client("http://127.0.0.1:9", { WebSocket: null, username: "ann" });
             const room = client.room("a");
             client.stop();
-            const host = { arm() {}, close() {}, emit() {}, connect() {}, send() {}, now: () => 0, random: () => 0 };
-            const names = (object) => Object.keys(object).sort();
             console.log(JSON.stringify({
-                exports: ["Client", "createCore", ...names(others)],
-                Room: names(room),
-                Core: names(createCore(host)),
+                exports: Object.keys(library),
+                Room: Object.keys(room),
+                Log: [...Object.keys(new Log()), ...Object.getOwnPropertyNames(Log.prototype)],
                 Client: Object.getOwnPropertyNames(Client.prototype),
             }));
         });
@@ -64,14 +65,14 @@ def test_types_name_what_the_library_has():
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert set(found["exports"]) == declared
-    for name in ("Room", "Core", "Client"):
+    for name in ("Room", "Log", "Client"):
         body = re.search(rf"export (?:class|interface) {name}\b.*?\{{\n(.*?)^\}}", types, re.DOTALL | re.MULTILINE)[1]
-        members = set(re.findall(r"^  (?:readonly )?(\w+)[(:]", body, re.MULTILINE)) - {"addEventListener"}
+        members = set(re.findall(r"^  (?:readonly )?(\w+)\??[(:]", body, re.MULTILINE)) - {"addEventListener"}
         assert {*found[name]} - {"isTrusted"} == members, name
 
 
 USE = """
-import { Client, createCore, Rejected, type Entry, type Room } from "LIBRARY";
+import { Client, Log, Rejected, type Entry, type Room } from "LIBRARY";
 const room: Room = new Client("http://x", { username: "ann", token: async () => "x" }).room("a");
 room.addEventListener("entries", ({ detail }) => detail.entries[0].data.message.length);
 export async function use(): Promise<Entry | undefined> {
@@ -83,32 +84,39 @@ export async function use(): Promise<Entry | undefined> {
 room.post(5);
 // @ts-expect-error
 room.snapshot().nothing;
-export { createCore, Rejected };
+export { Log, Rejected };
 """
 
 
 def test_types_are_valid(tmp_path):
     """TypeScript accepts the types, and what they allow."""
+    assert compile_use(tmp_path, str(LIBRARY)) == (0, "")
+
+
+def compile_use(folder, library):
+    """Compile a program that imports the library by a name, and return the status and what the compiler prints."""
     compiler = pathlib.Path(need("typescript")) / "bin" / "tsc"
-    (tmp_path / "use.ts").write_text(USE.replace("LIBRARY", str(LIBRARY)))
+    (folder / "use.mts").write_text(USE.replace("LIBRARY", library))
     options = ["--noEmit", "--strict", "--target", "es2023", "--lib", "es2023,dom,dom.iterable"]
-    result = node(compiler, *options, "--module", "nodenext", tmp_path / "use.ts")
-    assert (result.returncode, result.stdout) == (0, "")
+    result = node(compiler, *options, "--module", "nodenext", folder / "use.mts")
+    return result.returncode, result.stdout
 
 
-def test_package_has_the_library_and_its_types():
-    need("npm")
-    result = subprocess.run(
-        ["npm", "pack", "--dry-run", "--json", "--offline"],
-        cwd=STATIC,
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-        check=True,
-    )
+def test_package_is_complete(tmp_path):
+    """A project that installs the tarball of `npm pack` imports the library and its types."""
+    command = [need("npm"), "pack", "--json", "--offline", "--pack-destination", tmp_path]
+    result = subprocess.run(command, cwd=STATIC, capture_output=True, text=True, timeout=LONG, check=True)
     (package,) = json.loads(result.stdout)
-    assert {file["path"] for file in package["files"]} == {"chatd.js", "chatd.d.ts", "package.json"}
-    assert package["name"] == "chatd"
+    with tarfile.open(tmp_path / package["filename"]) as tarball:
+        names = {"package/chatd.js", "package/chatd.d.ts", "package/package.json"}
+        assert set(tarball.getnames()) == names
+        tarball.extractall(tmp_path, filter="data")
+    (tmp_path / "node_modules").mkdir()
+    (tmp_path / "package").rename(tmp_path / "node_modules" / "chatd")
+    script = 'import * as chatd from "chatd"; console.log(Object.keys(chatd).join());'
+    (tmp_path / "use.mjs").write_text(script)
+    assert node(tmp_path / "use.mjs").stdout == "Client,ClientStopped,Log,Rejected\n"
+    assert compile_use(tmp_path, "chatd") == (0, "")
 
 
 def test_package_names_its_files_and_the_version():
