@@ -1,26 +1,23 @@
 /**
- * chatd.js, the client of a chatd server for browsers and Node. docs/clients.md explains its use, docs/protocol.md the
- * protocol, and chatd.d.ts has the types.
+ * chatd.js, the client of a chatd server: see docs/clients.md, docs/protocol.md, and chatd.d.ts for the types.
  *
- * A room is a log of numbered entries (`Log`), and a client is a cursor in it. Frames arrive by one of three ways: a
- * WebSocket, a stream of events where no WebSocket opens, or another tab. One tab, the leader, holds a Web Lock and is
- * connected. It answers the others as a server does. All tabs have the same outbox, and the leader sends it: one post
- * at a time, so that posts keep their order, and again until the server has answered. The label makes that harmless.
+ * A room is a log, and a client is a cursor in it. Frames arrive by a WebSocket, by a stream of events where none
+ * opens, or from another tab. One tab, the leader, holds a Web Lock. It alone is connected, and answers the others as a
+ * server does. All tabs have the same outbox. The leader sends it, one post at a time to keep the order, and after each
+ * break again under the same labels, so that the server stores each post once.
  */
-const ANSWER = 10; // seconds, as all of these: the limit of an answer
-const IDLE = 45; // the silence after which the client probes the server
-const TYPING = 5; // how long a name is shown as typing
-const STREAMS = 600; // how long no WebSocket is tried after one that did not open
+const ANSWER = 10; // seconds, as all of these
+const IDLE = 45; // the silence after which the server is probed
+const TYPING = 5;
+const STREAMS = 600; // no WebSocket is tried so long after one that did not open
 const PROBE = { type: "history", limit: 1, label: "probe" };
 
-/** The refusal of a client or a request; `code` is that of the error or the close frame, or the HTTP status. */
 export class Rejected extends Error {
   constructor(message, code) {
     super(message);
     this.code = code;
   }
 }
-/** The end of a room, or of a post, by its user. The server may have stored the post. */
 export class ClientStopped extends Error {}
 
 const epochOf = (id) => id?.split("-")[0];
@@ -37,7 +34,6 @@ function entriesOf({ id: end, data, replaces, replaced, removed }) {
   });
 }
 
-/** The entries that a client has: consecutive ones, up to the id `last`. */
 export class Log {
   entries = [];
   constructor(last) {
@@ -47,7 +43,6 @@ export class Log {
   replace({ id, more, entries }) {
     Object.assign(this, { entries, more: !!more, last: id });
   }
-  /** Add entries, and return those that are new. */
   append(entries) {
     const fresh = entries.filter(({ id }) => follows(id, this.last));
     if (this.last && fresh.length && fresh[0].id !== shift(this.last, 1))
@@ -60,19 +55,18 @@ export class Log {
   /** Put the text of an edit in place of the old one; a removal also erases the earlier edits. */
   #edit({ id, data, replaces, removed }) {
     if (!replaces) return;
-    this.entries.forEach((entry, place, entries) => {
-      const original = entry.id === replaces && follows(id, entry.replaced);
-      if (!original && !(removed && entry.replaces === replaces)) return;
-      const { username, timestamp } = entry.data;
-      const replaced = original ? id : undefined;
-      entries[place] = { ...entry, replaced, removed, data: { ...data, username, timestamp } };
-    });
+    const { entries } = this;
+    const change = (place, fields) => {
+      const { username, timestamp } = entries[place].data;
+      entries[place] = { ...entries[place], ...fields, removed, data: { ...data, username, timestamp } };
+    };
+    const place = numberOf(replaces) - numberOf(this.first);
+    if (entries[place] && follows(id, entries[place].replaced)) change(place, { replaced: id });
+    if (removed) entries.forEach((entry, place) => entry.replaces === replaces && change(place));
   }
-  /** The id that a page of older entries is before. */
   get first() {
     return this.entries[0]?.id ?? shift(this.last, 1);
   }
-  /** Add a page of older entries, and return whether it ends where the entries begin. */
   prepend({ id, more, entries }) {
     if (entries.length && shift(this.first, -1) !== id) return false;
     this.more = more;
@@ -80,7 +74,6 @@ export class Log {
     for (const entry of [...this.entries]) this.#edit(entry);
     return true;
   }
-  /** Return the history frame for a reader that has the entries up to an id. */
   after(id) {
     const known = this.entries.length + numberOf(id) - numberOf(this.last);
     const resumed = epochOf(id) === epochOf(this.last) && known >= 0;
@@ -89,6 +82,7 @@ export class Log {
   }
 }
 
+const timeIn = (seconds) => Date.now() + seconds * 1000;
 const unique = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
 /** The outbox in IndexedDB. */
@@ -111,7 +105,7 @@ function database() {
 }
 const nowhere = { list: async () => [], put: async () => {}, delete: async () => {} };
 
-/** Return the seconds until a minute before the end of a token, or until half of its time; undefined if it has none. */
+/** The seconds until a minute before the end of a token, or until half of its time; undefined if it names none. */
 function secondsToRenewal(token) {
   try {
     const { exp } = JSON.parse(atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/")));
@@ -175,16 +169,14 @@ function join(url, options) {
     if (leads && !is("stopped")) tell("follow", status);
     if (is("rejected")) error = new Rejected(status.reason, status.code);
     if (is("stopped")) error = new ClientStopped("the room was stopped");
-    if (error) finish();
+    if (error) {
+      disconnect();
+      clearInterval(beat);
+      for (const end of [visit, stopped]) end?.abort();
+      channel?.close();
+      for (const { reject } of answers.values()) reject(error);
+    }
     emit("state", status.state);
-  }
-  function finish() {
-    disconnect();
-    clearInterval(beat);
-    visit?.abort();
-    stopped.abort();
-    channel?.close();
-    for (const { reject } of answers.values()) reject(error);
   }
   function disconnect() {
     connection.abort();
@@ -205,13 +197,13 @@ function join(url, options) {
   function lost({ reason, code, retryAfter }) {
     if (is("connecting")) streams = 0;
     const expired = code === 1008 && reason.includes("token has expired");
-    const refused = [1002, 1003, 1007, 1008, 1009].includes(code) || (code >= 400 && code < 500 && !temporary(code));
+    const refused = [1002, 1003, 1007, 1008, 1009].includes(code) || (code >= 400 && !temporary(code));
     if (refused && !expired) return setStatus({ state: "rejected", reason, code });
     disconnect();
     paced = retryAfter > 0;
     const wait = paced ? Number(retryAfter) : Math.random() * Math.min(2 ** attempts++, 30);
     after("start", wait, start);
-    setStatus({ state: "waiting", reason, retryAt: Date.now() + wait * 1000 });
+    setStatus({ state: "waiting", reason, retryAt: timeIn(wait) });
   }
   /** The network, the machine or the user is back: connect soon, or check the connection. */
   function wake(soon = Math.random()) {
@@ -231,7 +223,7 @@ function join(url, options) {
   function silent() {
     const mute = is("connecting") && !streams; // some proxies never answer a WebSocket
     lost({ reason: "the server did not answer in time" });
-    if (mute) streams = Date.now() + STREAMS * 1000;
+    if (mute) streams = timeIn(STREAMS);
   }
   function connect(signal) {
     const end = (ending) => signal.aborted || lost(ending);
@@ -253,19 +245,19 @@ function join(url, options) {
       socket.onclose = ({ code, reason }) => {
         const retryAfter = /retry_after=([\d.]+)/.exec(reason)?.[1];
         if (opened || signal.aborted) return end({ code, reason: `closed with ${code} ${reason}`, retryAfter });
-        streams = Date.now() + STREAMS * 1000;
+        streams = timeIn(STREAMS);
         stream().catch(fail); // HTTP shows the status that a WebSocket conceals
       };
     }
     function renewLater() {
       const seconds = typeof token === "function" && secondsToRenewal(bearer);
+      const renew = async () => {
+        bearer = await newToken().catch(() => bearer);
+        if (signal.aborted) return;
+        send({ type: "token", token: bearer, label: "token" });
+        renewLater();
+      };
       if (seconds) after("renew", seconds, renew);
-    }
-    async function renew() {
-      bearer = await newToken().catch(() => bearer);
-      if (signal.aborted) return;
-      send({ type: "token", token: bearer, label: "token" });
-      renewLater();
     }
     async function stream() {
       send = (frame) => frame.label && frame !== PROBE && deliver(frame).catch(fail);
@@ -292,14 +284,14 @@ function join(url, options) {
       const response = await (type === "remove"
         ? request(`/messages/${id}`, { method: "DELETE", signal, headers })
         : request("/messages", { method: "POST", signal, headers, body: JSON.stringify(frame) }));
-      const { status } = response;
-      if (status === 401) return end({ code: status, reason: "the token was refused" });
+      const { ok, status } = response;
+      if (status === 401) return end({ code: status, reason: `refused with ${status}` });
       const answer = await response.json();
       const code = temporary(status) ? "UNAVAILABLE" : answer.code;
-      const refusal = { type: "error", label, code, message: answer.detail, retry_after: response.headers.get("Retry-After") ?? 1 };
-      // The answer may overtake the entry, which is on its way in the stream.
-      while (response.ok && !signal.aborted && follows(answer.id, log.last)) await change();
-      if (!signal.aborted) receive(response.ok ? answer : refusal);
+      const retry_after = response.headers.get("Retry-After") ?? 1;
+      // The answer may overtake the entry, which comes in the stream.
+      while (ok && !signal.aborted && follows(answer.id, log.last)) await change();
+      if (!signal.aborted) receive(ok ? answer : { type: "error", label, code, message: answer.detail, retry_after });
     }
     newToken()
       .then((given) => {
@@ -333,8 +325,8 @@ function join(url, options) {
   }
   const handlers = {
     message({ type, ...entry }) {
-      if (!is("online")) throw new Error("a message before the history");
-      append([entry]);
+      if (is("online")) append([entry]);
+      else if (leads) throw new Error("a message before the history");
     },
     history(frame) {
       if (frame.label) return; // the answer to a probe
@@ -369,11 +361,12 @@ function join(url, options) {
     typing({ data }) {
       for (const name of data.users) {
         typists.add(name);
-        after(`typing ${name}`, TYPING, () => typists.delete(name) && emit("typing", [...typists]));
+        after(`typing ${name}`, TYPING, () => typists.delete(name) && showTyping());
       }
-      emit("typing", [...typists]);
+      showTyping();
     },
   };
+  const showTyping = () => emit("typing", [...typists]);
   function append(given) {
     const entries = log.append(given);
     for (const { data } of entries) typists.delete(data.username);
@@ -417,11 +410,13 @@ function join(url, options) {
   }
   /** Keep a post until its answer, and return the promise of that. */
   function submit(post) {
-    const answer = new Promise((resolve, reject) => (error ? reject(error) : answers.set(post.label, { resolve, reject })));
+    const answer = new Promise((resolve, reject) => answers.set(post.label, { resolve, reject }));
     answer.catch(ignore); // the snapshot shows it too, so nobody has to wait for it
-    if (error) return answer;
-    tell("add", [post]);
-    keep(post);
+    if (error) settle(post.label, "reject", error);
+    else {
+      tell("add", [post]);
+      keep(post);
+    }
     return answer;
   }
   function ask(fields) {
@@ -429,15 +424,19 @@ function join(url, options) {
     const at = Math.max(Date.now(), (outbox.at(-1)?.at ?? 0) + 1);
     return submit({ label, key, at, since: log.last, frame: { ...fields, label } });
   }
-  /** Return the posts whose entry has not arrived. An ack follows its entry, or gets lost on the way. */
+  /** Return the posts whose entries have not arrived. An ack follows its entry, or gets lost on the way. */
   function missing() {
     const taken = new Set(settled.values());
     return outbox.filter(({ error, since, frame }) => {
-      const own = ({ data, replaces }) =>
-        data.message === frame.message && data.username === frame.username && replaces === frame.replaces;
-      const entry = !error && log.entries.find((entry) => own(entry) && follows(entry.id, since) && !taken.has(entry.id));
-      if (entry) taken.add(entry.id);
-      return !entry;
+      const same = ({ id, data, replaces }) =>
+        data.message === frame.message &&
+        data.username === frame.username &&
+        replaces === frame.replaces &&
+        follows(id, since) &&
+        !taken.has(id);
+      const own = !error && log.entries.find(same);
+      if (own) taken.add(own.id);
+      return !own;
     });
   }
   function discard(label) {
@@ -524,8 +523,11 @@ function join(url, options) {
     async *[Symbol.asyncIterator]() {
       for (let seen; !error; ) {
         const fresh = log.entries.slice(log.entries.findLastIndex(({ id }) => id === seen) + 1);
-        for (const entry of fresh) yield ((seen = entry.id), entry);
         if (!fresh.length) await change();
+        for (const entry of fresh) {
+          seen = entry.id;
+          yield entry;
+        }
       }
       if (is("rejected")) throw error;
     },
@@ -534,7 +536,7 @@ function join(url, options) {
 
   const on = (target, type, call) => target?.addEventListener?.(type, call, { signal: stopped.signal });
   const leader = { add, discard, hello, wake, typing: room.typing };
-  const follower = { add, discard, welcome, follow, receive: (frame) => (is("online") || frame.type !== "message") && receive(frame) };
+  const follower = { add, discard, welcome, follow, receive };
   on(channel, "message", ({ data: [name, ...given] }) => (leads ? leader : follower)[name]?.(...given));
   on(globalThis, "online", () => wake());
   on(globalThis.document, "visibilitychange", () => document.hidden || wake());
