@@ -92,9 +92,12 @@ function database() {
       request.onsuccess = () => resolve(request.result);
       request.onerror = () => reject(request.error);
     });
-  const opening = indexedDB.open("chatd", 1);
-  opening.onupgradeneeded = () => opening.result.createObjectStore("outbox", { keyPath: "label" });
-  const opened = done(opening);
+  const open = async () => {
+    const request = indexedDB.open("chatd", 1); // throws in some frames
+    request.onupgradeneeded = () => request.result.createObjectStore("outbox", { keyPath: "label" });
+    return done(request);
+  };
+  const opened = open();
   const run = async (method, given) =>
     done((await opened).transaction("outbox", "readwrite").objectStore("outbox")[method](given));
   return {
@@ -260,8 +263,10 @@ function join(url, options) {
       if (seconds) after("renew", seconds, renew);
     }
     async function stream() {
-      send = (frame) => frame.label && frame !== PROBE && deliver(frame).catch(fail);
+      send = (frame) => deliver(frame).catch(fail);
+      const used = bearer;
       const { ok, status, headers, body } = await request(`/events?${query}`, { signal });
+      if (ok && bearer !== used && WebSocket) return body.cancel().then(open); // the token was refused, and not the way
       if (!ok) return end({ code: status, reason: `refused with ${status}`, retryAfter: headers.get("Retry-After") });
       const reader = body.pipeThrough(new TextDecoderStream()).getReader();
       for (let text = "", retryAfter; ; ) {
@@ -277,9 +282,15 @@ function join(url, options) {
         }
       }
     }
-    /** Post over HTTP, and take the answer as a frame. */
+    /** Send a frame over HTTP, and take the answer as a frame. There is no way for typing notices. */
     async function deliver(frame) {
       const { type, id, label } = frame;
+      if (!label) return;
+      if (frame === PROBE) {
+        const { id } = await page({ limit: 1 });
+        if (!signal.aborted && !follows(id, log.last)) heard(); // a stream that stays behind is lost
+        return;
+      }
       const headers = { "Content-Type": "application/json", "Idempotency-Key": label };
       const response = await (type === "remove"
         ? request(`/messages/${id}`, { method: "DELETE", signal, headers })
@@ -470,7 +481,7 @@ function join(url, options) {
       lead();
     };
     if (!channel) return lead();
-    locks.request(key, { signal }, () => new Promise(hold)).catch(ignore);
+    locks.request(key, { signal }, () => new Promise(hold)).catch(() => signal.aborted || lead());
     start();
   }
   function leave() {

@@ -14,7 +14,7 @@ import chatd
 
 STATIC = ROOT / "chatd" / "static"
 LIBRARY = STATIC / "chatd.js"
-LARGEST = 23_000, 8_000
+LARGEST = 23_500, 8_000
 """The most bytes of the library with its comments: as it is, and compressed. docs/clients.md names both."""
 
 

@@ -294,6 +294,26 @@ test("WebSocket that hangs is given up, for a stream and then for another", asyn
   assert.equal(client.sockets.length, 2);
 });
 
+for (const [newest, state] of [[2, "online"], [3, "waiting"]])
+  test(`stream that is silent while the log is at ${newest} is ${state}`, async (t) => {
+    const text = `data: ${JSON.stringify(history("abcd-2", "one", "two"))}\n\n`;
+    const answers = {
+      events: () => new Response(new ReadableStream({ start: (stream) => stream.enqueue(new TextEncoder().encode(text)) })),
+      messages: () => Response.json(history(`abcd-${newest}`, "newest")),
+    };
+    const asked = [];
+    t.mock.method(globalThis, "fetch", async (url) => {
+      asked.push(url.split("/").at(-1).split("?")[0]);
+      return answers[asked.at(-1)]();
+    });
+    const client = await start(t, { WebSocket: null });
+    while (client.room.snapshot().state !== "online") await turn();
+    client.window.dispatchEvent(new Event("online"));
+    await client.pass(10.1);
+    assert.deepEqual(asked, ["events", "messages"]);
+    assert.equal(client.room.snapshot().state, state);
+  });
+
 test("connection that the page closes does not lead to streams", async (t) => {
   const client = await start(t);
   for (const [type, persisted] of [["pagehide"], ["pageshow", true]])

@@ -78,3 +78,13 @@ test("room names its user", async (t) => {
   const { room } = await start(t);
   assert.equal(room.username, "ann");
 });
+
+test("frame without locks and databases connects by itself", async (t) => {
+  const denied = () => {
+    throw new Error("denied");
+  };
+  globalThis.indexedDB = { open: denied };
+  t.after(() => delete globalThis.indexedDB);
+  const { room } = await online(t, { locks: { request: async () => denied() } });
+  assert.equal(room.snapshot().state, "online");
+});

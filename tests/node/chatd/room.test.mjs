@@ -235,8 +235,16 @@ test("token is renewed before its expiry, on the same connection", async (t) => 
 test("a refused token is asked for again, and once only", async (t) => {
   const { url } = await guarded(t);
   const tokens = [sign("ann", -600), sign("ann", 600)];
-  const room = join_(t, url, { token: () => tokens.shift() });
+  const sockets = [];
+  class Recorded extends WebSocket {
+    constructor(...given) {
+      super(...given);
+      sockets.push(this);
+    }
+  }
+  const room = join_(t, url, { WebSocket: Recorded, token: () => tokens.shift() });
   await room.post("in");
+  assert.deepEqual(sockets.map(({ readyState }) => readyState), [WebSocket.CLOSED, WebSocket.OPEN]);
   const other = join_(t, url, { username: "bob", token: () => "x.y.z" });
   const { error } = await until(other, (snapshot) => snapshot.state === "rejected" && snapshot);
   assert.equal(error.code, 401);
