@@ -128,7 +128,7 @@ export interface Options {
   /** Stops the rooms. */
   signal?: AbortSignal;
   /** The WebSocket of Node 20: that of the package ws. Null uses event streams alone. */
-  WebSocket?: unknown;
+  WebSocket?: { new (url: string, protocols: string[]): any } | null;
   /** IndexedDB by default; without it, posts do not survive a reload. */
   storage?: Storage;
   /** Web Locks, by which tabs share a connection. Null gives each tab its own. */

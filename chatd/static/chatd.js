@@ -128,7 +128,6 @@ function secondsToRenewal(token) {
 function join(url, options) {
   const { username, token, signal, events = "presence,typing", WebSocket = globalThis.WebSocket } = options;
   const { locks = globalThis.navigator?.locks, storage = globalThis.indexedDB ? database() : nowhere } = options;
-  const room = new EventTarget();
   const log = new Log(options.last);
   const key = `chatd ${url} ${username}`; // of the outbox and the tabs
   const channel = locks && new BroadcastChannel(key);
@@ -196,14 +195,17 @@ function join(url, options) {
     after("watch", ANSWER, silent);
     connect(connection.signal);
   }
-  /** Take the end of a connection or of an attempt, and reconnect later if that may succeed. */
+  /**
+   * Take the end of a connection or of an attempt, and reconnect later if that may succeed.
+   * @param {{reason: string, code?: number, retryAfter?: string | number}} ending
+   */
   function lost({ reason, code, retryAfter }) {
     if (is("connecting")) streams = 0;
     const expired = code === 1008 && reason.includes("token has expired");
     const refused = [1002, 1003, 1007, 1008, 1009].includes(code) || (code >= 400 && !temporary(code));
     if (refused && !expired) return setStatus({ state: "rejected", reason, code });
     disconnect();
-    paced = retryAfter > 0;
+    paced = Number(retryAfter) > 0;
     const wait = paced ? Number(retryAfter) : Math.random() * Math.min(2 ** attempts++, 30);
     after("start", wait, start);
     setStatus({ state: "waiting", reason, retryAt: timeIn(wait) });
@@ -498,7 +500,7 @@ function join(url, options) {
     if (!response.ok) throw new Rejected(frame.detail, frame.code ?? response.status);
     return { id: frame.id, more: !!frame.more, entries: entriesOf(frame) };
   }
-  Object.assign(room, {
+  const room = Object.assign(new EventTarget(), {
     username,
     post: (message, fields) => ask({ username, message, ...fields }),
     edit: (id, message) => ask({ username, message, replaces: id }),
@@ -562,12 +564,13 @@ function join(url, options) {
 
 /** A user of one server. */
 export class Client {
+  /** @param {string} [url] @param {import("./chatd.d.ts").Options} [options] */
   constructor(url = globalThis.location.origin, options = {}) {
     this.url = url.replace(/^ws/, "http").replace(/\/$/, "");
     this.options = options;
     this.rooms = new Map();
   }
-  /** Join a room, or return it if this client is in it. */
+  /** Join a room, or return it if this client is in it. @returns {import("./chatd.d.ts").Room} */
   room(name = "main") {
     const known = this.rooms.get(name);
     if (known && !known.snapshot().error) return known;

@@ -90,18 +90,28 @@ export { Log, Rejected };
 """
 
 
+def check_types(*arguments):
+    """Run the compiler of TypeScript; return its status and what it prints."""
+    compiler = pathlib.Path(need("typescript")) / "bin" / "tsc"
+    options = ["--noEmit", "--target", "es2023", "--lib", "es2023,dom,dom.iterable", "--module", "nodenext"]
+    result = node(compiler, *options, *arguments)
+    return result.returncode, result.stdout
+
+
+def compile_use(folder, library):
+    """Check a program that imports the library by a name."""
+    (folder / "use.mts").write_text(USE.replace("LIBRARY", library))
+    return check_types("--strict", folder / "use.mts")
+
+
 def test_types_are_valid(tmp_path):
     """TypeScript accepts the types, and what they allow."""
     assert compile_use(tmp_path, str(LIBRARY)) == (0, "")
 
 
-def compile_use(folder, library):
-    """Compile a program that imports the library by a name, and return the status and what the compiler prints."""
-    compiler = pathlib.Path(need("typescript")) / "bin" / "tsc"
-    (folder / "use.mts").write_text(USE.replace("LIBRARY", library))
-    options = ["--noEmit", "--strict", "--target", "es2023", "--lib", "es2023,dom,dom.iterable"]
-    result = node(compiler, *options, "--module", "nodenext", folder / "use.mts")
-    return result.returncode, result.stdout
+def test_library_keeps_its_types():
+    """TypeScript finds in the library what its types promise."""
+    assert check_types("--allowJs", "--checkJs", LIBRARY) == (0, "")
 
 
 def test_package_is_complete(tmp_path):
