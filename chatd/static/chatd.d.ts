@@ -181,7 +181,11 @@ export interface Room extends EventTarget, AsyncIterable<Entry> {
     listener: (event: Event & { detail: RoomEvents[Type] }) => void,
     options?: boolean | AddEventListenerOptions,
   ): void;
-  addEventListener(type: string, listener: EventListenerOrEventListenerObject | null, options?: boolean | AddEventListenerOptions): void;
+  addEventListener(
+    type: string,
+    listener: EventListenerOrEventListenerObject | null,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
 }
 
 /** The refusal of a client or a request; `code` is that of the error or the close frame, or the HTTP status. */

@@ -250,7 +250,8 @@ for (const [status, state] of [
     const client = await start(t, { WebSocket: null });
     await client.pass(0.1);
     const { state: found, error, reason, retryAt } = client.room.snapshot();
-    assert.deepEqual([found, error?.code, reason], [state, state === "rejected" ? status : undefined, `refused with ${status}`]);
+    assert.deepEqual([found, reason], [state, `refused with ${status}`]);
+    assert.equal(error?.code, state === "rejected" ? status : undefined);
     if (status === 503) assert.ok(retryAt - Date.now() > 8000);
   });
 
@@ -298,7 +299,7 @@ for (const [newest, state] of [[2, "online"], [3, "waiting"]])
   test(`stream that is silent while the log is at ${newest} is ${state}`, async (t) => {
     const text = `data: ${JSON.stringify(history("abcd-2", "one", "two"))}\n\n`;
     const answers = {
-      events: () => new Response(new ReadableStream({ start: (stream) => stream.enqueue(new TextEncoder().encode(text)) })),
+      events: () => new Response(new ReadableStream({ start: (stream) => stream.enqueue(Buffer.from(text)) })),
       messages: () => Response.json(history(`abcd-${newest}`, "newest")),
     };
     const asked = [];

@@ -134,7 +134,7 @@ test("refused posts", async (t) => {
   for (const options of [{}, { WebSocket: Blocked }]) {
     const storage = memory();
     const room = join_(t, url, { storage, ...options }, name);
-    await assert.rejects(room.post(""), (error) => error instanceof Rejected && /not allowed to be empty/.test(error.message));
+    await assert.rejects(room.post(""), { constructor: Rejected, message: /not allowed to be empty/ });
     const [{ error, label, frame }] = room.snapshot().outbox;
     assert.match(error.message, /not allowed to be empty/);
     assert.equal(frame.message, "");

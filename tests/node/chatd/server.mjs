@@ -5,7 +5,7 @@ import { createServer, connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
-/** Start a server, and return its port, its URL and how to end it. The caller gives the store's folder for a restart. */
+/** Start a server, and return its port, its URL and how to end it. For a restart, give the store's folder. */
 export async function serve(test, { folder, port = 0, options = [] } = {}) {
   if (!folder) {
     folder = await mkdtemp(join(tmpdir(), "chatd-js-"));
