@@ -41,6 +41,7 @@ export class MessageList {
   #opened = Date.now();
   #planned = false; // a check of the window is due
 
+  #shim = 0; // pixels, less than one
   #atEnd = true;
   #leaving = false; // a wheel turns upwards, so the end does not hold the list
   #far = false; // the end is more than a screen away
@@ -265,6 +266,18 @@ export class MessageList {
     return { article, top: article.text.getBoundingClientRect().top };
   }
 
+  /** Put the text that one reads where it was. The feed takes the parts of pixels that no scroller can. */
+  #restore({ article, top }) {
+    const moved = () => article.text.getBoundingClientRect().top - top;
+    this.scroller.scrollTop += moved();
+    const rest = moved();
+    if (Math.abs(rest) < 0.01) return;
+    const shim = this.#shim - rest;
+    this.scroller.scrollTop -= Math.floor(shim);
+    this.#shim = shim - Math.floor(shim);
+    this.feed.style.paddingBlockStart = `${this.#shim}px`;
+  }
+
   /** Bring the document to the window. */
   #render(anchor) {
     const active = this.#byNode.get(document.activeElement?.closest("article"));
@@ -286,8 +299,7 @@ export class MessageList {
     this.#setStop();
     this.#note();
     if (this.#atEnd) this.#stick();
-    else if (anchor && wanted.has(anchor.article))
-      this.scroller.scrollTop += anchor.article.text.getBoundingClientRect().top - anchor.top;
+    else if (anchor && wanted.has(anchor.article)) this.#restore(anchor);
     this.#plan();
   }
 
