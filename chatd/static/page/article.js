@@ -22,6 +22,7 @@ function button(text, name, act) {
 
 function timeElement(at, text, full) {
   const element = make("time", "time", text);
+  element.dir = "auto";
   if (!Number.isNaN(at)) element.dateTime = new Date(at).toISOString();
   if (full) element.title = full;
   return element;
@@ -77,9 +78,11 @@ export class Article {
     this.text = text;
     const body = make("div", "body");
     body.append(by, text);
-    const labels = [name, text, time];
+    const dividers = this.#dividers(day, unread, at);
+    const labels = [...dividers, name, text, time];
     for (const mark of marksOf(item)) {
       const element = make("span", "mark", mark);
+      element.dir = "auto";
       labels.push(element);
       body.append(element);
     }
@@ -93,7 +96,7 @@ export class Article {
     const classes = { own, group, pending: post && !error, failed: error };
     node.className = ["message", ...Object.keys(classes).filter((name) => classes[name])].join(" ");
     if (entry.id) node.setAttribute("aria-posinset", numberOf(entry.id));
-    node.replaceChildren(...this.#dividers(day, unread, at), body);
+    node.replaceChildren(...dividers, body);
     this.setStop(this.stop);
     if (inside) node.focus({ preventScroll: true });
   }
@@ -109,6 +112,13 @@ export class Article {
     }
     if (unread) all.push(make("p", "unread", "New since you looked"));
     return all;
+  }
+
+  /** State the number of the newest message. */
+  setSize(size) {
+    if (size === this.size || !this.item.entry.id) return;
+    this.size = size;
+    this.node.setAttribute("aria-setsize", size);
   }
 
   /** Write the day again, because midnight has passed. */

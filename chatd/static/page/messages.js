@@ -3,13 +3,13 @@
  * Each change reads the layout, writes the document, and corrects the position once.
  */
 import { Article, make } from "./article.js";
-import { announcement, begins, firstUnread, isMessage, pair, timeOf } from "./groups.js";
+import { begins, isMessage, timeOf } from "./groups.js";
+import { News } from "./news.js";
 import { formats } from "./text.js";
-import { around, epochOf, follow, indexOf, numberOf, reserve, search, slide } from "./window.js";
+import { Viewport } from "./viewport.js";
+import { around, epochOf, follow, indexOf, numberOf, reserve, slide } from "./window.js";
 
 const PAGE = 100; // entries of an older page
-const QUIET = 1000; // the milliseconds in which new messages are collected for one announcement
-const NEAR = 2; // pixels from the end that count as the end
 const LEAVE = 300; // the milliseconds after a wheel in which the end does not hold the list
 const LEAP = 10; // messages that PageUp and PageDown skip
 const KEYS = { ArrowUp: -1, ArrowDown: 1, PageUp: -LEAP, PageDown: LEAP, Home: -Infinity, End: Infinity };
@@ -19,6 +19,8 @@ export class MessageList {
   #room;
   #username;
   #announce;
+  #news;
+  #view;
   #tools;
   #closed = new AbortController();
   #observer;
@@ -28,9 +30,8 @@ export class MessageList {
   #posts = []; // what the outbox shows at the end of the list
   #changes = new Map(); // unsent edits and removals by the ids of their messages
   #entries = new WeakMap(); // what posts will become
-  #heads = new Map(); // the newest numbers when posts were made, by label
-  #labels = new Map(); // the labels of messages whose posts are still in the outbox, by id
-  #acks = new Map(); // and of those whose posts just left it
+  #sent = []; // the posts that just left the outbox
+  #refused = new Set(); // the labels of posts whose refusal was announced
 
   #window = { start: 0, end: 0 };
   #rows = []; // the articles of the window
@@ -41,17 +42,11 @@ export class MessageList {
   #opened = Date.now();
   #planned = false; // a check of the window is due
 
-  #shim = 0; // pixels, less than one
   #atEnd = true;
   #leaving = false; // a wheel turns upwards, so the end does not hold the list
   #far = false; // the end is more than a screen away
-  #fresh = 0; // new messages of others below
-  #head = 0; // the number of the newest message
-  #epoch; // undefined until there is a history
-  #seen; // the id of the newest message that was in sight
-  #look; // the number after which messages are unread, until the first one is found
-  #unread; // the number of the first unread message
-  #unspoken = []; // what is announced soon
+  #epoch; // of the history shown; undefined until there is one
+  #width; // of the feed
   #loading = false;
   #failed = false;
 
@@ -65,8 +60,7 @@ export class MessageList {
     this.#room = room;
     this.#username = username;
     this.#announce = announce;
-    this.#seen = seen;
-    if (seen) this.#look = numberOf(seen);
+    this.#news = new News({ username, announce, seen, later: (wait, call) => this.#later(wait, call) });
     this.#tools = {
       formats: formats(document.documentElement.lang || "en", navigator.languages),
       can: (name, item) => this.#can(name, item, actions),
@@ -78,7 +72,7 @@ export class MessageList {
 
   /** The id of the newest message that this user has seen. */
   get seen() {
-    return this.#seen;
+    return this.#news.seen;
   }
 
   // The document
@@ -94,6 +88,7 @@ export class MessageList {
     this.newest.hidden = true;
     this.scroller.append(this.top, this.feed);
     this.element.replaceChildren(this.scroller, this.newest);
+    this.#view = new Viewport(this.scroller, this.feed);
   }
 
   #listen() {
@@ -105,9 +100,7 @@ export class MessageList {
     on(this.feed, "focusin", ({ target }) => this.#focused(target));
     on(this.feed, "focusout", () => this.#later(0, () => this.#dropAway()));
     on(document, "visibilitychange", () => this.#looked());
-    on(this.#room, "outbox", () => this.#noteHeads());
-    on(this.#room, "settle", ({ detail }) => detail.ack && this.#acks.set(detail.ack.id, detail.label));
-    this.#observer = new ResizeObserver(() => (this.#atEnd ? this.#stick() : this.#plan()));
+    this.#observer = new ResizeObserver(() => this.#resized());
     this.#observer.observe(this.scroller);
     this.#observer.observe(this.feed);
     this.#renewDays();
@@ -148,7 +141,7 @@ export class MessageList {
     const entry = this.#entryAt(index);
     const previous = index ? this.#entryAt(index - 1) : undefined;
     const post = entry.id ? undefined : this.#posts[index - this.#snapshot.messages.length];
-    const unread = !!entry.id && numberOf(entry.id) === this.#unread;
+    const unread = !!entry.id && numberOf(entry.id) === this.#news.unread;
     const change = entry.id ? this.#changes.get(entry.id) : undefined;
     const known = article.item;
     const same = known?.entry === entry && known.previous === previous && known.unread === unread;
@@ -161,125 +154,82 @@ export class MessageList {
 
   #indexOf({ item: { entry, post } }) {
     const { messages } = this.#snapshot;
-    return entry.id ? indexOf(messages, numberOf(entry.id)) : messages.length + Math.max(this.#posts.indexOf(post), 0);
+    if (entry.id) return indexOf(messages, numberOf(entry.id));
+    return messages.length + Math.max(this.#posts.findIndex(({ label }) => label === post.label), 0);
   }
 
   // Changes
 
   /** Show a snapshot of the room; to be called at most once in a frame. */
   update(snapshot) {
-    if (snapshot === this.#snapshot) return;
-    const { messages, last, state } = snapshot;
+    if (snapshot === this.#snapshot || this.#closed.signal.aborted) return;
+    const { messages, outbox, last, state } = snapshot;
     const first = this.#rows[0]?.item.entry.id;
-    const [anchor, visible, size] = [this.#anchor(), this.#visible(), this.#rows.length];
-    const known = new Set(this.#posts.map(({ label }) => label));
-    if (state === "online" && this.#snapshot?.state !== "online") this.#failed = false;
+    const visible = this.#hold();
+    const { length: size } = this.#rows;
+    const before = { posts: this.#posts, ...this.#snapshot };
     this.#snapshot = snapshot;
-    this.#merge(snapshot);
+    this.#merge(outbox);
     const start = first ? indexOf(messages, numberOf(first)) : 0;
     const fresh = epochOf(last) !== this.#epoch || (first && messages[start]?.id !== first);
     if (fresh) this.#restart(last);
-    else this.#arrived(messages, last);
-    this.#findUnread();
-    const posted = this.#posts.some(({ label }) => !known.has(label) && this.#heads.has(label));
-    if (posted && document.hasFocus()) this.#atEnd = true;
-    const shift = start - this.#window.start;
+    else this.#news.arrived(messages, last);
+    this.#news.find(messages, state === "online" && !document.hidden);
+    if (state === "online" && before.state !== "online") this.#failed = false;
+    this.#compare(before.posts);
     const moved = { start, end: Math.min(start + size, this.#total) };
     if (fresh || !first) this.#window = around(this.#total, this.#total);
     else if (this.#atEnd) this.#window = follow(moved, this.#total);
-    else this.#window = slide(moved, this.#total, { first: visible.first + shift, last: visible.last + shift });
-    this.#render(anchor);
-    this.#acks.clear();
+    else this.#window = slide(moved, this.#total, { first: visible.first + start, last: visible.last + start });
+    this.#render();
+    this.#sent = [];
   }
 
   /** Separate the outbox into what is at the end of the list and what marks messages. */
-  #merge({ messages, outbox }) {
-    this.#labels = pair(outbox, messages, this.#heads);
-    const arrived = new Set(this.#labels.values());
-    const waits = (post) => !post.error && !isMessage(post);
-    this.#posts = outbox.filter((post) => !waits(post) && !arrived.has(post.label));
-    this.#changes = new Map(outbox.filter(waits).map((post) => [post.frame.replaces ?? post.frame.id, post]));
+  #merge(outbox) {
+    const marks = (post) => !post.error && !isMessage(post);
+    this.#posts = outbox.filter((post) => !marks(post));
+    this.#changes = new Map(outbox.filter(marks).map((post) => [post.frame.replaces ?? post.frame.id, post]));
+  }
+
+  /** Find the posts that left the outbox, show a new one, and announce the refused ones. */
+  #compare(before) {
+    const has = (all, { label }) => all.some((post) => post.label === label);
+    this.#sent = before.filter((post) => !has(this.#snapshot.outbox, post));
+    if (document.hasFocus() && this.#posts.some((post) => post.at >= this.#opened && !has(before, post))) this.#atEnd = true;
+    for (const { label, error } of this.#posts) {
+      if (error && !this.#refused.has(label)) this.#announce(`Not sent: ${error.message}`);
+      if (error) this.#refused.add(label);
+      else this.#refused.delete(label);
+    }
   }
 
   /** Begin again with another history. */
   #restart(last) {
-    if (this.#epoch) this.#heads.clear();
-    if (this.#epoch || epochOf(this.#seen) !== epochOf(last)) this.#look = undefined;
     this.#epoch = epochOf(last);
-    this.#head = numberOf(last);
-    this.#unread = this.#seen = undefined;
-    this.#unspoken = [];
-    this.#fresh = 0;
+    this.#news.restart(last);
     this.#atEnd = true;
-  }
-
-  /** Count and announce what is new. */
-  #arrived(messages, last) {
-    for (let at = indexOf(messages, this.#head + 1); at < messages.length; at += 1) {
-      if (messages[at].data.username === this.#username) continue;
-      if (!this.#unspoken.length) this.#later(QUIET, () => this.#speak());
-      this.#unspoken.push(messages[at]);
-      this.#fresh += 1;
-    }
-    this.#head = numberOf(last);
-  }
-
-  #speak() {
-    if (this.#unspoken.length) this.#announce(announcement(this.#unspoken));
-    this.#unspoken = [];
-  }
-
-  #findUnread() {
-    if (this.#look === undefined || !this.#epoch) return;
-    const { messages, state } = this.#snapshot;
-    this.#unread = firstUnread(messages, this.#look, this.#username);
-    if (this.#unread || (state === "online" && !document.hidden)) this.#look = undefined;
-  }
-
-  /** Note the newest message when a post is made: the post can only become a later one. */
-  #noteHeads() {
-    const { outbox, last } = this.#room.snapshot();
-    const labels = new Set(outbox.map(({ label }) => label));
-    for (const label of this.#heads.keys()) if (!labels.has(label)) this.#heads.delete(label);
-    for (const { label, at } of outbox)
-      if (!this.#heads.has(label) && at >= this.#opened) this.#heads.set(label, numberOf(last));
   }
 
   // Layout: what is read before a change, and corrected after it
 
-  /** Return the indices of the first and the last visible item. */
-  #visible() {
-    const { start } = this.#window;
-    const rows = this.#rows;
-    if (!rows.length) return { first: start, last: start };
-    const { top, bottom } = this.scroller.getBoundingClientRect();
-    const rect = (at) => rows[at].node.getBoundingClientRect();
-    const first = Math.min(search(rows.length, (at) => rect(at).bottom > top), rows.length - 1);
-    const last = Math.max(search(rows.length, (at) => rect(at).top >= bottom) - 1, first);
-    return { first: start + first, last: start + last };
+  /** Hold what one reads in its place; return the places of the first and the last visible article. */
+  #hold() {
+    const visible = this.#view.visible(this.#rows);
+    this.#view.hold(this.#atEnd ? undefined : this.#rows[visible.first]);
+    return visible;
   }
 
-  /** Return the text that one reads and its place; none at the end, where the newest message is read. */
-  #anchor() {
-    if (this.#atEnd || !this.#rows.length) return undefined;
-    const article = this.#rows[this.#visible().first - this.#window.start];
-    return { article, top: article.text.getBoundingClientRect().top };
-  }
-
-  /** Put the text that one reads where it was. The feed takes the parts of pixels that no scroller can. */
-  #restore({ article, top }) {
-    const moved = () => article.text.getBoundingClientRect().top - top;
-    this.scroller.scrollTop += moved();
-    const rest = moved();
-    if (Math.abs(rest) < 0.01) return;
-    const shim = this.#shim - rest;
-    this.scroller.scrollTop -= Math.floor(shim);
-    this.#shim = shim - Math.floor(shim);
-    this.feed.style.paddingBlockStart = `${this.#shim}px`;
+  #resized() {
+    const width = this.feed.clientWidth;
+    if (this.#atEnd) this.#view.toEnd();
+    else if (width !== this.#width) this.#view.restore();
+    this.#width = width;
+    this.#plan();
   }
 
   /** Bring the document to the window. */
-  #render(anchor) {
+  #render() {
     const active = this.#byNode.get(document.activeElement?.closest("article"));
     const place = this.#rows.indexOf(active);
     const rows = [];
@@ -298,18 +248,21 @@ export class MessageList {
     if (active && !this.#articles.has(active.key)) (rows[Math.min(Math.max(place, 0), rows.length - 1)]?.node ?? this.scroller).focus({ preventScroll: true });
     this.#setStop();
     this.#note();
-    if (this.#atEnd) this.#stick();
-    else if (anchor && wanted.has(anchor.article)) this.#restore(anchor);
+    if (this.#atEnd) this.#view.toEnd();
+    else this.#view.restore();
     this.#plan();
   }
 
   /** Return the article of an item: its own, that of the post which became this message, or a new one. */
   #take(index) {
-    const { id, label } = this.#entryAt(index);
+    const { id, label, data } = this.#entryAt(index);
     const key = id ?? label;
-    const was = this.#acks.get(id) ?? this.#labels.get(id);
     let article = this.#articles.get(key);
-    if (!article && (article = this.#articles.get(was))) this.#articles.delete(was);
+    if (!article && id && data.username === this.#username) {
+      const post = this.#sent.find(({ label, frame }) => frame.message === data.message && this.#articles.has(label));
+      article = this.#articles.get(post?.label);
+      this.#articles.delete(post?.label);
+    }
     if (!article) {
       article = new Article(this.#tools);
       this.#byNode.set(article.node, article);
@@ -320,16 +273,17 @@ export class MessageList {
   }
 
   #exists({ key, item: { entry, post } }) {
-    if (!entry.id) return this.#posts.includes(post);
+    if (!entry.id) return this.#posts.some(({ label }) => label === post.label);
     const { messages } = this.#snapshot;
     return messages[indexOf(messages, numberOf(key))]?.id === key;
   }
 
   /** Put the articles of the window in order, without touching the focused one. */
   #place(active) {
-    const size = this.#epoch ? this.#head : -1;
+    const size = this.#epoch ? this.#news.head : -1;
     let next = this.feed.firstChild;
-    for (const { node } of this.#rows) {
+    for (const article of this.#rows) {
+      const { node } = article;
       if (next?.hasAttribute("data-away")) next = next.nextSibling;
       while (node === active?.node && next !== node) {
         const other = next;
@@ -338,12 +292,8 @@ export class MessageList {
       }
       if (node === next) next = next.nextSibling;
       else this.feed.insertBefore(node, next);
-      if (node.ariaSetSize !== `${size}`) node.ariaSetSize = size;
+      article.setSize(size);
     }
-  }
-
-  #stick() {
-    this.scroller.scrollTop = this.scroller.scrollHeight;
   }
 
   /** Check the window once the document is laid out. */
@@ -358,33 +308,32 @@ export class MessageList {
 
   /** Take a new position of the scroller: move the window, and read older messages near its beginning. */
   #scrolled() {
-    const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+    const { clientHeight } = this.scroller;
     if (!this.#snapshot || !clientHeight) return;
-    const left = scrollHeight - scrollTop - clientHeight;
-    this.#atEnd = this.#window.end === this.#total && left <= NEAR && !this.#leaving;
-    this.#far = this.#window.end < this.#total || left > clientHeight;
-    const visible = this.#visible();
-    const { start, end } = slide(this.#window, this.#total, visible);
-    if (start !== this.#window.start || end !== this.#window.end) {
-      const anchor = this.#anchor();
-      this.#window = { start, end };
-      this.#render(anchor);
+    const { below } = this.#view;
+    this.#atEnd = this.#window.end === this.#total && !below && !this.#leaving;
+    this.#far = this.#window.end < this.#total || below > clientHeight;
+    const { start } = this.#window;
+    const places = this.#hold();
+    const visible = { first: places.first + start, last: places.last + start };
+    const next = slide(this.#window, this.#total, visible);
+    if (!this.#current) this.#setStop(this.#rows[places.last]);
+    if (next.start !== start || next.end !== this.#window.end) {
+      this.#window = next;
+      this.#render();
     } else this.#note();
-    if (!this.#current) this.#setStop(this.#rows[visible.last - start]);
-    if (start === 0 && visible.first <= reserve(visible)) this.#older();
+    if (next.start === 0 && visible.first <= reserve(visible)) this.#older();
   }
 
   /** Note what is in sight, and state what is not. */
   #note() {
-    if (this.#atEnd && !document.hidden) {
-      this.#seen = this.#snapshot.last;
-      this.#fresh = 0;
-    }
-    this.newest.hidden = this.#atEnd || !(this.#fresh || this.#far);
-    const text = this.#fresh ? `${this.#fresh} new` : "Newest messages";
+    if (this.#atEnd && !document.hidden) this.#news.read(this.#snapshot.last);
+    const { fresh } = this.#news;
+    this.newest.hidden = this.#atEnd || !(fresh || this.#far);
+    const text = fresh ? `${fresh} new` : "Newest messages";
     if (this.newest.textContent !== text) this.newest.textContent = text;
-    const { more, last, entries, messages } = this.#snapshot;
-    const first = numberOf((entries ?? messages)[0]?.id);
+    const { more, last, messages } = this.#snapshot;
+    const first = numberOf(messages[0]?.id);
     if (this.#loading) this.#state("Loading older messages…");
     else if (this.#failed) this.#state("Older messages did not load.", "Try again");
     else if (more || !last) this.#state("");
@@ -408,7 +357,7 @@ export class MessageList {
     const before = this.#snapshot;
     if (this.#loading || this.#failed || !before.more || !before.last) return;
     this.#loading = true;
-    this.feed.ariaBusy = "true";
+    this.feed.setAttribute("aria-busy", true);
     this.#note();
     try {
       await this.#room.older(PAGE);
@@ -417,7 +366,7 @@ export class MessageList {
     }
     if (this.#closed.signal.aborted) return;
     this.#loading = false;
-    this.feed.ariaBusy = "false";
+    this.feed.removeAttribute("aria-busy");
     this.#note();
     if (this.#room.snapshot() !== before) this.#plan();
   }
@@ -496,9 +445,7 @@ export class MessageList {
   #looked() {
     if (!this.#snapshot) return;
     if (document.hidden) {
-      if (this.#unread && numberOf(this.#seen) < this.#unread) return;
-      this.#unread = undefined;
-      this.#look = numberOf(this.#seen);
+      this.#news.leave();
       this.#rows.forEach((article, at) => this.#fill(article, this.#window.start + at));
     }
     this.#plan();
@@ -519,8 +466,7 @@ export class MessageList {
 
   #act(name, { entry, post }, actions) {
     if (actions[name]) actions[name](post ?? entry);
-    else if (name === "retry") retry(this.#room, post);
-    else this.#room.discard(post.label);
+    else this.#room[name](post.label); // retry or discard
   }
 
   /** Focus the message that was focused last, or the last one in sight. */
@@ -537,12 +483,4 @@ export class MessageList {
     for (const timer of this.#timers) clearTimeout(timer);
     this.element.replaceChildren();
   }
-}
-
-/** Post a refused post again, with its fields and a new label. */
-function retry(room, { frame: { label, username, message, type, id, replaces, ...fields } }) {
-  room.discard(label);
-  if (type === "remove") room.remove(id);
-  else if (replaces) room.edit(replaces, message);
-  else room.post(message, fields);
 }

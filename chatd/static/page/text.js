@@ -4,7 +4,7 @@ const LONGEST = 2000; // characters of a link; longer ones stay text
 // Controls of direction and characters without width end an address, because they could make it look like another.
 const ADDRESS = /\bhttps?:\/\/[^\s<>"`\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]+/giu;
 const PAIRS = { ")": "(", "]": "[", "}": "{" };
-const TRAILING = /[.,:;!?'*~|…»”’、。，！？：；]/u;
+const TRAILING = /[.,:;!?'*~|…»”’、。，！？：；）」』】》]/u;
 const LOOKS_LATIN = /[\p{Script=Cyrillic}\p{Script=Greek}\p{Script=Armenian}\p{Script=Cherokee}\p{Script=Lisu}]/u;
 const INVISIBLE = /[\p{C}\p{Z}\p{M}\u115f\u1160\u3164\uffa0\u2800]/gu;
 

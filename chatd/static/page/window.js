@@ -35,7 +35,7 @@ export function around(index, total) {
 /** Return how many messages should exist on each side of the visible ones, from `first` to `last`. */
 export function reserve({ first, last }) {
   const seen = last - first + 1;
-  return Math.max(Math.min(Math.max(2 * seen, LEAST), Math.floor((MOST - seen - STEP) / 2)), 0);
+  return Math.max(Math.min(Math.max(2 * seen, LEAST), Math.floor((MOST - seen - STEP - 1) / 2)), 0);
 }
 
 /** Return the window, moved by one step if the visible messages are too near to an edge. */

@@ -1,0 +1,233 @@
+/**
+ * The page of a room. This module reads what the server says in the attributes of the document, and puts the parts
+ * together: each shows one thing of the snapshot of the open room, once in a frame.
+ */
+import { Client } from "../chatd.js";
+import { createComposer } from "./composer.js";
+import { memory } from "./memory.js";
+import { MessageList } from "./messages.js";
+import { createPanels } from "./panels.js";
+import { createPeople } from "./people.js";
+import { addressOf, createRooms, roomAt } from "./rooms.js";
+import { createStatus } from "./status.js";
+import { claimsOf, signInUrl, splitFragment, whyNotName } from "./user.js";
+
+const config = document.documentElement.dataset;
+const root = new URL("../../../", import.meta.url).href; // of the server, whose files are at static/VERSION/page/
+const [forTab, forAll] = [memory("sessionStorage"), memory("localStorage")];
+const element = (id) => document.getElementById(id);
+const [box, gate, introduction, announcer] = ["box", "gate", "introduction", "announcer"].map(element);
+
+const seen = new Map(); // the id of the newest message that was in sight, by room
+let client;
+let me;
+let open; // the room that is shown: its name, its room of chatd.js and its list
+let due = false; // a frame is planned
+
+// The parts
+
+const announce = (text) => {
+  if (document.hidden) return;
+  announcer.textContent = "";
+  requestAnimationFrame(() => (announcer.textContent = text));
+};
+const status = createStatus(
+  { status: element("status"), countdown: element("countdown"), button: element("retry") },
+  () => open.room.reconnect(),
+);
+const people = createPeople({
+  count: element("count"),
+  list: element("people-list"),
+  typing: element("typing"),
+  button: element("show-people"),
+});
+const rooms = createRooms(
+  {
+    list: element("room-list"),
+    form: element("room-form"),
+    input: element("room-name"),
+    help: element("room-help"),
+    storage: forAll,
+  },
+  { open: visit, href: (name) => addressOf(root, name) },
+);
+const composer = createComposer(
+  {
+    form: element("composer"),
+    box,
+    left: element("left"),
+    editing: element("editing"),
+    cancel: element("cancel"),
+    storage: forTab,
+    most: Number(config.maxMessage),
+  },
+  {
+    post: (text) => open.room.post(text),
+    change: (entry, text) => open.room.edit(entry.id, text),
+    typed: () => open.room.typing(),
+    lastOwn: () => open.room.snapshot().messages.findLast(canChange),
+  },
+);
+const panels = createPanels(
+  [
+    { panel: element("rooms"), button: element("show-rooms") },
+    { panel: element("people"), button: element("show-people") },
+  ],
+  [
+    { element: element("composer"), focus: () => box.focus() },
+    { element: gate, focus: () => gate.querySelector("a")?.focus() },
+    { element: element("rooms"), focus: () => element("rooms").focus() },
+    { element: element("messages"), focus: () => open?.list.focus() },
+    { element: element("people"), focus: () => element("people").focus() },
+  ],
+  () => box.focus(),
+);
+
+/** Only authors may change a message, and the server knows authors by their tokens. */
+const canChange = ({ data, removed }) => !!config.tokens && !removed && data.username === me;
+
+// The open room
+
+function show() {
+  due = false;
+  const snapshot = open.room.snapshot();
+  status.show(snapshot);
+  people.show(snapshot, me);
+  open.list.update(snapshot);
+  rooms.show(open.name, unreadIn);
+  const unread = document.hidden ? unreadIn(open.name) : 0;
+  document.title = `${unread ? `(${unread}) ` : ""}${open.name} · ${config.title}`;
+  if (snapshot.error) refuse(snapshot.error);
+}
+function plan() {
+  if (due) return;
+  due = true;
+  // A hidden page draws no frames, but its title counts.
+  if (document.hidden) setTimeout(show);
+  else requestAnimationFrame(show);
+}
+/** Return how many messages of others came to a room since its end was in sight. */
+function unreadIn(name) {
+  const last = open.name === name ? open.list.seen : seen.get(name);
+  if (!last) return 0;
+  const { messages } = client.room(name).snapshot();
+  const place = messages.findLastIndex(({ id }) => Number(id.split("-")[1]) <= Number(last.split("-")[1]));
+  return messages.slice(place + 1).filter(({ data }) => data.username !== me).length;
+}
+
+/** Show a room. The rooms that were visited stay joined: their unread messages are counted, and their posts sent. */
+function enter(name) {
+  if (open) {
+    seen.set(open.name, open.list.seen);
+    open.list.close();
+  }
+  const room = client.room(name);
+  if (!seen.has(name)) {
+    seen.set(name, undefined);
+    room.subscribe(plan);
+  }
+  const actions = { canChange, retry: ({ label }) => room.retry(label), discard: ({ label }) => room.discard(label) };
+  if (config.tokens) Object.assign(actions, { edit: composer.edit, remove: ({ id }) => room.remove(id) });
+  const list = new MessageList(element("messages"), { room, username: me, announce, actions, seen: seen.get(name) });
+  open = { name, room, list };
+  composer.open(name);
+  panels.close();
+  show();
+}
+function visit(name) {
+  if (name !== open.name) {
+    history.pushState(null, "", addressOf(root, name));
+    enter(name);
+  }
+  panels.close();
+  box.focus();
+}
+
+// Who the user is
+
+const token = () => forTab.get("token");
+
+/** Take a token out of the address, where it would be seen and copied; return whether there was one. */
+function takeToken() {
+  const { token: given, rest } = splitFragment(location.hash);
+  if (!given) return false;
+  forTab.set("token", given);
+  history.replaceState(null, "", location.pathname + location.search + rest);
+  return true;
+}
+/** Show words, and a link to sign in if there is an address for that, in place of the composer. */
+function block(words, link) {
+  const parts = [Object.assign(document.createElement("p"), { textContent: words })];
+  if (link && config.login)
+    parts.push(Object.assign(document.createElement("a"), { href: signInUrl(config.login, location.href), textContent: link }));
+  gate.replaceChildren(...parts);
+  gate.hidden = false;
+  element("composer").hidden = true;
+}
+function refuse({ code }) {
+  if (!gate.hidden) return;
+  if (config.tokens && [401, 1008].includes(code)) {
+    forTab.remove("token");
+    block("What you have not sent yet stays here.", "Sign in again");
+  } else block("You cannot post here now. Reload the page to try again.");
+}
+
+function begin(name) {
+  me = name;
+  element("my-name").textContent = name;
+  client = new Client(root, { username: name, token: config.tokens && token() ? token : undefined });
+  enter(roomAt(root, location.href));
+  if (config.tokens) listRooms();
+  if (!gate.hidden) return;
+  box.focus();
+}
+/** Offer the rooms that the token permits to read. */
+async function listRooms() {
+  const headers = token() ? { Authorization: `Bearer ${token()}` } : {};
+  const response = await fetch(new URL("rooms", root), { headers }).catch(() => undefined);
+  if (!response?.ok) return;
+  rooms.offer((await response.json()).rooms.map(({ name }) => name));
+  plan();
+}
+/** Ask for a name, which may be another one than before. */
+function introduce() {
+  const [input, help] = [element("name"), element("name-help")];
+  input.value = forAll.get("name") ?? "";
+  introduction.showModal();
+  introduction.oncancel = (event) => me ?? event.preventDefault();
+  introduction.querySelector("form").onsubmit = (event) => {
+    const name = input.value.trim();
+    const fault = whyNotName(name);
+    input.setAttribute("aria-invalid", String(!!fault));
+    if (fault) {
+      event.preventDefault();
+      help.textContent = fault;
+      return;
+    }
+    forAll.set("name", name);
+    if (!me) begin(name);
+    else if (name !== me) location.reload(); // all tabs of a user share what is unsent
+  };
+}
+
+// The start
+
+addEventListener("popstate", () => open && enter(roomAt(root, location.href)));
+addEventListener("hashchange", () => takeToken() && location.reload());
+document.addEventListener("visibilitychange", () => open && plan());
+takeToken();
+if (config.tokens) {
+  const claim = claimsOf(token() ?? "")[config.tokens];
+  const name = config.username || (typeof claim === "string" ? claim : "");
+  if (name) begin(name);
+  else {
+    element("status").textContent = "Not signed in";
+    block(config.login ? "This room asks who you are." : "Open this room by a link of your application, which signs you in.", "Sign in");
+  }
+} else {
+  element("rename").hidden = false;
+  element("rename").addEventListener("click", introduce);
+  const name = forAll.get("name");
+  if (name && !whyNotName(name)) begin(name);
+  else introduce();
+}

@@ -1,0 +1,77 @@
+/** The rooms of this user, by the names in their addresses. */
+const RECENT = 20; // rooms that are remembered
+const NAME = /^[a-z0-9][a-z0-9_-]{0,63}$/;
+export const MAIN = "main";
+
+/** Return why a name of a room is not possible, in one sentence; empty if it is. */
+export const whyNotRoom = (name) =>
+  NAME.test(name) ? "" : "The name of a room has 1 to 64 lower-case letters, digits, _ and -, and begins with a letter or digit.";
+
+/** Return the address of a room. */
+export const addressOf = (root, name) => new URL(name === MAIN ? "." : `rooms/${name}`, root).href;
+
+/** Return the room at an address. */
+export function roomAt(root, address) {
+  const path = new URL(address).pathname.slice(new URL(root).pathname.length);
+  const name = /^rooms\/([^/]+)\/?$/.exec(path)?.[1];
+  return name && !whyNotRoom(name) ? name : MAIN;
+}
+
+/** Put a room first in the list of recent ones. */
+export const remember = (recent, name) => [name, ...recent.filter((other) => other !== name)].slice(0, RECENT);
+
+/** Make the list; `open(name)` is called when the user chooses a room, and `href(name)` returns its address. */
+export function createRooms({ list, form, input, help, storage }, { open, href }) {
+  let recent = (storage.get("rooms") ?? "").split(" ").filter((name) => !whyNotRoom(name));
+  let offered = []; // by the server
+  const links = new Map();
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const name = input.value.trim();
+    help.textContent = whyNotRoom(name);
+    input.setAttribute("aria-invalid", String(!!help.textContent));
+    if (help.textContent) return;
+    input.value = "";
+    open(name);
+  });
+  function link(name) {
+    const known = links.get(name);
+    if (known) return known;
+    const item = document.createElement("li");
+    const anchor = Object.assign(document.createElement("a"), { href: href(name) });
+    const unread = Object.assign(document.createElement("span"), { className: "unread-count" });
+    anchor.append(Object.assign(document.createElement("span"), { textContent: name }), " ", unread);
+    anchor.addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return; // it opens in another tab
+      event.preventDefault();
+      open(name);
+    });
+    item.append(anchor);
+    links.set(name, { item, anchor, unread });
+    return links.get(name);
+  }
+  return {
+    /** Offer the rooms that the server lists. */
+    offer(names) {
+      offered = names;
+    },
+    /** Show a room as the one that is open, and how many messages are unread in the others. */
+    show(current, unreadOf) {
+      if (recent[0] !== current) {
+        recent = remember(recent, current);
+        storage.set("rooms", recent.join(" "));
+      }
+      const names = [...new Set([MAIN, current, ...offered, ...recent])].sort();
+      for (const name of names) {
+        const { anchor, unread } = link(name);
+        if (name === current) anchor.setAttribute("aria-current", "page");
+        else anchor.removeAttribute("aria-current");
+        const count = name === current ? 0 : unreadOf(name);
+        unread.textContent = count ? `${count} new` : "";
+      }
+      const items = names.map((name) => links.get(name).item);
+      if (items.some((item, place) => list.children[place] !== item)) list.replaceChildren(...items);
+    },
+  };
+}
