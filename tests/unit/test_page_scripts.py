@@ -1,16 +1,18 @@
-"""The scripts that decide whether a browser gets the page or the instructions, and what a stylesheet may set."""
+"""The parts of the page that need no browser, and what a stylesheet may set."""
 
 import re
 import subprocess
 
+import pytest
 from support.needs import need
 from support.servers import LONG, NODE, ROOT
 
 
-def test_scripts_before_the_page():
-    """A browser that cannot start the page gets the instructions, with the URL that it sees itself."""
+@pytest.mark.parametrize("part", ["start", "shell"])
+def test_scripts_of_the_page(part):
+    """The tests of a part: of what runs before the page, or of what stands around the messages."""
     result = subprocess.run(
-        [need("node"), "--test", "chatd/start.test.mjs"],
+        [need("node"), "--test", f"chatd/{part}.test.mjs"],
         cwd=NODE,
         capture_output=True,
         text=True,

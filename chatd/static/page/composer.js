@@ -6,12 +6,13 @@ export const lengthOf = (text) => [...text].length;
 
 /** Return what to state about the length of a text; empty while it is short. */
 export function lengthWords(length, most) {
-  if (length > most) return `${length - most} characters too many`;
-  return length >= most * NEAR ? `${most - length} characters left` : "";
+  const characters = (count) => (count === 1 ? "1 character" : `${count} characters`);
+  if (length > most) return `${characters(length - most)} too many`;
+  return length >= most * NEAR ? `${characters(most - length)} left` : "";
 }
 
 /**
- * Make the composer. `post(text)` sends a message and `change(entry, text)` an edit, `typed()` is called at each key, and
+ * Make the composer. `post(text)` sends a message and `change(entry, text)` an edit. `typed()` is called at each key.
  * `lastOwn()` returns the message that ArrowUp edits, if there is one.
  */
 export function createComposer({ form, box, left, editing, cancel, storage, most }, { post, change, typed, lastOwn }) {

@@ -158,8 +158,8 @@ function takeToken() {
 /** Show words, and a link to sign in if there is an address for that, in place of the composer. */
 function block(words, link) {
   const parts = [Object.assign(document.createElement("p"), { textContent: words })];
-  if (link && config.login)
-    parts.push(Object.assign(document.createElement("a"), { href: signInUrl(config.login, location.href), textContent: link }));
+  const href = link && config.login && signInUrl(config.login, location.href);
+  if (href) parts.push(Object.assign(document.createElement("a"), { href, textContent: link }));
   gate.replaceChildren(...parts);
   gate.hidden = false;
   element("composer").hidden = true;
@@ -222,7 +222,7 @@ if (config.tokens) {
   if (name) begin(name);
   else {
     element("status").textContent = "Not signed in";
-    block(config.login ? "This room asks who you are." : "Open this room by a link of your application, which signs you in.", "Sign in");
+    block(config.login ? "This room asks who you are." : "A link in your application opens this room for you.", "Sign in");
   }
 } else {
   element("rename").hidden = false;

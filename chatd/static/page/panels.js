@@ -21,13 +21,18 @@ export function createPanels(panels, regions, leave) {
       if (focus) panel.button.focus();
     }
   }
-  for (const panel of panels)
+  for (const panel of panels) {
     panel.button.addEventListener("click", () => {
       const open = !panel.panel.hasAttribute("data-open");
       close(false);
       set(panel, open);
       if (open) panel.panel.focus();
     });
+    panel.panel.querySelector(".title button").addEventListener("click", () => close(true));
+  }
+  document.addEventListener("pointerdown", ({ target }) => {
+    if (!panels.some(({ panel, button }) => panel.contains(target) || button.contains(target))) close(false);
+  });
   document.addEventListener("keydown", (event) => {
     if (document.querySelector("dialog[open]")) return;
     if (event.key === "F6") {

@@ -5,7 +5,7 @@ export const MAIN = "main";
 
 /** Return why a name of a room is not possible, in one sentence; empty if it is. */
 export const whyNotRoom = (name) =>
-  NAME.test(name) ? "" : "The name of a room has 1 to 64 lower-case letters, digits, _ and -, and begins with a letter or digit.";
+  NAME.test(name) ? "" : "Use 1 to 64 lower-case letters, digits, _ and -, with a letter or digit first.";
 
 /** Return the address of a room. */
 export const addressOf = (root, name) => new URL(name === MAIN ? "." : `rooms/${name}`, root).href;

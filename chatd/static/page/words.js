@@ -6,9 +6,9 @@ export function namesOf(names) {
   return shown.length < 2 ? shown.join("") : `${shown.slice(0, -1).join(", ")} and ${shown.at(-1)}`;
 }
 
-/** Return who types, apart from this user; empty if nobody does. */
+/** Return who types, apart from this user; empty if nobody does. Each name has its own direction (UAX #9, FSI, PDI). */
 export function typingWords(names, me) {
-  const others = names.filter((name) => name !== me);
+  const others = names.filter((name) => name !== me).map((name) => `\u2068${name}\u2069`);
   return others.length ? `${namesOf(others)} ${others.length > 1 ? "are" : "is"} typing…` : "";
 }
 
