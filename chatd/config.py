@@ -44,6 +44,7 @@ HELP: Final = "`twistd chatd --help` explains every option"
 SEED: Final = Path(chatd.__file__).parent / "seed" / "messages.json"
 """The messages that a new log begins with by default."""
 LOG_FORMATS: Final = "text", "json"
+SWITCH: Final = {"on": True, "off": False}
 MAX_RATE: Final = 1_000_000
 MAX_PER_ADDRESS: Final = 1_000_000
 MAX_TITLE: Final = 100
@@ -202,6 +203,13 @@ def parse_log_format(text: str) -> str:
     return text
 
 
+def parse_switch(text: str) -> bool:
+    """Parse `on` or `off`."""
+    if text not in SWITCH:
+        raise ValueError(f"{text!r} is neither on nor off")
+    return SWITCH[text]
+
+
 def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
     """Return a parser that returns the text itself if `check` accepts it."""
 
@@ -258,6 +266,7 @@ class Settings(NamedTuple):
     webhook: tuple[WebhookAddress, ...]
     webhook_key: Path | None
     """A file with the secrets that sign."""
+    compress: bool
     ping: int
     """Seconds."""
     drain: int
@@ -564,6 +573,13 @@ OPTIONS: Final = (
         help="sign what is posted to webhooks with the keys in a file, one `whsec_…` a line",
         parse=parse_webhook_key,
         shown="none",
+    ),
+    Option(
+        name="compress",
+        metavar="on|off",
+        default="on",
+        help="compress messages for clients that offer it (permessage-deflate)",
+        parse=parse_switch,
     ),
     Option(
         name="ping",

@@ -223,7 +223,14 @@ def makeService(options: Options) -> IService:
     site.intake.moderator = moderator
     site.intake.vocabulary = vocabulary
     operating = ModerationApi(store, rooms, time.time, new_epoch, listing=RoomList(store, rooms), exports=exports)
-    factory = ChatFactory(rooms=rooms, connections=connections, admission=admission, site=site, reactor=reactor)
+    factory = ChatFactory(
+        rooms=rooms,
+        connections=connections,
+        admission=admission,
+        site=site,
+        reactor=reactor,
+        compress=settings.compress,
+    )
 
     def schema_changed() -> None:
         factory.allow(vocabulary.max_bytes)

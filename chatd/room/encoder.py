@@ -31,6 +31,9 @@ class Encoder(Protocol):
     def addressed(self, room: str) -> Callable[[bytes], bytes]:
         """Return the form for connections in many rooms: it adds the name of this room to a frame."""
 
+    def compressor(self) -> Callable[[bytes], bytes]:
+        """Return a function that compresses frames of message_frame, each with reference to all before it."""
+
     def presence_frame(self, count: int, **names: Sequence[str]) -> bytes:
         """Encode the number of members, with all `users`, or with those that `join` and `leave`."""
 

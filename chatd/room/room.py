@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -43,6 +43,7 @@ from twisted.python.failure import Failure
 from chatd.messages import Entry, Id
 from chatd.room.encoder import Encoder
 from chatd.room.histories import Histories
+from chatd.room.keyframes import COMPRESSIBLE, Keyframes, KeyframeStream
 from chatd.room.log import EncodedPage, Log, Page, PageRange, UnknownId
 from chatd.room.presence import Presence, Report
 from chatd.room.sweep import sweep
@@ -57,6 +58,9 @@ LEFT: Final = sys.maxsize
 """The cursor of a member that has left."""
 LATER: Final = -1
 """The result of Member.write when another member of the same transport is to write first."""
+
+MemberForm = Callable[[bytes], bytes] | KeyframeStream | None
+"""What a member gets of a frame: what a function makes of it, what a stream compresses it to, or the frame itself."""
 
 _logger = Logger()
 
@@ -74,8 +78,8 @@ class Member(Protocol):
     """The username by which others know it."""
 
     @property
-    def form(self) -> Callable[[bytes], bytes] | None:
-        """The function from a frame to the bytes that its transport sends; None for the frame itself."""
+    def form(self) -> MemberForm:
+        """The form of the frames that its transport sends; the room sets it if it is a stream."""
 
     @property
     def takes_events(self) -> bool:
@@ -130,12 +134,13 @@ class Room:
         self._history = history
         self.presence = Presence(self.members, encoder, clock, report)
         self._histories = Histories(clock)
+        self._keyframes = Keyframes(encoder.compressor)
         self._flushing = False
         """True while a flush waits for its turn."""
         # The pass: the members yet to serve, the head it aims at, and its joined runs by cursor and form.
         self._pass: Iterator[Member] | None = None
         self._target = page.head
-        self._runs: dict[tuple[int, Callable[[bytes], bytes] | None], Run] = {}
+        self._runs: dict[tuple[int, MemberForm], Run] = {}
         # The members to serve in the next pass even if nothing is appended.
         self._unfinished: dict[Member, None] = {}
         # The members that wait for the log, by cursor; and the frames read for this pass and for the next.
@@ -198,6 +203,11 @@ class Room:
         """The size of the history frames that the room keeps."""
         return self._histories.bytes
 
+    @property
+    def compressed_bytes(self) -> int:
+        """The size of the compressed frames that the room holds."""
+        return self._keyframes.size
+
     def cursors(self) -> Counter[int]:
         """Count the members at each cursor."""
         return Counter(map(_cursor, self.members))
@@ -214,6 +224,7 @@ class Room:
         frame, member.cursor = self._history_after(last, backlog)
         self._delivered -= member.cursor
         self.members[member] = None
+        self._keyframes.joined(member.form)
         self.presence.joined(member)
         self.resume(member)
         return frame
@@ -224,6 +235,7 @@ class Room:
         self._delivered += member.cursor
         member.cursor = LEFT
         self._acks.pop(member, None)
+        self._keyframes.left(member.form)
         if not self.members:
             self._histories.clear()
         self.presence.left(member)
@@ -312,6 +324,8 @@ class Room:
             for number, frame in enumerate(frames, after + 1):
                 if number == original or (edit.removed and self._entry_of(frame).replaces == original):
                     frames[number - after - 1] = change(frame)
+        if edit.removed:
+            self._keyframes.erase(max(original, *edits) if edits else original)
         self._runs.clear()
         edits.append(edit.number)
         self.edited = edit.number
@@ -328,6 +342,7 @@ class Room:
         if first > self.head:
             self._tail = Tail(self.head, self._history)
             self._runs.clear()
+            self._keyframes.end()
         self._histories.clear()
 
     def continues(self, page: Page) -> bool:
@@ -339,6 +354,7 @@ class Room:
         self._pass = self._acknowledging = None
         for kept in (self._runs, self._unfinished, self._refilling, self._refills, self._next_refills, self._histories):
             kept.clear()
+        self._keyframes.end()
         self._load(page)
         for member, acks in [*self._acks.items()]:
             self._acks[member] = [ack for ack in acks if ack[0] == self.epoch]
@@ -398,7 +414,7 @@ class Room:
                 run = self._run(at, form)
                 data, size, end, _ = run
             if run is NO_RUN:
-                self._refill(member)
+                self._serve_otherwise(member)
             elif (taken := member.write(data)) == size:
                 member.cursor = end
                 if end < target:
@@ -407,21 +423,41 @@ class Room:
                 member.cursor, rest = run.cut(taken)  # the transport took whole frames, and one in part
                 member.hold(rest)
 
-    def _run(self, cursor: int, form: Callable[[bytes], bytes] | None) -> Run:
-        """Return the run at a cursor, joined once; NO_RUN if the tail has moved on and the log must be read."""
+    def _run(self, cursor: int, form: MemberForm) -> Run:
+        """Return the run at a cursor, joined once; NO_RUN if there is none in this form."""
         run = self._runs.get((cursor, form))
         if run is None:
-            if cursor + 1 >= self._tail.first:
-                pieces = self._tail.between(cursor, min(self._target, cursor + RUN_FRAMES))
-            elif cursor in self._refills:
-                pieces = self._refills[cursor]
-            else:
+            pieces = self._pieces(cursor, form)
+            if not pieces:
                 return NO_RUN
             if len(self._runs) == RUNS:
                 self._runs.clear()
-            run = Run.of(cursor, pieces if form is None else [form(piece) for piece in pieces])
-            self._runs[cursor, form] = run
+            run = self._runs[cursor, form] = Run.of(cursor, pieces)
         return run
+
+    def _pieces(self, cursor: int, form: MemberForm) -> Sequence[bytes]:
+        """Return frames after a cursor; none if the tail has moved on, or if a member must change its form here."""
+        until = min(self._target, cursor + RUN_FRAMES)
+        if isinstance(form, KeyframeStream):
+            if form is not COMPRESSIBLE:
+                return self._keyframes.between(form, cursor, until, self._tail)
+            until = min(until, self._keyframes.next_keyframe(cursor) - 1)
+            form = None
+        is_held = cursor + 1 >= self._tail.first
+        pieces = self._tail.between(cursor, until) if is_held else self._refills.get(cursor, ())
+        return pieces if form is None else [form(piece) for piece in pieces]
+
+    def _serve_otherwise(self, member: Member) -> None:
+        """Serve a member in the form that fits its cursor, if it has another one; or else from the log."""
+        form, cursor = member.form, member.cursor
+        if isinstance(form, KeyframeStream):
+            is_held = cursor + 1 >= self._tail.first
+            fitting = self._keyframes.form_at(cursor) if is_held else COMPRESSIBLE
+            if fitting is not form:
+                cast(Any, member).form = fitting
+                self._serve([member])
+                return
+        self._refill(member)
 
     # Acknowledging
 

@@ -27,8 +27,9 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from typing_extensions import override
 
+from chatd.transport.deflate import EXTENSION, InflatedTooLong, InflateError, inflate
 from chatd.transport.frames import MAX_MESSAGE
-from chatd.transport.framing import MAX_REASON, CloseCode, Opcode, masked_text_at, masked_texts
+from chatd.transport.framing import COMPRESSED_TEXT, MAX_REASON, CloseCode, Opcode, masked_text_at, masked_texts
 from chatd.transport.intake import FRAMES_PER_LOOK, FRAMES_PER_TURN, SECONDS_PER_TURN
 
 MAX_FRAGMENTS: Final = 128
@@ -42,6 +43,27 @@ class _Ignored:
 
     def callback(self, result: object) -> None:
         """Do nothing."""
+
+
+class _Compressed:
+    """Stands for Autobahn's compression of a connection: it lets compressed messages through, and keeps nothing.
+
+    A message is inflated when all of it has arrived.
+    """
+
+    EXTENSION_NAME = EXTENSION
+
+    def start_decompress_message(self) -> None:
+        """Do nothing."""
+
+    end_decompress_message = start_decompress_message
+
+    def decompress_message_data(self, data: bytes, max_output_len: int) -> bytes:
+        """Return the data as they are; `max_output_len` is at least their length."""
+        return data
+
+
+_COMPRESSED: Final = _Compressed()
 
 
 class Receiver(Protocol):
@@ -74,6 +96,8 @@ class AutobahnConnection(WebSocketServerProtocol):
     websocket_version = 13
     max_message = MAX_MESSAGE
     """The largest size of a message in bytes."""
+    _perMessageCompress: Any = None
+    _isMessageCompressed = False
     fragments = 0
     """The number of frames so far in the message that is being received."""
 
@@ -149,6 +173,15 @@ class AutobahnConnection(WebSocketServerProtocol):
         """Take note that the handshake was answered."""
         self.state = self.STATE_OPEN
 
+    def allow_compressed(self) -> None:
+        """Accept compressed messages (RFC 7692)."""
+        self._perMessageCompress = _COMPRESSED
+
+    @property
+    def takes_compressed(self) -> bool:
+        """True if compressed messages are accepted."""
+        return self._perMessageCompress is not None
+
     def release_transport(self) -> bytes:
         """Forget the connection, which another protocol continues, and return what was received."""
         self.factory.countConnections -= 1
@@ -193,26 +226,61 @@ class AutobahnConnection(WebSocketServerProtocol):
             elif after == start:
                 break
             else:
-                self.data = data[start:]
-                going = self.processData()  # a header, or as much of a payload as there is
-                while going and self.current_frame is not None:
-                    going = self.processData()
-                data, self.data, start = self.data, b"", 0
+                data, start, going = self._read_otherwise(data, start, between=between)
                 size = len(data)
                 between = self.state == self.STATE_OPEN and not self.inside_message
-                if not going or self.state == self.STATE_CLOSED:
+                if not going:
                     break
         self.data = data[start:]
+
+    def _read_otherwise(self, data: bytes, start: int, *, between: bool) -> tuple[bytes, int, bool]:
+        """Handle a compressed text, or let Autobahn handle a frame.
+
+        Return the bytes that remain, the offset to go on from, and whether to go on.
+        """
+        if between and data[start] == COMPRESSED_TEXT and self.takes_compressed:
+            packed, after = masked_text_at(data, start, self.max_message, COMPRESSED_TEXT)
+            if after >= 0:
+                if packed is not None:
+                    self._compressed_received(packed)
+                return data, after, packed is not None
+        self.data = data[start:]
+        going = self.processData()  # a header, or as much of a payload as there is
+        while going and self.current_frame is not None:
+            going = self.processData()
+        data, self.data = self.data, b""
+        return data, 0, going and self.state != self.STATE_CLOSED
+
+    def _compressed_received(self, payload: bytes) -> None:
+        """Inflate the payload of a message, and handle its text."""
+        try:
+            text = inflate(payload, self.max_message)
+        except InflatedTooLong as error:
+            self.fail(CloseCode.MESSAGE_TOO_BIG, str(error))
+        except InflateError as error:
+            self.fail(CloseCode.INVALID_DATA, str(error))
+        else:
+            self.session.received(text)
+
+    def _inflated(self, payload: bytes) -> bytes | None:
+        """Inflate the payload of a message; None if that fails."""
+        try:
+            return inflate(payload, self.max_message)
+        except InflateError:
+            return None
 
     def unread_texts(self) -> Iterator[bytes]:
         """Iterate over the texts that have arrived and wait, unless the connection was failed."""
         between = not self.inside_message and self.current_frame is None
-        return masked_texts(self.data if between and not self.failedByMe else b"", self.max_message)
+        data = self.data if between and not self.failedByMe else b""
+        return masked_texts(data, self.max_message, self._inflated if self.takes_compressed else None)
 
     @override
     def onFrameBegin(self) -> None:
         super().onFrameBegin()
         frame = self.current_frame
+        if self._isMessageCompressed:
+            self.utf8validateIncomingCurrentMessage = False  # the frames of the session are checked
         # A message is counted once, when its last frame has arrived.
         if frame.opcode != Opcode.CLOSE and (
             frame.opcode > Opcode.CLOSE or not frame.fin or self.state != self.STATE_OPEN
@@ -232,6 +300,8 @@ class AutobahnConnection(WebSocketServerProtocol):
         self.fragments = 0
         if isBinary:
             self.fail(CloseCode.UNSUPPORTED_DATA, "only text frames are understood")
+        elif self._isMessageCompressed:
+            self._compressed_received(payload)
         else:
             self.session.received(payload)
 

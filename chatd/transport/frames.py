@@ -23,6 +23,7 @@ import orjson
 from chatd.messages import REMOVED, Code, Entry, Id, Join, Leave, PageRequest, Post, Renewal, Typing
 from chatd.room.moderation import is_room
 from chatd.room.presence import PRESENCE, TYPING
+from chatd.transport import deflate
 from chatd.transport.explainer import Part
 from chatd.transport.framing import payload, server_frame_at, text_frame
 
@@ -308,6 +309,11 @@ def message_frame(epoch: str, entry: Entry) -> bytes:
     notes += ['"removed":true,'] * removed
     head = f'{{"type":"message","id":"{epoch}-{number}",{"".join(notes)}"data":'
     return text_frame(b"%b%b}" % (head.encode(), data))
+
+
+def compressor() -> Callable[[bytes], bytes]:
+    """Return a function that compresses frames of message_frame, each with reference to all before it."""
+    return deflate.compressor()
 
 
 _NOTES = re.compile(

@@ -9,7 +9,7 @@ This module is pure: bytes in, values out.
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -66,6 +66,10 @@ LENGTH_64: Final = 127
 """The length field of a frame whose length is in the next eight bytes."""
 
 _TEXT: Final = FIN | Opcode.TEXT.value
+RSV1: Final = 0x40
+"""The bit of the first byte that marks a compressed message (RFC 7692, section 6)."""
+COMPRESSED_TEXT: Final = _TEXT | RSV1
+"""The first byte of a whole, compressed text frame."""
 _PASSED_OVER: Final = FIN | Opcode.PING.value, FIN | Opcode.PONG.value
 _SHORTEST_MASKED: Final = 6
 """The size of the smallest masked frame: its header and its mask."""
@@ -73,8 +77,8 @@ _SHORTEST: Final = 2
 _integer: Final = int.from_bytes
 
 
-def masked_text_at(data: bytes, start: int, max_size: int) -> tuple[bytes | None, int]:
-    """Unmask the whole text frame of a client that begins at an offset.
+def masked_text_at(data: bytes, start: int, max_size: int, first: int = _TEXT) -> tuple[bytes | None, int]:
+    """Unmask the whole text frame of a client that begins at an offset, or the frame with another `first` byte.
 
     Return its payload and the offset after it.  Return None and `start` while the frame is incomplete.  Return None and
     -1 for any other frame, and for a payload of more than `max_size` bytes.
@@ -85,7 +89,7 @@ def masked_text_at(data: bytes, start: int, max_size: int) -> tuple[bytes | None
         # An unmasked frame may be this short.
         return None, -1 if end > start + 1 and data[start + 1] < MASKED else start
     length = data[start + 1] - MASKED
-    if data[start] != _TEXT or not 0 <= length <= LENGTH_64:
+    if data[start] != first or not 0 <= length <= LENGTH_64:
         return None, -1
     if length >= LENGTH_16:
         shortest = LENGTH_16 if length == LENGTH_16 else 1 << 16
@@ -104,11 +108,18 @@ def masked_text_at(data: bytes, start: int, max_size: int) -> tuple[bytes | None
     return unmasked.to_bytes(length, "little"), after
 
 
-def masked_texts(data: bytes, max_size: int) -> Iterator[bytes]:
-    """Unmask the whole text frames of a client up to the first other frame; pass over pings and pongs."""
+def masked_texts(data: bytes, max_size: int, inflate: Callable[[bytes], bytes | None] | None = None) -> Iterator[bytes]:
+    """Unmask the whole text frames of a client up to the first other frame; pass over pings and pongs.
+
+    `inflate` inflates the payload of a compressed one, if they are allowed, or returns None.
+    """
     start, end = 0, len(data)
     while start < end:
         text, after = masked_text_at(data, start, max_size)
+        if after < 0 and inflate is not None:
+            packed, end_of_packed = masked_text_at(data, start, max_size, COMPRESSED_TEXT)
+            if packed is not None:
+                text, after = inflate(packed), end_of_packed
         if text is not None:
             yield text
         elif after < 0 and data[start] in _PASSED_OVER and MASKED <= data[start + 1] < MASKED + LENGTH_16:
@@ -185,6 +196,11 @@ def text_frame(payload: bytes) -> bytes:
     if size < 1 << 16:
         return b"\x81\x7e" + size.to_bytes(2) + payload
     return b"\x81\x7f" + size.to_bytes(8) + payload
+
+
+def compressed_frame(payload: bytes) -> bytes:
+    """Wrap the payload of a compressed text in one frame of a server (RFC 7692, section 7.2.1)."""
+    return bytes((COMPRESSED_TEXT,)) + text_frame(payload)[1:]
 
 
 def payload(frame: bytes) -> bytes:

@@ -33,6 +33,8 @@ class Upgrade(NamedTuple):
     key: str
     protocols: Sequence[str]
     """The subprotocols that the client offers."""
+    extensions: str
+    """The extensions that the client offers, as it wrote them."""
 
 
 def read_upgrade(head: Head) -> Upgrade:
@@ -67,7 +69,9 @@ def read_upgrade(head: Head) -> Upgrade:
     if key is None or not _KEY.fullmatch(key):
         raise _invalid(_wrong_key(key, head))
     path, _, query = head.target.partition("?")
-    return Upgrade(path, query, headers.get(VERSIONS[version]), key, protocols)
+    return Upgrade(
+        path, query, headers.get(VERSIONS[version]), key, protocols, headers.get("sec-websocket-extensions", "")
+    )
 
 
 def _invalid(detail: str) -> HttpError:
@@ -111,9 +115,11 @@ def _wrong_key(key: str | None, head: Head) -> str:
     return f'bad character "{wrong[0]}" in Sec-WebSocket-Key (invalid base64 encoding) "{key}"'
 
 
-def switch(key: str, protocol: str | None, server: str) -> bytes:
+def switch(key: str, protocol: str | None, extension: str | None, server: str) -> bytes:
     """Compose the answer to a valid handshake (section 4.2.2)."""
     chosen = f"Sec-WebSocket-Protocol: {protocol}\r\n" if protocol else ""
+    if extension is not None:
+        chosen += f"Sec-WebSocket-Extensions: {extension}\r\n"
     return (
         f"HTTP/1.1 101 Switching Protocols\r\nServer: {server}\r\nUpgrade: WebSocket\r\nConnection: Upgrade\r\n"
         f"{chosen}Sec-WebSocket-Accept: {accept_token(key.encode()).decode()}\r\n\r\n"

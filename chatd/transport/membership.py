@@ -4,12 +4,12 @@ A WebSocket connection and an event stream are transports.  Each holds one membe
 is what the room, the presence and the drain know.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
 from chatd.room.moderation import Sanction, Visitor
 from chatd.room.registry import JoinTicket, Registry
-from chatd.room.room import Room
+from chatd.room.room import MemberForm, Room
 from chatd.transport.admission import NO_EVENTS
 from chatd.transport.framing import CloseCode
 from chatd.transport.identity import ANYONE
@@ -61,16 +61,14 @@ class Membership:
         ),
     )
 
-    def __init__(
-        self, transport: MemberTransport, rooms: Registry, form: Callable[[bytes], bytes] | None = None
-    ) -> None:
+    def __init__(self, transport: MemberTransport, rooms: Registry, form: MemberForm = None) -> None:
         self._rooms = rooms
         self._transport = transport
         # A pass over the members reads the cursor, the form and `ready` of each, and calls write.  So `ready`
         # is a plain attribute, which the transport clears when it is full, and write is the method of the
         # transport itself.
         self.cursor = 0
-        self.form = form
+        self.form: MemberForm = form
         self.ready = True
         self.write = transport.write
         self.events = NO_EVENTS

@@ -28,6 +28,7 @@ from twisted.python.failure import Failure
 from typing_extensions import override
 from zope.interface import implementer
 
+from chatd.room.keyframes import COMPRESSIBLE
 from chatd.room.log import LogUnavailable
 from chatd.room.moderation import Visitor
 from chatd.room.registry import JoinTicket, Registry
@@ -42,8 +43,9 @@ from chatd.transport.admission import (
 )
 from chatd.transport.autobahn_adapter import AutobahnConnection, AutobahnFactory
 from chatd.transport.connections import WEBSOCKET, Connections, buffered
+from chatd.transport.deflate import ANSWER, accepts
 from chatd.transport.framing import EXPIRED, SUBPROTOCOL, CloseCode
-from chatd.transport.handshake import read_upgrade, switch
+from chatd.transport.handshake import Upgrade, read_upgrade, switch
 from chatd.transport.heads import Head, take
 from chatd.transport.http import HEAD, HTTP_1_1, SERVER, ChatSite, refusal
 from chatd.transport.identity import Identity
@@ -211,7 +213,8 @@ class WebSocketConnection(AutobahnConnection):
             self.transport.getPeer(), headers.get("x-forwarded-for")
         )
         chosen = SUBPROTOCOL if SUBPROTOCOL in upgrade.protocols else None
-        answer = switch(upgrade.key, chosen, SERVER)
+        extension = self._compress(upgrade) if upgrade.extensions else None
+        answer = switch(upgrade.key, chosen, extension, SERVER)
         tokens = factory.intake.tokens
         if tokens is None:
             return self._open(request, answer)
@@ -227,6 +230,17 @@ class WebSocketConnection(AutobahnConnection):
         self.session = SharedSession(self, factory.rooms, factory.intake, factory.admission)
         self.session.place = place
         return JoinRequest("", None, NO_EVENTS, None)
+
+    def _compress(self, upgrade: Upgrade) -> str | None:
+        """Take and send compressed messages if the client offers it; return the answer to its offers.
+
+        A connection that may be in many rooms has one window for them all, and no room can know what is in it.
+        """
+        if not self.factory.compress or upgrade.path == SHARED_PATH or not accepts(upgrade.extensions):
+            return None
+        self.allow_compressed()
+        self.session.form = COMPRESSIBLE
+        return ANSWER
 
     def _open(self, request: JoinRequest, answer: bytes) -> "bytes | Deferred[bytes]":
         """Find the room; return the answer to the handshake, or raise HttpError."""
@@ -432,8 +446,11 @@ class ChatFactory(AutobahnFactory[WebSocketConnection]):
         admission: Admission,
         site: ChatSite,
         reactor: IReactorTime,
+        compress: bool = True,
     ) -> None:
         super().__init__(WebSocketConnection, SERVER, reactor)
+        self.compress = compress
+        """True if clients may get compressed messages."""
         self.rooms = rooms
         self.connections = connections
         self.admission = admission

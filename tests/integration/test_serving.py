@@ -41,6 +41,7 @@ SEED = [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
 NAMES = [
     "admin",
     "admin-token-file",
+    "compress",
     "config",
     "drain",
     "history",

@@ -76,6 +76,7 @@ def test_defaults():
         no_page=False,
         webhook=(),
         webhook_key=None,
+        compress=True,
         ping=25,
         drain=30,
         log_format="text",

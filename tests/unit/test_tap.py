@@ -231,7 +231,7 @@ def test_check_sees_every_option(environ, checked, tmp_path):
         options.parseOptions([
             *("--store=sqlite:a", "--admin=", f"--config={file}", "--retain=1d", "--rooms=a", "--rooms=b*", "--check"),
             *("--origin=*.example", "--rate=3", "--max-per-address=7", "--ping=5", "--drain=9", "--proxy-hops=2"),
-            "--log-format=json",
+            *("--log-format=json", "--compress=off"),
         ])  # fmt: skip
     ((settings, machine),) = checked[1]
     assert settings._replace(seed=())._asdict() == {
@@ -262,6 +262,7 @@ def test_check_sees_every_option(environ, checked, tmp_path):
         "no_page": False,
         "webhook": (),
         "webhook_key": None,
+        "compress": False,
         "ping": 5,
         "drain": 9,
         "log_format": "json",

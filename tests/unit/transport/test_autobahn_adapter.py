@@ -17,6 +17,7 @@ from chatd.transport.websocket import ChatFactory, WebSocketConnection
 REPLACED = {
     *("factory", "transport", "peer", "is_closed", "is_open", "utf8validator"),
     *("current_frame", "inside_message", "websocket_version", "__init__"),
+    *("_perMessageCompress", "_isMessageCompressed"),
 }
 """The attributes of Autobahn's connections that ours replace on purpose."""
 
