@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred, execute
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from chatd.messages import Entry, Id, Post
+from chatd.messages import REMOVED, Entry, Id, Post
 from chatd.room.log import LogUnavailable, Page, Refusal
 from chatd.store.base import timestamp
 
@@ -340,6 +340,25 @@ class ScriptedLog:
         self.epoch, self.entries = epoch, self.entries[:kept]
         self.first = min(self.first, kept + 1)
         self.follower.interrupted()
+
+
+class EditedLog(ScriptedLog):
+    """A log whose entries the test replaces and removes."""
+
+    def edit(self, original, text="new", *, removed=False, notify=True):
+        """Append an edit, and notify the follower."""
+        number = len(self.entries) + 1
+        extra = None if removed else {"note": text}
+        edit = Entry(number, "ann", REMOVED if removed else text, stamped(number), "a", original, removed, extra=extra)
+        for place, entry in enumerate(self.entries):
+            if entry.number == original or (removed and entry.replaces == original):
+                self.entries[place] = entry.revised(edit)
+        self.entries.append(edit)
+        if notify:
+            self.follower.appended("main", [edit])
+
+    def remove(self, original):
+        self.edit(original, removed=True)
 
 
 class Reader:

@@ -2,8 +2,8 @@
 
 import pytest
 from support.helpers import (
+    EditedLog,
     Reader,
-    ScriptedLog,
     Slow,
     arrive,
     count_held,
@@ -14,30 +14,11 @@ from support.helpers import (
 )
 from support.websocket_frames import read_frames
 
-from chatd.messages import REMOVED, Entry, Id, PageRequest
+from chatd.messages import REMOVED, Id, PageRequest
 from chatd.room.log import UnknownId
 from chatd.transport import frames
 
 SECRET = "sesame"
-
-
-class EditedLog(ScriptedLog):
-    """A log whose entries the test replaces and removes."""
-
-    def edit(self, original, text="new", *, removed=False, notify=True):
-        """Append an edit, and notify the follower."""
-        number = len(self.entries) + 1
-        extra = None if removed else {"note": text}
-        edit = Entry(number, "ann", REMOVED if removed else text, stamped(number), "a", original, removed, extra=extra)
-        for place, entry in enumerate(self.entries):
-            if entry.number == original or (removed and entry.replaces == original):
-                self.entries[place] = entry.revised(edit)
-        self.entries.append(edit)
-        if notify:
-            self.follower.appended("main", [edit])
-
-    def remove(self, original):
-        self.edit(original, removed=True)
 
 
 @pytest.fixture

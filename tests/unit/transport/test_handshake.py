@@ -25,13 +25,13 @@ def refusal(old, new):
 
 
 def test_plain_handshake_is_read():
-    assert upgrade() == Upgrade("/", "", None, KEY, [])
+    assert upgrade() == Upgrade("/", "", None, KEY, [], "")
 
 
 def test_path_query_origin_and_offered_subprotocols_are_read():
     head = HEAD.replace(b"GET / ", b"GET /rooms/a?x=1&x=2 ")
     head += b"\r\nOrigin: https://chat.example\r\nSec-WebSocket-Protocol: chat.v1,, other\r\nSec-WebSocket-Protocol: b"
-    assert upgrade(head) == Upgrade("/rooms/a", "x=1&x=2", "https://chat.example", KEY, ["chat.v1", "other", "b"])
+    assert upgrade(head) == Upgrade("/rooms/a", "x=1&x=2", "https://chat.example", KEY, ["chat.v1", "other", "b"], "")
 
 
 @pytest.mark.parametrize("target", ["/rooms/%6dain?username=%d0%90&a=b+c?d", "/rooms/..?", "//x?x"])
@@ -118,15 +118,25 @@ def test_other_version_of_http(version):
 
 
 def test_answer_is_that_of_the_rfcs_example():
-    answer = switch("dGhlIHNhbXBsZSBub25jZQ==", None, "chatd")
+    answer = switch("dGhlIHNhbXBsZSBub25jZQ==", None, None, "chatd")
     assert answer.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
     assert b"\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
     assert b"Sec-WebSocket-Protocol" not in answer
+    assert b"Sec-WebSocket-Extensions" not in answer
     assert answer.endswith(b"\r\n\r\n")
 
 
 def test_answer_names_the_chosen_subprotocol():
-    assert b"\r\nSec-WebSocket-Protocol: chat.v1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", "chat.v1", "chatd")
+    assert b"\r\nSec-WebSocket-Protocol: chat.v1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", "chat.v1", None, "chatd")
+
+
+def test_extensions_of_all_lines_are_read():
+    head = HEAD + b"\r\nSec-WebSocket-Extensions: foo\r\nSec-WebSocket-Extensions: permessage-deflate"
+    assert upgrade(head).extensions == "foo, permessage-deflate"
+
+
+def test_answer_names_the_chosen_extension():
+    assert b"\r\nSec-WebSocket-Extensions: x; y=1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", None, "x; y=1", "chatd")
 
 
 def test_magic_is_autobahns():
