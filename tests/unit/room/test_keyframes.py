@@ -349,6 +349,8 @@ class KeyframesMachine(RoomMachine):
         self.checked = {}
         """The number of frames of each member that were checked."""
         self.away = []
+        for space in (None, 300):
+            self.enter(Taker(space), None)
 
     def note(self):
         """Note the text of every entry, as it is now."""
@@ -371,10 +373,11 @@ class KeyframesMachine(RoomMachine):
     def join(self, space, kind, watches):
         self.enter(kind(space, events=[PRESENCE] if watches else []), None)
 
-    @rule(count=st.integers(1, 9), text=st.text(max_size=40))
-    def say(self, count, text):
+    @rule(count=st.integers(1, 9), text=st.text(max_size=40), turns=st.integers(0, 3))
+    def say(self, count, text, turns):
         self.log.say(count, text)
         self.note()
+        self.clock.turns(turns)
 
     @rule(which=st.randoms(use_true_random=False), removed=st.booleans())
     @precondition(lambda self: any(one.replaces is None and not one.removed for one in self.log.entries))
@@ -472,6 +475,6 @@ class KeyframesMachine(RoomMachine):
 
 
 KeyframesMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=150, stateful_step_count=60, deadline=None, derandomize=True, database=None
 )
 TestKeyframesMachine = KeyframesMachine.TestCase
