@@ -382,7 +382,7 @@ class KeyframesMachine(RoomMachine):
     @rule(which=st.randoms(use_true_random=False), removed=st.booleans())
     @precondition(lambda self: any(one.replaces is None and not one.removed for one in self.log.entries))
     def edit(self, which, removed):
-        one = which.choice([one for one in self.log.entries if one.replaces is None and not one.removed])
+        one = which.choice([one for one in self.log.entries if one.replaces is None and not one.removed][-6:])
         if removed:
             self.check()  # what was handed over before
         self.log.edit(one.number, f"edit {len(self.log.entries)}", removed=removed)
