@@ -106,6 +106,8 @@ VALUES = [
     ("ping", "3600", 3600),
     ("drain", "0", 0),
     ("drain", "3600", 3600),
+    ("compress", "on", True),
+    ("compress", "off", False),
     ("log-format", "text", "text"),
     ("log-format", "json", "json"),
     ("store", "memory:", "memory:"),
@@ -145,6 +147,7 @@ def test_value_from_each_source(file, name, text, value):
         *(("proxy-hops", text, "is not a whole number from 0 to 100") for text in ("-1", "101", "1.5", "x", "")),
         *(("ping", text, "is not a whole number from 1 to 3600") for text in ("0", "3601", "2.5", "x")),
         ("drain", "3601", "is not a whole number from 0 to 3600"),
+        *(("compress", text, "is neither on nor off") for text in ("yes", "ON", "1", "")),
         *(("log-format", text, "is neither text nor json") for text in ("xml", "JSON", "")),
         *(
             ("store", text, "is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")

@@ -273,6 +273,23 @@ def test_removal_ends_the_stream(busy, log, clock):
     assert slow.kinds[:5] == [*[COMPRESSED] * 3, PLAIN, COMPRESSED]
 
 
+def test_removal_erases_the_edits_in_the_stream(busy, log, clock):
+    """The entry itself is older than the stream, and its edit is not."""
+    busy.leave(busy.second)
+    busy.say(1, "sesame")
+    busy.second = busy.enter()
+    slow = busy.first
+    slow.space = 0
+    busy.say(1)  # the transport holds it
+    log.edit(1, "sesame 2")
+    clock.turns()
+    log.remove(1)
+    slow.drain(busy.room)
+    clock.turns()
+    assert [text["data"]["message"] for text in slow.texts] == ["sesame", "good morning", REMOVED, REMOVED]
+    assert [text["data"]["message"] for text in busy.second.texts] == ["good morning", "sesame 2", REMOVED]
+
+
 def test_removal_of_what_is_not_in_the_stream(busy, log, clock):
     busy.leave(busy.second)
     busy.say(2)
