@@ -10,7 +10,6 @@ from support.helpers import (
     enter,
     holds_text,
     result_of,
-    stamped,
 )
 from support.websocket_frames import read_frames
 

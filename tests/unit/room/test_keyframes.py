@@ -1,4 +1,4 @@
-"""One running stream of compressed frames serves the members of a room, whenever they join and however slow they are."""
+"""One running stream serves the members of a room, whenever they join and however slowly they read."""
 
 import json
 import zlib
