@@ -11,6 +11,7 @@ that the machine reaches it.  Clients read at once what leaves the server, so no
 import gc
 import json
 import re
+import zlib
 from collections import Counter, deque
 from typing import NamedTuple
 
@@ -53,6 +54,9 @@ LOW = {
     "chatd.room.room.MAX_LAG": MAX_LAG,
     "chatd.room.histories.HISTORIES_BYTES": 900,
     "chatd.room.room.RUNS": 2,
+    "chatd.room.keyframes.KEYFRAME": 3,
+    "chatd.room.keyframes.LEAST_MEMBERS": 1,
+    "chatd.room.keyframes.STREAM_BYTES": 300,
     "chatd.room.tail.TAIL_BYTES": 900,
     "chatd.room.tail.RUN_BYTES": 500,
     "chatd.room.sweep.SLICE_MEMBERS": 1,
@@ -382,9 +386,12 @@ class Client:
         elif found.first == 0x89:
             self.send(found.payload, first=0x8A)
         else:
-            assert found.first == 0x81
-            self.take(json.loads(found.payload))
+            self.take(json.loads(self._text_of(found)))
         return True
+
+    def _text_of(self, found):
+        assert found.first == 0x81
+        return found.payload
 
     # Sending
 
@@ -519,6 +526,27 @@ class Client:
                 assert entries[newest.number - 1].message == text
 
 
+class Compressor(Client):
+    """A client that compresses what it sends, and inflates what it gets compressed."""
+
+    def request(self):
+        self._inflater = zlib.decompressobj(-12)
+        return super().request()[:-2] + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+
+    def send(self, payload, first=0x81):
+        if first == 0x81:
+            deflater = zlib.compressobj(wbits=-15)
+            payload = deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH)
+            payload, first = payload[:-4], 0xC1
+        super().send(payload, first)
+
+    def _text_of(self, found):
+        if found.first != 0xC1:
+            return super()._text_of(found)
+        self.met("a compressed message")
+        return self._inflater.decompress(found.payload + b"\x00\x00\xff\xff")
+
+
 _CHUNK = re.compile(rb"([0-9a-f]+)\r\n")
 _EVENT = re.compile(r"event: (\w+)\nid: (\S+)\ndata: (.*)")
 
@@ -580,7 +608,8 @@ class Machine(RuleBasedStateMachine):
     @initialize(retain=st.sampled_from(["all", "6", "1d"]))
     def begin(self, retain):
         self.log = self._make(Retention.parse(retain), self.now, self._folder, self.faults)
-        names = [(Client, "ann", "main"), (Client, "bob", "main"), (Client, "ann", "other"), (Client, "cy", "other")]
+        names = [(Client, "ann", "main"), (Compressor, "bob", "main")]
+        names += [(Client, "ann", "other"), (Compressor, "cy", "other")]
         names.append((Listener, "dee", "main"))
         self.clients = [make(self, name, room) for make, name, room in names]
         self.start()
@@ -861,6 +890,7 @@ EXAMPLES = settings(
 MET = {
     *("Client resumed None", "Client resumed True", "Client resumed False", "Listener resumed True"),
     *("a frame cut on its way to the client", "a frame cut on its way to the server"),
+    *("Compressor resumed True", "Compressor resumed False", "a compressed message"),
     *("ack", "duplicate", "page", "close 1013"),
 }
 """The events that the clients must have met in each run, so that the server was really tried."""
