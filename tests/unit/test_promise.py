@@ -608,7 +608,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(retain=st.sampled_from(["all", "6", "1d"]))
     def begin(self, retain):
         self.log = self._make(Retention.parse(retain), self.now, self._folder, self.faults)
-        names = [(Client, "ann", "main"), (Compressor, "bob", "main")]
+        names = [(Compressor, "ann", "main"), (Compressor, "bob", "main")]
         names += [(Client, "ann", "other"), (Compressor, "cy", "other")]
         names.append((Listener, "dee", "main"))
         self.clients = [make(self, name, room) for make, name, room in names]
