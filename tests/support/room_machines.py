@@ -12,6 +12,8 @@ from chatd.transport import frames
 class RoomMachine(RuleBasedStateMachine):
     """Rooms with short tails, runs and slices, on a clock that turns by rule and a log whose reads may wait."""
 
+    make_log = ScriptedLog
+
     @initialize(tail=st.integers(200, 2000), history=st.integers(1, 5))
     def begin(self, tail, history):
         self.patch = pytest.MonkeyPatch()
@@ -19,7 +21,7 @@ class RoomMachine(RuleBasedStateMachine):
         self.patch.setattr("chatd.room.tail.RUN_BYTES", 400)
         self.patch.setattr("chatd.room.sweep.SLICE_MEMBERS", 2)
         self.patch.setattr("chatd.room.sweep.SLICE_SECONDS", -1)
-        self.clock, self.log = Turns(), ScriptedLog()
+        self.clock, self.log = Turns(), self.make_log()
         self.rooms = Registry(self.log, frames, self.clock, history)
         self.prepare()
 

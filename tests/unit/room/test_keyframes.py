@@ -352,13 +352,12 @@ class KeyframesMachine(RoomMachine):
     A client that reconnects is another member with another inflater.
     """
 
+    make_log = EditedLog
+
     def prepare(self):
         self.patch.setattr("chatd.room.keyframes.KEYFRAME", 4)
         self.patch.setattr("chatd.room.keyframes.LEAST_MEMBERS", 2)
         self.patch.setattr("chatd.room.keyframes.STREAM_BYTES", 700)
-        self.log = EditedLog()
-        self.rooms._log = self.log
-        self.log.follow(self.rooms)
         self.versions = {}
         """The texts that each entry has had, by its number; a removal leaves the last one only."""
         self.members = {}
