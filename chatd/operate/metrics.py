@@ -147,7 +147,7 @@ class Metrics(Collector):
             "chatd_deliveries", "New messages delivered to members, without histories.", self._rooms.delivered
         )
         lags = Histogram(LAGS)
-        held = size = histories = 0
+        held = size = histories = compressed = 0
         for room in self._rooms:
             for cursor, members in room.cursors().items():
                 lags.add(room.head - cursor, members)
@@ -155,6 +155,7 @@ class Metrics(Collector):
             held += messages
             size += frames
             histories += room.histories_bytes
+            compressed += room.compressed_bytes
         yield GaugeHistogramMetricFamily(
             "chatd_cursor_lag_messages",
             "Number of messages that members are behind.",
@@ -163,6 +164,7 @@ class Metrics(Collector):
         )
         yield GaugeMetricFamily("chatd_tail_messages", "Newest messages of all rooms, held in memory.", held)
         yield GaugeMetricFamily("chatd_tail_bytes", "Bytes of their frames.", size)
+        yield GaugeMetricFamily("chatd_compressed_bytes", "Bytes of compressed frames, held in memory.", compressed)
         yield GaugeMetricFamily(
             "chatd_histories_bytes",
             "Bytes of history frames, held in memory for clients that connect together.",

@@ -21,7 +21,7 @@ from chatd.room.tail import Tail
 
 KEYFRAME: Final = 64
 """The number of frames from one keyframe to the next.  Four times as many would save 4 % of the bytes."""
-LEAST_MEMBERS: Final = 8
+LEAST_MEMBERS: Final = 16
 """The number of members that take compressed frames below which no keyframe begins."""
 STREAM_BYTES: Final = 1 << 20
 """The size above which a stream drops its oldest frames."""

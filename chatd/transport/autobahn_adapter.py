@@ -96,7 +96,6 @@ class AutobahnConnection(WebSocketServerProtocol):
     websocket_version = 13
     max_message = MAX_MESSAGE
     """The largest size of a message in bytes."""
-    _perMessageCompress: Any = None
     _isMessageCompressed = False
     fragments = 0
     """The number of frames so far in the message that is being received."""
@@ -108,6 +107,11 @@ class AutobahnConnection(WebSocketServerProtocol):
 
     def request_received(self, data: bytes) -> None:
         """Handle the bytes of a request received so far."""
+        raise NotImplementedError
+
+    @property
+    def takes_compressed(self) -> bool:
+        """True if compressed messages are accepted (RFC 7692)."""
         raise NotImplementedError
 
     def send_frame(self, frame: bytes) -> None:
@@ -149,6 +153,10 @@ class AutobahnConnection(WebSocketServerProtocol):
         peer = self.transport.getPeer()
         return f"{peer.host}:{peer.port}" if hasattr(peer, "port") else str(peer)
 
+    @property
+    def _perMessageCompress(self) -> Any:  # type: ignore[override]  # Autobahn stores it on each connection
+        return _COMPRESSED if self.takes_compressed else None
+
     @cached_property
     def utf8validator(self) -> Any:  # type: ignore[override]  # Autobahn makes one for each connection
         """Check messages that arrive in several frames."""
@@ -172,15 +180,6 @@ class AutobahnConnection(WebSocketServerProtocol):
     def opened(self) -> None:
         """Take note that the handshake was answered."""
         self.state = self.STATE_OPEN
-
-    def allow_compressed(self) -> None:
-        """Accept compressed messages (RFC 7692)."""
-        self._perMessageCompress = _COMPRESSED
-
-    @property
-    def takes_compressed(self) -> bool:
-        """True if compressed messages are accepted."""
-        return self._perMessageCompress is not None
 
     def release_transport(self) -> bytes:
         """Forget the connection, which another protocol continues, and return what was received."""

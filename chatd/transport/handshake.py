@@ -115,7 +115,7 @@ def _wrong_key(key: str | None, head: Head) -> str:
     return f'bad character "{wrong[0]}" in Sec-WebSocket-Key (invalid base64 encoding) "{key}"'
 
 
-def switch(key: str, protocol: str | None, extension: str | None, server: str) -> bytes:
+def switch(key: str, protocol: str | None, server: str, extension: str | None = None) -> bytes:
     """Compose the answer to a valid handshake (section 4.2.2)."""
     chosen = f"Sec-WebSocket-Protocol: {protocol}\r\n" if protocol else ""
     if extension is not None:

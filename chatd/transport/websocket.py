@@ -28,7 +28,7 @@ from twisted.python.failure import Failure
 from typing_extensions import override
 from zope.interface import implementer
 
-from chatd.room.keyframes import COMPRESSIBLE
+from chatd.room.keyframes import COMPRESSIBLE, KeyframeStream
 from chatd.room.log import LogUnavailable
 from chatd.room.moderation import Visitor
 from chatd.room.registry import JoinTicket, Registry
@@ -214,7 +214,7 @@ class WebSocketConnection(AutobahnConnection):
         )
         chosen = SUBPROTOCOL if SUBPROTOCOL in upgrade.protocols else None
         extension = self._compress(upgrade) if upgrade.extensions else None
-        answer = switch(upgrade.key, chosen, extension, SERVER)
+        answer = switch(upgrade.key, chosen, SERVER, extension)
         tokens = factory.intake.tokens
         if tokens is None:
             return self._open(request, answer)
@@ -238,7 +238,6 @@ class WebSocketConnection(AutobahnConnection):
         """
         if not self.factory.compress or upgrade.path == SHARED_PATH or not accepts(upgrade.extensions):
             return None
-        self.allow_compressed()
         self.session.form = COMPRESSIBLE
         return ANSWER
 
@@ -296,6 +295,11 @@ class WebSocketConnection(AutobahnConnection):
         _logger.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=room)
 
     # Reading
+
+    @property
+    @override
+    def takes_compressed(self) -> bool:
+        return not self.is_connecting and isinstance(self.session.form, KeyframeStream)
 
     def stop_reading(self) -> None:
         self.transport.pauseProducing()

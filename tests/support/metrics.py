@@ -20,6 +20,7 @@ METRICS = {
     "chatd_cursor_lag_messages_gcount": "gauge",
     "chatd_cursor_lag_messages_gsum": "gauge",
     "chatd_deliveries": "counter",
+    "chatd_compressed_bytes": "gauge",
     "chatd_histories_bytes": "gauge",
     "chatd_limited": "counter",
     "chatd_members": "gauge",

@@ -33,6 +33,7 @@ from twisted.internet.task import Clock
 import chatd
 from chatd.messages import Code, Entry, Post
 from chatd.operate.metrics import CODES, LAG_SECONDS, LAGS, Metrics
+from chatd.room.keyframes import LEAST_MEMBERS
 from chatd.room.log import LogUnavailable
 from chatd.room.registry import Registry
 from chatd.store.base import Retention
@@ -360,6 +361,18 @@ def test_kept_histories(house):
     assert 0 < one < house.scrape()("chatd_histories_bytes")
     ann.post("1")
     assert 0 < house.scrape()("chatd_histories_bytes") <= one
+
+
+def test_compressed_frames(house):
+    """The compressed frames that rooms hold count, as long as someone takes them."""
+    offer = b"Sec-WebSocket-Extensions: permessage-deflate"
+    takers = [house.client("/", offer) for _ in range(LEAST_MEMBERS)]
+    assert house.scrape()("chatd_compressed_bytes") == 0
+    takers[0].post("1")
+    assert 0 < house.scrape()("chatd_compressed_bytes") < house.scrape()("chatd_tail_bytes")
+    for one in takers:
+        one.lose()
+    assert house.scrape()("chatd_compressed_bytes") == 0
 
 
 # Refusals

@@ -118,7 +118,7 @@ def test_other_version_of_http(version):
 
 
 def test_answer_is_that_of_the_rfcs_example():
-    answer = switch("dGhlIHNhbXBsZSBub25jZQ==", None, None, "chatd")
+    answer = switch("dGhlIHNhbXBsZSBub25jZQ==", None, "chatd")
     assert answer.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
     assert b"\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
     assert b"Sec-WebSocket-Protocol" not in answer
@@ -127,7 +127,7 @@ def test_answer_is_that_of_the_rfcs_example():
 
 
 def test_answer_names_the_chosen_subprotocol():
-    assert b"\r\nSec-WebSocket-Protocol: chat.v1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", "chat.v1", None, "chatd")
+    assert b"\r\nSec-WebSocket-Protocol: chat.v1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", "chat.v1", "chatd")
 
 
 def test_extensions_of_all_lines_are_read():
@@ -136,7 +136,7 @@ def test_extensions_of_all_lines_are_read():
 
 
 def test_answer_names_the_chosen_extension():
-    assert b"\r\nSec-WebSocket-Extensions: x; y=1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", None, "x; y=1", "chatd")
+    assert b"\r\nSec-WebSocket-Extensions: x; y=1\r\n" in switch("dGhlIHNhbXBsZSBub25jZQ==", None, "chatd", "x; y=1")
 
 
 def test_magic_is_autobahns():
