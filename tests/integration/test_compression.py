@@ -17,9 +17,10 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate
 from chatd.room.keyframes import KEYFRAME, LEAST_MEMBERS
 
 MESSAGES = 4 * KEYFRAME
-SOCKETS = LEAST_MEMBERS + 4
-"""The number of connections of each client, which join one after the other."""
-APART = MESSAGES // SOCKETS
+LATE = 12
+"""The number of connections that join one after the other, besides those that join at once."""
+SOCKETS = LEAST_MEMBERS + LATE
+APART = MESSAGES // (LATE + 1)
 """The number of messages between two of them."""
 
 COLLECT = """
@@ -39,14 +40,19 @@ let left = SOCKETS;
 function finished() {
   if (--left === 0) DONE;
 }
-open();
+for (let at_once = 0; at_once < LEAST; at_once++) open();
 """
 """The program of a client in JavaScript: more and more connections, each of which posts once."""
 
 
 def collect(url, name, done):
     script = COLLECT.replace("URL", json.dumps(url)).replace("NAME", name).replace("DONE", done)
-    for word, number in (("APART", APART), ("SOCKETS", SOCKETS), ("LAST", json.dumps("the last"))):
+    for word, number in (
+        ("APART", APART),
+        ("SOCKETS", SOCKETS),
+        ("LEAST", LEAST_MEMBERS),
+        ("LAST", json.dumps("the last")),
+    ):
         script = script.replace(word, str(number))
     return script
 
@@ -115,7 +121,7 @@ async def test_websockets_joins_at_random_moments(tmp_path, compressed):
         async with witness(server.url) as (client, witnessed):
             reading, resuming = [], []
             for number in range(MESSAGES):
-                if number % APART == 0:
+                for _ in range(LEAST_MEMBERS if number == 0 else number % APART == 0):
                     one = await websockets.connect(server.url)
                     assert one.protocol.extensions
                     reading.append((one, asyncio.create_task(until_last(one))))
