@@ -21,8 +21,12 @@ from chatd.room.tail import Tail
 
 KEYFRAME: Final = 64
 """The number of frames from one keyframe to the next.  Four times as many would save 4 % of the bytes."""
-LEAST_MEMBERS: Final = 16
-"""The number of members that take compressed frames below which no keyframe begins."""
+LEAST_MEMBERS: Final = 5
+"""The number of members that take compressed frames below which no keyframe begins.
+
+A stream takes about 20 KB, and up to 20 µs a message.  The bytes that one member saves cost a hundred times as much as
+these 20 µs (docs/performance.md).
+"""
 STREAM_BYTES: Final = 1 << 20
 """The size above which a stream drops its oldest frames."""
 NEVER: Final = maxsize

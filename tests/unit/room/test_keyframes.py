@@ -147,7 +147,7 @@ def test_stream_left_behind_begins_again(keyframes, tail):
 
 
 def test_no_keyframe_in_a_small_room(keyframes, tail):
-    """The frames up to the next keyframe still follow, and then there are none."""
+    """Members in step get the frames up to the next keyframe, and no others."""
     keyframes.members = LEAST_MEMBERS - 1
     assert keyframes.form_at(10) is COMPRESSIBLE
     keyframes.members = LEAST_MEMBERS

@@ -223,7 +223,7 @@ def test_compressed_posts_that_wait_are_stored(server, clock):
 # To the client
 
 
-def test_room_is_compressed_for_those_who_take_it(server, clock):
+def test_room_compresses_for_members_that_offer_it(server, clock):
     """Acks, errors, pages and pongs stay plain in between."""
     connect = server()
     takers, other = [connect(OFFER) for _ in range(LEAST_MEMBERS)], connect()
