@@ -44,13 +44,12 @@ HELP: Final = "`twistd chatd --help` explains every option"
 SEED: Final = Path(chatd.__file__).parent / "seed" / "messages.json"
 """The messages that a new log begins with by default."""
 LOG_FORMATS: Final = "text", "json"
-SWITCH: Final = {"on": True, "off": False}
 MAX_RATE: Final = 1_000_000
 MAX_PER_ADDRESS: Final = 1_000_000
 MAX_TITLE: Final = 100
 """The most characters of the title of the page."""
-SWITCH: Final = {"": False, "0": False, "false": False, "1": True, "true": True}
-"""The values of an option without a metavar."""
+SWITCH: Final = {"off": False, "false": False, "0": False, "on": True, "true": True, "1": True}
+"""The values of an option that is on or off."""
 
 
 class ConfigError(Exception):
@@ -184,7 +183,7 @@ def parse_login_url(text: str) -> str:
 def parse_switch(text: str) -> bool:
     """Parse the value of an option that is on or off."""
     if text.lower() not in SWITCH:
-        raise ValueError(f"{text!r} is neither true nor false")
+        raise ValueError(f"{text!r} is neither on nor off")
     return SWITCH[text.lower()]
 
 
@@ -201,13 +200,6 @@ def parse_log_format(text: str) -> str:
     if text not in LOG_FORMATS:
         raise ValueError(f"{text!r} is neither text nor json")
     return text
-
-
-def parse_switch(text: str) -> bool:
-    """Parse `on` or `off`."""
-    if text not in SWITCH:
-        raise ValueError(f"{text!r} is neither on nor off")
-    return SWITCH[text]
 
 
 def _checked(check: Callable[[str], object]) -> Callable[[str], str]:

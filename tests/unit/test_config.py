@@ -147,7 +147,7 @@ def test_value_from_each_source(file, name, text, value):
         *(("proxy-hops", text, "is not a whole number from 0 to 100") for text in ("-1", "101", "1.5", "x", "")),
         *(("ping", text, "is not a whole number from 1 to 3600") for text in ("0", "3601", "2.5", "x")),
         ("drain", "3601", "is not a whole number from 0 to 3600"),
-        *(("compress", text, "is neither on nor off") for text in ("yes", "ON", "1", "")),
+        *(("compress", text, "is neither on nor off") for text in ("yes", "2", "")),
         *(("log-format", text, "is neither text nor json") for text in ("xml", "JSON", "")),
         *(
             ("store", text, "is neither memory: nor sqlite:PATH nor redis://HOST:PORT/DATABASE")
@@ -555,7 +555,7 @@ def test_page_is_switched_off(file):
 
 
 def test_switch_has_two_values(file):
-    assert refusal(CHATD_NO_PAGE="yes") == "CHATD_NO_PAGE: 'yes' is neither true nor false"
+    assert refusal(CHATD_NO_PAGE="yes") == "CHATD_NO_PAGE: 'yes' is neither on nor off"
     assert refusal("--no-page=true").startswith("argument --no-page: ignored explicit argument 'true'")
     assert refusal(file("no-page = [true]")).endswith("the value has the wrong type: write a line like no-page = false")
     assert refusal(file("title = true")).endswith('the value has the wrong type: write a line like title = "chatd"')
