@@ -3,6 +3,7 @@ import signal
 
 import pytest
 from support import documented
+from support.browser import browser, visit  # noqa: F401 -- fixtures of all tests
 from twisted.logger import globalLogPublisher
 
 # What a shell runs in the background ignores Ctrl-C, and so would all that is started here.

@@ -3,8 +3,9 @@
 import contextlib
 
 import pytest
-from support.browser import Page, site
-from support.servers import ROOT, Server, stored
+from support.browser import site
+from support.servers import LONG, ROOT, Server, stored
+from websockets.sync.client import connect
 
 LIBRARY = ROOT / "chatd" / "static" / "chatd.js"
 HTML = """<!doctype html><title>chatd.js</title><script type="module">
@@ -14,34 +15,42 @@ window.room = room;
 window.seen = [];
 for (const type of ["history", "entries"])
   room.addEventListener(type, ({ detail }) => window.seen.push(...detail.entries.map(({ data }) => data.message)));
-/** Wait until a condition holds for the snapshot, and return its value. */
-window.until = (condition) => new Promise((resolve) => {
-  const look = () => {
-    const value = condition(room.snapshot());
-    if (value) resolve(value);
-  };
-  room.subscribe(look);
-  look();
-});
-/** Wait until the database holds so many posts. */
-window.saved = async (count) => {
+/** Return the number of posts in the database. */
+window.saved = async () => {
   const result = (request) => new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
   const database = await result(indexedDB.open("chatd", 1));
-  while ((await result(database.transaction("outbox").objectStore("outbox").count())) !== count);
+  return result(database.transaction("outbox").objectStore("outbox").count());
 };
 </script>"""
 TEXTS = "room.snapshot().messages.map(({ data }) => data.message)"
 
 
+def until(page, condition):
+    """Wait until a condition holds for the fields of the snapshot."""
+    fields = "{ state, messages, outbox, presence }"
+    page.wait_for_function(f"window.room && (({fields}) => {condition})(room.snapshot())")
+
+
+def post(page, *texts):
+    """Begin to post."""
+    for text in texts:
+        page.evaluate("(text) => void room.post(text)", text)
+
+
+def saved(page, count):
+    """Wait until the database holds so many posts."""
+    page.wait_for_function(f"saved().then((count) => count === {count})")
+
+
 @pytest.fixture
-def opened(tmp_path):
+def opened(tmp_path, visit):
     """A server, and a page whose client is online."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "--origin=*"))
         html = HTML.replace("PORT", str(server.port)).encode()
         pages = {"/": ("text/html", html), "/chatd.js": ("text/javascript", LIBRARY.read_bytes())}
-        page = stack.enter_context(Page(tmp_path / "profile", stack.enter_context(site(pages))))
-        page.run("await until(({ state }) => state === 'online')")
+        page = visit(stack.enter_context(site(pages)))
+        until(page, "state === 'online'")
         yield server, page, stack
 
 
@@ -57,58 +66,65 @@ def messages(folder):
 def test_posts_typed_offline_survive_a_reload(opened, tmp_path):
     """Each is sent once, in order, by the page that comes after."""
     server, page, stack = opened
-    page.run("await room.post('online')")
+    post(page, "online")
+    until(page, "messages.length === 1 && !outbox.length")
     server.kill()
-    page.run("await until(({ state }) => state === 'waiting'); room.post('one'); room.post('two'); await saved(2)")
-    page.load("Page.reload")
-    page.run("room.post('three'); await saved(3)")
-    page.load("Page.reload")
-    outbox = "await until(({ outbox }) => outbox.length === 3 && outbox.map(({ frame }) => frame.message))"
-    assert page.run(outbox) == ["one", "two", "three"]
+    until(page, "state === 'waiting'")
+    post(page, "one", "two")
+    saved(page, 2)
+    page.reload()
+    post(page, "three")
+    saved(page, 3)
+    page.reload()
+    until(page, "outbox.map(({ frame }) => frame.message).join() === 'one,two,three'")
     again(stack, server, tmp_path)
-    page.run("await until(({ messages, outbox }) => messages.length === 4 && !outbox.length)")
-    page.load("Page.reload")
-    page.run("await until(({ messages }) => messages.length === 4)")
-    assert page.run(TEXTS) == messages(tmp_path) == ["online", "one", "two", "three"]
-    page.run("await saved(0)")
+    until(page, "messages.length === 4 && !outbox.length")
+    page.reload()
+    until(page, "messages.length === 4")
+    assert page.evaluate(TEXTS) == messages(tmp_path) == ["online", "one", "two", "three"]
+    saved(page, 0)
 
 
 def test_ten_tabs_are_one_connection(opened, tmp_path):
     """Each message is seen once in each tab, also when the leader closes."""
     _, first, _ = opened
-    tabs = [first, *(first.tab() for _ in range(9))]
+    tabs = [first, *(first.context.new_page() for _ in range(9))]
     for number, tab in enumerate(tabs):
-        tab.run("await until(({ state }) => state === 'online')")
-        tab.run(f"await room.post('from {number}')")
+        if number:
+            tab.goto(first.url)
+        until(tab, "state === 'online'")
+        post(tab, f"from {number}")
+        until(tab, f"messages.length === {number + 1}")
     for tab in tabs:
-        tab.run("await until(({ messages }) => messages.length === 10)")
-        assert tab.run("(await until(({ presence }) => presence)).count") == 1
-    post = "window.posted = room.post('last'); 0"
-    tabs[9].run(post)
-    first.close_tab()
-    tabs[9].run("await window.posted")
+        until(tab, "messages.length === 10 && presence?.count === 1")
+    post(tabs[9], "last")
+    first.close()
     expected = [*(f"from {number}" for number in range(10)), "last"]
     for tab in tabs[1:]:
-        tab.run("await until(({ messages }) => messages.length === 11)")
-        assert tab.run("window.seen") == tab.run(TEXTS) == expected
+        until(tab, "messages.length === 11 && !outbox.length")
+        assert tab.evaluate("window.seen") == tab.evaluate(TEXTS) == expected
     assert messages(tmp_path) == expected
-    tabs[5].run("await until(({ presence }) => presence?.count === 1)")
+    until(tabs[5], "presence?.count === 1")
 
 
 def test_page_that_comes_back_goes_on(opened):
-    """A page from the back/forward cache, or loaded again, has what was posted meanwhile."""
-    _, page, _ = opened
-    other = page.tab()
-    page.load("Page.navigate", url="about:blank")
-    other.run("await room.post('meanwhile')")
-    visited = page.call("Page.getNavigationHistory")
-    page.load("Page.navigateToHistoryEntry", entryId=visited["entries"][visited["currentIndex"] - 1]["id"])
-    other.run("await room.post('after')")
-    assert page.run(f"await until(({{ messages }}) => messages.length === 2); {TEXTS}") == ["meanwhile", "after"]
+    """A page from the back/forward cache has what was posted meanwhile."""
+    server, page, _ = opened
+    page.evaluate("window.kept = true")
+    page.goto("about:blank")
+    with connect(f"{server.url}rooms/a") as other:
+        other.send('{"username":"bob","message":"meanwhile"}')
+        for _ in range(2):
+            other.recv(LONG)
+        page.go_back(wait_until="commit")  # the page does not load again
+        assert page.evaluate("window.kept")
+        until(page, "messages.length === 1")
+        other.send('{"username":"bob","message":"after"}')
+        until(page, "messages.length === 2")
+    assert page.evaluate(TEXTS) == ["meanwhile", "after"]
 
 
 def test_import_from_the_server(opened):
     """A page of another origin imports the library from the server itself."""
     server, page, _ = opened
-    script = "Object.keys(await import('http://127.0.0.1:PORT/static/chatd.js')).includes('Client')"
-    assert page.run(script.replace("PORT", str(server.port)))
+    page.wait_for_function(f"import('http://127.0.0.1:{server.port}/static/chatd.js').then(({{ Client }}) => Client)")

@@ -5,7 +5,8 @@ import pathlib
 import re
 import subprocess
 
-from support.browser import Page, site
+from playwright.sync_api import expect
+from support.browser import site
 from support.servers import LONG, NODE, ROOT, Server, environment, need, stored
 from support.tokens import SECRET, token
 
@@ -52,15 +53,6 @@ def messages(folder):
     return [row[2] for row in stored(folder / "chatd.sqlite")[1]]
 
 
-def watch(script):
-    """Return a script that waits until an expression is true, whenever the page changes."""
-    return f"""await new Promise((resolve) => {{
-        const look = () => ({script}) && resolve();
-        new MutationObserver(look).observe(document.body, {{ childList: true, subtree: true, characterData: true }});
-        look();
-    }})"""
-
-
 def run_node(code, folder, *, before=""):
     """Run a program as a package of its own that depends on chatd, in a Node with a WebSocket; return its output."""
     modules = folder / "node_modules"
@@ -83,14 +75,14 @@ def run_node(code, folder, *, before=""):
     return result.stdout
 
 
-def test_page_in_ten_lines(tmp_path):
+def test_page_in_ten_lines(tmp_path, visit):
     with Server(tmp_path, "--origin=*") as server:
         html = example("page", server)
         assert len(html.splitlines()) <= 10
-        with site({"/": ("text/html", html.encode())}) as url, Page(tmp_path / "profile", url) as page:
-            page.run(watch("list.children.length === 3"))
-            shown = page.run("[...list.children].map((item) => item.textContent)")
-    assert shown == messages(tmp_path) == ["Hello!", "Hi Alice!", "Hello from a page!"]
+        with site({"/": ("text/html", html.encode())}) as url:
+            expected = ["Hello!", "Hi Alice!", "Hello from a page!"]
+            expect(visit(url).locator("#list > *")).to_have_text(expected)
+    assert messages(tmp_path) == expected
 
 
 def test_program_in_node(tmp_path):
@@ -113,7 +105,7 @@ def test_token_from_the_application(tmp_path):
     assert messages(tmp_path)[-1] == "with a token"
 
 
-def test_component_of_react(tmp_path):
+def test_component_of_react(tmp_path, visit):
     """It shows the messages and their changes, and posts."""
     modules = pathlib.Path(need("react-dom")).parent
     need("typescript")
@@ -135,12 +127,12 @@ def test_component_of_react(tmp_path):
             "/": ("text/html", html.encode()),
             "/chatd.js": ("text/javascript", (STATIC / "chatd.js").read_bytes()),
         }
-        with site(pages) as url, Page(tmp_path / "profile", url) as page:
-            page.run(watch("document.querySelectorAll('p').length === 2"))
-            page.run("document.querySelector('input').value = 'Hello from React!'")
-            page.run("document.querySelector('form').requestSubmit()")
-            page.run(watch("document.querySelectorAll('p')[2]?.textContent === 'ann: Hello from React!'"))
-            assert page.run("document.querySelector('input').placeholder") == "online"
+        with site(pages) as url:
+            page = visit(url)
+            expect(page.get_by_role("paragraph")).to_have_count(2)
+            page.get_by_placeholder("online").fill("Hello from React!")
+            page.keyboard.press("Enter")
+            expect(page.get_by_role("paragraph").nth(2)).to_have_text("ann: Hello from React!")
     assert messages(tmp_path)[-1] == "Hello from React!"
 
 

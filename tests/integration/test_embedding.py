@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from support.browser import Page
+from playwright.sync_api import expect
 from support.redises import free_port
 from support.servers import LONG, ROOT, Lines, Server, certificate_for, environment, need
 
@@ -130,116 +130,104 @@ def desk(tmp_path):
         yield desk
 
 
-@contextlib.contextmanager
-def person(folder, name, url, room="help", *, trust=False):
-    """A person in a browser, who has logged in and opened a room."""
-    with Page(folder / f"profile-{name}", "about:blank") as page:
-        if trust:
-            page.call("Security.setIgnoreCertificateErrors", ignore=True)
-        page.load("Page.navigate", url=url)
-        page.run(f"document.forms[0].name.value = '{name}'; document.forms[0].password.value = '{name}-1'")
-        page.load("Runtime.evaluate", expression="document.forms[0].requestSubmit()")
-        page.load("Page.navigate", url=f"{url}room/{room}")
-        until(page, "state.textContent === 'online'")
-        yield page
-
-
-def until(page, condition):
-    """Wait until a condition holds on a page."""
-    page.run(f"""await new Promise((resolve, reject) => {{
-        const observer = new MutationObserver(() => look());
-        const look = () => ({condition}) && resolve(observer.disconnect());
-        observer.observe(document, {{ subtree: true, childList: true, characterData: true, attributes: true }});
-        setTimeout(() => reject(new Error(document.body.innerText)), {LONG // 2 * 1000});
-        look();
-    }})""")
-
-
-TEXTS = "[...messages.querySelectorAll('span')].map((one) => one.textContent)"
-NAMES = "[...messages.querySelectorAll('b')].map((one) => one.textContent)"
+def person(visit, name, url, room="help", **options):
+    """Log a person in, in a browser of their own, and open a room."""
+    page = visit(url, **options)
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(f"{name}-1")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("heading")).to_have_text(f"Hello, {name}")
+    page.goto(f"{url}room/{room}")
+    expect(page.locator("#state")).to_have_text("online")
+    return page
 
 
 def shows(page, *texts):
     """Wait until a page shows these messages."""
-    until(page, f"JSON.stringify({TEXTS}) === {json.dumps(json.dumps(texts, separators=(',', ':')))}")
+    expect(page.locator("#messages span")).to_have_text(texts)
 
 
 def write(page, text):
-    page.run(f"post.elements.text.value = {json.dumps(text)}; post.requestSubmit()")
+    page.locator("[name=text]").fill(text)
+    page.keyboard.press("Enter")
+
+
+def message_at(page, place):
+    """Return a message as the page shows it."""
+    return page.locator("#messages > li").nth(place)
 
 
 def press(page, label, place):
     """Press a button beside a message."""
-    page.run(
-        f"[...messages.children[{place}].querySelectorAll('button')].find((b) => b.textContent === '{label}').click()"
-    )
+    message_at(page, place).get_by_role("button", name=label).click()
 
 
 def buttons(page, place):
-    return page.run(f"[...messages.children[{place}].querySelectorAll('button')].map((one) => one.textContent)")
+    return message_at(page, place).get_by_role("button").all_text_contents()
 
 
-def test_people_in_browsers(desk, tmp_path):
+def test_people_in_browsers(desk, visit):
     """A customer and an agent chat, edit, remove and moderate. A third one sees how many messages are new."""
-    with person(tmp_path, "ann", desk.url) as ann, person(tmp_path, "bob", desk.url) as bob:
-        for page in (ann, bob):
-            until(page, "people.textContent === 'ann, bob'")
+    ann, bob = (person(visit, name, desk.url) for name in ("ann", "bob"))
+    for page in (ann, bob):
+        expect(page.locator("#people")).to_have_text("ann, bob")
 
-        attack = "<img src=x onerror=\"document.body.textContent = 'owned'\">"
-        write(ann, attack)
-        shows(bob, attack)
-        write(bob, "hi")
-        for page in (ann, bob):
-            shows(page, attack, "hi")
-            assert page.run(NAMES) == ["ann", "bob"]
-        assert buttons(ann, 0) == ["Edit", "Remove"]
-        assert buttons(ann, 1) == []
-        assert buttons(bob, 0) == ["Remove", "Mute"]
+    attack = "<img src=x onerror=\"document.body.textContent = 'owned'\">"
+    write(ann, attack)
+    shows(bob, attack)
+    write(bob, "hi")
+    for page in (ann, bob):
+        shows(page, attack, "hi")
+        assert page.locator("#messages b").all_text_contents() == ["ann", "bob"]
+    assert buttons(ann, 0) == ["Edit", "Remove"]
+    assert buttons(ann, 1) == []
+    assert buttons(bob, 0) == ["Remove", "Mute"]
 
-        press(ann, "Edit", 0)
-        write(ann, "hello")
-        shows(bob, "hello", "hi")
-        press(ann, "Remove", 0)
-        shows(bob, "[removed]", "hi")
-        assert buttons(ann, 0) == []
+    press(ann, "Edit", 0)
+    write(ann, "hello")
+    shows(bob, "hello", "hi")
+    press(ann, "Remove", 0)
+    shows(bob, "[removed]", "hi")
+    assert buttons(ann, 0) == []
 
-        write(ann, "spam")
-        shows(bob, "[removed]", "hi", "spam")
-        press(bob, "Remove", 2)
-        shows(ann, "[removed]", "hi", "[removed]")
-        write(bob, "no spam please")
-        shows(ann, "[removed]", "hi", "[removed]", "no spam please")
-        write(ann, "sorry")
-        shows(bob, "[removed]", "hi", "[removed]", "no spam please", "sorry")
-        desk.wait_for_page("cy", "help</a>: 3 new")
-        desk.wait_for_page("bob", "help</a>: 0 new")
+    write(ann, "spam")
+    shows(bob, "[removed]", "hi", "spam")
+    press(bob, "Remove", 2)
+    shows(ann, "[removed]", "hi", "[removed]")
+    write(bob, "no spam please")
+    shows(ann, "[removed]", "hi", "[removed]", "no spam please")
+    write(ann, "sorry")
+    shows(bob, "[removed]", "hi", "[removed]", "no spam please", "sorry")
+    desk.wait_for_page("cy", "help</a>: 3 new")
+    desk.wait_for_page("bob", "help</a>: 0 new")
 
-        press(bob, "Mute", 4)
-        desk.log.wait('"POST /mute HTTP/1.1" 204')
-        write(ann, "why?")
-        until(ann, "outbox.textContent.includes('why? (') && outbox.querySelector('button')")
-        ann.run("outbox.querySelector('button').click()")
-        until(ann, "outbox.childElementCount === 0")
-        assert ann.refused == bob.refused == []
+    press(bob, "Mute", 4)
+    desk.log.wait('"POST /mute HTTP/1.1" 204')
+    write(ann, "why?")
+    refused = ann.locator("#outbox > li")
+    expect(refused).to_contain_text("why? (")
+    refused.get_by_role("button").click()
+    expect(refused).to_have_count(0)
 
 
-def test_page_outlives_a_restart(desk, tmp_path):
+def test_page_outlives_a_restart(desk, visit):
     """A page reconnects with a new token, and what was typed meanwhile is stored once."""
-    with person(tmp_path, "ann", desk.url) as ann:
-        write(ann, "before")
-        shows(ann, "before")
-        desk.restart()
-        write(ann, "after")
-        shows(ann, "before", "after")
-        until(ann, "state.textContent === 'online' && !outbox.childElementCount")
-        assert ann.run("location.pathname") == "/room/help"
+    ann = person(visit, "ann", desk.url)
+    write(ann, "before")
+    shows(ann, "before")
+    desk.restart()
+    write(ann, "after")
+    shows(ann, "before", "after")
+    expect(ann.locator("#state")).to_have_text("online")
+    expect(ann.locator("#outbox > li")).to_have_count(0)
+    assert ann.url == f"{desk.url}room/help"
 
 
-def test_rooms_of_customers_and_agents(desk, tmp_path):
+def test_rooms_of_customers_and_agents(desk, visit):
     """An agent uses both rooms. A customer gets neither the page nor the messages of the other one."""
-    with person(tmp_path, "bob", desk.url, "staff") as bob:
-        write(bob, "for agents")
-        shows(bob, "for agents")
+    bob = person(visit, "bob", desk.url, "staff")
+    write(bob, "for agents")
+    shows(bob, "for agents")
     desk.wait_for_page("bob", "staff</a>: 0 new")
     assert "staff" not in desk.start_page("cy")
     login = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
@@ -381,7 +369,7 @@ http {
 """What Debian has around a site. Started by root, the workers keep root, because the folder of a test is private."""
 
 
-def test_site_behind_nginx(tmp_path):
+def test_site_behind_nginx(tmp_path, visit):
     """The site of the guide: nginx with TLS, chatd with the options of its unit, and the application."""
     nginx = need("nginx")
     need("curl")
@@ -424,14 +412,10 @@ def test_site_behind_nginx(tmp_path):
             check=True,
         )
         assert checks.stdout == block("output", "site")
-        with (
-            person(tmp_path, "ann", f"{site}/", trust=True) as ann,
-            person(tmp_path, "bob", f"{site}/", trust=True) as bob,
-        ):
-            write(ann, "!hours")
-            for page in (ann, bob):
-                shows(page, "!hours", "We are here from 9 to 17.")
-                assert page.refused == []
-            cookie = ann.call("Network.getCookies")["cookies"][0]
-            assert (cookie["secure"], cookie["httpOnly"], cookie["sameSite"]) == (True, True, "Lax")
+        ann, bob = (person(visit, name, f"{site}/", ignore_https_errors=True) for name in ("ann", "bob"))
+        write(ann, "!hours")
+        for page in (ann, bob):
+            shows(page, "!hours", "We are here from 9 to 17.")
+        (cookie,) = ann.context.cookies()
+        assert (cookie["secure"], cookie["httpOnly"], cookie["sameSite"]) == (True, True, "Lax")
         requests.wait(DELIVERED)

@@ -3,18 +3,16 @@
 import ast
 import asyncio
 import contextlib
-import http.server
 import json
 import pathlib
 import re
 import subprocess
 import sys
-import threading
 
 import aiohttp
 import pytest
 import websockets
-from support.browser import Page
+from support.browser import site
 from support.servers import LONG, LOOPBACK, NODE, ROOT, Lines, Raw, Server, environment, need, numbered, stored
 from websockets.sync.client import connect
 
@@ -239,57 +237,41 @@ def test_readme_example(kind, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["README", "page"])
-def test_example_in_a_browser(source, tmp_path):
+def test_example_in_a_browser(source, tmp_path, visit):
     """The example works in the console of the server's own page, under that page's policy."""
     with Server(tmp_path) as server, connect(server.url) as other:
         other.recv(LONG)
         host = f"localhost:{server.port}"
-        with Page(tmp_path / "profile", f"http://{host}/") as page:
-            if source == "README":
-                code = example("browser").replace("localhost:8085", host)
-            else:
-                code = page.run("document.querySelectorAll('pre')[1].textContent")
-            assert f"ws://{host}/" in code
-            page.run(code)
-            ((number, username, message),) = numbered(json.loads(other.recv(LONG)))
-            history, posted = page.wait(2)
-            assert numbered(history) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
-            assert numbered(posted) == [(number, username, message)] == [(3, username, message)]
+        page = visit(f"http://{host}/")
+        if source == "README":
+            code = example("browser").replace("localhost:8085", host)
+        else:
+            code = page.locator("pre").nth(1).text_content()
+        assert f"ws://{host}/" in code
+        logged = []
+        with page.expect_console_message(lambda message: logged.append(message) or len(logged) == 2):
+            page.evaluate(f"{code}\n0")  # Playwright would call a function
+        ((number, username, message),) = numbered(json.loads(other.recv(LONG)))
+        history, posted = (message.args[0].json_value() for message in logged)
+        assert numbered(history) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
+        assert numbered(posted) == [(number, username, message)] == [(3, username, message)]
 
 
-def test_page_reaches_no_other_host(tmp_path):
+def test_page_reaches_no_other_host(tmp_path, visit):
     """The page's policy lets its scripts connect to its own host alone."""
-    with Server(tmp_path) as server, Page(tmp_path / "profile", f"http://localhost:{server.port}/") as page:
-        page.run(f"new WebSocket('ws://127.0.0.1:{server.port}/').onerror = () => console.log({{}})")
-        page.wait(1)
-    assert any("Content Security Policy" in text for text in page.refused)
-
-
-@contextlib.contextmanager
-def foreign_site():
-    """The URL of an empty page that another server serves."""
-
-    class Empty(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_):
-            """Log nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as site:
-        thread = threading.Thread(target=site.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{site.server_port}/"
-        finally:
-            site.shutdown()
-            thread.join(LONG)
+    with Server(tmp_path) as server:
+        page = visit(f"http://localhost:{server.port}/")
+        page.evaluate(
+            f"void new WebSocket('ws://127.0.0.1:{server.port}/').addEventListener('error', () => (failed = 1))"
+        )
+        page.wait_for_function("window.failed")
+    (refused,) = visit.errors
+    assert "Content Security Policy" in refused
+    visit.errors.clear()
 
 
 ATTACK = """
+void (async () => {
 const drained = await fetch("http://HOST:ADMIN/drain", {method: "POST", mode: "no-cors"}).then(() => 1, () => 1);
 const read = await fetch("http://HOST:ADMIN/metrics").then(() => 1, () => 0);
 const form = document.createElement("form");
@@ -307,20 +289,24 @@ const joined = await new Promise((done) => {
   room.onopen = () => done(1);
   room.onerror = () => done(0);
 });
-console.log({drained, read, joined});
+window.result = {drained, read, joined};
+})();
 """
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_page_of_another_server(host, tmp_path):
+def test_page_of_another_server(host, tmp_path, visit):
     """It can neither drain the server, by a script or a form, nor read its metrics, nor join a room."""
-    with Server(tmp_path, admin=LOOPBACK) as server, foreign_site() as site:
+    with Server(tmp_path, admin=LOOPBACK) as server, site({"/": ("text/html", b"")}) as url:
         script = ATTACK.replace("HOST", host).replace("ADMIN", f"{server.admin_port}").replace("PORT", f"{server.port}")
-        with Page(tmp_path / "profile", site) as page:
-            page.run(script)
-            assert page.wait(1) == [{"drained": 1, "read": 0, "joined": 0}]
+        page = visit(url)
+        page.evaluate(script)
+        result = page.wait_for_function("window.result").json_value()
+        assert result == {"drained": 1, "read": 0, "joined": 0}
         with Raw(server.admin_port) as operator:
             operator.send(b"GET /readyz HTTP/1.0\r\n\r\n")
             assert operator.rest().endswith(b"\r\n\r\nready\n")
         with connect(server.url) as client:
             client.recv(LONG)
+    assert {"403", "CORS"} == {word for word in ("403", "CORS") if word in str(visit.errors)}
+    visit.errors.clear()

@@ -1,31 +1,30 @@
-"""A real browser: headless Chromium, driven by the DevTools protocol."""
+"""A real browser: Debian's Chromium, headless, driven by Playwright.
 
+One browser serves all tests of a worker. Each visit has a profile of its own, as the browser of another person has.
+"""
+
+import asyncio
 import contextlib
-import copy
 import http.server
-import itertools
-import json
-import shutil
-import subprocess
+import re
 import threading
-import time
 
+import pytest
+from playwright.sync_api import expect, sync_playwright
 from support.needs import need
-from support.servers import LONG, Lines
-from websockets.sync.client import connect
+from support.servers import LONG
 
 FLAGS = (
-    "--headless",
-    "--no-sandbox",  # which root cannot have
     "--disable-gpu",
     "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--remote-debugging-port=0",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )
+UNLIKE_PEOPLE = ("--disable-back-forward-cache",)
+"""Playwright's flags without which the browser is more like those of people."""
+OUTAGE = re.compile(r"WebSocket connection to |Failed to load resource: (net::|.* a status of 503 )")
+"""What the browser itself reports while a server cannot be reached or sends clients elsewhere."""
+
+expect.set_options(timeout=LONG * 1000)
 
 
 @contextlib.contextmanager
@@ -54,114 +53,60 @@ def site(pages):
             thread.join(LONG)
 
 
-class Page:
-    """A page in a browser of its own; a context manager. `folder` holds the browser's profile.
+@pytest.fixture(scope="session")
+def browser():
+    """The browser of this worker, and the event loop by which Playwright drives it.
 
-    `logged` has what the page logged, each value as JSON has it, and `refused` what the browser itself reported.
+    Playwright leaves its loop marked as the running one, with which no other test of the worker could run its own.
     """
+    path = need("chromium")
+    with sync_playwright() as playwright:
+        loop = asyncio.get_running_loop()
+        with playwright.chromium.launch(
+            executable_path=path, args=FLAGS, ignore_default_args=UNLIKE_PEOPLE, timeout=LONG * 1000
+        ) as chromium:
+            asyncio._set_running_loop(None)
+            yield chromium, loop
+            asyncio._set_running_loop(loop)
 
-    def __init__(self, folder, url):
-        self._folder = folder
-        self._url = url
-        self._ids = itertools.count(1)
-        self._session = {}
-        self.logged = []
-        self.refused = []
 
-    def __enter__(self):
-        command = [need("chromium"), *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
-        with contextlib.ExitStack() as stack:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-            lines = Lines(self._process.stderr)
-            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            stack.callback(self._end, lines)
-            browser = lines.wait(r"^DevTools listening on (ws://.*)$")[0][1]
-            self._socket = stack.enter_context(connect(browser, max_size=None, proxy=None))
-            (target,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
-            self._attach(target["targetId"])
-            self.load("Page.navigate", url=self._url)
-            self._exit = stack.pop_all()
-        return self
+class Visits:
+    """Opens pages. `errors` has what the pages and the browser reported of them, without outages."""
 
-    def __exit__(self, *_):
-        self._exit.close()
+    def __init__(self, browser):
+        self._browser = browser
+        self._contexts = []
+        self.errors = []
 
-    def _end(self, lines):
-        self._process.kill()
-        self._process.wait(LONG)
-        lines.close()
+    def __call__(self, url=None, **options):
+        """Return a page in a new profile. Options are those of Playwright's `new_context`."""
+        context = self._browser.new_context(**options)
+        self._contexts.append(context)
+        context.set_default_timeout(LONG * 1000)
+        context.on("console", self._report)
+        context.on("weberror", lambda failure: self.errors.append(str(failure.error)))
+        page = context.new_page()
+        if url is not None:
+            page.goto(url)
+        return page
 
-    def _attach(self, target):
-        self._session = {}
-        self._target = target
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = {"sessionId": attached["sessionId"]}
-        for domain in ("Log", "Runtime", "Page"):
-            self.call(f"{domain}.enable")
+    def _report(self, message):
+        if message.type == "error" and not OUTAGE.match(message.text):
+            self.errors.append(f"{message.location['url']}: {message.text}")
 
-    def load(self, method, **params):
-        """Call a method that loads a page, and wait until it is loaded."""
-        self._loaded = False
-        self.call(method, **params)
-        while not self._loaded:
-            self._next(LONG)
+    def close(self):
+        """Close all pages."""
+        for context in self._contexts:
+            context.close()
 
-    def tab(self):
-        """Open the page in another tab of the same browser."""
-        tab = copy.copy(self)
-        tab._attach(self.call("Target.createTarget", url="about:blank")["targetId"])
-        tab.load("Page.navigate", url=self._url)
-        return tab
 
-    def close_tab(self):
-        """Close this tab, as a person does."""
-        self.call("Target.closeTarget", targetId=self._target)
-
-    def call(self, method, **params):
-        """Call a method of the DevTools protocol, and return its result."""
-        own = next(self._ids)
-        self._socket.send(json.dumps({"id": own, "method": method, "params": params} | self._session))
-        while True:
-            said = self._next(LONG)
-            if said.get("id") == own:
-                assert "error" not in said, said
-                return said["result"]
-
-    def _next(self, seconds):
-        """Take the next message, and keep what it says if it is an event."""
-        said = json.loads(self._socket.recv(seconds))
-        loaded = said.get("method") == "Page.loadEventFired" or (
-            said.get("method") == "Page.frameNavigated" and said["params"]["type"] == "BackForwardCacheRestore"
-        )
-        if loaded and said["sessionId"] == self._session["sessionId"]:
-            self._loaded = True
-        elif said.get("method") == "Log.entryAdded":
-            self.refused.append(said["params"]["entry"]["text"])
-        elif said.get("method") == "Runtime.consoleAPICalled":
-            (value,) = said["params"]["args"]
-            self.logged.append(value.get("value", value.get("objectId")))
-        return said
-
-    def run(self, script):
-        """Run a script as the page's console does, and return its value, for which it may wait."""
-        options = {"replMode": True, "returnByValue": True, "awaitPromise": True}
-        done = self.call("Runtime.evaluate", expression=script, **options)
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
-
-    def wait(self, count):
-        """Wait until the page has logged so many objects, and return them."""
-        end = time.monotonic() + LONG
-        while len(self.logged) < count:
-            try:
-                self._next(max(0.0, end - time.monotonic()))
-            except TimeoutError:
-                raise AssertionError(f"no {count} values were logged: {self.logged}, {self.refused}") from None
-        as_json = "function() { return JSON.stringify(this); }"
-        texts = [
-            self.call("Runtime.callFunctionOn", objectId=one, functionDeclaration=as_json)["result"]["value"]
-            for one in self.logged[:count]
-        ]
-        return [json.loads(text) for text in texts]
+@pytest.fixture
+def visit(browser):
+    """Opens pages, as Visits does, that must report no error, such as a violation of their policy."""
+    chromium, loop = browser
+    asyncio._set_running_loop(loop)
+    visits = Visits(chromium)
+    yield visits
+    visits.close()
+    asyncio._set_running_loop(None)
+    assert not visits.errors, visits.errors
