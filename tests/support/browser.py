@@ -1,6 +1,7 @@
 """A real browser: Debian's Chromium, headless, driven by Playwright.
 
 One browser serves all tests of a worker. Each visit has a profile of its own, as the browser of another person has.
+The policy of chatd's pages allows no `wait_for_function`: wait for what people see, or for a message of the console.
 """
 
 import asyncio
