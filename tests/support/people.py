@@ -1,0 +1,49 @@
+"""People who chat on the page, each in a browser of their own."""
+
+import re
+
+from playwright.sync_api import expect
+
+
+class Person:
+    """A person on the page. What they do and see is found by roles and names, as by a screen reader."""
+
+    def __init__(self, page):
+        self.page = page
+        self.status = page.get_by_role("status")
+        self.box = page.get_by_role("textbox", name="Message")
+        self.articles = page.get_by_role("main").get_by_role("article")
+        self.texts = self.articles.locator(".text")
+        self.pending = page.locator("article.pending").locator(".text")
+
+    def introduce(self, name):
+        """Give the name that the page asks for, and wait until it is online."""
+        box = self.page.get_by_role("textbox", name="Your name")
+        box.fill(name)
+        box.press("Enter")
+        return self.online()
+
+    def online(self):
+        expect(self.status).to_have_text("Online")
+        return self
+
+    def offline(self):
+        expect(self.status).to_have_text(re.compile("Offline|Connecting|Reconnecting"))
+
+    def write(self, *texts):
+        for text in texts:
+            self.box.fill(text)
+            self.box.press("Enter")
+
+    def shows(self, *texts):
+        """Wait until exactly these messages are shown, in this order, and none of them is unsent."""
+        expect(self.texts).to_have_text(texts)
+        expect(self.pending).to_have_count(0)
+
+    def article(self, text):
+        return self.articles.filter(has_text=text)
+
+
+def join(visit, url, name, **options):
+    """Open the page in a new browser, with the name."""
+    return Person(visit(url, **options)).introduce(name)
