@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 from playwright.sync_api import expect
-from support.people import Person, join
+from support.people import Person, join, room_url
 from support.redises import Proxy, Redis, free_port
 from support.servers import LONG, LOOPBACK, Server, stored
 
@@ -23,15 +23,11 @@ def stored_texts(folder):
     return [row[2] for row in stored(folder / "chatd.sqlite", "a")[1]]
 
 
-def url_of(port):
-    return f"http://127.0.0.1:{port}/rooms/a"
-
-
 def test_server_that_is_killed(tmp_path, visit):
     """What is written during the outage is stored once, when the server is back."""
     port = free_port()
     with start(tmp_path, port):
-        ann, bob = (join(visit, url_of(port), name) for name in ("ann", "bob"))
+        ann, bob = (join(visit, room_url(port), name) for name in ("ann", "bob"))
         ann.write("before")
         bob.shows("before")
     ann.offline()
@@ -47,8 +43,8 @@ def test_server_that_is_killed(tmp_path, visit):
 def test_text_written_offline_survives_a_reload(tmp_path, visit):
     """It is still there after a reload without a network, then it is sent once and shown once."""
     with Server(tmp_path) as server, Proxy(server.port) as proxy:
-        ann = join(visit, url_of(proxy.port), "ann")
-        bob = join(visit, url_of(server.port), "bob")
+        ann = join(visit, room_url(proxy.port), "ann")
+        bob = join(visit, room_url(server.port), "bob")
         ann.write("online")
         ann.shows("online")
         browser = ann.page.context
@@ -76,7 +72,7 @@ def test_node_that_is_drained(tmp_path, visit):
     with Redis(folders[0]) as redis:
         nodes = [Server(folder, f"--store={redis.url}") for folder in folders[1:]]
         with nodes[0], nodes[1], Proxy(nodes[0].port) as proxy:
-            ann, bob = (join(visit, url_of(proxy.port), name) for name in ("ann", "bob"))
+            ann, bob = (join(visit, room_url(proxy.port), name) for name in ("ann", "bob"))
             ann.write("to the first node")
             bob.shows("to the first node")
             proxy.target = nodes[1].port
@@ -90,7 +86,7 @@ def test_node_that_is_drained(tmp_path, visit):
 def test_ten_tabs(tmp_path, visit):
     """They are one connection, and each message is shown once in each of them, also when the first tab is closed."""
     with Server(tmp_path, admin=LOOPBACK) as server:
-        first = join(visit, url_of(server.port), "ann")
+        first = join(visit, room_url(server.port), "ann")
         tabs = [first]
         for _ in range(9):
             page = first.page.context.new_page()
@@ -116,9 +112,9 @@ def test_machine_that_slept(tmp_path, visit):
     with Server(tmp_path) as server, Proxy(server.port) as proxy:
         page = visit()
         page.clock.install()
-        page.goto(url_of(proxy.port))
+        page.goto(room_url(proxy.port))
         ann = Person(page).introduce("ann")
-        bob = join(visit, url_of(server.port), "bob")
+        bob = join(visit, room_url(server.port), "bob")
         proxy.stall()
         bob.write("good morning")
         bob.shows("good morning")
@@ -144,7 +140,7 @@ def test_connections_cut_at_random(tmp_path, visit, seed):
         for name in ("ann", "bob"):
             page = visit()
             page.add_init_script(QUICK)
-            page.goto(url_of(proxy.port))
+            page.goto(room_url(proxy.port))
             people.append(Person(page).introduce(name))
         proxy.lengths = lengths(seed)
         proxy.cut()

@@ -1,8 +1,11 @@
 """People who chat on the page, each in a browser of their own."""
 
+import json
 import re
 
 from playwright.sync_api import expect
+from support.servers import LONG
+from websockets.sync.client import connect
 
 
 class Person:
@@ -47,3 +50,17 @@ class Person:
 def join(visit, url, name, **options):
     """Open the page in a new browser, with the name."""
     return Person(visit(url, **options)).introduce(name)
+
+
+def room_url(port, room="a"):
+    """Return the URL of the page of a room."""
+    return f"http://127.0.0.1:{port}/rooms/{room}"
+
+
+def post(port, *posts, room="a"):
+    """Post as other clients do; each post is a username and a text."""
+    with connect(f"ws://127.0.0.1:{port}/rooms/{room}") as client:
+        client.recv(LONG)
+        for username, text in posts:
+            client.send(json.dumps({"username": username, "message": text}))
+            client.recv(LONG)

@@ -1,0 +1,94 @@
+"""The page as people use it: they write, read, scroll, change rooms and come back."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from support.people import join, post, room_url
+from support.servers import Server
+
+HIDE = """({ hidden }) => {
+    Object.defineProperty(document, "hidden", { configurable: true, value: hidden });
+    Object.defineProperty(document, "visibilityState", { configurable: true, value: hidden ? "hidden" : "visible" });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    with Server(tmp_path) as server:
+        yield server
+
+
+def test_two_people_chat(server, visit):
+    """Each sees the messages of both, who is here, and who types."""
+    ann, bob = (join(visit, room_url(server.port), name) for name in ("ann", "bob"))
+    ann.write("hello", "are you there?")
+    bob.shows("hello", "are you there?")
+    bob.write("yes")
+    for person in (ann, bob):
+        person.shows("hello", "are you there?", "yes")
+        expect(person.articles.locator(".own")).to_have_count(0)
+    expect(ann.page.locator("article.own")).to_have_count(2)
+
+
+def test_days_links_and_names(server, visit):
+    """The list has a heading for each day, links that are safe, and a name for each group."""
+    ann = join(visit, room_url(server.port, "main"), "ann")
+    ann.write("see https://example.com/a?b=c.", "and www.example.com")
+    expect(ann.texts).to_have_count(4)
+    headings = ann.page.get_by_role("main").get_by_role("heading")
+    expect(headings).to_have_text([re.compile("20.*October 2024|October 20, 2024"), "Today"])
+    link = ann.page.get_by_role("link", name="https://example.com/a?b=c")
+    expect(link).to_have_attribute("href", "https://example.com/a?b=c")
+    expect(link).to_have_attribute("rel", re.compile("noopener"))
+
+
+def test_new_messages_while_one_reads_above(server, visit):
+    """What one reads stays where it is, and a button leads to what is new."""
+    post(server.port, *(("bob", f"message {number}\n\n") for number in range(100)))
+    ann = join(visit, room_url(server.port), "ann")
+    expect(ann.texts.last).to_have_text("message 99")
+    expect(ann.texts.last).to_be_in_viewport()
+    post(server.port, ("bob", "at the end"))
+    expect(ann.texts.last).to_have_text("at the end")
+    expect(ann.texts.last).to_be_in_viewport()
+    read = ann.article("message 60")
+    read.scroll_into_view_if_needed()
+    place = read.bounding_box()
+    post(server.port, ("bob", "one"), ("cy", "two"), ("bob", "three"))
+    button = ann.page.get_by_role("button", name="3 new")
+    expect(button).to_be_visible()
+    assert read.bounding_box() == place
+    button.click()
+    expect(ann.texts.last).to_be_in_viewport()
+    expect(button).to_be_hidden()
+
+
+def test_messages_that_came_while_one_was_away(server, visit):
+    """A line divides what is new since the tab was hidden."""
+    ann = join(visit, room_url(server.port), "ann")
+    ann.write("seen")
+    ann.shows("seen")
+    ann.page.evaluate(HIDE, {"hidden": True})
+    post(server.port, ("bob", "unseen"))
+    ann.shows("seen", "unseen")
+    ann.page.evaluate(HIDE, {"hidden": False})
+    expect(ann.article("unseen").get_by_text("New since you looked")).to_be_visible()
+
+
+def test_older_messages(server, visit):
+    """They are loaded as one scrolls up, without an announcement."""
+    post(server.port, *(("bob", f"message {number}") for number in range(300)))
+    ann = join(visit, room_url(server.port), "ann")
+    expect(ann.texts.last).to_have_text("message 299")
+    ann.texts.last.hover()
+    first = ann.articles.and_(ann.page.locator("[aria-posinset='1']"))
+    for _ in range(100):
+        ann.page.mouse.wheel(0, -1500)
+        ann.page.evaluate("new Promise(requestAnimationFrame)")
+        if first.count():
+            break
+    expect(first.locator(".text")).to_have_text("message 0")
+    expect(first).to_have_attribute("aria-setsize", "300")
+    expect(ann.page.locator("#announcer")).to_be_empty()
