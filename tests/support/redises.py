@@ -634,6 +634,11 @@ class Proxy:
         for side in self.sides:
             side.look()
 
+    def _forget(self):
+        for side in self.sides:
+            side.peer = None
+            side.look()
+
     def _go_on(self):
         self.stalled = self.muted = False
         if self._listening is not None:
@@ -657,6 +662,10 @@ class Proxy:
     def cut(self):
         """Reset all connections; new ones are served."""
         self._do(self._cut)
+
+    def forget(self):
+        """Forward nothing more on the connections, without a word; new ones are served."""
+        self._do(self._forget)
 
     def refuse(self):
         """Refuse new connections; existing ones stay."""
