@@ -4,8 +4,9 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from support.people import join, post, room_url
+from support.people import Person, join, post, room_url
 from support.servers import Server
+from support.tokens import SECRET, token
 
 HIDE = """({ hidden }) => {
     Object.defineProperty(document, "hidden", { configurable: true, value: hidden });
@@ -30,6 +31,53 @@ def test_two_people_chat(server, visit):
         person.shows("hello", "are you there?", "yes")
         expect(person.articles.locator(".own")).to_have_count(0)
     expect(ann.page.locator("article.own")).to_have_count(2)
+
+
+@pytest.fixture
+def private(tmp_path):
+    """A server that asks for tokens."""
+    (tmp_path / "jwt.key").write_bytes(SECRET)
+    with Server(tmp_path, "--jwt-key=jwt.key") as server:
+        yield server
+
+
+def sign_in(server, visit, name, **claims):
+    return Person(visit(f"{room_url(server.port)}#token={token(name, **claims)}")).online()
+
+
+def test_edit_and_remove(private, visit):
+    """An author changes a message, which everyone sees in its place, and removes another."""
+    ann, bob = (sign_in(private, visit, name) for name in ("ann", "bob"))
+    ann.write("helo", "spam")
+    bob.shows("helo", "spam")
+    ann.act("helo", "Edit")
+    expect(ann.box).to_have_value("helo")
+    ann.write("hello")
+    bob.shows("hello", "spam")
+    expect(bob.article("hello")).to_contain_text("edited")
+    expect(ann.box).to_have_value("")
+    ann.act("spam", "Edit")
+    ann.page.keyboard.press("Escape")
+    expect(ann.box).to_have_value("")
+    ann.act("spam", "Remove")
+    bob.shows("hello", "message removed")
+    expect(bob.articles.get_by_role("button", name="Edit")).to_have_count(0)
+
+
+def test_message_that_is_refused(private, visit):
+    """The reason stands below the message, which stays until one discards it."""
+    ann = sign_in(private, visit, "ann", chatd={"post": []})
+    bob = sign_in(private, visit, "bob")
+    ann.write("may I?")
+    refused = ann.article("may I?")
+    expect(refused).to_contain_text("Not sent")
+    ann.page.reload()
+    expect(refused).to_contain_text("Not sent")
+    ann.act("may I?", "Retry")
+    expect(refused).to_contain_text("Not sent")
+    ann.act("may I?", "Discard")
+    expect(ann.articles).to_have_count(0)
+    bob.shows()
 
 
 def test_days_links_and_names(server, visit):

@@ -46,6 +46,11 @@ class Person:
     def article(self, text):
         return self.articles.filter(has_text=text)
 
+    def act(self, text, button):
+        """Press a button of a message."""
+        self.article(text).hover()
+        self.article(text).get_by_role("button", name=button).click()
+
 
 def join(visit, url, name, **options):
     """Open the page in a new browser, with the name."""
