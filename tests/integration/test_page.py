@@ -1,4 +1,4 @@
-"""The page as people use it: they write, read, scroll, change rooms and come back."""
+"""The page as people use it: they write, read, scroll, edit and leave for a while."""
 
 import re
 
@@ -22,7 +22,7 @@ def server(tmp_path):
 
 
 def test_two_people_chat(server, visit):
-    """Each sees the messages of both, who is here, and who types."""
+    """Each person sees the messages of both, their names as present, and who is typing."""
     ann, bob = (join(visit, room_url(server.port), name) for name in ("ann", "bob"))
     ann.write("hello", "are you there?")
     bob.shows("hello", "are you there?")
@@ -93,7 +93,7 @@ def test_days_links_and_names(server, visit):
 
 
 def test_new_messages_while_one_reads_above(server, visit):
-    """What one reads stays where it is, and a button leads to what is new."""
+    """The text that one reads stays in its place, and a button leads to the new messages."""
     post(server.port, *(("bob", f"message {number}\n\n") for number in range(100)))
     ann = join(visit, room_url(server.port), "ann")
     expect(ann.texts.last).to_have_text("message 99")

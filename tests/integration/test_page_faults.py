@@ -24,7 +24,7 @@ def stored_texts(folder):
 
 
 def test_server_that_is_killed(tmp_path, visit):
-    """What is written during the outage is stored once, when the server is back."""
+    """Messages that are written during the outage are stored once, when the server is back."""
     port = free_port()
     with start(tmp_path, port):
         ann, bob = (join(visit, room_url(port), name) for name in ("ann", "bob"))

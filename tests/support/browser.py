@@ -23,7 +23,7 @@ FLAGS = (
 UNLIKE_PEOPLE = ("--disable-back-forward-cache",)
 """Playwright's flags without which the browser is more like those of people."""
 OUTAGE = re.compile(r"WebSocket connection to |Failed to load resource: (net::|.* a status of 503 )")
-"""What the browser itself reports while a server cannot be reached or sends clients elsewhere."""
+"""Reports of the browser itself while a server cannot be reached or sends its clients elsewhere."""
 
 expect.set_options(timeout=LONG * 1000)
 

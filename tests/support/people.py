@@ -9,7 +9,7 @@ from websockets.sync.client import connect
 
 
 class Person:
-    """A person on the page. What they do and see is found by roles and names, as by a screen reader."""
+    """A person on the page. The elements are found by roles and names, as screen readers find them."""
 
     def __init__(self, page):
         self.page = page
