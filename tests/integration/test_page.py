@@ -24,13 +24,75 @@ def server(tmp_path):
 def test_two_people_chat(server, visit):
     """Each person sees the messages of both, their names as present, and who is typing."""
     ann, bob = (join(visit, room_url(server.port), name) for name in ("ann", "bob"))
+    for person in (ann, bob):
+        expect(person.people).to_have_text(["ann", "bob"])
     ann.write("hello", "are you there?")
     bob.shows("hello", "are you there?")
-    bob.write("yes")
+    bob.box.press_sequentially("yes")
+    expect(ann.page.get_by_text("bob is typing")).to_be_visible()
+    bob.box.press("Enter")
     for person in (ann, bob):
         person.shows("hello", "are you there?", "yes")
-        expect(person.articles.locator(".own")).to_have_count(0)
     expect(ann.page.locator("article.own")).to_have_count(2)
+    bob.page.close()
+    expect(ann.people).to_have_text(["ann"])
+
+
+def test_name_and_draft_are_kept(server, visit):
+    """The page asks for a name once, keeps what is typed over a reload, and lets one change the name."""
+    ann = join(visit, room_url(server.port), "ann")
+    ann.box.fill("not finished")
+    ann.page.reload()
+    ann.online()
+    expect(ann.box).to_have_value("not finished")
+    ann.page.get_by_role("button", name="Change name").click()
+    ann.introduce("anna")
+    expect(ann.people).to_have_text(["anna"])
+    ann.box.press("Enter")
+    ann.shows("not finished")
+    expect(ann.articles.locator(".name")).to_have_text("anna")
+
+
+def test_names_that_are_not_possible(server, visit):
+    """The page states why, and asks again."""
+    page = visit(room_url(server.port))
+    box = page.get_by_role("textbox", name="Your name")
+    for name in ("", " ", "x" * 31):
+        box.fill(name)
+        box.press("Enter")
+        expect(box).to_have_attribute("aria-invalid", "true")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    Person(page).introduce("\U0001f642" * 30)
+
+
+def test_rooms(server, visit):
+    """One goes from room to room without a reload, and sees what is new in the others."""
+    ann = join(visit, room_url(server.port), "ann")
+    ann.write("in a")
+    ann.shows("in a")
+    field = ann.page.get_by_role("textbox", name="Open another room")
+    for name in ("<img src=x onerror=owned()>", "../a", "A"):
+        field.fill(name)
+        field.press("Enter")
+        expect(field).to_have_attribute("aria-invalid", "true")
+    field.fill("b")
+    field.press("Enter")
+    ann.online()
+    assert ann.page.url == room_url(server.port, "b")
+    ann.write("in b")
+    ann.shows("in b")
+    post(server.port, ("bob", "news"), ("bob", "more news"))
+    rooms = ann.page.get_by_role("navigation", name="Rooms")
+    link = rooms.get_by_role("link", name=re.compile("a 2 new"))
+    expect(link).to_be_visible()
+    link.click()
+    ann.shows("in a", "news", "more news")
+    expect(ann.article("more news")).to_be_in_viewport()
+    expect(rooms.get_by_role("link", name=re.compile(r"\ba$"))).to_have_attribute("aria-current", "page")
+    ann.page.go_back()
+    ann.shows("in b")
+    assert ann.page.url == room_url(server.port, "b")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import expect
 from support.needs import MODULES, need
 from support.people import Person, join, post, room_url
+from support.redises import Proxy
 from support.servers import LONG, Server
 
 ATTACKS = (
@@ -28,7 +29,8 @@ def server(tmp_path):
 
 
 def violations(page):
-    """Return what axe-core finds on a page."""
+    """Return what axe-core finds on a page, when nothing moves."""
+    page.evaluate("Promise.allSettled(document.getAnimations().map(({ finished }) => finished))")
     page.evaluate((MODULES / "axe-core" / "axe.min.js").read_text("utf-8"))
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
     return [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
@@ -36,17 +38,38 @@ def violations(page):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessibility(server, visit, theme):
-    """axe-core finds no violation, with and without open dialogs, and on the instructions."""
+    """axe-core finds no violation: with the dialog, with messages, offline, and with each panel on a phone."""
     need("axe-core")
-    page = visit(room_url(server.port), color_scheme=theme)
-    assert violations(page) == []
-    ann = Person(page).introduce("ann")
-    post(server.port, ("bob", "see https://example.com"))
-    ann.write("hi")
-    expect(ann.texts).to_have_count(2)
-    assert violations(page) == []
-    page.goto(f"http://127.0.0.1:{server.port}/about")
-    assert violations(page) == []
+    with Proxy(server.port) as proxy:
+        page = visit(room_url(proxy.port), color_scheme=theme)
+        expect(page.get_by_role("dialog")).to_be_visible()
+        assert violations(page) == []
+        ann = Person(page).introduce("ann")
+        post(server.port, ("bob", "see https://example.com"))
+        ann.write("hi")
+        expect(ann.texts).to_have_count(2)
+        assert violations(page) == []
+        page.get_by_role("button", name="Change name").click()
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+        page.set_viewport_size({"width": 390, "height": 780})
+        for panel in ("Rooms", "People"):
+            page.get_by_role("button", name=panel).click()
+            assert violations(page) == []
+            page.keyboard.press("Escape")
+        proxy.refuse()
+        proxy.cut()
+        ann.offline()
+        ann.write("not sent", "x" * 1000)
+        expect(ann.pending).to_have_text("not sent")
+        assert violations(page) == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessibility_of_the_instructions(server, visit, theme):
+    """axe-core finds no violation."""
+    need("axe-core")
+    assert violations(visit(f"http://127.0.0.1:{server.port}/about", color_scheme=theme)) == []
 
 
 def test_markup_in_every_field(tmp_path, visit):
@@ -122,8 +145,19 @@ def test_keyboard_alone(server, visit):
     ann.shows("one", "two", "see https://example.com/x")
     expect(ann.box).to_be_focused()
     keyboard = ann.page.keyboard
-    keyboard.press("Shift+F6")
-    expect(ann.articles.nth(2)).to_be_focused()
+    regions = [
+        ann.page.get_by_role("navigation", name="Rooms"),
+        ann.articles.last,
+        ann.page.get_by_role("complementary", name="People"),
+        ann.box,
+    ]
+    for region in regions:
+        keyboard.press("F6")
+        expect(region).to_be_focused()
+    for region in reversed(regions[:-1]):
+        keyboard.press("Shift+F6")
+        expect(region).to_be_focused()
+    keyboard.press("F6")
     keyboard.press("ArrowUp")
     expect(ann.articles.nth(1)).to_be_focused()
     keyboard.press("Home")
@@ -134,8 +168,25 @@ def test_keyboard_alone(server, visit):
     keyboard.press("Escape")
     expect(ann.box).to_be_focused()
     keyboard.type("typed blind")
+    keyboard.press("Shift+Enter")
+    keyboard.type("in two lines")
     keyboard.press("Enter")
-    expect(ann.texts.last).to_have_text("typed blind")
+    expect(ann.texts.last).to_have_text("typed blind in two lines")
+
+
+def test_panels_on_a_phone(server, visit):
+    """Escape closes a panel, and the focus returns to its button."""
+    ann = join(visit, room_url(server.port), "ann", viewport={"width": 390, "height": 780})
+    for name, role in (("Rooms", "navigation"), ("People", "complementary")):
+        button = ann.page.get_by_role("button", name=name)
+        panel = ann.page.get_by_role(role, name=name)
+        expect(panel).to_be_hidden()
+        button.press("Enter")
+        expect(panel).to_be_focused()
+        expect(button).to_have_attribute("aria-expanded", "true")
+        ann.page.keyboard.press("Escape")
+        expect(panel).to_be_hidden()
+        expect(button).to_be_focused()
 
 
 def test_enter_while_an_input_method_composes(server, visit):

@@ -1,13 +1,14 @@
 """How the page and the instructions reach a browser: sign-in, looks, proxies, and browsers that lack something."""
 
 import json
+import re
 from urllib.parse import parse_qs, urlsplit
 
 from playwright.sync_api import expect
 from support.browser import site
 from support.firefox import Firefox
 from support.people import Person, room_url
-from support.redises import Proxy
+from support.redises import Proxy, free_port
 from support.servers import LONG, Server, certificate_for, numbered
 from support.tokens import SECRET, token
 from websockets.sync.client import connect
@@ -80,29 +81,35 @@ def test_token_in_the_fragment(tmp_path, visit):
 
 
 def test_sign_in_at_the_application(tmp_path, visit):
-    """The page links to the login URL, which sends people back with a token. An expired token leads there again."""
-    (tmp_path / "jwt.key").write_bytes(SECRET)
-    with (
-        site({"/": ("text/html", b"")}) as application,
-        Server(tmp_path, "--jwt-key=jwt.key", f"--login-url={application}login?app=chat") as server,
-    ):
-        url = room_url(server.port)
-        page = visit(url)
-        page.get_by_role("link", name="Sign in").click()
-        page.wait_for_url(f"{application}login?*")
-        query = parse_qs(urlsplit(page.url).query)
-        assert query == {"app": ["chat"], "return_to": [url]}
-        page.goto(f"{url}#token={token(lasts=3)}")
-        ann = Person(page).online()
-        ann.write("hi")
-        ann.shows("hi")
-        link = page.get_by_role("link", name="Sign in again")
-        expect(link).to_be_visible()
+    """The page links to the login URL, also when a token is no longer valid. The unsent message is sent afterwards."""
+    keys = SECRET, SECRET[::-1]
+    for number, key in enumerate(keys):
+        (tmp_path / f"{number}.key").write_bytes(key)
+    listen = f"tcp:{free_port()}:interface=127.0.0.1"
+    with site({"/": ("text/html", b"")}) as application:
+        login = f"--login-url={application}login?app=chat"
+        with Server(tmp_path, "--jwt-key=0.key", login, listen=listen) as server:
+            url = room_url(server.port)
+            page = visit(url)
+            page.get_by_role("link", name="Sign in").click()
+            page.wait_for_url(f"{application}login?*")
+            assert parse_qs(urlsplit(page.url).query) == {"app": ["chat"], "return_to": [url]}
+            page.goto(f"{url}#token={token()}")
+            ann = Person(page).online()
+            ann.write("hi")
+            ann.shows("hi")
+        ann.offline()
         ann.write("kept")
-        page.goto(f"{url}#token={token()}")
-        ann.online()
-        ann.shows("hi", "kept")
-    visit.errors.clear()  # the browser reports the status 401
+        with Server(tmp_path, "--jwt-key=1.key", login, listen=listen) as server:
+            again = page.get_by_role("link", name="Sign in again")
+            expect(again).to_have_attribute("href", re.compile("return_to"))
+            expect(ann.pending).to_have_text(["kept"])
+            page.goto(f"{url}#token={token(secret=keys[1])}")
+            ann.online()
+            ann.shows("hi", "kept")
+            expect(again).to_be_hidden()
+    assert all("401" in error for error in visit.errors), visit.errors  # the browser reports them by itself
+    visit.errors.clear()
 
 
 def test_firefox(tmp_path):

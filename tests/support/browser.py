@@ -25,7 +25,7 @@ UNLIKE_PEOPLE = ("--disable-back-forward-cache",)
 OUTAGE = re.compile(r"WebSocket connection to |Failed to load resource: (net::|.* a status of 503 )")
 """Reports of the browser itself while a server cannot be reached or sends its clients elsewhere."""
 
-expect.set_options(timeout=LONG * 1000)
+expect.set_options(timeout=5000)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ class Visits:
         """Return a page in a new profile. Options are those of Playwright's `new_context`."""
         context = self._browser.new_context(**options)
         self._contexts.append(context)
-        context.set_default_timeout(LONG * 1000)
+        context.set_default_timeout(5000)
         context.on("console", self._report)
         context.on("weberror", lambda failure: self.errors.append(str(failure.error)))
         page = context.new_page()

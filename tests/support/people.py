@@ -17,6 +17,7 @@ class Person:
         self.box = page.get_by_role("textbox", name="Message")
         self.articles = page.get_by_role("main").get_by_role("article")
         self.texts = self.articles.locator(".text")
+        self.people = page.get_by_role("complementary", name="People").get_by_role("listitem")
         self.pending = page.locator("article.pending").locator(".text")
 
     def introduce(self, name):
