@@ -195,6 +195,8 @@ function introduce() {
   input.value = forAll.get("name") ?? "";
   introduction.showModal();
   introduction.oncancel = (event) => me ?? event.preventDefault();
+  // A browser closes a dialog that one cancels twice. A closed dialog gives the focus back to where it was.
+  introduction.onclose = () => (me ? box.focus() : introduce());
   introduction.querySelector("form").onsubmit = (event) => {
     const name = input.value.trim();
     const fault = whyNotName(name);
