@@ -53,6 +53,21 @@ def broken(page, text):
     return found
 
 
+def pictures(text):
+    """Return the files of the pictures in a document."""
+    found = re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    return {image or source for image, source in found}
+
+
+def test_pictures_in_documents():
+    """Each picture exists, is below 150 kB, and stands in a document."""
+    pages = [path for path in tracked() if path.suffix == ".md"]
+    shown = {(page.parent / name).resolve() for page in pages for name in pictures(page.read_text("utf-8"))}
+    assert {path.name for path in shown if not path.exists()} == set()
+    assert {path.name for path in tracked() if path.suffix == ".png"} - {path.name for path in shown} == set()
+    assert {path.name for path in shown if path.stat().st_size >= 150_000} == set()
+
+
 def test_every_link_in_a_document_leads_somewhere():
     pages = [path for path in tracked() if path.suffix == ".md"]
     assert len(pages) > 10
