@@ -85,7 +85,7 @@ export class Log {
 const timeIn = (seconds) => Date.now() + seconds * 1000;
 const unique = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
-/** The outbox in IndexedDB. */
+/** The outbox in IndexedDB; without that, all its promises reject. */
 function database() {
   const done = (request) =>
     new Promise((resolve, reject) => {
@@ -93,7 +93,7 @@ function database() {
       request.onerror = () => reject(request.error);
     });
   const open = async () => {
-    const request = indexedDB.open("chatd", 1); // throws in some frames
+    const request = indexedDB.open("chatd", 1); // throws in Node.js, in some frames, and where storage is blocked
     request.onupgradeneeded = () => request.result.createObjectStore("outbox", { keyPath: "label" });
     return done(request);
   };
@@ -106,7 +106,6 @@ function database() {
     delete: (label) => run("delete", label),
   };
 }
-const nowhere = { list: async () => [], put: async () => {}, delete: async () => {} };
 
 /** The seconds until a minute before the end of a token, or until half of its time; undefined if it names none. */
 function secondsToRenewal(token) {
@@ -127,7 +126,7 @@ function secondsToRenewal(token) {
  */
 function join(url, options) {
   const { username, token, signal, events = "presence,typing", WebSocket = globalThis.WebSocket } = options;
-  const { locks = globalThis.navigator?.locks, storage = globalThis.indexedDB ? database() : nowhere } = options;
+  const { locks = globalThis.navigator?.locks, storage = database() } = options;
   const log = new Log(options.last);
   const key = `chatd ${url} ${username}`; // of the outbox and the tabs
   const channel = locks && new BroadcastChannel(key);
