@@ -1,4 +1,5 @@
 /** Who is in the room, and who types. */
+import { nameOf } from "./text.js";
 import { countWords, typingWords } from "./words.js";
 
 /** Return the list as one of names. */
@@ -18,7 +19,7 @@ export function createPeople({ count, list, typing, button }) {
     show({ presence, typing: names }, me) {
       const words = presence ? countWords(presence.count) : "";
       count.textContent = presence && !presence.users ? `${words}, too many to list` : words;
-      fill(list, presence?.users ?? []);
+      fill(list, (presence?.users ?? []).map(nameOf));
       button.textContent = presence ? `People (${presence.users?.length ?? presence.count})` : "People";
       const sentence = typingWords(names, me);
       if (typing.textContent !== sentence) typing.textContent = sentence;

@@ -1,4 +1,5 @@
 /** What the page says about people and the connection. Nothing here touches the document. */
+import { nameOf } from "./text.js";
 
 /** Join names as a sentence does; above three it counts the rest. */
 export function namesOf(names) {
@@ -8,7 +9,7 @@ export function namesOf(names) {
 
 /** Return who types, apart from this user; empty if nobody does. Each name has its own direction (UAX #9, FSI, PDI). */
 export function typingWords(names, me) {
-  const others = names.filter((name) => name !== me).map((name) => `\u2068${name}\u2069`);
+  const others = names.filter((name) => name !== me).map((name) => `\u2068${nameOf(name)}\u2069`);
   return others.length ? `${namesOf(others)} ${others.length > 1 ? "are" : "is"} typing…` : "";
 }
 
