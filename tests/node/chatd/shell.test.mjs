@@ -19,6 +19,13 @@ test("a name has 1 to 30 characters, of which an emoji is one", () => {
   assert.match(whyNotName(""), /Type a name/);
 });
 
+test("a name that nobody could see is not possible, and is shown as words", () => {
+  for (const name of ["\u200b", "\u202e", "\u3164"]) {
+    assert.match(whyNotName(name), /people can see/);
+    assert.match(typingWords([name], "me"), /\(no name\)/);
+  }
+});
+
 test("claims are read in UTF-8", () => assert.equal(claimsOf(token({ sub: "zoë ☕?>" })).sub, "zoë ☕?>"));
 
 test("what is no token has no claims", () => {
@@ -30,6 +37,7 @@ test("the token leaves the fragment, and the rest stays", () => {
   assert.deepEqual(splitFragment("#x&token=a%2Eb&y=1"), { token: "a.b", rest: "#x&y=1" });
   assert.deepEqual(splitFragment("#x"), { token: undefined, rest: "#x" });
   assert.deepEqual(splitFragment(""), { token: undefined, rest: "" });
+  assert.deepEqual(splitFragment("#token=%E0%"), { token: "%E0%", rest: "" });
 });
 
 test("the sign-in leads back to the page without its fragment", () => {
