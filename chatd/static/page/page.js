@@ -18,7 +18,7 @@ const [forTab, forAll] = [memory("sessionStorage"), memory("localStorage")];
 const element = (id) => document.getElementById(id);
 const [box, gate, introduction, announcer] = ["box", "gate", "introduction", "announcer"].map(element);
 
-const seen = new Map(); // the id of the newest message that was in sight, by room
+const visited = new Map(); // by name: the room of chatd.js, and the id of the newest message that was in sight
 let client;
 let me;
 let open; // the room that is shown: its name, its room of chatd.js and its list
@@ -75,7 +75,7 @@ const panels = createPanels(
   ],
   [
     { element: element("composer"), focus: () => box.focus() },
-    { element: gate, focus: () => gate.querySelector("a")?.focus() },
+    { element: gate, focus: () => gate.focus() },
     { element: element("rooms"), focus: () => element("rooms").focus() },
     { element: element("messages"), focus: () => open?.list.focus() },
     { element: element("people"), focus: () => element("people").focus() },
@@ -98,6 +98,7 @@ function show() {
   const unread = document.hidden ? unreadIn(open.name) : 0;
   document.title = `${unread ? `(${unread}) ` : ""}${open.name} · ${config.title}`;
   if (snapshot.error) refuse(snapshot.error);
+  else block();
 }
 function plan() {
   if (due) return;
@@ -108,9 +109,10 @@ function plan() {
 }
 /** Return how many messages of others came to a room since its end was in sight. */
 function unreadIn(name) {
-  const last = open.name === name ? open.list.seen : seen.get(name);
+  const { room, seen } = visited.get(name) ?? {};
+  const last = open.name === name ? open.list.seen : seen;
   if (!last) return 0;
-  const { messages } = client.room(name).snapshot();
+  const { messages } = room.snapshot();
   const place = messages.findLastIndex(({ id }) => Number(id.split("-")[1]) <= Number(last.split("-")[1]));
   return messages.slice(place + 1).filter(({ data }) => data.username !== me).length;
 }
@@ -118,17 +120,16 @@ function unreadIn(name) {
 /** Show a room. The rooms that were visited stay joined: their unread messages are counted, and their posts sent. */
 function enter(name) {
   if (open) {
-    seen.set(open.name, open.list.seen);
+    visited.get(open.name).seen = open.list.seen;
     open.list.close();
   }
-  const room = client.room(name);
-  if (!seen.has(name)) {
-    seen.set(name, undefined);
-    room.subscribe(plan);
-  }
+  const { room: known, seen } = visited.get(name) ?? {};
+  const room = client.room(name); // another one if the server refused the last
+  if (room !== known) room.subscribe(plan);
+  visited.set(name, { room, seen });
   const actions = { canChange, retry: ({ label }) => room.retry(label), discard: ({ label }) => room.discard(label) };
   if (config.tokens) Object.assign(actions, { edit: composer.edit, remove: ({ id }) => room.remove(id) });
-  const list = new MessageList(element("messages"), { room, username: me, announce, actions, seen: seen.get(name) });
+  const list = new MessageList(element("messages"), { room, username: me, announce, actions, seen });
   open = { name, room, list };
   composer.open(name);
   panels.close();
@@ -145,30 +146,34 @@ function visit(name) {
 
 // Who the user is
 
-const token = () => forTab.get("token");
+/** Return the token of this tab. The server refuses it beside another one in a cookie, so the cookie takes precedence. */
+const token = () => (config.username ? undefined : forTab.get("token"));
 
 /** Take a token out of the address, where it would be seen and copied; return whether there was one. */
 function takeToken() {
   const { token: given, rest } = splitFragment(location.hash);
   if (!given) return false;
   forTab.set("token", given);
-  history.replaceState(null, "", location.pathname + location.search + rest);
+  history.replaceState(null, "", location.href.split("#")[0] + rest);
   return true;
 }
-/** Show words, and a link to sign in if there is an address for that, in place of the composer. */
+/** Show words, and a link to sign in if there is an address for that, in place of the composer; without words, show it. */
 function block(words, link) {
+  const focused = !!words && element("composer").contains(document.activeElement);
+  gate.hidden = !words;
+  element("composer").hidden = !!words;
+  if (!words || gate.textContent.startsWith(words)) return;
   const parts = [Object.assign(document.createElement("p"), { textContent: words })];
   const href = link && config.login && signInUrl(config.login, location.href);
   if (href) parts.push(Object.assign(document.createElement("a"), { href, textContent: link }));
   gate.replaceChildren(...parts);
-  gate.hidden = false;
-  element("composer").hidden = true;
+  if (focused) gate.focus();
 }
 function refuse({ code }) {
-  if (!gate.hidden) return;
-  if (config.tokens && [401, 1008].includes(code)) {
+  if (config.tokens && code === 401) {
     forTab.remove("token");
-    block("What you have not sent yet stays here.", "Sign in again");
+    const again = config.login ? "" : " A link in your application opens this room again.";
+    block(`What you have not sent yet stays here.${again}`, "Sign in again");
   } else block("You cannot post here now. Reload the page to try again.");
 }
 
@@ -214,7 +219,10 @@ function introduce() {
 
 // The start
 
-addEventListener("popstate", () => open && enter(roomAt(root, location.href)));
+addEventListener("popstate", () => {
+  const name = roomAt(root, location.href);
+  if (open && name !== open.name) enter(name); // only the fragment may have changed
+});
 addEventListener("hashchange", () => takeToken() && location.reload());
 document.addEventListener("visibilitychange", () => open && plan());
 takeToken();

@@ -38,8 +38,13 @@ export function createPanels(panels, regions, leave) {
     if (event.key === "F6") {
       event.preventDefault();
       const shown = regions.filter(({ element }) => isShown(element));
-      const current = shown.find(({ element }) => element.contains(document.activeElement));
-      nextOf(shown, current, event.shiftKey).focus();
+      const isActive = ({ element }) => element.contains(document.activeElement);
+      let region = shown.find(isActive);
+      for (const _ of shown) {
+        region = nextOf(shown, region, event.shiftKey);
+        region.focus();
+        if (isActive(region)) return; // another one has nothing to focus yet
+      }
     } else if (event.key === "Escape") {
       if (panels.some(({ panel }) => panel.hasAttribute("data-open"))) close(true);
       else leave();

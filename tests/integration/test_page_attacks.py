@@ -1,0 +1,80 @@
+"""The page under hostile, clumsy and unlucky use."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+from support.people import Person, join, room_url
+from support.servers import Server
+
+BLOCKED = """for (const name of ["localStorage", "sessionStorage", "indexedDB"])
+    Object.defineProperty(globalThis, name, { get() { throw new DOMException("blocked", "SecurityError"); } });"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    with Server(tmp_path, "--rooms=a", "--rooms=b") as server:
+        yield server
+
+
+def go(person, room):
+    field = person.page.get_by_role("textbox", name="Open another room")
+    field.fill(room)
+    field.press("Enter")
+
+
+def test_name_dialog_that_is_dismissed(server, visit):
+    """The page asks again, because it shows no room without a name."""
+    page = visit(room_url(server.port))
+    box = page.get_by_role("textbox", name="Your name")
+    for _ in range(3):
+        expect(box).to_be_visible()
+        page.keyboard.press("Escape")
+    Person(page).introduce("ann")
+
+
+def test_room_that_is_refused(server, visit):
+    """The other rooms stay usable, and another visit tries again."""
+    ann = join(visit, room_url(server.port), "ann")
+    ann.write("before")
+    for _ in range(2):
+        go(ann, "c")
+        expect(ann.status).to_have_text("This server does not have this room.")
+        expect(ann.box).to_be_hidden()
+        go(ann, "a")
+        ann.online()
+        ann.write("after")
+    ann.shows("before", "after", "after")
+    visit.errors[:] = [error for error in visit.errors if "status of 404" not in error]
+
+
+def test_storage_that_is_blocked(server, visit):
+    """One can chat, and the page remembers nothing."""
+    page = visit()
+    page.context.add_init_script(BLOCKED)
+    page.goto(room_url(server.port))
+    ann = Person(page).introduce("ann")
+    ann.write("hello")
+    ann.shows("hello")
+
+
+@pytest.mark.parametrize("fragment", ["token=%E0%A4%A", "token=", "%"])
+def test_fragment_that_is_broken(server, visit, fragment):
+    """A broken fragment does not stop the page, whether it is there at the start or later."""
+    page = visit(f"{room_url(server.port)}#{fragment}")
+    Person(page).introduce("ann")
+    page.goto(f"{room_url(server.port)}#{fragment}")
+    Person(page).online()
+    assert "token=%" not in page.url
+
+
+def test_skip_link(server, visit):
+    """It leads to the field for a message, and the list stays as it is."""
+    ann = join(visit, room_url(server.port), "ann")
+    ann.write("hello")
+    ann.shows("hello")
+    node = ann.articles.element_handle()
+    ann.page.locator(".skip").press("Enter")
+    expect(ann.page).to_have_url(re.compile("#box$"))
+    expect(ann.box).to_be_focused()
+    assert node.evaluate("node => node.isConnected")
