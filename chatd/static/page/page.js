@@ -18,7 +18,8 @@ const [forTab, forAll] = [memory("sessionStorage"), memory("localStorage")];
 const element = (id) => document.getElementById(id);
 const [box, gate, introduction, announcer] = ["box", "gate", "introduction", "announcer"].map(element);
 
-const visited = new Map(); // by name: the room of chatd.js, and the id of the newest message that was in sight
+const JOINED = 4; // rooms; browsers open six streams of events to a server, and posts need one of them
+const visited = new Map(); // by name, last visit last: the room of chatd.js, and the newest id that was in sight
 let client;
 let me;
 let open; // the room that is shown: its name, its room of chatd.js and its list
@@ -111,13 +112,13 @@ function plan() {
 function unreadIn(name) {
   const { room, seen } = visited.get(name) ?? {};
   const last = open.name === name ? open.list.seen : seen;
-  if (!last) return 0;
+  if (!last || !room) return 0;
   const { messages } = room.snapshot();
   const place = messages.findLastIndex(({ id }) => Number(id.split("-")[1]) <= Number(last.split("-")[1]));
   return messages.slice(place + 1).filter(({ data }) => data.username !== me).length;
 }
 
-/** Show a room. The rooms that were visited stay joined: their unread messages are counted, and their posts sent. */
+/** Show a room. The last few rooms stay joined: their unread messages are counted, and their posts sent. */
 function enter(name) {
   if (open) {
     visited.get(open.name).seen = open.list.seen;
@@ -126,7 +127,13 @@ function enter(name) {
   const { room: known, seen } = visited.get(name) ?? {};
   const room = client.room(name); // another one if the server refused the last
   if (room !== known) room.subscribe(plan);
+  visited.delete(name);
   visited.set(name, { room, seen });
+  for (const other of [...visited.values()].slice(0, -JOINED)) {
+    if (!other.room || other.room.snapshot().outbox.length) continue;
+    other.room.stop();
+    other.room = undefined;
+  }
   const actions = { canChange, retry: ({ label }) => room.retry(label), discard: ({ label }) => room.discard(label) };
   if (config.tokens) Object.assign(actions, { edit: composer.edit, remove: ({ id }) => room.remove(id) });
   const list = new MessageList(element("messages"), { room, username: me, announce, actions, seen });
