@@ -78,3 +78,32 @@ def test_skip_link(server, visit):
     expect(ann.page).to_have_url(re.compile("#box$"))
     expect(ann.box).to_be_focused()
     assert node.evaluate("node => node.isConnected")
+
+
+NO_SOCKETS = """WebSocket = class {
+    constructor() { setTimeout(() => this.onclose({ code: 1006, reason: "" })); }
+    close() {}
+};"""
+
+
+def test_many_rooms_without_websockets(tmp_path, visit):
+    """The streams of the rooms that one has visited leave a connection for posts."""
+    with Server(tmp_path) as server:
+        page = visit()
+        page.context.add_init_script(NO_SOCKETS)
+        page.goto(room_url(server.port, "r0"))
+        ann = Person(page).introduce("ann")
+        for number in range(1, 8):
+            go(ann, f"r{number}")
+            ann.online()
+            ann.write("hello")
+            ann.shows("hello")
+
+
+def test_small_screen_with_a_long_title(tmp_path, visit):
+    """At 400 % of zoom, the title leaves room for the messages."""
+    with Server(tmp_path, f"--title={'A long title ' * 7}") as server:
+        ann = join(visit, room_url(server.port), "ann", viewport={"width": 320, "height": 256})
+        ann.write("hello")
+        expect(ann.texts.last).to_be_in_viewport(ratio=1)
+        assert ann.page.get_by_role("main").bounding_box()["height"] > 60
