@@ -39,7 +39,7 @@ def test_room_that_is_refused(server, visit):
     ann.write("before")
     for _ in range(2):
         go(ann, "c")
-        expect(ann.status).to_have_text("This server does not have this room.")
+        expect(ann.status).to_have_text("Rejected: this server does not have this room")
         expect(ann.box).to_be_hidden()
         go(ann, "a")
         ann.online()

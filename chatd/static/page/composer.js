@@ -12,51 +12,83 @@ export function lengthWords(length, most) {
 }
 
 /**
- * Make the composer. `post(text)` sends a message and `change(entry, text)` an edit. `typed()` is called at each key.
+ * Make the composer. `post(text)` sends a message and `change(id, text)` an edit. `typed()` is called at each key.
  * `lastOwn()` returns the message that ArrowUp edits, if there is one.
  */
-export function createComposer({ form, box, left, editing, cancel, storage, most }, { post, change, typed, lastOwn }) {
+export function createComposer(
+  { form, box, left, editing, cancel, storage, most },
+  { post, change, typed, lastOwn, announce },
+) {
   let room;
-  let entry; // the message that is edited
+  let edited; // the id of the message that is edited
   let composing = false; // an input method is at work
-  const key = () => `draft ${room}`;
+  let counted = 0; // 1 while the rest is counted, and 2 when the text is too long
+  let width;
+  const key = () => (edited ? `edit ${room}` : `draft ${room}`);
 
-  function measure() {
-    const length = lengthOf(box.value);
-    left.textContent = lengthWords(length, most);
-    left.classList.toggle("error", length > most);
-    box.setAttribute("aria-invalid", String(length > most));
+  function grow() {
     box.style.blockSize = "auto";
-    box.style.blockSize = `${box.scrollHeight + 2}px`;
+    const { scrollHeight, offsetHeight, clientHeight } = box;
+    if (scrollHeight) box.style.blockSize = `${scrollHeight + offsetHeight - clientHeight}px`;
+  }
+  function measure() {
+    const length = lengthOf(box.value.trimEnd());
+    const words = lengthWords(length, most);
+    const level = length > most ? 2 : Number(!!words);
+    left.textContent = words;
+    left.classList.toggle("error", level === 2);
+    box.setAttribute("aria-invalid", String(level === 2));
+    if (level > counted) announce(words);
+    counted = level;
+    grow();
   }
   function fill(text) {
     box.value = text;
     measure();
   }
+  /** Keep what is typed, also over a reload, until it is sent. */
+  function keep() {
+    if (!edited && !box.value) return storage.remove(key());
+    storage.set(key(), edited ? JSON.stringify({ id: edited, text: box.value }) : box.value);
+  }
+  function begin(id, text) {
+    edited = id;
+    editing.hidden = !id;
+    fill(text);
+  }
+  /** Leave an edit, for the draft that was there before. */
   function stop() {
-    entry = undefined;
-    editing.hidden = true;
-    fill(storage.get(key()) ?? "");
+    if (edited) storage.remove(key());
+    begin(undefined, storage.get(`draft ${room}`) ?? "");
     box.focus();
   }
   function send() {
-    const text = box.value;
-    if (!text.trim() || lengthOf(text) > most) return box.focus();
-    if (entry) {
-      change(entry, text);
-      return stop();
+    const text = box.value.trimEnd();
+    if (!text.trim()) return box.focus();
+    if (lengthOf(text) > most) {
+      announce(left.textContent);
+      return box.focus();
     }
-    post(text);
-    storage.remove(key());
-    fill("");
-    box.focus();
+    if (edited) change(edited, text);
+    else {
+      post(text);
+      storage.remove(key());
+    }
+    stop();
   }
-  function edit(message) {
-    entry = message;
-    editing.hidden = false;
-    fill(message.data.message);
+  function edit({ id, data }) {
+    begin(id, data.message);
+    keep();
     box.focus();
     box.setSelectionRange(box.value.length, box.value.length);
+  }
+  function resume() {
+    try {
+      const { id, text } = JSON.parse(storage.get(`edit ${room}`));
+      begin(id, text);
+    } catch {
+      begin(undefined, storage.get(`draft ${room}`) ?? "");
+    }
   }
 
   form.addEventListener("submit", (event) => {
@@ -67,9 +99,9 @@ export function createComposer({ form, box, left, editing, cancel, storage, most
   box.addEventListener("compositionstart", () => (composing = true));
   box.addEventListener("compositionend", () => (composing = false));
   box.addEventListener("input", () => {
-    if (!entry) storage.set(key(), box.value);
+    keep();
     measure();
-    if (box.value && !entry) typed();
+    if (box.value && !edited) typed();
   });
   box.addEventListener("keydown", (event) => {
     if (composing || event.isComposing || event.keyCode === 229) return;
@@ -77,24 +109,26 @@ export function createComposer({ form, box, left, editing, cancel, storage, most
     if (event.key === "Enter" && !event.shiftKey && !event.altKey) {
       event.preventDefault();
       send();
-    } else if (event.key === "Escape" && entry) {
-      event.stopPropagation();
+    } else if (event.key === "Escape" && edited) {
+      event.preventDefault();
       stop();
-    } else if (event.key === "ArrowUp" && plain && !box.value && !entry && lastOwn()) {
+    } else if (event.key === "ArrowUp" && plain && !box.value && !edited && lastOwn()) {
       event.preventDefault();
       edit(lastOwn());
     }
   });
+  new ResizeObserver(() => {
+    if (form.clientWidth === width) return;
+    width = form.clientWidth;
+    grow();
+  }).observe(form);
   return {
     edit,
-    focus: () => box.focus(),
     /** Show what was typed for a room. */
     open(name) {
       room = name;
-      entry = undefined;
-      editing.hidden = true;
       box.setAttribute("placeholder", `Message to ${name}`);
-      fill(storage.get(key()) ?? "");
+      resume();
     },
   };
 }

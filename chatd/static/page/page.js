@@ -3,20 +3,24 @@
  * together: each shows one thing of the snapshot of the open room, once in a frame.
  */
 import { Client } from "../chatd.js";
+import { createAnnouncer } from "./announcer.js";
 import { createComposer } from "./composer.js";
+import { createGate } from "./gate.js";
 import { memory } from "./memory.js";
 import { MessageList } from "./messages.js";
 import { createPanels } from "./panels.js";
 import { createPeople } from "./people.js";
 import { addressOf, createRooms, roomAt } from "./rooms.js";
 import { createStatus } from "./status.js";
-import { claimsOf, signInUrl, splitFragment, whyNotName } from "./user.js";
+import { claimsOf, createIntroduction, signInUrl, splitFragment, whyNotName } from "./user.js";
+import { remedyWords } from "./words.js";
 
 const config = document.documentElement.dataset;
 const root = new URL("../../../", import.meta.url).href; // of the server, whose files are at static/VERSION/page/
 const [forTab, forAll] = [memory("sessionStorage"), memory("localStorage")];
 const element = (id) => document.getElementById(id);
-const [box, gate, introduction, announcer] = ["box", "gate", "introduction", "announcer"].map(element);
+const box = element("box");
+const touch = matchMedia("(hover: none) and (pointer: coarse)"); // to focus a text would open the keyboard on the screen
 
 const JOINED = 4; // rooms; browsers open six streams of events to a server, and posts need one of them
 const visited = new Map(); // by name, last visit last: the room of chatd.js, and the newest id that was in sight
@@ -27,20 +31,19 @@ let due = false; // a frame is planned
 
 // The parts
 
-const announce = (text) => {
-  if (document.hidden) return;
-  announcer.textContent = "";
-  requestAnimationFrame(() => (announcer.textContent = text));
-};
+const announce = createAnnouncer(element("announcer"));
+const gate = createGate(element("gate"), element("composer"));
+const home = () => (gate.shut ? gate.focus() : box.focus());
 const status = createStatus(
   { status: element("status"), countdown: element("countdown"), button: element("retry") },
   () => open.room.reconnect(),
+  home,
 );
 const people = createPeople({
   count: element("count"),
   list: element("people-list"),
   typing: element("typing"),
-  button: element("show-people"),
+  badge: element("badge"),
 });
 const rooms = createRooms(
   {
@@ -50,7 +53,7 @@ const rooms = createRooms(
     help: element("room-help"),
     storage: forAll,
   },
-  { open: visit, href: (name) => addressOf(root, name) },
+  { open: visit, href: (name) => addressOf(root, name), announce },
 );
 const composer = createComposer(
   {
@@ -64,9 +67,10 @@ const composer = createComposer(
   },
   {
     post: (text) => open.room.post(text),
-    change: (entry, text) => open.room.edit(entry.id, text),
+    change: (id, text) => open.room.edit(id, text),
     typed: () => open.room.typing(),
     lastOwn: () => open.room.snapshot().messages.findLast(canChange),
+    announce,
   },
 );
 const panels = createPanels(
@@ -75,14 +79,18 @@ const panels = createPanels(
     { panel: element("people"), button: element("show-people") },
   ],
   [
+    { element: element("bar"), focus: () => barButton()?.focus() },
     { element: element("composer"), focus: () => box.focus() },
-    { element: gate, focus: () => gate.focus() },
+    { element: element("gate"), focus: gate.focus },
     { element: element("rooms"), focus: () => element("rooms").focus() },
     { element: element("messages"), focus: () => open?.list.focus() },
     { element: element("people"), focus: () => element("people").focus() },
   ],
-  () => box.focus(),
+  home,
 );
+/** The first button of the bar that is shown; a wide page may have none. */
+const barButton = () =>
+  [...element("bar").querySelectorAll("button")].find((button) => !button.disabled && button.getClientRects().length);
 
 /** Only authors may change a message, and the server knows authors by their tokens. */
 const canChange = ({ data, removed }) => !!config.tokens && !removed && data.username === me;
@@ -99,7 +107,7 @@ function show() {
   const unread = document.hidden ? unreadIn(open.name) : 0;
   document.title = `${unread ? `(${unread}) ` : ""}${open.name} · ${config.title}`;
   if (snapshot.error) refuse(snapshot.error);
-  else block();
+  else gate.open();
 }
 function plan() {
   if (due) return;
@@ -123,6 +131,7 @@ function enter(name) {
   if (open) {
     visited.get(open.name).seen = open.list.seen;
     open.list.close();
+    announce(`Room ${name}`);
   }
   const { room: known, seen } = visited.get(name) ?? {};
   const room = client.room(name); // another one if the server refused the last
@@ -138,17 +147,31 @@ function enter(name) {
   if (config.tokens) Object.assign(actions, { edit: composer.edit, remove: ({ id }) => room.remove(id) });
   const list = new MessageList(element("messages"), { room, username: me, announce, actions, seen });
   open = { name, room, list };
+  element("here").textContent = name;
   composer.open(name);
-  panels.close();
+  status.reset();
+  panels.close(false);
   show();
 }
 function visit(name) {
+  panels.close(touch.matches);
   if (name !== open.name) {
     history.pushState(null, "", addressOf(root, name));
     enter(name);
   }
-  panels.close();
-  box.focus();
+  if (!touch.matches) home();
+}
+
+/** Say why the server refused this page, and what helps. */
+function refuse({ code }) {
+  if (gate.shut) return;
+  const expired = config.tokens && code === 401;
+  const words = remedyWords(code, !!config.tokens);
+  if (expired) {
+    forTab.remove("token");
+    askToSignIn(words, "Sign in again");
+  } else gate.close(words, { button: "Try again", act: () => enter(open.name) });
+  announce(words);
 }
 
 // Who the user is
@@ -164,24 +187,9 @@ function takeToken() {
   history.replaceState(null, "", location.href.split("#")[0] + rest);
   return true;
 }
-/** Show words, and a link to sign in if there is an address for that, in place of the composer; without words, show it. */
-function block(words, link) {
-  const focused = !!words && element("composer").contains(document.activeElement);
-  gate.hidden = !words;
-  element("composer").hidden = !!words;
-  if (!words || gate.textContent.startsWith(words)) return;
-  const parts = [Object.assign(document.createElement("p"), { textContent: words })];
-  const href = link && config.login && signInUrl(config.login, location.href);
-  if (href) parts.push(Object.assign(document.createElement("a"), { href, textContent: link }));
-  gate.replaceChildren(...parts);
-  if (focused) gate.focus();
-}
-function refuse({ code }) {
-  if (config.tokens && code === 401) {
-    forTab.remove("token");
-    const again = config.login ? "" : " A link in your application opens this room again.";
-    block(`What you have not sent yet stays here.${again}`, "Sign in again");
-  } else block("You cannot post here now. Reload the page to try again.");
+function askToSignIn(words, link) {
+  if (config.login) gate.close(words, { link, href: signInUrl(config.login, location.href) });
+  else gate.close(`${words} A link in your application opens this room for you.`.trim());
 }
 
 function begin(name) {
@@ -190,8 +198,7 @@ function begin(name) {
   client = new Client(root, { username: name, token: config.tokens && token() ? token : undefined });
   enter(roomAt(root, location.href));
   if (config.tokens) listRooms();
-  if (!gate.hidden) return;
-  box.focus();
+  if (!touch.matches) home();
 }
 /** Offer the rooms that the token permits to read. */
 async function listRooms() {
@@ -201,28 +208,24 @@ async function listRooms() {
   rooms.offer((await response.json()).rooms.map(({ name }) => name));
   plan();
 }
-/** Ask for a name, which may be another one than before. */
-function introduce() {
-  const [input, help] = [element("name"), element("name-help")];
-  input.value = forAll.get("name") ?? "";
-  introduction.showModal();
-  introduction.oncancel = (event) => me ?? event.preventDefault();
-  // A browser closes a dialog that one cancels twice. A closed dialog gives the focus back to where it was.
-  introduction.onclose = () => (me ? box.focus() : introduce());
-  introduction.querySelector("form").onsubmit = (event) => {
-    const name = input.value.trim();
-    const fault = whyNotName(name);
-    input.setAttribute("aria-invalid", String(!!fault));
-    if (fault) {
-      event.preventDefault();
-      help.textContent = fault;
-      return;
-    }
-    forAll.set("name", name);
-    if (!me) begin(name);
-    else if (name !== me) location.reload(); // all tabs of a user share what is unsent
-  };
-}
+const introduce = createIntroduction(
+  {
+    dialog: element("introduction"),
+    heading: element("introduction-title"),
+    input: element("name"),
+    help: element("name-help"),
+    cancel: element("keep-name"),
+  },
+  {
+    // What is unsent belongs to the name under which it was written.
+    isBusy: () => [...visited.values()].some(({ room }) => room?.snapshot().outbox.length),
+    take(name) {
+      forAll.set("name", name);
+      if (!me) begin(name);
+      else location.reload(); // all tabs of a user share what is unsent
+    },
+  },
+);
 
 // The start
 
@@ -234,16 +237,15 @@ addEventListener("hashchange", () => takeToken() && location.reload());
 document.addEventListener("visibilitychange", () => open && plan());
 takeToken();
 if (config.tokens) {
-  const claim = claimsOf(token() ?? "")[config.tokens];
-  const name = config.username || (typeof claim === "string" ? claim : "");
-  if (name) begin(name);
+  const claim = token() ? claimsOf(token())[config.tokens] : config.username;
+  if (claim && typeof claim === "string") begin(claim);
   else {
     element("status").textContent = "Not signed in";
-    block(config.login ? "This room asks who you are." : "A link in your application opens this room for you.", "Sign in");
+    askToSignIn(config.login ? "This room asks who you are." : "", "Sign in");
   }
 } else {
   element("rename").hidden = false;
-  element("rename").addEventListener("click", introduce);
+  element("rename").addEventListener("click", () => introduce(me));
   const name = forAll.get("name");
   if (name && !whyNotName(name)) begin(name);
   else introduce();

@@ -1,4 +1,7 @@
-/** The regions of the page: F6 moves between them, and on a narrow screen a button shows each panel. */
+/**
+ * The regions of the page: F6 moves between them. On a narrow page a button shows a panel over the rest, which is inert
+ * until the panel is closed.
+ */
 
 /** Return the next of some regions, or the one before; the first one if none has the focus. */
 export function nextOf(regions, current, backwards) {
@@ -7,37 +10,48 @@ export function nextOf(regions, current, backwards) {
   return regions[(place + (backwards ? regions.length - 1 : 1)) % regions.length];
 }
 
+const isShown = (element) => element.checkVisibility?.() ?? element.offsetParent !== null;
+
+/** Return what a panel covers; the headings and landmarks stay for screen readers. */
+function besides(panel) {
+  const around = [...document.body.children].filter((element) => element !== panel && !element.matches("dialog, #announcer"));
+  return around.flatMap((one) => (one.matches("header, main") ? [...one.children].filter((part) => !part.querySelector("h1")) : one));
+}
+
 /** Make the panels: each a `panel` with its `button`. `regions` have an `element` and a `focus` function. */
 export function createPanels(panels, regions, leave) {
-  const isShown = (element) => element.checkVisibility?.() ?? element.offsetParent !== null;
-  function set(panel, open) {
-    panel.panel.toggleAttribute("data-open", open);
-    panel.button.setAttribute("aria-expanded", String(open));
+  let open;
+  let still = []; // what is inert behind it
+  function show(next) {
+    open = next;
+    for (const { panel, button } of panels) {
+      panel.toggleAttribute("data-open", panel === open?.panel);
+      button.setAttribute("aria-expanded", String(panel === open?.panel));
+    }
+    for (const element of still) element.inert = false;
+    still = open ? besides(open.panel) : [];
+    for (const element of still) element.inert = true;
   }
   function close(focus) {
-    for (const panel of panels) {
-      if (!panel.panel.hasAttribute("data-open")) continue;
-      set(panel, false);
-      if (focus) panel.button.focus();
-    }
+    const { button } = open ?? {};
+    show(undefined);
+    if (focus) button?.focus();
   }
   for (const panel of panels) {
+    panel.closer = panel.panel.querySelector(".title button");
+    panel.closer.addEventListener("click", () => close(true));
     panel.button.addEventListener("click", () => {
-      const open = !panel.panel.hasAttribute("data-open");
-      close(false);
-      set(panel, open);
-      if (open) panel.panel.focus();
+      show(panel);
+      panel.panel.focus();
     });
-    panel.panel.querySelector(".title button").addEventListener("click", () => close(true));
   }
-  document.addEventListener("pointerdown", ({ target }) => {
-    if (!panels.some(({ panel, button }) => panel.contains(target) || button.contains(target))) close(false);
-  });
+  addEventListener("resize", () => open && !isShown(open.closer) && close(false)); // the page is wide now
+  document.addEventListener("pointerdown", ({ target }) => open && !open.panel.contains(target) && close(true));
   document.addEventListener("keydown", (event) => {
-    if (document.querySelector("dialog[open]")) return;
-    if (event.key === "F6") {
+    if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
+    if (event.key === "F6" && !event.ctrlKey && !event.altKey && !event.metaKey) {
       event.preventDefault();
-      const shown = regions.filter(({ element }) => isShown(element));
+      const shown = regions.filter(({ element }) => isShown(element) && (!open || element === open.panel));
       const isActive = ({ element }) => element.contains(document.activeElement);
       let region = shown.find(isActive);
       for (const _ of shown) {
@@ -46,9 +60,9 @@ export function createPanels(panels, regions, leave) {
         if (isActive(region)) return; // another one has nothing to focus yet
       }
     } else if (event.key === "Escape") {
-      if (panels.some(({ panel }) => panel.hasAttribute("data-open"))) close(true);
+      if (open) close(true);
       else leave();
     }
   });
-  return { close: () => close(false) };
+  return { close };
 }

@@ -2,7 +2,7 @@
 import { nameOf } from "./text.js";
 import { countWords, typingWords } from "./words.js";
 
-/** Return the list as one of names. */
+/** Show names in a list, if they differ from those that it has. */
 function fill(list, names) {
   if (names.join("\n") === [...list.children].map((item) => item.textContent).join("\n")) return;
   const items = names.map((name) => {
@@ -14,15 +14,17 @@ function fill(list, names) {
 }
 
 /** Make the display of the elements for the number, the names and those who type. */
-export function createPeople({ count, list, typing, button }) {
+export function createPeople({ count, list, typing, badge }) {
   return {
     show({ presence, typing: names }, me) {
-      const words = presence ? countWords(presence.count) : "";
-      count.textContent = presence && !presence.users ? `${words}, too many to list` : words;
+      const words = presence ? countWords(presence.count) : "Not known while offline";
+      set(count, presence && !presence.users ? `${words}, too many to list` : words);
       fill(list, (presence?.users ?? []).map(nameOf));
-      button.textContent = presence ? `People (${presence.users?.length ?? presence.count})` : "People";
-      const sentence = typingWords(names, me);
-      if (typing.textContent !== sentence) typing.textContent = sentence;
+      set(badge, presence ? String(presence.users?.length ?? presence.count) : "");
+      set(typing, typingWords(names.filter((name) => name !== me).map(nameOf)));
     },
   };
+}
+function set(element, text) {
+  if (element.textContent !== text) element.textContent = text;
 }

@@ -20,8 +20,14 @@ export function roomAt(root, address) {
 /** Put a room first in the list of recent ones. */
 export const remember = (recent, name) => [name, ...recent.filter((other) => other !== name)].slice(0, RECENT);
 
+/** Return the place in a list to which a key leads; undefined if the key is for something else. */
+export function stepIn(length, place, key) {
+  const next = { ArrowUp: place - 1, ArrowDown: place + 1, Home: 0, End: length - 1 }[key];
+  return next === undefined ? undefined : Math.min(Math.max(next, 0), length - 1);
+}
+
 /** Make the list; `open(name)` is called when the user chooses a room, and `href(name)` returns its address. */
-export function createRooms({ list, form, input, help, storage }, { open, href }) {
+export function createRooms({ list, form, input, help, storage }, { open, href, announce }) {
   let recent = (storage.get("rooms") ?? "").split(" ").filter((name) => !whyNotRoom(name));
   let offered = []; // by the server
   const links = new Map();
@@ -31,9 +37,19 @@ export function createRooms({ list, form, input, help, storage }, { open, href }
     const name = input.value.trim();
     help.textContent = whyNotRoom(name);
     input.setAttribute("aria-invalid", String(!!help.textContent));
-    if (help.textContent) return;
+    if (help.textContent) {
+      announce(help.textContent);
+      return input.focus();
+    }
     input.value = "";
     open(name);
+  });
+  list.addEventListener("keydown", (event) => {
+    const anchors = [...list.querySelectorAll("a")];
+    const next = anchors[stepIn(anchors.length, anchors.indexOf(event.target), event.key)];
+    if (!next || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    next.focus();
   });
   function link(name) {
     const known = links.get(name);
@@ -43,7 +59,7 @@ export function createRooms({ list, form, input, help, storage }, { open, href }
     const unread = Object.assign(document.createElement("span"), { className: "unread-count" });
     anchor.append(Object.assign(document.createElement("span"), { textContent: name }), " ", unread);
     anchor.addEventListener("click", (event) => {
-      if (event.ctrlKey || event.metaKey || event.shiftKey) return; // it opens in another tab
+      if (event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return; // it opens in another tab
       event.preventDefault();
       open(name);
     });

@@ -40,3 +40,44 @@ export function signInUrl(login, page) {
   url.searchParams.set("return_to", back.href);
   return url.href;
 }
+
+/**
+ * Make the function that asks for a name, in place of another one if that is given. `take(name)` is called with it, and
+ * `isBusy()` returns whether the old name is still needed.
+ */
+export function createIntroduction({ dialog, heading, input, help, cancel }, { isBusy, take }) {
+  let former;
+  let chosen;
+  function show(text, isFault) {
+    help.textContent = text;
+    help.classList.toggle("error", isFault);
+    input.setAttribute("aria-invalid", String(isFault));
+  }
+  function ask(name) {
+    former = name;
+    chosen = undefined;
+    heading.textContent = name ? "Change your name" : "What is your name?";
+    cancel.hidden = !name;
+    input.value = name ?? "";
+    show("Everyone in the room sees it.", false);
+    dialog.showModal();
+    input.select();
+  }
+  dialog.querySelector("form").addEventListener("submit", (event) => {
+    const name = input.value.trim();
+    const busy = former && name !== former && isBusy();
+    const fault = whyNotName(name) || (busy ? "Some of your messages are not sent yet. Change your name when they are." : "");
+    if (fault) {
+      event.preventDefault();
+      show(fault, true);
+    } else chosen = name;
+  });
+  cancel.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("cancel", (event) => former || event.preventDefault());
+  // Browsers close a dialog that one cancels twice, so the question is asked again.
+  dialog.addEventListener("close", () => {
+    if (chosen && chosen !== former) take(chosen);
+    else if (!former) ask();
+  });
+  return ask;
+}

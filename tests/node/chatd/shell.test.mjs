@@ -5,11 +5,13 @@ import { test } from "node:test";
 const folder = new URL("../../../chatd/static/page/", import.meta.url);
 const load = (name) => import(new URL(name, folder));
 const { whyNotName, claimsOf, splitFragment, signInUrl } = await load("user.js");
-const { whyNotRoom, roomAt, addressOf, remember } = await load("rooms.js");
-const { namesOf, typingWords, stateWords, countdownWords, countWords } = await load("words.js");
+const { whyNotRoom, roomAt, addressOf, remember, stepIn } = await load("rooms.js");
+const { namesOf, typingWords, stateWords, remedyWords, countdownWords, countWords } = await load("words.js");
 const { lengthOf, lengthWords } = await load("composer.js");
 const { nextOf } = await load("panels.js");
+const { createAnnouncer } = await load("announcer.js");
 const { memory } = await load("memory.js");
+const { nameOf } = await load("text.js");
 
 const token = (claims) => `h.${Buffer.from(JSON.stringify(claims)).toString("base64url")}.s`;
 
@@ -22,7 +24,7 @@ test("a name has 1 to 30 characters, of which an emoji is one", () => {
 test("a name that nobody could see is not possible, and is shown as words", () => {
   for (const name of ["\u200b", "\u202e", "\u3164"]) {
     assert.match(whyNotName(name), /people can see/);
-    assert.match(typingWords([name], "me"), /\(no name\)/);
+    assert.equal(nameOf(name), "(no name)");
   }
 });
 
@@ -35,6 +37,7 @@ test("what is no token has no claims", () => {
 test("the token leaves the fragment, and the rest stays", () => {
   assert.deepEqual(splitFragment("#token=a.b-c_d"), { token: "a.b-c_d", rest: "" });
   assert.deepEqual(splitFragment("#x&token=a%2Eb&y=1"), { token: "a.b", rest: "#x&y=1" });
+  assert.deepEqual(splitFragment("#token=a%2"), { token: "a%2", rest: "" });
   assert.deepEqual(splitFragment("#x"), { token: undefined, rest: "#x" });
   assert.deepEqual(splitFragment(""), { token: undefined, rest: "" });
   assert.deepEqual(splitFragment("#token=%E0%"), { token: "%E0%", rest: "" });
@@ -72,22 +75,35 @@ test("names are joined as in a sentence", () => {
   assert.equal(namesOf(["a", "b", "c", "d", "e"]), "a, b and 3 others");
 });
 
-test("the user is not told that they type", () => {
-  assert.equal(typingWords(["me"], "me"), "");
-  assert.equal(typingWords(["ann", "me"], "me"), "\u2068ann\u2069 is typing…");
-  assert.equal(typingWords(["ann", "bea"], "me"), "\u2068ann\u2069 and \u2068bea\u2069 are typing…");
+test("those who type are named, each in its own direction", () => {
+  assert.equal(typingWords([]), "");
+  assert.equal(typingWords(["ann"]), "\u2068ann\u2069 is typing…");
+  assert.equal(typingWords(["ann", "bea"]), "\u2068ann\u2069 and \u2068bea\u2069 are typing…");
 });
 
 test("each state has words, and the countdown is not among them", () => {
   const waiting = { state: "waiting", retryAt: 10_000 };
-  assert.equal(stateWords(waiting), "Offline, reconnecting");
+  assert.equal(stateWords(waiting, true), "Offline, reconnecting");
   assert.equal(countdownWords(waiting, 7_001), " in 3 s");
   assert.equal(countdownWords(waiting, 10_000), "");
   assert.equal(countdownWords({ state: "online" }, 0), "");
   assert.equal(stateWords({ state: "online" }), "Online");
-  assert.match(stateWords({ state: "rejected", error: { code: 404 } }), /does not have this room/);
-  assert.match(stateWords({ state: "rejected", error: { code: 1008, message: "banned" } }), /banned/);
   assert.equal(countWords(1), "1 connection");
+});
+
+test("an attempt to reconnect keeps the words, so it is not announced", () => {
+  assert.equal(stateWords({ state: "connecting" }), "Connecting");
+  assert.equal(stateWords({ state: "connecting" }, true), "Offline, reconnecting");
+});
+
+test("a refusal has its reason, and what helps", () => {
+  const words = (code, reason) => stateWords({ state: "rejected", reason, error: { code, message: reason } });
+  assert.equal(words(404, "refused with 404"), "Rejected: this server does not have this room");
+  assert.equal(words(1008, "closed with 1008 banned: spam"), "Rejected: banned: spam");
+  assert.equal(words(418, "refused with 418"), "Rejected: refused with 418");
+  assert.match(remedyWords(401, true), /not sent yet stays/);
+  assert.match(remedyWords(1008, true), /Open another room/);
+  assert.match(remedyWords(1002, false), /Try again/);
 });
 
 test("the length is counted as the schema does, and shown near the limit", () => {
@@ -109,4 +125,30 @@ test("a memory that the browser blocks lasts as long as the page", () => {
   assert.equal(kept.get("name"), "ann");
   kept.remove("name");
   assert.equal(kept.get("name"), undefined);
+});
+
+test("arrows go through a list, and stop at its ends", () => {
+  assert.equal(stepIn(3, 0, "ArrowDown"), 1);
+  assert.equal(stepIn(3, 2, "ArrowDown"), 2);
+  assert.equal(stepIn(3, 0, "ArrowUp"), 0);
+  assert.equal(stepIn(3, 0, "End"), 2);
+  assert.equal(stepIn(3, 2, "Home"), 0);
+  assert.equal(stepIn(3, 1, "x"), undefined);
+});
+
+test("texts that come together are announced together, and none while the page is hidden", (t) => {
+  t.mock.timers.enable({ apis: ["setTimeout"] });
+  const element = { textContent: "before" };
+  globalThis.document = { hidden: false };
+  t.after(() => delete globalThis.document);
+  const announce = createAnnouncer(element);
+  announce("one");
+  announce("two");
+  assert.equal(element.textContent, "");
+  t.mock.timers.tick(1000);
+  assert.equal(element.textContent, "one\ntwo");
+  globalThis.document.hidden = true;
+  announce("three");
+  t.mock.timers.tick(1000);
+  assert.equal(element.textContent, "one\ntwo");
 });
