@@ -8,9 +8,9 @@ from support.needs import need
 from support.servers import LONG, NODE, ROOT
 
 
-@pytest.mark.parametrize("part", ["start", "shell"])
+@pytest.mark.parametrize("part", ["start", "shell", "messages"])
 def test_scripts_of_the_page(part):
-    """The tests of a part: of what runs before the page, or of what stands around the messages."""
+    """The tests of a part: what runs before the page, what stands around the messages, or the messages."""
     result = subprocess.run(
         [need("node"), "--test", f"chatd/{part}.test.mjs"],
         cwd=NODE,

@@ -1,5 +1,5 @@
 /**
- * The list of messages. The document has a window of them, which moves as one scrolls; what one reads stays where it is.
+ * The list of messages. The document has a window of them, which moves as one scrolls. What one reads keeps its place.
  * Each change reads the layout, writes the document, and corrects the position once.
  */
 import { Article, make } from "./article.js";
@@ -79,6 +79,7 @@ export class MessageList {
 
   #build() {
     this.scroller = make("div", "scroller");
+    this.scroller.tabIndex = -1;
     this.feed = make("div", "feed");
     this.top = make("p", "older");
     this.newest = make("button", "newest");
@@ -92,9 +93,10 @@ export class MessageList {
   }
 
   #listen() {
-    const on = (target, type, call, more) => target.addEventListener(type, call, { signal: this.#closed.signal, ...more });
-    on(this.scroller, "scroll", () => this.#scrolled(), { passive: true });
-    on(this.scroller, "wheel", ({ deltaY }) => deltaY < 0 && this.#leaveEnd(), { passive: true });
+    const { signal } = this.#closed;
+    const on = (target, type, call, passive) => target.addEventListener(type, call, { signal, passive });
+    on(this.scroller, "scroll", () => this.#scrolled(), true);
+    on(this.scroller, "wheel", ({ deltaY }) => deltaY < 0 && this.#leaveEnd(), true);
     on(this.newest, "click", () => this.#goToEnd());
     on(this.feed, "keydown", (event) => this.#pressed(event));
     on(this.feed, "focusin", ({ target }) => this.#focused(target));
@@ -164,21 +166,21 @@ export class MessageList {
   update(snapshot) {
     if (snapshot === this.#snapshot || this.#closed.signal.aborted) return;
     const { messages, outbox, last, state } = snapshot;
-    const first = this.#rows[0]?.item.entry.id;
+    const [top] = this.#rows;
     const visible = this.#hold();
     const { length: size } = this.#rows;
     const before = { posts: this.#posts, ...this.#snapshot };
     this.#snapshot = snapshot;
     this.#merge(outbox);
-    const start = first ? indexOf(messages, numberOf(first)) : 0;
-    const fresh = epochOf(last) !== this.#epoch || (first && messages[start]?.id !== first);
+    const start = top ? this.#indexOf(top) : 0;
+    const fresh = epochOf(last) !== this.#epoch || (top?.item.entry.id && !this.#exists(top));
     if (fresh) this.#restart(last);
     else this.#news.arrived(messages, last);
     this.#news.find(messages, state === "online" && !document.hidden);
     if (state === "online" && before.state !== "online") this.#failed = false;
     this.#compare(before.posts);
     const moved = { start, end: Math.min(start + size, this.#total) };
-    if (fresh || !first) this.#window = around(this.#total, this.#total);
+    if (fresh || !top) this.#window = around(this.#total, this.#total);
     else if (this.#atEnd) this.#window = follow(moved, this.#total);
     else this.#window = slide(moved, this.#total, { first: visible.first + start, last: visible.last + start });
     this.#render();
@@ -194,9 +196,11 @@ export class MessageList {
 
   /** Find the posts that left the outbox, show a new one, and announce the refused ones. */
   #compare(before) {
-    const has = (all, { label }) => all.some((post) => post.label === label);
-    this.#sent = before.filter((post) => !has(this.#snapshot.outbox, post));
-    if (document.hasFocus() && this.#posts.some((post) => post.at >= this.#opened && !has(before, post))) this.#atEnd = true;
+    const labels = (posts) => new Set(posts.map(({ label }) => label));
+    const [left, known] = [labels(this.#snapshot.outbox), labels(before)];
+    this.#sent = before.filter(({ label }) => !left.has(label));
+    const posted = this.#posts.some(({ label, at }) => at >= this.#opened && !known.has(label));
+    if (posted && document.hasFocus()) this.#atEnd = true;
     for (const { label, error } of this.#posts) {
       if (error && !this.#refused.has(label)) this.#announce(`Not sent: ${error.message}`);
       if (error) this.#refused.add(label);
@@ -245,7 +249,10 @@ export class MessageList {
     this.#rows = rows;
     rows.forEach((article, at) => this.#fill(article, this.#window.start + at));
     this.#place(active);
-    if (active && !this.#articles.has(active.key)) (rows[Math.min(Math.max(place, 0), rows.length - 1)]?.node ?? this.scroller).focus({ preventScroll: true });
+    if (active && !this.#articles.has(active.key)) {
+      const { node } = rows[Math.max(place, 0)] ?? rows.at(-1) ?? { node: this.scroller };
+      node.focus({ preventScroll: true });
+    }
     this.#setStop();
     this.#note();
     if (this.#atEnd) this.#view.toEnd();
@@ -296,23 +303,31 @@ export class MessageList {
     }
   }
 
-  /** Check the window once the document is laid out. */
+  /** Check the window in the next frame, once. */
   #plan() {
     if (this.#planned) return;
     this.#planned = true;
     requestAnimationFrame(() => {
       this.#planned = false;
-      if (!this.#closed.signal.aborted) this.#scrolled();
+      if (!this.#closed.signal.aborted) this.#check();
     });
   }
 
-  /** Take a new position of the scroller: move the window, and read older messages near its beginning. */
   #scrolled() {
-    const { clientHeight } = this.scroller;
-    if (!this.#snapshot || !clientHeight) return;
+    this.#locate();
+    this.#plan();
+  }
+
+  #locate() {
     const { below } = this.#view;
     this.#atEnd = this.#window.end === this.#total && !below && !this.#leaving;
-    this.#far = this.#window.end < this.#total || below > clientHeight;
+    this.#far = this.#window.end < this.#total || below > this.scroller.clientHeight;
+  }
+
+  /** Move the window to what is visible, and read older messages near its beginning. */
+  #check() {
+    if (!this.#snapshot || !this.scroller.clientHeight) return;
+    this.#locate();
     const { start } = this.#window;
     const places = this.#hold();
     const visible = { first: places.first + start, last: places.last + start };
@@ -388,7 +403,6 @@ export class MessageList {
   #goToEnd() {
     this.#atEnd = true;
     if (this.#window.end < this.#total) this.#window = around(this.#total, this.#total);
-    this.#rows.at(-1)?.node.focus({ preventScroll: true }); // the button disappears
     this.#render();
     this.#rows.at(-1)?.node.focus({ preventScroll: true });
   }

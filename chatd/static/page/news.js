@@ -24,9 +24,9 @@ export class News {
 
   /** Begin with a history that does not continue the last one. */
   restart(last) {
-    if (this.head || epochOf(this.seen) !== epochOf(last)) this.#after = undefined;
+    if (epochOf(this.seen) !== epochOf(last)) this.#after = this.seen = undefined;
     this.head = numberOf(last);
-    this.unread = this.seen = undefined;
+    this.unread = undefined;
     this.#unspoken = [];
     this.fresh = 0;
   }

@@ -5,7 +5,7 @@
 
 /** The most messages of a window. */
 export const MOST = 300;
-const STEP = 40; // how far a window moves at once
+const STEP = 24; // how far a window moves at once
 const JUMP = 100; // the size of a new window
 const LEAST = 20; // messages that should exist beyond what one sees
 
