@@ -21,6 +21,9 @@ keeps the rest of the frame that was cut.  When the transport has space again th
 from the log if the tail has dropped those entries.  A member too far behind is evicted.  It reconnects with the id of
 its last entry, and that id is its cursor.
 
+Members may get another form of the same frames.  One form is a running stream of compressed frames, which members join
+and leave at their cursors: see `keyframes`.
+
 Nothing here knows a reactor, a socket or a disk: time, members, the log and the encoding are handed in.
 
 An edit is an entry, which members get like any other.  It also changes the frame of the entry that it replaces, in its

@@ -6,8 +6,8 @@ Autobahn speaks WebSocket (RFC 6455).  `AutobahnConnection` is its protocol clas
   validator before anything has arrived: 6 KB, and most of the time that a connection takes to make.  Here
   they belong to the class, and a connection that needs one of its own makes it then.
 - The opening handshake is not Autobahn's: `heads` and `handshake` read it, as they read every request.
-- Whole, masked text frames, which are nearly all that clients send, are read by `framing`.  Autobahn
-  reads the others and refuses the invalid ones.
+- Whole, masked text frames, which are nearly all that clients send, are read by `framing`, and inflated by
+  `deflate` if they are compressed.  Autobahn reads the others and refuses the invalid ones.
 - The subclass sees what it needs to see through the hooks at the top of the class, and every answer that
   Autobahn sends goes through its `send_frame`.
 
