@@ -172,7 +172,8 @@ export class MessageList {
     const before = { posts: this.#posts, ...this.#snapshot };
     this.#snapshot = snapshot;
     this.#merge(outbox);
-    const start = top ? this.#indexOf(top) : 0;
+    // A post keeps its place when it becomes a message.
+    const start = top?.item.entry.id ? this.#indexOf(top) : Math.min(this.#window.start, this.#total);
     const fresh = epochOf(last) !== this.#epoch || (top?.item.entry.id && !this.#exists(top));
     if (fresh) this.#restart(last);
     else this.#news.arrived(messages, last);

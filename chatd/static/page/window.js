@@ -44,7 +44,7 @@ export function slide({ start, end }, total, visible) {
   const space = reserve(visible);
   if (start > 0 && first - start <= space) {
     start = Math.max(start - STEP, 0);
-    end = Math.max(Math.min(end, start + MOST), last + 1);
+    end = Math.min(Math.max(Math.min(end, start + MOST), last + 1), total);
   } else if (end < total && end - 1 - last <= space) {
     end = Math.min(end + STEP, total);
     start = Math.min(Math.max(start, end - MOST), first);

@@ -215,3 +215,7 @@ test("messages are unread since an earlier list of the room", () => {
     assert.equal(list.unread, expected);
   }
 });
+
+test("the window never reaches beyond the last message", () => {
+  assert.deepEqual(slide({ start: 1, end: 1 }, 1, { first: 1, last: 1 }), { start: 0, end: 1 });
+});
