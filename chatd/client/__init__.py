@@ -4,8 +4,10 @@ A `Client` joins the room at a URL and calls a `Listener` for each entry, over a
 `SharedClient` joins many rooms over one connection, with a `Listener` for each.
 """
 
-from chatd.client.client import Client, Listener, ServerAddress
+from chatd.client.address import ServerAddress
+from chatd.client.client import Client
 from chatd.client.protocol import Backoff, ClientStopped, Event, History, Posted, ProtocolError, Rejected
+from chatd.client.room import Listener
 from chatd.client.shared import JoinedRoom, SharedClient
 from chatd.messages import Entry, Id
 

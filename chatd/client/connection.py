@@ -20,7 +20,7 @@ The unit tests fail if Autobahn drops or renames a name that is used here.
 """
 
 import re
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientProtocol
 from autobahn.wamp.types import TransportDetails
@@ -30,33 +30,10 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.client.protocol import Rejected
+from chatd.client.connector import Ending
+from chatd.client.protocol import ANSWER_SECONDS, CLOSE_SECONDS, CONNECT_SECONDS, IDLE_SECONDS, SILENCE_SECONDS
 from chatd.transport.framing import SUBPROTOCOL, CloseCode, take_texts
 
-CONNECT_SECONDS: Final = 10
-"""The time limit of a connection attempt, and then of its handshake."""
-IDLE_SECONDS: Final = 25
-"""The silence after which the client pings the server, which may itself ping only once an hour."""
-SILENCE_SECONDS: Final = 60
-"""The silence after which the client gives up a connection."""
-CLOSE_SECONDS: Final = 5
-"""The time limit of the closing handshake."""
-
-FINAL_CLOSE_CODES: Final = frozenset(
-    (
-        CloseCode.PROTOCOL_ERROR,
-        CloseCode.UNSUPPORTED_DATA,
-        CloseCode.INVALID_DATA,
-        CloseCode.POLICY_VIOLATION,
-        CloseCode.MESSAGE_TOO_BIG,
-    )
-)
-"""Close codes that blame the client, which would fail again."""
-TEMPORARY_STATUSES: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
-"""HTTP statuses after which a later attempt may succeed; all others but 101 are final."""
-
-_RETRY_AFTER = re.compile(r"retry_after=(\d+(?:\.\d+)?)")
-_SECONDS = re.compile(r"\d{1,6}")
 _STATUS = re.compile(r"HTTP/1\.1 (\d\d\d)(?: (.*))?")
 
 
@@ -80,11 +57,8 @@ class ConnectionOwner(Protocol):
     def handle_text(self, text: bytes) -> str | None:
         """Handle a text frame; return the reason if the connection must be dropped."""
 
-    def connection_lost(self, reason: str, retry_after: float | None) -> None:
-        """Reconnect later, after `retry_after` seconds if the server named a time."""
-
-    def connection_rejected(self, error: Rejected) -> None:
-        """Finish: no other connection would succeed."""
+    def connection_ended(self, ending: Ending) -> None:
+        """Reconnect later, or finish if no other connection would succeed."""
 
 
 class ClientFactory(WebSocketClientFactory):
@@ -107,9 +81,8 @@ class ClientConnection(WebSocketClientProtocol):
     CONFIG_ATTRS: list[str] = []  # noqa: RUF012 -- Autobahn's type
     factory: ClientFactory
     transport: Any  # Twisted's transports have more than ITransport names
-    status = 0
-    """The HTTP status of a refused handshake."""
-    retry_after: float | None = None
+    refusal: Ending | None = None
+    """The end by a refused handshake."""
     reason = ""
     """The reason for the end of the connection, if it is known."""
 
@@ -133,10 +106,8 @@ class ClientConnection(WebSocketClientProtocol):
     def failHandshake(self, reason: str) -> None:
         status = _STATUS.match(self.http_status_line)
         if status and status[1] != "101":
-            self.status = int(status[1])
-            reason = f"refused with {status[1]} {status[2] or ''}".rstrip()
-        header = self.http_headers.get("retry-after", "")
-        self.retry_after = float(header) if _SECONDS.fullmatch(header) else None
+            retry_after = self.http_headers.get("retry-after", "")
+            self.refusal = Ending.refused(int(status[1]), status[2] or "", retry_after)
         self.abort(reason)
 
     @override
@@ -188,6 +159,12 @@ class ClientConnection(WebSocketClientProtocol):
         self.wasClean = True  # so that Autobahn does not warn of it
         self.dropConnection(abort=True)
 
+    def probe(self) -> None:
+        """Ping the server, and abort if it does not answer soon."""
+        self.sendPing()
+        self._heard = self._reactor.seconds() + ANSWER_SECONDS - SILENCE_SECONDS
+        self._deadline.reset(ANSWER_SECONDS)
+
     def _expect(self, seconds: float) -> None:
         """Abort if nothing is received for so many seconds."""
         self._patience = seconds
@@ -212,14 +189,8 @@ class ClientConnection(WebSocketClientProtocol):
 
     @override
     def onClose(self, wasClean: bool, code: int | None, reason: str | None) -> None:
-        code, remote_reason = self.remoteCloseCode, self.remoteCloseReason or ""
-        if code is not None:
-            self.reason = f"closed with {code} {remote_reason}".rstrip()
-        found = _RETRY_AFTER.search(remote_reason)
-        if found:
-            self.retry_after = float(found[1])
-        reason = self.reason or self.wasNotCleanReason or "closed without a code"
-        if code in FINAL_CLOSE_CODES or (self.status and self.status not in TEMPORARY_STATUSES):
-            self.owner.connection_rejected(Rejected(reason, code or self.status))
+        if self.remoteCloseCode is not None:
+            ending = Ending.closed(self.remoteCloseCode, self.remoteCloseReason or "")
         else:
-            self.owner.connection_lost(reason, self.retry_after)
+            ending = self.refusal or Ending(self.reason or self.wasNotCleanReason or "closed without a code")
+        self.owner.connection_ended(ending)

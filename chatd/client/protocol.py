@@ -4,7 +4,7 @@ The server numbers the entries of a room without gaps, so a client needs to reme
 remembers it and checks that each frame continues after it.  `PendingRequests` keeps every request until it is
 answered, and sends it again on each new connection under its first label.
 
-This module is pure: frames in, frames out, and Deferreds that fire when a frame answers them.
+This module is pure: frames in, frames out, and answers that are called back when a frame settles them.
 """
 
 import base64
@@ -13,13 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from random import Random
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
-from twisted.internet.defer import Deferred
 
 from chatd.messages import Code, Entry, Id
 
+CONNECT_SECONDS: Final = 10
+"""The time limit of a connection attempt, and then of its handshake."""
+IDLE_SECONDS: Final = 25
+"""The silence after which the client pings the server, which may itself ping only once an hour."""
+SILENCE_SECONDS: Final = 60
+"""The silence after which the client gives up a connection."""
+ANSWER_SECONDS: Final = 10
+"""The time limit of an answer to a probe, and the time without an answer to a request after which the client probes."""
+CLOSE_SECONDS: Final = 5
+"""The time limit of the closing handshake."""
 RATE_LIMIT_PAUSE_SECONDS: Final = 1.0
 """The pause before a request is sent again, if the server refused it for now and named no time."""
 WINDOW: Final = 16
@@ -295,12 +304,22 @@ class Posted(NamedTuple):
     """True if an earlier attempt stored the message and its answer was lost."""
 
 
+class Answer(Protocol):
+    """Receives the outcome of a request, once.  A Deferred is one."""
+
+    def callback(self, result: Any) -> None:
+        """Take the result: Posted or a History."""
+
+    def errback(self, fail: Any) -> None:
+        """Take the reason of a failure: Rejected or ClientStopped."""
+
+
 @dataclass(slots=True, eq=False)
 class _PendingRequest:
     """One request, for all of its attempts."""
 
     text: bytes
-    answer: "Deferred[Any]"
+    answer: Answer
 
 
 class PendingRequests:
@@ -315,6 +334,7 @@ class PendingRequests:
         self._name = secrets.token_urlsafe(12)
         self._count = 0
         self._requests: dict[int, _PendingRequest] = {}
+        self._given: dict[str, int] = {}  # the labels that `add` got
         self._unsent: list[int] = []  # a heap: the oldest first
         self._sent: set[int] = set()
         self._repeated: set[int] = set()
@@ -323,20 +343,30 @@ class PendingRequests:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, document: dict[str, Any]) -> "Deferred[Any]":
-        """Add a request and label it; its Deferred fires with Posted or a History, or fails with Rejected."""
+    def add(self, document: dict[str, Any], answer: Answer, label: str | None = None) -> str:
+        """Add a request and return its label, which is a new one by default."""
         self._count += 1
-        answer: Deferred[Any] = Deferred()
-        text = orjson.dumps({**document, "label": f"{self._name}.{self._count}"})
-        self._requests[self._count] = _PendingRequest(text, answer)
+        if label is None:
+            label = f"{self._name}.{self._count}"
+        else:
+            self._given[label] = self._count
+        self._requests[self._count] = _PendingRequest(orjson.dumps({**document, "label": label}), answer)
         heappush(self._unsent, self._count)
-        return answer
+        return label
+
+    def forget(self, label: str) -> None:
+        """Drop a request, whose answer may yet arrive."""
+        number = self._number(label)
+        if number in self._requests:
+            self._repeated.add(number)
+            self._take(label)
 
     def connect(self) -> None:
         """Start a new connection, on which every request without an answer is sent again."""
         self._unsent = [*self._requests]  # in order, which is a heap
         self._sent.clear()
         self._repeated.clear()
+        self._given = {label: number for label, number in self._given.items() if number in self._requests}
         self._until = 0.0  # the server limits the rate of each connection
 
     def repeat(self) -> None:
@@ -388,12 +418,16 @@ class PendingRequests:
             request.answer.errback(reason)
 
     def _number(self, label: str | None) -> int:
+        if label in self._given:
+            return self._given[label]
         name, _, number = (label or "").rpartition(".")
         return int(number) if name == self._name and number.isdecimal() else 0
 
     def _take(self, label: str | None) -> _PendingRequest | None:
         number = self._number(label)
         self._sent.discard(number)
+        if number not in self._repeated:
+            self._given.pop(label or "", None)
         return self._requests.pop(number, None)
 
 
@@ -414,6 +448,10 @@ class Backoff:
         self._attempts += 1
         longest = min(self._first * 2 ** min(self._attempts - 1, 30), self._most)
         return self._chance.random() * longest if retry_after is None else retry_after
+
+    def spread(self) -> float:
+        """Return a first pause, after an event that many clients notice at the same time."""
+        return self._chance.random() * self._first
 
     def reset(self) -> None:
         """Begin again with short pauses, because a connection has succeeded."""

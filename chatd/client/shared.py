@@ -12,7 +12,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime, IStreamClientEndpoint
 from typing_extensions import override
 
-from chatd.client.client import Connector, Listener, RoomClient, ServerAddress
+from chatd.client.address import ServerAddress
+from chatd.client.client import Connector, RoomClient
 from chatd.client.protocol import (
     JOIN_LABEL,
     LEAVE_LABEL,
@@ -30,6 +31,7 @@ from chatd.client.protocol import (
     leave_text,
     parse_addressed_frame,
 )
+from chatd.client.room import Listener
 from chatd.messages import Code, Id
 
 TEMPORARY: frozenset[str | None] = frozenset((Code.RATE_LIMITED, Code.UNAVAILABLE))
@@ -125,8 +127,8 @@ class JoinedRoom(RoomClient):
         self._client.greeted()
 
     @override
-    def _request(self, document: dict[str, Any]) -> "Deferred[Any]":
-        return super()._request({"room": self.name, **document})
+    def _addressed(self, document: dict[str, Any]) -> dict[str, Any]:
+        return {"room": self.name, **document}
 
     def receive(self, frame: Frame) -> None:
         """Handle a frame of this room."""

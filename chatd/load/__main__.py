@@ -20,7 +20,7 @@ from twisted.logger import (
 )
 from twisted.python.failure import Failure
 
-from chatd.client.client import ServerAddress
+from chatd.client.address import ServerAddress
 from chatd.load.figures import Progress, summary
 from chatd.load.options import Parser, allow_files, number_from
 from chatd.load.trial import UNTRIED, Trial

@@ -27,7 +27,8 @@ from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.client.client import Client, Connector, Listener, RoomClient, ServerAddress
+from chatd.client.address import ServerAddress
+from chatd.client.client import Client, Connector, RoomClient
 from chatd.client.protocol import (
     Backoff,
     ClientStopped,
@@ -39,6 +40,7 @@ from chatd.client.protocol import (
     parse_addressed_frame,
     parse_frame,
 )
+from chatd.client.room import Listener
 from chatd.client.shared import SharedClient
 from chatd.load.figures import Latencies, Progress
 from chatd.load.proof import Proof, Reader, Violation

@@ -21,7 +21,8 @@ from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 from typing_extensions import override
 
-from chatd.client.client import Client, Listener, ServerAddress
+from chatd.client.address import ServerAddress
+from chatd.client.client import Client
 from chatd.client.protocol import (
     Backoff,
     ClientStopped,
@@ -33,6 +34,7 @@ from chatd.client.protocol import (
     Rejected,
     parse_frame,
 )
+from chatd.client.room import Listener
 from chatd.load.figures import Latencies
 from chatd.messages import Entry
 from clustering.ledger import REMEMBERED, Ledger

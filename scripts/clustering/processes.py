@@ -31,7 +31,7 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from typing_extensions import override
 
-from chatd.client.client import ServerAddress
+from chatd.client.address import ServerAddress
 from chatd.messages import Entry, Id
 
 ROOT: Final = pathlib.Path(__file__).resolve().parent.parent.parent

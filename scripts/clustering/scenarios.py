@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 
-from chatd.client.client import ServerAddress
+from chatd.client.address import ServerAddress
 from chatd.load.figures import BUSY
 from clustering.load import Load, Row
 from clustering.processes import LONG, Cluster, RigError, Tools, say, sleep, until

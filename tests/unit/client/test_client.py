@@ -13,16 +13,21 @@ from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs, formatEvent
 
-from chatd.client.client import Client, Listener, ServerAddress
-from chatd.client.connection import CLOSE_SECONDS, CONNECT_SECONDS, IDLE_SECONDS, SILENCE_SECONDS
+from chatd.client.address import ServerAddress
+from chatd.client.client import Client
 from chatd.client.protocol import (
+    CLOSE_SECONDS,
+    CONNECT_SECONDS,
+    IDLE_SECONDS,
     RENEWAL_LABEL,
+    SILENCE_SECONDS,
     Backoff,
     ClientStopped,
     Posted,
     ProtocolError,
     Rejected,
 )
+from chatd.client.room import Listener
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame, token_frame
 from chatd.transport.framing import EXPIRED

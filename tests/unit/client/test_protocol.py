@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.helpers import REPEATABLE, result_of
+from twisted.internet.defer import Deferred
 
 from chatd.client.protocol import (
     LONGEST_WAIT,
@@ -239,7 +240,8 @@ class Said:
 
     def say(self, count=1):
         for _ in range(count):
-            answer = self.box.add({"message": len(self.answers)})
+            answer = Deferred()
+            self.box.add({"message": len(self.answers)}, answer)
             answer.addErrback(lambda failure: failure.value)
             self.answers.append(answer)
         return self

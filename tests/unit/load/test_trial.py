@@ -7,7 +7,7 @@ from support.helpers import Terminal, result_of
 from support.server_ends import Endpoint
 from twisted.internet.task import Clock
 
-from chatd.client.client import ServerAddress
+from chatd.client.address import ServerAddress
 from chatd.load import __main__ as program
 from chatd.load.figures import Progress, summary
 from chatd.load.trial import INTERRUPTED, PROVED, REFUTED, TICK, TICKS, UNTRIED, Trial
