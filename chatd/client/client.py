@@ -41,9 +41,7 @@ class RoomClient(RoomCore):
         """
         return self._request({**(extra or {}), "username": username, "message": message})
 
-    def edit(
-        self, username: str, id_: Id, message: str, extra: Mapping[str, Any] | None = None
-    ) -> "Deferred[Posted]":
+    def edit(self, username: str, id_: Id, message: str, extra: Mapping[str, Any] | None = None) -> "Deferred[Posted]":
         """Replace the text of a message, of which the user of the token is the author or a moderator."""
         return self.post(username, message, {**(extra or {}), "replaces": str(id_)})
 
@@ -150,7 +148,7 @@ class Connector(ConnectorCore):
         try:
             self._bearer = self._token() if callable(self._token) else self._token
         except Exception:  # noqa: BLE001 -- it is the application's
-            self._failed("the function that returns the token failed")
+            self.log_failure("the function that returns the token failed")
             return False
         return True
 
@@ -163,11 +161,11 @@ class Connector(ConnectorCore):
     # The log
 
     @override
-    def _warn(self, text: str) -> None:
+    def log_warning(self, text: str) -> None:
         _logger.warn("{address}: {text}", address=self.address, text=text)
 
     @override
-    def _failed(self, text: str) -> None:
+    def log_failure(self, text: str) -> None:
         _logger.failure("{address}: {text}", address=self.address, text=text)
 
 

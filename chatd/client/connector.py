@@ -43,6 +43,11 @@ FINAL_CLOSE_CODES: Final = frozenset(
 TEMPORARY_STATUSES: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
 """HTTP statuses after which a later attempt may succeed; all others but 101 are final."""
 
+WATCH_SECONDS: Final = 10.0
+"""The time between two looks at the clock on the wall."""
+SLEPT_SECONDS: Final = 5.0
+"""A timer that is so late shows that the machine slept, or that the program was stopped."""
+
 _RETRY_AFTER = re.compile(r"retry_after=(\d+(?:\.\d+)?)")
 _SECONDS = re.compile(r"\d{1,6}")
 
@@ -134,11 +139,11 @@ class ConnectorCore(Timers):
         """Check that the server answers."""
         raise NotImplementedError
 
-    def _warn(self, text: str) -> None:
+    def log_warning(self, text: str) -> None:
         """Write a warning to the log."""
         raise NotImplementedError
 
-    def _failed(self, text: str) -> None:
+    def log_failure(self, text: str) -> None:
         """Write the exception that is being handled to the log."""
         raise NotImplementedError
 
@@ -186,12 +191,12 @@ class ConnectorCore(Timers):
             try:
                 self._receive(text)
             except ProtocolError as error:
-                self._warn(str(error))
+                self.log_warning(str(error))
                 for room in self._rooms():
                     room.listener.on_protocol_error(error)
                 return "the server broke the protocol"
         except Exception:  # noqa: BLE001 -- Autobahn loses exceptions if the frame came with the handshake
-            self._failed("a callback of the listener failed")
+            self.log_failure("a callback of the listener failed")
             return "a callback of the listener failed"
         return None
 
@@ -263,9 +268,36 @@ class ConnectorCore(Timers):
     def _is_about_token(self, frame: Frame) -> bool:
         """Return whether a frame answers the renewal of the token."""
         if isinstance(frame, Error) and frame.label == RENEWAL_LABEL:
-            self._warn(frame.message)
+            self.log_warning(frame.message)
             return True
         return isinstance(frame, Event) and frame.type == "token"
+
+
+class SleepWatch(Timers):
+    """Notices that the machine slept: more time has passed by the clock on the wall than a timer waited.
+
+    `wall` returns the seconds since 1970, and `woke` is called after a sleep.
+    """
+
+    def __init__(self, clock: Clock, wall: Callable[[], float], woke: Callable[[], None]) -> None:
+        super().__init__(clock)
+        self._wall, self._woke = wall, woke
+        self._due = 0.0
+
+    def start(self) -> None:
+        """Begin, or go on after a look at the clock."""
+        self._due = self._wall() + WATCH_SECONDS
+        self._schedule(self._look, WATCH_SECONDS)
+
+    def stop(self) -> None:
+        """End."""
+        self._schedule(self._look, None)
+
+    def _look(self) -> None:
+        slept = self._wall() - self._due > SLEPT_SECONDS
+        self.start()
+        if slept:
+            self._woke()
 
 
 class SingleRoom(ConnectorCore, RoomCore):

@@ -117,7 +117,7 @@ class RoomCore(Timers):
         self._requests = PendingRequests(window)
         self._typed = False
         """True after a typing notice, which has no label, and so has an error that answers it."""
-        self._end: Exception | None = None
+        self._over: Exception | None = None
         """The reason for which the client has given up the room."""
 
     @property
@@ -129,8 +129,8 @@ class RoomCore(Timers):
 
     def request(self, document: dict[str, Any], answer: Answer, label: str | None = None) -> str | None:
         """Send a request until it is answered; return its label, or None if the client has given up the room."""
-        if self._end is not None:
-            answer.errback(self._end)
+        if self._over is not None:
+            answer.errback(self._over)
             return None
         label = self._requests.add(self._addressed(document), answer, label)
         self._send()
@@ -156,10 +156,10 @@ class RoomCore(Timers):
     def finish(self, error: Exception) -> None:
         """Give up the room: no request will be answered."""
         try:
-            if self._end is None and isinstance(error, ClientStopped):
+            if self._over is None and isinstance(error, ClientStopped):
                 self.listener.on_stop(error)
         finally:
-            self._end = self._end or error
+            self._over = self._over or error
             self._requests.fail(error)
 
     def reject(self, error: Rejected) -> None:

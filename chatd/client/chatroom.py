@@ -1,0 +1,180 @@
+"""A room as a program uses it, without an event loop: the connection, the view and the outbox together.
+
+`chatd.client.aio` and `chatd.client.tx` give it connections and timers, and return its answers as their futures.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from chatd.client.address import ServerAddress
+from chatd.client.connector import SingleRoom
+from chatd.client.outbox import Outbox
+from chatd.client.protocol import Answer, History
+from chatd.client.room import Clock, Listener
+from chatd.client.storage import Storage
+from chatd.client.view import ONLINE, RoomEntry, Snapshot, View, page_of
+from chatd.messages import Id
+
+TYPING_PAUSE_SECONDS: Final = 3.0
+"""The least time between two typing notices."""
+EVENTS: Final = ("presence", "typing")
+"""The events that a room asks for by default."""
+
+
+def server_address(url: str) -> ServerAddress:
+    """Parse the URL of a server, which may begin with http or https; raise ValueError if it is malformed."""
+    return ServerAddress.parse("ws" + url[4:] if url.startswith("http") else url)
+
+
+def room_address(server: ServerAddress, name: str, events: Sequence[str], username: str | None) -> ServerAddress:
+    """Return the address of a room of a server."""
+    query = {"events": ",".join(events), "username": username or ""}
+    path = f"{server.path.rstrip('/')}/rooms/{quote(name, safe='')}"
+    return server._replace(path=path, query=urlencode({key: value for key, value in query.items() if value}))
+
+
+class _PageAnswer:
+    """Passes a page on, with whole ids."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.errback = answer.errback
+
+    def callback(self, result: History) -> None:
+        """Take the history frame."""
+        self._answer.callback(page_of(result))
+
+
+class _OlderAnswer:
+    """Adds an older page to the view, and answers all who asked for it."""
+
+    def __init__(self, view: View, waiting: list[Answer]) -> None:
+        self._view, self._waiting = view, waiting
+
+    def callback(self, result: History) -> None:
+        """Take the history frame."""
+        self._view.prepend(page_of(result))
+        for answer in self._end():
+            answer.callback(None)
+
+    def errback(self, fail: Exception) -> None:
+        """Take the refusal, or the end of the room."""
+        for answer in self._end():
+            answer.errback(fail)
+
+    def _end(self) -> list[Answer]:
+        waiting, self._waiting[:] = [*self._waiting], ()
+        return waiting
+
+
+class ChatRoom:
+    """A member of one room, over as many connections as needed.
+
+    `join` makes the connection for a listener.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        wall: Callable[[], float],
+        join: Callable[[Listener], SingleRoom],
+        *,
+        username: str | None,
+        storage: Storage,
+        last: Id | None,
+    ) -> None:
+        self.username = username
+        self._clock = clock
+        self._view = View(clock, wall, last, self._ended)
+        self._room = join(self._view)
+        self._outbox = Outbox(
+            storage,
+            f"chatd {self._room.address} {username or ''}",
+            send=self._room.request,
+            forget=self._room.forget_request,
+            wall=wall,
+            changed=self._view.changed,
+            failed=self._room.log_failure,
+        )
+        self._typed = -TYPING_PAUSE_SECONDS
+        self._paging: list[Answer] = []
+        self._shown: Snapshot | None = None
+        self._version = 0
+        """The version of the view that the snapshot shows."""
+        self._outbox.send_next()
+
+    # For its user
+
+    def snapshot(self) -> Snapshot:
+        """Return what to show.  The object stays the same until something changes."""
+        if self._shown is None or self._version != self._view.version:
+            view, entries = self._view, tuple(self._view.entries)
+            self._version = view.version
+            self._shown = Snapshot(
+                state=view.state,
+                reason=view.reason,
+                error=view.error,
+                retry_at=view.retry_at,
+                messages=tuple(entry for entry in entries if entry.replaces is None),
+                entries=entries,
+                more=view.more,
+                last=view.last,
+                outbox=tuple(self._outbox.missing(entries)),
+                presence=view.presence,
+                typing=tuple(view.typing),
+            )
+        return self._shown
+
+    def subscribe(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Call a function soon after each change; return a function that ends this."""
+        return self._view.subscribe(call)
+
+    def typing(self) -> None:
+        """Show the others that this user types.  Call it at each key: one notice is sent in three seconds."""
+        now = self._clock.seconds()
+        if self.username and self._view.state == ONLINE and now - self._typed >= TYPING_PAUSE_SECONDS:
+            self._typed = now
+            self._room.send_typing(self.username)
+
+    def discard(self, label: str) -> None:
+        """Remove a post from the outbox.  The server may have stored it."""
+        self._outbox.discard(label)
+
+    def reconnect(self) -> None:
+        """Connect now, unless the server has named the time of the next attempt; check a connection."""
+        self._room.reconnect()
+
+    # For its host
+
+    def _post(self, message: str, fields: Mapping[str, Any], answer: Answer) -> None:
+        named = {} if self.username is None else {"username": self.username}
+        self._outbox.post({**named, "message": message, **fields}, answer, self._view.last)
+
+    def _edit(self, id_: Id | str, message: str, fields: Mapping[str, Any], answer: Answer) -> None:
+        self._post(message, {"replaces": str(id_), **fields}, answer)
+
+    def _remove(self, id_: Id | str, answer: Answer) -> None:
+        self._outbox.post({"type": "remove", "id": str(id_)}, answer, self._view.last)
+
+    def _page(self, before: Id | str | None, after: Id | str | None, limit: int, answer: Answer) -> str | None:
+        places = {name: str(place) for name, place in (("before", before), ("after", after)) if place is not None}
+        return self._room.request({"type": "history", **places, "limit": limit}, _PageAnswer(answer))
+
+    def _older(self, limit: int, answer: Answer) -> None:
+        """Read the page before the oldest entry, once for all who ask meanwhile."""
+        if not self._view.more:
+            answer.callback(None)
+            return
+        self._paging.append(answer)
+        if len(self._paging) == 1:
+            before = {"before": str(self._view.oldest), "limit": limit}
+            self._room.request({"type": "history", **before}, _OlderAnswer(self._view, self._paging))
+
+    def _after(self, last: Id | None) -> RoomEntry | None:
+        """Return the entry that follows the last one that an iterator had, if it is known."""
+        place = self._view.index_after(last)
+        return self._view.entries[place] if place < len(self._view.entries) else None
+
+    def _ended(self, error: Exception) -> None:
+        self._outbox.stop(error)
