@@ -6,8 +6,8 @@ A `Client` joins the room at a URL and calls a `Listener` for each entry, over a
 
 from chatd.client.address import ServerAddress
 from chatd.client.client import Client
+from chatd.client.core import Listener
 from chatd.client.protocol import Backoff, ClientStopped, Event, History, Posted, ProtocolError, Rejected
-from chatd.client.room import Listener
 from chatd.client.shared import JoinedRoom, SharedClient
 from chatd.messages import Entry, Id
 

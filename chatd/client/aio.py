@@ -29,6 +29,7 @@ from websockets.typing import Subprotocol
 from chatd.client.address import ServerAddress
 from chatd.client.chatroom import EVENTS, ChatRoom, room_address, server_address
 from chatd.client.connector import ConnectorCore, Ending, SingleRoom, SleepWatch
+from chatd.client.core import Listener, RoomCore
 from chatd.client.protocol import (
     ANSWER_SECONDS,
     CLOSE_SECONDS,
@@ -41,25 +42,24 @@ from chatd.client.protocol import (
     Rejected,
     parse_frame,
 )
-from chatd.client.room import Listener, RoomCore
 from chatd.client.storage import FileStorage, MemoryStorage, PendingPost, Storage
-from chatd.client.view import Presence, RoomEntry, RoomPage, Snapshot
+from chatd.client.view import EntryPage, RoomEntry, RoomPresence, Snapshot
 from chatd.messages import Id
 from chatd.transport.framing import SUBPROTOCOL
 
 __all__ = [
     "Client",
     "ClientStopped",
+    "EntryPage",
     "FileStorage",
     "Id",
     "MemoryStorage",
     "PendingPost",
     "Posted",
-    "Presence",
     "Rejected",
     "Room",
     "RoomEntry",
-    "RoomPage",
+    "RoomPresence",
     "Snapshot",
     "Storage",
 ]
@@ -104,7 +104,7 @@ class _LoopClock:
         return _LoopTimer(self._loop, delay, callable)
 
 
-class _FutureAnswer:
+class _FutureRequester:
     """Receives an answer for a future, which may be cancelled."""
 
     def __init__(self, future: "asyncio.Future[Any]") -> None:
@@ -408,7 +408,9 @@ class Room(ChatRoom):
 
     # Pages
 
-    async def page(self, *, before: Id | str | None = None, after: Id | str | None = None, limit: int = 50) -> RoomPage:
+    async def page(
+        self, *, before: Id | str | None = None, after: Id | str | None = None, limit: int = 50
+    ) -> EntryPage:
         """Read a page: the newest entries, or those before or after an id.
 
         Raises Rejected if the server refuses the request, and ClientStopped if the room is stopped.
@@ -416,7 +418,7 @@ class Room(ChatRoom):
         future, answer = self._promise()
         label = self._page(before, after, limit, answer)
         try:
-            page: RoomPage = await future
+            page: EntryPage = await future
         finally:
             if future.cancelled() and label is not None:
                 self._connection.forget_request(label)
@@ -450,13 +452,9 @@ class Room(ChatRoom):
         """Leave the room.  Unsent posts stay in the storage."""
         self._connection.stop()
 
-    def wake(self) -> None:
-        """React to a machine or a network that is back: check the connection, or connect soon."""
-        self._connection.wake()
-
-    def _promise(self) -> "tuple[asyncio.Future[Any], _FutureAnswer]":
+    def _promise(self) -> "tuple[asyncio.Future[Any], _FutureRequester]":
         future: asyncio.Future[Any] = self._loop.create_future()
-        return future, _FutureAnswer(future)
+        return future, _FutureRequester(future)
 
     def _wake(self) -> None:
         for waiting in self._waiting:
@@ -479,7 +477,7 @@ class RoomIterator:
 
     async def __anext__(self) -> RoomEntry:
         while (entry := self._room.following(self._last)) is None:
-            error = self._room.snapshot().error
+            error = self._room.error
             if isinstance(error, Rejected):
                 raise error
             if error is not None:
@@ -531,7 +529,7 @@ class Client:
         continues.  Both count when the room is joined.  Call this method while the loop runs.
         """
         known = self._rooms.get(name)
-        if known is not None and known.snapshot().error is None:
+        if known is not None and known.error is None:
             return known
         loop = asyncio.get_running_loop()
         if self._watch is None:

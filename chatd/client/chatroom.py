@@ -9,9 +9,9 @@ from urllib.parse import quote, urlencode
 
 from chatd.client.address import ServerAddress
 from chatd.client.connector import SingleRoom
+from chatd.client.core import Clock, Listener
 from chatd.client.outbox import Outbox
-from chatd.client.protocol import Answer, History
-from chatd.client.room import Clock, Listener
+from chatd.client.protocol import History, Requester
 from chatd.client.storage import Storage
 from chatd.client.view import ONLINE, RoomEntry, Snapshot, View, page_of
 from chatd.messages import Id
@@ -34,10 +34,10 @@ def room_address(server: ServerAddress, name: str, events: Sequence[str], userna
     return server._replace(path=path, query=urlencode({key: value for key, value in query.items() if value}))
 
 
-class _PageAnswer:
+class _PageRequester:
     """Passes a page on, with whole ids."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Requester) -> None:
         self._answer = answer
         self.errback = answer.errback
 
@@ -46,10 +46,10 @@ class _PageAnswer:
         self._answer.callback(page_of(result))
 
 
-class _OlderAnswer:
+class _OlderRequester:
     """Adds an older page to the view, and answers all who asked for it."""
 
-    def __init__(self, view: View, waiting: list[Answer]) -> None:
+    def __init__(self, view: View, waiting: list[Requester]) -> None:
         self._view, self._waiting = view, waiting
 
     def callback(self, result: History) -> None:
@@ -63,7 +63,7 @@ class _OlderAnswer:
         for answer in self._end():
             answer.errback(fail)
 
-    def _end(self) -> list[Answer]:
+    def _end(self) -> list[Requester]:
         waiting, self._waiting[:] = [*self._waiting], ()
         return waiting
 
@@ -98,13 +98,18 @@ class ChatRoom:
             failed=self._room.log_failure,
         )
         self._typed = -TYPING_PAUSE_SECONDS
-        self._paging: list[Answer] = []
+        self._paging: list[Requester] = []
         self._shown: Snapshot | None = None
         self._version = 0
         """The version of the view that the snapshot shows."""
         self._outbox.send_next()
 
     # For its user
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended the room: Rejected or ClientStopped; None as long as the client keeps it connected."""
+        return self._view.error
 
     def snapshot(self) -> Snapshot:
         """Return what to show.  The object stays the same until something changes."""
@@ -145,23 +150,27 @@ class ChatRoom:
         """Connect now, unless the server has named the time of the next attempt; check a connection."""
         self._room.reconnect()
 
-    # For its host
+    # For its client and its host
 
-    def _post(self, message: str, fields: Mapping[str, Any], answer: Answer) -> None:
+    def wake(self) -> None:
+        """React to a machine or a network that is back: check the connection, or connect soon."""
+        self._room.wake()
+
+    def _post(self, message: str, fields: Mapping[str, Any], answer: Requester) -> None:
         named = {} if self.username is None else {"username": self.username}
         self._outbox.post({**named, "message": message, **fields}, answer, self._view.last)
 
-    def _edit(self, id_: Id | str, message: str, fields: Mapping[str, Any], answer: Answer) -> None:
+    def _edit(self, id_: Id | str, message: str, fields: Mapping[str, Any], answer: Requester) -> None:
         self._post(message, {"replaces": str(id_), **fields}, answer)
 
-    def _remove(self, id_: Id | str, answer: Answer) -> None:
+    def _remove(self, id_: Id | str, answer: Requester) -> None:
         self._outbox.post({"type": "remove", "id": str(id_)}, answer, self._view.last)
 
-    def _page(self, before: Id | str | None, after: Id | str | None, limit: int, answer: Answer) -> str | None:
+    def _page(self, before: Id | str | None, after: Id | str | None, limit: int, answer: Requester) -> str | None:
         places = {name: str(place) for name, place in (("before", before), ("after", after)) if place is not None}
-        return self._room.request({"type": "history", **places, "limit": limit}, _PageAnswer(answer))
+        return self._room.request({"type": "history", **places, "limit": limit}, _PageRequester(answer))
 
-    def _older(self, limit: int, answer: Answer) -> None:
+    def _older(self, limit: int, answer: Requester) -> None:
         """Read the page before the oldest entry, once for all who ask meanwhile."""
         if not self._view.more:
             answer.callback(None)
@@ -169,7 +178,7 @@ class ChatRoom:
         self._paging.append(answer)
         if len(self._paging) == 1:
             before = {"before": str(self._view.oldest), "limit": limit}
-            self._room.request({"type": "history", **before}, _OlderAnswer(self._view, self._paging))
+            self._room.request({"type": "history", **before}, _OlderRequester(self._view, self._paging))
 
     def _after(self, last: Id | None) -> RoomEntry | None:
         """Return the entry that follows the last one that an iterator had, if it is known."""

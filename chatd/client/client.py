@@ -20,8 +20,8 @@ from typing_extensions import override
 from chatd.client.address import ServerAddress
 from chatd.client.connection import ClientConnection, ClientFactory
 from chatd.client.connector import ConnectorCore, SingleRoom
+from chatd.client.core import Listener, RoomCore
 from chatd.client.protocol import WINDOW, Backoff, Frame, History, Posted, parse_frame
-from chatd.client.room import Listener, RoomCore
 from chatd.messages import Id
 
 _logger = Logger()

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from typing_extensions import override
 
 from chatd.client.address import ServerAddress
+from chatd.client.core import Clock, RoomCore, Timers
 from chatd.client.protocol import (
     RENEWAL_LABEL,
     Backoff,
@@ -27,7 +28,6 @@ from chatd.client.protocol import (
     seconds_to_renewal,
     token_text,
 )
-from chatd.client.room import Clock, RoomCore, Timers
 from chatd.transport.framing import EXPIRED, CloseCode
 
 FINAL_CLOSE_CODES: Final = frozenset(

@@ -5,11 +5,13 @@ server stores it once.
 """
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from chatd.client.protocol import Answer, ClientStopped, Posted, Rejected
+import orjson
+
+from chatd.client.protocol import ClientStopped, Posted, Rejected, Requester
 from chatd.client.storage import PendingPost, Storage
 from chatd.client.view import RoomEntry
 from chatd.messages import Id
@@ -42,7 +44,7 @@ class Outbox:
         storage: Storage,
         key: str,
         *,
-        send: Callable[[dict[str, Any], Answer, str], Any],
+        send: Callable[[dict[str, Any], Requester, str], Any],
         forget: Callable[[str], None],
         wall: Callable[[], float],
         changed: Callable[[], None],
@@ -51,7 +53,7 @@ class Outbox:
         self._storage, self._key = storage, key
         self._send, self._forget, self._wall = send, forget, wall
         self._changed, self._failed = changed, failed
-        self._answers: dict[str, list[Answer]] = {}
+        self._answers: dict[str, list[Requester]] = {}
         self._in_flight: str | None = None
         self._settled: set[Id] = set()
         """The ids of posts that were acknowledged since the outbox was empty."""
@@ -59,11 +61,12 @@ class Outbox:
         self.posts: list[PendingPost] = sorted(storage.list(key), key=_order)
         """All posts without an acknowledgement, oldest first."""
 
-    def post(self, frame: Mapping[str, Any], answer: Answer, since: Id | None) -> None:
-        """Store a post and send it after the others."""
+    def post(self, frame: dict[str, Any], answer: Requester, since: Id | None) -> None:
+        """Store a post and send it after the others; raise TypeError if its fields are not JSON."""
         if self._end is not None:
             answer.errback(self._end)
             return
+        frame = orjson.loads(orjson.dumps(frame))  # later changes of the fields do not count
         newest = self.posts[-1].at if self.posts else 0
         label = secrets.token_urlsafe(16)
         post = PendingPost(label, self._key, max(int(self._wall() * 1000), newest + 1), frame, since)
@@ -73,12 +76,12 @@ class Outbox:
         self._changed()
         self.send_next()
 
-    def retry(self, label: str, answer: Answer) -> bool:
+    def retry(self, label: str, answer: Requester) -> bool:
         """Send a refused post again, under its label; return whether there is such a post."""
         post = self._find(label)
         if post is None or post.error is None or self._end is not None:
             return False
-        self._replace(replace(post, error=None))
+        self._update(replace(post, error=None))
         self._answers[label] = [answer]
         self.send_next()
         return True
@@ -127,7 +130,7 @@ class Outbox:
         self._in_flight = None
         post = self._find(label)
         if self._end is None and post is not None and isinstance(error, Rejected):
-            self._replace(replace(post, error=error))
+            self._update(replace(post, error=error))
         self._settle(label, "errback", error)
         self.send_next()
 
@@ -138,7 +141,7 @@ class Outbox:
     def _find(self, label: str) -> PendingPost | None:
         return next((post for post in self.posts if post.label == label), None)
 
-    def _replace(self, post: PendingPost) -> None:
+    def _update(self, post: PendingPost) -> None:
         self._keep(self._storage.put, post)
         self.posts = [post if one.label == post.label else one for one in self.posts]
         self._changed()

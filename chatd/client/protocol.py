@@ -304,7 +304,7 @@ class Posted(NamedTuple):
     """True if an earlier attempt stored the message and its answer was lost."""
 
 
-class Answer(Protocol):
+class Requester(Protocol):
     """Receives the outcome of a request, once.  A Deferred is one."""
 
     def callback(self, result: Any) -> None:
@@ -319,7 +319,7 @@ class _PendingRequest:
     """One request, for all of its attempts."""
 
     text: bytes
-    answer: Answer
+    answer: Requester
 
 
 class PendingRequests:
@@ -343,7 +343,7 @@ class PendingRequests:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, document: dict[str, Any], answer: Answer, label: str | None = None) -> str:
+    def add(self, document: dict[str, Any], answer: Requester, label: str | None = None) -> str:
         """Add a request and return its label, which is a new one by default."""
         self._count += 1
         if label is None:

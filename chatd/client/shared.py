@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from chatd.client.address import ServerAddress
 from chatd.client.client import Connector, RoomClient
+from chatd.client.core import Listener
 from chatd.client.protocol import (
     JOIN_LABEL,
     LEAVE_LABEL,
@@ -31,7 +32,6 @@ from chatd.client.protocol import (
     leave_text,
     parse_addressed_frame,
 )
-from chatd.client.room import Listener
 from chatd.messages import Code, Id
 
 TEMPORARY: frozenset[str | None] = frozenset((Code.RATE_LIMITED, Code.UNAVAILABLE))

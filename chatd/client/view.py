@@ -6,8 +6,8 @@ from typing import Any, Final, NamedTuple
 
 from typing_extensions import override
 
+from chatd.client.core import Clock, Listener, Timers
 from chatd.client.protocol import ClientStopped, Event, History, ProtocolError, Rejected
-from chatd.client.room import Clock, Listener, Timers
 from chatd.client.storage import PendingPost
 from chatd.messages import Entry, Id
 
@@ -35,7 +35,7 @@ class RoomEntry(NamedTuple):
     """The operator's own fields; None without any."""
 
 
-class RoomPage(NamedTuple):
+class EntryPage(NamedTuple):
     """Consecutive entries of a room, oldest first."""
 
     id: Id
@@ -46,7 +46,7 @@ class RoomPage(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Presence:
+class RoomPresence:
     """The members of a room."""
 
     count: int
@@ -77,7 +77,7 @@ class Snapshot:
     """The id of the newest entry."""
     outbox: Sequence[PendingPost]
     """The posts without an answer.  None of them is in `messages`."""
-    presence: Presence | None
+    presence: RoomPresence | None
     """The members of the room, if the events were asked for and the room is online."""
     typing: Sequence[str]
     """The names of those who type now."""
@@ -98,9 +98,9 @@ def entries_of(epoch: str, entries: Sequence[Entry]) -> list[RoomEntry]:
     ]
 
 
-def page_of(history: History) -> RoomPage:
+def page_of(history: History) -> EntryPage:
     """Return the page that a history frame holds."""
-    return RoomPage(history.end, entries_of(history.end.epoch, history.entries), history.more)
+    return EntryPage(history.end, entries_of(history.end.epoch, history.entries), history.more)
 
 
 class View(Timers, Listener):
@@ -132,7 +132,7 @@ class View(Timers, Listener):
         self.last = last
         self.entries: list[RoomEntry] = []
         self.more = last is not None
-        self.presence: Presence | None = None
+        self.presence: RoomPresence | None = None
 
     # For its user
 
@@ -175,7 +175,7 @@ class View(Timers, Listener):
             return self.entries[0].id
         return self.last and Id(self.last.epoch, self.last.number + 1)
 
-    def prepend(self, page: RoomPage) -> None:
+    def prepend(self, page: EntryPage) -> None:
         """Add an older page, unless it does not end at the oldest entry."""
         oldest = self.oldest
         if oldest is None or page.id != Id(oldest.epoch, oldest.number - 1):
@@ -250,11 +250,11 @@ class View(Timers, Listener):
 
     # Events
 
-    def _presence(self, data: Mapping[str, Any]) -> Presence:
+    def _presence(self, data: Mapping[str, Any]) -> RoomPresence:
         users = data.get("users")
         if "join" in data and self.presence is not None and self.presence.users is not None:
             users = {*self.presence.users} - {*data["leave"]} | {*data["join"]}
-        return Presence(data["count"], None if users is None else sorted(users))
+        return RoomPresence(data["count"], None if users is None else sorted(users))
 
     def _type(self, name: str) -> None:
         def forget() -> None:

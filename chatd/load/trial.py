@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from chatd.client.address import ServerAddress
 from chatd.client.client import Client, Connector, RoomClient
+from chatd.client.core import Listener
 from chatd.client.protocol import (
     Backoff,
     ClientStopped,
@@ -40,7 +41,6 @@ from chatd.client.protocol import (
     parse_addressed_frame,
     parse_frame,
 )
-from chatd.client.room import Listener
 from chatd.client.shared import SharedClient
 from chatd.load.figures import Latencies, Progress
 from chatd.load.proof import Proof, Reader, Violation

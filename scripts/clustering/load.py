@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from chatd.client.address import ServerAddress
 from chatd.client.client import Client
+from chatd.client.core import Listener
 from chatd.client.protocol import (
     Backoff,
     ClientStopped,
@@ -34,7 +35,6 @@ from chatd.client.protocol import (
     Rejected,
     parse_frame,
 )
-from chatd.client.room import Listener
 from chatd.load.figures import Latencies
 from chatd.messages import Entry
 from clustering.ledger import REMEMBERED, Ledger

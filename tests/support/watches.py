@@ -2,7 +2,7 @@
 
 from twisted.internet.defer import Deferred
 
-from chatd.client.room import Listener
+from chatd.client.core import Listener
 
 
 class Watch(Listener):

@@ -15,6 +15,7 @@ from twisted.logger import capturedLogs, formatEvent
 
 from chatd.client.address import ServerAddress
 from chatd.client.client import Client
+from chatd.client.core import Listener
 from chatd.client.protocol import (
     CLOSE_SECONDS,
     CONNECT_SECONDS,
@@ -27,7 +28,6 @@ from chatd.client.protocol import (
     ProtocolError,
     Rejected,
 )
-from chatd.client.room import Listener
 from chatd.messages import Code, Entry, Id
 from chatd.transport.frames import ack_frame, error_frame, history_frame, message_frame, presence_frame, token_frame
 from chatd.transport.framing import EXPIRED

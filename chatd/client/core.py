@@ -11,7 +11,6 @@ import orjson
 
 from chatd.client.protocol import (
     Ack,
-    Answer,
     ClientStopped,
     Cursor,
     Error,
@@ -22,11 +21,12 @@ from chatd.client.protocol import (
     PendingRequests,
     ProtocolError,
     Rejected,
+    Requester,
 )
 from chatd.messages import Entry, Id
 
 
-class Timer(Protocol):
+class DelayedCall(Protocol):
     """A call that a clock makes later."""
 
     def active(self) -> bool:
@@ -43,7 +43,7 @@ class Clock(Protocol):
         """Return the time now."""
 
     def callLater(self, delay: float, callable: Callable[..., Any]) -> Any:  # noqa: A002 -- the name is Twisted's
-        """Call a function once, after `delay` seconds, and return the Timer."""
+        """Call a function once, after `delay` seconds, and return the DelayedCall."""
 
 
 class Listener:
@@ -93,7 +93,7 @@ class Timers:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._timers: dict[Callable[[], None], Timer] = {}
+        self._timers: dict[Callable[[], None], DelayedCall] = {}
 
     def _schedule(self, call: Callable[[], None], seconds: float | None) -> None:
         """Replace the timer of a call: it fires in `seconds`, and None cancels it."""
@@ -127,7 +127,7 @@ class RoomCore(Timers):
 
     # For its user
 
-    def request(self, document: dict[str, Any], answer: Answer, label: str | None = None) -> str | None:
+    def request(self, document: dict[str, Any], answer: Requester, label: str | None = None) -> str | None:
         """Send a request until it is answered; return its label, or None if the client has given up the room."""
         if self._over is not None:
             answer.errback(self._over)
