@@ -10,6 +10,7 @@ The rules are those of the client on Twisted.  This module adds connections, tim
 """
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
@@ -17,7 +18,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from typing_extensions import override
 from websockets.asyncio.client import ClientConnection as Socket
@@ -140,6 +141,9 @@ def _reason(error: Exception) -> str:
 class _Connection(SingleRoom):
     """The connection of one room, by websockets."""
 
+    _serving: "asyncio.Task[None]"
+    """The task of the newest attempt."""
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -162,7 +166,6 @@ class _Connection(SingleRoom):
         """All tasks of the client that are not done."""
         self._helpers: set[asyncio.Task[None]] = set()
         """The tasks that end with this connection."""
-        self._serving: asyncio.Task[None] | None = None
         self._socket: Socket | None = None
         self._unsent: asyncio.Queue[bytes | None] = asyncio.Queue()
         """The frames to send; None stands for a ping."""
@@ -177,8 +180,7 @@ class _Connection(SingleRoom):
         """Give up the room, and close the connection soon."""
         self._stop()
         self._schedule(self.start, None)
-        if self._serving is not None:
-            self._serving.cancel()
+        self._serving.cancel()
 
     # For the rules
 
@@ -261,7 +263,7 @@ class _Connection(SingleRoom):
             return await self._receive_all(socket)
         finally:
             self._socket = None
-            for call in (self._probe, self._give_up):
+            for call in (self._probe, self._give_up, self._renew):
                 self._schedule(call, None)
             for helper in self._helpers:
                 helper.cancel()
@@ -290,9 +292,10 @@ class _Connection(SingleRoom):
             while True:
                 text = await socket.recv(decode=False)
                 self._heard()
-                self._fault = self.handle_text(text)
-                if self._fault is not None:
-                    return Ending(self._fault)
+                fault = self.handle_text(text)
+                if fault is not None:
+                    self._fault = fault
+                    return Ending(fault)
         except ConnectionClosed as error:
             if error.rcvd is not None:
                 return Ending.closed(error.rcvd.code, error.rcvd.reason)
@@ -300,7 +303,7 @@ class _Connection(SingleRoom):
 
     async def _send_all(self, socket: Socket, unsent: "asyncio.Queue[bytes | None]") -> None:
         """Send frames until the connection ends."""
-        try:
+        with contextlib.suppress(ConnectionClosed):  # the receiver learns the reason
             while True:
                 text = await unsent.get()
                 if text is None:
@@ -308,8 +311,6 @@ class _Connection(SingleRoom):
                     pong.add_done_callback(self._ponged)
                 else:
                     await socket.send(text, text=True)
-        except ConnectionClosed:
-            pass  # the receiver learns the reason
 
     # Silence
 
@@ -325,8 +326,7 @@ class _Connection(SingleRoom):
 
     def _give_up(self) -> None:
         self._fault = "the server did not answer in time"
-        if self._socket is not None:
-            self._socket.transport.abort()
+        cast(Socket, self._socket).transport.abort()
 
     # Tokens
 
@@ -371,7 +371,8 @@ class Room(ChatRoom):
 
         super().__init__(_LoopClock(loop), time.time, join, username=username, storage=storage, last=last)
         self._loop = loop
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._change = asyncio.Event()
+        """The next change."""
         self.subscribe(self._wake)
         self._connection.start()
 
@@ -441,12 +442,7 @@ class Room(ChatRoom):
 
     async def changed(self) -> None:
         """Wait for the next change."""
-        waiting = self._loop.create_future()
-        self._waiting.add(waiting)
-        try:
-            await waiting
-        finally:
-            self._waiting.discard(waiting)
+        await self._change.wait()
 
     def stop(self) -> None:
         """Leave the room.  Unsent posts stay in the storage."""
@@ -457,9 +453,8 @@ class Room(ChatRoom):
         return future, _FutureRequester(future)
 
     def _wake(self) -> None:
-        for waiting in self._waiting:
-            if not waiting.done():
-                waiting.set_result(None)
+        self._change.set()
+        self._change = asyncio.Event()
 
 
 class RoomIterator:

@@ -140,7 +140,7 @@ class ChatRoom:
         now = self._clock.seconds()
         if self.username and self._view.state == ONLINE and now - self._typed >= TYPING_PAUSE_SECONDS:
             self._typed = now
-            self._room.send_typing(self.username)
+            self._room.typing(self.username)
 
     def discard(self, label: str) -> None:
         """Remove a post from the outbox.  The server may have stored it."""

@@ -140,7 +140,7 @@ class RoomCore(Timers):
         """Drop a request, whose answer may yet arrive."""
         self._requests.forget(label)
 
-    def send_typing(self, username: str) -> None:
+    def typing(self, username: str) -> None:
         """Show the others that this user types, if the room is joined now."""
         if self._cursor.greeted and self.can_send:
             self._typed = True

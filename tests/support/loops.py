@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import signal
 from unittest.mock import patch
 
@@ -19,12 +20,28 @@ def asynchronous(test):
     @functools.wraps(test)
     def run(*arguments, **named):
         async def bounded():
-            async with asyncio.timeout(2 * LONG):
+            async with asyncio.timeout(20):
                 await test(*arguments, **named)
 
         asyncio.run(bounded())
 
     return run
+
+
+def quiet(test):
+    """Run a test that is a coroutine; it must leave no task, and no exception that nobody retrieved."""
+
+    @functools.wraps(test)
+    async def run(*arguments, **named):
+        problems = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+        await test(*arguments, **named)
+        gc.collect()
+        await asyncio.sleep(0)
+        assert problems == []
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    return asynchronous(run)
 
 
 @contextlib.contextmanager

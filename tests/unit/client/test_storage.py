@@ -1,6 +1,5 @@
 """The storages of the outbox."""
 
-import os
 import stat
 import subprocess
 import sys
@@ -75,4 +74,4 @@ def test_file_outlives_the_program(tmp_path):
 def test_file_is_private(tmp_path):
     """Others must not read what was typed."""
     FileStorage(tmp_path / "outbox.sqlite").close()
-    assert stat.S_IMODE(os.stat(tmp_path / "outbox.sqlite").st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "outbox.sqlite").stat().st_mode) == 0o600
