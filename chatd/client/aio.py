@@ -342,7 +342,7 @@ class _Connection(SingleRoom):
         return True
 
     async def _renew_now(self) -> None:
-        if await self._take_token():
+        if await self._take_token() and self.can_send:
             self._send_token()
         self._schedule_renewal()
 

@@ -154,7 +154,7 @@ class Connector(ConnectorCore):
 
     @override
     def _renew(self) -> None:
-        if self._take_token():
+        if self._take_token() and self.can_send:
             self._send_token()
         self._schedule_renewal()
 

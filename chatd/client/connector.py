@@ -262,8 +262,7 @@ class ConnectorCore(Timers):
         raise NotImplementedError
 
     def _send_token(self) -> None:
-        if self.can_send:
-            self.transmit(token_text(self._bearer or ""))
+        self.transmit(token_text(self._bearer or ""))
 
     def _is_about_token(self, frame: Frame) -> bool:
         """Return whether a frame answers the renewal of the token."""

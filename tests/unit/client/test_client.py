@@ -174,6 +174,26 @@ def test_post_waits_for_the_history_and_returns_its_id():
     assert result_of(posted) == Posted(Id("abcd", 7))
 
 
+def test_edits_removals_and_typing_notices():
+    """An edit and a removal are posts; a typing notice has no label, and is left out without a connection."""
+    table = Table()
+    table.client.typing("ann")
+    wire = table.join()
+    table.client.typing("ann")
+    table.client.edit("ann", Id("abcd", 7), "hello", {"color": "red"})
+    table.client.remove(Id("abcd", 7))
+    typing, edit, removal = wire.said()
+    assert typing == {"type": "typing", "username": "ann"}
+    assert edit == {
+        "color": "red",
+        "username": "ann",
+        "message": "hello",
+        "replaces": "abcd-7",
+        "label": edit["label"],
+    }
+    assert removal == {"type": "remove", "id": "abcd-7", "label": removal["label"]}
+
+
 def test_post_with_fields_of_the_operators_own():
     """They stand beside the username and the text, and replace neither."""
     table = Table()

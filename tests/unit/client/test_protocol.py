@@ -397,6 +397,41 @@ def test_error_that_answers_no_request(label):
     assert not Said().say().refuse(label, "RATE_LIMITED", 1)
 
 
+def test_request_with_a_label_of_its_own():
+    """It is answered under this label, also on a later connection."""
+    said = Said()
+    answers = [Deferred(), Deferred()]
+    for answer, label in zip(answers, ("one", "two"), strict=True):
+        said.box.add({"message": label}, answer, label)
+    assert said.sent() == ["one", "two"]
+    assert said.labels == ["one", "two"]
+    said.ack("one")
+    assert result_of(answers[0]) == Posted(Id("abcd", 7))
+    said.box.connect()
+    assert said.sent() == ["two"]
+    said.ack("two", 8)
+    assert result_of(answers[1]) == Posted(Id("abcd", 8))
+    assert not said.refuse("one", "UNAVAILABLE")
+
+
+def test_forgotten_request():
+    """It is not sent, and an answer to it changes nothing; on the next connection nobody knows its label."""
+    said = Said().say(2)
+    said.sent()
+    answer = Deferred()
+    said.box.add({"message": "mine"}, answer, "mine")
+    said.sent()
+    said.box.forget("mine")
+    said.box.forget("mine")
+    said.box.forget("unknown")
+    assert said.refuse("mine", "UNAVAILABLE")
+    said.ack("mine")
+    assert not answer.called
+    said.box.connect()
+    assert said.sent() == [0, 1]
+    assert not said.refuse("mine", "UNAVAILABLE")
+
+
 def test_stop_fails_all_requests():
     said = Said(1).say(2)
     said.sent()

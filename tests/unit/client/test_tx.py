@@ -35,7 +35,7 @@ class Table:
 
     def join(self, end=2, **said):
         self.wire = self.endpoint.accept()
-        self.request = self.wire.request()
+        self.request = self.wire.value().decode()
         self.wire.answer()
         self.wire.say(history_frame("abcd", end, [], **said))
         return self.wire
@@ -93,7 +93,7 @@ def test_rooms_of_a_client():
     wire = table.join(resumed=True)
     assert table.client.room("a") is table.room
     other = table.client.room("b", last=Id("abcd", 7))
-    assert "/rooms/b?" in table.endpoint.accept().request()
+    assert "/rooms/b?" in table.endpoint.accept().value().decode()
     stopped = table.room.stop()
     wire.end()
     assert result_of(stopped) is None
