@@ -358,6 +358,7 @@ class Room(ChatRoom):
         username: str | None,
         token: Token,
         last: Id | None,
+        keep: int | None,
         storage: Storage,
         backoff: Backoff,
         options: dict[str, Any],
@@ -369,7 +370,7 @@ class Room(ChatRoom):
             )
             return self._connection
 
-        super().__init__(_LoopClock(loop), time.time, join, username=username, storage=storage, last=last)
+        super().__init__(_LoopClock(loop), time.time, join, username=username, storage=storage, last=last, keep=keep)
         self._loop = loop
         self._change = asyncio.Event()
         """The next change."""
@@ -436,10 +437,6 @@ class Room(ChatRoom):
     def __aiter__(self) -> "RoomIterator":
         return RoomIterator(self)
 
-    def following(self, last: Id | None) -> RoomEntry | None:
-        """Return the entry after an id, or the oldest one; None if it has not arrived."""
-        return self._after(last)
-
     async def changed(self) -> None:
         """Wait for the next change."""
         await self._change.wait()
@@ -465,20 +462,22 @@ class RoomIterator:
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._last: Id | None = None
+        self.last: Id | None = None
+        """The id of the entry that it yielded last."""
+        room.follow(self)
 
     def __aiter__(self) -> "RoomIterator":
         return self
 
     async def __anext__(self) -> RoomEntry:
-        while (entry := self._room.following(self._last)) is None:
+        while (entry := self._room.following(self.last)) is None:
             error = self._room.error
             if isinstance(error, Rejected):
                 raise error
             if error is not None:
                 raise StopAsyncIteration
             await self._room.changed()
-        self._last = entry.id
+        self.last = entry.id
         return entry
 
 
@@ -517,11 +516,20 @@ class Client:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: SleepWatch | None = None
 
-    def room(self, name: str = "main", *, events: Collection[str] = EVENTS, last: Id | str | None = None) -> Room:
+    def room(
+        self,
+        name: str = "main",
+        *,
+        events: Collection[str] = EVENTS,
+        last: Id | str | None = None,
+        keep: int | None = None,
+    ) -> Room:
         """Join a room, or return it if this client is in it.  A room that has ended is joined again.
 
         `events` are those wanted besides entries.  `last` is the last id of an earlier client, after which this one
-        continues.  Both count when the room is joined.  Call this method while the loop runs.
+        continues.  `keep` is the number of entries to keep, for programs that run for long: the oldest ones are dropped
+        when all iterators have had them.  These options count when the room is joined.  Call this method while the loop
+        runs.
         """
         known = self._rooms.get(name)
         if known is not None and known.error is None:
@@ -536,6 +544,7 @@ class Client:
             username=self.username,
             token=self._token,
             last=Id.parse(last) if isinstance(last, str) else last,
+            keep=keep,
             storage=self._storage,
             backoff=self._backoff(),
             options=self._options,

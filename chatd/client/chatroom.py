@@ -13,7 +13,7 @@ from chatd.client.core import Clock, Listener
 from chatd.client.outbox import Outbox
 from chatd.client.protocol import History, Requester
 from chatd.client.storage import Storage
-from chatd.client.view import ONLINE, RoomEntry, Snapshot, View, page_of
+from chatd.client.view import ONLINE, EntryReader, RoomEntry, Snapshot, View, page_of
 from chatd.messages import Id
 
 TYPING_PAUSE_SECONDS: Final = 3.0
@@ -83,10 +83,11 @@ class ChatRoom:
         username: str | None,
         storage: Storage,
         last: Id | None,
+        keep: int | None,
     ) -> None:
         self.username = username
         self._clock = clock
-        self._view = View(clock, wall, last, self._ended)
+        self._view = View(clock, wall, last, keep, self._ended)
         self._room = join(self._view)
         self._outbox = Outbox(
             storage,
@@ -180,8 +181,12 @@ class ChatRoom:
             before = {"before": str(self._view.oldest), "limit": limit}
             self._room.request({"type": "history", **before}, _OlderRequester(self._view, self._paging))
 
-    def _after(self, last: Id | None) -> RoomEntry | None:
-        """Return the entry that follows the last one that an iterator had, if it is known."""
+    def follow(self, reader: EntryReader) -> None:
+        """Keep the entries that an iterator has not had yet."""
+        self._view.readers.add(reader)
+
+    def following(self, last: Id | None) -> RoomEntry | None:
+        """Return the entry after an id, or the oldest one; None if it has not arrived."""
         place = self._view.index_after(last)
         return self._view.entries[place] if place < len(self._view.entries) else None
 

@@ -77,31 +77,30 @@ class FileStorage(Storage):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)  # others must not read what was typed
-        os.close(descriptor)
-        self._database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA synchronous = FULL")
-        self._database.execute(_SCHEMA)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
+        self._path = path
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # others must not read what was typed
+        self._run(_SCHEMA)
 
     @override
     def list(self, key: str) -> Sequence[PendingPost]:
-        with closing(self._database.execute("SELECT label, at, post FROM outbox WHERE key = ?", (key,))) as rows:
-            return [_load(label, key, at, json.loads(post)) for label, at, post in rows]
+        rows = self._run("SELECT label, at, post FROM outbox WHERE key = ?", key)
+        return [_load(label, key, at, json.loads(post)) for label, at, post in rows]
 
     @override
     def put(self, post: PendingPost) -> None:
         error = post.error and (str(post.error), post.error.code)
         text = json.dumps({"frame": dict(post.frame), "since": post.since and str(post.since), "error": error})
-        row = post.label, post.key, post.at, text
-        self._database.execute("INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?)", row).close()
+        self._run("INSERT OR REPLACE INTO outbox VALUES (?, ?, ?, ?)", post.label, post.key, post.at, text)
 
     @override
     def delete(self, label: str) -> None:
-        self._database.execute("DELETE FROM outbox WHERE label = ?", (label,)).close()
+        self._run("DELETE FROM outbox WHERE label = ?", label)
+
+    def _run(self, statement: str, *values: str | int) -> Sequence[tuple[Any, ...]]:
+        """Run a statement, and sync what it changes."""
+        with closing(sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)) as database:
+            database.execute("PRAGMA synchronous = FULL")
+            return database.execute(statement, values).fetchall()
 
 
 def _load(label: str, key: str, at: int, kept: dict[str, Any]) -> PendingPost:

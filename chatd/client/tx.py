@@ -20,10 +20,27 @@ from chatd.client.chatroom import EVENTS, ChatRoom, room_address, server_address
 from chatd.client.client import Client as Member
 from chatd.client.connector import SleepWatch
 from chatd.client.core import Listener
-from chatd.client.protocol import Backoff, Posted
-from chatd.client.storage import MemoryStorage, Storage
-from chatd.client.view import EntryPage
+from chatd.client.protocol import Backoff, ClientStopped, Posted, Rejected
+from chatd.client.storage import FileStorage, MemoryStorage, PendingPost, Storage
+from chatd.client.view import EntryPage, RoomEntry, RoomPresence, Snapshot
 from chatd.messages import Id
+
+__all__ = [
+    "Client",
+    "ClientStopped",
+    "EntryPage",
+    "FileStorage",
+    "Id",
+    "MemoryStorage",
+    "PendingPost",
+    "Posted",
+    "Rejected",
+    "Room",
+    "RoomEntry",
+    "RoomPresence",
+    "Snapshot",
+    "Storage",
+]
 
 
 class Room(ChatRoom):
@@ -41,6 +58,7 @@ class Room(ChatRoom):
         username: str | None,
         token: str | Callable[[], str] | None,
         last: Id | None,
+        keep: int | None,
         storage: Storage,
         backoff: Backoff,
         endpoint: IStreamClientEndpoint | None,
@@ -51,7 +69,7 @@ class Room(ChatRoom):
             )
             return self._member
 
-        super().__init__(reactor, time.time, join, username=username, storage=storage, last=last)
+        super().__init__(reactor, time.time, join, username=username, storage=storage, last=last, keep=keep)
         self._member.start()
 
     def post(self, message: str, **fields: Any) -> "Deferred[Posted]":
@@ -131,11 +149,19 @@ class Client:
         self._rooms: dict[str, Room] = {}
         self._watch = SleepWatch(reactor, time.time, self._wake)
 
-    def room(self, name: str = "main", *, events: Collection[str] = EVENTS, last: Id | str | None = None) -> Room:
+    def room(
+        self,
+        name: str = "main",
+        *,
+        events: Collection[str] = EVENTS,
+        last: Id | str | None = None,
+        keep: int | None = None,
+    ) -> Room:
         """Join a room, or return it if this client is in it.  A room that has ended is joined again.
 
         `events` are those wanted besides entries.  `last` is the last id of an earlier client, after which this one
-        continues.  Both count when the room is joined.
+        continues.  `keep` is the number of entries to keep, for programs that run for long: the oldest ones are dropped
+        when all iterators have had them.  These options count when the room is joined.
         """
         known = self._rooms.get(name)
         if known is not None and known.error is None:
@@ -147,6 +173,7 @@ class Client:
             username=self.username,
             token=self._token,
             last=Id.parse(last) if isinstance(last, str) else last,
+            keep=keep,
             storage=self._storage,
             backoff=self._backoff(),
             endpoint=self._endpoint,

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
+from weakref import WeakSet
 
 from typing_extensions import override
 
@@ -103,23 +104,34 @@ def page_of(history: History) -> EntryPage:
     return EntryPage(history.end, entries_of(history.end.epoch, history.entries), history.more)
 
 
+class EntryReader(Protocol):
+    """One who reads the entries one by one."""
+
+    last: Id | None
+    """The id of the entry that it had last; None before the first one."""
+
+
 class View(Timers, Listener):
     """The entries of a room and its state, as the callbacks of a client report them.
 
-    `wall` returns the seconds since 1970.  `last` is the id after which the client continues.  `ended` is called with
-    the error that ends the room.
+    `wall` returns the seconds since 1970.  `last` is the id after which the client continues.  `keep` is the number of
+    entries to keep, or None for all.  `ended` is called with the error that ends the room.
     """
 
     def __init__(
         self,
         clock: Clock,
         wall: Callable[[], float],
-        last: Id | None = None,
-        ended: Callable[[Exception], None] = lambda _: None,
+        last: Id | None,
+        keep: int | None,
+        ended: Callable[[Exception], None],
     ) -> None:
         super().__init__(clock)
         self._wall = wall
+        self._keep = keep
         self._ended = ended
+        self.readers: WeakSet[EntryReader] = WeakSet()
+        """Those who read the entries one by one, and get all of them."""
         self.version = 0
         """The number of changes."""
         self._calls: set[Callable[[], None]] = set()
@@ -205,6 +217,7 @@ class View(Timers, Listener):
             self.last = entry.id
             self._edit(entry)
             self._forget(entry.username)
+        self._trim()
         self.changed()
 
     @override
@@ -247,6 +260,15 @@ class View(Timers, Listener):
             for name in self.typing:
                 self._forget(name)
         self.changed()
+
+    def _trim(self) -> None:
+        """Drop the oldest entries that all readers have, now and then."""
+        if self._keep is None or len(self.entries) < 2 * self._keep:
+            return
+        surplus = min([len(self.entries) - self._keep, *(self.index_after(one.last) for one in self.readers)])
+        if surplus > 0:
+            del self.entries[:surplus]
+            self.more = True
 
     # Events
 

@@ -1,14 +1,22 @@
 """The examples of docs/clients.md, as a reader would run them."""
 
+import contextlib
+import inspect
 import json
 import pathlib
 import re
 import subprocess
+import sys
 
 from playwright.sync_api import expect
 from support.browser import site
-from support.servers import LONG, NODE, ROOT, Server, environment, need, stored
+from support.servers import LONG, NODE, ROOT, Lines, Server, environment, need, stored
 from support.tokens import SECRET, token
+
+from chatd.client import aio, tx
+from chatd.client.chatroom import ChatRoom
+from chatd.client.storage import FileStorage
+from chatd.client.view import EntryPage, RoomEntry, Snapshot
 
 STATIC = ROOT / "chatd" / "static"
 TRANSPILE = """
@@ -134,6 +142,70 @@ def test_component_of_react(tmp_path, visit):
             page.keyboard.press("Enter")
             expect(page.get_by_role("paragraph").nth(2)).to_have_text("ann: Hello from React!")
     assert messages(tmp_path)[-1] == "Hello from React!"
+
+
+@contextlib.contextmanager
+def running_python(code, folder):
+    """Run a program; yield its lines, and kill it at the end."""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        lines = Lines(process.stdout)
+        try:
+            yield lines
+        finally:
+            process.kill()
+            lines.close()
+
+
+def test_program_on_asyncio(tmp_path):
+    """It has ten lines, apart from empty ones."""
+    with Server(tmp_path) as server:
+        code = example("asyncio", server)
+        assert len([line for line in code.splitlines() if line.strip()]) <= 10
+        with running_python(code, tmp_path) as lines:
+            lines.wait(f"{server.epoch}-3 ann Hello from Python!")
+            assert len([*lines]) == 3
+
+
+def test_outbox_of_the_page(tmp_path):
+    """The program waits for a server, and ends when the post is stored and out of the file."""
+    with Server(tmp_path) as server:
+        port = server.port
+        code = example("outbox", server)
+    with (
+        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment()) as process,
+        Server(tmp_path, listen=f"tcp:{port}:interface=127.0.0.1"),
+    ):
+        assert process.wait(LONG) == 0
+    assert messages(tmp_path)[2:] == ["stored once, whatever happens"]
+    assert FileStorage(tmp_path / "outbox.sqlite").list(f"chatd ws://127.0.0.1:{port}/rooms/main ann") == []
+
+
+def test_program_on_twisted(tmp_path):
+    with Server(tmp_path) as server, running_python(example("twisted", server), tmp_path) as lines:
+        lines.wait("^3$")
+    assert messages(tmp_path)[-1] == "Hello from Twisted!"
+
+
+def members(*classes):
+    """Return the public names of classes."""
+    return {name for one in classes for name in vars(one) if not name.startswith("_")}
+
+
+def test_page_names_the_interface_of_python():
+    """The Python part names each method, option and field, and the hosts have the same methods."""
+    text = (ROOT / "docs" / "clients.md").read_text("utf-8").partition("\n## Python\n")[2]
+    inside = {"follow", "following", "wake"}
+    for host in (aio, tx):
+        names = members(host.Room, ChatRoom, host.Client) - inside
+        for call in (host.Client, host.Client.room):
+            names |= {*inspect.signature(call).parameters} - {"self", "url", "name", "reactor"}
+        names |= {*RoomEntry._fields, *EntryPage._fields, *Snapshot.__dataclass_fields__}
+        assert len(names) >= 40
+        assert {name for name in names if not re.search(rf"`[^`\n]*\b{name}\b", text)} == set()
+    assert members(aio.Room) - members(tx.Room) == {"changed"}
+    assert members(tx.Room) <= members(aio.Room)
+    assert {*aio.__all__} == {*tx.__all__}
 
 
 def test_page_names_each_method_and_field():

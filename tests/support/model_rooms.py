@@ -167,7 +167,7 @@ class ModelChat(ChatRoom):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.seen = []
-        self._last = None
+        self.last = None
 
     def ask(self, request, *arguments):
         """Make a request of a host: post, edit, remove, page or older."""
@@ -184,16 +184,16 @@ class ModelChat(ChatRoom):
 
     def read(self):
         """Read the entries that have arrived."""
-        while (entry := self._after(self._last)) is not None:
+        while (entry := self.following(self.last)) is not None:
             self.seen.append(entry)
-            self._last = entry.id
+            self.last = entry.id
         return self.seen
 
 
 class ModelRoom:
     """A room with its clock, its connection and its server."""
 
-    def __init__(self, *, storage=None, last=None, username="ann", history=3, wall=1_000_000.0):
+    def __init__(self, *, storage=None, last=None, username="ann", history=3, wall=1_000_000.0, keep=None):
         self.clock = Clock()
         self.server = ModelServer(history)
         self.storage = MemoryStorage() if storage is None else storage
@@ -209,6 +209,7 @@ class ModelRoom:
             username=username,
             storage=self.storage,
             last=last,
+            keep=keep,
         )
         self.member.start()
 

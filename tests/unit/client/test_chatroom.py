@@ -540,6 +540,29 @@ def test_iterator_after_a_fresh_start():
     assert [entry.message for entry in table.room.read()][4:] == ["m3", "m4"]
 
 
+def test_room_that_keeps_few_entries():
+    """The oldest ones are dropped when every iterator has had them, and can be read again by page."""
+    table = ModelRoom(keep=3).online()
+    numbers = iter(range(1, 100))
+
+    def grow(count):
+        for _ in range(count):
+            table.server.append(f"m{next(numbers)}")
+        table.exchange()
+        return len(table.room.snapshot().entries)
+
+    assert (grow(5), table.room.snapshot().more) == (5, False)
+    assert (grow(1), table.room.snapshot().more) == (3, True)
+    table.room.follow(table.room)
+    assert grow(10) == 13
+    assert [entry.message for entry in table.room.read()] == [f"m{number}" for number in range(4, 17)]
+    assert grow(1) == 3
+    assert table.texts() == ["m15", "m16", "m17"]
+    table.room.ask("older")
+    table.exchange()
+    assert table.texts()[0] == "m1"
+
+
 # Connections
 
 

@@ -19,12 +19,7 @@ OTHER = PendingPost("three", "b", 6, {"message": "hi"})
 
 @pytest.fixture(params=["memory", "file"])
 def storage(request, tmp_path):
-    if request.param == "memory":
-        yield MemoryStorage()
-    else:
-        storage = FileStorage(tmp_path / "outbox.sqlite")
-        yield storage
-        storage.close()
+    return MemoryStorage() if request.param == "memory" else FileStorage(tmp_path / "outbox.sqlite")
 
 
 def facts(posts):
@@ -66,12 +61,10 @@ def test_file_outlives_the_program(tmp_path):
         subprocess.Popen([sys.executable, "-c", program, str(path), name], env=environment()) for name in ("x", "y")
     ]
     assert [process.wait(60) for process in running] == [-9, -9]
-    storage = FileStorage(path)
-    assert len(storage.list("a")) == 40
-    storage.close()
+    assert len(FileStorage(path).list("a")) == 40
 
 
 def test_file_is_private(tmp_path):
     """Others must not read what was typed."""
-    FileStorage(tmp_path / "outbox.sqlite").close()
+    FileStorage(tmp_path / "outbox.sqlite")
     assert stat.S_IMODE((tmp_path / "outbox.sqlite").stat().st_mode) == 0o600
