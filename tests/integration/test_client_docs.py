@@ -5,17 +5,20 @@ import inspect
 import json
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 from playwright.sync_api import expect
 from support.browser import site
 from support.servers import LONG, NODE, ROOT, Lines, Server, environment, need, stored
+from support.terminals import Tty, terminal_environment
 from support.tokens import SECRET, token
 
 from chatd.client import aio, tx
 from chatd.client.chatroom import ChatRoom
 from chatd.client.storage import FileStorage
+from chatd.client.terminal.conversation import COMMANDS
 from chatd.client.view import EntryPage, RoomEntry, Snapshot
 
 STATIC = ROOT / "chatd" / "static"
@@ -53,7 +56,7 @@ def example(kind, server):
     """Return an example, with the port of a server."""
     text = (ROOT / "docs" / "clients.md").read_text("utf-8")
     (code,) = re.findall(rf"^<!-- test: {kind} -->\n```[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert "http://localhost:8085" in code
+    assert "://localhost:8085" in code
     return code.replace("localhost:8085", f"127.0.0.1:{server.port}")
 
 
@@ -206,6 +209,52 @@ def test_page_names_the_interface_of_python():
     assert members(aio.Room) - members(tx.Room) == {"changed"}
     assert members(tx.Room) <= members(aio.Room)
     assert {*aio.__all__} == {*tx.__all__}
+
+
+# The terminal chat
+
+
+def shell(code, folder):
+    """Run a line of a shell as a reader would, to its end; return its output."""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-euc", code.replace("python ", f"'{sys.executable}' ")],
+        env=terminal_environment(folder),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_chat_in_a_terminal(tmp_path):
+    with Server(tmp_path) as server:
+        python, module, name, *words = shlex.split(example("terminal", server))
+        assert (python, module, name) == ("python", "-m", "chatd.client")
+        tty = Tty(tmp_path, *words)
+        tty.wait("online · 1 here: ann")
+        tty.type("hi\r/quit\r")
+        assert tty.end() == (0, True)
+    assert [row[1:3] for row in stored(tmp_path / "chatd.sqlite", "team")[1]] == [("ann", "hi")]
+
+
+def test_pipes_of_a_shell(tmp_path):
+    """What one pipe posts, another one prints."""
+    with Server(tmp_path) as server:
+        assert shell(example("post", server), tmp_path) == ""
+        first, *_ = rows = [row[1:3] for row in stored(tmp_path / "chatd.sqlite", "team")[1]]
+        assert first[0] == "bot"
+        assert first[1].startswith("Filesystem")
+        assert len(rows) > 1
+        read = example("read", server).replace("grep --line-buffered deploy", "head -n 1")
+        assert shell(read, tmp_path).split("\t")[1:] == ["bot", first[1] + "\n"]
+
+
+def test_table_names_each_command():
+    text = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    assert {command for command in COMMANDS if f"`{command}`" not in text} == set()
 
 
 def test_page_names_each_method_and_field():

@@ -1,33 +1,29 @@
 """The terminal chat against real servers: in this process, in pipes, and in pseudo-terminals."""
 
 import asyncio
-import codecs
 import contextlib
 import json
 import os
 import pathlib
-import pty
 import re
 import runpy
 import signal
 import subprocess
 import sys
-import termios
-import threading
 
 import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from support.loops import asynchronous
-from support.servers import LONG, Server, certificate_for, environment, stored
+from support.servers import LONG, Server, certificate_for, stored
+from support.terminals import COMMAND, Tty, terminal_environment
 from support.tokens import SECRET, token
 
 from chatd.client.aio import Client
 from chatd.client.terminal import arguments, program
 
 CTRL_C, CTRL_D, ENTER, UP = "\x03", "\x04", "\r", "\x1b[A"
-COMMAND = (sys.executable, "-m", "chatd.client")
 
 
 def url(server, room="main"):
@@ -268,7 +264,7 @@ def screen(monkeypatch):
 
 @asynchronous
 async def test_conversation(tmp_path, monkeypatch, capsys):
-    """What was typed before Ctrl-D is stored."""
+    """Lines that were typed before Ctrl-D are stored."""
     with Server(tmp_path) as server, screen(monkeypatch) as keys:
         talking = start(server)
         keys.send_text("hi" + ENTER)
@@ -380,59 +376,6 @@ def test_folder_of_the_outbox(monkeypatch):
 # In pipes and pseudo-terminals
 
 
-def settings(tmp_path, **changes):
-    own = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
-    return environment(**(own | changes))
-
-
-class Tty:
-    """The program in a pseudo-terminal, whose raw output is in `output`."""
-
-    def __init__(self, tmp_path, *words, **changes):
-        self._master, tty = pty.openpty()
-        termios.tcsetwinsize(tty, (24, 80))
-        self._before = termios.tcgetattr(tty)
-        self._tty = tty
-        self.process = subprocess.Popen(
-            [*COMMAND, *words], stdin=tty, stdout=tty, stderr=tty, env=settings(tmp_path, **changes), process_group=0
-        )
-        self.output = ""
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        with contextlib.suppress(OSError):
-            while data := os.read(self._master, 65536):
-                if b"\x1b[6n" in data:  # where is the cursor?
-                    os.write(self._master, b"\x1b[1;1R")
-                with self._changed:
-                    self.output += decoder.decode(data)
-                    self._changed.notify_all()
-
-    def type(self, text):
-        os.write(self._master, text.encode())
-
-    def wait(self, pattern):
-        with self._changed:
-            assert self._changed.wait_for(lambda: re.search(pattern, self.output), LONG), self.output
-
-    def end(self):
-        """Wait for the end; return the status, and whether the terminal is as it was before."""
-        status = self.process.wait(LONG)
-        after = termios.tcgetattr(self._tty)
-        self.close()
-        return status, after == self._before
-
-    def close(self):
-        self.process.kill()
-        self.process.wait(LONG)
-        os.close(self._tty)
-        self._thread.join(LONG)
-        os.close(self._master)
-
-
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ex\r12:00   bea: forged\n12:01   bea: forged"
 
 
@@ -496,7 +439,7 @@ def test_signal_leaves_the_terminal_as_it_was(tmp_path):
 def run(tmp_path, *words, **options):
     return subprocess.run(
         [*COMMAND, *words],
-        env=settings(tmp_path, **options.pop("changes", {})),
+        env=terminal_environment(tmp_path, **options.pop("changes", {})),
         capture_output=True,
         timeout=LONG,
         check=False,
@@ -511,7 +454,7 @@ def test_pipe_in_and_out(tmp_path):
         assert (posted.returncode, posted.stdout, posted.stderr) == (0, b"", b"")
         shell = f"{sys.executable} -m chatd.client {server.url} | head -n 4 | cut -f 2,3; echo ${{PIPESTATUS[0]}}"
         read = subprocess.run(
-            ["bash", "-c", shell], env=settings(tmp_path), capture_output=True, timeout=LONG, check=False
+            ["bash", "-c", shell], env=terminal_environment(tmp_path), capture_output=True, timeout=LONG, check=False
         )
     assert read.stdout.decode() == "Alice\tHello!\nBob\tHi Alice!\nbot\tone\nbot\t日本\n0\n"
     assert read.stderr == b""
@@ -537,7 +480,7 @@ def first_line(tmp_path, *words, **changes):
     """Return the first line on standard error of a program that keeps trying, and stop it."""
     with subprocess.Popen(
         [*COMMAND, *words, "--post"],
-        env=settings(tmp_path, **changes),
+        env=terminal_environment(tmp_path, **changes),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -62,7 +62,7 @@ class Conversation:
         self._transcript = Transcript(username)
         self._paging: asyncio.Task[None] | None = None
 
-    # What is shown
+    # For the screen
 
     def refresh(self) -> None:
         """Print what is new in the room."""
@@ -97,7 +97,7 @@ class Conversation:
         names = {*(here or ()), *(entry.username for entry in snapshot.messages)}
         return sorted(name for name in names if safe(name) == name)
 
-    # What the user does
+    # For the keyboard
 
     def typed(self, text: str) -> None:
         """Tell the others that the user types a message."""
@@ -190,7 +190,7 @@ class Conversation:
             self.note("the server has refused no message")
 
     def _last_own(self) -> RoomEntry | None:
-        """Return the user's last message that can be changed; print why there is none."""
+        """Return the user's last message that can be changed; print the reason if there is none."""
         if not self._can_change:
             self.note(NO_TOKEN)
             return None

@@ -93,6 +93,7 @@ async def converse(conversation: Conversation, tick: float = 1.0) -> None:
         complete_style=CompleteStyle.READLINE_LIKE,
         key_bindings=key_bindings(conversation),
         erase_when_done=True,
+        enable_suspend=True,
     )
 
     def accept(buffer: Buffer) -> bool:

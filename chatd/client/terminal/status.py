@@ -34,7 +34,7 @@ def reason_words(reason: str | None) -> str:
 
 
 def people_words(presence: RoomPresence | None, width: int) -> str:
-    """Return who is in the room, with as many names as fit."""
+    """Return the people in the room, with as many names as fit."""
     if presence is None:
         return ""
     text = f"{presence.count:,} here"
@@ -80,7 +80,7 @@ def refusal_words(error: Exception | None, room: str) -> str:
 
 
 def stays_words(outbox: Sequence[PendingPost], *, kept: bool) -> str:
-    """Return what happens to the posts that were not sent before the end; empty if there are none."""
+    """Return the fate of the posts that were not sent before the end; empty without any."""
     count = sum(post.error is None for post in outbox)
     if not count:
         return ""

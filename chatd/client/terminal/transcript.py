@@ -32,7 +32,7 @@ def notice(text: str, width: int) -> list[Fragments]:
 
 
 class Transcript:
-    """What a terminal shows of a room, which only grows: each call returns the lines that are new.
+    """The lines of a room in a terminal, which only grow: each call returns the new ones.
 
     Entries are those of a snapshot.  `username` is the name of the reader, and `zone` the time zone of the times; by
     default it is that of the machine.

@@ -1,4 +1,4 @@
-"""What each line of the user does, in a room without a server."""
+"""The lines of the user, in a room without a server."""
 
 import asyncio
 import sqlite3
@@ -166,7 +166,7 @@ async def test_quit():
 
 
 def test_names_that_can_be_completed():
-    """Those who are here and those who have written, if a terminal may show them."""
+    """Members and authors are offered if a terminal may show their names."""
     talk = Talk(FakeRoom(entry(1, "bea"), entry(2, "e\x1bvil")))
     assert talk.names() == ["bea"]
     talk.room.change(presence=presence(500))

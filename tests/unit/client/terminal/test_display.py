@@ -87,7 +87,7 @@ def test_lines_break_at_spaces():
 
 
 def test_wide_character_after_a_full_line():
-    """What follows the last space can itself be too long for the next line."""
+    """The rest after the last space can itself be too long for the next line."""
     assert wrap(" abcdefg日", 8) == [" ", "abcdefg", "日"]
 
 

@@ -80,7 +80,7 @@ async def test_terminal_that_was_closed():
 
 
 @asynchronous
-async def test_read_that_nobody_waits_for():
+async def test_read_after_its_cancellation():
     """The thread that waits for a line keeps neither the loop nor the program."""
     reader, writer = os.pipe()
     threads = {*threading.enumerate()}

@@ -21,7 +21,7 @@ UP, CTRL_C, CTRL_D, ENTER = "\x1b[A", "\x03", "\x04", "\r"
 
 
 class Screen(DummyOutput):
-    """What is written, as text."""
+    """An output that keeps all text."""
 
     def __init__(self):
         self.text = ""
