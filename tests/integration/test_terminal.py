@@ -183,8 +183,8 @@ async def test_messages_are_printed(tmp_path, monkeypatch, capsys):
         async with Client(f"http://127.0.0.1:{server.port}", username="bea") as client:
             await client.room().post("one\n\x1b[2J")
         lines.append(await asyncio.to_thread(reader.readline))
-        os.kill(os.getpid(), signal.SIGINT)
-        assert await reading == 128 + signal.SIGINT
+        reader.close()
+        assert await reading == 0
     fields = [line.decode().rstrip("\n").split("\t") for line in lines]
     assert [field[1:] for field in fields] == [["Alice", "Hello!"], ["Bob", "Hi Alice!"], ["bea", "one␊␛[2J"]]
     assert capsys.readouterr().err == ""
@@ -195,8 +195,8 @@ async def test_messages_as_json(tmp_path, monkeypatch):
     with Server(tmp_path) as server, streams(monkeypatch) as (_, reader):
         reading = start(server, "--json")
         document = json.loads(await asyncio.to_thread(reader.readline))
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert await reading == 128 + signal.SIGTERM
+        reader.close()
+        assert await reading == 0
         assert document["id"] == f"{server.epoch}-1"
     assert document["type"] == "message"
     assert document["data"]["username"] == "Alice"
@@ -426,6 +426,30 @@ def test_outbox_after_a_kill(tmp_path):
             one.type(CTRL_D)
         assert [one.end() for one in both] == [(0, True)] * 2
     assert messages(tmp_path)[2:] == ["typed offline"]
+
+
+def test_interrupt_of_a_reader(tmp_path):
+    """It ends the program at once and quietly, even while nobody takes what it writes."""
+    with Server(tmp_path) as server:
+        asyncio.run(fill(server, 200))
+        reading = subprocess.Popen(
+            [*COMMAND, server.url],
+            env=terminal_environment(tmp_path),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pipesize=4096,
+        )
+        reading.stdout.read(1)
+        reading.send_signal(signal.SIGINT)
+        _, err = reading.communicate(timeout=LONG)
+    assert (reading.returncode, err) == (-signal.SIGINT, b"")
+
+
+async def fill(server, count):
+    """Post long messages."""
+    async with Client(f"http://127.0.0.1:{server.port}", username="bea") as client:
+        await asyncio.gather(*(client.room().post("x" * 500) for _ in range(count)))
 
 
 def test_signal_leaves_the_terminal_as_it_was(tmp_path):

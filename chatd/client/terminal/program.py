@@ -7,7 +7,8 @@ import shutil
 import signal
 import sqlite3
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +24,6 @@ from chatd.client.view import ONLINE, REJECTED, STOPPED, WAITING
 
 DONE: Final = 0
 FAILED: Final = 1
-STOPPED_BY: Final = 128
-"""The exit status of a reader that a signal stops is this and the number of the signal."""
 STDIN: Final = 0
 STDOUT: Final = 1
 
@@ -165,29 +164,37 @@ async def post(options: ChatOptions, stop: Stop) -> int:
     return FAILED if fault else DONE
 
 
-async def read(options: ChatOptions, stop: Stop) -> int:
-    """Print the messages of a room."""
+@contextmanager
+def ended_by_sigint() -> Iterator[None]:
+    """Let SIGINT end the program at once, even while a write waits for the reader of a pipe."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+async def read(options: ChatOptions) -> int:
+    """Print the messages of a room until a signal, the reader or the server ends that."""
     line = json_line if options.json else text_line
     gone = asyncio.Event()
     watch_reader(STDOUT, gone.set)
-    with open(STDOUT, "wb", closefd=False) as out:  # noqa: ASYNC230 -- it is open
+    with ended_by_sigint(), open(STDOUT, "wb", closefd=False) as out:  # noqa: ASYNC230 -- it is open
         async with join(options) as client:
             room = client.room(options.address.room, events=())
             room.subscribe(report_states(room))
             try:
-                await race(print_entries(room, out, line), ended(room), stop.wait(), gone.wait())
+                await race(print_entries(room, out, line), ended(room), gone.wait())
             except BrokenPipeError:
                 gone.set()
             except Rejected:
                 pass  # the snapshot has it
-            snapshot = room.snapshot()
+            error = room.snapshot().error
         if gone.is_set():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is left in the buffer has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # the rest of the buffer has no reader
             return DONE
-    if snapshot.state == REJECTED:
-        complain(refusal_words(snapshot.error, options.address.room))
-        return FAILED
-    return STOPPED_BY + (stop.signal or 0)
+    complain(refusal_words(error, options.address.room))
+    return FAILED
 
 
 def join(options: ChatOptions, storage: Storage | None = None) -> Client:
@@ -198,12 +205,10 @@ def join(options: ChatOptions, storage: Storage | None = None) -> Client:
 async def run(options: ChatOptions) -> int:
     """Do what the options ask for, and return the exit status."""
     if options.post:
-        way = post
-    elif options.json or not os.isatty(STDOUT):
-        way = read
-    else:
-        way = talk
-    return await way(options, Stop())
+        return await post(options, Stop())
+    if options.json or not os.isatty(STDOUT):
+        return await read(options)
+    return await talk(options, Stop())
 
 
 def main(words: Sequence[str]) -> int:
