@@ -223,33 +223,26 @@ async def test_reader_that_has_gone_before_a_write(tmp_path, monkeypatch):
 
 @asynchronous
 async def test_token_file_is_read_again(tmp_path, monkeypatch):
-    """The next token is taken from the file before the old one expires, on the same connection."""
+    """The client reads the next token from the file when the server has refused the first one."""
     (tmp_path / "jwt.key").write_bytes(SECRET)
     path = tmp_path / "token"
-    path.write_text(token("ann", lasts=2))
+    old, new = token("ann", secret=b"another secret of at least 32 bytes"), token("ann")
+    path.write_text(old)
     real, read = arguments.token_source, []
-    again = asyncio.Event()
 
     def source(*given):
         def counted():
             read.append(real(*given)())
-            if read[-1] == newer:
-                again.set()
+            if len(read) == 2:  # the command line has read the name, and the client the token
+                path.write_text(new)
             return read[-1]
 
         return counted
 
-    newer = token("ann")
     monkeypatch.setattr(arguments, "token_source", source)
-    with Server(tmp_path, "--jwt-key=jwt.key") as server, streams(monkeypatch) as (writer, _):
-        posting = start(server, "--post", f"--token-file={path}")
-        await asyncio.to_thread(server.log.wait, "joined main")
-        path.write_text(newer)
-        await again.wait()
-        writer.write(b"hi\n")
-        writer.close()
-        assert await posting == 0
-        assert server.log.text.count("joined main") == 1
+    with Server(tmp_path, "--jwt-key=jwt.key") as server, streams(monkeypatch, given=b"hi\n"):
+        assert await start(server, "--post", f"--token-file={path}") == 0
+    assert read == [old, old, new]
     assert messages(tmp_path)[2:] == ["hi"]
 
 
@@ -426,6 +419,30 @@ def test_outbox_after_a_kill(tmp_path):
             one.type(CTRL_D)
         assert [one.end() for one in both] == [(0, True)] * 2
     assert messages(tmp_path)[2:] == ["typed offline"]
+
+
+def test_full_disk_under_the_output(tmp_path):
+    with Server(tmp_path) as server, pathlib.Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, server.url],
+            env=terminal_environment(tmp_path),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=LONG,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"chatd.client: standard output cannot be written: No space left on device\n"
+
+
+@asynchronous
+async def test_output_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    with Server(tmp_path) as server, streams(monkeypatch):
+        full = os.open("/dev/full", os.O_WRONLY)
+        monkeypatch.setattr(program, "STDOUT", full)
+        assert await start(server) == 1
+        os.close(full)
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_interrupt_of_a_reader(tmp_path):

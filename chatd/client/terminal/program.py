@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,9 +44,9 @@ class Stop:
         self._event.set()
 
     async def wait(self) -> None:
-        """Wait for the next signal."""
-        self._event.clear()
+        """Wait for a signal that no earlier call has returned for."""
         await self._event.wait()
+        self._event.clear()
 
 
 async def race(*ways: Awaitable[Any]) -> None:
@@ -108,26 +108,29 @@ def state_folder(environ: Mapping[str, str]) -> Path:
     return (path if path.is_absolute() else Path.home() / ".local" / "state") / "chatd"
 
 
-def open_storage(environ: Mapping[str, str]) -> tuple[Storage, str | None]:
-    """Return where unsent messages are kept, and why that is only the memory of this program, if it is."""
+def open_storage(environ: Mapping[str, str], stack: AsyncExitStack) -> tuple[Storage, str | None]:
+    """Return the storage of unsent messages, and the reason if that is only the memory of this program.
+
+    `stack` closes it.
+    """
     try:
         folder = state_folder(environ)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return FileStorage(folder / "outbox.sqlite"), None
+        storage = FileStorage(folder / "outbox.sqlite")
     except (OSError, RuntimeError, sqlite3.Error) as error:
-        return (
-            MemoryStorage(),
-            f"the outbox cannot be kept in a file, so unsent messages end with this program: {error}",
-        )
+        return MemoryStorage(), f"unsent messages cannot be kept in a file, and end with this program: {error}"
+    stack.callback(storage.close)
+    return storage, None
 
 
 async def talk(options: ChatOptions, stop: Stop) -> int:
     """Lead a conversation in the terminal."""
-    storage, problem = open_storage(os.environ)
     dumb = os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
     say = print_lines(sys.stdout) if dumb else print_above
     width = (lambda: shutil.get_terminal_size().columns) if dumb else screen_width
-    async with join(options, storage) as client:
+    async with AsyncExitStack() as stack:
+        storage, problem = open_storage(os.environ, stack)
+        client = await stack.enter_async_context(join(options, storage))
         room = client.room(options.address.room)
         conversation = Conversation(room, options.username, say, width, can_change=options.token is not None)
         if problem:
@@ -177,7 +180,7 @@ def ended_by_sigint() -> Iterator[None]:
 async def read(options: ChatOptions) -> int:
     """Print the messages of a room until a signal, the reader or the server ends that."""
     line = json_line if options.json else text_line
-    gone = asyncio.Event()
+    gone, fault = asyncio.Event(), None
     watch_reader(STDOUT, gone.set)
     with ended_by_sigint(), open(STDOUT, "wb", closefd=False) as out:  # noqa: ASYNC230 -- it is open
         async with join(options) as client:
@@ -187,13 +190,15 @@ async def read(options: ChatOptions) -> int:
                 await race(print_entries(room, out, line), ended(room), gone.wait())
             except BrokenPipeError:
                 gone.set()
+            except OSError as error:
+                fault = f"standard output cannot be written: {error.strerror}"
             except Rejected:
                 pass  # the snapshot has it
-            error = room.snapshot().error
-        if gone.is_set():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # the rest of the buffer has no reader
-            return DONE
-    complain(refusal_words(error, options.address.room))
+            refusal = room.snapshot().error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # the rest of the buffer cannot be written
+    if gone.is_set():
+        return DONE
+    complain(fault or refusal_words(refusal, options.address.room))
     return FAILED
 
 
