@@ -36,9 +36,12 @@ def messages(folder, room="main"):
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
-    """Keep the outbox of each test apart."""
+    """Keep the outbox of each test apart, and leave no process behind."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv("CHATD_TOKEN", raising=False)
+    yield
+    while Tty.started:
+        Tty.started.pop().kill()
 
 
 # In this process

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
+from typing import ClassVar
 
 from support.servers import LONG, environment
 
@@ -24,6 +25,9 @@ def terminal_environment(folder, **changes):
 class Tty:
     """The program in a pseudo-terminal, whose raw output is in `output`."""
 
+    started: ClassVar[list[subprocess.Popen]] = []
+    """The processes of all terminals, which a test that fails leaves behind."""
+
     def __init__(self, folder, *words, **changes):
         self._master, tty = pty.openpty()
         termios.tcsetwinsize(tty, (24, 80))
@@ -37,6 +41,7 @@ class Tty:
             env=terminal_environment(folder, **changes),
             process_group=0,
         )
+        self.started.append(self.process)
         self.output = ""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, daemon=True)
