@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,8 @@ from chatd.client.view import ONLINE, REJECTED, STOPPED, WAITING
 
 DONE: Final = 0
 FAILED: Final = 1
+KEPT: Final = 20_000
+"""The most entries in memory of a program in a pipe, which may run for months: more than a resume returns at once."""
 STDIN: Final = 0
 STDOUT: Final = 1
 
@@ -108,19 +110,14 @@ def state_folder(environ: Mapping[str, str]) -> Path:
     return (path if path.is_absolute() else Path.home() / ".local" / "state") / "chatd"
 
 
-def open_storage(environ: Mapping[str, str], stack: AsyncExitStack) -> tuple[Storage, str | None]:
-    """Return the storage of unsent messages, and the reason if that is only the memory of this program.
-
-    `stack` closes it.
-    """
+def open_storage(environ: Mapping[str, str]) -> tuple[Storage, str | None]:
+    """Return the storage of unsent messages, and the reason if that is only the memory of this program."""
     try:
         folder = state_folder(environ)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        storage = FileStorage(folder / "outbox.sqlite")
+        return FileStorage(folder / "outbox.sqlite"), None
     except (OSError, RuntimeError, sqlite3.Error) as error:
         return MemoryStorage(), f"unsent messages cannot be kept in a file, and end with this program: {error}"
-    stack.callback(storage.close)
-    return storage, None
 
 
 async def talk(options: ChatOptions, stop: Stop) -> int:
@@ -128,9 +125,8 @@ async def talk(options: ChatOptions, stop: Stop) -> int:
     dumb = os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
     say = print_lines(sys.stdout) if dumb else print_above
     width = (lambda: shutil.get_terminal_size().columns) if dumb else screen_width
-    async with AsyncExitStack() as stack:
-        storage, problem = open_storage(os.environ, stack)
-        client = await stack.enter_async_context(join(options, storage))
+    storage, problem = open_storage(os.environ)
+    async with join(options, storage) as client:
         room = client.room(options.address.room)
         conversation = Conversation(room, options.username, say, width, can_change=options.token is not None)
         if problem:
@@ -153,7 +149,7 @@ async def talk(options: ChatOptions, stop: Stop) -> int:
 async def post(options: ChatOptions, stop: Stop) -> int:
     """Post the lines of standard input."""
     async with join(options) as client:
-        room = client.room(options.address.room, events=())
+        room = client.room(options.address.room, events=(), keep=KEPT)
         room.subscribe(report_states(room))
         poster = LinePoster(room)
         await race(poster.run(read_lines(STDIN, options.split)), ended(room), stop.wait())
@@ -184,7 +180,7 @@ async def read(options: ChatOptions) -> int:
     watch_reader(STDOUT, gone.set)
     with ended_by_sigint(), open(STDOUT, "wb", closefd=False) as out:  # noqa: ASYNC230 -- it is open
         async with join(options) as client:
-            room = client.room(options.address.room, events=())
+            room = client.room(options.address.room, events=(), keep=KEPT)
             room.subscribe(report_states(room))
             try:
                 await race(print_entries(room, out, line), ended(room), gone.wait())
