@@ -109,7 +109,7 @@ class ChatRoom:
 
     @property
     def error(self) -> Exception | None:
-        """What ended the room: Rejected or ClientStopped; None as long as the client keeps it connected."""
+        """The reason for which the room has ended: Rejected or ClientStopped.  It is None before."""
         return self._view.error
 
     def snapshot(self) -> Snapshot:
@@ -172,7 +172,7 @@ class ChatRoom:
         return self._room.request({"type": "history", **places, "limit": limit}, _PageRequester(answer))
 
     def _older(self, limit: int, answer: Requester) -> None:
-        """Read the page before the oldest entry, once for all who ask meanwhile."""
+        """Read the page before the oldest entry; requests that overlap share one page."""
         if not self._view.more:
             answer.callback(None)
             return

@@ -62,7 +62,7 @@ class Ending(NamedTuple):
 
     reason: str
     code: int = 0
-    """The code of the close frame, or the HTTP status of a refused handshake; 0 if there is none."""
+    """The code of the close frame, or the HTTP status of a refused handshake, or 0."""
     retry_after: float | None = None
     """The seconds after which the server wants the client back, if it named them."""
 

@@ -31,7 +31,7 @@ class PendingPost:
     at: int
     """The order of the posts: about the time in milliseconds since 1970."""
     frame: Mapping[str, Any]
-    """What the server gets, without the label: a message, an edit (`replaces`) or a removal (`type`, `id`)."""
+    """The frame for the server, without its label: a message, an edit (`replaces`) or a removal (`type`, `id`)."""
     since: Id | None = None
     """The newest entry that the client had when the post was made."""
     error: Rejected | None = None

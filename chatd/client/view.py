@@ -1,4 +1,4 @@
-"""What a program shows of a room: a pure listener of the client that keeps entries, presence, typing and the state."""
+"""The view of a room: a pure listener of the client that keeps entries, presence, typing and the state."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class RoomPresence:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What to show of a room.  It never changes."""
+    """The state and the messages of a room at one instant.  It never changes."""
 
     state: str
     """`connecting`, `online`, `waiting`, `rejected` or `stopped`."""
@@ -105,7 +105,7 @@ def page_of(history: History) -> EntryPage:
 
 
 class EntryReader(Protocol):
-    """One who reads the entries one by one."""
+    """Reads the entries in order, as an iterator does."""
 
     last: Id | None
     """The id of the entry that it had last; None before the first one."""
@@ -131,12 +131,12 @@ class View(Timers, Listener):
         self._keep = keep
         self._ended = ended
         self.readers: WeakSet[EntryReader] = WeakSet()
-        """Those who read the entries one by one, and get all of them."""
+        """The iterators, which miss no entry."""
         self.version = 0
         """The number of changes."""
         self._calls: set[Callable[[], None]] = set()
         self._typists: dict[str, Callable[[], None]] = {}
-        """Those who type, each with the call that forgets it."""
+        """The names of people who type, each with the call that forgets it."""
         self.state = CONNECTING
         self.reason: str | None = None
         self.error: Exception | None = None

@@ -45,7 +45,7 @@ class ModelServer:
         """The texts that were lost with a log."""
         self.queue = []
         self.refusals = 0
-        """How many of the next posts are refused for now."""
+        """The number of the next posts that are refused for now."""
 
     def connect(self, last):
         self.queue = []

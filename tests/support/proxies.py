@@ -14,7 +14,7 @@ class CuttingProxy:
         self._writers = set()
         self.cuts = 0
         self.silent = False
-        """True while bytes of the server get lost, as behind a network that is gone."""
+        """True while bytes of the server get lost, as on a broken network."""
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)

@@ -37,6 +37,9 @@ SINGULAR_AND_PLURAL = {"Connection", "connection", "Option", "PendingPost", "San
 """Names that may exist with an `s` too: one of them and the set of all; twistd itself names a class Options."""
 COMMON = {"Client", "Room"}
 """Names that the clients on asyncio and on Twisted have in common."""
+CLIENT_RULES = {f"chatd.client.{name}" for name in ("protocol", "core", "connector", "view", "outbox", "chatroom")}
+"""The modules of the client that every event loop can drive."""
+EVENT_LOOPS = {"asyncio", "autobahn", "socket", "threading", "twisted", "websockets"}
 AUTOBAHN_ADAPTERS = {"chatd.transport.autobahn_adapter", "chatd.client.connection"}
 """The modules that hold every use of Autobahn, one for the server and one for the client."""
 
@@ -105,6 +108,13 @@ def test_pure_packages_import_no_library(trees, package):
 def test_impure_import_is_found(trees, package, line, name):
     """The rule above fails for any other module, of the standard library too."""
     assert impure(trees | {f"{package}.added": ast.parse(line)}, package) == {name}
+
+
+def test_rules_of_the_client_know_no_event_loop(trees):
+    """The clients on asyncio and on Twisted share them."""
+    assert {*trees} >= CLIENT_RULES
+    found = {(module, name) for module in CLIENT_RULES for name in imported(trees[module])}
+    assert {(module, name) for module, name in found if name.partition(".")[0] in EVENT_LOOPS} == set()
 
 
 def test_only_programs_import_the_global_reactor(trees):

@@ -110,6 +110,7 @@ async def test_server_names_the_time_of_the_next_attempt():
         assert shown.retry_at > time.time() + 500
         room.reconnect()
         assert room.snapshot() is shown
+        room.post("unsent").cancel()
         room.stop()
         assert room.snapshot().state == "stopped"
         assert [entry async for entry in room] == []
@@ -221,7 +222,7 @@ async def test_handshake_that_hangs(monkeypatch):
 
 
 @quiet
-async def test_error_that_nobody_expects(monkeypatch, caplog):
+async def test_unexpected_error(monkeypatch, caplog):
     """It is logged, and the client goes on."""
 
     def broken(*_, **__):
