@@ -58,7 +58,8 @@ class ModelServer:
             self._start_over(resumed=None if last is None else False)
 
     def lose(self, count):
-        """Lose the newest entries, as Redis may in a failover: the epoch changes."""
+        """Lose the newest entries, as Redis may in a failover: the epoch changes, and acks that wait never arrive."""
+        self.queue = [frame for frame in self.queue if b'"type":"ack"' not in frame]
         self.epoch = chr(ord(self.epoch[0]) + 1) * 4
         kept = max(0, len(self.log) - count)
         self.lost |= {entry.message for entry in self.log[kept:]}

@@ -32,7 +32,8 @@ STEPS = st.lists(
         st.tuples(st.just("restart"), st.none()),
         st.tuples(st.just("wait"), st.floats(0, 2)),
     ),
-    max_size=60,
+    min_size=10,
+    max_size=80,
 )
 
 
@@ -76,9 +77,10 @@ class Story:
         self.table.server.append("other")
 
     def edit(self, number):
-        originals = [entry.number for entry in self.table.server.log if entry.message == "other"]
+        log = self.table.server.log
+        originals = [entry.number for entry in log if entry.username == "bob" and entry.replaces is None]
         if originals:
-            self.table.server.append("edited", originals[number % len(originals)])
+            self.table.server.append(f"edit {len(log)}", originals[number % len(originals)])
 
     def refuse(self, count):
         self.table.server.refusals = count
@@ -113,6 +115,8 @@ class Story:
 @given(STEPS)
 @example([("connect", None), ("post", None), ("exchange", 1), ("cut", None), ("connect", None), ("exchange", 3)])
 @example([("post", None), ("connect", None), ("exchange", 9), ("lose", 4), ("post", None), ("exchange", 1)])
+@example([("connect", None), ("exchange", 1), ("post", None), ("exchange", 1), ("lose", 0)])
+@example([("connect", None), ("other", None), ("edit", 0), ("exchange", 9), ("edit", 0), ("exchange", 9)])
 @REPEATABLE
 def test_nothing_is_lost_or_doubled(steps):
     """The room shows its log in order, and each post that was not lost with a log is in it once."""
