@@ -86,7 +86,7 @@ export class MessageList {
     this.feed.setAttribute("role", "feed");
     this.feed.setAttribute("aria-label", "Messages");
     this.newest.type = "button";
-    this.newest.hidden = true;
+    this.newest.hidden = this.feed.hidden = true;
     this.scroller.append(this.top, this.feed);
     this.element.replaceChildren(this.scroller, this.newest);
     this.#view = new Viewport(this.scroller, this.feed);
@@ -248,6 +248,7 @@ export class MessageList {
       article.node.remove();
     }
     this.#rows = rows;
+    this.feed.hidden = !rows.length; // a feed has an article
     rows.forEach((article, at) => this.#fill(article, this.#window.start + at));
     this.#place(active);
     if (active && !this.#articles.has(active.key)) {

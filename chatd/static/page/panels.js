@@ -40,13 +40,17 @@ export function createPanels(panels, regions, leave) {
   for (const panel of panels) {
     panel.closer = panel.panel.querySelector(".title button");
     panel.closer.addEventListener("click", () => close(true));
+    // What the panel does not cover belongs to it too, so a touch beside it only closes it.
+    panel.panel.addEventListener("click", ({ target, clientX }) => {
+      const { left, right } = panel.panel.getBoundingClientRect();
+      if (open && target === panel.panel && (clientX < left || clientX > right)) close(true);
+    });
     panel.button.addEventListener("click", () => {
       show(panel);
       panel.panel.focus();
     });
   }
   addEventListener("resize", () => open && !isShown(open.closer) && close(false)); // the page is wide now
-  document.addEventListener("pointerdown", ({ target }) => open && !open.panel.contains(target) && close(true));
   document.addEventListener("keydown", (event) => {
     if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
     if (event.key === "F6" && !event.ctrlKey && !event.altKey && !event.metaKey) {
