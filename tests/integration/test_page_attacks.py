@@ -5,6 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 from support.people import Person, join, room_url
+from support.redises import Proxy
 from support.servers import Server
 
 BLOCKED = """for (const name of ["localStorage", "sessionStorage", "indexedDB"])
@@ -107,3 +108,25 @@ def test_small_screen_with_a_long_title(tmp_path, visit):
         ann.write("hello")
         expect(ann.texts.last).to_be_in_viewport(ratio=1)
         assert ann.page.get_by_role("main").bounding_box()["height"] > 60
+
+
+def test_unsent_message_of_another_room(tmp_path, visit):
+    """It is sent after a reload at another room, and when one has left its room for many others."""
+    with Server(tmp_path) as server, Proxy(server.port) as proxy:
+        ann = join(visit, room_url(proxy.port, "main"), "ann")
+        bob = join(visit, room_url(server.port, "b"), "bob")
+        browser = ann.page.context
+        kept = re.compile(r"/rooms/\w+$|/static/")  # as by a cache
+        browser.route(kept, lambda route: route.fulfill(response=route.fetch()))
+        browser.set_offline(True)
+        proxy.cut()
+        go(ann, "b")
+        ann.write("from the tunnel")
+        expect(ann.pending).to_have_count(1)
+        for number in range(6):
+            go(ann, f"r{number}")
+        ann.page.reload()
+        ann.offline()
+        browser.set_offline(False)
+        ann.online()
+        bob.shows("from the tunnel")

@@ -24,6 +24,7 @@ const touch = matchMedia("(hover: none) and (pointer: coarse)"); // to focus a t
 
 const JOINED = 4; // rooms; browsers open six streams of events to a server, and posts need one of them
 const visited = new Map(); // by name, last visit last: the room of chatd.js, and the newest id that was in sight
+const unsent = new Set(forAll.get("unsent")?.split(" ").filter(Boolean)); // rooms that have unsent messages
 let client;
 let me;
 let open; // the room that is shown: its name, its room of chatd.js and its list
@@ -103,6 +104,7 @@ function show() {
   status.show(snapshot);
   people.show(snapshot, me);
   open.list.update(snapshot);
+  noteUnsent();
   rooms.show(open.name, unreadIn);
   const unread = document.hidden ? unreadIn(open.name) : 0;
   document.title = `${unread ? `(${unread}) ` : ""}${open.name} · ${config.title}`;
@@ -126,6 +128,25 @@ function unreadIn(name) {
   return messages.slice(place + 1).filter(({ data }) => data.username !== me).length;
 }
 
+function join(name) {
+  const { room: known, seen } = visited.get(name) ?? {};
+  const room = client.room(name); // another one if the server refused the last
+  if (room !== known) room.subscribe(plan);
+  visited.delete(name);
+  visited.set(name, { room, seen });
+  return { room, seen };
+}
+/** Remember the rooms with unsent messages, which are joined after a reload, whichever room is shown. */
+function noteUnsent() {
+  const before = [...unsent].join(" ");
+  for (const [name, { room }] of visited) {
+    const { state, outbox } = room?.snapshot() ?? {};
+    if (outbox?.some(({ error }) => !error)) unsent.add(name);
+    else if (state === "online") unsent.delete(name);
+  }
+  const names = [...unsent].join(" ");
+  if (names !== before) forAll.set("unsent", names);
+}
 /** Show a room. The last few rooms stay joined: their unread messages are counted, and their posts sent. */
 function enter(name) {
   if (open) {
@@ -133,15 +154,11 @@ function enter(name) {
     open.list.close();
     announce(`Room ${name}`);
   }
-  const { room: known, seen } = visited.get(name) ?? {};
-  const room = client.room(name); // another one if the server refused the last
-  if (room !== known) room.subscribe(plan);
-  visited.delete(name);
-  visited.set(name, { room, seen });
-  for (const other of [...visited.values()].slice(0, -JOINED)) {
-    if (!other.room || other.room.snapshot().outbox.length) continue;
-    other.room.stop();
-    other.room = undefined;
+  const { room, seen } = join(name);
+  for (const [other, place] of [...visited].slice(0, -JOINED)) {
+    if (unsent.has(other)) continue;
+    place.room?.stop();
+    place.room = undefined;
   }
   const actions = { canChange, retry: ({ label }) => room.retry(label), discard: ({ label }) => room.discard(label) };
   if (config.tokens) Object.assign(actions, { edit: composer.edit, remove: ({ id }) => room.remove(id) });
@@ -196,6 +213,7 @@ function begin(name) {
   me = name;
   element("my-name").textContent = name;
   client = new Client(root, { username: name, token: config.tokens && token() ? token : undefined });
+  for (const name of unsent) join(name);
   enter(roomAt(root, location.href));
   if (config.tokens) listRooms();
   if (!touch.matches) home();
@@ -234,7 +252,7 @@ addEventListener("popstate", () => {
   if (open && name !== open.name) enter(name); // only the fragment may have changed
 });
 addEventListener("hashchange", () => takeToken() && location.reload());
-document.addEventListener("visibilitychange", () => open && plan());
+document.addEventListener("visibilitychange", () => open && show());
 takeToken();
 if (config.tokens) {
   const claim = token() ? claimsOf(token())[config.tokens] : config.username;
