@@ -115,13 +115,15 @@ class ChatPage:
         )
 
     def _compose(self, root: str, room: str, username: str) -> StaticFile:
+        fields = self._vocabulary.message.schema["properties"]
         values = {
             **self._settings,
             "root": root,
             "room": room,
             "username": username,
             "version": chatd.__version__,
-            "max_message": self._vocabulary.message.schema["properties"]["message"]["maxLength"],
+            "max_message": fields["message"]["maxLength"],
+            "max_username": fields["username"]["maxLength"],
         }
         link = ""
         if self.stylesheet is not None:

@@ -779,7 +779,7 @@ def test_hangup_reads_the_schema_again(reactor, kept, tmp_path, monkeypatch):
         return [*body["content"]["application/json"]["schema"]["properties"]]
 
     assert fields() == ["username", "message", "color", "label", "replaces"]
-    assert ' data-max-message="30"' in page_at(reactor, b"/")
+    assert ' data-max-message="30" data-max-username="30"' in page_at(reactor, b"/")
     assert 48_000 < factory.protocol.max_message == factory.protocol.maxFramePayloadSize < 60_000
     file.write_text(json.dumps(schema_with(size={"type": "integer"}, message={"type": "string", "maxLength": 600})))
     handlers[signal.SIGHUP](signal.SIGHUP, None)

@@ -16,6 +16,7 @@ import { claimsOf, createIntroduction, signInUrl, splitFragment, whyNotName } fr
 import { remedyWords } from "./words.js";
 
 const config = document.documentElement.dataset;
+const maxName = Number(config.maxUsername);
 const root = new URL("../../../", import.meta.url).href; // of the server, whose files are at static/VERSION/page/
 const [forTab, forAll] = [memory("sessionStorage"), memory("localStorage")];
 const element = (id) => document.getElementById(id);
@@ -233,6 +234,7 @@ const introduce = createIntroduction(
     input: element("name"),
     help: element("name-help"),
     cancel: element("keep-name"),
+    most: maxName,
   },
   {
     // What is unsent belongs to the name under which it was written.
@@ -265,6 +267,6 @@ if (config.tokens) {
   element("rename").hidden = false;
   element("rename").addEventListener("click", () => introduce(me));
   const name = forAll.get("name");
-  if (name && !whyNotName(name)) begin(name);
+  if (name && !whyNotName(name, maxName)) begin(name);
   else introduce();
 }

@@ -4,14 +4,12 @@
  */
 import { nameOf } from "./text.js";
 
-const MOST = 30; // characters of a name, as the schema counts them
-
-/** Return why a name is not possible, in one sentence; empty if it is. */
-export function whyNotName(name) {
+/** Return why a name is not possible, in one sentence; empty if it is. The schema allows `most` characters. */
+export function whyNotName(name, most) {
   if (!name) return "Type a name.";
   if (nameOf(name) !== name) return "Type a name that people can see.";
   const length = [...name].length;
-  return length > MOST ? `A name has ${MOST} characters at most, and this one has ${length}.` : "";
+  return length > most ? `A name has ${most} characters at most, and this one has ${length}.` : "";
 }
 
 /** Return the claims of a JSON Web Token, which only the server verifies; empty if it has none. */
@@ -45,7 +43,7 @@ export function signInUrl(login, page) {
  * Make the function that asks for a name, in place of another one if that is given. `take(name)` is called with it, and
  * `isBusy()` returns whether the old name is still needed.
  */
-export function createIntroduction({ dialog, heading, input, help, cancel }, { isBusy, take }) {
+export function createIntroduction({ dialog, heading, input, help, cancel, most }, { isBusy, take }) {
   let former;
   let chosen;
   function show(text, isFault) {
@@ -66,7 +64,7 @@ export function createIntroduction({ dialog, heading, input, help, cancel }, { i
   dialog.querySelector("form").addEventListener("submit", (event) => {
     const name = input.value.trim();
     const busy = former && name !== former && isBusy();
-    const fault = whyNotName(name) || (busy ? "Some of your messages are not sent yet. Change your name when they are." : "");
+    const fault = whyNotName(name, most) || (busy ? "Some of your messages are not sent yet. Change your name when they are." : "");
     if (fault) {
       event.preventDefault();
       show(fault, true);

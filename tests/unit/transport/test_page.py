@@ -75,6 +75,7 @@ def test_page_of_a_room(path, room, root):
         "tokens": "",
         "username": "",
         "max-message": "500",
+        "max-username": "30",
         "room": room,
         "version": chatd.__version__,
     }
