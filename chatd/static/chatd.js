@@ -167,9 +167,9 @@ function join(url, options) {
   function setStatus(next) {
     if (error) return;
     status = next;
-    if (leads && !is("stopped")) tell("follow", status);
     if (is("rejected")) error = new Rejected(status.reason, status.code);
     if (is("stopped")) error = new ClientStopped("the room was stopped");
+    if (leads && !error) tell("follow", status); // the next leader may have a better token
     if (error) {
       disconnect();
       clearInterval(beat);

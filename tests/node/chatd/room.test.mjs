@@ -252,6 +252,15 @@ test("a refused token is asked for again, and once only", async (t) => {
   await assert.rejects(other[Symbol.asyncIterator]().next(), { code: 401 });
 });
 
+test("a tab whose token is refused leaves the lead to another, which has its own", async (t) => {
+  const { url } = await guarded(t);
+  const shares = tabbed();
+  const refused = join_(t, url, { ...shares, token: () => "x.y.z" });
+  const other = join_(t, url, { ...shares, token: sign("ann", 600) });
+  await until(refused, ({ error }) => error);
+  await other.post("in");
+});
+
 test("a token function that fails is called again", async (t) => {
   const { url } = await guarded(t);
   let calls = 0;
