@@ -444,9 +444,8 @@ function join(url, options) {
         data.message === frame.message &&
         data.username === frame.username &&
         replaces === frame.replaces &&
-        follows(id, since) &&
         !taken.has(id);
-      const own = !error && log.entries.find(same);
+      const own = !error && log.after(since).entries.find(same);
       if (own) taken.add(own.id);
       return !own;
     });
