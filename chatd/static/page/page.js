@@ -10,7 +10,7 @@ import { memory } from "./memory.js";
 import { MessageList } from "./messages.js";
 import { createPanels } from "./panels.js";
 import { createPeople } from "./people.js";
-import { addressOf, createRooms, roomAt } from "./rooms.js";
+import { addressOf, createRooms, MAIN, roomAt } from "./rooms.js";
 import { createStatus } from "./status.js";
 import { claimsOf, createIntroduction, signInUrl, splitFragment, whyNotName } from "./user.js";
 import { remedyWords } from "./words.js";
@@ -21,7 +21,8 @@ const root = new URL("../../../", import.meta.url).href; // of the server, whose
 const [forTab, forAll] = [memory("sessionStorage"), memory("localStorage")];
 const element = (id) => document.getElementById(id);
 const box = element("box");
-const touch = matchMedia("(hover: none) and (pointer: coarse)"); // to focus a text would open the keyboard on the screen
+// Where one touches, focus in a text opens the keyboard on the screen.
+const touch = matchMedia("(hover: none) and (pointer: coarse)");
 
 const JOINED = 4; // rooms; browsers open six streams of events to a server, and posts need one of them
 const visited = new Map(); // by name, last visit last: the room of chatd.js, and the newest id that was in sight
@@ -106,7 +107,7 @@ function show() {
   people.show(snapshot, me);
   open.list.update(snapshot);
   noteUnsent();
-  rooms.show(open.name, unreadIn);
+  rooms.show(open.name, unreadIn, snapshot.error?.code !== 404);
   const unread = document.hidden ? unreadIn(open.name) : 0;
   document.title = `${unread ? `(${unread}) ` : ""}${open.name} · ${config.title}`;
   if (snapshot.error) refuse(snapshot.error);
@@ -188,7 +189,8 @@ function refuse({ code }) {
   if (expired) {
     forTab.remove("token");
     askToSignIn(words, "Sign in again");
-  } else gate.close(words, { button: "Try again", act: () => enter(open.name) });
+  } else if (code === 404 && open.name !== MAIN) gate.close(words, { button: "Open main", act: () => visit(MAIN) });
+  else gate.close(words, { button: "Try again", act: () => enter(open.name) });
   announce(words);
 }
 

@@ -14,8 +14,9 @@ const isShown = (element) => element.checkVisibility?.() ?? element.offsetParent
 
 /** Return what a panel covers; the headings and landmarks stay for screen readers. */
 function besides(panel) {
-  const around = [...document.body.children].filter((element) => element !== panel && !element.matches("dialog, #announcer"));
-  return around.flatMap((one) => (one.matches("header, main") ? [...one.children].filter((part) => !part.querySelector("h1")) : one));
+  const around = [...document.body.children].filter((one) => one !== panel && !one.matches("dialog, #announcer"));
+  const controls = (landmark) => [...landmark.children].filter((part) => !part.querySelector("h1"));
+  return around.flatMap((one) => (one.matches("header, main") ? controls(one) : one));
 }
 
 /** Make the panels: each a `panel` with its `button`. `regions` have an `element` and a `focus` function. */

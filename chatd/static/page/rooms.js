@@ -72,10 +72,10 @@ export function createRooms({ list, form, input, help, storage }, { open, href, 
     offer(names) {
       offered = names;
     },
-    /** Show a room as the one that is open, and how many messages are unread in the others. */
-    show(current, unreadOf) {
-      if (recent[0] !== current) {
-        recent = remember(recent, current);
+    /** Show a room as the one that is open, and how many messages are unread in the others. It may not exist. */
+    show(current, unreadOf, exists) {
+      if (exists ? recent[0] !== current : recent.includes(current)) {
+        recent = exists ? remember(recent, current) : recent.filter((name) => name !== current);
         storage.set("rooms", recent.join(" "));
       }
       const names = [...new Set([MAIN, current, ...offered, ...recent])].sort();
@@ -87,7 +87,8 @@ export function createRooms({ list, form, input, help, storage }, { open, href, 
         unread.textContent = count ? `${count} new` : "";
       }
       const items = names.map((name) => links.get(name).item);
-      if (items.some((item, place) => list.children[place] !== item)) list.replaceChildren(...items);
+      const same = items.length === list.children.length && items.every((item, place) => list.children[place] === item);
+      if (!same) list.replaceChildren(...items);
     },
   };
 }

@@ -4,6 +4,8 @@
  */
 import { nameOf } from "./text.js";
 
+const UNSENT = "Some of your messages are not sent yet. Change your name when they are.";
+
 /** Return why a name is not possible, in one sentence; empty if it is. The schema allows `most` characters. */
 export function whyNotName(name, most) {
   if (!name) return "Type a name.";
@@ -64,7 +66,7 @@ export function createIntroduction({ dialog, heading, input, help, cancel, most 
   dialog.querySelector("form").addEventListener("submit", (event) => {
     const name = input.value.trim();
     const busy = former && name !== former && isBusy();
-    const fault = whyNotName(name, most) || (busy ? "Some of your messages are not sent yet. Change your name when they are." : "");
+    const fault = whyNotName(name, most) || (busy ? UNSENT : "");
     if (fault) {
       event.preventDefault();
       show(fault, true);
