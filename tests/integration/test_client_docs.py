@@ -9,8 +9,7 @@ import shlex
 import subprocess
 import sys
 
-from playwright.sync_api import expect
-from support.browser import site
+from support.browser import expect, site
 from support.servers import LONG, NODE, ROOT, Lines, Server, environment, need, stored
 from support.terminals import Tty, terminal_environment
 from support.tokens import SECRET, token

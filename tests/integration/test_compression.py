@@ -6,12 +6,12 @@ import json
 import random
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import websockets
-from support.browser import Page
 from support.loops import asynchronous
-from support.servers import NODE, Server, environment, need
+from support.servers import LONG, NODE, Server, environment, need
 from websockets.extensions.permessage_deflate import PerMessageDeflate
 
 from chatd.room.keyframes import KEYFRAME, LEAST_MEMBERS
@@ -174,16 +174,29 @@ async def busy(client, witnessed):
     await say(client, witnessed, "the last")
 
 
-@asynchronous
-async def test_chromium_joins_a_busy_room(tmp_path):
+def test_chromium_joins_a_busy_room(tmp_path, visit):
     """The browser also compresses what it posts."""
-    with Server(tmp_path) as server, Page(tmp_path / "profile", f"http://localhost:{server.port}/") as page:
-        url = f"ws://localhost:{server.port}/"
-        script = "var found = new Promise((done) => {" + collect(url, "chromium", "done(sockets)") + "})"
+
+    async def keep_busy(server):
         async with witness(server.url) as (client, witnessed):
-            page.run(script)
             await busy(client, witnessed)
-        found = page.run("(await found).map(({socket, texts}) => [socket.extensions, texts])")
+        return witnessed
+
+    with Server(tmp_path) as server, ThreadPoolExecutor(1) as thread:  # Playwright has the loop of this one
+        page, url = visit(f"http://localhost:{server.port}/about"), f"ws://localhost:{server.port}/"
+        begin = collect(url, "chromium", "done(sockets)")
+        page.evaluate(f"""
+            window.found = new Promise((done) => {{
+              const first = new WebSocket("{url}");
+              first.onmessage = ({{ data }}) => {{
+                if (JSON.parse(data).type !== "message") return; // the witness has joined
+                first.close();
+                {begin}
+              }};
+            }});
+            0""")
+        witnessed = thread.submit(asyncio.run, keep_busy(server)).result(LONG)
+        found = page.evaluate("found.then((all) => all.map(({socket, texts}) => [socket.extensions, texts]))")
     assert len(found) == SOCKETS
     for extensions, texts in found:
         assert extensions == "permessage-deflate; server_max_window_bits=12; client_no_context_takeover"

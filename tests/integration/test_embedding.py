@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from playwright.sync_api import expect
+from support.browser import expect
 from support.redises import free_port
 from support.servers import LONG, ROOT, Lines, Server, certificate_for, environment, need
 

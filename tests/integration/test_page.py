@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from playwright.sync_api import expect
+from support.browser import expect
 from support.people import Person, join, post, room_url
 from support.servers import Server
 from support.tokens import SECRET, token

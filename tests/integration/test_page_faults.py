@@ -6,7 +6,7 @@ import re
 import urllib.request
 
 import pytest
-from playwright.sync_api import expect
+from support.browser import expect
 from support.people import Person, join, post, room_url
 from support.redises import Proxy, Redis, free_port
 from support.servers import LONG, LOOPBACK, Server, stored

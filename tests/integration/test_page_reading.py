@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from playwright.sync_api import expect
+from support.browser import expect
 from support.needs import MODULES, need
 from support.people import Person, join, post, room_url
 from support.redises import Proxy

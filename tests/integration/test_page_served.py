@@ -4,8 +4,7 @@ import json
 import re
 from urllib.parse import parse_qs, urlsplit
 
-from playwright.sync_api import expect
-from support.browser import site
+from support.browser import expect, site
 from support.firefox import Firefox
 from support.people import Person, room_url
 from support.redises import Proxy, free_port

@@ -11,9 +11,13 @@ import re
 import threading
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
 from support.needs import need
 from support.servers import LONG
+
+try:
+    from playwright.sync_api import expect, sync_playwright
+except ImportError:  # it needs libstdc++, which a machine without a browser may lack
+    expect = sync_playwright = None
 
 FLAGS = (
     "--disable-gpu",
@@ -25,7 +29,11 @@ UNLIKE_PEOPLE = ("--disable-back-forward-cache",)
 OUTAGE = re.compile(r"WebSocket connection to |Failed to load resource: (net::|.* a status of 503 )")
 """Reports of the browser itself while a server cannot be reached or sends its clients elsewhere."""
 
-expect.set_options(timeout=5000)
+PATIENCE = 20_000
+"""Milliseconds after which a page that does not show what it should is a fault."""
+
+if expect is not None:
+    expect.set_options(timeout=PATIENCE)
 
 
 @contextlib.contextmanager
@@ -83,7 +91,7 @@ class Visits:
         """Return a page in a new profile. Options are those of Playwright's `new_context`."""
         context = self._browser.new_context(**options)
         self._contexts.append(context)
-        context.set_default_timeout(5000)
+        context.set_default_timeout(PATIENCE)
         context.on("console", self._report)
         context.on("weberror", lambda failure: self.errors.append(str(failure.error)))
         page = context.new_page()

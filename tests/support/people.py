@@ -3,7 +3,7 @@
 import json
 import re
 
-from playwright.sync_api import expect
+from support.browser import expect
 from support.servers import LONG
 from websockets.sync.client import connect
 
