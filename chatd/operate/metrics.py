@@ -47,6 +47,13 @@ LAGS: Final = (0, 1, 10, 100, 1000, 10_000)
 """Bounds for the number of messages that a member is behind.  Beyond the last, a member is evicted."""
 CODES: Final = tuple(CloseCode)
 """The close codes that are counted one by one.  Clients may invent others (RFC 6455, section 7.4.2)."""
+LOG_SIZES: Final = {
+    "messages": "Messages in the log.",
+    "bytes": "Bytes of the log, with its write-ahead log.",
+    "wal_bytes": "Bytes of the write-ahead log.",
+    "free_bytes": "Free bytes on the disk of the log.",
+}
+"""The help of the metrics of a store's size, by their units."""
 _STATM: Final = Path("/proc/self/statm")
 
 
@@ -163,7 +170,7 @@ class Metrics(Collector):
             gsum_value=lags.sum,
         )
         yield GaugeMetricFamily("chatd_tail_messages", "Newest messages of all rooms, held in memory.", held)
-        yield GaugeMetricFamily("chatd_tail_bytes", "Bytes of their frames.", size)
+        yield GaugeMetricFamily("chatd_tail_bytes", "Bytes of the newest messages, held in memory.", size)
         yield GaugeMetricFamily("chatd_compressed_bytes", "Bytes of compressed frames, held in memory.", compressed)
         yield GaugeMetricFamily(
             "chatd_histories_bytes",
@@ -260,7 +267,7 @@ class Metrics(Collector):
             sum_value=commits.sum,
         )
         for unit, number in self._store.usage().items():
-            yield GaugeMetricFamily(f"chatd_log_{unit}", "Size of the log, or free space on its disk.", number)
+            yield GaugeMetricFamily(f"chatd_log_{unit}", LOG_SIZES[unit], number)
 
     def _process(self) -> Iterator[Metric]:
         """Yield the metrics of the process under their common names.  Counting its open files would take too long."""

@@ -58,11 +58,13 @@ class Scrape:
 
     def __init__(self, text):
         self.types = {}
+        self.help = {}
         self.samples = {}
         for family in text_string_to_metric_families(text):
             assert family.documentation.endswith("."), family.name
             assert family.name not in self.types
             self.types[family.name] = family.type
+            self.help[family.name] = family.documentation
             for sample in family.samples:
                 key = sample.name, frozenset(sample.labels.items())
                 assert key not in self.samples

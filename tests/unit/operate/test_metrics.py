@@ -528,9 +528,9 @@ def test_size_of_a_log_in_a_file(sqlite, tmp_path):
     assert all(file.stat().st_size for file in files)
     assert scrape("chatd_log_bytes") == sum(file.stat().st_size for file in files)
     assert scrape("chatd_log_free_bytes") > 0
-    assert scrape.types == METRICS | dict.fromkeys(
-        ("chatd_log_bytes", "chatd_log_free_bytes", "chatd_log_wal_bytes"), "gauge"
-    )
+    names = ("chatd_log_bytes", "chatd_log_free_bytes", "chatd_log_wal_bytes")
+    assert scrape.types == METRICS | dict.fromkeys(names, "gauge")
+    assert len({scrape.help[name] for name in names}) == 3
 
 
 def test_scrape_with_a_failing_disk(tmp_path):
