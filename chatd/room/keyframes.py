@@ -110,6 +110,11 @@ class Keyframes:
         return self._stream.size
 
     @property
+    def first(self) -> int:
+        """The number of the oldest compressed frame that the room holds, or of the first one to come, or NEVER."""
+        return self._stream.first
+
+    @property
     def _wanted(self) -> bool:
         """True if another keyframe pays."""
         return self.members >= LEAST_MEMBERS

@@ -334,8 +334,8 @@ class Room:
         self.edited = edit.number
 
     def _forget_edits(self) -> None:
-        """Forget the edits that the tail has dropped."""
-        first = self._tail.first
+        """Forget the edits that the tail and the compressed frames have dropped."""
+        first = min(self._tail.first, self._keyframes.first)
         kept = {entry: [number for number in numbers if number >= first] for entry, numbers in self._edits.items()}
         self._edits = {entry: numbers for entry, numbers in kept.items() if numbers}
 

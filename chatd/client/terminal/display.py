@@ -6,6 +6,7 @@ Everything here returns text, or fragments: pairs of a prompt_toolkit style and 
 import re
 import unicodedata
 import zlib
+from itertools import accumulate
 from typing import Final
 
 from prompt_toolkit.utils import get_cwidth
@@ -65,9 +66,8 @@ def shorten(text: str, width: int) -> str:
     """Return a safe text in at most `width` cells, with an ellipsis if it is longer."""
     if cells(text) <= width:
         return text
-    while text and cells(text) >= width:
-        text = text[:-1]
-    return text + ELLIPSIS
+    fit = sum(end < width for end in accumulate(map(cells, text)))
+    return text[:fit] + ELLIPSIS
 
 
 def wrap(text: str, width: int, first: int | None = None) -> list[str]:

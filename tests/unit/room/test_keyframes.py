@@ -290,6 +290,26 @@ def test_removal_erases_the_edits_in_the_stream(busy, log, clock):
     assert [text["data"]["message"] for text in busy.second.texts] == ["good morning", "sesame 2", REMOVED]
 
 
+def test_removal_erases_edits_that_the_tail_has_dropped(busy, log, clock, short_tail):
+    """The stream holds more frames than the tail."""
+    busy.leave(busy.second)
+    busy.say(1)
+    busy.second = busy.enter()
+    slow = busy.first
+    slow.space = 0
+    busy.say(1)  # the transport holds it
+    log.edit(1, "sesame")
+    clock.turns()
+    busy.say(300)
+    assert busy.room.held[0] < 300 < busy.room.head
+    log.remove(1)
+    slow.drain(busy.room)
+    clock.turns()
+    busy.say()
+    assert slow.numbers == [*range(1, 305)] + [305]
+    assert "sesame" not in [text["data"]["message"] for text in slow.texts if text["type"] == "message"]
+
+
 def test_removal_of_what_is_not_in_the_stream(busy, log, clock):
     busy.leave(busy.second)
     busy.say(2)
