@@ -63,6 +63,14 @@ def test_joiners_that_hide_a_difference():
     assert safe("ann\u200c") == "ann\ufffd"
 
 
+def test_long_text_is_shortened_in_one_look(monkeypatch):
+    """A draft of a megabyte must not stop the screen."""
+    looks = []
+    monkeypatch.setattr("chatd.client.terminal.display.get_cwidth", lambda character: looks.append(character) or 1)
+    assert shorten("x" * 5000, 20) == "x" * 19 + "…"
+    assert len(looks) <= 2 * 5000
+
+
 def test_directions_of_honest_texts_are_dropped():
     assert safe_lines("\u2067\u05e9\u05dc\u2069\u200f") == ["\u05e9\u05dc"]
 
