@@ -41,6 +41,7 @@ from chatd.client.protocol import (
     ClientStopped,
     Posted,
     Rejected,
+    checked_token,
     parse_frame,
 )
 from chatd.client.storage import FileStorage, MemoryStorage, PendingPost, Storage
@@ -178,9 +179,10 @@ class _Connection(SingleRoom):
 
     def stop(self) -> None:
         """Give up the room, and close the connection soon."""
-        self._stop()
-        self._schedule(self.start, None)
-        self._serving.cancel()
+        if self._end is None:  # a second call must not cut the closing handshake short
+            self._stop()
+            self._schedule(self.start, None)
+            self._serving.cancel()
 
     # For the rules
 
@@ -335,7 +337,12 @@ class _Connection(SingleRoom):
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 token = self._token() if callable(self._token) else self._token
-                self._bearer = await token if inspect.isawaitable(token) else token
+                self._bearer = checked_token(await token if inspect.isawaitable(token) else token)
+        except asyncio.CancelledError:
+            if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                raise
+            self.log_failure("the function that returns the token was cancelled")
+            return False
         except Exception:  # noqa: BLE001 -- it is the application's
             self.log_failure("the function that returns the token failed")
             return False

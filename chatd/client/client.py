@@ -21,7 +21,7 @@ from chatd.client.address import ServerAddress
 from chatd.client.connection import ClientConnection, ClientFactory
 from chatd.client.connector import ConnectorCore, SingleRoom
 from chatd.client.core import Listener, RoomCore
-from chatd.client.protocol import WINDOW, Backoff, Frame, History, Posted, parse_frame
+from chatd.client.protocol import WINDOW, Backoff, Frame, History, Posted, checked_token, parse_frame
 from chatd.messages import Id
 
 _logger = Logger()
@@ -146,7 +146,7 @@ class Connector(ConnectorCore):
     def _take_token(self) -> bool:
         """Get the token for the next handshake or renewal; return False if its function raises."""
         try:
-            self._bearer = self._token() if callable(self._token) else self._token
+            self._bearer = checked_token(self._token() if callable(self._token) else self._token)
         except Exception:  # noqa: BLE001 -- it is the application's
             self.log_failure("the function that returns the token failed")
             return False

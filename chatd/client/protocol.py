@@ -8,6 +8,7 @@ This module is pure: frames in, frames out, and answers that are called back whe
 """
 
 import base64
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,15 @@ class ClientStopped(Exception):
 
 
 # Tokens
+
+_TOKEN = re.compile(r"[!-~]+")
+
+
+def checked_token(token: object) -> str | None:
+    """Return a token that a header can carry, or None; raise ValueError, which does not show it, for any other."""
+    if token is None or (isinstance(token, str) and _TOKEN.fullmatch(token)):
+        return token
+    raise ValueError("a token is a text of printable ASCII characters without spaces")
 
 
 def seconds_to_renewal(token: str, now: float) -> float | None:

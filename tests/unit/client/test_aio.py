@@ -280,6 +280,56 @@ async def test_renewal_in_a_room_that_is_stopped():
     assert waiting.cancelled()
 
 
+@quiet
+async def test_token_function_that_is_cancelled(caplog):
+    """It fails as one that raises, and is called again."""
+    tokens = iter([asyncio.CancelledError(), "secret"])
+
+    async def issue():
+        if isinstance(found := next(tokens), BaseException):
+            raise found
+        return found
+
+    async with Script(greet) as server, user(server.url, token=issue) as client:
+        room = client.room()
+        assert await reason(room) == "there is no token"
+        await until(room, is_online)
+    assert "the function that returns the token was cancelled" in caplog.text
+
+
+@quiet
+async def test_token_that_no_header_can_carry(caplog):
+    """It is shown nowhere."""
+    async with Script(greet) as server, user(server.url, token="secret\n") as client:
+        assert await reason(client.room()) == "there is no token"
+        assert server.paths == []
+    assert "printable ASCII" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@quiet
+async def test_second_stop_leaves_the_closing_handshake(monkeypatch):
+    """The connection is closed even if the server does not answer."""
+    monkeypatch.setattr("chatd.client.aio.CLOSE_SECONDS", 0.05)
+
+    async def silent(connection):
+        await connection.send(history(0))
+        connection.transport.pause_reading()
+        await over.wait()
+        connection.transport.abort()
+
+    over = asyncio.Event()
+    async with Script(silent) as server, user(server.url) as client:
+        room = client.room()
+        await until(room, is_online)
+        transport = room._connection._socket.transport
+        room.stop()
+        await asyncio.sleep(0.01)
+        await client.close()
+        assert transport.is_closing()
+        over.set()
+
+
 def test_address_that_is_no_url():
     with pytest.raises(ValueError, match="is not a URL"):
         Client("localhost:8085")
