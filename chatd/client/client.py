@@ -103,7 +103,10 @@ class Connector(ConnectorCore):
 
     @override
     def _connect(self) -> None:
-        if not self._take_token():
+        taken = self._take_token()
+        if self._end is not None:
+            return  # on_attempt or the function that returns the token has stopped the client
+        if not taken:
             self._reconnect("there is no token", None)
             return
         self._attempt = self._endpoint.connect(self._factory)

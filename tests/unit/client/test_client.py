@@ -869,6 +869,22 @@ def test_unauthorized():
     assert table.watch.kinds() == ["on_reject"]
 
 
+def test_client_that_its_own_functions_stop():
+    """It does not connect any more."""
+    tables = []
+
+    def issue():
+        if tables:
+            tables[0].client.stop()
+        return "secret"
+
+    table = Table(token=issue)
+    attempts = len(table.endpoint.attempts)
+    tables.append(table)
+    table.client.start()
+    assert len(table.endpoint.attempts) == attempts
+
+
 def test_function_that_returns_no_token():
     """A function that raises delays the connection, or the renewal is left out."""
     issuer = Issuer(None)
