@@ -104,6 +104,9 @@ class LinePoster:
         except Rejected as error:
             self._refused += 1
             self._reason = self._reason or safe(str(error))
+            for post in self._room.snapshot().outbox:
+                if post.error is not None:
+                    self._room.discard(post.label)  # nobody tries it again
         except ClientStopped:
             return
         self._waiting -= 1

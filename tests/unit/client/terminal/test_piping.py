@@ -159,6 +159,7 @@ async def test_refused_lines_are_counted():
     room.accept("p3")
     await posting
     assert poster.fault() == "the server refused 2 messages (no␛)"
+    assert [asked for asked in room.asked if asked[0] == "discard"] == [("discard", "p1"), ("discard", "p2")]
 
 
 @asynchronous
