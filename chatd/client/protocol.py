@@ -177,6 +177,8 @@ _EDITS: Final = "replaces", "replaced"
 
 def _entry(number: int, data: dict[str, Any]) -> Entry:
     entry = Entry(number, data["username"], data["message"], data["timestamp"])
+    if not (isinstance(entry[1], str) and isinstance(entry[2], str) and isinstance(entry[3], str)):
+        raise TypeError
     if len(data) == len(_KNOWN):
         return entry
     return entry._replace(extra={name: value for name, value in data.items() if name not in _KNOWN})
@@ -330,6 +332,8 @@ class _PendingRequest:
 
     text: bytes
     answer: Requester
+    reads: bool
+    """True if a page answers it, and no ack."""
 
 
 class PendingRequests:
@@ -360,7 +364,8 @@ class PendingRequests:
             label = f"{self._name}.{self._count}"
         else:
             self._given[label] = self._count
-        self._requests[self._count] = _PendingRequest(orjson.dumps({**document, "label": label}), answer)
+        text, reads = orjson.dumps({**document, "label": label}), document.get("type") == "history"
+        self._requests[self._count] = _PendingRequest(text, answer, reads)
         heappush(self._unsent, self._count)
         return label
 
@@ -400,8 +405,11 @@ class PendingRequests:
         return max(0.0, self._until - now) if self._unsent and len(self._sent) < self._window else None
 
     def answer(self, frame: Ack | History) -> None:
-        """Complete the request that an ack or a page answers."""
-        request = self._take(frame.label)
+        """Complete the request that an ack or a page answers; raise ProtocolError if it is of the other kind."""
+        request, is_page = self._requests.get(self._number(frame.label)), isinstance(frame, History)
+        if request and request.reads != is_page:
+            raise ProtocolError(f"{'a page' if is_page else 'an ack'} answers a request of another kind")
+        self._take(frame.label)
         if request:
             self._window = min(self._window + 1, self._largest_window)
             request.answer.callback(Posted(frame.id, frame.duplicate) if isinstance(frame, Ack) else frame)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Final, NamedTuple, Protocol
 from weakref import WeakSet
 
@@ -102,6 +103,13 @@ def entries_of(epoch: str, entries: Sequence[Entry]) -> list[RoomEntry]:
 def page_of(history: History) -> EntryPage:
     """Return the page that a history frame holds."""
     return EntryPage(history.end, entries_of(history.end.epoch, history.entries), history.more)
+
+
+def _names(names: Any) -> list[str]:
+    """Return a list of names; raise TypeError if it is none."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError
+    return names
 
 
 class EntryReader(Protocol):
@@ -227,7 +235,7 @@ class View(Timers, Listener):
             if event.type == "presence":
                 self.presence = self._presence(data)
             elif event.type == "typing":
-                for name in data["users"]:
+                for name in _names(data["users"]):
                     self._type(name)
         except (LookupError, TypeError, AttributeError):
             raise ProtocolError(f"malformed {event.type} event") from None
@@ -275,8 +283,8 @@ class View(Timers, Listener):
     def _presence(self, data: Mapping[str, Any]) -> RoomPresence:
         users = data.get("users")
         if "join" in data and self.presence is not None and self.presence.users is not None:
-            users = {*self.presence.users} - {*data["leave"]} | {*data["join"]}
-        return RoomPresence(data["count"], None if users is None else sorted(users))
+            users = [*({*self.presence.users} - {*data["leave"]} | {*data["join"]})]
+        return RoomPresence(index(data["count"]), None if users is None else sorted(_names(users)))
 
     def _type(self, name: str) -> None:
         def forget() -> None:

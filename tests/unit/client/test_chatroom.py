@@ -478,9 +478,19 @@ def test_events_of_a_later_version():
     """Unknown events change nothing, and malformed ones end the connection."""
     table = ModelRoom().online()
     assert table.member.hear(text_frame(b'{"type":"weather","data":1}')) is None
-    for text in (b'{"type":"typing","data":7}', b'{"type":"presence","data":{}}', b'{"type":"presence"}'):
+    malformed = [
+        ("typing", b"7"),
+        ("typing", b'{"users":[7]}'),
+        ("typing", b'{"users":"ann"}'),
+        ("presence", b"{}"),
+        ("presence", b"null"),
+        ("presence", b'{"count":"many"}'),
+        ("presence", b'{"count":2,"users":[1,2]}'),
+    ]
+    for name, data in malformed:
+        text = b'{"type":"%s","data":%s}' % (name.encode(), data)
         assert table.member.hear(text_frame(text)) == "the server broke the protocol"
-    assert table.member.warnings == [f"malformed {name} event" for name in ("typing", "presence", "presence")]
+    assert table.member.warnings == [f"malformed {name} event" for name, _ in malformed]
 
 
 def test_typing_notices():

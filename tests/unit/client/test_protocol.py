@@ -135,6 +135,9 @@ def test_unknown_types_and_fields_are_accepted():
         b'{"type":"error","message":"m","retry_after":null}',
         b'{"type":[]}',
         b'"\xff"',
+        b'{"type":"message","id":"abcd-1","data":{"username":1,"message":"hi","timestamp":"2026"}}',
+        b'{"type":"message","id":"abcd-1","data":{"username":"ann","message":[],"timestamp":"2026"}}',
+        b'{"type":"message","id":"abcd-1","data":{"username":"ann","message":"hi","timestamp":null}}',
     ],
 )
 def test_malformed_frame(text):
@@ -283,12 +286,19 @@ def test_labels_are_valid_and_unique():
     assert len(two.box) == 2
 
 
-def test_page_request_is_answered_by_its_history():
-    said = Said().say()
-    said.sent()
-    page = history(7, 2, label=said.labels[0])
-    said.box.answer(page)
-    assert result_of(said.answers[0]) == page
+def test_answer_must_be_of_the_kind_of_its_request():
+    """Otherwise the request stays, and the next connection repeats it."""
+    box, post, read = PendingRequests(), Deferred(), Deferred()
+    posting, reading = box.add({"message": "hi"}, post), box.add({"type": "history"}, read)
+    texts = box.send(0.0)
+    page = history(7, 2, label=reading)
+    for wrong in (history(7, 2, label=posting), Ack(reading, Id("abcd", 7))):
+        with pytest.raises(ProtocolError, match="answers a request of another kind"):
+            box.answer(wrong)
+    box.connect()
+    assert box.send(0.0) == texts
+    box.answer(page)
+    assert result_of(read) == page
 
 
 def test_reconnect_repeats_requests_in_order_with_their_labels():
