@@ -155,6 +155,8 @@ async def test_refused_lines_are_counted():
     for _ in range(9):
         await asyncio.sleep(0)
     room.refuse("p1", Rejected("no\x1b"))
+    for _ in range(9):
+        await asyncio.sleep(0)  # the others have no answer yet
     room.refuse("p2", Rejected("never"))
     room.accept("p3")
     await posting
