@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -360,6 +361,12 @@ def test_run_as_a_program(tmp_path, monkeypatch):
         with streams(monkeypatch, given=b"hi\n"), pytest.raises(SystemExit) as ended:
             runpy.run_module("chatd.client", run_name="__main__", alter_sys=False)
     assert ended.value.code == 1
+
+
+def test_import_runs_nothing():
+    """Tools that import every module start no chat."""
+    assert importlib.import_module("chatd.client.__main__").main is program.main
+    del sys.modules["chatd.client.__main__"]  # else runpy warns of it
 
 
 def test_folder_of_the_outbox(monkeypatch):
