@@ -1412,7 +1412,7 @@ class LostLogMachine(RoomMachine):
     def settle(self):
         self.send_frame()
         self.log.release()
-        for _ in range(400):
+        for _ in range(2000):
             for client in self.clients:
                 if client.here and not client.member.ready:
                     client.member.drain(client.room)

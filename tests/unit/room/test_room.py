@@ -1350,7 +1350,7 @@ class SlowReadersMachine(RoomMachine):
     @rule()
     def settle(self):
         self.log.release()
-        for _ in range(400):
+        for _ in range(2000):
             for member, (room, _) in self.members.items():
                 if not member.ready:
                     member.drain(room)
