@@ -120,14 +120,6 @@ def parse_seed(path: str, message: Form = MESSAGE) -> tuple[Entry, ...]:
         raise ValueError(f"{path} {error}") from None
 
 
-def parse_jwt_key(text: str) -> Path | None:
-    """Check the file with the key for tokens, and return its path."""
-    path = _path(text)
-    if path is not None:
-        KeyFile(path, read_key)
-    return path
-
-
 def parse_jwks(text: str) -> str:
     """Check the URL of a key set, or the file with one, and return it."""
     if "://" in text:
@@ -158,14 +150,6 @@ def parse_title(text: str) -> str:
     return text
 
 
-def parse_stylesheet(text: str) -> Path | None:
-    """Check the file with the stylesheet of the page, and return its path."""
-    path = _path(text)
-    if path is not None:
-        read_stylesheet(path)
-    return path
-
-
 def parse_login_url(text: str) -> str:
     """Check the URL at which people get a token, and return it."""
     if not text:
@@ -187,14 +171,6 @@ def parse_switch(text: str) -> bool:
     return SWITCH[text.lower()]
 
 
-def parse_webhook_key(text: str) -> Path | None:
-    """Check the file with the keys for webhooks, and return its path."""
-    path = _path(text)
-    if path is not None:
-        read_secrets(path)
-    return path
-
-
 def parse_log_format(text: str) -> str:
     """Check the name of a log format, and return it."""
     if text not in LOG_FORMATS:
@@ -214,6 +190,18 @@ def _checked(check: Callable[[str], object]) -> Callable[[str], str]:
 
 def _path(text: str) -> Path | None:
     return Path(text) if text else None
+
+
+def _file(check: Callable[[Path], object]) -> Callable[[str], Path | None]:
+    """Return a parser that returns the path of a file if `check` accepts the file."""
+
+    def parse(text: str) -> Path | None:
+        path = _path(text)
+        if path is not None:
+            check(path)
+        return path
+
+    return parse
 
 
 class Settings(NamedTuple):
@@ -477,7 +465,7 @@ OPTIONS: Final = (
         default="",
         help="ask every client for a token (JSON Web Token), signed with the public key or the secret in a file: a PEM "
         "file allows only asymmetric algorithms, any other file only HS256",
-        parse=parse_jwt_key,
+        parse=_file(lambda path: KeyFile(path, read_key)),
         shown="none",
     ),
     Option(
@@ -531,7 +519,7 @@ OPTIONS: Final = (
         metavar="FILE",
         default="",
         help="add a CSS file to the page",
-        parse=parse_stylesheet,
+        parse=_file(read_stylesheet),
         shown="none",
     ),
     Option(
@@ -563,7 +551,7 @@ OPTIONS: Final = (
         metavar="FILE",
         default="",
         help="sign what is posted to webhooks with the keys in a file, one `whsec_…` a line",
-        parse=parse_webhook_key,
+        parse=_file(read_secrets),
         shown="none",
     ),
     Option(

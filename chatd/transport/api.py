@@ -53,7 +53,7 @@ from chatd.transport.frames import (
     removal,
 )
 from chatd.transport.framing import payload
-from chatd.transport.http import PROBLEM, ChatResource, answer, begin, problem, retry_after
+from chatd.transport.http import PROBLEM, ChatResource, answer, begin, header, problem, retry_after
 from chatd.transport.identity import ANYONE, Identity, refusal
 from chatd.transport.intake import Intake
 from chatd.transport.limits import Limits
@@ -143,7 +143,7 @@ def _refusal(request: Request, refused: HttpError) -> tuple[HTTPStatus, bytes, s
     stream that ends instead of a 503 or 429, and reconnects.
     """
     headers = {**retry_after(refused), **refused.headers}
-    streams = request.path.endswith(b"/events") and EVENT_STREAM_TYPE in (_header(request, b"accept") or "")
+    streams = request.path.endswith(b"/events") and EVENT_STREAM_TYPE in (header(request, b"accept") or "")
     if streams and refused.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
         return HTTPStatus.OK, b"retry: %d\n\n" % (int(headers["Retry-After"]) * 1000), EVENT_STREAM_TYPE
     for name, value in headers.items():
@@ -236,10 +236,10 @@ class Api(ChatResource):
 
     def _allow(self, request: Request) -> None:
         """Check the origin, and let its page read the answer (Fetch, section 3.2)."""
-        origin = _header(request, b"origin")
+        origin = header(request, b"origin")
         if not self._admission.any_origin:
             request.setHeader("vary", "Origin")
-        hosts = _header(request, b"host"), _header(request, b"x-forwarded-host")
+        hosts = header(request, b"host"), header(request, b"x-forwarded-host")
         self._admission.check_origin(origin, *hosts)
         allowed = "*" if self._admission.any_origin else origin
         if allowed is not None:
@@ -312,7 +312,7 @@ class Api(ChatResource):
             _moderator(request).admit(room, _visitor(request, known.username, known))
             return handler(known)
 
-        identity = self._tokens.identify(_header(request, b"authorization"), _header(request, b"cookie"))
+        identity = self._tokens.identify(header(request, b"authorization"), header(request, b"cookie"))
         if isinstance(identity, Identity):
             return admitted(identity)
         reply = Reply(request)
@@ -323,7 +323,7 @@ class Api(ChatResource):
         """Count a request of the address behind the connection; raise HttpError 429 above the rate."""
         address = request.getClientAddress()
         peer = str(getattr(address, "host", address))
-        wait = self._addresses.take(peer, _header(request, b"x-forwarded-for"), reading=reading)
+        wait = self._addresses.take(peer, header(request, b"x-forwarded-for"), reading=reading)
         if wait:
             status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(ceil(wait))}
             raise HttpError(status, "Rate limit exceeded", Code.RATE_LIMITED, headers)
@@ -332,7 +332,7 @@ class Api(ChatResource):
     def _preflight(self, request: Request, methods: str) -> int:
         """Answer a preflight request (Fetch, section 3.2.3)."""
         request.setHeader("allow", methods)
-        if _header(request, b"origin"):
+        if header(request, b"origin"):
             request.setHeader("access-control-allow-methods", methods)
             allowed = "Content-Type, Idempotency-Key, Last-Event-ID"
             request.setHeader(
@@ -350,7 +350,7 @@ class Api(ChatResource):
         def show(reader: Identity) -> Any:
             return self._room_page.render(request, path, room, reader.username)
 
-        cookies = _header(request, b"cookie")
+        cookies = header(request, b"cookie")
         if self._tokens is None or not cookies or not self._room_page.personal:
             return show(ANYONE)
         try:
@@ -471,17 +471,17 @@ class Api(ChatResource):
 
     def _post(self, request: Request, poster: Identity, room: str) -> int:
         """Post a message, and answer with its location."""
-        if (_header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
+        if (header(request, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             # No HTML form sends this type, so pages of other origins need a preflight request.
             raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-        if (_header(request, b"content-encoding") or IDENTITY).lower() != IDENTITY:
+        if (header(request, b"content-encoding") or IDENTITY).lower() != IDENTITY:
             accepted = {"Accept-Encoding": IDENTITY}
             raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send it without Content-Encoding", headers=accepted)
         try:
             post = _intake(request).vocabulary.parse_post(cast(BytesIO, request.content).read())
         except FrameError as error:
             raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
-        label = _idempotency_key(_header(request, b"idempotency-key"))
+        label = _idempotency_key(header(request, b"idempotency-key"))
         if label is not None:
             if post.label not in (None, label):
                 raise HttpError(HTTPStatus.BAD_REQUEST, 'Idempotency-Key and "label" differ')
@@ -490,7 +490,7 @@ class Api(ChatResource):
 
     def _remove(self, request: Request, poster: Identity, room: str, text: str) -> int:
         """Remove a message, and answer with the id of the removal."""
-        label = _idempotency_key(_header(request, b"idempotency-key"))
+        label = _idempotency_key(header(request, b"idempotency-key"))
         return self._append(request, poster, room, removal(message_id(text), label), HTTPStatus.OK)
 
     def _append(self, request: Request, poster: Identity, room: str, post: Post, status: HTTPStatus) -> int:
@@ -501,7 +501,7 @@ class Api(ChatResource):
         post = poster.sign(post, room)
         _moderator(request).admit_post(room, _visitor(request, post.username, poster))
         limits = _limits(request)
-        place = limits.place(request.getClientAddress(), _header(request, b"x-forwarded-for"))
+        place = limits.place(request.getClientAddress(), header(request, b"x-forwarded-for"))
         wait = 0.0 if self._rooms.holds_entries(room) else limits.room_wait(place)
         if wait:
             headers = {"Retry-After": str(ceil(wait))}
@@ -521,10 +521,10 @@ class Api(ChatResource):
         wanted = self._admission.join_request(path, read_query(query))
         if reader is not ANYONE:
             wanted = admit(wanted, reader)
-        last = last_id(_header(request, b"last-event-id")) or wanted.last
+        last = last_id(header(request, b"last-event-id")) or wanted.last
         if request.method == b"HEAD":
             return begin(request, EVENT_STREAM_TYPE)
-        cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
+        cast(Any, request.channel).begin_stream(header(request, b"x-forwarded-for"))
         stream = EventStream(request, self._rooms, self._connections, wanted)
         visitor = _visitor(request, wanted.username, wanted.identity)
         stream.member.address = visitor.address
@@ -542,7 +542,7 @@ class Api(ChatResource):
 
     def _shared_events(self, request: Request, reader: Identity, query: str) -> Any:
         """Answer with a stream of the events of many rooms, which are joined one after another."""
-        wanted = self._admission.join_requests(read_query(query), _header(request, b"last-event-id"), MAX_STREAM_ROOMS)
+        wanted = self._admission.join_requests(read_query(query), header(request, b"last-event-id"), MAX_STREAM_ROOMS)
         if reader is not ANYONE:
             wanted = [admit(one, reader) for one in wanted]
         moderator, visitor = _moderator(request), _visitor(request, wanted[0].username, reader)
@@ -550,7 +550,7 @@ class Api(ChatResource):
             moderator.admit(one.room, visitor)
         if request.method == b"HEAD":
             return begin(request, EVENT_STREAM_TYPE)
-        cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
+        cast(Any, request.channel).begin_stream(header(request, b"x-forwarded-for"))
         stream = SharedStream(request, self._rooms, self._connections, wanted)
         stream.member.address = visitor.address
         reply, limits = Reply(request), _limits(request)
@@ -599,7 +599,7 @@ def export(
         raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
     if request.method == b"HEAD":
         return begin(request, JSON_LINES)
-    cast(Any, request.channel).begin_stream(_header(request, b"x-forwarded-for"))
+    cast(Any, request.channel).begin_stream(header(request, b"x-forwarded-for"))
     first, refuse = wanted.after or Id(queue.rooms.epoch, 0), Reply(request).failed
     Export(queue, request, room, first, encode=encode, admit=admit, refuse=refuse, seconds_left=seconds_left)
     return NOT_DONE_YET
@@ -620,14 +620,8 @@ def _moderator(request: Request) -> Moderator:
 
 def _visitor(request: Request, username: str | None = None, identity: Identity = ANYONE) -> Visitor:
     """Return what identifies the client of a request to sanctions."""
-    address = _moderator(request).address(request.getClientAddress(), _header(request, b"x-forwarded-for"))
+    address = _moderator(request).address(request.getClientAddress(), header(request, b"x-forwarded-for"))
     return Visitor(username, identity.subject, address)
-
-
-def _header(request: Request, name: bytes) -> str | None:
-    """Return a header as it was sent, with all its lines; Twisted would decode it as UTF-8."""
-    values = request.requestHeaders.getRawHeaders(name)
-    return b", ".join(values).decode("latin-1") if values else None
 
 
 def message_id(text: str) -> Id:

@@ -115,6 +115,12 @@ def answer(request: Request, status: HTTPStatus, body: bytes, kind: str = "appli
     return b"" if request.method == b"HEAD" else body
 
 
+def header(request: Request, name: bytes) -> str | None:
+    """Return a header as it was sent, with all its lines; Twisted would decode it as UTF-8."""
+    values = request.requestHeaders.getRawHeaders(name)
+    return b", ".join(values).decode("latin-1") if values else None
+
+
 def begin(request: Request, kind: str) -> bytes:
     """Set the head of an answer of unknown length, and return no body."""
     body = answer(request, HTTPStatus.OK, b"", kind)

@@ -15,7 +15,8 @@ import gzip
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from http import HTTPStatus
 from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from twisted.web.http import Request
 from twisted.web.server import NOT_DONE_YET
 
 import chatd
-from chatd.transport.http import PROBLEM, ChatResource, answer, problem
+from chatd.transport.http import PROBLEM, ChatResource, answer, header, problem
 
 KINDS: Final = {
     ".css": "text/css; charset=utf-8",
@@ -69,33 +70,30 @@ class StaticFile(NamedTuple):
 
     def send(self, request: Request, **headers: str) -> Any:
         """Answer with the content, or with 304 if the client has it; `headers` are as in answer()."""
-        coding = "gzip" if _accepts_gzip(_header(request, b"accept-encoding")) else ""
+        coding = "gzip" if _accepts_gzip(header(request, b"accept-encoding") or "") else ""
         tag, body = self.bodies[coding]
         if coding:
             request.setHeader("content-encoding", coding)
         headers = {"vary": "Accept-Encoding", **headers, "etag": tag}
-        if tag not in _TAG.findall(_header(request, b"if-none-match")):
+        if tag not in _TAG.findall(header(request, b"if-none-match") or ""):
             return answer(request, HTTPStatus.OK, body, self.kind, **headers)
         answer(request, HTTPStatus.NOT_MODIFIED, b"", self.kind, **headers)
         request.finish()  # Twisted would add the length of the content, which a 304 leaves out
         return NOT_DONE_YET
 
 
-def _header(request: Request, name: bytes) -> str:
-    return (request.getHeader(name) or b"").decode("latin-1")
-
-
-def _accepts_gzip(header: str) -> bool:
+def _accepts_gzip(accepted: str) -> bool:
     """Return whether an Accept-Encoding allows gzip (RFC 9110, section 12.5.3)."""
-    for member in header.split(","):
+    for member in accepted.split(","):
         coding, _, weight = member.partition(";")
         if coding.strip().lower() == "gzip":
             return re.fullmatch(r"\s*q=0(\.0*)?\s*", weight) is None
     return False
 
 
-def read_files() -> dict[str, StaticFile]:
-    """Return the files that are served, by their names in chatd/static."""
+@cache
+def read_files() -> Mapping[str, StaticFile]:
+    """Return the files that are served, by their names in chatd/static; compress them once in a process."""
     return dict(_files(importlib.resources.files("chatd").joinpath("static"), ""))
 
 
