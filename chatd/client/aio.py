@@ -16,7 +16,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -28,7 +28,7 @@ from websockets.protocol import State
 from websockets.typing import Subprotocol
 
 from chatd.client.address import ServerAddress
-from chatd.client.chatroom import EVENTS, ChatRoom, room_address, server_address
+from chatd.client.chatroom import ChatClient, ChatRoom
 from chatd.client.connector import ConnectorCore, Ending, SingleRoom, SleepWatch
 from chatd.client.core import Listener, RoomCore
 from chatd.client.protocol import (
@@ -488,7 +488,7 @@ class RoomIterator:
         return entry
 
 
-class Client:
+class Client(ChatClient[Room]):
     """A user of one server.
 
     `url` is the address of the server, such as `http://localhost:8085` or `wss://chat.example`.
@@ -498,6 +498,8 @@ class Client:
     `storage` keeps unsent posts: in memory by default, or in a FileStorage.
     `ssl` is the TLS context, and `proxy` the URL of a proxy.  The settings of the machine count by default.
     `backoff` makes the pauses between attempts to connect, for each room.
+
+    Call its methods while the loop runs.
     """
 
     def __init__(
@@ -511,53 +513,32 @@ class Client:
         proxy: str | Literal[True] | None = True,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
-        self.username = username
-        self._address = server_address(url)
+        super().__init__(url, username=username, storage=storage, backoff=backoff)
         self._token = token
-        self._storage = storage or MemoryStorage()
-        self._backoff = backoff
         self._options: dict[str, Any] = {"proxy": proxy}
         if ssl is not None and self._address.secure:
             self._options["ssl"] = ssl
-        self._rooms: dict[str, Room] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: SleepWatch | None = None
 
-    def room(
-        self,
-        name: str = "main",
-        *,
-        events: Collection[str] = EVENTS,
-        last: Id | str | None = None,
-        keep: int | None = None,
-    ) -> Room:
-        """Join a room, or return it if this client is in it.  A room that has ended is joined again.
-
-        `events` are those wanted besides entries.  `last` is the last id of an earlier client, after which this one
-        continues.  `keep` is the number of entries to keep, for programs that run for long: the oldest ones are dropped
-        when all iterators have had them.  These options count when the room is joined.  Call this method while the loop
-        runs.
-        """
-        known = self._rooms.get(name)
-        if known is not None and known.error is None:
-            return known
+    @override
+    def _join(self, address: ServerAddress, last: Id | None, keep: int | None) -> Room:
         loop = asyncio.get_running_loop()
         if self._watch is None:
             self._watch = SleepWatch(_LoopClock(loop), time.time, self._wake)
             self._watch.start()
-        room = self._rooms[name] = Room(
+        return Room(
             loop,
-            room_address(self._address, name, sorted(events), self.username),
+            address,
             username=self.username,
             token=self._token,
-            last=Id.parse(last) if isinstance(last, str) else last,
+            last=last,
             keep=keep,
             storage=self._storage,
             backoff=self._backoff(),
             options=self._options,
             tasks=self._tasks,
         )
-        return room
 
     def stop(self) -> None:
         """Leave all rooms."""
@@ -580,7 +561,3 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    def _wake(self) -> None:
-        for room in self._rooms.values():
-            room.wake()

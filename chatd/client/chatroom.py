@@ -1,18 +1,20 @@
 """A room as a program uses it, without an event loop: the connection, the view and the outbox together.
 
+`ChatClient` holds the rooms of one user.
+
 `chatd.client.aio` and `chatd.client.tx` give it connections and timers, and return its answers as their futures.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final, Generic, TypeVar
 from urllib.parse import quote, urlencode
 
 from chatd.client.address import ServerAddress
 from chatd.client.connector import SingleRoom
 from chatd.client.core import Clock, Listener
 from chatd.client.outbox import Outbox
-from chatd.client.protocol import History, Requester
-from chatd.client.storage import Storage
+from chatd.client.protocol import Backoff, History, Requester, page_request
+from chatd.client.storage import MemoryStorage, Storage
 from chatd.client.view import ONLINE, EntryReader, RoomEntry, Snapshot, View, page_of
 from chatd.messages import Id
 
@@ -168,8 +170,7 @@ class ChatRoom:
         self._outbox.post({"type": "remove", "id": str(id_)}, answer, self._view.last)
 
     def _page(self, before: Id | str | None, after: Id | str | None, limit: int, answer: Requester) -> str | None:
-        places = {name: str(place) for name, place in (("before", before), ("after", after)) if place is not None}
-        return self._room.request({"type": "history", **places, "limit": limit}, _PageRequester(answer))
+        return self._room.request(page_request(before, after, limit), _PageRequester(answer))
 
     def _older(self, limit: int, answer: Requester) -> None:
         """Read the page before the oldest entry; requests that overlap share one page."""
@@ -178,8 +179,7 @@ class ChatRoom:
             return
         self._paging.append(answer)
         if len(self._paging) == 1:
-            before = {"before": str(self._view.oldest), "limit": limit}
-            self._room.request({"type": "history", **before}, _OlderRequester(self._view, self._paging))
+            self._room.request(page_request(self._view.oldest, None, limit), _OlderRequester(self._view, self._paging))
 
     def follow(self, reader: EntryReader) -> None:
         """Keep the entries that an iterator has not had yet."""
@@ -192,3 +192,48 @@ class ChatRoom:
 
     def _ended(self, error: Exception) -> None:
         self._outbox.stop(error)
+
+
+_Room = TypeVar("_Room", bound=ChatRoom)
+
+
+class ChatClient(Generic[_Room]):
+    """The rooms of one user of a server.  A host joins them and stops them."""
+
+    def __init__(
+        self, url: str, *, username: str | None, storage: Storage | None, backoff: Callable[[], Backoff]
+    ) -> None:
+        self.username = username
+        self._address = server_address(url)
+        self._storage = storage or MemoryStorage()
+        self._backoff = backoff
+        self._rooms: dict[str, _Room] = {}
+
+    def room(
+        self,
+        name: str = "main",
+        *,
+        events: Collection[str] = EVENTS,
+        last: Id | str | None = None,
+        keep: int | None = None,
+    ) -> _Room:
+        """Join a room, or return it if this client is in it.  A room that has ended is joined again.
+
+        `events` are those wanted besides entries.  `last` is the last id of an earlier client, after which this one
+        continues.  `keep` is the number of entries to keep, for programs that run for long: the oldest ones are dropped
+        when all iterators have had them.  These options count when the room is joined.
+        """
+        known = self._rooms.get(name)
+        if known is None or known.error is not None:
+            address = room_address(self._address, name, sorted(events), self.username)
+            known = self._join(address, Id.parse(last) if isinstance(last, str) else last, keep)
+            self._rooms[name] = known
+        return known
+
+    def _join(self, address: ServerAddress, last: Id | None, keep: int | None) -> _Room:
+        """Join the room at an address."""
+        raise NotImplementedError
+
+    def _wake(self) -> None:
+        for room in self._rooms.values():
+            room.wake()

@@ -21,7 +21,7 @@ from chatd.client.address import ServerAddress
 from chatd.client.connection import ClientConnection, ClientFactory
 from chatd.client.connector import ConnectorCore, SingleRoom
 from chatd.client.core import Listener, RoomCore
-from chatd.client.protocol import WINDOW, Backoff, Frame, History, Posted, checked_token, parse_frame
+from chatd.client.protocol import WINDOW, Backoff, Frame, History, Posted, checked_token, page_request, parse_frame
 from chatd.messages import Id
 
 _logger = Logger()
@@ -51,8 +51,7 @@ class RoomClient(RoomCore):
 
     def page(self, *, before: Id | None = None, after: Id | None = None, limit: int = 50) -> "Deferred[History]":
         """Read at most `limit` entries: the newest, or those before or after one id, but not both."""
-        asked = {name: str(place) for name, place in (("before", before), ("after", after)) if place is not None}
-        return self._request({"type": "history", **asked, "limit": limit})
+        return self._request(page_request(before, after, limit))
 
     def _request(self, document: dict[str, Any]) -> "Deferred[Any]":
         answer: Deferred[Any] = Deferred()

@@ -10,7 +10,7 @@ This module is pure: frames in, frames out, and answers that are called back whe
 import base64
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from random import Random
@@ -77,15 +77,24 @@ def checked_token(token: object) -> str | None:
     raise ValueError("a token is a text of printable ASCII characters without spaces")
 
 
+def claims_of(token: str) -> Mapping[str, Any]:
+    """Return the claims of a JSON Web Token, of which the client verifies nothing; none if it is malformed."""
+    try:
+        encoded = token.split(".")[1]
+        claims = orjson.loads(base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)))
+    except (ValueError, IndexError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
 def seconds_to_renewal(token: str, now: float) -> float | None:
     """Return the seconds until a token should be renewed; None if it states no time, or has expired.
 
-    The client reads the claim `exp` of a JSON Web Token, and verifies nothing.  `now` is in seconds since 1970.
+    `now` is in seconds since 1970.
     """
     try:
-        claims = token.split(".")[1]
-        left = float(orjson.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["exp"]) - now
-    except (ValueError, IndexError, KeyError, TypeError):
+        left = float(claims_of(token)["exp"]) - now
+    except (ValueError, KeyError, TypeError):
         return None
     return min(max(left - min(RENEWAL_SECONDS, left / 2), 1.0), LONGEST_WAIT) if left > 0 else None
 
@@ -105,6 +114,12 @@ def join_text(room: str, last: Id | None, events: Sequence[str], username: str |
 def leave_text(room: str) -> bytes:
     """Return the text of the frame that leaves a room."""
     return orjson.dumps({"type": "leave", "room": room, "label": LEAVE_LABEL})
+
+
+def page_request(before: Id | str | None, after: Id | str | None, limit: int) -> dict[str, Any]:
+    """Return the request for a page: the newest entries, or those before or after one id."""
+    places = {"before": before, "after": after}
+    return {"type": "history", **{name: str(id_) for name, id_ in places.items() if id_ is not None}, "limit": limit}
 
 
 # Frames of the server

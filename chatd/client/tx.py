@@ -9,14 +9,15 @@
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime, IStreamClientEndpoint
+from typing_extensions import override
 
 from chatd.client.address import ServerAddress
-from chatd.client.chatroom import EVENTS, ChatRoom, room_address, server_address
+from chatd.client.chatroom import ChatClient, ChatRoom
 from chatd.client.client import Client as Member
 from chatd.client.connector import SleepWatch
 from chatd.client.core import Listener
@@ -117,7 +118,7 @@ class Room(ChatRoom):
         return self._member.stop()
 
 
-class Client:
+class Client(ChatClient[Room]):
     """A user of one server.
 
     `url` is the address of the server, such as `http://localhost:8085` or `wss://chat.example`.
@@ -139,52 +140,28 @@ class Client:
         backoff: Callable[[], Backoff] = Backoff,
         endpoint: IStreamClientEndpoint | None = None,
     ) -> None:
-        self.username = username
+        super().__init__(url, username=username, storage=storage, backoff=backoff)
         self._reactor = reactor
-        self._address = server_address(url)
         self._token = token
-        self._storage = storage or MemoryStorage()
-        self._backoff = backoff
         self._endpoint = endpoint
-        self._rooms: dict[str, Room] = {}
         self._watch = SleepWatch(reactor, time.time, self._wake)
 
-    def room(
-        self,
-        name: str = "main",
-        *,
-        events: Collection[str] = EVENTS,
-        last: Id | str | None = None,
-        keep: int | None = None,
-    ) -> Room:
-        """Join a room, or return it if this client is in it.  A room that has ended is joined again.
-
-        `events` are those wanted besides entries.  `last` is the last id of an earlier client, after which this one
-        continues.  `keep` is the number of entries to keep, for programs that run for long: the oldest ones are dropped
-        when all iterators have had them.  These options count when the room is joined.
-        """
-        known = self._rooms.get(name)
-        if known is not None and known.error is None:
-            return known
+    @override
+    def _join(self, address: ServerAddress, last: Id | None, keep: int | None) -> Room:
         self._watch.start()
-        room = self._rooms[name] = Room(
+        return Room(
             self._reactor,
-            room_address(self._address, name, sorted(events), self.username),
+            address,
             username=self.username,
             token=self._token,
-            last=Id.parse(last) if isinstance(last, str) else last,
+            last=last,
             keep=keep,
             storage=self._storage,
             backoff=self._backoff(),
             endpoint=self._endpoint,
         )
-        return room
 
     def stop(self) -> "Deferred[Any]":
         """Leave all rooms; the Deferred fires when their connections are closed."""
         self._watch.stop()
         return DeferredList([room.stop() for room in self._rooms.values()])
-
-    def _wake(self) -> None:
-        for room in self._rooms.values():
-            room.wake()

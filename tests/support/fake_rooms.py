@@ -34,6 +34,7 @@ class FakeRoom:
         self.answers = {}
         self._calls = []
         self._older = []
+        self._change = asyncio.Event()
         self.failing = None
         self.view = Snapshot(
             state=ONLINE, reason=None, error=None, retry_at=None, messages=(), entries=(), more=False, last=None,
@@ -47,6 +48,8 @@ class FakeRoom:
         self.view = replace(self.view, **fields)
         for call in [*self._calls]:
             call()
+        self._change.set()
+        self._change = asyncio.Event()
 
     def receive(self, *entries, last=None):
         kept = [*self.view.entries, *entries]
@@ -79,6 +82,9 @@ class FakeRoom:
     def subscribe(self, call):
         self._calls.append(call)
         return lambda: self._calls.remove(call)
+
+    async def changed(self):
+        await self._change.wait()
 
     def _ask(self, kind, **frame):
         self.asked.append((kind, *frame.values()))

@@ -1,15 +1,14 @@
 """The command line of `python -m chatd.client`."""
 
 import argparse
-import base64
 import getpass
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
 from chatd.client.address import ServerAddress
+from chatd.client.protocol import claims_of
 from chatd.client.terminal.display import safe
 
 USAGE: Final = 2
@@ -94,11 +93,7 @@ def _split(text: str) -> int:
 
 def subject(token: str) -> str | None:
     """Return the claim `sub` of a token, which is the username unless the server uses another claim."""
-    try:
-        claims = token.split(".")[1]
-        name = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["sub"]
-    except (ValueError, LookupError, TypeError):
-        return None
+    name = claims_of(token).get("sub")
     return name if isinstance(name, str) else None
 
 

@@ -6,16 +6,16 @@ It knows neither the keyboard nor the screen: a terminal gives it lines, and a f
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from typing import Any, Final
 
 from chatd.client.aio import Room
 from chatd.client.protocol import ClientStopped, Rejected
-from chatd.client.storage import PendingPost
 from chatd.client.terminal.display import Fragments, safe
-from chatd.client.terminal.status import people_words, toolbar
+from chatd.client.terminal.status import people_words, toolbar, unsent
 from chatd.client.terminal.transcript import Transcript, notice, pending_lines
 from chatd.client.view import ONLINE, RoomEntry
 
@@ -211,18 +211,7 @@ class Conversation:
 
 async def drained(room: Room, seconds: float) -> None:
     """Wait until the outbox has no post to send, or for some seconds."""
-    empty = asyncio.get_running_loop().create_future()
-
-    def look() -> None:
-        if not unsent(room.snapshot().outbox) and not empty.done():
-            empty.set_result(None)
-
-    unsubscribe = room.subscribe(look)
-    look()
-    await asyncio.wait([empty], timeout=seconds)
-    unsubscribe()
-
-
-def unsent(outbox: Iterable[PendingPost]) -> int:
-    """Return the number of posts that wait for an answer."""
-    return sum(post.error is None for post in outbox)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while unsent(room.snapshot().outbox):
+                await room.changed()

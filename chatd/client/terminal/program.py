@@ -67,18 +67,8 @@ async def race(*ways: Awaitable[Any]) -> None:
 
 async def ended(room: Room) -> None:
     """Wait until the server has refused the client, or the room was stopped."""
-    end = asyncio.get_running_loop().create_future()
-
-    def look() -> None:
-        if room.snapshot().state in (REJECTED, STOPPED) and not end.done():
-            end.set_result(None)
-
-    unsubscribe = room.subscribe(look)
-    look()
-    try:
-        await end
-    finally:
-        unsubscribe()
+    while room.snapshot().state not in (REJECTED, STOPPED):
+        await room.changed()
 
 
 def complain(text: str) -> None:

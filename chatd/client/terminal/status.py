@@ -79,9 +79,14 @@ def refusal_words(error: Exception | None, room: str) -> str:
     return f"the server refuses this client ({text})"
 
 
+def unsent(outbox: Iterable[PendingPost]) -> int:
+    """Return the number of posts that wait for an answer."""
+    return sum(post.error is None for post in outbox)
+
+
 def stays_words(outbox: Sequence[PendingPost], *, kept: bool) -> str:
     """Return the fate of the posts that were not sent before the end; empty without any."""
-    count = sum(post.error is None for post in outbox)
+    count = unsent(outbox)
     if not count:
         return ""
     what = "1 message is" if count == 1 else f"{count} messages are"

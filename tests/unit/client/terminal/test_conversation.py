@@ -8,8 +8,9 @@ from support.fake_rooms import FakeRoom, entry, id_of, presence
 from support.loops import asynchronous
 
 from chatd.client.protocol import Rejected
-from chatd.client.terminal.conversation import COMMANDS, NO_TOKEN, Conversation, drained, unsent
+from chatd.client.terminal.conversation import COMMANDS, NO_TOKEN, Conversation, drained
 from chatd.client.terminal.display import plain
+from chatd.client.terminal.status import unsent
 
 
 class Talk(Conversation):
