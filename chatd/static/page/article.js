@@ -1,24 +1,9 @@
 /** One message or one unsent post in the document. */
+import { make, makeButton } from "./elements.js";
 import { nameOf, partsOf } from "./text.js";
 import { numberOf } from "./window.js";
 
 let serial = 0; // makes the ids of elements unique
-
-/** Make an element with a class and a text. */
-export function make(tag, name, text) {
-  const element = document.createElement(tag);
-  if (name) element.className = name;
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
-function button(text, name, act) {
-  const element = make("button", name, text);
-  element.type = "button";
-  element.tabIndex = -1;
-  element.addEventListener("click", act);
-  return element;
-}
 
 function timeElement(at, text, full) {
   const element = make("time", "time", text);
@@ -42,7 +27,6 @@ function textElement(text, removed) {
       link.href = link.title = href;
       link.rel = "noopener noreferrer nofollow";
       link.target = "_blank";
-      link.tabIndex = -1;
       element.append(link);
     }
   return element;
@@ -88,7 +72,7 @@ export class Article {
     }
     const actions = make("div", "actions");
     for (const [name, word] of ACTIONS)
-      if (tools.can(name, item)) actions.append(button(word, name, () => tools.act(name, this.item)));
+      if (tools.can(name, item)) actions.append(makeButton(name, word, () => tools.act(name, this.item)));
     if (actions.firstChild) body.append(actions);
 
     labels.forEach((element, place) => (element.id = `${id}-${place}`));

@@ -42,10 +42,6 @@ export function createComposer(
     counted = level;
     grow();
   }
-  function fill(text) {
-    box.value = text;
-    measure();
-  }
   /** Keep what is typed, also over a reload, until it is sent. */
   function keep() {
     if (!edited && !box.value) return storage.remove(key());
@@ -54,12 +50,14 @@ export function createComposer(
   function begin(id, text) {
     edited = id;
     editing.hidden = !id;
-    fill(text);
+    box.value = text;
+    measure();
   }
+  const draft = () => begin(undefined, storage.get(`draft ${room}`) ?? "");
   /** Leave an edit, for the draft that was there before. */
   function stop() {
     if (edited) storage.remove(key());
-    begin(undefined, storage.get(`draft ${room}`) ?? "");
+    draft();
     box.focus();
   }
   function send() {
@@ -87,7 +85,7 @@ export function createComposer(
       const { id, text } = JSON.parse(storage.get(`edit ${room}`));
       begin(id, text);
     } catch {
-      begin(undefined, storage.get(`draft ${room}`) ?? "");
+      draft();
     }
   }
 

@@ -1,4 +1,5 @@
 /** What stands in the place of the composer while one cannot write: the reason, and what helps. */
+import { make, makeButton } from "./elements.js";
 
 /** Make the gate; `element` is shown while it is shut, and `composer` while it is open. */
 export function createGate(element, composer) {
@@ -21,13 +22,9 @@ export function createGate(element, composer) {
     },
     /** Show words, with a link to an address or with a button that acts. */
     close(words, { link, href, button, act } = {}) {
-      const parts = [Object.assign(document.createElement("p"), { textContent: words })];
-      if (link) parts.push(Object.assign(document.createElement("a"), { href, textContent: link }));
-      if (button) {
-        const again = Object.assign(document.createElement("button"), { type: "button", textContent: button });
-        again.addEventListener("click", act);
-        parts.push(again);
-      }
+      const parts = [make("p", "", words)];
+      if (link) parts.push(Object.assign(make("a", "", link), { href }));
+      if (button) parts.push(makeButton("", button, act));
       element.replaceChildren(...parts);
       set(true);
     },

@@ -2,7 +2,8 @@
  * The list of messages. The document has a window of them, which moves as one scrolls. What one reads keeps its place.
  * Each change reads the layout, writes the document, and corrects the position once.
  */
-import { Article, make } from "./article.js";
+import { Article } from "./article.js";
+import { make, makeButton, setText } from "./elements.js";
 import { begins, isMessage, timeOf } from "./groups.js";
 import { News } from "./news.js";
 import { formats } from "./text.js";
@@ -348,7 +349,7 @@ export class MessageList {
     const { fresh } = this.#news;
     this.newest.hidden = this.#atEnd || !(fresh || this.#far);
     const text = fresh ? `${fresh} new` : "Newest messages";
-    if (this.newest.textContent !== text) this.newest.textContent = text;
+    setText(this.newest, text);
     const { more, last, messages } = this.#snapshot;
     const first = numberOf(messages[0]?.id);
     if (this.#loading) this.#state("Loading older messages…");
@@ -361,13 +362,11 @@ export class MessageList {
     if (this.top.firstChild?.textContent === text) return;
     this.top.replaceChildren(text);
     if (!again) return;
-    const button = make("button", "again", again);
-    button.type = "button";
-    button.addEventListener("click", () => {
+    const retry = () => {
       this.#failed = false;
       this.#older();
-    });
-    this.top.append(" ", button);
+    };
+    this.top.append(" ", makeButton("again", again, retry));
   }
 
   async #older() {

@@ -13,6 +13,7 @@ import { createPeople } from "./people.js";
 import { addressOf, createRooms, MAIN, roomAt } from "./rooms.js";
 import { createStatus } from "./status.js";
 import { claimsOf, createIntroduction, signInUrl, splitFragment, whyNotName } from "./user.js";
+import { indexOf, numberOf } from "./window.js";
 import { remedyWords } from "./words.js";
 
 const config = document.documentElement.dataset;
@@ -126,8 +127,7 @@ function unreadIn(name) {
   const last = open.name === name ? open.list.seen : seen;
   if (!last || !room) return 0;
   const { messages } = room.snapshot();
-  const place = messages.findLastIndex(({ id }) => Number(id.split("-")[1]) <= Number(last.split("-")[1]));
-  return messages.slice(place + 1).filter(({ data }) => data.username !== me).length;
+  return messages.slice(indexOf(messages, numberOf(last) + 1)).filter(({ data }) => data.username !== me).length;
 }
 
 function join(name) {
@@ -196,7 +196,7 @@ function refuse({ code }) {
 
 // Who the user is
 
-/** Return the token of this tab. The server refuses it beside another one in a cookie, so the cookie takes precedence. */
+/** Return the token of this tab. The server refuses it beside one in a cookie, so the cookie takes precedence. */
 const token = () => (config.username ? undefined : forTab.get("token"));
 
 /** Take a token out of the address, where it would be seen and copied; return whether there was one. */
@@ -216,7 +216,7 @@ function begin(name) {
   me = name;
   element("my-name").textContent = name;
   client = new Client(root, { username: name, token: config.tokens && token() ? token : undefined });
-  for (const name of unsent) join(name);
+  for (const room of unsent) join(room);
   enter(roomAt(root, location.href));
   if (config.tokens) listRooms();
   if (!touch.matches) home();

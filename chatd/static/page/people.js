@@ -1,4 +1,5 @@
 /** Who is in the room, and who types. */
+import { make, setText } from "./elements.js";
 import { nameOf } from "./text.js";
 import { countWords, typingWords } from "./words.js";
 
@@ -6,8 +7,8 @@ import { countWords, typingWords } from "./words.js";
 function fill(list, names) {
   if (names.join("\n") === [...list.children].map((item) => item.textContent).join("\n")) return;
   const items = names.map((name) => {
-    const item = document.createElement("li");
-    item.append(Object.assign(document.createElement("bdi"), { textContent: name }));
+    const item = make("li");
+    item.append(make("bdi", "", name));
     return item;
   });
   list.replaceChildren(...items);
@@ -18,13 +19,10 @@ export function createPeople({ count, list, typing, badge }) {
   return {
     show({ presence, typing: names }, me) {
       const words = presence ? countWords(presence.count) : "Not known while offline";
-      set(count, presence && !presence.users ? `${words}, too many to list` : words);
+      setText(count, presence && !presence.users ? `${words}, too many to list` : words);
       fill(list, (presence?.users ?? []).map(nameOf));
-      set(badge, presence ? String(presence.users?.length ?? presence.count) : "");
-      set(typing, typingWords(names.filter((name) => name !== me).map(nameOf)));
+      setText(badge, presence ? String(presence.users?.length ?? presence.count) : "");
+      setText(typing, typingWords(names.filter((name) => name !== me).map(nameOf)));
     },
   };
-}
-function set(element, text) {
-  if (element.textContent !== text) element.textContent = text;
 }

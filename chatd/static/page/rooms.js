@@ -1,4 +1,6 @@
 /** The rooms of this user, by the names in their addresses. */
+import { make, setText } from "./elements.js";
+
 const RECENT = 20; // rooms that are remembered
 const NAME = /^[a-z0-9][a-z0-9_-]{0,63}$/;
 export const MAIN = "main";
@@ -54,10 +56,10 @@ export function createRooms({ list, form, input, help, storage }, { open, href, 
   function link(name) {
     const known = links.get(name);
     if (known) return known;
-    const item = document.createElement("li");
-    const anchor = Object.assign(document.createElement("a"), { href: href(name) });
-    const unread = Object.assign(document.createElement("span"), { className: "unread-count" });
-    anchor.append(Object.assign(document.createElement("span"), { textContent: name }), " ", unread);
+    const item = make("li");
+    const anchor = Object.assign(make("a"), { href: href(name) });
+    const unread = make("span", "unread-count");
+    anchor.append(make("span", "", name), " ", unread);
     anchor.addEventListener("click", (event) => {
       if (event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return; // it opens in another tab
       event.preventDefault();
@@ -84,7 +86,7 @@ export function createRooms({ list, form, input, help, storage }, { open, href, 
         if (name === current) anchor.setAttribute("aria-current", "page");
         else anchor.removeAttribute("aria-current");
         const count = name === current ? 0 : unreadOf(name);
-        unread.textContent = count ? `${count} new` : "";
+        setText(unread, count ? `${count} new` : "");
       }
       const items = names.map((name) => links.get(name).item);
       const same = items.length === list.children.length && items.every((item, place) => list.children[place] === item);

@@ -1,4 +1,5 @@
 /** The state of the connection, in words. A change is announced once; the seconds and the attempts are not. */
+import { setText } from "./elements.js";
 import { countdownWords, stateWords } from "./words.js";
 
 /** Make the display; `retry` is called when the user asks to connect now, and `leave` if that button disappears. */
@@ -19,8 +20,7 @@ export function createStatus({ status, countdown, button }, retry, leave) {
     show(snapshot) {
       shown = snapshot;
       offline = snapshot.state === "waiting" || (offline && snapshot.state === "connecting");
-      const words = stateWords(snapshot, offline);
-      if (status.textContent !== words) status.textContent = words;
+      setText(status, stateWords(snapshot, offline));
       document.body.dataset.state = offline ? "waiting" : snapshot.state;
       const focused = document.activeElement === button;
       button.hidden = !offline;
