@@ -8,6 +8,9 @@ from support.helpers import ScriptedLog, Turns
 from chatd.room.registry import Registry
 from chatd.transport import frames
 
+MOST_TURNS = 2000
+"""The turns in which rooms must have nothing left to do."""
+
 
 class RoomMachine(RuleBasedStateMachine):
     """Rooms with short tails, runs and slices, on a clock that turns by rule and a log whose reads may wait."""
@@ -28,6 +31,22 @@ class RoomMachine(RuleBasedStateMachine):
     def prepare(self):
         """Begin without clients."""
         raise NotImplementedError
+
+    def run_out(self, readers, pause=0):
+        """Let the log answer and every member read, until nothing is due.
+
+        `readers` returns the members that read, each with its room.  `pause` is the time in seconds within which
+        nothing may be due; a twentieth of it passes in each turn.
+        """
+        self.log.release()
+        for _ in range(MOST_TURNS):
+            for member, room in readers():
+                if not member.ready:
+                    member.drain(room)
+            if self.clock.idle_for(pause):
+                break
+            self.clock.turn()
+            self.clock.rightNow += pause / 20
 
     def teardown(self):
         if hasattr(self, "patch"):

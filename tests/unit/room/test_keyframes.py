@@ -273,14 +273,19 @@ def test_removal_ends_the_stream(busy, log, clock):
     assert slow.kinds[:5] == [*[COMPRESSED] * 3, PLAIN, COMPRESSED]
 
 
+def slow_behind_plain(busy, *text):
+    """Post an entry while no stream begins, and one in a stream; return the member whose transport holds that."""
+    busy.leave(busy.second)
+    busy.say(1, *text)
+    busy.second = busy.enter()
+    busy.first.space = 0
+    busy.say(1)
+    return busy.first
+
+
 def test_removal_erases_the_edits_in_the_stream(busy, log, clock):
     """The entry itself is older than the stream, and its edit is not."""
-    busy.leave(busy.second)
-    busy.say(1, "sesame")
-    busy.second = busy.enter()
-    slow = busy.first
-    slow.space = 0
-    busy.say(1)  # the transport holds it
+    slow = slow_behind_plain(busy, "sesame")
     log.edit(1, "sesame 2")
     clock.turns()
     log.remove(1)
@@ -292,12 +297,7 @@ def test_removal_erases_the_edits_in_the_stream(busy, log, clock):
 
 def test_removal_erases_edits_that_the_tail_has_dropped(busy, log, clock, short_tail):
     """The stream holds more frames than the tail."""
-    busy.leave(busy.second)
-    busy.say(1)
-    busy.second = busy.enter()
-    slow = busy.first
-    slow.space = 0
-    busy.say(1)  # the transport holds it
+    slow = slow_behind_plain(busy)
     log.edit(1, "sesame")
     clock.turns()
     busy.say(300)
@@ -495,14 +495,7 @@ class KeyframesMachine(RoomMachine):
 
     @rule()
     def settle(self):
-        self.log.release()
-        for _ in range(2000):
-            for member, (room, _) in self.members.items():
-                if not member.ready:
-                    member.drain(room)
-            if self.clock.idle:
-                break
-            self.clock.turn()
+        self.run_out(lambda: [(member, room) for member, (room, _) in self.members.items()])
         self.check()
         head = len(self.log.entries)
         for member, (_, joined) in self.members.items():

@@ -1349,14 +1349,7 @@ class SlowReadersMachine(RoomMachine):
 
     @rule()
     def settle(self):
-        self.log.release()
-        for _ in range(2000):
-            for member, (room, _) in self.members.items():
-                if not member.ready:
-                    member.drain(room)
-            if self.clock.idle:
-                break
-            self.clock.turn()
+        self.run_out(lambda: [(member, room) for member, (room, _) in self.members.items()])
         head = len(self.log.entries)
         for member, (_, joined) in self.members.items():
             assert member.numbers == [*range(joined + 1, head + 1)]
