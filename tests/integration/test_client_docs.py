@@ -240,7 +240,7 @@ def test_chat_in_a_terminal(tmp_path):
 
 
 def test_pipes_of_a_shell(tmp_path):
-    """What one pipe posts, another one prints."""
+    """One pipe prints the messages that another one posts."""
     with Server(tmp_path) as server:
         assert shell(example("post", server), tmp_path) == ""
         first, *_ = rows = [row[1:3] for row in stored(tmp_path / "chatd.sqlite", "team")[1]]

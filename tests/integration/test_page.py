@@ -22,7 +22,7 @@ def server(tmp_path):
 
 
 def test_two_people_chat(server, visit):
-    """Each person sees the messages of both, their names as present, and who is typing."""
+    """Each person sees the messages of both, who is in the room, and who is typing."""
     ann, bob = (join(visit, room_url(server.port), name) for name in ("ann", "bob"))
     for person in (ann, bob):
         expect(person.people).to_have_text(["ann", "bob"])

@@ -324,7 +324,7 @@ def test_file_whose_pages_do_not_tell_their_kind(path, moved, monkeypatch):
 
 
 def test_cleared_room_is_erased(opened, path, clock):
-    """What an operator clears is gone from the unused space too."""
+    """A clear by an operator also erases the unused space."""
     store = opened()
     send(store, Post("ann", secret(0)))
     assert result_of(store.clear_room("main")) == 1
