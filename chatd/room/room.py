@@ -91,7 +91,8 @@ class Member(Protocol):
     def write(self, data: bytes) -> int:
         """Hand bytes to the transport and return the number of bytes it took, or LATER.
 
-        After LATER the member is not ready, and calls Room.resume in its turn.
+        Raises OSError if it takes none now, as a socket does.  After LATER the member is not ready, and calls
+        Room.resume in its turn.
         """
 
     def hold(self, rest: bytes) -> None:
@@ -418,7 +419,12 @@ class Room:
                 data, size, end, _ = run
             if run is NO_RUN:
                 self._serve_otherwise(member)
-            elif (taken := member.write(data)) == size:
+                continue
+            try:
+                taken = member.write(data)
+            except OSError:
+                taken = 0
+            if taken == size:
                 member.cursor = end
                 if end < target:
                     self._unfinished[member] = None

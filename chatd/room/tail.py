@@ -57,19 +57,17 @@ class Tail:
     def __init__(self, head: int, keep: int) -> None:
         self.first = head + 1
         """The number of the oldest frame held; older ones are in the log only."""
+        self.head = head
+        """The number of the newest frame."""
         self._keep = keep
         self._frames: list[bytes] = []
         self.bytes = 0
         """The total size of the frames held."""
 
-    @property
-    def head(self) -> int:
-        """The number of the newest frame."""
-        return self.first + len(self._frames) - 1
-
     def extend(self, new: Sequence[bytes]) -> None:
         """Add the frames that follow, and drop the oldest quarter while the tail is too large."""
         self._frames += new
+        self.head += len(new)
         self.bytes += sum(map(len, new))
         while self.bytes > TAIL_BYTES and len(self._frames) > 2 * self._keep:
             old = min(len(self._frames) // 4 + 1, len(self._frames) - self._keep)

@@ -219,7 +219,7 @@ class Moment(NamedTuple):
         After a small step back of the clock, timestamps wait for it.  After a jump back they follow it, because
         the timestamp before was wrong or this one is, and numbers give the order.
         """
-        if not last:
+        if not last or (last <= self.text and last.endswith("Z")):  # in most cases the texts can be compared
             return self.text
         before = instant(last)
         return timestamp(before) if 0 < before - self.seconds <= JUMP_SECONDS else self.text

@@ -26,7 +26,7 @@ class MemberTransport(Protocol):
         """The address of the client, as `HOST:PORT`."""
 
     def write(self, data: bytes) -> int:
-        """Hand bytes to the transport, and return how many it took."""
+        """Hand bytes to the transport, and return how many it took; raises OSError if it takes none now."""
 
     def hold(self, rest: bytes) -> None:
         """Keep the rest of a frame that write() cut, and pause the member until it is sent."""

@@ -16,7 +16,6 @@ streaming producer.
 from collections import Counter
 from contextlib import suppress
 from http import HTTPStatus
-from socket import socket
 from typing import Any, NoReturn, TypeVar, cast
 
 from twisted.internet.defer import Deferred
@@ -77,8 +76,8 @@ class WebSocketConnection(AutobahnConnection):
     """True while a ping waits for its pong."""
     _arrival: Place | None = None
     """The place of the address of this connection, until a request arrives."""
-    _socket: socket | None = None
-    """The socket, if it may be written to at once."""
+    _direct = False
+    """True if the socket itself is written to."""
 
     @property
     def member(self) -> Session:
@@ -95,7 +94,9 @@ class WebSocketConnection(AutobahnConnection):
         super().connectionMade()
         factory, transport = self.factory, self.transport
         if isinstance(transport, TcpConnection):
-            self._socket = transport.socket
+            # The method of the socket itself, because one call more for each delivery is a part of its cost.
+            self.write = transport.socket.send  # type: ignore[method-assign, assignment]
+            self._direct = True
             with suppress(OSError):  # a Unix socket has no such option
                 transport.setTcpNoDelay(True)
         self.session = Session(self, factory.rooms, factory.intake)
@@ -121,7 +122,9 @@ class WebSocketConnection(AutobahnConnection):
 
     def buffer(self) -> None:
         """Write nothing to the socket itself: it would overtake what the transport holds."""
-        self._socket = None
+        if self._direct:
+            del self.write, self._direct
+            self.session.write = self.write
 
     @override
     def request_received(self, data: bytes) -> None:
@@ -289,7 +292,7 @@ class WebSocketConnection(AutobahnConnection):
         del self.admitted
         history = self.session.begin(request, ticket)
         self.factory.connections.add(self)
-        self.transport.registerProducer(self, self._socket is None)
+        self.transport.registerProducer(self, not self._direct)
         self.send_frame(answer + history)
         room = self.session.room_name
         _logger.info("#{connection} {peer} joined {room}", connection=self.number, peer=self.peer, room=room)
@@ -317,13 +320,9 @@ class WebSocketConnection(AutobahnConnection):
     # Writing
 
     def write(self, data: bytes) -> int:
-        if self._socket is None:
-            self.transport.write(data)
-            return len(data)
-        try:
-            return self._socket.send(data)
-        except OSError:  # it is full, or gone, as the reactor finds when it writes the rest
-            return 0
+        """Write all of the bytes: the transport buffers what it cannot send."""
+        self.transport.write(data)
+        return len(data)
 
     def hold(self, rest: bytes) -> None:
         self.session.ready = False
@@ -337,7 +336,12 @@ class WebSocketConnection(AutobahnConnection):
             # A client that does not take its answers is not read, so that they do not pile up.
             self.transport.write(frame)
             self.session.block()
-        elif (taken := self.write(frame)) < len(frame):
+            return
+        try:
+            taken = self.write(frame)
+        except OSError:  # it is full, or gone, as the reactor finds when it writes the rest
+            taken = 0
+        if taken < len(frame):
             self.hold(frame[taken:])
 
     def ping(self) -> bool:

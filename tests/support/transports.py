@@ -46,8 +46,11 @@ class Socket:
     def __init__(self):
         self.sent = b""
         self.space = None
+        self.sending = lambda: None
+        """Called before each send."""
 
     def send(self, data):
+        self.sending()
         if self.space == 0:
             raise BlockingIOError
         taken = len(data) if self.space is None else min(self.space, len(data))
