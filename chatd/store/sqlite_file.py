@@ -19,10 +19,10 @@ import fcntl
 import os
 import pathlib
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import chain
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from twisted.logger import Logger
 
@@ -55,7 +55,7 @@ READABLE_SINCE: Final = 1
 APPLICATION_ID: Final = 0x63686174
 """Marks the file as ours (`chat`), for SQLite and for file(1)."""
 ROWS: Final = 256
-"""The most messages that one statement inserts.  Python's GIL is released once per statement."""
+"""The most rows that one statement reads or writes for a batch.  Python's GIL is released once per statement."""
 BUSY_MILLISECONDS: Final = 5000
 """How long a statement waits for another program that writes to the file."""
 SCAN_ROOMS: Final = 1000
@@ -166,6 +166,7 @@ CREATE TABLE IF NOT EXISTS cursors (
 """
 
 _logger = Logger()
+_T = TypeVar("_T")
 
 
 _Row = tuple[Any, ...]
@@ -207,6 +208,16 @@ def _row(room: str, entry: Entry, label: str | None) -> tuple[int, _Row]:
     if entry.author is None and entry.replaces is None:
         return 0, (room, *entry[:4], label)
     return 1, (room, *entry[:4], label, *entry[4:7])
+
+
+def _pieces(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Split rows into pieces for one statement each: powers of two, so that few different statements are prepared."""
+    done, size = 0, ROWS
+    while done < len(rows):
+        while size > len(rows) - done:
+            size //= 2
+        yield rows[done : done + size]
+        done += size
 
 
 def _lost(file: pathlib.Path) -> str:
@@ -374,7 +385,7 @@ class SqliteFile:
             rows[kind].append(row)
         self._insert_all(rows)
         if seed:
-            self._set_head(SEED_ROOM, seed[-1].number, seed[-1].timestamp)
+            self._set_heads([(SEED_ROOM, seed[-1].number, seed[-1].timestamp)])
         db.execute("COMMIT")
 
     def _upgrade(self, written: int) -> None:
@@ -561,18 +572,15 @@ class SqliteFile:
     def _store(self, posts: Sequence[tuple[str, Post]]) -> tuple[Commit, int]:
         """Insert posts in the open transaction, and trim their rooms; return also how many messages age removed."""
         now = self._clock.read()
-        stamps: dict[str, str] = {}
-        entries: dict[str, list[Entry]] = {}
-        heads: dict[str, int] = {}
+        entries: dict[str, list[Entry]] = {room: [] for room, _ in posts}
+        newest = self._heads([*entries])
+        heads = {room: head for room, (head, _) in newest.items()}
+        stamps = {room: now.after(last) for room, (_, last) in newest.items()}
         outcomes: list[Outcome] = []
         rows: list[list[_Row]] = [[] for _ in _COLUMNS]
         labelled: dict[tuple[str, str, str], Entry] = {}
         """The labels of this batch, which the table does not hold yet."""
         for room, post in posts:
-            if room not in heads:
-                heads[room], last = self._head(room)
-                stamps[room] = now.after(last)
-                entries[room] = []
             if post.label is not None:
                 key = room, post.username, post.label
                 stored = labelled.get(key) or self._labelled(*key)
@@ -602,9 +610,7 @@ class SqliteFile:
 
     def _finish(self, entries: Mapping[str, Sequence[Entry]]) -> tuple[dict[str, int], int]:
         """Note the heads of rooms with new entries, and trim them; return their firsts and how many were removed."""
-        for room, new in entries.items():
-            if new:
-                self._set_head(room, new[-1].number, new[-1].timestamp)
+        self._set_heads([(room, new[-1].number, new[-1].timestamp) for room, new in entries.items() if new])
         firsts: dict[str, int] = {}
         total = 0
         for room, new in entries.items():
@@ -636,37 +642,39 @@ class SqliteFile:
         row = self.writer.execute(query, values).fetchone()
         return row and _entry(row)
 
-    def _head(self, room: str) -> tuple[int, str]:
-        """Return the number and the timestamp of the newest message of a room, or 0 and ""."""
-        row = self.writer.execute("SELECT head, stamped FROM rooms WHERE name = ?", (room,)).fetchone()
-        return (int(row[0]), str(row[1])) if row else (0, "")
+    def _heads(self, rooms: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Return the number and the timestamp of the newest message of each room, or 0 and ""."""
+        heads = dict.fromkeys(rooms, (0, ""))
+        for some in _pieces(rooms):
+            names = ",".join("?" * len(some))
+            found = self.writer.execute(f"SELECT name, head, stamped FROM rooms WHERE name IN ({names})", some)
+            heads.update((name, (head, stamped)) for name, head, stamped in found)
+        return heads
 
-    def _set_head(self, room: str, head: int, stamped: str) -> None:
-        self.writer.execute(
-            "INSERT INTO rooms (name, head, stamped) VALUES (?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET head = excluded.head, stamped = excluded.stamped",
-            (room, head, stamped),
-        )
+    def _set_heads(self, rows: Sequence[_Row]) -> None:
+        """Note the newest message of each room: its name, the number and the timestamp."""
+        raised = "ON CONFLICT DO UPDATE SET head = excluded.head, stamped = excluded.stamped"
+        self._insert("rooms", ("name", "head", "stamped"), rows, raised)
 
     def _insert_all(self, rows: list[list[_Row]]) -> None:
         """Insert the rows of each kind, and clear the lists."""
         for columns, some in zip(_COLUMNS, rows, strict=True):
-            self._insert(columns, some)
+            self._insert("messages", columns, some)
+            some.clear()
 
-    def _insert(self, columns: Sequence[str], rows: list[_Row]) -> None:
-        """Insert rows and clear the list, with few statements, in powers of two so that few different are prepared."""
-        places = f"({','.join('?' * len(columns))})"
-        done, size = 0, ROWS
-        while done < len(rows):
-            while size > len(rows) - done:
-                size //= 2
-            values = ",".join([places] * size)
+    def _insert(self, table: str, columns: Sequence[str], rows: Sequence[_Row], conflict: str = "") -> None:
+        """Insert rows with few statements.
+
+        One that fails rolls the whole transaction back, which ends in any case.  Otherwise SQLite would copy every
+        page that a statement changes to a temporary file, to undo that statement alone.
+        """
+        row = f"({','.join('?' * len(columns))})"
+        for some in _pieces(rows):
+            values = ",".join([row] * len(some))
             self.writer.execute(
-                f"INSERT INTO messages ({','.join(columns)}) VALUES {values}",
-                list(chain.from_iterable(rows[done : done + size])),
+                f"INSERT OR ROLLBACK INTO {table} ({','.join(columns)}) VALUES {values} {conflict}",
+                [*chain.from_iterable(some)],
             )
-            done += size
-        rows.clear()
 
     def trim(self, place: str) -> tuple[dict[str, int], str | None]:
         """Remove what is no longer retained in some rooms after a name, which is empty at first.
@@ -703,7 +711,7 @@ class SqliteFile:
         db, retain = self.writer, self._retain
         last = 0
         if retain.messages:
-            last = self._head(room)[0] - retain.messages
+            last = self._heads([room])[room][0] - retain.messages
         elif retain.seconds:
             last = self._last_old(room, retain.seconds)
         if last <= 0:
@@ -735,7 +743,9 @@ class SqliteFile:
         young = "SELECT number FROM messages WHERE room = ? AND timestamp BETWEEN ? AND ? ORDER BY number LIMIT 1"
         row = db.execute(young, (room, *ages)).fetchone()
         before = "SELECT max(number) FROM messages WHERE room = ? AND number < ? AND timestamp < ?"
-        (last,) = db.execute(before, (room, row[0] if row else self._head(room)[0] + 1, ages.oldest)).fetchone()
+        (last,) = db.execute(
+            before, (room, row[0] if row else self._heads([room])[room][0] + 1, ages.oldest)
+        ).fetchone()
         return last or 0
 
     # Moderation

@@ -489,7 +489,9 @@ def test_batch_uses_few_statements(opened, size, statements, connections):
         (1, "before"),
         *((number + 2, str(number)) for number in range(size)),
     ]
-    assert len([statement for statement in ran if statement.startswith("INSERT INTO messages")]) == statements
+    assert (
+        len([statement for statement in ran if statement.startswith("INSERT OR ROLLBACK INTO messages")]) == statements
+    )
 
 
 def test_too_many_pending_posts(opened, monkeypatch, disk):
