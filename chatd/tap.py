@@ -92,7 +92,7 @@ class Options(usage.Options):
         twistd: Mapping[str, Any] = self.parent or {}
         try:
             found = config.Configuration(options or (), self.environ)
-            self.ports = Ports(_reactor())
+            self.ports = Ports(_reactor(), self.machine.open_files)
             self.listen, self.admin = (found.each(name, self.ports.endpoint) for name in ("listen", "admin"))
         except ConfigError as error:
             raise SystemExit(f"chatd: {error}") from None

@@ -8,7 +8,9 @@ import errno
 import math
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Container
+from contextlib import suppress
 from ipaddress import IPv4Address
 from typing import Any, Final
 
@@ -26,6 +28,7 @@ from twisted.internet.interfaces import (
 )
 from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
+from twisted.internet.tcp import Port
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from zope.interface import directlyProvides, implementer, providedBy
@@ -37,6 +40,8 @@ RESERVED_FILES: Final = 32
 """The open files that clients may not use: for the admin port, the store and the log."""
 ANSWERED_FILES: Final = 8
 """The open files for clients that are told that the server is full.  More of them are closed without an answer."""
+ACCEPTED_PER_LOOK: Final = 8
+"""The number of connections after which the server looks for a crowd.  A look costs two system calls."""
 WARN_SECONDS: Final = 60
 """The least time between two warnings that open files are short."""
 MAX_UNCHECKED: Final = 100
@@ -66,6 +71,64 @@ class Certificate:
         return self._options.serverConnectionForTLS(protocol)
 
 
+class _AcceptedSocket:
+    """The socket of a port, which takes all connections from the kernel when many arrive.
+
+    The kernel's queue of a port is short (`net.core.somaxconn`).  It drops the connections that do not fit, and their
+    clients try again after one second, and then after two more.  Answering a handshake costs ten times as much as
+    taking a connection.  So a crowd waits here, and not in the kernel.
+
+    `limit` returns the number of files that the process may have open.
+    """
+
+    def __init__(self, port: Port, clock: IReactorTime, limit: Callable[[], int]) -> None:
+        self._port = port
+        self._clock = clock
+        self._socket = port.socket
+        self._limit = limit
+        self._waiting: deque[tuple[socket.socket, Any]] = deque()
+        self._accepted = 0
+        self._scheduled = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return the connection that has waited longest, with its address, or raise as a socket does."""
+        if self._waiting:
+            return self._waiting.popleft()
+        found = self._socket.accept()
+        self._accepted += 1
+        if self._accepted % ACCEPTED_PER_LOOK == 0:
+            self._take(found[0])
+        return found
+
+    def _take(self, newest: socket.socket) -> None:
+        """Take the connections from the kernel for which files are left, and serve them in the next turn."""
+        last = client_files(self._limit()) - 2  # the next file must be for clients too: see Entrance
+        with suppress(OSError):  # no more wait
+            while newest.fileno() < last:
+                newest, address = self._socket.accept()
+                self._waiting.append((newest, address))
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            self._clock.callLater(0, self._accept_more)
+
+    def _accept_more(self) -> None:
+        self._scheduled = False
+        if self._waiting:  # the port may be closed meanwhile
+            newest, _ = self._waiting[-1]
+            self._take(newest)
+            self._port.doRead()
+
+    def close(self) -> None:
+        """Close the port and the connections that wait."""
+        for connection, _ in self._waiting:
+            connection.close()
+        self._waiting.clear()
+        self._socket.close()
+
+
 class _EndpointReactor:
     """The reactor for one endpoint."""
 
@@ -90,22 +153,24 @@ class _Reader(_EndpointReactor):
 class _PortReactor(_EndpointReactor):
     """The reactor for an endpoint that opens its port.
 
-    `ipv4_ports` are the numbers of the ports that are opened for IPv4.
+    `ipv4_ports` are the numbers of the ports that are opened for IPv4.  `limit` returns the number of files that the
+    process may have open.
     """
 
     certificate: Certificate | None = None
     """None if the port does not speak TLS."""
 
-    def __init__(self, reactor: Any, text: str, ipv4_ports: Container[int]) -> None:
+    def __init__(self, reactor: Any, text: str, ipv4_ports: Container[int], limit: Callable[[], int]) -> None:
         super().__init__(reactor, text)
         self.text = text
         self._ipv4_ports = ipv4_ports
+        self._limit = limit
 
     def listenTCP(self, port: int, factory: IProtocolFactory, backlog: int = 50, interface: str = "") -> IListeningPort:
         """Open a port; one for all IPv6 addresses leaves IPv4 to another port of the same number."""
         if interface != ANY_IPV6 or port not in self._ipv4_ports:
             opened: IListeningPort = self._reactor.listenTCP(port, factory, backlog, interface)
-            return opened
+            return self._accept_ahead(opened)
         with socket.socket(socket.AF_INET6) as own:
             own.settimeout(0)
             own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,8 +180,19 @@ class _PortReactor(_EndpointReactor):
                 own.listen(backlog)
             except OSError as error:
                 raise CannotListenError(interface, port, error) from None
-            adopted: IListeningPort = self._reactor.adoptStreamPort(own.fileno(), socket.AF_INET6, factory)
-            return adopted
+            return self.adoptStreamPort(own.fileno(), socket.AF_INET6, factory)
+
+    def adoptStreamPort(
+        self, fileDescriptor: int, addressFamily: socket.AddressFamily, factory: IProtocolFactory
+    ) -> IListeningPort:
+        """Open a port with a socket that another program, such as systemd, has opened."""
+        return self._accept_ahead(self._reactor.adoptStreamPort(fileDescriptor, addressFamily, factory))
+
+    def _accept_ahead(self, port: IListeningPort) -> IListeningPort:
+        """Let a port take connections from the kernel before it serves them."""
+        if isinstance(port, Port):
+            port.socket = _AcceptedSocket(port, self._reactor, self._limit)
+        return port
 
     def listenSSL(
         self,
@@ -138,17 +214,21 @@ class _TlsFactory(RefusingFactory, TLSMemoryBIOFactory):
 
 
 class Ports:
-    """The endpoints of the server."""
+    """The endpoints of the server.
 
-    def __init__(self, reactor: Any) -> None:
+    `limit` returns the number of files that the process may have open.
+    """
+
+    def __init__(self, reactor: Any, limit: Callable[[], int]) -> None:
         self._reactor = reactor
+        self._limit = limit
         self._opened: list[_PortReactor] = []
         self._ipv4_ports: set[int] = set()
 
     def endpoint(self, text: str) -> IStreamServerEndpoint:
         """Parse an endpoint; raise ValueError with one line."""
         try:
-            port = _PortReactor(self._reactor, text, self._ipv4_ports)
+            port = _PortReactor(self._reactor, text, self._ipv4_ports, self._limit)
         except Exception as error:  # noqa: BLE001 -- every kind of endpoint is a plug-in with errors of its own
             reason = " ".join(str(error).split())
             if "systemd:" in text and isinstance(error, LookupError):
@@ -225,8 +305,7 @@ class Entrance:
     def _free(self) -> tuple[float, int, int]:
         """Return how many files clients may still use, those for answers besides, and the limit of all files."""
         limit = self._limit()
-        answered = min(ANSWERED_FILES, limit // 8)
-        return limit - min(RESERVED_FILES, limit // 2) - answered - _lowest_free(), answered, limit
+        return client_files(limit) - _lowest_free(), _answered_files(limit), limit
 
     def _warn(self, limit: int) -> None:
         self._refused += 1
@@ -240,6 +319,15 @@ class Entrance:
                 limit=limit,
             )
             self._refused = 0
+
+
+def client_files(limit: int) -> int:
+    """Return how many of the files that the process may have open are for clients."""
+    return limit - min(RESERVED_FILES, limit // 2) - _answered_files(limit)
+
+
+def _answered_files(limit: int) -> int:
+    return min(ANSWERED_FILES, limit // 8)
 
 
 def _lowest_free() -> float:

@@ -6,15 +6,25 @@ import socket
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from support.servers import certificate_for
-from twisted.internet.error import CannotListenError
+from twisted.internet.error import CannotListenError, ConnectionDone
 from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
+from twisted.internet.tcp import Port
 from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import LogLevel
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from chatd.operate.listening import ANSWERED_FILES, RESERVED_FILES, WARN_SECONDS, Entrance, Ports
+from chatd.operate.listening import (
+    ACCEPTED_PER_LOOK,
+    ANSWERED_FILES,
+    RESERVED_FILES,
+    WARN_SECONDS,
+    Entrance,
+    Ports,
+    client_files,
+)
 
 
 @pytest.fixture
@@ -24,7 +34,7 @@ def reactor():
 
 @pytest.fixture
 def ports(reactor):
-    return Ports(reactor)
+    return Ports(reactor, lambda: 1024)
 
 
 def listen(ports, *texts):
@@ -86,6 +96,146 @@ def test_port_for_ipv6_alone_serves_ipv4_too(reactor, ports):
     """Twisted opens a port for both, unless another one has the number."""
     assert listen(ports, "tcp6:1", "tcp:2", "tcp6:2:interface=\\:\\:1") == []
     assert [(port, interface) for port, _, _, interface in reactor.tcpServers] == [(1, "::"), (2, ""), (2, "::1")]
+
+
+# A crowd
+
+
+class RealPorts(MemoryReactorClock):
+    """A reactor whose ports are open, and whose turns the test controls."""
+
+    def __init__(self):
+        super().__init__()
+        self.later = []
+
+    def callLater(self, seconds, function):
+        self.later.append(function)
+
+    def listenTCP(self, port, factory, backlog=50, interface=""):
+        return self._opened(Port(port, factory, backlog, interface, self))
+
+    def adoptStreamPort(self, descriptor, family, factory):
+        return self._opened(Port._fromListeningDescriptor(self, descriptor, family, factory))
+
+    @staticmethod
+    def _opened(port):
+        port.startListening()
+        return port
+
+
+class Crowd(Factory):
+    """Clients that connect to a port with a short queue in the kernel."""
+
+    def __init__(self, ipv6=False):
+        self.reactor = RealPorts()
+        self.files = 1 << 20
+        """The number of files that the process may open."""
+        self.served = []
+        """The ports of the clients that have a protocol, in order."""
+        self.clients = []
+        self.following = 0
+        """The number of clients that connect when the next one is served."""
+        ports = Ports(self.reactor, lambda: self.files)
+        text = "tcp:0:interface=127.0.0.1:backlog=2"
+        if ipv6:  # beside a port for IPv4
+            number = free_port()
+            ports.endpoint(f"tcp:{number}")
+            text = f"tcp6:{number}:backlog=2"
+        self.port = ports.endpoint(text).listen(self).result
+        for _ in range(ACCEPTED_PER_LOOK - 1):  # the next client makes the server look for a crowd
+            self.connect(1)
+            self.turn()
+        self.served.clear()
+        self.before = len(self.clients)
+
+    def buildProtocol(self, address):
+        self.served.append(address.port)
+        self.connect(self.following)
+        self.following = 0
+        return Protocol()
+
+    def connect(self, count):
+        """Connect clients; the kernel drops those for which it has no space, and they time out."""
+        address = self.port.getHost()
+        for _ in range(count):
+            self.clients.append(socket.create_connection((address.host, address.port), timeout=0.5))
+
+    def turn(self, most=1):
+        """Let a turn of the reactor pass, in which the port serves one client, as after a quiet time, or more."""
+        self.port.numberAccepts = most
+        later, self.reactor.later = self.reactor.later, []
+        for call in later or [self.port.doRead]:
+            call()
+
+    def turns(self):
+        """Let turns pass until the port waits for new clients."""
+        while self.reactor.later:
+            self.turn()
+
+    @property
+    def arrived(self):
+        return [client.getsockname()[1] for client in self.clients[self.before :]]
+
+    def end(self):
+        for client in self.clients:
+            client.close()
+        for reader in self.reactor.getReaders():
+            reader.connectionLost(Failure(ConnectionDone()))
+
+
+@pytest.fixture
+def crowd(request):
+    crowd = Crowd(**getattr(request, "param", {}))
+    yield crowd
+    crowd.end()
+
+
+@pytest.mark.parametrize("crowd", [{}, {"ipv6": True}], indirect=True)
+def test_crowd_does_not_fill_the_queue_of_the_kernel(crowd):
+    """In each turn the server takes all connections from the kernel, and serves some of them, in order."""
+    for _ in range(4):
+        crowd.connect(3)  # one more than the backlog is all that the kernel keeps
+        crowd.turn()
+    assert crowd.served == crowd.arrived[:4]
+    crowd.turns()
+    assert crowd.served == crowd.arrived
+
+
+def test_second_crowd_while_the_first_is_served(crowd, monkeypatch):
+    """The server looks for both in one call a turn."""
+    monkeypatch.setattr("chatd.operate.listening.ACCEPTED_PER_LOOK", 1)
+    crowd.connect(3)
+    crowd.turn()
+    crowd.following = 2
+    crowd.turn(most=9)
+    assert len(crowd.reactor.later) == 1
+    crowd.turns()
+    assert crowd.served == crowd.arrived
+
+
+def test_crowd_waits_in_the_kernel_while_files_are_short(crowd):
+    """A connection that waits takes no file from those that the server still offers."""
+    crowd.connect(3)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    crowd.files = next(limit for limit in range(1024) if client_files(limit) == lowest_free + 3)
+    entrance = Entrance(crowd, Clock(), lambda: crowd.files)
+    crowd.port.factory = entrance
+    crowd.turn()
+    crowd.turns()
+    assert not entrance.is_full()
+    assert crowd.served == crowd.arrived[:2]
+
+
+def test_closed_port_closes_waiting_connections(crowd, events):
+    """Clients of a port that closes before their turn connect elsewhere."""
+    crowd.connect(3)
+    crowd.turn()
+    crowd.port.connectionLost(Failure(ConnectionDone()))
+    crowd.turns()
+    assert crowd.served == crowd.arrived[:1]
+    assert [client.recv(1) for client in crowd.clients[crowd.before + 1 :]] == [b"", b""]
+    assert not any(event.get("isError") for event in events)
 
 
 # Certificates
