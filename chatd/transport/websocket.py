@@ -204,17 +204,16 @@ class WebSocketConnection(AutobahnConnection):
     def _admit(self, head: Head) -> "bytes | Deferred[bytes]":
         """Find the room, at once if someone is in it; return the answer to the handshake, or raise HttpError."""
         factory, headers = self.factory, head.headers
+        peer, forwarded = self.transport.getPeer(), headers.get("x-forwarded-for")
         self._settle()
-        self.session.place = factory.intake.limits.enter(self.transport.getPeer(), headers.get("x-forwarded-for"))
+        self.session.place = factory.intake.limits.enter(peer, forwarded)
         upgrade = read_upgrade(head)
         factory.admission.check_origin(upgrade.origin, headers["host"], headers.get("x-forwarded-host"))
         if upgrade.path == SHARED_PATH:
             request = self._share()
         else:
             request = factory.admission.join_request(upgrade.path, read_query(upgrade.query))
-        self.session.address = factory.intake.moderator.address(
-            self.transport.getPeer(), headers.get("x-forwarded-for")
-        )
+        self.session.address = factory.intake.moderator.address(peer, forwarded)
         chosen = SUBPROTOCOL if SUBPROTOCOL in upgrade.protocols else None
         extension = self._compress(upgrade) if upgrade.extensions else None
         answer = switch(upgrade.key, chosen, SERVER, extension)

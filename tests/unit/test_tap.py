@@ -5,6 +5,8 @@ import json
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -562,6 +564,18 @@ def test_clients_leave_a_reserve_of_open_files(reactor, monkeypatch):
     clients, operators = (factory.buildProtocol(None) for _, factory, *_ in reactor.tcpServers)
     assert clients is None
     assert operators is not None
+
+
+def test_imports_of_the_start_collect_no_garbage():
+    """The collector sleeps while the modules of the server are loaded, and only then."""
+    program = (
+        "import gc; runs = []; gc.callbacks.append(lambda phase, _: runs.append(phase)); "
+        "import chatd.tap; print(runs.count('start'), gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    runs, enabled = done.stdout.split()
+    assert int(runs) < 10  # a few before the first module and after the last one, and not one for every 700 objects
+    assert enabled == "True"
 
 
 def test_garbage_collection_skips_the_objects_of_the_start():
