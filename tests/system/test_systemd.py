@@ -108,7 +108,9 @@ def test_unit_settings_are_consistent(name, instance):
     assert socket["ListenStream"] == [f"0.0.0.0:{PORT}"]
     assert f"--drain {DRAIN}" in one["ExecStart"]
     assert "--listen systemd:domain=INET:index=0" in one["ExecStart"]
-    assert socket["Backlog"] == ["4096"]
+    (backlog,) = socket["Backlog"]
+    assert socket["ExecStartPre"] == [f"-/usr/sbin/sysctl -q -w net.core.somaxconn={backlog}"]
+    assert int(backlog) > 4096  # the default of the kernel
     assert one["Also"] == f"{instance}.socket"
     assert f"{instance}.socket" in (one["Requires"] if name == "chatd" else one["Wants"])
     assert ("ReusePort" in socket) == (name == "chatd@")
