@@ -1,10 +1,11 @@
-"""The parts of scripts/bench.  They need the standard library only, so that they run before the environment exists.
+"""The parts of scripts/bench.  They need the standard library only, because the script makes the environment.
 
-- server.py: the server under load, and what it cost
-- messages.py: the messages that are posted, plain or compressed
-- streams.py: the check that every client of a room received every message once and in order
-- load.py: the clients of a server, and the loads of one room and of many
-- storm.py: a server that is killed under its clients, which return all at once
+- server.py: the server under load, and the processor time that it takes
+- messages.py: the handshakes and posts of clients, and compression
+- streams.py: the check of what the clients of a room receive
+- load.py: the clients of a server, and the loads on one room and on many
+- modes.py: the measurements, and their order
+- storm.py: the kill of a server, and the return of its clients
 - report.py: medians of rounds, and the tables
 - plot.py: the drawing
 """

@@ -6,8 +6,9 @@ runs from the time at which a message was due until one of the sampled clients h
 the load reads.
 
 A *saturated* server gets the next message as soon as it has delivered one, so the load finds the rate that it carries.
-In one room ten senders keep eight messages in flight each, and the server sends several with one call.  In many rooms
-each has one sender with one message in flight, so that nothing can be sent together: a delivery costs a call.
+In one room ten senders keep eight messages in flight each, and the server sends several of them with one call.  In many
+rooms each room has one sender with one message in flight.  No two messages can be sent together, so each delivery costs
+a call.
 """
 
 import json
@@ -40,13 +41,13 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """What one server is measured with."""
+    """The conditions of a measurement with one server."""
 
     store: str
     clients: int
     rooms: int
     compress: bool
-    """Whether the server compresses, and its clients offer it."""
+    """True if the server compresses and its clients offer it."""
 
     def name(self, room: int) -> str:
         """Return the name of a room."""

@@ -1,12 +1,12 @@
-"""The messages that are posted, and how they are compressed.
+"""The handshakes and the posts of the clients, and the compression of both directions.
 
-How far a text can be compressed depends on what it is.  A row of dots shrinks to nothing, and random letters hardly
-shrink at all.  So the texts are pieces of the README, each after its sender, its sequence and the time when it was due,
-and no two are alike.  Chat has more words in common than that.
+The ratio of compression depends on the text.  A row of dots shrinks to nothing, and random letters hardly shrink at
+all.  So each text is a piece of the README, after the sender, the sequence, and the time at which the message was due.
+No two texts are equal.
 
-Clients that offer permessage-deflate (RFC 7692) get an answer that says what each side may remember.  They compress
-each post for itself, which every answer allows.  They remember what they inflate, as an answer without
-`server_no_context_takeover` demands; where the server remembers nothing, it refers to nothing, and no harm is done.
+Clients that offer permessage-deflate (RFC 7692) learn from the answer which side keeps its window between messages.
+They compress each post for itself, which every answer allows.  They keep the window of what they inflate.  A server
+that begins each message with an empty window never refers to it, so this works with every answer too.
 """
 
 import base64
@@ -24,7 +24,7 @@ TEXT_SIZE: Final = 80
 TEXT: Final = FIN | Opcode.TEXT
 PING: Final = FIN | Opcode.PING
 WINDOW: Final = 1 << zlib.MAX_WBITS
-"""The most that a deflate stream can refer back to, in bytes."""
+"""The largest distance of a reference in a deflate stream, in bytes."""
 FLUSHED: Final = b"\x00\x00\xff\xff"
 """The bytes that end every compressed message and are not sent (section 7.2.1)."""
 PROSE: Final = " ".join(re.findall("[A-Za-z]+", (ROOT / "README.md").read_text("utf-8")))
@@ -84,7 +84,7 @@ def number_of(frame_id: str) -> int:
 
 
 class Inflater:
-    """What one client remembers of a stream of compressed messages; plain ones change nothing in it."""
+    """The window of one client, which holds the texts of its compressed messages; plain ones change nothing in it."""
 
     def __init__(self, window: bytes = b"") -> None:
         known = {"zdict": window[-WINDOW:]} if window else {}

@@ -1,8 +1,8 @@
-"""What is measured, and in which order.
+"""The measurements, and their order.
 
 The speed of a machine drifts by a third within minutes.  So the stores, and the servers with and without compression,
-take turns within each round, and a row has the median of each figure over the rounds.  Rows that took turns may be
-compared; others only roughly.
+take turns within each round, and a row has the median of each figure over the rounds.  Compare rows that
+took turns; others compare only roughly.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benching.report import median
 STEADY, SATURATED, ROOMS, STORM = "steady", "saturated", "rooms", "storm"
 MODES: Final = (STEADY, SATURATED, ROOMS, STORM)
 DURABLE: Final = "sqlite:"
-"""The store of a storm: no other outlives its server without one of its own."""
+"""The store of a storm: `memory:` loses its messages with the server."""
 
 
 class Turn(NamedTuple):

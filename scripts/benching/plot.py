@@ -1,8 +1,8 @@
 """The drawing, an SVG that a browser and GitHub show as it is: no script, no font and no file beside it.
 
-Each question has a panel of its own, because figures of different kinds do not share an axis.  Lines show how a figure
-grows with the clients; bars, with their values beside them, compare a few cases.  A series, which is a store with or
-without compression, has one colour in all panels.  The colours follow the reader's choice of a light or a dark page.
+Each question has a panel of its own, because figures of different kinds cannot share an axis.  Lines show how a figure
+grows with the number of clients.  Bars, with their values beside them, compare a few cases.  A series is a store with or
+without compression.  It has one colour in all panels.  The colours adapt to a light or a dark page.
 """
 
 import math
@@ -20,7 +20,7 @@ text { font: 13px sans-serif; fill: #1f2328 } .paper { fill: #fff } .grid { stro
 .line0 { stroke: #4493f8; fill: #4493f8 } .line1 { stroke: #f0883e; fill: #f0883e }
 .line2 { stroke: #3fb950; fill: #3fb950 } .line3 { stroke: #ab7df8; fill: #ab7df8 } }"""
 LEFTS: Final = (80, 560)
-"""Where the two columns of panels begin."""
+"""The left edges of the two columns of panels."""
 WIDTH, PANEL = 960, 380
 BAR: Final = 18
 """The height of a bar with its space."""

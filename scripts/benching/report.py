@@ -1,7 +1,7 @@
 """The figures in words: medians of rounds, tables, and the conditions of the measurement.
 
-A median leaves out a round that something disturbed, where a mean would spread it.  Faults are not averaged: one lost
-message in any round makes the row wrong.  A figure that would be noise is left out (-).
+A median ignores a round that something disturbed, and a mean would not.  Faults have no median: one lost message in any
+round makes the row wrong.  A figure that would be noise is left out (-).
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The server under load: `twistd chatd` from this checkout, on a core of its own, and what it cost.
+"""The server under load, `twistd chatd` from this checkout, and the processor time that it takes.
 
-Work is counted for a second of the server's CPU time, as Linux accounts for it: its own and that of the kernel on its
-behalf.  Unlike the time on a clock, it does not depend on how fast the load is, nor on other processes that wait for
-the core.  It depends on the speed of the machine, which drifts: compare only figures of rounds that took turns.
+*Work* is a number of deliveries for a second of the server's CPU time: its own, and the kernel's on its behalf.  Unlike
+deliveries per second of the clock, it depends neither on the speed of the load nor on other processes that wait for the
+core.  It does depend on the speed of the machine, which drifts.
 """
 
 import math
@@ -50,7 +50,7 @@ class Server:
     def start(self) -> None:
         """Start a process, which is not ready yet."""
         command = [str(ROOT / ".venv/bin/twistd"), "--nodaemon", "--pidfile=", "chatd", "--admin=", "--rate=0"]
-        command += [*self._options, f"--listen=tcp:{self.port}:interface=127.0.0.1:backlog=4096"]
+        command += [*self._options, f"--listen=tcp:{self.port}:interface=127.0.0.1:backlog=65535"]
         kept = {name: text for name, text in os.environ.items() if not name.startswith(("CHATD_", "PYTHON"))}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 -- its words are all from here

@@ -1,15 +1,19 @@
-"""The storm: the server is killed under all its clients, and they return all at once.
+"""The storm: the kill of a server under all its clients, which then reconnect all at once.
 
-SIGKILL leaves the server no time to write anything or to close a connection.  So what it had shown to anyone must be in
-its file already, and a post without an answer may be there or not.  Senders label their posts and repeat those without
-an ack after they reconnect, as docs/protocol.md tells clients to do.  Then each post must be in the log exactly once.
-Every client names the last message that it has, and must get what follows, exactly once and in order.
+SIGKILL leaves a server no time to write anything.  So every message that any client has received must be in the file
+already.  A post without an ack may or may not be there.  Senders label their posts, and repeat those without an ack
+after they reconnect.  Then each post must be in the log exactly once.  Every client names the last message that it has,
+and must receive the messages after it exactly once and in order.
 
-Senders post by the clock all the time, also while there is no server.  A second after the kill the server starts again,
-and as soon as it listens, all clients connect.  A client has *caught up* when it has its history and every message that
-any client had before the kill.  The time of that counts from the start of the new process.
+Senders post by the clock all the time, also while no server runs.  A second after the kill the server starts again.  As
+soon as it listens, all clients connect.  A client has *caught up* when it has joined and has every message that any
+client had before the kill.  This time counts from the start of the new process.
 
-One client's frames are mostly another's, too.  So each text is parsed once and then recognized by its bytes.
+The kernel queues connections that the server has not accepted yet, at most `net.core.somaxconn` of them.  It drops the
+others without a word, and their clients try again a second later.  A queue of 4,096 therefore adds a second to the time
+of the clients behind it, in which the server may be idle.
+
+The same text reaches most clients.  So each text is parsed once, and recognized by its bytes afterwards.
 """
 
 import contextlib
@@ -89,7 +93,7 @@ class Ledger:
 
 
 class Reader:
-    """What one client has received, over all its connections."""
+    """The messages that one client has received, over all its connections."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.number: int | None = None

@@ -1,11 +1,11 @@
 """The check that every client of a room received every message exactly once and in order.
 
-All clients send the same key and join before the first post, so all of a room should receive the same bytes.  The
-first client's are parsed and inflated: the server's numbers and each sender's own must be consecutive, up to the last
-message posted.  The bytes of the others are compared with the first's, without pings.  That costs the load a
-comparison for each read, where parsing costs it a hundred times as much, and it proves more.
+The clients of a room send the same key and join before the first post, so they should receive the same bytes.  The
+check parses and inflates those of the first client: the server's numbers and each sender's own must be consecutive, up
+to the last message posted.  It compares the bytes of the others with these, without pings.  That costs the load one
+comparison for each read.  Parsing would cost a hundred times as much, and prove less.
 
-Other bytes are no fault where the server compresses.  A client that fell behind gets plain messages until the next
+Where the server compresses, other bytes are no fault.  A client that fell behind gets plain messages until the next
 keyframe, while others get compressed ones (docs/decisions/0010).  From the first frame that differs, a client is
 *apart*: its frames are parsed and inflated, and their texts are compared.  Until then it has inflated what the first
 client has, so its inflater begins with the same window.
@@ -44,14 +44,14 @@ class Reference:
         self.posted = 0
         """The number of messages posted to the room."""
         self.ends: list[int] = []
-        """Where each message ends."""
+        """The offset in `data` after each message."""
         self.texts: list[bytes] = []
         self.packed: list[bool] = []
-        """Whether each message came compressed."""
+        """True for each message that was compressed."""
         self.stamps: list[int] = []
-        """When each message was due, in nanoseconds."""
+        """The time at which each message was due, in nanoseconds."""
         self.echoes: list[list[int]] = [[] for _ in range(senders)]
-        """Where the messages of each sender end."""
+        """The offsets in `data` after the messages of each sender."""
         self.ahead: set[Client] = set()
         """The clients with bytes that the first client has not received."""
         self.ready: set[Client] = set()
@@ -114,7 +114,7 @@ class Client:
         self.position = 0
         """The bytes of the reference that it received, in its own frames or in others with the same text."""
         self.surplus = 0
-        """How many more bytes its own frames had."""
+        """The number of bytes by which its own frames were longer."""
         self.posted = self.echoed = 0
         self.latencies: list[float] = []
         """In milliseconds."""
