@@ -1,8 +1,8 @@
 """The drawing, an SVG that a browser and GitHub show as it is: no script, no font and no file beside it.
 
 Each question has a panel of its own, because figures of different kinds cannot share an axis.  Lines show how a figure
-grows with the number of clients.  Bars, with their values beside them, compare a few cases.  A series is a store with or
-without compression.  It has one colour in all panels.  The colours adapt to a light or a dark page.
+grows with the number of clients.  Bars, with their values beside them, compare a few cases.  A series is a store, with
+or without compression.  It has one colour in all panels.  The colours adapt to a light or a dark page.
 """
 
 import math
