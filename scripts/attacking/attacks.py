@@ -160,6 +160,14 @@ def _late(count: int) -> Callable[[], bytes]:
     return lambda: b"".join(text(type="history", limit=100) for _ in range(count))
 
 
+def compressed_posts() -> bytes:
+    """Compose posts, each compressed for itself."""
+    return b"".join(
+        inputs.compressed(json.dumps({"username": f"user{next(_numbers)}", "message": "attack"}).encode())
+        for _ in range(200)
+    )
+
+
 SLOW: Final = inputs.frame(inputs.TEXT, b" " * 10_000)[:8]
 ATTACKS: Final[dict[str, tuple[str, Attack]]] = {
     "connect": ("1,000 connections that send nothing", drip(1000, b"", b"")),
@@ -176,6 +184,15 @@ ATTACKS: Final[dict[str, tuple[str, Attack]]] = {
     "labels": (
         "20 floods of labelled posts",
         flood(20, lambda: JOIN, lambda: b"".join(posts(1, label=f"l{next(_numbers)}") for _ in range(200))),
+    ),
+    "compressed": ("20 floods of compressed posts", flood(20, lambda: inputs.JOIN_COMPRESSED, compressed_posts)),
+    "compressed-unread": (
+        "1,000 clients that take compressed messages and never read",
+        unread(1000, inputs.JOIN_COMPRESSED),
+    ),
+    "bombs": (
+        "compressed messages of 8 KB with texts of 8 MB",
+        flood(20, lambda: inputs.JOIN_COMPRESSED, lambda: inputs.BOMB),
     ),
     "pings": ("20 floods of pings", flood(20, lambda: JOIN, lambda: inputs.frame(inputs.PING, b"") * 2000)),
     "pongs": ("20 floods of pongs", flood(20, lambda: JOIN, lambda: inputs.frame(inputs.PONG, b"") * 2000)),

@@ -2,9 +2,13 @@
 
 A mutation changes a bit, inserts, removes or repeats bytes, puts in a piece of syntax that parsers stumble over, cuts
 the input, or continues it as another one.  Everything follows from the random number generator: a seed repeats a run.
+
+Compressed messages (RFC 7692) differ from others by a reserved bit in their first frame.  Clients compress each one for
+itself, as the server asks.
 """
 
 import random
+import zlib
 from typing import Final
 
 POST: Final = b'{"username":"ann","message":"hi"}'
@@ -41,6 +45,29 @@ def frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True,
     else:
         length = bytes([bit | SHORT + 1]) + size.to_bytes(8, "big")
     return bytes([fin << 7 | reserved << 4 | opcode]) + length + bytes(4 * masked) + payload
+
+
+COMPRESSED: Final = 4
+"""The reserved bit of a compressed message (RFC 7692, section 6)."""
+FLUSHED: Final = b"\x00\x00\xff\xff"
+"""The bytes that end every compressed message and are not sent (section 7.2.1)."""
+OFFER: Final = b"Sec-WebSocket-Extensions: permessage-deflate"
+JOIN_COMPRESSED: Final = handshake(b"/", OFFER)
+
+
+def deflated(text: bytes) -> bytes:
+    """Compress a message for itself."""
+    stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return (stream.compress(text) + stream.flush(zlib.Z_SYNC_FLUSH)).removesuffix(FLUSHED)
+
+
+def compressed(text: bytes) -> bytes:
+    """Compose the frame of a compressed text."""
+    return frame(TEXT, deflated(text), reserved=COMPRESSED)
+
+
+BOMB: Final = compressed(b" " * (8 << 20))
+"""A frame of 8 KB with a text of 8 MB."""
 
 
 TEXTS: Final = (
@@ -118,6 +145,25 @@ FRAMES: Final = (
 )
 """Connections that speak WebSocket."""
 
+COMPRESSED_FRAMES: Final = (
+    *(JOIN_COMPRESSED + compressed(text) for text in TEXTS),
+    JOIN_COMPRESSED + (compressed(POST) + frame(TEXT, POST)) * 10,
+    JOIN_COMPRESSED + frame(TEXT, deflated(POST)[:9], fin=False, reserved=COMPRESSED) + frame(0, deflated(POST)[9:]),
+    JOIN_COMPRESSED + frame(TEXT, deflated(POST)[:9], fin=False, reserved=COMPRESSED) + frame(PING, b"") + BOMB,
+    JOIN_COMPRESSED + BOMB,
+    JOIN_COMPRESSED + frame(TEXT, zlib.compress(POST), reserved=COMPRESSED),
+    JOIN_COMPRESSED + frame(TEXT, zlib.compress(POST)[2:-4], reserved=COMPRESSED),
+    JOIN_COMPRESSED + frame(TEXT, deflated(POST)[:-3], reserved=COMPRESSED),
+    JOIN_COMPRESSED + frame(TEXT, deflated(POST) + b"\xff" * 40, reserved=COMPRESSED),
+    JOIN_COMPRESSED + frame(TEXT, b"", reserved=COMPRESSED) + compressed(b"\xff\xfe"),
+    JOIN_COMPRESSED + frame(2, deflated(POST), reserved=COMPRESSED),
+    JOIN_COMPRESSED + frame(PING, b"", reserved=COMPRESSED),
+    JOIN_COMPRESSED + frame(TEXT, POST[:5], fin=False) + frame(0, POST[5:], reserved=COMPRESSED),
+    handshake() + compressed(POST),
+    handshake(b"/connect", OFFER) + frame(TEXT, SHARED[0]) + compressed(SHARED[1]),
+)
+"""Connections that compress, well or badly."""
+
 PIPELINES: Final = tuple(first + second for first in HEADS[7:] for second in (*FRAMES[:3], *HEADS[:3], *HEADS[-4:]))
 """Two requests at once."""
 
@@ -147,7 +193,7 @@ MUTATIONS: Final = 0, 1, 1, 1, 2, 2, 3, 5, 9
 
 def mutated(chance: random.Random) -> bytes:
     """Return an input."""
-    kind = chance.choice((HEADS, FRAMES, PIPELINES))
+    kind = chance.choice((HEADS, FRAMES, COMPRESSED_FRAMES, PIPELINES))
     data = bytearray(chance.choice(kind))
     for _ in range(chance.choice(MUTATIONS)):
         place = chance.randrange(len(data) + 1)
@@ -169,7 +215,7 @@ def mutated(chance: random.Random) -> bytes:
             case 6:
                 del data[place:]
             case _:
-                other = chance.choice(FRAMES + HEADS)
+                other = chance.choice(FRAMES + COMPRESSED_FRAMES + HEADS)
                 data[place:] = other[chance.randrange(len(other)) :]
     return bytes(data)
 

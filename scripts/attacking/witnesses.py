@@ -1,7 +1,8 @@
 """Clients that behave: each posts a labelled message at an interval, and checks what it gets.
 
 A witness that is disconnected reconnects with its last id, as `docs/protocol.md` says, and repeats the posts that
-have no ack.  So whatever an attack does, a witness misses no message, gets none twice, and gets an ack for each post.
+have no ack.  Every other witness compresses its posts, and inflates what the server compresses.  So whatever an attack
+does, a witness misses no message, gets none twice, and gets an ack for each post.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import contextlib
 import json
 import re
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
@@ -29,7 +31,7 @@ ANSWER_SECONDS: Final = 30.0
 
 
 def frames(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield the opcode, the begin and the end of the payload of each whole frame of a server."""
+    """Yield the first byte, the begin and the end of the payload of each whole frame of a server."""
     end, size = 0, len(data)
     while end + 2 <= size:
         length, begin = data[end + 1], end + 2
@@ -38,14 +40,14 @@ def frames(data: bytes) -> Iterator[tuple[int, int, int]]:
             length = int.from_bytes(data[end + 2 : begin], "big")
         if begin + length > size:
             return
-        yield data[end] & 15, begin, begin + length
+        yield data[end], begin, begin + length
         end = begin + length
 
 
 class Witness:
     """One client that behaves."""
 
-    def __init__(self, name: str, port: int, room: str, interval: float) -> None:
+    def __init__(self, name: str, port: int, room: str, interval: float, *, compresses: bool = False) -> None:
         self.name = name
         self.faults: list[str] = []
         self.latencies: list[tuple[float, float]] = []
@@ -57,6 +59,10 @@ class Witness:
         self.number: int | None = None
         """The number of the last message."""
         self._port, self._room, self._interval = port, room, interval
+        self._compresses = compresses
+        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        self.inflated = 0
+        """The number of compressed messages."""
         self._epoch = ""
         self._pending: dict[str, tuple[str, float]] = {}
         """The posts without an ack: text and time, by label."""
@@ -92,11 +98,13 @@ class Witness:
         resume = f"?last_event_id={self._epoch}-{self.number}" if self._epoch else ""
         reader, writer = await asyncio.open_connection(HOST, self._port)
         try:
-            writer.write(inputs.handshake(f"/rooms/{self._room}{resume}".encode()))
+            offer = [inputs.OFFER] if self._compresses else []
+            writer.write(inputs.handshake(f"/rooms/{self._room}{resume}".encode(), *offer))
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), ANSWER_SECONDS)
             if not head.startswith(b"HTTP/1.1 101 "):
                 return
             self._writer = writer
+            self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
             rest = b""
             while chunk := await reader.read(1 << 18):
                 rest = self._received(rest + chunk, writer)
@@ -107,21 +115,33 @@ class Witness:
     def _received(self, data: bytes, writer: asyncio.StreamWriter) -> bytes:
         """Handle the whole frames in what has arrived, and return the rest."""
         end = 0
-        for opcode, begin, end in frames(data):
+        for first, begin, end in frames(data):
+            opcode = first & 15
             if opcode == inputs.TEXT:
-                # An attacker may post a thousand messages a second, of which only the number counts.
-                if data.startswith(MESSAGE, begin) and data.find(PREFIX.encode(), begin, end) < 0:
-                    self._count_message(
-                        int(data[begin + len(MESSAGE) : data.index(b'"', begin + len(MESSAGE))].partition(b"-")[2])
-                    )
-                else:
-                    self._take(json.loads(data[begin:end]))
+                self._take_text(self._text(first, data[begin:end]))
             elif opcode == inputs.PING:
                 writer.write(inputs.frame(inputs.PONG, data[begin:end]))
             elif opcode == inputs.CLOSE:
                 writer.write(inputs.frame(inputs.CLOSE, data[begin : begin + 2]))
                 writer.close()
         return data[end:]
+
+    def _text(self, first: int, payload: bytes) -> bytes:
+        if not first & inputs.COMPRESSED << 4:
+            return payload
+        self.inflated += 1
+        try:
+            return self._inflater.decompress(payload + inputs.FLUSHED)
+        except zlib.error as error:
+            self.faults.append("a message cannot be inflated")
+            raise EOFError from error  # reconnect
+
+    def _take_text(self, text: bytes) -> None:
+        # An attacker may post a thousand messages a second, of which only the number counts.
+        if text.startswith(MESSAGE) and PREFIX.encode() not in text:
+            self._count_message(int(text[len(MESSAGE) : text.index(b'"', len(MESSAGE))].partition(b"-")[2]))
+        else:
+            self._take(json.loads(text))
 
     def _count_message(self, number: int) -> None:
         if number != (self.number or 0) + 1:
@@ -131,7 +151,8 @@ class Witness:
     def _send(self, label: str) -> None:
         if self._writer is not None:
             document = {"username": self.name, "message": self._pending[label][0], "label": label}
-            self._writer.write(inputs.frame(inputs.TEXT, json.dumps(document).encode()))
+            text = json.dumps(document).encode()
+            self._writer.write(inputs.compressed(text) if self._compresses else inputs.frame(inputs.TEXT, text))
 
     def _take(self, document: dict[str, Any]) -> None:
         kind = document["type"]
@@ -184,7 +205,9 @@ class Witnesses:
 
     def __init__(self, count: int, port: int, room: str = "main", interval: float = INTERVAL_SECONDS) -> None:
         self._interval = interval
-        self.everyone = [Witness(f"{PREFIX}{number}", port, room, interval) for number in range(count)]
+        self.everyone = [
+            Witness(f"{PREFIX}{number}", port, room, interval, compresses=number % 2 == 1) for number in range(count)
+        ]
         self._reading: list[asyncio.Task[None]] = []
         self._posting: list[asyncio.Task[None]] = []
 
@@ -225,6 +248,11 @@ class Witnesses:
     def disconnects(self) -> int:
         """The number of lost connections."""
         return sum(one.disconnects for one in self.everyone)
+
+    @property
+    def inflated(self) -> int:
+        """The number of compressed messages that they received."""
+        return sum(one.inflated for one in self.everyone)
 
     @property
     def acked(self) -> int:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 
 import pytest
 from support.servers import LONG, ROOT, program
@@ -17,7 +18,19 @@ from attacking import answers, inputs
 
 fuzz = program(ROOT / "scripts" / "fuzz")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+COMPRESSED = b"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Extensions: permessage-deflate; x\r\n\r\n"
 SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\n\r\n"
+
+
+def running(*texts):
+    """Compress texts in one stream, as the frames of a server."""
+    stream = zlib.compressobj(wbits=-12)
+    for text in texts:
+        data = stream.compress(text) + stream.flush(zlib.Z_SYNC_FLUSH)
+        yield inputs.frame(inputs.TEXT, data.removesuffix(inputs.FLUSHED), masked=False, reserved=inputs.COMPRESSED)
+
+
+RUNNING = [*running(b'{"type": "a long name"}', b'{"type": "a long name!"}')]
 
 
 def test_server_survives():
@@ -64,6 +77,11 @@ def test_bad_arguments():
         (SWITCHED + b"\x83\x00", "opcode 3"),
         (SWITCHED + b"\x88\x00\x89\x00", "a frame follows the close frame"),
         (SWITCHED + b"\x88\x7e\x00\x02\x03\xe8", None),
+        (COMPRESSED + RUNNING[0] + b"\x81\x0d" + b'{"type": "a"}' + RUNNING[1], None),
+        (COMPRESSED + RUNNING[1], "a text cannot be inflated"),
+        (COMPRESSED + RUNNING[0][:-1], "a frame is cut"),
+        (COMPRESSED + b"\xc1\x04" + inputs.deflated(b"{}"), "a text has no type"),
+        (COMPRESSED + b"\xc9\x00", "a frame has a mask or reserved bits, or is a fragment"),
     ],
 )
 def test_judgement(data, wrong):

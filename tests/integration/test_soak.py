@@ -37,6 +37,16 @@ def test_server_stands_an_attack(tmp_path):
     assert 0 < found["p50"] <= found["p99"]
 
 
+def test_witnesses_inflate_what_an_attack_compresses(tmp_path):
+    """Half of them take compressed messages, which is enough for the room to compress."""
+    arguments = "--clients=12", f"--seconds={SECONDS}", "--interval=0.2", f"--json={tmp_path}/figures.json"
+    result = soak("bombs", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (found,) = json.loads((tmp_path / "figures.json").read_text())["attacks"]
+    assert (found["faults"], found["disconnects"]) == ([], 0)
+    assert found["inflated"] > 6 * found["posts"] / 2
+
+
 def test_server_stands_ordeals(tmp_path):
     """Its disk is full for a second, and its clock is set; every post is acknowledged at last."""
     if subprocess.run(["unshare", "--mount", "--map-root-user", "true"], capture_output=True, check=False).returncode:
