@@ -13,7 +13,8 @@ Row = dict[str, Any]
 Series = tuple[str, str]
 """A store, and `on` or `off` for compression."""
 STYLE: Final = """
-text { font: 13px sans-serif; fill: #1f2328 } .paper { fill: #fff } .grid { stroke: #d1d9e0 }
+text { font: 13px sans-serif; fill: #1f2328 } .title { font-weight: bold }
+.paper { fill: #fff } .grid { stroke: #d1d9e0 }
 .line0 { stroke: #0969da; fill: #0969da } .line1 { stroke: #bc4c00; fill: #bc4c00 } polyline { fill: none !important }
 .line2 { stroke: #1a7f37; fill: #1a7f37 } .line3 { stroke: #8250df; fill: #8250df } .light { opacity: 0.45 }
 @media (prefers-color-scheme: dark) { text { fill: #f0f6fc } .paper { fill: #0d1117 } .grid { stroke: #3d444d }
@@ -22,6 +23,7 @@ text { font: 13px sans-serif; fill: #1f2328 } .paper { fill: #fff } .grid { stro
 LEFTS: Final = (80, 560)
 """The left edges of the two columns of panels."""
 WIDTH, PANEL = 960, 380
+TOP, GAP = 44, 40
 BAR: Final = 18
 """The height of a bar with its space."""
 BARS: Final = 300
@@ -55,7 +57,7 @@ def curves(title: str, lines: Sequence[tuple[int, Sequence[tuple[int, float]]]],
             part = math.log(y / ticks[0]) / math.log(ticks[-1] / ticks[0]) if log else y / ticks[-1]
             return top + 276 - 260 * part
 
-        parts = [f'<text x="{left}" y="{top}" font-weight="bold">{title}</text>']
+        parts = [f'<text class="title" x="{left}" y="{top}">{title}</text>']
         for y in ticks:
             parts.append(f'<line class="grid" x1="{left}" x2="{left + PANEL}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
             parts.append(f'<text x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:,.10g}</text>')
@@ -86,7 +88,7 @@ def bars(title: str, all_bars: Sequence[Bar]) -> Panel:
     groups = list(dict.fromkeys(bar.group for bar in all_bars))
 
     def draw(left: int, top: int) -> str:
-        parts = [f'<text x="{left}" y="{top}" font-weight="bold">{title}</text>']
+        parts = [f'<text class="title" x="{left}" y="{top}">{title}</text>']
         y = top + 8
         for group in groups:
             y += 18
@@ -133,13 +135,15 @@ def panels(rows: Sequence[Row], series: Sequence[Series]) -> list[Panel]:
         works = [Bar(_where(row), place(row), f"{row['work']:,.0f}", row["work"]) for row in many]
         drawn.append(bars("deliveries per second of server CPU, many rooms", works))
     sizes = [row for row in rows if row.get("bytes_per_delivery") and row["mode"] in ("rooms", "saturated")]
-    if {row["compress"] for row in sizes} == {"on", "off"}:
+    both = {_where(row) for row in sizes if row["compress"] == "on"} & {
+        _where(row) for row in sizes if row["compress"] == "off"
+    }
+    if both:
         # The store makes no difference to the bytes.
-        store = sizes[0]["store"]
         weights = [
             Bar(_where(row), place(row), f"{row['bytes_per_delivery']:.0f}", row["bytes_per_delivery"])
             for row in sizes
-            if row["store"] == store
+            if row["store"] == sizes[0]["store"] and _where(row) in both
         ]
         drawn.append(bars("bytes on the wire per delivery", weights))
     storms = [row for row in rows if row["mode"] == "storm" and row.get("p99_s")]
@@ -148,7 +152,7 @@ def panels(rows: Sequence[Row], series: Sequence[Series]) -> list[Panel]:
             Bar(_where(row), place(row), f"{row['p50_s']:.2f}, {row['p99_s']:.2f}", row["p99_s"], row["p50_s"])
             for row in storms
         ]
-        drawn.append(bars("kill -9: seconds from the restart until p50, p99 caught up", waits))
+        drawn.append(bars("kill -9: seconds from restart to caught up, p50, p99", waits))
     return drawn
 
 
@@ -158,12 +162,12 @@ def plot(rows: Sequence[Row], about: str) -> str:
     both = len({compress for _, compress in series}) > 1
     drawn = panels(rows, series)
     parts: list[str] = []
-    top = 44
-    for start in range(0, len(drawn), len(LEFTS)):
-        pair = drawn[start : start + len(LEFTS)]
-        parts += [panel.draw(left, top) for left, panel in zip(LEFTS, pair, strict=False)]
-        top += max(panel.height for panel in pair) + 40
-    top -= 10
+    tops = [TOP for _ in LEFTS]
+    for panel in drawn:  # each into the shorter column
+        column = tops.index(min(tops))
+        parts.append(panel.draw(LEFTS[column], tops[column]))
+        tops[column] += panel.height + GAP
+    top = max(tops) - GAP // 4
     x = LEFTS[0]
     for number, (store, compress) in enumerate(series):
         name = f"{store} compress {compress}" if both else store
