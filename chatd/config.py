@@ -40,7 +40,7 @@ from chatd.webhooks.sender import WebhookAddress
 from chatd.webhooks.signature import read_secrets
 
 _T = TypeVar("_T")
-HELP: Final = "`twistd chatd --help` explains every option"
+HELP: Final = "`chatd serve --help` explains every option"
 SEED: Final = Path(chatd.__file__).parent / "seed" / "messages.json"
 """The messages that a new log begins with by default."""
 LOG_FORMATS: Final = "text", "json"
@@ -602,8 +602,8 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            prog="twistd chatd",
-            usage="twistd [twistd options] chatd [options]",
+            prog="chatd serve",
+            usage="chatd serve [options]\n       twistd [twistd options] chatd [options]",
             description="A chat-room server over WebSocket that stores every message. Connect with: "
             "npx wscat -c ws://localhost:8085/",
             epilog="Every option that takes a value, and --no-page, can also be given in the environment (CHATD_STORE "

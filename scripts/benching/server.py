@@ -1,4 +1,4 @@
-"""The server under load, `twistd chatd` from this checkout, and the processor time that it takes.
+"""The server under load, of this checkout or installation, and the processor time that it takes.
 
 *Work* is a number of deliveries for a second of the server's CPU time: its own, and the kernel's on its behalf.  Unlike
 deliveries per second of the clock, it depends neither on the speed of the load nor on other processes that wait for the
@@ -11,12 +11,15 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Final, Self
 
 ROOT: Final = pathlib.Path(__file__).resolve().parent.parent.parent
+IN_CHECKOUT: Final = (ROOT / "scripts" / "venv").exists()
+"""False in the wheel, beside the chatd that is installed."""
 STORES: Final = {"memory:": "memory:", "sqlite:": "sqlite:bench.sqlite"}
 TICKS: Final = 10
 """The ticks of the clock below which a quotient is noise."""
@@ -29,7 +32,7 @@ class BenchError(Exception):
 
 
 class Server:
-    """A `twistd chatd` on a core of its own, in a temporary folder; on leaving, nothing of it is left."""
+    """A `chatd serve` on a core of its own, in a temporary folder; on leaving, nothing of it is left."""
 
     def __init__(self, store: str, core: int, *, compress: bool = False) -> None:
         self.core = core
@@ -49,14 +52,15 @@ class Server:
 
     def start(self) -> None:
         """Start a process, which is not ready yet."""
-        command = [str(ROOT / ".venv/bin/twistd"), "--nodaemon", "--pidfile=", "chatd", "--admin=", "--rate=0"]
+        python = str(ROOT / ".venv/bin/python") if IN_CHECKOUT else sys.executable
+        command = [python, "-m", "chatd", "serve", "--admin=", "--rate=0"]
         command += [*self._options, f"--listen=tcp:{self.port}:interface=127.0.0.1:backlog=65535"]
         kept = {name: text for name, text in os.environ.items() if not name.startswith(("CHATD_", "PYTHON"))}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 -- its words are all from here
                 command,
                 cwd=self._folder.name,
-                env=kept | {"PYTHONPATH": str(ROOT)},
+                env=kept | ({"PYTHONPATH": str(ROOT)} if IN_CHECKOUT else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -12,6 +12,7 @@ import chatd
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = pathlib.Path(chatd.__file__).parent
 LAYERS = (
+    "chatd.__main__",
     "chatd.tap",
     "chatd.load",
     "chatd.service",
