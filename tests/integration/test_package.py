@@ -1,9 +1,12 @@
 """The wheel and the editable install, each in an environment of its own."""
 
+import json
 import pathlib
+import re
 import site
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 
@@ -12,6 +15,10 @@ from support.checkouts import copy_checkout
 from support.redises import Redis
 from support.servers import LONG, ROOT, TWISTD, Raw, Server, environment, numbered, run
 
+CARRIED = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+    "force-include"
+]
+"""The programs outside the package, and their places in the wheel."""
 FOUND = """
 import importlib.resources, json, chatd
 files = importlib.resources.files("chatd")
@@ -53,9 +60,8 @@ def wheel(copy):
     return path
 
 
-@pytest.fixture(params=["wheel", "editable"])
-def installed(request, copy, tmp_path):
-    """A Python with chatd and its dependencies installed."""
+def make_venv(tmp_path, *what):
+    """Return a Python with chatd, by these words for pip, and its dependencies installed."""
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
@@ -64,13 +70,17 @@ def installed(request, copy, tmp_path):
         [python, "-c", "import chatd"], cwd=tmp_path, env=clean(), capture_output=True, check=False
     )
     assert b"No module named 'chatd'" in missing.stderr, "nothing but the installation can bring it here"
-    if request.param == "wheel":
-        what = [request.getfixturevalue("wheel")]
-    else:
-        what = ["--no-build-isolation", "--editable", copy]
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
     check_run(*install, "--no-deps", "--no-index", *what, cwd=tmp_path)
     return python
+
+
+@pytest.fixture(params=["wheel", "editable"])
+def installed(request, copy, tmp_path):
+    """A Python with chatd and its dependencies installed in both ways."""
+    if request.param == "wheel":
+        return make_venv(tmp_path, request.getfixturevalue("wheel"))
+    return make_venv(tmp_path, "--no-build-isolation", "--editable", copy)
 
 
 def test_wheel_content(wheel):
@@ -84,6 +94,7 @@ def test_wheel_content(wheel):
         names >= static >= {f"chatd/static/{name}" for name in ("index.html", "about.html", "page/boot.js", "chatd.js")}
     )
     assert names >= {"chatd/seed/messages.json", "twisted/plugins/chatd_plugin.py"}
+    assert {name for name in names if name.startswith("chatd/scripts/")} == {*CARRIED.values()}
     modules = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.lua") for path in (ROOT / "chatd").rglob(kind)}
     assert modules <= names
     assert names.isdisjoint({"twisted/__init__.py", "twisted/plugins/__init__.py"})
@@ -109,3 +120,27 @@ def test_installed_chatd_runs_from_any_folder(installed, tmp_path):
             with Server(elsewhere, options, env=clean(), command=command) as server, Raw(server.port) as client:
                 assert numbered(client.join()) == [(1, "Alice", "Hello!"), (2, "Bob", "Hi Alice!")]
     assert all(path.name.startswith("chatd.sqlite") for path in elsewhere.iterdir())
+
+
+def test_installed_command(installed, tmp_path):
+    """The command `chatd` of the installation runs the server, the load, and the programs that are scripts."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    chatd = installed.with_name("chatd")
+    assert re.fullmatch(r"chatd \d+\.\d+\.\d+\n", check_run(chatd, "--version", cwd=elsewhere))
+    for name in ("serve", "load", "client", "bench", "backup", "restore", "moderate", "erase"):
+        assert check_run(chatd, name, "--help", cwd=elsewhere).startswith("usage: "), name
+    with Server(elsewhere, "--store=sqlite:a.sqlite", env=clean(), command=[chatd], words=["serve"]) as server:
+        proof = check_run(chatd, "load", server.url, "--clients=2", "--messages=4", "--json", cwd=elsewhere)
+        assert json.loads(proof)["proved"] is True
+        copied = check_run(chatd, "backup", "--store=a.sqlite", "b.sqlite", cwd=elsewhere)
+        server.stop()
+    assert server.epoch in copied
+    assert check_run(chatd, "restore", "b.sqlite", "c.sqlite", cwd=elsewhere).startswith("c.sqlite: the log ")
+
+
+def test_installed_bench(wheel, tmp_path):
+    """Outside a checkout it measures the server that is installed beside it."""
+    python = make_venv(tmp_path, wheel)
+    options = "--clients=2", "--seconds=0.05", "--rounds=1", "--stores=memory:"
+    assert " yes" in check_run(python.with_name("chatd"), "bench", *options, cwd=tmp_path)

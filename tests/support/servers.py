@@ -139,14 +139,23 @@ class Lines:
 class Server:
     """A `twistd chatd` in the folder given; a context manager that leaves no process behind."""
 
-    def __init__(self, folder, *options, env=None, listen=LOOPBACK, admin="", command=(sys.executable, WATCHED)):
+    def __init__(
+        self,
+        folder,
+        *options,
+        env=None,
+        listen=LOOPBACK,
+        admin="",
+        command=(sys.executable, WATCHED),
+        words=("-n", "--pidfile=", "chatd"),
+    ):
         endpoints = [f"--{name}={text}" for name, text in (("listen", listen), ("admin", admin)) if text is not None]
         if "CHATD_RATE" not in (env or ()) and not any(option.startswith("--rate") for option in options):
             endpoints.append("--rate=0")  # what most tests send comes faster than any person types
         if "CHATD_DRAIN" not in (env or ()) and not any(option.startswith("--drain") for option in options):
             endpoints.append("--drain=1")  # few tests want to see how gently clients are sent away
         self._process = subprocess.Popen(
-            [*command, "-n", "--pidfile=", "chatd", *endpoints, *options],
+            [*command, *words, *endpoints, *options],
             cwd=folder,
             env=env or environment(),
             stdin=subprocess.DEVNULL,
