@@ -1,0 +1,231 @@
+"""Rules for the files that run chatd in containers: Dockerfile, compose.yaml and the manifest for Kubernetes."""
+
+import json
+import re
+import shlex
+import tomllib
+
+import yaml
+from support.needs import ROOT
+
+from chatd import config
+from chatd.__main__ import PROGRAMS
+
+DOCKERFILE, IGNORE, COMPOSE = (ROOT / name for name in ("Dockerfile", ".dockerignore", "compose.yaml"))
+OPTIONS = {option.variable: option for option in config.OPTIONS}
+PORT = 8085
+MARGIN = 10
+"""Seconds beyond `--drain` that a stop may take, as docs/operations.md advises for systemd."""
+DOCKER_STOP = 10
+"""Seconds after which `docker stop` kills a container."""
+SECONDS = re.compile(r"(\d+)s")
+
+
+def parse_dockerfile(text):
+    """Return the stages of a Dockerfile, each a list of its instructions and their values."""
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    joined = re.sub(r"\\\n\s*", "", lines)
+    stages = [[]]
+    for line in filter(None, joined.splitlines()):
+        word, _, value = line.partition(" ")
+        if word == "FROM":
+            stages.append([])
+        stages[-1].append((word, value.strip()))
+    return stages
+
+
+def values(stage, word):
+    """Return the values of the instructions with this word."""
+    return [value for name, value in stage if name == word]
+
+
+def environment_of(stage):
+    """Return the variables that a stage sets."""
+    pairs = [pair.partition("=") for value in values(stage, "ENV") for pair in shlex.split(value)]
+    return {name: value for name, _, value in pairs}
+
+
+def health_check(text):
+    """Return the command of the HEALTHCHECK in a Dockerfile; empty without one in exec form."""
+    (found,) = values(parse_dockerfile(text)[-1], "HEALTHCHECK") or [""]
+    command = found.partition("CMD ")[2]
+    return json.loads(command) if command.startswith("[") else []
+
+
+def faults(rules):
+    """Return the names of the rules that do not hold; a rule that cannot be looked at does not."""
+    found = []
+    for name, holds in rules.items():
+        try:
+            if not holds():
+                found.append(name)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            found.append(name)
+    return found
+
+
+def known_options(environment):
+    """Return whether all variables are options of chatd, with values that it accepts."""
+    for name, text in environment.items():
+        if name not in OPTIONS or not isinstance(text, str):
+            return False
+        OPTIONS[name].parse(text)
+    return True
+
+
+def dockerfile_faults(text, ignore):
+    """Return the rules that a Dockerfile with its .dockerignore breaks."""
+    before, *stages = parse_dockerfile(text)
+    build, final = stages
+    runs = [run for stage in stages for run in values(stage, "RUN")]
+    installs = [part for run in runs for part in run.split("&&") if " install " in f"{part} " and "pip" in part]
+    environment = environment_of(final)
+    copied = [word for value in values(build, "COPY") for word in shlex.split(value)[:-1]]
+    allowed = [line[1:] for line in ignore.splitlines() if line.startswith("!")]
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {*wheel["packages"], *(path.split("/")[0] for path in wheel["force-include"]), "schemas", "seed"}
+    folder = values(final, "VOLUME")[0] if values(final, "VOLUME") else ""
+    made = " && ".join(values(final, "RUN"))
+    return faults(
+        {
+            "the base can be chosen": lambda: (
+                re.fullmatch(r"BASE=python:3\.1[1-4]-slim-\w+", values(before, "ARG")[0])
+                and [values(stage, "FROM") for stage in stages] == [["${BASE} AS build"], ["${BASE}"]]
+            ),
+            "pip installs what is locked": lambda: (
+                len(installs) == 3
+                and all(
+                    {"--require-hashes", "--only-binary=:all:"} <= {*part.split()}
+                    or {"--no-index", "--no-deps"} <= {*part.split()}
+                    for part in installs
+                )
+                and {"requirements.txt", "requirements-build.txt"} <= {*copied}
+            ),
+            "what the wheel is built from is copied": lambda: (
+                needed <= {*copied} and all((ROOT / path).exists() for path in copied)
+            ),
+            "nothing else reaches the engine": lambda: ignore.splitlines()[1] == "*" and {*allowed} == {*copied},
+            "the last stage only copies the environment": lambda: (
+                values(final, "COPY") == ["--from=build /opt/chatd /opt/chatd"]
+                and "pip" not in made
+                and environment["PATH"].startswith("/opt/chatd/bin:")
+            ),
+            "it is not root, by number": lambda: re.fullmatch(r"[1-9]\d*:[1-9]\d*", values(final, "USER")[-1]),
+            "its user owns the volume": lambda: (
+                f"--uid {values(final, 'USER')[-1].split(':')[0]} " in made
+                and f"--create-home --home-dir {folder} " in made
+                and f"chmod 700 {folder}" in made
+            ),
+            "the store lies in the volume": lambda: (
+                environment["CHATD_STORE"] == f"sqlite:{folder}/chatd.sqlite" and values(final, "WORKDIR") == [folder]
+            ),
+            "the drain ends before docker stop kills": lambda: int(environment["CHATD_DRAIN"]) <= DOCKER_STOP // 2,
+            "a stop is SIGTERM": lambda: values(final, "STOPSIGNAL") == ["SIGTERM"],
+            "the options exist": lambda: known_options(
+                {name: text for name, text in environment.items() if name.startswith("CHATD_")}
+            ),
+            "its first process is chatd": lambda: (
+                json.loads(values(final, "ENTRYPOINT")[0]) == ["chatd"]
+                and json.loads(values(final, "CMD")[0])[0] in PROGRAMS
+            ),
+            "the port is the default": lambda: values(final, "EXPOSE") == [str(PORT)],
+            "its health is checked without other programs": lambda: (
+                health_check(text)[:2] == ["python3", "-c"]
+                and compile(health_check(text)[2], "HEALTHCHECK", "exec")
+                and all(word in health_check(text)[2] for word in ("'/readyz'", f"127.0.0.1', {PORT}"))
+            ),
+        }
+    )
+
+
+def seconds(text):
+    """Return a time of Docker such as 45s as a number."""
+    return int(SECONDS.fullmatch(text)[1])
+
+
+def haproxy_of(whole):
+    """Return the configuration of HAProxy in a compose file, as the container gets it."""
+    return whole["configs"]["haproxy"]["content"].replace("$$", "$")
+
+
+def compose_faults(text, dockerfile):
+    """Return the rules that a compose file breaks, beside the Dockerfile of its nodes."""
+    whole = yaml.safe_load(text)
+    services = whole["services"]
+    nodes = {name: one for name, one in services.items() if one.get("image") == "chatd"}
+    valkey, haproxy = services["valkey"], services["haproxy"]
+    final = parse_dockerfile(dockerfile)[-1]
+    uid, _, gid = (values(final, "USER") or [""])[-1].partition(":")
+    settings = haproxy_of(whole)
+    command = valkey["command"]
+
+    def set_to(word, value):
+        return command[command.index(word) + 1] == value
+
+    def of_nodes(holds):
+        return lambda: all(holds(one) for one in nodes.values())
+
+    return faults(
+        {
+            "there are three nodes": lambda: [*nodes] == ["chatd-1", "chatd-2", "chatd-3"],
+            "nodes are built here": of_nodes(lambda one: one["build"] == "."),
+            "a node is killed after its drain": of_nodes(
+                lambda one: seconds(one["stop_grace_period"]) >= int(one["environment"]["CHATD_DRAIN"]) + MARGIN
+            ),
+            "nodes share the store": of_nodes(lambda one: one["environment"]["CHATD_STORE"] == "redis://valkey:6379/0"),
+            "the options exist": of_nodes(lambda one: known_options(one["environment"])),
+            "nodes cannot write": of_nodes(
+                lambda one: (
+                    one["read_only"] is True
+                    and one["tmpfs"] == f"{values(final, 'VOLUME')[0]}:uid={uid},gid={gid},mode=0700"
+                    and one["cap_drop"] == ["ALL"]
+                )
+            ),
+            "nodes wait for the store": of_nodes(
+                lambda one: one["depends_on"] == {"valkey": {"condition": "service_healthy"}}
+            ),
+            "clients wait for the nodes": lambda: (
+                haproxy["depends_on"] == {name: {"condition": "service_healthy"} for name in nodes}
+            ),
+            "the store keeps what is acknowledged": lambda: (
+                set_to("--appendonly", "yes")
+                and set_to("--appendfsync", "always")
+                and set_to("--maxmemory-policy", "noeviction")
+                and valkey["volumes"] == ["valkey:/data"]
+                and "valkey" in whole["volumes"]
+            ),
+            "the health of the store is known": lambda: valkey["healthcheck"]["test"] == ["CMD", "valkey-cli", "ping"],
+            "everything starts again, and gains no rights": lambda: all(
+                one["restart"] == "unless-stopped"
+                and one["read_only"] is True
+                and "no-new-privileges:true" in one["security_opt"]
+                for one in services.values()
+            ),
+            "images say their version": lambda: all(
+                re.search(r":\d+\.\d+$", one["image"]) for name, one in services.items() if name not in nodes
+            ),
+            "only this machine reaches it": lambda: (
+                haproxy["ports"] == [f"127.0.0.1:{PORT}:{PORT}"]
+                and not any("ports" in one for one in services.values() if one is not haproxy)
+            ),
+            "HAProxy knows the nodes": lambda: (
+                re.findall(r"^ +server (\S+) (\S+)$", settings, re.MULTILINE)
+                == [(name, f"{name}:{PORT}") for name in nodes]
+            ),
+            "HAProxy asks the nodes": lambda: (
+                "option httpchk GET /readyz" in settings and re.search(r"default-server check inter \ds ", settings)
+            ),
+            "HAProxy finds a node that was made again": lambda: (
+                "nameserver dns 127.0.0.11:53" in settings and "resolvers docker init-addr libc,none" in settings
+            ),
+            "HAProxy names the client": lambda: (
+                ("option forwardfor" in settings)
+                == all(one["environment"].get("CHATD_PROXY_HOPS") == "1" for one in nodes.values())
+                == ("http-request set-header X-Forwarded-Host %[req.hdr(host)]" in settings)
+            ),
+            "HAProxy cuts no idle client": lambda: all(
+                seconds(found) > int(OPTIONS["CHATD_PING"].default)
+                for found in re.findall(r"timeout (?:client|server|tunnel) (\S+)", settings)
+            ),
+        }
+    )
