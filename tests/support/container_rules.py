@@ -223,6 +223,10 @@ def compose_faults(text, dockerfile):
                 == all(one["environment"].get("CHATD_PROXY_HOPS") == "1" for one in nodes.values())
                 == ("http-request set-header X-Forwarded-Host %[req.hdr(host)]" in settings)
             ),
+            "there are files for the clients": lambda: (
+                int(re.search(r"maxconn (\d+)", settings)[1]) * 2 + 100 <= haproxy["ulimits"]["nofile"]
+                and all(one["ulimits"] == haproxy["ulimits"] for one in nodes.values())
+            ),
             "HAProxy cuts no idle client": lambda: all(
                 seconds(found) > int(OPTIONS["CHATD_PING"].default)
                 for found in re.findall(r"timeout (?:client|server|tunnel) (\S+)", settings)

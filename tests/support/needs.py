@@ -44,6 +44,8 @@ NEEDS = {
     "mmdebstrap": ("machines that boot, fresh machines, images", "mmdebstrap"),
     "qemu-system-x86_64": ("the image under its own kernel", "qemu-system-x86"),
     "mkfs.ext4": ("the image under its own kernel", "e2fsprogs"),
+    "buildah": ("containers, with the marker `whole`", "buildah"),
+    "runc": ("containers, with the marker `whole`", "runc"),
     "go": ("images (Packer), workflows (actionlint)", "golang-go"),
 }
 """By the name of a tool: the tests that need it, and the Debian package that has it or the command that installs it."""

@@ -99,6 +99,8 @@ def test_broken_dockerignore(change):
         (("GET /readyz", "GET /healthz"), "HAProxy asks the nodes"),
         ((" resolvers docker init-addr", " init-addr"), "HAProxy finds a node that was made again"),
         (("          option forwardfor\n", ""), "HAProxy names the client"),
+        (("maxconn 9000", "maxconn 20000"), "there are files for the clients"),
+        (("ulimits: { nofile: 20000 } # a client is one", "ulimits: {} # a client is one"), "there are files for "),
         (("timeout tunnel 60s", "timeout tunnel 20s"), "HAProxy cuts no idle client"),
     ],
 )
