@@ -45,8 +45,16 @@ def uses(job, action):
 
 
 def attests(job):
-    """Return whether the identity of a job signs what it built, and does nothing else."""
-    return {*job["permissions"]} == {"contents", *SIGNING} and bool(uses(job, "actions/attest-build-provenance"))
+    """Return whether the identity of a job signs what it built, and does nothing else but push it."""
+    signs = bool(uses(job, "actions/attest-build-provenance"))
+    return {*job["permissions"]} - {"packages"} == {"contents", *SIGNING} and signs
+
+
+def writes(job):
+    """Return what a job may write, apart from its signatures, and from the image that it pushes and signs."""
+    pushes = attests(job) and uses(job, "actions/attest-build-provenance").get("push-to-registry") is True
+    own = SIGNING | ({"packages"} if pushes else set())
+    return {name for name, value in job["permissions"].items() if value != "read" and name not in own}
 
 
 def version(text):
@@ -67,10 +75,7 @@ def faults(workflows):
         "no expression is written into a script": not any("${{" in run for run in runs),
         "no secret is used": not any("secrets." in text for text in workflows.values()),
         "nothing is permitted to all jobs": all(whole["permissions"] == {} for whole in found.values()),
-        "a job reads alone": all(
-            {value for key, value in job["permissions"].items() if key not in SIGNING} == {"read"}
-            for job in jobs.values()
-        ),
+        "a job reads alone": not any(writes(job) for job in jobs.values()),
         "who is given a role names an environment": all(
             "environment" in job or attests(job) for job in jobs.values() if SIGNING & {*job["permissions"]}
         ),
@@ -110,6 +115,11 @@ def ci_rules(whole):
         == ["scripts/lock", "git diff --exit-code"],
         "what a test lacks is a failure": job["env"].get("CI") == "true",
         "the tests can boot machines": "--privileged" in job["container"].get("options", ""),
+        "the containers are tried with Docker itself": [
+            "docker compose up --build" in step.get("run", "") or "--force-recreate" in step.get("run", "")
+            for step in whole["jobs"]["compose"]["steps"]
+        ][1:3]
+        == [True, True],
         "Go is new enough": version(go["go-version"])
         >= max(version(re.search(r"^go (\S+)", path.read_text(), re.MULTILINE)[1]) for path in TOOLS),
         "nothing comes from a cache": go.get("cache") is False and "actions/cache" not in str(job),
@@ -117,7 +127,9 @@ def ci_rules(whole):
 
 
 def deploy_rules(whole):
-    job, wheel = whole["jobs"]["deploy"], whole["jobs"]["wheel"]
+    job, wheel, pypi, container = (whole["jobs"][name] for name in ("deploy", "wheel", "pypi", "container"))
+    image = uses(container, "actions/attest-build-provenance")
+    push = next(step for step in container["steps"] if step.get("id") == "push")
     signed = uses(wheel, "actions/attest-build-provenance").get("subject-path")
     role = uses(job, "aws-actions/configure-aws-credentials")
     concurrency = job.get("concurrency", {})
@@ -127,6 +139,24 @@ def deploy_rules(whole):
         "what is uploaded is attested": signed is not None
         and signed == uses(wheel, "actions/upload-artifact").get("path")
         and wheel.get("needs") == "tests",
+        "PyPI trusts the workflow in an environment": pypi.get("environment") == "pypi"
+        and pypi["permissions"] == {"contents": "read", "id-token": "write"}
+        and pypi["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
+        and "with" not in pypi["steps"][-1],
+        "what is published is what was attested": pypi.get("needs") == "wheel"
+        and uses(pypi, "actions/download-artifact") == {"name": uses(wheel, "actions/upload-artifact").get("name")},
+        "nothing is published unless the owner asks for it": [
+            re.findall(r"contains\(vars\.PUBLISH, '(\w+)'\)", one["if"]) for one in (pypi, container)
+        ]
+        == [["pypi"], ["ghcr"]]
+        and all(one["if"].startswith("github.event_name == 'push' && ") for one in (pypi, container)),
+        "the image that is pushed is attested": container.get("needs") == "tests"
+        and image.get("subject-digest") == "${{ steps.push.outputs.digest }}"
+        and image.get("subject-name") == "${{ steps.push.outputs.image }}"
+        and "containerimage.digest" in push["run"],
+        "the image has its provenance and runs on both architectures": "--provenance mode=max --sbom true"
+        in push["run"]
+        and "--platform linux/amd64,linux/arm64" in push["run"],
         "a tag ships": whole["on"]["push"] == {"tags": ["v*"]},
         "it is shipped once the tests have passed": job.get("needs") == "tests"
         and "!failure()" in job["if"]

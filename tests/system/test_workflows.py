@@ -167,6 +167,27 @@ def test_workflows_follow_the_rules():
         (("ci.yml", "options: --privileged", "options: --cpus 2"), "the tests can boot machines"),
         (("ci.yml", "go-version: 1.26.8", "go-version: 1.24.4"), "Go is new enough"),
         (("ci.yml", "cache: false", "cache: true"), "nothing comes from a cache"),
+        (("deploy.yml", "    environment: pypi\n", ""), "PyPI trusts the workflow in an environment"),
+        (
+            ("deploy.yml", " # v1.13.0", " # v1.13.0\n        with:\n          password: ${{ vars.PASSWORD }}"),
+            "PyPI trusts the workflow in an environment",
+        ),
+        (("deploy.yml", "    needs: wheel\n", "    needs: tests\n"), "what is published is what was attested"),
+        (
+            ("deploy.yml", " && contains(vars.PUBLISH, 'pypi')", ""),
+            "nothing is published unless the owner asks for it",
+        ),
+        (
+            ("deploy.yml", "github.event_name == 'push' && contains(vars.PUBLISH, 'ghcr')", "always()"),
+            "nothing is published unless the owner asks for it",
+        ),
+        (("deploy.yml", "push-to-registry: true", "push-to-registry: false"), "a job reads alone"),
+        (("deploy.yml", "steps.push.outputs.digest", "github.sha"), "the image that is pushed is attested"),
+        (
+            ("deploy.yml", " --provenance mode=max", ""),
+            "the image has its provenance and runs on both architectures",
+        ),
+        (("ci.yml", "docker compose up --build --detach", "echo"), "the containers are tried with Docker itself"),
         (("deploy.yml", 'tags: ["v*"]', 'branches: ["main"]'), "a tag ships"),
         (("deploy.yml", "    needs: tests\n", ""), "it is shipped once the tests have passed"),
         (("deploy.yml", "!failure() && ", ""), "it is shipped once the tests have passed"),
