@@ -18,10 +18,12 @@ COPY schemas schemas
 COPY scripts scripts
 COPY twisted twisted
 COPY chatd chatd
-# The help writes Twisted's cache of plug-ins, which nobody can write later.
+# The help writes Twisted's cache of plug-ins, which nobody can write later.  Twisted ignores a cache that is as old as a
+# plug-in, and the files of an image have times in whole seconds.
 RUN /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheel . \
     && /build/bin/pip --python /opt/chatd/bin/python install --no-cache-dir --no-index --no-deps /wheel/*.whl \
-    && /opt/chatd/bin/chatd serve --help >/dev/null
+    && /opt/chatd/bin/chatd serve --help >/dev/null \
+    && touch --date='1 minute' /opt/chatd/lib/python3*/site-packages/twisted/plugins/dropin.cache
 
 FROM ${BASE}
 RUN useradd --uid 10001 --create-home --home-dir /var/lib/chatd --shell /usr/sbin/nologin chatd \

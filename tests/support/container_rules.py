@@ -1,4 +1,4 @@
-"""Rules for the files that run chatd in containers: Dockerfile, compose.yaml and the manifest for Kubernetes."""
+"""Rules for the files that run chatd in containers: Dockerfile, compose.yaml and docs/kubernetes.yaml."""
 
 import json
 import re
@@ -8,10 +8,12 @@ import tomllib
 import yaml
 from support.needs import ROOT
 
+import chatd
 from chatd import config
 from chatd.__main__ import PROGRAMS
 
 DOCKERFILE, IGNORE, COMPOSE = (ROOT / name for name in ("Dockerfile", ".dockerignore", "compose.yaml"))
+MANIFEST = ROOT / "docs" / "kubernetes.yaml"
 OPTIONS = {option.variable: option for option in config.OPTIONS}
 PORT = 8085
 MARGIN = 10
@@ -59,7 +61,7 @@ def faults(rules):
         try:
             if not holds():
                 found.append(name)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError):
             found.append(name)
     return found
 
@@ -230,6 +232,120 @@ def compose_faults(text, dockerfile):
             "HAProxy cuts no idle client": lambda: all(
                 seconds(found) > int(OPTIONS["CHATD_PING"].default)
                 for found in re.findall(r"timeout (?:client|server|tunnel) (\S+)", settings)
+            ),
+        }
+    )
+
+
+def by_kind(text):
+    """Return the documents of a manifest by their kinds and names."""
+    return {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(text)}
+
+
+def pod(text, kind="Deployment", name="chatd"):
+    """Return the specification of the pods, and of their one container."""
+    found = by_kind(text)[kind, name]["spec"]["template"]["spec"]
+    (container,) = found["containers"]
+    return found, container
+
+
+def variables(container):
+    """Return the variables of a container that have a value."""
+    return {one["name"]: one["value"] for one in container["env"] if "value" in one}
+
+
+def manifest_faults(text, dockerfile):
+    """Return the rules that the manifest breaks, beside the Dockerfile of its nodes."""
+    documents = by_kind(text)
+    final = parse_dockerfile(dockerfile)[-1]
+    uid, gid = map(int, values(final, "USER")[-1].split(":"))
+    (folder,) = values(final, "VOLUME")
+    nodes, node = pod(text)
+    store, valkey = pod(text, "StatefulSet", "chatd-store")
+    deployment, budget = documents["Deployment", "chatd"]["spec"], documents["PodDisruptionBudget", "chatd"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    service = documents["Service", "chatd"]["spec"]
+    environment = variables(node)
+    volumes = {one["name"]: one for one in nodes["volumes"]}
+    mounts = {one["mountPath"]: one for one in node["volumeMounts"]}
+    secrets = {one["valueFrom"]["secretKeyRef"]["name"] for one in valkey["env"] if "valueFrom" in one}
+    command = valkey["command"][-1]
+
+    def locked(specification, container, number):
+        context, own = specification["securityContext"], container["securityContext"]
+        return (
+            context["runAsNonRoot"] is True
+            and context["runAsUser"] == context["fsGroup"] == number > 0
+            and context["seccompProfile"] == {"type": "RuntimeDefault"}
+            and own["allowPrivilegeEscalation"] is False
+            and own["readOnlyRootFilesystem"] is True
+            and own["capabilities"] == {"drop": ["ALL"]}
+            and specification["automountServiceAccountToken"] is False
+        )
+
+    return faults(
+        {
+            "a pod is killed after its drain": lambda: (
+                nodes["terminationGracePeriodSeconds"] >= int(environment["CHATD_DRAIN"]) + MARGIN
+            ),
+            "the drain begins before the pod leaves the service": lambda: (
+                node["lifecycle"]["preStop"]["exec"]["command"][:2] == ["python3", "-c"]
+                and compile(node["lifecycle"]["preStop"]["exec"]["command"][2], "preStop", "exec")
+                and all(
+                    word in node["lifecycle"]["preStop"]["exec"]["command"][2]
+                    for word in ("'POST', '/drain'", "'127.0.0.1', 8086")
+                )
+                and OPTIONS["CHATD_ADMIN"].default == "tcp:8086:interface=127.0.0.1"
+                and "CHATD_ADMIN" not in environment
+            ),
+            "only a ready pod gets clients": lambda: (
+                node["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "chat"}
+            ),
+            "a store that fails kills no pod": lambda: (
+                node["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "chat"}
+            ),
+            "the options exist": lambda: known_options(environment) and nodes["enableServiceLinks"] is False,
+            "the image has the version of this checkout": lambda: (
+                node["image"] == f"registry.example/chatd:{chatd.__version__}"
+            ),
+            "nodes have no rights": lambda: locked(nodes, node, uid) and nodes["securityContext"]["runAsGroup"] == gid,
+            "the store has no rights": lambda: locked(store, valkey, 999),
+            "the folder can be written": lambda: "emptyDir" in volumes[mounts[folder]["name"]],
+            "the password is a file of the secret": lambda: (
+                environment["CHATD_STORE_PASSWORD_FILE"] == "/etc/chatd/password"
+                and volumes[mounts["/etc/chatd"]["name"]]["secret"]
+                == {"secretName": "chatd-store", "defaultMode": 0o440}
+                and secrets == {"chatd-store"}
+                and '--requirepass "$PASSWORD"' in command
+            ),
+            "the store keeps what is acknowledged": lambda: (
+                "--appendonly yes --appendfsync always" in command
+                and "--maxmemory-policy noeviction --dir /data" in command
+                and valkey["volumeMounts"] == [{"name": "data", "mountPath": "/data"}]
+                and documents["StatefulSet", "chatd-store"]["spec"]["volumeClaimTemplates"][0]["metadata"]["name"]
+                == "data"
+            ),
+            "nodes share the store": lambda: (
+                environment["CHATD_STORE"] == "redis://chatd-store:6379/0"
+                and documents["Service", "chatd-store"]["spec"]["ports"][0]["port"] == 6379
+            ),
+            "what selects pods finds them": lambda: all(
+                found == labels
+                for found in (
+                    deployment["selector"]["matchLabels"],
+                    service["selector"],
+                    budget["selector"]["matchLabels"],
+                    nodes["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"],
+                )
+            ),
+            "clients reach the port": lambda: (
+                service["ports"] == [{"name": "chat", "port": PORT, "targetPort": "chat"}]
+                and node["ports"] == [{"name": "chat", "containerPort": PORT}]
+            ),
+            "most nodes stay": lambda: (
+                deployment["replicas"] >= 3
+                and budget["maxUnavailable"] == 1
+                and deployment["strategy"] == {"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
             ),
         }
     )

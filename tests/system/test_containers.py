@@ -13,8 +13,9 @@ import sys
 
 import pytest
 import yaml
+from support import kubernetes_schemas
 from support.booted import succeed
-from support.container_rules import COMPOSE, PORT, haproxy_of, seconds
+from support.container_rules import COMPOSE, MANIFEST, PORT, haproxy_of, pod, seconds, variables
 from support.containers import Container, built
 from support.instances import Host
 from support.redises import BINARY
@@ -28,6 +29,33 @@ STOP = 10
 def test_haproxy_accepts_its_configuration(tmp_path):
     (tmp_path / "haproxy.cfg").write_text(haproxy_of(yaml.safe_load(COMPOSE.read_text())))
     succeed(need("haproxy"), "-c", "-f", tmp_path / "haproxy.cfg")
+
+
+@pytest.mark.parametrize("version", [0, -1], ids=["oldest", "newest"])
+def test_manifest_fits_the_schemas(version):
+    """Each document of docs/kubernetes.yaml has only fields that Kubernetes knows, with values of their types."""
+    name = kubernetes_schemas.versions()[version]
+    documents = [*yaml.safe_load_all(MANIFEST.read_text())]
+    assert len(documents) == 5
+    assert kubernetes_schemas.faults(name, documents) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("terminationGracePeriodSeconds:", "terminationGraceSeconds:"),
+        ("replicas: 3", 'replicas: "three"'),
+        ("periodSeconds: 2", "period: 2"),
+        ("maxUnavailable: 1", "atMost: 1"),
+        ("targetPort:", "target:"),
+        ("kind: PodDisruptionBudget", "kind: Deployment"),
+    ],
+)
+def test_mistake_in_the_manifest_is_found(old, new):
+    text = MANIFEST.read_text()
+    assert old in text
+    name = kubernetes_schemas.versions()[-1]
+    assert kubernetes_schemas.faults(name, yaml.safe_load_all(text.replace(old, new))) != []
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +115,7 @@ def test_container_serves_and_stops(image, host, volume):
             assert client.closed() == 1012
         assert "stopped" in one.log.text
         assert "Traceback" not in one.log.text
+        assert "plugin cache" not in one.log.text
     with Container(image, host, volumes=volumes) as again:
         again.ready()
         with host.connect(PORT) as client:
@@ -121,21 +150,21 @@ class Composition:
         """Return a new network for a service, whose name leads there from now on, as Docker's name server does."""
         host = self._stack.enter_context(Host(self.hub))
         self._addresses[name] = host.address
-        self._names = "".join(f"{address} {name}\n" for name, address in self._addresses.items())
-        (self._folder / "names").write_text(self._names)
+        self.names = "".join(f"{address} {name}\n" for name, address in self._addresses.items())
+        (self._folder / "names").write_text(self.names)
         return host
 
     def _run(self, host, *command):
         process = host.run(*command, cwd=self._folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return Lines(process.stdout)
 
-    def valkey(self):
-        """Start this machine's Valkey or Redis with the command of the compose file."""
+    def valkey(self, *more, name="valkey"):
+        """Start this machine's Valkey or Redis with the command of the compose file, and more words."""
         _, *words = self._whole["services"]["valkey"]["command"]
-        host = self._host("valkey")
+        host = self._host(name)
         # The image of Valkey listens on every address.
         own = "--bind", host.address, "--protected-mode", "no"
-        self._run(host, BINARY, *own, *words).wait("Ready to accept connections")
+        self._run(host, BINARY, *own, *words, *more).wait("Ready to accept connections")
 
     def node(self, name):
         """Start a node, or start it again, with another address, as `docker compose up --force-recreate` does."""
@@ -147,7 +176,7 @@ class Composition:
             host,
             environment=service["environment"],
             tmpfs={place: options},
-            names=self._names,
+            names=self.names,
             files=service["ulimits"]["nofile"],
         )
         self.nodes[name] = self._stack.enter_context(node).ready()
@@ -198,3 +227,32 @@ def test_composition_loses_nothing(image, tmp_path):
         report = json.loads(out)
         assert report["proved"] is True, report
         assert report["came_back"] > 0
+
+
+@pytest.mark.whole
+def test_pod_drains_before_it_stops(image, tmp_path, volume):
+    """The preStop hook starts the drain, which still accepts clients, and the pod ends within its grace period."""
+    if BINARY is None:
+        missing("there is no Redis")
+    specification, container = pod(MANIFEST.read_text())
+    environment = variables(container)
+    (secret := tmp_path / "secret").mkdir()
+    (secret / "password").write_text("word\n")
+    os.chown(secret / "password", 0, 10001)
+    (secret / "password").chmod(0o440)
+    with contextlib.ExitStack() as stack:
+        compose = Composition(stack, image, tmp_path)
+        compose.valkey("--requirepass", "word", name="chatd-store")
+        host = stack.enter_context(Host(compose.hub))
+        volumes = {HOME: volume, "/etc/chatd": secret}
+        one = stack.enter_context(
+            Container(image, host, environment=environment, volumes=volumes, names=compose.names)
+        ).ready()
+        hook = one.execute(*container["lifecycle"]["preStop"]["exec"]["command"])
+        assert hook.returncode == 0, hook.stderr
+        one.log.wait("draining")
+        assert not one.healthy()
+        client = stack.enter_context(host.connect(PORT))
+        client.join()
+        assert one.stop(specification["terminationGracePeriodSeconds"]) == 0
+        assert client.closed() == 1012

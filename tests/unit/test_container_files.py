@@ -1,4 +1,4 @@
-"""Dockerfile, .dockerignore and compose.yaml: rules, each with a negative control, and the health check as a program.
+"""Dockerfile, compose.yaml and docs/kubernetes.yaml: rules, each with a negative control, and the health check.
 
 tests/system/test_containers.py builds the image and runs it.
 """
@@ -13,28 +13,33 @@ from support.container_rules import (
     COMPOSE,
     DOCKERFILE,
     IGNORE,
+    MANIFEST,
     PORT,
     compose_faults,
     dockerfile_faults,
     health_check,
+    manifest_faults,
 )
 from support.servers import LONG
 
-TEXTS = {path.name: path.read_text() for path in (DOCKERFILE, IGNORE, COMPOSE)}
+TEXTS = {path.name: path.read_text() for path in (DOCKERFILE, IGNORE, COMPOSE, MANIFEST)}
 
 
 def broken(**changes):
     """Return the rules that the files break when one of them has other texts."""
     found = dict(TEXTS)
     for name, (old, new) in changes.items():
-        key = {"dockerfile": DOCKERFILE, "ignore": IGNORE, "compose": COMPOSE}[name].name
+        key = {"dockerfile": DOCKERFILE, "ignore": IGNORE, "compose": COMPOSE, "manifest": MANIFEST}[name].name
         assert old in found[key]
         found[key] = found[key].replace(old, new)
-    dockerfile, ignore, compose = found.values()
-    return dockerfile_faults(dockerfile, ignore) + compose_faults(compose, dockerfile)
+    dockerfile, ignore, compose, manifest = found.values()
+    if "dockerfile" in changes or "ignore" in changes:
+        return dockerfile_faults(dockerfile, ignore)
+    return compose_faults(compose, dockerfile) + manifest_faults(manifest, dockerfile)
 
 
 def test_files_follow_the_rules():
+    assert dockerfile_faults(TEXTS["Dockerfile"], TEXTS[".dockerignore"]) == []
     assert broken() == []
 
 
@@ -106,6 +111,35 @@ def test_broken_dockerignore(change):
 )
 def test_broken_compose(change, rule):
     assert any(found.startswith(rule) for found in broken(compose=change))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (("terminationGracePeriodSeconds: 45", "terminationGracePeriodSeconds: 30"), "a pod is killed after its drain"),
+        (('CHATD_DRAIN, value: "30"', 'CHATD_DRAIN, value: "60"'), "a pod is killed after its drain"),
+        (("'POST', '/drain'", "'GET', '/drain'"), "the drain begins before the pod leaves the service"),
+        (("c.getresponse()", "c.getresponse("), "the drain begins before the pod leaves the service"),
+        (("CHATD_LOG_FORMAT, value: json", "CHATD_ADMIN, value: tcp:8086"), "the drain begins before the pod leaves "),
+        (("path: /readyz", "path: /healthz"), "only a ready pod gets clients"),
+        (("path: /healthz", "path: /readyz"), "a store that fails kills no pod"),
+        (("CHATD_LOG_FORMAT, value: json", "CHATD_LOG_FORMAT, value: xml"), "the options exist"),
+        (("enableServiceLinks: false", "enableServiceLinks: true"), "the options exist"),
+        (("chatd:0.", "chatd:9."), "the image has the version of this checkout"),
+        (("runAsUser: 10001", "runAsUser: 10002"), "nodes have no rights"),
+        (("runAsUser: 999", "runAsUser: 0"), "the store has no rights"),
+        (("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false"), "nodes have no rights"),
+        (("mountPath: /var/lib/chatd", "mountPath: /data"), "the folder can be written"),
+        (("defaultMode: 0440", "defaultMode: 0444"), "the password is a file of the secret"),
+        (("--appendfsync always", "--appendfsync everysec"), "the store keeps what is acknowledged"),
+        (("redis://chatd-store:", "redis://store:"), "nodes share the store"),
+        (("  selector: { app.kubernetes.io/name: chatd }", "  selector: { app: chatd }"), "what selects pods finds "),
+        (("targetPort: chat ", "targetPort: web "), "clients reach the port"),
+        (("maxUnavailable: 1", "maxUnavailable: 3"), "most nodes stay"),
+    ],
+)
+def test_broken_manifest(change, rule):
+    assert any(found.startswith(rule) for found in broken(manifest=change))
 
 
 @pytest.fixture
