@@ -14,7 +14,7 @@ import subprocess
 import pytest
 from support import booted
 from support.booted import PORT, UNITS
-from support.servers import LONG, TWISTD, Lines, certificate_for, numbered, post, stored, upgrade
+from support.servers import LONG, ROOT, TWISTD, Lines, certificate_for, numbered, post, stored, upgrade
 from support.units import analyze, unit
 from support.websocket_frames import CLOSE
 
@@ -267,6 +267,28 @@ def test_connection_starts_the_service(chatd):
     chatd.journal.wait("ready, with the log")
     chatd.systemctl("start", "chatd.service")
     assert chatd.show("ActiveState") == "active"
+
+
+def test_one_command_without_a_unit_file(machine, tmp_path):
+    """The command of docs/operations.md returns when the service is ready; a stop ends it well and keeps its store."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"^```sh\n(systemd-run .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    machine.run("sh", "-ec", command)
+    show = "systemctl", "show", "--value", "chatd-try.service"
+    assert machine.run(*show, "--property=StatusText").strip() == "ready"
+    timeout = machine.run(*show, "--property=TimeoutStopUSec").strip()
+    drain = next(int(option.default) for option in OPTIONS if option.name == "drain")
+    assert timeout == "45s"
+    assert drain + 10 <= 45
+    with machine.connect() as client:
+        assert numbered(client.join()) == SEED
+        client.send(post("ann", "hi"))
+        assert numbered(client.json()) == [(3, "ann", "hi")]
+    machine.run("systemctl", "stop", "chatd-try.service")
+    store = machine.path("/var/lib/private/chatd-try/chatd.sqlite")
+    assert [row[:3] for row in stored(shutil.copy(store, tmp_path))[1]] == [*SEED, (3, "ann", "hi")]
+    assert machine.run("systemctl", "list-units", "--state=failed", "--plain", "--no-legend").strip() == ""
+    machine.run("rm", "-rf", "/var/lib/private/chatd-try")
 
 
 def test_start_times_out_without_ready(chatd):
