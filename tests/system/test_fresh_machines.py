@@ -130,9 +130,21 @@ def test_install(fresh):
     build, install = re.findall(r"^```sh\n(.*?)^```$", chapter, re.MULTILINE | re.DOTALL)
     fresh.run("sh", "-euxc", build)
     there = install.replace("/opt/chatd", "~/opt/chatd")
-    help_ = "~/opt/chatd/bin/twistd -n chatd --help"
+    help_ = "~/opt/chatd/bin/twistd -n chatd --help && ~/opt/chatd/bin/chatd backup --help"
     text = fresh.run("sh", "-euxc", f"mkdir ~/opt && cp requirements.txt dist && cd dist\n{there}\n{help_}")
     assert "--store" in text
+
+
+@pytest.mark.whole
+def test_pipx(fresh):
+    """pipx installs the wheel with what PyPI has now, and runs its command, also in an environment for one run."""
+    fresh.run("sh", "-euxc", "python3 -m venv ~/pipx && ~/pipx/bin/pip install --quiet pipx")
+    text = fresh.run("sh", "-euxc", "~/pipx/bin/pipx run --spec . chatd --version && ~/pipx/bin/pipx install .")
+    assert re.search(r"^chatd \d+\.\d+\.\d+$", text, re.MULTILINE)
+    with fresh.start("sh", "-c", "exec ~/.local/bin/chatd serve --listen=tcp:0 --admin=") as (_, lines):
+        url = lines.wait(r"Open http://(localhost:\d+/)$")[0][1]
+        with connect(f"ws://{url}", proxy=None) as room:
+            assert json.loads(room.recv(LONG))["type"] == "history"
 
 
 def test_test(fresh):
