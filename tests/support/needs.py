@@ -46,7 +46,7 @@ NEEDS = {
     "mkfs.ext4": ("the image under its own kernel", "e2fsprogs"),
     "buildah": ("containers, with the marker `whole`", "buildah"),
     "runc": ("containers, with the marker `whole`", "runc"),
-    "go": ("images (Packer), workflows (actionlint)", "golang-go"),
+    "go": ("images (Packer), workflows (actionlint), compose.yaml", "golang-go"),
 }
 """By the name of a tool: the tests that need it, and the Debian package that has it or the command that installs it."""
 

@@ -6,7 +6,7 @@ import yaml
 from support.servers import ROOT
 
 FOLDER = ROOT / ".github" / "workflows"
-TOOLS = [*(ROOT / "packer" / "tools").glob("*/go.mod"), ROOT / "tests" / "tools" / "actionlint" / "go.mod"]
+TOOLS = [*(ROOT / "packer" / "tools").glob("*/go.mod"), *(ROOT / "tests" / "tools").glob("*/go.mod")]
 """The modules that are built with Go."""
 LOCKS = [*ROOT.glob("requirements*.txt"), ROOT / "packer" / "requirements.txt"]
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")

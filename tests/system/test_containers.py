@@ -17,6 +17,7 @@ from support import kubernetes_schemas
 from support.booted import succeed
 from support.container_rules import COMPOSE, MANIFEST, PORT, haproxy_of, pod, seconds, variables
 from support.containers import Container, built
+from support.go_tools import go_tool
 from support.instances import Host
 from support.redises import BINARY
 from support.servers import LONG, TWISTD, Lines, missing, need, numbered, post
@@ -29,6 +30,44 @@ STOP = 10
 def test_haproxy_accepts_its_configuration(tmp_path):
     (tmp_path / "haproxy.cfg").write_text(haproxy_of(yaml.safe_load(COMPOSE.read_text())))
     succeed(need("haproxy"), "-c", "-f", tmp_path / "haproxy.cfg")
+
+
+def compose_spec(folder, text):
+    """Return what the parser of Docker Compose makes of a compose file, and what it reports."""
+    (folder / "compose.yaml").write_text(text)
+    command = [go_tool("compose"), "-format=json", "compose.yaml"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONG, check=False)
+    return json.loads(result.stdout) if result.returncode == 0 else None, result.stdout + result.stderr
+
+
+def test_compose_accepts_its_file(tmp_path):
+    """The library of Docker Compose reads what the rules read."""
+    model, said = compose_spec(tmp_path, COMPOSE.read_text())
+    assert model is not None, said
+    whole = yaml.safe_load(COMPOSE.read_text())
+    assert model["services"].keys() == whole["services"].keys()
+    assert model["configs"]["haproxy"]["content"] == haproxy_of(whole)
+    assert [port["host_ip"] for port in model["services"]["haproxy"]["ports"]] == ["127.0.0.1"]
+    assert {model["services"][f"chatd-{number}"]["stop_grace_period"] for number in (1, 2, 3)} == {"45s"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stop_grace_period:", "stop_grace:"),
+        ("    content: |", "    contents: |"),
+        ("chatd-1: { condition: service_healthy }", "chatd-1: { condition: healthy }"),
+        ("ulimits: { nofile: 20000 }", "ulimits: 20000"),
+        ("[CMD, valkey-cli, ping]", "{ cmd: ping }"),
+    ],
+)
+def test_compose_refuses_a_mistake(tmp_path, old, new):
+    """It looks at the form of the file alone, not at the names in it: the rules do that."""
+    text = COMPOSE.read_text()
+    assert old in text
+    model, said = compose_spec(tmp_path, text.replace(old, new))
+    assert model is None
+    assert said
 
 
 @pytest.mark.parametrize("version", [0, -1], ids=["oldest", "newest"])

@@ -13,11 +13,11 @@ import subprocess
 import sys
 
 import pytest
-from support.booted import kept, succeed
-from support.servers import LONG, ROOT, missing, need
+from support.booted import succeed
+from support.go_tools import go_tool
+from support.servers import LONG, ROOT, missing
 from support.workflow_rules import faults, read, texts
 
-LINTER = ROOT / "tests" / "tools" / "actionlint"
 ZIZMOR = pathlib.Path(sys.executable).with_name("zizmor")
 COMMANDS = "ship", "verify", "rollback", "abort"
 AGENTS = "--agents TEMP/agents.json"
@@ -47,19 +47,7 @@ def written(folder, workflows):
 
 def actionlint(folder, workflows):
     """Return the names of the rules that actionlint reports, without the linters that it can run."""
-    need("go")
-    recipe = [path.read_text() for path in sorted(LINTER.iterdir())]
-
-    def make(tool):
-        package = re.search('^import _ "(.*)"$', (LINTER / "tools.go").read_text(), re.MULTILINE)[1]
-        build = ["go", "build", "-mod=readonly", "-trimpath", f"-o={tool}/actionlint", package]
-        result = subprocess.run(
-            build, cwd=LINTER, env=os.environ | {"CGO_ENABLED": "0"}, capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            missing(f"actionlint could not be built: {result.stderr[-500:]}")
-
-    tool = kept("actionlint", make, *recipe) / "actionlint"
+    tool = go_tool("actionlint")
     command = [tool, "-shellcheck=", "-pyflakes=", "-format={{json .}}", *written(folder, workflows)]
     said = succeed(*command, statuses=(0, 1), cwd=folder)
     return sorted({one["kind"] for one in json.loads(said)})

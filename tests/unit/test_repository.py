@@ -12,7 +12,12 @@ from support.servers import LONG, ROOT, missing, need
 from support.workflow_rules import read
 
 ZIZMOR = pathlib.Path(sys.executable).with_name("zizmor")
-MANIFESTS = {"pip": "*requirements*.txt", "npm": "package.json", "gomod": "go.mod"}
+MANIFESTS = {
+    "pip": "*requirements*.txt",
+    "npm": "package.json",
+    "gomod": "go.mod",
+    "docker-compose": "compose.yaml",
+}
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
