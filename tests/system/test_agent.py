@@ -11,9 +11,9 @@ import sys
 import urllib.request
 
 import pytest
-from support import imds
+from support import booted, imds
 from support.imds import FILES, GROUP, Cloud, surroundings
-from support.servers import LONG, LOOPBACK, Server, need
+from support.servers import LONG, LOOPBACK, Lines, Server, need
 
 program = imds.load("chatd-agent")
 
@@ -53,11 +53,67 @@ def test_configuration_names_group_and_log(cloud, tmp_path):
     assert re.findall(r"127\.0\.0\.1:(\d+)", scraped) == ["8086", *(f"809{digit}" for digit in range(1, 10))]
 
 
-def test_log_covers_all_units_of_an_instance(cloud, tmp_path):
+def journal():
+    """Return the units whose log the agent reads."""
     text = (FILES / "cloudwatch-agent.json").read_text()
     (journal,) = json.loads(text)["logs"]["logs_collected"]["journald"]["collect_list"]
-    units = {re.sub(r"@\.", "@*.", path.name) for path in FILES.glob("chatd*.service")}
-    assert {*journal["units"]} == units
+    return journal["units"]
+
+
+def units():
+    """Return the units of all instances, those of chatd@.service by their names."""
+    names = range(1, imds.load("chatd-boot").MOST + 1)
+    files = [path.name for path in FILES.glob("chatd*.service")]
+    return sorted(file.replace("@.", f"@{name}.") for file in files for name in (names if "@." in file else [""]))
+
+
+def test_log_names_all_units_of_an_instance():
+    """The agent names each unit, because journalctl expands a pattern only once, from units already in the journal."""
+    assert sorted(journal()) == units()
+
+
+UNIT = "[Service]\nType=oneshot\nExecStart=/bin/echo line of %n\n"
+
+
+def followed(machine, patterns):
+    """Return the units whose lines journalctl follows, if it starts before any of them, as the agent starts it."""
+    folder = machine.path("/run/systemd/system")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in FILES.glob("chatd*.service"):
+        (folder / file.name).write_text(UNIT)
+    machine.run("systemctl", "daemon-reload")
+    first, last = "chatd-boot.service", "chatd-lifecycle.service"
+    options = "--utc", "--output=json", "--follow", "--priority=info", *(f"--unit={name}" for name in patterns)
+    command = machine.command("systemd-run", "--quiet", "--unit=agent", "--pipe", "journalctl", *options)
+    agent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said = Lines(agent.stdout)
+    try:
+        machine.run("systemctl", "start", first)
+        said.wait(f"line of {first}")
+        machine.run("systemctl", "start", *[name for name in units() if name not in (first, last)])
+        machine.run("systemctl", "start", last)
+        said.wait(f"line of {last}")
+    finally:
+        machine.run("systemctl", "stop", "agent.service")
+        agent.wait(LONG)
+        said.close()
+    return sorted({*re.findall(r"line of (chatd[\w@-]*\.service)", said.text)})
+
+
+@pytest.fixture
+def machine():
+    with booted.Machine(booted.debian(), [], booted.NO_NETWORK) as machine:
+        yield machine
+
+
+def test_journalctl_follows_units_that_start_later(machine):
+    assert followed(machine, journal()) == units()
+
+
+def test_journalctl_follows_no_later_unit_of_a_pattern(machine):
+    """The negative control: a pattern misses every unit that starts after journalctl."""
+    patterns = sorted({re.sub(r"@\d", "@*", name) for name in journal()})
+    assert followed(machine, patterns) == [name for name in units() if "@" not in name]
 
 
 def test_promtool_accepts_the_configuration(cloud, tmp_path):
