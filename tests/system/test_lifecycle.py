@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections import defaultdict
 from functools import partial
+from itertools import pairwise
+from random import Random
 
 import pytest
 from botocore.exceptions import (
@@ -34,6 +36,10 @@ from chatd.messages import Entry, Id
 
 LAUNCH, TERMINATE = "chatd-launch", "chatd-terminate"
 STEP = 0.5
+DOUBT = 32
+"""The seconds in which chatd-lifecycle asks the load balancer, if no client connects."""
+ROUTED = 20
+"""The seconds for which a load balancer may send clients to a target that it deregisters."""
 THROTTLED = ClientError({"Error": {"Code": "Throttling", "Message": "Rate exceeded"}}, "CompleteLifecycleAction")
 
 
@@ -41,6 +47,7 @@ def load(*changes):
     """Return the program, with parts of its text changed, and the longest waits that it may have."""
     program = imds.load("chatd-lifecycle", *changes)
     program.Backoff = partial(Backoff, chance=Longest())
+    program.Random = Longest
     return program
 
 
@@ -54,18 +61,28 @@ class Life:
     come first.
     """
 
-    def __init__(self, program=lifecycle, ports=(1,)):
+    def __init__(self, program=lifecycle, ports=(1,), chance=None):
         self.terminated = self.deregistered = False
         self.waiting = {LAUNCH, TERMINATE}
         self.unready = set()
         self.clients = dict.fromkeys(ports, 0)
+        self.arriving = range(0)
+        """The seconds in each of which a client connects to each chatd."""
         self.draining = set()
         self.heard = Deferred()
         self.faults = defaultdict(list)
         self.did, self.said, self.ended = [], [], []
         self.clock = Clock()
         self._life = program.Lifecycle(
-            self, self, ports, 120, echo=self._echo, clock=self.clock, call=maybeDeferred, say=self.said.append
+            self,
+            self,
+            ports,
+            120,
+            echo=self._echo,
+            clock=self.clock,
+            call=maybeDeferred,
+            say=self.said.append,
+            chance=chance,
         )
 
     def begin(self):
@@ -127,6 +144,10 @@ class Life:
     def ready(self, port):
         return port not in self.unready
 
+    def arrivals(self, port):
+        self._asked("arrivals", port)
+        return len([second for second in self.arriving if second <= self.clock.seconds()])
+
     def drained(self, port):
         self._asked("drain", port)
         self.draining.add(port)
@@ -180,14 +201,14 @@ def finds_that_no_hook_waits(program):
     life.waiting.discard(LAUNCH)
     life.begin().heard.callback(None)
     life.passes(3600)
-    assert life.when("complete") == [*range(0, 62, 2)]
+    assert life.when("complete") == [0, 4, 10, 20, 37, 54, 71], "ever less often"
     assert life.said[1:] == [f"serving: {LAUNCH} is not waiting for this instance"]
     late = Life(program)
     late.waiting.discard(LAUNCH)
     late.begin().heard.callback(None)
     late.passes(10)
     late.waiting.add(LAUNCH)
-    late.passes(3)
+    late.passes(10)
     assert late.completed(LAUNCH)
 
 
@@ -228,7 +249,7 @@ def is_deregistered_first(program):
     """The load balancer is first."""
     life = launched(program)
     life.deregistered = True
-    life.passes(6)
+    life.passes(DOUBT)
     assert life.draining == {1}
     life.clients = {1: 0}
     life.passes(120)
@@ -244,10 +265,56 @@ def is_deregistered_first(program):
     assert life.over()
 
 
+def asks_the_balancer_only_in_doubt(program):
+    """While clients connect, nobody asks the load balancer; a deregistration is noticed in time all the same."""
+    for offset in range(40):
+        life = launched(program, ports=(1, 2))
+        asked, begin = len(life.when("leaving")), int(life.clock.seconds())
+        end = begin + 600 + offset
+        life.arriving = range(begin, end + ROUTED, 5)
+        life.passes(end - begin)
+        assert len(life.when("leaving")) <= asked + 1, "at most before the first arrival was seen"
+        assert len(life.when("ending")) > (end - begin) / 3
+        life.deregistered = True
+        life.passes(45.5)
+        assert life.draining == {1, 2}
+
+
+def asks_the_balancer_rarely(program):
+    """Without new clients, the load balancer is asked less than twice a minute."""
+    life = Life(program).begin()
+    life.passes(3600)
+    times = life.when("leaving")
+    assert {later - earlier for earlier, later in pairwise(times)} == {31.5}, "25 s, the jitter, and a step"
+
+
+def asks_the_balancer_without_an_answer_of_chatd(program):
+    life = launched(program)
+    life.arriving = range(100, 4000)
+    life.faults["arrivals"] = [OSError("refused")] * 1000
+    life.deregistered = True
+    life.passes(DOUBT)
+    assert life.draining == {1}
+
+
+def asks_at_its_own_times(program):
+    """Instances that start together do not ask together."""
+    lives = [Life(program, chance=Random(seed)).begin() for seed in range(20)]
+    times = []
+    for life in lives:
+        life.passes(600)
+        own = life.when("leaving")
+        assert all(25 * 0.75 <= later - earlier <= 25 * 1.25 + STEP for earlier, later in pairwise(own))
+        times += own
+    late = [time for time in times if time > 200]
+    assert max(late.count(time) for time in late) <= 5, "of 20"
+    assert len(late) / 400 < 1, "a tenth of the account's limit of ten a second"
+
+
 def is_only_taken_out_of_its_target_group(program):
     life = launched(program)
     life.deregistered = True
-    life.passes(6)
+    life.passes(DOUBT)
     life.clients, life.deregistered = {1: 0}, False
     life.passes(2 * 3600)
     assert life.draining == {1}
@@ -305,7 +372,7 @@ def has_a_hook_that_waits_late(program):
     life.clients, life.terminated = {1: 0}, True
     life.passes(60)
     life.waiting.add(TERMINATE)
-    life.passes(3)
+    life.passes(17)
     assert life.completed(TERMINATE)
     assert life.over()
 
@@ -367,13 +434,13 @@ def logs_it_again(program):
     """An error that returns after a success is logged again."""
     life = launched(program)
     life.faults["leaving"] = [THROTTLED]
-    life.passes(20)
+    life.passes(DOUBT + 5)
     life.faults["leaving"] = [THROTTLED]
-    life.passes(20)
+    life.passes(DOUBT + 5)
     assert len([line for line in life.said if line.startswith("target health: An error")]) == 2
     life.faults["ending"] = [OSError("away")] * 1000
     life.deregistered = True
-    life.passes(10)
+    life.passes(DOUBT)
     assert life.draining == {1}, "one that cannot be asked does not stop the other"
     assert "metadata: away: retrying" in life.said
 
@@ -385,6 +452,10 @@ SCENARIOS = [
     finds_that_no_hook_waits,
     is_terminated,
     is_deregistered_first,
+    asks_the_balancer_only_in_doubt,
+    asks_the_balancer_rarely,
+    asks_the_balancer_without_an_answer_of_chatd,
+    asks_at_its_own_times,
     is_only_taken_out_of_its_target_group,
     beats_while_it_drains,
     has_clients_that_stay,
@@ -417,7 +488,10 @@ def test_unexpected_error_ends_the_run():
 def test_slow_drain_fits_the_deregistration_delay():
     budget = imds.load("chatd-boot").DRAIN_SECONDS
     deregistration_delay, hook = 180, 300  # the stack's
-    drained = lifecycle.HEALTH_SECONDS + budget + lifecycle.SLACK_SECONDS
+    most = 1 + lifecycle.JITTER
+    after_clients = ROUTED + 2 * lifecycle.ARRIVAL_SECONDS * most
+    after_answer = (lifecycle.HEALTH_SECONDS + lifecycle.ARRIVAL_SECONDS) * most
+    drained = max(after_clients, after_answer) + budget + lifecycle.SLACK_SECONDS
     assert drained < deregistration_delay < hook
 
 
@@ -555,15 +629,22 @@ def test_requests_to_chatd(tmp_path):
     with Server(tmp_path, admin=LOOPBACK) as server, Raw(server.port) as client:
         port = server.admin_port
         assert lifecycle.Local.ready(port)
+        assert lifecycle.Local.arrivals(port) == 0, "a health check is not a client"
         client.join()
+        with Raw(server.port) as other:
+            other.join()
+            assert lifecycle.Local.arrivals(port) == 2
+        server.log.wait(r"\b1006\b|disconnect")
+        assert lifecycle.Local.arrivals(port) == 2, "also after one has left"
         assert not lifecycle.Local.drained(port)
         assert not lifecycle.Local.ready(port)
         assert client.closed() == 1012
         server.log.wait(r"\bdrained\b")
         assert lifecycle.Local.drained(port)
     assert not lifecycle.Local.ready(port), "nobody listens"
-    with pytest.raises(lifecycle.TROUBLE):
-        lifecycle.Local.drained(port)
+    for ask in (lifecycle.Local.drained, lifecycle.Local.arrivals):
+        with pytest.raises(lifecycle.TROUBLE):
+            ask(port)
 
 
 def echo(reactor, url):
@@ -625,7 +706,7 @@ def test_echo_ignores_other_messages():
 
 def less_patient(folder):
     """Write a chatd-lifecycle that polls ten times a second, and return its path."""
-    intervals = {"HEALTH_SECONDS": 5, "STATE_SECONDS": 2, "LOOK_SECONDS": 1}
+    intervals = {"ARRIVAL_SECONDS": 10, "HEALTH_SECONDS": 25, "STATE_SECONDS": 2, "LOOK_SECONDS": 1}
     faster = [(f"{name}: Final = {seconds}", f"{name}: Final = 0.1") for name, seconds in intervals.items()]
     (folder / "chatd-lifecycle").write_text(imds.changed("chatd-lifecycle", *faster))
     for name in ("chatd_echo.py", "chatd_instance.py"):
@@ -727,7 +808,11 @@ MUTATIONS = [
     (launches, "            await self._echo()\n", "            pass\n"),
     (does_not_launch_unheard, "            await self._echo()\n", "            self._start(self._echo())\n"),
     (launches, "while not await self._call(self._local.ready, port)", "while False"),
-    (launches, "for port in self._ports:\n", "for port in self._ports[:1]:\n"),
+    (
+        launches,
+        "for port in self._ports:\n            while",
+        "for port in self._ports[:1]:\n            while",
+    ),
     (launches, 'LAUNCH_HOOK: Final = "chatd-launch"', 'LAUNCH_HOOK: Final = "chatd-terminate"'),
     (finds_that_no_hook_waits, "HOOK_SECONDS: Final = 60", "HOOK_SECONDS: Final = 0"),
     (is_refused_an_echo, "except Rejected as error", "except ArithmeticError as error"),
@@ -739,16 +824,27 @@ MUTATIONS = [
     (is_deregistered_first, "        self._start(self._see_leaving())\n", ""),
     (
         is_only_taken_out_of_its_target_group,
-        "        await self._until_ending()\n        while not",
-        "        while not",
+        "        await self._until_ending()\n        await self._complete",
+        "        await self._complete",
     ),
     (beats_while_it_drains, "        self._start(self._beat())\n", ""),
     (is_deregistered_first, "        await self._until_ending()\n        while True", "        while True"),
+    (asks_the_balancer_only_in_doubt, "if now > before", "if False"),
+    (asks_the_balancer_only_in_doubt, "elif await self._insist", "elif False and await self._insist"),
+    (asks_the_balancer_only_in_doubt, "ARRIVAL_SECONDS: Final = 10", "ARRIVAL_SECONDS: Final = 25"),
+    (asks_the_balancer_rarely, "HEALTH_SECONDS: Final = 25", "HEALTH_SECONDS: Final = 5"),
+    (
+        asks_the_balancer_without_an_answer_of_chatd,
+        "except TROUBLE:\n                continue",
+        "except OverflowError:\n                continue",
+    ),
+    (asks_at_its_own_times, "JITTER: Final = 0.25", "JITTER: Final = 0"),
+    (finds_that_no_hook_waits, "STATE_SECONDS + backoff.next()", "STATE_SECONDS"),
     (has_clients_that_stay, "self._clock.seconds() < end", "True"),
     (
         has_a_hook_that_waits_late,
-        'while not await self._insist(f"completing {TERMINATE_HOOK}"',
-        'if not await self._insist(f"completing {TERMINATE_HOOK}"',
+        "await self._complete(TERMINATE_HOOK)",
+        "await self._complete(TERMINATE_HOOK, 0)",
     ),
     (ends_before_it_is_ready, "        launch.cancel()\n", ""),
     (ends_before_it_is_heard, "        launch.cancel()\n", ""),
