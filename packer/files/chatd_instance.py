@@ -5,6 +5,8 @@ The variables of botocore, AWS_EC2_METADATA_SERVICE_ENDPOINT and AWS_ENDPOINT_UR
 # ruff: noqa: INP001 -- installed beside the programs that use it
 
 import os
+import re
+from collections.abc import Callable
 from contextlib import closing
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -27,6 +29,8 @@ READ_SECONDS: Final = 10
 """The timeout of an AWS service."""
 ATTEMPTS: Final = 4
 """The attempts of botocore on throttling, 5xx and timeouts, with its own backoff."""
+LAUNCH_HOOK: Final = "chatd-launch"
+"""The hook of the group that keeps a new instance out of service until it is completed."""
 ROOM: Final = "launch"
 """The room that chatd-lifecycle posts to, which nobody reads; chatd-boot permits it."""
 TROUBLE: Final = (OSError, HTTPException, BotoCoreError, ClientError, ResponseParserError)
@@ -63,6 +67,30 @@ def metadata(path: str) -> str | None:
         return ask("GET", f"{base}/{path}", METADATA_SECONDS, X_aws_ec2_metadata_token=token)
     except FileNotFoundError:
         return None
+
+
+def group() -> str | None:
+    """Return the Auto Scaling group that user data name, or None; raises one of TROUBLE.
+
+    The other lines may be wrong.  The name must also fit a log group.
+    """
+    try:
+        text = metadata("user-data") or ""
+    except UnicodeDecodeError:
+        return None
+    found = re.search(r"^\s*CHATD_GROUP=[ \t]*([A-Za-z0-9_.-]+)\s*$", text, re.MULTILINE)
+    return found and found[1]
+
+
+def act(action: Callable[..., object], **about: str) -> bool:
+    """Act on a lifecycle hook of a group; returns False if the hook is not active.  Raises one of TROUBLE."""
+    try:
+        action(**about)
+    except ClientError as error:
+        if "no active lifecycle action" in error.response["Error"]["Message"].lower():
+            return False
+        raise
+    return True
 
 
 def service(name: str, region: str) -> Any:

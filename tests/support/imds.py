@@ -229,7 +229,10 @@ class Cloud:
         if (fields["AutoScalingGroupName"], fields["InstanceId"]) != (GROUP, self.instance) or hook not in self.waiting:
             return ("ValidationError", 400, f"{NOTHING_WAITS} {fields['InstanceId']}"), None
         if action == "CompleteLifecycleAction":
+            assert fields["LifecycleActionResult"] in ("CONTINUE", "ABANDON")
             self.waiting.discard(hook)
+            if (hook, fields["LifecycleActionResult"]) == ("chatd-launch", "ABANDON"):
+                self.state = "Terminated"
         return None, f"<{action}Response><{action}Result/></{action}Response>".encode()
 
     def _balancer(self, action, fields):

@@ -156,8 +156,10 @@ def test_retry_without_metadata(cloud, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chatd", "chatd-2", "a.b_c", "Chatd"])
-def test_group_among_other_settings(name):
-    assert program.group(f"# CHATD_GROUP=no\nCHATD_RETAIN=10\n CHATD_GROUP= {name} \nCHATD_PING=9") == name
+def test_group_among_other_settings(cloud, monkeypatch, name):
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", cloud.url)
+    cloud.user_data = f"# CHATD_GROUP=no\nCHATD_RETAIN=10\n CHATD_GROUP= {name} \nCHATD_PING=9"
+    assert program.group() == name
 
 
 def test_unit_runs_it_before_the_agent():

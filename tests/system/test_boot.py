@@ -16,8 +16,10 @@ from support.units import analyze, unit
 from chatd import config
 
 boot = imds.load("chatd-boot")
+boot_instance = sys.modules["chatd_instance"]
 
 NAME = "/chatd/store"
+LAUNCH_HOOK = "chatd-launch"
 URL = "rediss://chatd:p%40ss$w\"o'r\\d`@redis.internal:6379/0"
 SAYS = f"CHATD_STORE_PARAMETER={NAME}\n"
 IN_GROUP = f"{SAYS}CHATD_GROUP={GROUP}\nCHATD_TARGET_GROUP={TARGET_GROUP}\n"
@@ -81,6 +83,8 @@ class Runner:
         self._folder, self._capsys, self._monkeypatch = folder, capsys, monkeypatch
 
     def __call__(self, cores=1):
+        self._monkeypatch.setattr(self.program, "LOG_SECONDS", 0)
+        self._monkeypatch.setattr(self.program, "ABANDON_SECONDS", 0)
         self._monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)})
         return Booted(self.program.main(), self._capsys.readouterr().err, self._folder)
 
@@ -154,8 +158,9 @@ def test_room_of_the_lifecycle_is_added_to_the_rooms(cloud, run):
 
 def test_lifecycle_starts_in_a_group(cloud, run):
     """If user data name a group, chatd-lifecycle starts too, and has an environment file."""
-    cloud.user_data = IN_GROUP
+    cloud.user_data, cloud.waiting = IN_GROUP, {LAUNCH_HOOK}
     ran = run()
+    assert cloud.taken("CompleteLifecycleAction") == [], "that is for chatd-lifecycle"
     assert ran.started == ["--no-block", "start", "chatd.service", "chatd-lifecycle.service"]
     assert ran.modes == {0o600}
     assert ran.values("lifecycle.env") == {
@@ -348,6 +353,86 @@ def test_missing_role_is_retried(cloud, here):
     assert time.slept == [1]
 
 
+def abandons(cloud, run):
+    """Check that a run fails with one line, and abandons the launch hook of its instance once."""
+    cloud.waiting = {LAUNCH_HOOK, "chatd-terminate"}
+    ran = run()
+    assert ran.code == 1
+    assert re.fullmatch(r"chatd-boot: [^\n]+", ran.line)
+    about = {"AutoScalingGroupName": GROUP, "InstanceId": INSTANCE, "LifecycleHookName": LAUNCH_HOOK}
+    assert cloud.taken("CompleteLifecycleAction") == [about | {"LifecycleActionResult": "ABANDON"}]
+    assert cloud.waiting == {"chatd-terminate"}
+
+
+@pytest.mark.parametrize("line", ["CHATD_HISTORY=some", "#cloud-config\nruncmd: [x]", "CHATD_STORE_PARAMETER="])
+def test_wrong_user_data_abandon_the_launch(cloud, run, line):
+    """Of wrong user data too, the line with the group is read."""
+    cloud.user_data = f"{line}\nCHATD_GROUP={GROUP}\n"
+    abandons(cloud, run)
+
+
+@pytest.mark.parametrize("value", [None, "sqlite:/x"])
+def test_wrong_store_abandons_the_launch(cloud, run, value):
+    """A missing or wrong parameter ends the launch at once."""
+    cloud.user_data, cloud.parameters = IN_GROUP, {NAME: value} if value else {}
+    abandons(cloud, run)
+
+
+def test_failing_systemctl_abandons_the_launch(cloud, run, monkeypatch):
+    """Units that cannot be started end the launch at once."""
+    monkeypatch.setenv("SYSTEMCTL", "5")
+    cloud.user_data = IN_GROUP
+    abandons(cloud, run)
+
+
+def test_end_of_the_retries_abandons_the_launch(cloud, run, monkeypatch):
+    """After PATIENCE_SECONDS of denied access the launch ends, and does not wait for the timeout of the hook."""
+    monkeypatch.setattr(boot, "PATIENCE_SECONDS", 0)
+    cloud.user_data, cloud.denied = IN_GROUP, True
+    abandons(cloud, run)
+
+
+def test_no_launch_to_abandon_without_a_group(cloud, run):
+    """Without a group, and on an instance that is in service, a failure leaves the hooks alone."""
+    cloud.user_data, cloud.parameters = SAYS, {}
+    run()
+    assert len(cloud.asked) == 1
+    cloud.user_data = IN_GROUP
+    assert re.fullmatch(r"chatd-boot: [^\n]+ParameterNotFound[^\n]+", run().line)
+    assert cloud.taken("CompleteLifecycleAction") == []
+
+
+def test_launch_hook_becomes_active_late(cloud, here, capsys):
+    """The hook is abandoned as soon as it is active; before the first attempt the agent sends the log."""
+    time, cloud.user_data = Time(), IN_GROUP
+
+    def sleep(seconds):
+        time.sleep(seconds)
+        if len(time.slept) == 4:
+            cloud.waiting = {LAUNCH_HOOK}
+
+    boot.abandon(time.clock, sleep)
+    assert time.slept == [boot.LOG_SECONDS, 1, 2, 4]
+    assert len(cloud.taken("CompleteLifecycleAction")) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_launch_that_cannot_be_abandoned(cloud, here, capsys, monkeypatch):
+    """Errors are retried for ABANDON_SECONDS, and the last one is logged."""
+    monkeypatch.setattr("chatd_instance.ATTEMPTS", 1)
+    time, cloud.user_data, cloud.waiting = Time(), IN_GROUP, {LAUNCH_HOOK}
+    cloud.faults["CompleteLifecycleAction"] = [("AccessDenied", 403)] * 100
+    boot.abandon(time.clock, time.sleep)
+    assert time.now - boot.LOG_SECONDS <= boot.ABANDON_SECONDS
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"chatd-boot: cannot abandon chatd-launch, which will time out: [^\n]*AccessDenied[^\n]*\n", said
+    )
+    cloud.away = True
+    boot.abandon(time.clock, time.sleep)
+    assert capsys.readouterr().err == ""
+
+
 def test_metadata_ignore_the_proxy(cloud, here, monkeypatch):
     """Requests for metadata do not use the proxy in the environment."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
@@ -400,6 +485,14 @@ def test_environment_file_is_replaced_atomically(tmp_path):
 # Negative controls
 
 
+def finds_sqlite(cloud, run):
+    test_wrong_store_abandons_the_launch(cloud, run, "sqlite:/x")
+
+
+def finds_nonsense(cloud, run):
+    test_wrong_user_data_abandon_the_launch(cloud, run, "CHATD_HISTORY=some")
+
+
 def refuses(value, line):
     return partial(test_wrong_store, value=value, line=line)
 
@@ -417,6 +510,15 @@ MUTATIONS = [
     (test_room_of_the_lifecycle_is_added_to_the_rooms, '+= f" {ROOM}"', '+= ""'),
     (test_lifecycle_starts_in_a_group, '        units.append("chatd-lifecycle.service")\n', ""),
     (test_lifecycle_starts_in_a_group, '"CHATD_INSTANCE": instance', '"CHATD_INSTANCE": region'),
+    (finds_sqlite, "        abandon()\n", ""),
+    (finds_sqlite, '"InstanceId": instance, "Lifecycle', '"InstanceId": region, "Lifecycle'),
+    (finds_sqlite, 'Result="ABANDON"', 'Result="CONTINUE"'),
+    (finds_nonsense, "group(), metadata(", 'parse(metadata("user-data") or "")["CHATD_GROUP"], metadata('),
+    (
+        test_lifecycle_starts_in_a_group,
+        "        return 1\n    return 0\n",
+        "        return 1\n    abandon()\n    return 0\n",
+    ),
 ]
 """Each is a test, a part of the program, and the faulty text that replaces it."""
 
@@ -425,7 +527,7 @@ MUTATIONS = [
 def test_changed_program_fails_its_test(cloud, run, test, old, new):
     """Each test above fails for a chatd-boot with a fault that it is meant to detect."""
     run.program = imds.load("chatd-boot", (old, new), ("PATIENCE_SECONDS: Final = 240", "PATIENCE_SECONDS: Final = 0"))
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, run.program.BootError)):
         test(cloud=cloud, run=run)
 
 
@@ -446,8 +548,11 @@ def test_units_of_an_instance_read_the_environment_file(name):
 
 
 def test_retries_end_before_systemd_and_the_launch_hook():
-    """chatd-boot stops its retries before the launch hook and TimeoutStartSec expire."""
-    assert boot.PATIENCE_SECONDS < 300 < int(unit("chatd-boot.service")["TimeoutStartSec"][0])
+    """chatd-boot abandons the launch hook before the hook and TimeoutStartSec expire."""
+    call = boot_instance.ATTEMPTS * (boot_instance.CONNECT_SECONDS + boot_instance.READ_SECONDS + 20)
+    longest = boot.PATIENCE_SECONDS + boot.LOG_SECONDS + boot.ABANDON_SECONDS
+    assert longest < 300
+    assert longest + call < int(unit("chatd-boot.service")["TimeoutStartSec"][0])
 
 
 def test_systemd_accepts_the_units_of_an_instance(tmp_path):

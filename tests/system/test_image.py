@@ -14,6 +14,7 @@ import time
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from support import imds
 from support.booted import nspawn, succeed
 from support.cloud import AGENT, FOLDER, NOTHING_LEFT, REGION, request_faults
 from support.imds import FILES, GROUP, TARGET_GROUP
@@ -309,10 +310,13 @@ def test_secrets_are_readable_only_by_root(baked, host, cloud):
     ],
     ids=["no user data", "no parameter", "sqlite", "memory"],
 )
-def test_instance_needs_a_durable_store(baked, host, cloud, fault):
+def test_instance_needs_a_durable_store(baked, host, cloud, tmp_path, fault):
     cloud.user_data, url, line = fault
     cloud.parameters = {PARAMETER: url} if url else {}
-    with boot(baked.root, host, cloud) as machine:
+    program = tmp_path / "chatd-boot"
+    program.write_text(imds.changed("chatd-boot", ("LOG_SECONDS: Final = 15", "LOG_SECONDS: Final = 0")))
+    program.chmod(0o755)
+    with boot(baked.root, host, cloud, ("/opt/chatd/bin/chatd-boot", program)) as machine:
         assert not serves(host, machine)
         said = machine.run("journalctl", "--output=cat", "--unit=chatd-boot.service", "_COMM=chatd-boot").splitlines()
         assert said
@@ -322,7 +326,8 @@ def test_instance_needs_a_durable_store(baked, host, cloud, fault):
         assert result.split() == ["Result=exit-code", "ExecMainStatus=1"]
         states = machine.run("systemctl", "show", "--property=ActiveState", "--value", *units(machine)).split()
         assert {*states} == {"inactive"}
-    assert cloud.taken("CompleteLifecycleAction") == []
+    results = [one["LifecycleActionResult"] for one in cloud.taken("CompleteLifecycleAction")]
+    assert results == (["ABANDON"] if cloud.user_data else []), "without user data it is in no group"
 
 
 @pytest.mark.parametrize("name", ["chatd", "chatd@"])

@@ -130,9 +130,9 @@ class Life:
         self._asked("leaving")
         return self.deregistered
 
-    def complete(self, hook):
+    def complete(self, hook, result):
         waits = hook in self.waiting and (hook == LAUNCH or self.terminated)
-        self._asked("complete", hook, "in time" if waits else "in vain")
+        self._asked("complete", hook, "in vain" if not waits else "in time" if result == "CONTINUE" else result)
         return waits
 
     def heartbeat(self, hook):
@@ -185,11 +185,15 @@ def does_not_launch_unheard(program):
 
 
 def is_refused_an_echo(program):
-    life = Life(program).begin()
-    life.heard.errback(Rejected("refused with 404", 404))
+    life = Life(program)
+    life.waiting.discard(LAUNCH)
+    life.begin().heard.errback(Rejected("refused with 404", 404))
+    assert life.when("complete", LAUNCH, "in vain") == [0]
+    life.waiting.add(LAUNCH)
     life.passes(3600)
-    assert life.when("complete") == []
-    assert life.said[1:] == [f"{LAUNCH} is not completed: chatd rejects posts to the room launch: refused with 404"]
+    assert life.when("complete", LAUNCH, "ABANDON") == [4]
+    assert not life.completed(LAUNCH)
+    assert life.said[1:] == [f"{LAUNCH} is abandoned: chatd rejects posts to the room launch: refused with 404"]
     life.terminated = True
     life.passes(10)
     assert life.completed(TERMINATE)
@@ -538,9 +542,9 @@ def completes_its_hooks(program, cloud):
     cloud.waiting = {LAUNCH, TERMINATE}
     about = {"AutoScalingGroupName": GROUP, "InstanceId": INSTANCE}
     assert group.heartbeat(program.TERMINATE_HOOK) is True
-    assert group.complete(program.LAUNCH_HOOK) is True
-    assert group.complete(program.LAUNCH_HOOK) is False, "it was completed"
-    assert group.complete(program.TERMINATE_HOOK) is True
+    assert group.complete(program.LAUNCH_HOOK, "CONTINUE") is True
+    assert group.complete(program.LAUNCH_HOOK, "CONTINUE") is False, "it was completed"
+    assert group.complete(program.TERMINATE_HOOK, "CONTINUE") is True
     assert group.heartbeat(program.TERMINATE_HOOK) is False
     assert cloud.taken("RecordLifecycleActionHeartbeat") == [{**about, "LifecycleHookName": TERMINATE}]
     assert cloud.taken("CompleteLifecycleAction") == [
@@ -570,7 +574,7 @@ def test_aws_errors_are_one_line(cloud, fault):
     group = lifecycle.Group(environ())
     cloud.waiting = {LAUNCH}
     for action, ask in (
-        ("CompleteLifecycleAction", group.complete),
+        ("CompleteLifecycleAction", lambda hook: group.complete(hook, "CONTINUE")),
         ("DescribeTargetHealth", lambda _: group.leaving()),
     ):
         cloud.faults[action] = [fault]
@@ -579,21 +583,21 @@ def test_aws_errors_are_one_line(cloud, fault):
         assert isinstance(refused.value, lifecycle.TROUBLE)
         assert "\n" not in lifecycle.words(refused.value)
         assert imds.SECRET not in str(refused.value)
-    assert group.complete(LAUNCH) is True
+    assert group.complete(LAUNCH, "CONTINUE") is True
 
 
 def test_botocore_retries(cloud, monkeypatch):
     monkeypatch.setattr("chatd_instance.ATTEMPTS", 2)
     cloud.waiting, cloud.faults["CompleteLifecycleAction"] = {LAUNCH}, [("ServiceUnavailable", 503)]
-    assert lifecycle.Group(environ()).complete(LAUNCH) is True
+    assert lifecycle.Group(environ()).complete(LAUNCH, "CONTINUE") is True
 
 
 def test_missing_role_is_a_transient_error(cloud):
     group, cloud.role, cloud.waiting = lifecycle.Group(environ()), None, {LAUNCH}
     with pytest.raises(NoCredentialsError):
-        group.complete(LAUNCH)
+        group.complete(LAUNCH, "CONTINUE")
     cloud.role = imds.ROLE
-    assert group.complete(LAUNCH) is True
+    assert group.complete(LAUNCH, "CONTINUE") is True
 
 
 def test_double_rejects_a_wrong_signature(cloud, monkeypatch):
@@ -601,7 +605,7 @@ def test_double_rejects_a_wrong_signature(cloud, monkeypatch):
     assert group.heartbeat(LAUNCH) is True
     monkeypatch.setattr(imds, "SECRET", "another")
     with pytest.raises(ResponseParserError):  # the double says nothing
-        group.complete(LAUNCH)
+        group.complete(LAUNCH, "CONTINUE")
     assert cloud.taken("CompleteLifecycleAction") == []
     assert [one.split(":")[0] for one in cloud.wrong] == ["not signed"]
     cloud.wrong.clear()
@@ -790,8 +794,9 @@ def test_no_launch_without_the_room(tmp_path):
     with Cloud() as cloud, Server(tmp_path, "--rooms=main", admin=LOOPBACK) as server:
         cloud.waiting = {LAUNCH}
         with Program(cloud, server) as program:
-            program.log.wait(f"^{LAUNCH} is not completed: chatd rejects posts to the room launch: refused with 404")
-        assert cloud.taken("CompleteLifecycleAction") == []
+            program.log.wait(f"^{LAUNCH} is abandoned: chatd rejects posts to the room launch: refused with 404")
+            cloud.wait("CompleteLifecycleAction")
+        assert [one["LifecycleActionResult"] for one in cloud.taken("CompleteLifecycleAction")] == ["ABANDON"]
 
 
 @pytest.mark.parametrize("name", ["CHATD_GROUP", "CHATD_ADMIN_PORTS"])
@@ -813,7 +818,12 @@ MUTATIONS = [
         "for port in self._ports:\n            while",
         "for port in self._ports[:1]:\n            while",
     ),
-    (launches, 'LAUNCH_HOOK: Final = "chatd-launch"', 'LAUNCH_HOOK: Final = "chatd-terminate"'),
+    (
+        launches,
+        "await self._complete(LAUNCH_HOOK, HOOK_SECONDS):",
+        "await self._complete(TERMINATE_HOOK, HOOK_SECONDS):",
+    ),
+    (is_refused_an_echo, 'HOOK_SECONDS, "ABANDON")', "HOOK_SECONDS)"),
     (finds_that_no_hook_waits, "HOOK_SECONDS: Final = 60", "HOOK_SECONDS: Final = 0"),
     (is_refused_an_echo, "except Rejected as error", "except ArithmeticError as error"),
     (is_terminated, "if await self._call(self._local.drained, port)", "if True"),
@@ -859,12 +869,7 @@ MUTATIONS_ASKED = [
     (leaves_when_its_target_drains, '["State"] == "draining"', '["State"] == "unhealthy"'),
     (completes_its_hooks, '"InstanceId": self._instance', '"InstanceId": "i-0123456789abcdef1"'),
     (completes_its_hooks, '"AutoScalingGroupName": environ["CHATD_GROUP"]', '"AutoScalingGroupName": "chatd"'),
-    (completes_its_hooks, 'LifecycleActionResult="CONTINUE"', 'LifecycleActionResult="ABANDON"'),
-    (
-        completes_its_hooks,
-        "                return False\n            raise",
-        "                return True\n            raise",
-    ),
+    (completes_its_hooks, "LifecycleActionResult=result", 'LifecycleActionResult="ABANDON"'),
 ]
 
 
