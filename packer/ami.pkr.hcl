@@ -55,7 +55,7 @@ variable "ssh_from" {
 variable "kms_key_id" {
   type        = string
   default     = null
-  description = "The KMS key that encrypts the image; by default the AWS managed key of EBS."
+  description = "The KMS key that encrypts the image; by default the account's default key of EBS."
 }
 
 variable "agents" {
@@ -100,7 +100,8 @@ source "amazon-ebs" "chatd" {
   region    = var.region
   subnet_id = var.subnet_id
 
-  # The builder requires a token for its metadata, and its disk is encrypted from the start.
+  # The builder requires a token for its metadata.  Its disk is encrypted, and so is the snapshot of the disk.  With
+  # `encrypt_boot`, Packer would copy the image once more.
   metadata_options {
     http_endpoint               = "enabled"
     http_tokens                 = "required"
@@ -126,8 +127,6 @@ source "amazon-ebs" "chatd" {
   # The image requires the same of its instances.
   imds_support = "v2.0"
   ena_support  = true
-  encrypt_boot = true
-  kms_key_id   = var.kms_key_id
 
   run_tags        = local.tags
   run_volume_tags = local.tags

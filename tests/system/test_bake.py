@@ -105,7 +105,7 @@ def test_agent_needs_hash_and_https_url(tmp_path, agent, fault):
     [
         (("", ""), None),
         (('"required"', '"optional"'), "the builder's metadata needs a token"),
-        (("encrypt_boot = true", "encrypt_boot = false"), "the image is encrypted"),
+        (("ena_support  = true", "ena_support  = true\n  encrypt_boot = true"), "the image is made once"),
         (("encrypted             = true", "encrypted             = false"), "the builder's disk is encrypted"),
         (('"gp3"', '"gp2"'), "the disk is gp3"),
         (("imds_support = ", "# "), "instances of the image need a token"),
@@ -249,6 +249,18 @@ def test_wrong_usage_is_reported(arguments, fault):
     result = command(*arguments)
     assert result.returncode == 2
     assert fault in result.stderr
+
+
+def test_limits_of_other_tools_do_not_reach_packer(tmp_path, monkeypatch):
+    """AWS_MAX_ATTEMPTS, the retries of botocore, would limit how often Packer looks at the image."""
+    tool = tmp_path / "packer"
+    tool.write_text('#!/bin/sh\nenv >"$1"\n')
+    tool.chmod(0o755)
+    for name in ("AWS_MAX_ATTEMPTS", "AWS_TIMEOUT_SECONDS", "AWS_PROFILE"):
+        monkeypatch.setenv(name, "1")
+    program(ROOT / "scripts" / "bake").packer(str(tool), str(tmp_path / "env"))
+    given = (tmp_path / "env").read_text()
+    assert re.findall("AWS_(?:MAX_ATTEMPTS|TIMEOUT_SECONDS|PROFILE)=", given) == ["AWS_PROFILE="]
 
 
 def test_missing_packer_is_reported():
