@@ -128,10 +128,9 @@ source "amazon-ebs" "chatd" {
   imds_support = "v2.0"
   ena_support  = true
 
+  # The image and its snapshot get the tags of the builder when they are created.  So the role may create no tags later.
   run_tags        = local.tags
   run_volume_tags = local.tags
-  snapshot_tags   = local.tags
-  tags            = local.tags
 
   ssh_host                = var.rehearsal == null ? null : var.rehearsal.ssh_host
   ssh_port                = var.rehearsal == null ? 22 : var.rehearsal.ssh_port

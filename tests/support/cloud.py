@@ -16,7 +16,8 @@ import threading
 import urllib.parse
 from typing import Any
 
-from support import booted
+from support import baking_role, booted
+from support.baking_role import given
 from support.booted import kept, succeed
 from support.servers import LONG, ROOT, environment, missing, need
 from support.threads import serving, wsgi
@@ -26,6 +27,14 @@ DEBIAN = "136693071363"
 """Debian's account at AWS."""
 NOTHING_LEFT = {"images": [], "snapshots": [], "groups": [], "keys": [], "instances": [], "volumes": []}
 """The result of BakeAccount.left when a bake has left nothing."""
+DENIED = (
+    "403 Forbidden",
+    [("Content-Type", "text/xml")],
+    [
+        b"<Response><Errors><Error><Code>UnauthorizedOperation</Code><Message>You may not.</Message></Error></Errors>",
+        b"<RequestID>1</RequestID></Response>",
+    ],
+)
 TOOLS = ROOT / "packer" / "tools"
 
 
@@ -51,6 +60,11 @@ class BakeAccount:
     def __init__(self):
         self.asked = []
         self._one = threading.Lock()
+        self.policy = baking_role.policy()
+        """The statements of the policy of the role that bakes; None permits everything."""
+        self.denied = []
+        """What the role was denied."""
+        self._tags = {}
         self.slow = False
         """Whether new images become available only some time after they are first looked at."""
         self._seen = set()
@@ -83,6 +97,7 @@ class BakeAccount:
                 hypervisor="xen",
             )
         self._own = set(self.backend.amis), set(self.backend.snapshots), set(self.groups)
+        self._known = self._ids()
         self._server = wsgi(self._serve)
         self._stack = contextlib.ExitStack()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -108,7 +123,10 @@ class BakeAccount:
         with self._one:  # moto is of one thread
             if call not in self._answers:
                 self.asked.append(form)
-                self._answers[call] = self._answer(environ)
+                denied = self._denied(form)
+                self.denied += denied
+                self._answers[call] = DENIED if denied else self._answer(environ)
+                self._mark(form)
                 self._age(form.get("Action"))
                 if form.get("Action") == "RunInstances":
                     self.launched(self.backend.key_pairs[form["KeyName"]].public_key)
@@ -118,6 +136,28 @@ class BakeAccount:
                 del self._answers[call]
         start_response(status, headers)
         return answer
+
+    def _denied(self, form):
+        """Return what the role may not do of a request."""
+        if self.policy is None or "Action" not in form or form["Action"] == "GetCallerIdentity":
+            return []
+        return baking_role.denied(self.policy, form, self.tags_of)
+
+    def tags_of(self, name):
+        """Return the tags and the owner of a resource."""
+        return self._tags.get(name, {}), DEBIAN if name in self._own[0] else baking_role.OWNER
+
+    def _ids(self):
+        """Return the ids of all resources, those of key pairs by their names."""
+        found = {*self.backend.amis, *self.backend.snapshots, *self.groups, *self.backend.volumes}
+        keys = {f"key-{name}" for name in self.backend.key_pairs}
+        return found | keys | {one.id for one in self.backend.all_instances()}
+
+    def _mark(self, form):
+        """Note the tags that a request gave to the resources that it created."""
+        for name in self._ids() - self._known:
+            self._known.add(name)
+            self._tags[name] = given(form, baking_role.KINDS[name.partition("-")[0]])
 
     def _age(self, action):
         """Have a new image be pending when it is first looked at, as at EC2."""
@@ -161,23 +201,11 @@ class BakeAccount:
         }
 
 
-def tags(form, kind):
-    """Return the tags that a request gives to resources of one kind."""
-    found = {}
-    for name, value in form.items():
-        if name.startswith("TagSpecification.") and name.endswith(".ResourceType") and value == kind:
-            place = name.removesuffix(".ResourceType")
-            number = 1
-            while f"{place}.Tag.{number}.Key" in form:
-                found[form[f"{place}.Tag.{number}.Key"]] = form[f"{place}.Tag.{number}.Value"]
-                number += 1
-    return found
-
-
 def request_faults(account):
     """Return the faults in the requests of a bake."""
     (launch,) = account.requests("RunInstances")
     modified = {key: value for form in account.requests("ModifyImageAttribute") for key, value in form.items()}
+    (create,) = account.requests("CreateImage")
     (ingress,) = account.requests("AuthorizeSecurityGroupIngress")
     wanted = {
         "the builder's metadata needs a token": launch.get("MetadataOptions.HttpTokens") == "required",
@@ -189,7 +217,9 @@ def request_faults(account):
         "instances of the image need a token": modified.get("ImdsSupport.Value") == "v2.0",
         "the image is nobody else's": not any("LaunchPermission" in key for key in modified),
         "only one address may connect": "192.0.2.7/32" in ingress.values() and "0.0.0.0/0" not in ingress.values(),
-        "the builder has tags": "chatd:git-sha" in tags(launch, "instance") and "Name" in tags(launch, "volume"),
+        "the builder has tags": "chatd:git-sha" in given(launch, "instance") and "Name" in given(launch, "volume"),
+        "the image has tags": {"chatd:version", "chatd:built"} <= given(create, "image").keys(),
+        "the snapshot has tags": "chatd:version" in given(create, "snapshot"),
     }
     return [text for text, holds in wanted.items() if not holds]
 

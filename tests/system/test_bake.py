@@ -12,12 +12,14 @@ import subprocess
 import tarfile
 
 import pytest
-from support import cloud
+from support import baking_role, cloud
 from support.booted import pip_settings
 from support.cloud import NOTHING_LEFT, BakeAccount, Builder, agent, bake, packer, request_faults, settings
 from support.servers import LONG, ROOT, Lines, program
 
 TEMPLATE = ROOT / "packer" / "ami.pkr.hcl"
+SCRIPTS = ("provision.sh",)
+FROM = '["192.0.2.7/32"]'
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def test_agent_needs_hash_and_https_url(tmp_path, agent, fault):
         (("encrypted             = true", "encrypted             = false"), "the builder's disk is encrypted"),
         (('"gp3"', '"gp2"'), "the disk is gp3"),
         (("imds_support = ", "# "), "instances of the image need a token"),
-        (("run_tags        = local.tags", ""), "the builder has tags"),
+        (("run_volume_tags = local.tags", ""), "the builder has tags"),
         (("  imds_support = ", '  ami_groups = ["all"]\n  imds_support = '), "the image is nobody else's"),
     ],
 )
@@ -117,14 +119,81 @@ def test_weaker_template_is_detected(account, builder, tmp_path, change, fault):
     text = TEMPLATE.read_text()
     assert change[0] in text
     (tmp_path / "ami.pkr.hcl").write_text(text.replace(*change))
-    (tmp_path / "provision.sh").write_text("#!/bin/sh\n")
-    account.launched = builder.authorize
-    given = variables(tmp_path, rehearsal=builder.place, ssh_from='["192.0.2.7/32"]')
+    for name in SCRIPTS:
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    account.launched, account.policy = builder.authorize, None
+    given = variables(tmp_path, rehearsal=builder.place, ssh_from=FROM)
     said, code = run_packer(
         tmp_path, "build", "-only=amazon-ebs.arm64", *given, tmp_path / "ami.pkr.hcl", account=account
     )
     assert code == 0, (said, account.asked)
     assert request_faults(account) == ([fault] if fault else [])
+
+
+# The baking role
+
+
+def test_role_permits_a_bake_and_nothing_else(account, builder, tmp_path):
+    """EC2's double refuses what the documented policy does not permit; each statement is needed."""
+    (tmp_path / "ami.pkr.hcl").write_text(TEMPLATE.read_text())
+    for name in SCRIPTS:
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    account.launched = builder.authorize
+    arguments = "build", "-only=amazon-ebs.arm64", *variables(tmp_path, rehearsal=builder.place, ssh_from=FROM)
+    said, code = run_packer(tmp_path, *arguments, tmp_path / "ami.pkr.hcl", account=account)
+    assert (account.denied, code) == ([], 0), said
+    asked = [form for form in account.asked if form.get("Action") in baking_role.reference()]
+    for statement in account.policy:
+        rest = [one for one in account.policy if one is not statement]
+        assert any(baking_role.denied(rest, form, account.tags_of) for form in asked), statement["Sid"]
+
+
+FOREIGN = [
+    {"Action": "TerminateInstances", "InstanceId.1": "i-0foreign"},
+    {"Action": "StopInstances", "InstanceId.1": "i-0foreign"},
+    {"Action": "ModifyInstanceAttribute", "InstanceId": "i-0foreign"},
+    {"Action": "CreateImage", "InstanceId": "i-0foreign"},
+    {"Action": "DeregisterImage", "ImageId": "ami-0foreign"},
+    {"Action": "ModifyImageAttribute", "ImageId": "ami-0foreign"},
+    {"Action": "DeleteSnapshot", "SnapshotId": "snap-0foreign"},
+    {"Action": "DeleteVolume", "VolumeId": "vol-0foreign"},
+    {"Action": "DeleteSecurityGroup", "GroupId": "sg-0foreign"},
+    {"Action": "AuthorizeSecurityGroupIngress", "GroupId": "sg-0foreign"},
+    {"Action": "DeleteKeyPair", "KeyName": "foreign"},
+    {"Action": "CreateTags", "ResourceId.1": "i-0foreign", "Tag.1.Key": "chatd:git-sha", "Tag.1.Value": "x"},
+    {"Action": "RunInstances", "ImageId": "ami-0foreign", "KeyName": "foreign"},
+    {"Action": "CreateKeyPair", "KeyName": "untagged"},
+]
+
+
+@pytest.mark.parametrize("form", FOREIGN, ids=lambda form: form["Action"])
+def test_role_leaves_other_resources_alone(form):
+    """The policy permits no change of a resource without the tag; one with the tag shows that the check can pass."""
+    statements = baking_role.policy()
+
+    def tags_of(name):
+        return ({} if "foreign" in name else {"chatd:git-sha": "x"}), cloud.DEBIAN
+
+    assert baking_role.denied(statements, form, tags_of)
+    own = {key: value.replace("0foreign", "0own").replace("foreign", "own") for key, value in form.items()}
+    if form["Action"] not in ("CreateTags", "CreateKeyPair", "RunInstances", "CreateImage"):
+        assert baking_role.denied(statements, own, tags_of) == []
+
+
+def test_former_policy_permits_other_instances():
+    """The negative control: without conditions, the check finds that any instance may be ended."""
+    statements = [{"Effect": "Allow", "Action": ["ec2:TerminateInstances"], "Resource": "*"}]
+    assert baking_role.denied(statements, FOREIGN[0], lambda name: ({}, baking_role.OWNER)) == []
+
+
+@pytest.mark.parametrize(
+    "condition", [{"StringLike": {"aws:ResourceTag/chatd:git-sha": "*"}}, {"StringLike": {"ec2:Vpc": "*"}}]
+)
+def test_condition_on_a_key_that_an_action_lacks_denies_it(condition):
+    """EC2 does not send every key with every action: CreateKeyPair has no tags of a resource."""
+    statements = [{"Effect": "Allow", "Action": "ec2:CreateKeyPair", "Resource": "*", "Condition": condition}]
+    form = {"Action": "CreateKeyPair", "KeyName": "own"}
+    assert baking_role.denied(statements, form, lambda name: ({"chatd:git-sha": "x"}, baking_role.OWNER))
 
 
 # Whole bakes
