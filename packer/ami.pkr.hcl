@@ -52,6 +52,12 @@ variable "ssh_from" {
   description = "The ranges that may connect to the builder; by default the public address of this machine."
 }
 
+variable "session_profile" {
+  type        = string
+  default     = null
+  description = "The instance profile of a builder without a public address, which is reached through Session Manager."
+}
+
 variable "kms_key_id" {
   type        = string
   default     = null
@@ -85,6 +91,13 @@ variable "rehearsal" {
 }
 
 locals {
+  session = var.session_profile != null
+  # At its first boot such a builder installs the SSM agent.
+  install = { for name, agents in var.agents : name => join("\n", [
+    "#!/bin/sh",
+    "AGENT='${join("", [for agent in agents : "${agent.sha256} ${agent.url}" if can(regex("/amazon-ssm-agent[^/]*$", agent.url))])}'",
+    file("${path.root}/session.sh"),
+  ]) }
   stamp = formatdate("YYYYMMDD-hhmmss", var.built)
   tags = {
     Name               = "chatd-${var.version}"
@@ -118,11 +131,15 @@ source "amazon-ebs" "chatd" {
   shutdown_behavior                         = "terminate"
   temporary_key_pair_type                   = "ed25519"
   temporary_security_group_source_cidrs     = var.ssh_from
-  temporary_security_group_source_public_ip = var.ssh_from == null
+  temporary_security_group_source_public_ip = var.ssh_from == null && !local.session
 
   communicator = "ssh"
   ssh_username = "admin"
-  ssh_timeout  = "5m"
+  ssh_timeout  = "10m"
+
+  ssh_interface               = local.session ? "session_manager" : null
+  iam_instance_profile        = var.session_profile
+  associate_public_ip_address = local.session ? false : null
 
   # The image requires the same of its instances.
   imds_support = "v2.0"
@@ -132,8 +149,8 @@ source "amazon-ebs" "chatd" {
   run_tags        = local.tags
   run_volume_tags = local.tags
 
-  ssh_host                = var.rehearsal == null ? null : var.rehearsal.ssh_host
-  ssh_port                = var.rehearsal == null ? 22 : var.rehearsal.ssh_port
+  ssh_host                = var.rehearsal == null || local.session ? null : var.rehearsal.ssh_host
+  ssh_port                = var.rehearsal == null || local.session ? 22 : var.rehearsal.ssh_port
   skip_region_validation  = var.rehearsal != null
   skip_metadata_api_check = var.rehearsal != null
 }
@@ -143,6 +160,7 @@ build {
     name          = "arm64"
     instance_type = "t4g.small"
     ami_name      = "chatd-${var.version}-arm64-${local.stamp}"
+    user_data     = local.session ? local.install.arm64 : null
     source_ami_filter {
       filters = {
         name                = "debian-13-arm64-*"
@@ -158,6 +176,7 @@ build {
     name          = "amd64"
     instance_type = "t3.small"
     ami_name      = "chatd-${var.version}-amd64-${local.stamp}"
+    user_data     = local.session ? local.install.amd64 : null
     source_ami_filter {
       filters = {
         name                = "debian-13-amd64-*"

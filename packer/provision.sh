@@ -60,7 +60,12 @@ while [ $# -gt 0 ]; do
     package=$bundle/${2##*/}
     python3 -c 'import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])' "$2" "$package"
     echo "$1  $package" | sha256sum --check
-    dpkg --install "$package"
+    # A bake through Session Manager has this version already, and to install it again would cut the connection.
+    what=$(dpkg-deb --show --showformat='${Package} ${Version} install ok installed' "$package")
+    has=$(dpkg-query --show --showformat='${Package} ${Version} ${Status}' "${what%% *}" 2>/dev/null) || has=
+    if [ "$what" != "$has" ]; then
+        dpkg --install "$package"
+    fi
     shift 2
 done
 for agent in amazon-ssm-agent amazon-cloudwatch-agent; do
@@ -103,12 +108,15 @@ say "remove the identity of this machine"
 if command -v cloud-init >/dev/null; then
     cloud-init clean --logs --seed
 fi
-for agent in amazon-ssm-agent amazon-cloudwatch-agent; do
-    if systemctl --quiet is-active "$agent"; then
-        systemctl stop "$agent"
-    fi
-done
-rm -rf /var/lib/amazon/ssm/i-* /var/lib/amazon/ssm/Vault
+if systemctl --quiet is-active amazon-cloudwatch-agent; then
+    systemctl stop amazon-cloudwatch-agent
+fi
+# The SSM agent may carry the connection of this script, and writes files until it ends.
+install -d /run/systemd/system/amazon-ssm-agent.service.d
+printf '%s\n' '[Service]' \
+    "ExecStopPost=/bin/sh -c 'rm -rf /var/lib/amazon/ssm/i-* /var/lib/amazon/ssm/Vault /var/log/amazon/ssm'" \
+    >/run/systemd/system/amazon-ssm-agent.service.d/identity.conf
+systemctl daemon-reload
 rm -rf /var/lib/chatd /var/lib/private/chatd "$bundle" /tmp/bundle.tar
 rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub
 rm -f /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys /root/.*_history /home/*/.*_history

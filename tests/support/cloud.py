@@ -4,6 +4,7 @@ moto records instances and boots nothing.  A machine of tests/support/booted.py 
 is launched, that machine gets its key, as from cloud-init, and Packer connects to it over SSH.
 """
 
+import base64
 import contextlib
 import dataclasses
 import io
@@ -73,6 +74,12 @@ class BakeAccount:
         """By call: one that is made again, since its answer was lost, is not done twice."""
         self.launched = lambda key: None
         """Called with the public key of each instance that is launched."""
+        self.booted = lambda script: None
+        """Called with the user data of each instance that has some."""
+        self.connected = set()
+        """The instances whose SSM agent is connected."""
+        self.sessions = []
+        """The sessions that were started with Session Manager."""
         try:
             from moto.ec2.models import ec2_backends
             from moto.ec2.models.amis import Ami
@@ -119,6 +126,10 @@ class BakeAccount:
                 {name: value for name, value in form.items() if not name.startswith(tuple(places))}
             ).encode()
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        if environ.get("HTTP_X_AMZ_TARGET", "").startswith("AmazonSSM."):
+            status, answer = self._ssm(environ["HTTP_X_AMZ_TARGET"].rpartition(".")[2], json.loads(body))
+            start_response(status, [("Content-Type", "application/x-amz-json-1.1")])
+            return [json.dumps(answer).encode()]
         call = environ.get("HTTP_AMZ_SDK_INVOCATION_ID", object())
         with self._one:  # moto is of one thread
             if call not in self._answers:
@@ -130,6 +141,8 @@ class BakeAccount:
                 self._age(form.get("Action"))
                 if form.get("Action") == "RunInstances":
                     self.launched(self.backend.key_pairs[form["KeyName"]].public_key)
+                    if "UserData" in form:
+                        self.booted(base64.b64decode(form["UserData"]).decode())
             status, headers, answer = self._answers[call]
             if status.startswith("5"):
                 self.asked.append({"moto failed": status, "answer": answer})
@@ -137,9 +150,47 @@ class BakeAccount:
         start_response(status, headers)
         return answer
 
+    def _ssm(self, action, asked):
+        """Answer a request to Session Manager: a session needs an instance whose agent is connected."""
+        if action == "TerminateSession":
+            return "200 OK", {"SessionId": asked["SessionId"]}
+        assert action == "StartSession", action
+        if asked["Target"] not in self.connected:
+            return "400 Bad Request", {
+                "__type": "TargetNotConnected",
+                "message": f"{asked['Target']} is not connected.",
+            }
+        self.sessions.append(asked)
+        return "200 OK", {"SessionId": "packer-0", "TokenValue": "token", "StreamUrl": "wss://ssm.invalid/"}
+
+    @property
+    def instance(self):
+        """The id of the instance that runs."""
+        (found,) = (one.id for one in self.backend.all_instances() if one.state != "terminated")
+        return found
+
+    @property
+    def subnet(self):
+        """The id of a subnet."""
+        return self.backend.describe_subnets()[0].id
+
+    def profile(self, name):
+        """Have an instance profile."""
+        from moto.iam.models import iam_backends
+
+        iam_backends[baking_role.OWNER]["aws"].create_instance_profile(name, "/", [])
+
+    def close_network(self):
+        """Have no default VPC, and subnets without public addresses."""
+        for vpc in self.backend.vpcs.values():
+            vpc.is_default = "false"
+        for subnet in self.backend.describe_subnets():
+            subnet.map_public_ip_on_launch = "false"
+            subnet.default_for_az = "false"
+
     def _denied(self, form):
         """Return what the role may not do of a request."""
-        if self.policy is None or "Action" not in form or form["Action"] == "GetCallerIdentity":
+        if self.policy is None or form.get("Action") not in baking_role.reference():  # it is of another service
             return []
         return baking_role.denied(self.policy, form, self.tags_of)
 
@@ -273,6 +324,11 @@ class Builder(booted.Machine):
         """The address for Packer, as a value of the template's variable."""
         return json.dumps({"ssh_host": "127.0.0.1", "ssh_port": self.port})
 
+    def user_data(self, script):
+        """Run a script as cloud-init does at the first boot; it must not fail."""
+        self.path("/run/user-data").write_text(script)
+        self.run("sh", "-ec", "chmod +x /run/user-data && /run/user-data 2>&1")
+
     def authorize(self, key):
         """Let the owner of a public key log in, as cloud-init does."""
         folder = "/home/admin/.ssh"
@@ -331,7 +387,6 @@ def copied(machine, folder):
 
 
 AGENT = "amazon-cloudwatch-agent"
-AT = f"/srv/{AGENT}.deb"
 FOLDER = f"/opt/aws/{AGENT}/etc"
 UNIT = """
 [Service]
@@ -342,18 +397,21 @@ WantedBy=multi-user.target
 """
 
 
-def agent(builder, folder):
-    """Put a package that stands for the CloudWatch agent into a machine; return its URL and digest."""
-    tree = folder / "agent"
-    control = f"Package: {AGENT}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: an agent\n"
-    for path, text in {"DEBIAN/control": control, f"usr/lib/systemd/system/{AGENT}.service": UNIT}.items():
+def agent(builder, folder, name=AGENT):
+    """Put a package that stands for an agent into a machine; return its URL and digest."""
+    tree = folder / name
+    control = f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: an agent\n"
+    for path, text in {"DEBIAN/control": control, f"usr/lib/systemd/system/{name}.service": UNIT}.items():
         (tree / path).parent.mkdir(parents=True)
         (tree / path).write_text(text)
     (tree / FOLDER[1:]).mkdir(parents=True)
+    if name != AGENT:
+        (tree / "DEBIAN" / "postinst").write_text(f"#!/bin/sh\nsystemctl restart {name}.service\n")
+        (tree / "DEBIAN" / "postinst").chmod(0o755)
     succeed("dpkg-deb", "--build", "--root-owner-group", tree, folder / "agent.deb")
-    shutil.copy(folder / "agent.deb", builder.path(AT))
+    shutil.copy(folder / "agent.deb", builder.path(f"/srv/{name}.deb"))
     digest = succeed("sha256sum", folder / "agent.deb").split()[0]
-    return {"url": f"file://{AT}", "sha256": digest}
+    return {"url": f"file:///srv/{name}.deb", "sha256": digest}
 
 
 def agents(folder, agent):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -18,6 +19,7 @@ from support.cloud import NOTHING_LEFT, BakeAccount, Builder, agent, bake, packe
 from support.servers import LONG, ROOT, Lines, program
 
 TEMPLATE = ROOT / "packer" / "ami.pkr.hcl"
+SESSION = TEMPLATE.with_name("session.sh")
 SCRIPTS = ("provision.sh",)
 FROM = '["192.0.2.7/32"]'
 
@@ -49,11 +51,11 @@ def bundle(tmp_path_factory):
 # The template
 
 
-def run_packer(folder, *arguments, account=None):
+def run_packer(folder, *arguments, account=None, **changes):
     """Run Packer; returns its output and exit status."""
     result = subprocess.run(
         [packer() / "packer", *arguments],
-        env=settings(folder, account),
+        env=settings(folder, account) | changes,
         capture_output=True,
         text=True,
         timeout=4 * LONG,
@@ -76,6 +78,13 @@ def variables(folder, **changes):
         "region": cloud.REGION,
     }
     return [f"-var={name}={value}" for name, value in (given | changes).items()]
+
+
+def emptied(folder):
+    """Put scripts that do nothing beside a template in a folder, and the one that the template reads."""
+    shutil.copy(SESSION, folder)
+    for name in SCRIPTS:
+        (folder / name).write_text("#!/bin/sh\n")
 
 
 def test_template_is_formatted_and_valid(tmp_path):
@@ -119,8 +128,7 @@ def test_weaker_template_is_detected(account, builder, tmp_path, change, fault):
     text = TEMPLATE.read_text()
     assert change[0] in text
     (tmp_path / "ami.pkr.hcl").write_text(text.replace(*change))
-    for name in SCRIPTS:
-        (tmp_path / name).write_text("#!/bin/sh\n")
+    emptied(tmp_path)
     account.launched, account.policy = builder.authorize, None
     given = variables(tmp_path, rehearsal=builder.place, ssh_from=FROM)
     said, code = run_packer(
@@ -136,8 +144,7 @@ def test_weaker_template_is_detected(account, builder, tmp_path, change, fault):
 def test_role_permits_a_bake_and_nothing_else(account, builder, tmp_path):
     """EC2's double refuses what the documented policy does not permit; each statement is needed."""
     (tmp_path / "ami.pkr.hcl").write_text(TEMPLATE.read_text())
-    for name in SCRIPTS:
-        (tmp_path / name).write_text("#!/bin/sh\n")
+    emptied(tmp_path)
     account.launched = builder.authorize
     arguments = "build", "-only=amazon-ebs.arm64", *variables(tmp_path, rehearsal=builder.place, ssh_from=FROM)
     said, code = run_packer(tmp_path, *arguments, tmp_path / "ami.pkr.hcl", account=account)
@@ -194,6 +201,134 @@ def test_condition_on_a_key_that_an_action_lacks_denies_it(condition):
     statements = [{"Effect": "Allow", "Action": "ec2:CreateKeyPair", "Resource": "*", "Condition": condition}]
     form = {"Action": "CreateKeyPair", "KeyName": "own"}
     assert baking_role.denied(statements, form, lambda name: ({"chatd:git-sha": "x"}, baking_role.OWNER))
+
+
+# Session Manager
+
+
+SSM_AGENT = "amazon-ssm-agent"
+PLUGIN = """#!{python}
+import json, os, socket, sys, threading
+session, region, operation, profile, asked, url = sys.argv[1:]
+assert (operation, json.loads(session)["SessionId"]) == ("StartSession", "packer-0"), sys.argv
+parameters = json.loads(asked)["Parameters"]
+assert parameters["portNumber"] == ["22"], parameters
+def pump(source, target):
+    while data := source.recv(1 << 16):
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+with socket.create_server(("127.0.0.1", int(parameters["localPortNumber"][0]))) as server:
+    while True:
+        outer = server.accept()[0]
+        inner = socket.create_connection(("127.0.0.1", {port}))
+        for pair in ((outer, inner), (inner, outer)):
+            threading.Thread(target=pump, args=pair, daemon=True).start()
+"""
+"""A double of AWS's session-manager-plugin, which forwards a port to the builder."""
+
+
+def through_session(account, builder, folder, *changes):
+    """Bake through Session Manager in a network without public addresses; return Packer's output and status."""
+    text = TEMPLATE.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "ami.pkr.hcl").write_text(text)
+    emptied(folder)
+    (folder / "bin").mkdir()
+    plugin = folder / "bin" / "session-manager-plugin"
+    plugin.write_text(PLUGIN.format(python=sys.executable, port=builder.port))
+    plugin.chmod(0o755)
+    account.launched = builder.authorize
+    account.booted = lambda script: builder.user_data(script) or account.connected.add(account.instance)
+    account.profile("builder")
+    account.close_network()
+    ssm = agent(builder, folder, SSM_AGENT)
+    given = variables(
+        folder,
+        agents=json.dumps({"arm64": [ssm]}),
+        session_profile="builder",
+        subnet_id=account.subnet,
+    )
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    return run_packer(
+        folder, "build", "-only=amazon-ebs.arm64", *given, folder / "ami.pkr.hcl", account=account, PATH=path
+    )
+
+
+def test_bake_through_session_manager(account, builder, tmp_path):
+    """A builder without a public address installs the SSM agent at boot, and no port is opened to it."""
+    said, code = through_session(account, builder, tmp_path)
+    assert code == 0, (said, account.asked[-3:])
+    (launch,) = account.requests("RunInstances")
+    assert launch["IamInstanceProfile.Name"] == "builder"
+    assert account.subnet in launch.values()
+    assert "true" not in [value for name, value in launch.items() if name.endswith("AssociatePublicIpAddress")]
+    assert account.requests("AuthorizeSecurityGroupIngress") == []
+    assert len(account.requests("CreateImage")) == 1
+    assert account.denied == []
+    assert [one["DocumentName"] for one in account.sessions] == ["AWS-StartPortForwardingSession"]
+    builder.run("systemctl", "is-active", f"{SSM_AGENT}.service")
+
+
+def test_session_manager_needs_the_agent(account, builder, tmp_path):
+    """The negative control: a builder whose agent is not installed is never connected."""
+    changes = ("user_data     = local.session ? local.install.arm64 : null", ""), ('"10m"', '"3s"')
+    said, code = through_session(account, builder, tmp_path, *changes)
+    assert code == 1
+    assert account.sessions == []
+    assert "Timeout waiting for SSH" in said
+
+
+def test_agent_of_the_session_is_not_installed_again(builder, bundle, tmp_path):
+    """A second installation would restart the agent that carries the connection, and so does its stop."""
+    ssm = agent(builder, tmp_path, SSM_AGENT)
+    builder.user_data("\n".join(["#!/bin/sh", f"AGENT='{ssm['sha256']} {ssm['url']}'", SESSION.read_text()]))
+    since = builder.run("systemctl", "show", "--property=ActiveEnterTimestampMonotonic", f"{SSM_AGENT}.service")
+    builder.run("sh", "-ec", "mkdir -p /var/lib/amazon/ssm/i-0123 /var/log/amazon/ssm")
+    code, said = provision(builder, bundle, ssm)
+    assert code == 0, said
+    now = builder.run("systemctl", "show", "--property=ActiveEnterTimestampMonotonic", f"{SSM_AGENT}.service")
+    assert now == since
+    builder.run("systemctl", "stop", f"{SSM_AGENT}.service")  # as at the end of the builder
+    assert builder.run("ls", "/var/lib/amazon/ssm", "/var/log/amazon").split() == [
+        "/var/lib/amazon/ssm:",
+        "/var/log/amazon:",
+    ]
+
+
+def test_wrong_agent_is_not_installed_at_boot(builder, tmp_path):
+    ssm = agent(builder, tmp_path, SSM_AGENT)
+    script = "\n".join(["#!/bin/sh", f"AGENT='{'0' * 64} {ssm['url']}'", SESSION.read_text()])
+    with pytest.raises(AssertionError, match="did NOT match"):
+        builder.user_data(script)
+    assert "not-found" in builder.run("systemctl", "show", "--property=LoadState", f"{SSM_AGENT}.service")
+
+
+SSM_URL = "https://example.com/arm64/amazon-ssm-agent.deb"
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({}, "needs the subnet of the builder: --var subnet_id="),
+        ({"subnet_id": "subnet-1"}, "needs the SSM agent for arm64 and amd64: add it to agents.json"),
+        (
+            {"subnet_id": "subnet-1", "agents": json.dumps({"arm64": [{"url": SSM_URL}]})},
+            "needs the SSM agent for amd64: add it",
+        ),
+        (
+            {"subnet_id": "subnet-1", "agents": json.dumps({key: [{"url": SSM_URL}] for key in ("arm64", "amd64")})},
+            "needs session-manager-plugin: https://",
+        ),
+    ],
+)
+def test_needs_of_a_session_are_reported(monkeypatch, given, fault):
+    monkeypatch.setenv("PATH", "")
+    script = program(ROOT / "scripts" / "bake")
+    with pytest.raises(script.BakeError, match=fault):
+        script.check_session({"session_profile": "builder"} | given, ["arm64", "amd64"])
+    script.check_session({}, ["arm64"])
 
 
 # Whole bakes
