@@ -188,6 +188,18 @@ build {
     }
   }
 
+  provisioner "shell" {
+    script            = "${path.root}/upgrade.sh"
+    execute_command   = "chmod +x {{ .Path }}; sudo env {{ .Vars }} {{ .Path }}"
+    expect_disconnect = true # it ends with a reboot
+    skip_clean        = true
+  }
+
+  provisioner "shell" {
+    inline      = ["[ ! -e /run/chatd-upgrading ] || { sleep 2; exit 1; }"]
+    max_retries = 60 # until it has rebooted
+  }
+
   provisioner "file" {
     source      = "${var.bundle}/${source.name}.tar"
     destination = "/tmp/bundle.tar"

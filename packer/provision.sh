@@ -2,7 +2,8 @@
 # Turn a Debian machine into the image of chatd.  Packer runs this as root on the builder, with the bundle of
 # scripts/bake at /tmp/bundle.tar.  AGENTS holds the hash and the URL of each agent's package.
 #
-# It downloads only missing packages of Debian, checked by Debian's signature, and the agents, checked by their hashes.
+# upgrade.sh has run before.  This downloads only missing packages of Debian, checked by Debian's signature, and the
+# agents, checked by their hashes.
 # Any failure here ends the bake without an image.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
@@ -19,13 +20,8 @@ if command -v cloud-init >/dev/null; then
 fi
 
 say "packages of Debian"
-# Images are replaced and never patched, so nothing in one updates itself.
-systemctl mask --now apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service
-if dpkg-query --show unattended-upgrades >/dev/null 2>&1; then
-    apt-get --quiet --yes purge unattended-upgrades
-fi
+apt-get --quiet --yes autoremove --purge # the kernel from before the reboot
 if ! dpkg-query --show python3-venv >/dev/null 2>&1; then
-    apt-get --quiet update
     apt-get --quiet --yes --no-install-recommends install python3-venv
 fi
 

@@ -7,6 +7,7 @@ is launched, that machine gets its key, as from cloud-init, and Packer connects 
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import pathlib
@@ -275,6 +276,29 @@ def request_faults(account):
     return [text for text, holds in wanted.items() if not holds]
 
 
+UPGRADED = "upgraded"
+"""A package of the base, in version 1, of which Debian has version 2."""
+CONTROL = "Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: nobody\nDescription: a package\n"
+DEBIAN_FILES = {
+    "/etc/apt/sources.list": "deb [trusted=yes] file:/srv/debian ./\n",
+    "/etc/tmpfiles.d/reboot.conf": "r! /run/chatd-upgrading\n",  # a soft reboot keeps /run
+    "/usr/local/bin/systemctl": '#!/bin/sh\n[ "$*" = reboot ] && set -- soft-reboot\nexec /usr/bin/systemctl "$@"\n',
+}
+"""What makes a machine here a builder at EC2, by path."""
+
+
+def package(folder, name, version=1, **files):
+    """Build a package of Debian in a folder; return its path."""
+    for path, text in {"DEBIAN/control": CONTROL.format(name=name, version=version), **files}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+        if path == "DEBIAN/postinst":
+            (folder / path).chmod(0o755)
+    deb = folder.with_name(f"{folder.name}.deb")
+    succeed("dpkg-deb", "--build", "--root-owner-group", folder, deb)
+    return deb
+
+
 class Builder(booted.Machine):
     """A Debian that has booted, with SSH at a port of this machine; it has no network of its own."""
 
@@ -284,6 +308,35 @@ class Builder(booted.Machine):
         self._threads = []
         self.port = self._sockets[0].getsockname()[1]
         self._run(self._accept)
+
+    def __enter__(self):
+        super().__enter__()
+        self._debian()
+        return self
+
+    def _debian(self):
+        """Have a server of Debian with an upgrade, and a reboot after which the machine still has its files."""
+        folder = self.path("/srv/debian")
+        folder.mkdir()
+        for name, text in DEBIAN_FILES.items():
+            self.path(name).parent.mkdir(parents=True, exist_ok=True)
+            self.path(name).write_text(text)
+        self.path("/usr/local/bin/systemctl").chmod(0o755)
+        for version in (1, 2):
+            deb = package(folder / str(version), UPGRADED, version)
+            deb.rename(folder / f"{version}.deb")
+        data = (folder / "2.deb").read_bytes()
+        index = f"{CONTROL.format(name=UPGRADED, version=2)}Filename: ./2.deb\nSize: {len(data)}\n"
+        (folder / "Packages").write_text(f"{index}SHA256: {hashlib.sha256(data).hexdigest()}\n")
+        self.run("dpkg", "--install", "/srv/debian/1.deb")
+
+    def reboots(self):
+        """Return how often it was rebooted."""
+        return int(self.run("systemctl", "show", "--property=SoftRebootsCount", "--value"))
+
+    def cleaned(self):
+        """Remove what makes it a double."""
+        self.run("rm", "-r", "/srv/debian", *DEBIAN_FILES)
 
     def __exit__(self, *_):
         for one in [*self._sockets]:
@@ -305,7 +358,11 @@ class Builder(booted.Machine):
             while True:
                 outer, _ = self._sockets[0].accept()
                 self._sockets.append(outer)
-                inner = self.connect(22).socket
+                try:
+                    inner = self.connect(22).socket
+                except OSError:  # it reboots
+                    outer.close()
+                    continue
                 self._sockets.append(inner)
                 inner.settimeout(None)
                 self._run(self._pump, outer, inner)
@@ -399,18 +456,12 @@ WantedBy=multi-user.target
 
 def agent(builder, folder, name=AGENT):
     """Put a package that stands for an agent into a machine; return its URL and digest."""
-    tree = folder / name
-    control = f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: an agent\n"
-    for path, text in {"DEBIAN/control": control, f"usr/lib/systemd/system/{name}.service": UNIT}.items():
-        (tree / path).parent.mkdir(parents=True)
-        (tree / path).write_text(text)
-    (tree / FOLDER[1:]).mkdir(parents=True)
+    files = {f"usr/lib/systemd/system/{name}.service": UNIT, f"{FOLDER[1:]}/.keep": ""}
     if name != AGENT:
-        (tree / "DEBIAN" / "postinst").write_text(f"#!/bin/sh\nsystemctl restart {name}.service\n")
-        (tree / "DEBIAN" / "postinst").chmod(0o755)
-    succeed("dpkg-deb", "--build", "--root-owner-group", tree, folder / "agent.deb")
-    shutil.copy(folder / "agent.deb", builder.path(f"/srv/{name}.deb"))
-    digest = succeed("sha256sum", folder / "agent.deb").split()[0]
+        files["DEBIAN/postinst"] = f"#!/bin/sh\nsystemctl restart {name}.service\n"
+    deb = package(folder / name, name, **files)
+    shutil.copy(deb, builder.path(f"/srv/{name}.deb"))
+    digest = hashlib.sha256(deb.read_bytes()).hexdigest()
     return {"url": f"file:///srv/{name}.deb", "sha256": digest}
 
 
@@ -433,6 +484,8 @@ class Baked:
     root: pathlib.Path
     machine_id: str
     """The builder's."""
+    reboots: int
+    """How often the builder was rebooted."""
 
 
 def baked(folder):
@@ -444,4 +497,6 @@ def baked(folder):
         made = json.loads(result.stdout)
         tags = account.backend.describe_tags({"resource-id": [image["image"] for image in made["images"]]})
         named = {tag["key"]: tag["value"] for tag in tags}
-        return Baked(made, result.stderr, account, account.left(), named, copied(builder, folder / "root"), machine_id)
+        reboots, left = builder.reboots(), account.left()
+        builder.cleaned()
+        return Baked(made, result.stderr, account, left, named, copied(builder, folder / "root"), machine_id, reboots)

@@ -157,6 +157,9 @@ def deploy_rules(whole):
         "the image has its provenance and runs on both architectures": "--provenance mode=max --sbom true"
         in push["run"]
         and "--platform linux/amd64,linux/arm64" in push["run"],
+        "each week a release ships again, if somebody chose so": len(whole["on"]["schedule"]) == 1
+        and "github.event_name != 'schedule' || vars.REBAKE == 'true'" in job["if"]
+        and uses(job, "actions/checkout").get("fetch-depth") == "${{ github.event_name == 'schedule' && '0' || '1' }}",
         "a tag ships": whole["on"]["push"] == {"tags": ["v*"]},
         "it is shipped once the tests have passed": job.get("needs") == "tests"
         and "!failure()" in job["if"]

@@ -20,7 +20,7 @@ from support.servers import LONG, ROOT, Lines, program
 
 TEMPLATE = ROOT / "packer" / "ami.pkr.hcl"
 SESSION = TEMPLATE.with_name("session.sh")
-SCRIPTS = ("provision.sh",)
+SCRIPTS = "upgrade.sh", "provision.sh"
 FROM = '["192.0.2.7/32"]'
 
 
@@ -201,6 +201,52 @@ def test_condition_on_a_key_that_an_action_lacks_denies_it(condition):
     statements = [{"Effect": "Allow", "Action": "ec2:CreateKeyPair", "Resource": "*", "Condition": condition}]
     form = {"Action": "CreateKeyPair", "KeyName": "own"}
     assert baking_role.denied(statements, form, lambda name: ({"chatd:git-sha": "x"}, baking_role.OWNER))
+
+
+# The upgrade of Debian
+
+
+def upgrade(account, builder, folder, *change):
+    """Bake with the script that upgrades Debian, changed, and no other; return Packer's output and status."""
+    shutil.copy(TEMPLATE, folder)
+    emptied(folder)
+    text = TEMPLATE.with_name("upgrade.sh").read_text()
+    (folder / "upgrade.sh").write_text(text.replace(*change) if change else text)
+    account.launched = builder.authorize
+    given = variables(folder, rehearsal=builder.place, ssh_from=FROM)
+    return run_packer(folder, "build", "-only=amazon-ebs.arm64", *given, folder / TEMPLATE.name, account=account)
+
+
+def version(builder):
+    return builder.run("dpkg-query", "--show", "--showformat=${Version}", cloud.UPGRADED)
+
+
+def test_builder_is_upgraded_and_rebooted(account, builder, tmp_path):
+    """The bake installs Debian's upgrades, and continues after one reboot."""
+    assert version(builder) == "1"
+    said, code = upgrade(account, builder, tmp_path)
+    assert code == 0, said
+    assert version(builder) == "2"
+    assert builder.reboots() == 1
+    assert len(account.requests("CreateImage")) == 1
+
+
+def test_missing_upgrade_is_found(account, builder, tmp_path):
+    """The negative control: without the upgrade the old version stays."""
+    said, code = upgrade(account, builder, tmp_path, "full-upgrade", "check")
+    assert code == 0, said
+    assert version(builder) == "1"
+
+
+def test_no_image_without_debians_servers(account, builder, tmp_path):
+    """A bake that cannot upgrade its base leaves no image."""
+    with builder.path("/etc/apt/sources.list").open("a") as file:
+        file.write("deb [trusted=yes] file:/srv/nothing ./\n")
+    said, code = upgrade(account, builder, tmp_path)
+    assert code == 1
+    assert "does not have a Release file" in said or "Failed to fetch" in said
+    assert account.requests("CreateImage") == []
+    assert account.left() == NOTHING_LEFT
 
 
 # Session Manager

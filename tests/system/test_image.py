@@ -16,7 +16,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from support import imds
 from support.booted import nspawn, succeed
-from support.cloud import AGENT, FOLDER, NOTHING_LEFT, REGION, request_faults
+from support.cloud import AGENT, FOLDER, NOTHING_LEFT, REGION, UPGRADED, request_faults
 from support.imds import FILES, GROUP, TARGET_GROUP
 from support.instances import Host, boot, surroundings
 from support.servers import LONG, ROOT, Lines, need, numbered, post, upgrade
@@ -188,6 +188,8 @@ def test_image_does_not_update_itself(baked):
     packages = (baked.root / "usr" / "share" / "chatd" / "packages.tsv").read_text()
     assert "unattended-upgrades" not in packages
     assert f"{AGENT}\t1\tall\n" in packages
+    assert f"{UPGRADED}\t2\tall\n" in packages, "the base was upgraded"
+    assert baked.reboots == 1
     for name in ("apt-daily.timer", "apt-daily-upgrade.timer", "apt-daily.service", "apt-daily-upgrade.service"):
         assert (baked.root / "etc" / "systemd" / "system" / name).readlink().as_posix() == "/dev/null"
 

@@ -177,6 +177,11 @@ def test_workflows_follow_the_rules():
         ),
         (("ci.yml", "docker compose up --build --detach", "echo"), "the containers are tried with Docker itself"),
         (("deploy.yml", 'tags: ["v*"]', 'branches: ["main"]'), "a tag ships"),
+        (
+            ("deploy.yml", " && (github.event_name != 'schedule' || vars.REBAKE == 'true')", ""),
+            "each week a release ships again, if somebody chose so",
+        ),
+        (("deploy.yml", "'0' || '1'", "'1' || '1'"), "each week a release ships again, if somebody chose so"),
         (("deploy.yml", "    needs: tests\n", ""), "it is shipped once the tests have passed"),
         (("deploy.yml", "!failure() && ", ""), "it is shipped once the tests have passed"),
         (("deploy.yml", "rollback, abort]", "rollback, abort, ship]"), "each command can be run by hand but ship"),
@@ -265,6 +270,10 @@ def called(folder, workflows, **given):
             {"COMMAND": "ship", "AGENTS": "{}", "PARAMETERS": "A=1\r\n\nB=2\n"} | GIVEN | {"IMAGE": ""},
             f"ship --json --stack lab --role-arn {ROLE} --parameter A=1 --parameter B=2 --arch amd64 -- {AGENTS}",
         ),
+        (
+            {"COMMAND": "ship", "AGENTS": "{}", "REBAKE": "yes"},
+            f"ship --json --stack chatd --rebake --arch arm64 -- {AGENTS}",
+        ),
     ],
 )
 def test_scripts_deploy_is_called(tmp_path, given, arguments):
@@ -292,6 +301,30 @@ def test_ship_needs_agents(tmp_path):
     assert "AGENTS: set this variable of the environment" in said
 
 
+@pytest.mark.parametrize(
+    ("tags", "newest"),
+    [
+        (["v1.9.0", "v1.10.0", "docs-2"], "v1.10.0"),
+        (["v2.0.0rc1", "v2.0.0", "v1.10.0"], "v2.0.0"),
+        (["v2.0.0rc1", "v1.10.0"], "v2.0.0rc1"),
+    ],
+)
+def test_newest_release_is_chosen(tmp_path, tags, newest):
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    succeed("git", "init", "--quiet", tmp_path)
+    for tag in tags:
+        succeed(*git, "commit", "--quiet", "--allow-empty", "--message", tag)
+        succeed(*git, "tag", tag)
+    succeed("bash", "-e", "-c", step(texts(), "Choose")["run"], cwd=tmp_path)
+    assert succeed(*git, "log", "-1", "--format=%s").strip() == newest
+
+
+def test_no_release_is_a_failure(tmp_path):
+    succeed("git", "init", "--quiet", tmp_path)
+    run = ["bash", "-e", "-c", step(texts(), "Choose")["run"]]
+    assert subprocess.run(run, cwd=tmp_path, capture_output=True, timeout=LONG, check=False).returncode
+
+
 @functools.cache
 def options(*command):
     """Return the options that a program, or a command of it, lists in its help."""
@@ -303,7 +336,7 @@ def options(*command):
 
 def unknown(folder, workflows, command):
     """Return the options in the workflow that scripts/deploy, or scripts/bake, does not have."""
-    given = GIVEN | {"COMMAND": command, "AGENTS": "{}", "PARAMETERS": "A=1"}
+    given = GIVEN | {"COMMAND": command, "AGENTS": "{}", "PARAMETERS": "A=1", "REBAKE": "yes"}
     arguments, _, _ = called(folder, workflows, **given)
     place = arguments.index("--") if "--" in arguments else len(arguments)
     ours, theirs = ({text for text in part if text[:2] == "--"} for part in (arguments[:place], arguments[place + 1 :]))
