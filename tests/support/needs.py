@@ -47,6 +47,7 @@ NEEDS = {
     "buildah": ("containers, with the marker `whole`", "buildah"),
     "runc": ("containers, with the marker `whole`", "runc"),
     "go": ("images (Packer), workflows (actionlint), compose.yaml", "golang-go"),
+    "gpg": ("the signatures of the agents' packages", "gnupg"),
 }
 """By the name of a tool: the tests that need it, and the Debian package that has it or the command that installs it."""
 

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 import pytest
-from support import imds
+from support import imds, stack_role
 from support.imds import FILES, GROUP, INSTANCE, REGION, TARGET_GROUP, Cloud, settings, surroundings
 from support.servers import LONG
 from support.units import analyze, unit
@@ -148,6 +148,14 @@ def test_page_names_the_options_that_the_image_sets():
     page = (FILES.parents[1] / "docs/image.md").read_text("utf-8")
     [sentence] = re.findall(r"except (`--[^.]*?),\s+which are not allowed", page)
     assert set(re.findall(r"`--([a-z-]+)`", sentence)) == boot.FIXED
+
+
+def test_page_names_the_endpoints_of_an_instance():
+    """docs/deploy.md names an endpoint for each service that an instance may call; SSM itself calls KMS."""
+    page = (FILES.parents[1] / "docs/deploy.md").read_text("utf-8")
+    [sentence] = re.findall(r"interface endpoints for\s(.*?) in those subnets", page, re.DOTALL)
+    services = {action.partition(":")[0] for action in stack_role.ALLOWED}
+    assert set(re.findall(r"`([a-z]+)`", sentence)) == services - {"kms"}
 
 
 def test_room_of_the_lifecycle_is_added_to_the_rooms(cloud, run):
