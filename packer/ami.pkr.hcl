@@ -64,6 +64,12 @@ variable "kms_key_id" {
   description = "The KMS key that encrypts the image; by default the account's default key of EBS."
 }
 
+variable "deprecate_days" {
+  type        = number
+  default     = 90
+  description = "The days after which EC2 marks the image as deprecated, but still starts it; 0: never."
+}
+
 variable "agents" {
   type = map(list(object({
     url    = string
@@ -144,6 +150,7 @@ source "amazon-ebs" "chatd" {
   # The image requires the same of its instances.
   imds_support = "v2.0"
   ena_support  = true
+  deprecate_at = var.deprecate_days == 0 ? null : timeadd(var.built, "${24 * var.deprecate_days}h")
 
   # The image and its snapshot get the tags of the builder when they are created.  So the role may create no tags later.
   run_tags        = local.tags

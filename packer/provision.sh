@@ -119,6 +119,7 @@ rm -f /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys /root/.*_history /
 rm -f /var/lib/systemd/random-seed /var/lib/dbus/machine-id
 apt-get --quiet clean
 rm -rf /var/lib/apt/lists/*
+journalctl --relinquish-var # otherwise journald would create its files again
 find /var/log -type f -delete
 rm -rf /var/log/journal/*
 : >/etc/machine-id

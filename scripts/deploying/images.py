@@ -4,6 +4,8 @@ An image is ours if this account owns it, its name begins with chatd-, and it ha
 while anything needs it: an instance, the launch template of a group, a stack, or a record of verified images.
 """
 
+import datetime as dt
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -15,6 +17,8 @@ TAG: Final = "chatd:version"
 COMMIT: Final = "chatd:git-sha"
 ABSENT: Final = frozenset(("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"))
 ALIVE: Final = ["pending", "running", "shutting-down", "stopping", "stopped"]
+NAME: Final = re.compile(r"chatd-(.+)-(?:arm64|amd64)-\d{8}-\d{6}")
+"""The name of an image.  An account to which an image is shared sees its name, and not its tags."""
 MACHINES: Final = {"arm64": "arm64", "amd64": "x86_64"}
 """Names of architectures in EC2."""
 
@@ -40,7 +44,10 @@ def find(account: Account, image: str) -> dict[str, Any]:
 
 def version(account: Account, image: str) -> str:
     """Return the version of chatd in an image; raises DeployError if the image is not ours."""
-    tagged = tags(find(account, image))
+    found = find(account, image)
+    tagged, name = tags(found), NAME.fullmatch(found.get("Name", ""))
+    if TAG not in tagged and not tagged and name:
+        return name[1]
     if TAG not in tagged:
         raise DeployError(f"the image {image} has no tag {TAG}: use one that scripts/deploy bake made")
     return tagged[TAG]
@@ -90,6 +97,18 @@ def _templates(account: Account) -> set[tuple[str, str]]:
     return found
 
 
+def shared(account: Account, image: dict[str, Any]) -> str:
+    """Return why an image that other accounts may start is kept, or "": they may need it until its deprecation date."""
+    until = image.get("DeprecationTime")
+    if until and dt.datetime.fromisoformat(until) <= dt.datetime.now(dt.UTC):
+        return ""
+    answer = account.call("ec2", "describe_image_attribute", ImageId=image["ImageId"], Attribute="launchPermission")
+    users = sorted(
+        str(one.get("UserId") or one.get("Group") or "others") for one in answer.get("LaunchPermissions", [])
+    )
+    return f"it is shared with {', '.join(users)}" + (f" until {until}" if until else "") if users else ""
+
+
 def collect(account: Account, keep: int, *, really: bool) -> dict[str, Any]:
     """Deregister our images and their snapshots, except the newest of each architecture and all that are in use.
 
@@ -107,6 +126,8 @@ def collect(account: Account, keep: int, *, really: bool) -> dict[str, Any]:
         newest[architecture] = newest.get(architecture, 0) + 1
         if newest[architecture] <= keep:
             why.setdefault(image, f"it is one of the {keep} newest for {architecture}")
+        if image not in why and (reason := shared(account, one)):
+            why[image] = reason
         if image in why:
             kept.append({"image": image, "why": why[image]})
             continue

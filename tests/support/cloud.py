@@ -7,6 +7,7 @@ is launched, that machine gets its key, as from cloud-init, and Packer connects 
 import base64
 import contextlib
 import dataclasses
+import datetime as dt
 import hashlib
 import io
 import json
@@ -77,6 +78,8 @@ class BakeAccount:
         """Called with the public key of each instance that is launched."""
         self.booted = lambda script: None
         """Called with the user data of each instance that has some."""
+        self.deprecated = {}
+        """The dates at which images become deprecated."""
         self.connected = set()
         """The instances whose SSM agent is connected."""
         self.sessions = []
@@ -137,7 +140,12 @@ class BakeAccount:
                 self.asked.append(form)
                 denied = self._denied(form)
                 self.denied += denied
-                self._answers[call] = DENIED if denied else self._answer(environ)
+                if denied:
+                    self._answers[call] = DENIED
+                elif form.get("Action") == "EnableImageDeprecation":
+                    self._answers[call] = self._deprecate(form)
+                else:
+                    self._answers[call] = self._answer(environ)
                 self._mark(form)
                 self._age(form.get("Action"))
                 if form.get("Action") == "RunInstances":
@@ -220,6 +228,22 @@ class BakeAccount:
             elif action == "DescribeImages" and image.state == "pending":
                 self._seen.add(image.id)
                 image.state = "available"
+
+    def _deprecate(self, form):
+        """Answer EnableImageDeprecation, which moto does not know: the date must be in the future."""
+        at = dt.datetime.fromisoformat(form["DeprecateAt"])
+        if at <= dt.datetime.now(dt.UTC) or form["ImageId"] not in self.backend.amis:
+            return (
+                "400 Bad Request",
+                DENIED[1],
+                [b"<Response><Errors><Error><Code>InvalidParameter</Code></Error></Errors></Response>"],
+            )
+        self.deprecated[form["ImageId"]] = at
+        return (
+            "200 OK",
+            DENIED[1],
+            [b"<EnableImageDeprecationResponse><return>true</return></EnableImageDeprecationResponse>"],
+        )
 
     def _answer(self, environ):
         """Return the answer of moto: status, headers and body."""

@@ -55,17 +55,26 @@ ALLOWED = {
     "cloudformation:ExecuteChangeSet",
     "cloudformation:GetTemplateSummary",
     "cloudwatch:DescribeAlarms",
+    "ec2:CopyImage",
     "ec2:DeregisterImage",
+    "ec2:DescribeImageAttribute",
     "ec2:DescribeImages",
     "ec2:DescribeInstances",
     "ec2:DescribeLaunchTemplateVersions",
+    "ec2:DescribeSnapshots",
+    "ec2:EnableImageDeprecation",
+    "ec2:ModifyImageAttribute",
     "elasticloadbalancing:DescribeTargetHealth",
+    "kms:DescribeKey",
     "ssm:DescribeParameters",
     "ssm:GetParameter",
     "ssm:LabelParameterVersion",
     "ssm:PutParameter",
 }
-"""The calls of scripts/deploy.  `DeregisterImage` also needs ec2:DeleteSnapshot, and a service role iam:PassRole."""
+"""The calls of scripts/deploy.
+
+`DeregisterImage` also needs ec2:DeleteSnapshot, `CopyImage` ec2:CreateTags, and a service role iam:PassRole.
+"""
 XML = [("Content-Type", "text/xml")]
 CREATING = threading.Lock()
 """A lock: only one thread may use a session of botocore."""
@@ -118,6 +127,14 @@ class DeploymentAccount:
         """Targets that are draining."""
         self.snapshots = "success"
         """The result of deleting the snapshots of an image."""
+        self.keys = {}
+        """The KMS keys of snapshots."""
+        self.deprecated = {}
+        """The dates at which images become deprecated."""
+        self.looks = 1
+        """How often a copy is pending when it is looked at."""
+        self._pending = {}
+        self._here = REGION
         self.process = None
         """The scripts/deploy that runs."""
         self.fleet = Fleet(self, STACK, REGION)
@@ -208,10 +225,11 @@ class DeploymentAccount:
     def _serve(self, environ, start_response):
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         environ |= {"wsgi.input": io.BytesIO(body), "HTTP_X_MOTO_ACCOUNT_ID": self.owner}
-        key, _, _, scope, _ = re.search(r"Credential=([^,]*)", environ["HTTP_AUTHORIZATION"])[1].split("/")
+        key, _, region, scope, _ = re.search(r"Credential=([^,]*)", environ["HTTP_AUTHORIZATION"])[1].split("/")
         if key == OWN:
             return self._moto(environ, start_response)
         with self._lock:
+            self._here = region
             try:
                 status, headers, body = self._answer(environ, SCOPES.get(scope, scope), body)
             except Exception as error:
@@ -232,7 +250,10 @@ class DeploymentAccount:
             if own is None:
                 head = []
                 parts = self._moto(environ, lambda status, headers, *_: head.append((status, headers)))
-                return *head[0], b"".join(parts)
+                whole = b"".join(parts)
+                if operation == "DescribeImages":
+                    return head[0][0], XML, self._aged(whole)
+                return *head[0], whole
             try:
                 return "200 OK", XML, format_.write(operation, own(format_.read(operation, form)))
             except Fault as fault:
@@ -261,8 +282,63 @@ class DeploymentAccount:
             return getattr(self.stack, operation)
         return {
             "DescribeTargetHealth": lambda params: self.fleet.health(self.stack.unhealthy, self.leaving),
+            "CopyImage": self._copy,
             "DeregisterImage": self._deregister,
+            "DescribeSnapshots": self._snapshots,
+            "EnableImageDeprecation": self._deprecate,
         }.get(operation)
+
+    def key(self, name):
+        """Return a KMS key."""
+        from moto.kms import kms_backends
+
+        return kms_backends[self.owner][REGION].keys[name.rpartition("/")[2]]
+
+    def region(self, name):
+        """Return the EC2 of a region."""
+        from moto.ec2 import ec2_backends
+
+        return ec2_backends[self.owner][name]
+
+    def _copy(self, params):
+        """moto gives a copy no tags, and has it at once."""
+        assert params["Encrypted"] is True, "a copy of an encrypted image is encrypted"
+        assert {one["ResourceType"] for one in params["TagSpecifications"]} == {"image", "snapshot"}
+        given = {
+            one["ResourceType"]: {tag["Key"]: tag["Value"] for tag in one["Tags"]}
+            for one in params["TagSpecifications"]
+        }
+        copy = self.region(self._here).copy_image(params["SourceImageId"], params["SourceRegion"], params["Name"], "")
+        copy.add_tags(given["image"])
+        copy.ebs_snapshot.add_tags(given["snapshot"])
+        copy.architecture = self.region(params["SourceRegion"]).amis[params["SourceImageId"]].architecture
+        copy.state = "pending"
+        self._pending[copy.id] = self.looks
+        self.keys[copy.ebs_snapshot.id] = params.get("KmsKeyId")
+        return {"ImageId": copy.id}
+
+    def _aged(self, answer):
+        """Return an answer with deprecation dates, which moto does not know, and have the copies grow older."""
+        for image, left in [*self._pending.items()]:
+            self._pending[image] = left - 1
+            if left <= 1 and image in self.region(self._here).amis:
+                del self._pending[image]
+                self.region(self._here).amis[image].state = "available"
+        text = answer.decode()
+        for image, at in self.deprecated.items():
+            name = f"<imageId>{image}</imageId>"
+            text = text.replace(name, f"{name}<deprecationTime>{at:%Y-%m-%dT%H:%M:%S}.000Z</deprecationTime>")
+        return text.encode()
+
+    def _snapshots(self, params):
+        """moto does not tell the keys."""
+        found = [{"SnapshotId": name, "Encrypted": True, "KmsKeyId": self.keys[name]} for name in params["SnapshotIds"]]
+        return {"Snapshots": found}
+
+    def _deprecate(self, params):
+        assert params["ImageId"] in self.region(self._here).amis
+        self.deprecated[params["ImageId"]] = params["DeprecateAt"].replace(tzinfo=dt.UTC)
+        return {"Return": True}
 
     def _deregister(self, params):
         """moto keeps the snapshots, which EC2 removes when it is asked to."""

@@ -4,6 +4,7 @@ The builder is a Debian that boots here, provisioned over SSH like one on EC2.  
 of a copy, is not tested: the tests check that Packer requests it.
 """
 
+import datetime as dt
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from support.servers import LONG, ROOT, Lines, program
 TEMPLATE = ROOT / "packer" / "ami.pkr.hcl"
 SESSION = TEMPLATE.with_name("session.sh")
 SCRIPTS = "upgrade.sh", "provision.sh"
+KEY = "arn:aws:kms:us-east-1:123456789012:key/mrk-1234abcd12ab34cd56ef1234567890ab"
 FROM = '["192.0.2.7/32"]'
 
 
@@ -72,7 +74,7 @@ def variables(folder, **changes):
     given = {
         "version": "1.2.3",
         "git_sha": "c0ffee",
-        "built": "2026-01-01T00:00:00Z",
+        "built": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "bundle": folder,
         "manifest": folder / "manifest.json",
         "region": cloud.REGION,
@@ -109,6 +111,23 @@ def test_agent_needs_hash_and_https_url(tmp_path, agent, fault):
 
 
 # Requests to EC2
+
+
+@pytest.mark.parametrize(("days", "dates"), [(90, [90]), (0, [])])
+def test_image_is_deprecated_some_day(account, builder, tmp_path, days, dates):
+    shutil.copy(TEMPLATE, tmp_path)
+    emptied(tmp_path)
+    account.launched = builder.authorize
+    given = variables(tmp_path, rehearsal=builder.place, ssh_from=FROM, deprecate_days=days, kms_key_id=KEY)
+    said, code = run_packer(
+        tmp_path, "build", "-only=amazon-ebs.arm64", *given, tmp_path / TEMPLATE.name, account=account
+    )
+    assert code == 0, said
+    now = dt.datetime.now(dt.UTC)
+    assert [round((at - now) / dt.timedelta(days=1)) for at in account.deprecated.values()] == dates
+    (launch,) = account.requests("RunInstances")
+    assert launch["BlockDeviceMapping.1.Ebs.KmsKeyId"] == KEY, "the image is encrypted with the key of its disk"
+    assert account.denied == []
 
 
 @pytest.mark.parametrize(

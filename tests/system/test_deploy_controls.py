@@ -78,6 +78,26 @@ UNSAFE = {
         ("deploying/images.py", "    for stack in stacks(account):", "    for stack in ():"),
         images.test_gc_keeps_images_in_use,
     ),
+    "shared images are removed": (
+        ("deploying/images.py", "if image not in why and (reason", "if False and (reason"),
+        images.test_gc_keeps_shared_images_until_they_are_deprecated,
+    ),
+    "an image is shared whose key is AWS's": (
+        ("deploying/sharing.py", '["KeyManager"] == "AWS"', '["KeyManager"] == "NOBODY"'),
+        images.test_share_refuses_keys_that_others_cannot_use,
+    ),
+    "a repeated run copies again": (
+        ("deploying/sharing.py", 'if one["State"] in ("pending", "available"):', "if False:"),
+        images.test_repeated_share_makes_no_second_copy,
+    ),
+    "a copy that is pending is shared": (
+        ("deploying/sharing.py", "        self._wait(made)\n", ""),
+        images.test_image_is_copied_and_shared,
+    ),
+    "a copy has no deprecation date": (
+        ("deploying/sharing.py", "            self._deprecate(region, image)\n", ""),
+        images.test_image_is_copied_and_shared,
+    ),
 }
 """Each is a change of a script, and the test that must then fail."""
 

@@ -1,5 +1,6 @@
 """The images that scripts/deploy bakes and removes, its permissions, and its command line."""
 
+import datetime as dt
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from support.deployments import (
 )
 from support.servers import LONG, ROOT, Lines
 
-COMMANDS = "bake", "plan", "rollout", "verify", "rollback", "abort", "gc", "ship"
+COMMANDS = "bake", "plan", "rollout", "verify", "rollback", "abort", "gc", "share", "ship"
 BAKE = """#!/bin/sh
 echo "$@" >>"$0.asked"
 cat "$0.made"
@@ -72,6 +73,131 @@ def test_gc_reports_a_remaining_snapshot(account):
     account.snapshots = "missing-permissions"
     result = deploy(account, "gc", "--keep=1", "--yes")
     assert (result.returncode, "was not deleted: missing-permissions" in result.stderr) == (DONE, True)
+
+
+def test_gc_keeps_shared_images_until_they_are_deprecated(account):
+    """Another account may run an image that is shared with it, and this account cannot see that."""
+    gone, lent, lent_until, expired = (account.image(VERSION, days=days) for days in (20, 21, 22, 23))
+    for image in (lent, lent_until, expired):
+        account.call("ec2", "modify_image_attribute", ImageId=image, LaunchPermission={"Add": [{"UserId": CONSUMER}]})
+    now = dt.datetime.now(dt.UTC)
+    account.deprecated = {lent_until: now + dt.timedelta(days=9), expired: now - dt.timedelta(days=1)}
+    result = deploy(account, "gc", "--keep=2", "--json")
+    assert (result.returncode, result.json.get("images")) == (DONE, [gone, expired]), result.stderr
+    why = {one["image"]: one["why"] for one in result.json["kept"]}
+    assert why[lent] == f"it is shared with {CONSUMER}"
+    assert why[lent_until].startswith(f"it is shared with {CONSUMER} until 20")
+
+
+def test_gc_of_several_regions(account):
+    """`gc` looks for the needs and the newest images of each region by itself."""
+    old = [account.image(VERSION, days=days) for days in (30, 31)]
+    result = deploy(account, "share", old[1], "--to", OTHER, "--json")
+    assert result.returncode == DONE, result.stderr
+    copy = result.json["images"][OTHER]
+    result = deploy(account, "gc", "--keep=1", "--in", OTHER, "--in", REGION, "--yes", "--json")
+    assert (result.returncode, result.json["images"]) == (DONE, [*old]), result.stderr
+    assert copy in {one["image"] for one in result.json["kept"]}
+    assert copy in account.region(OTHER).amis
+
+
+# Sharing
+
+
+OTHER, THIRD, CONSUMER = "eu-west-1", "ap-south-1", "111122223333"
+KEY = "arn:aws:kms:REGION:123456789012:key/mrk-1234abcd12ab34cd56ef1234567890ab"
+
+
+def encrypted(account, image, manager="CUSTOMER"):
+    """Have the snapshot of an image be encrypted with a key, of the customer or of AWS."""
+    (one,) = account.call("ec2", "describe_images", ImageIds=[image])["Images"]
+    key = account.call("kms", "create_key")["KeyMetadata"]["Arn"]
+    account.key(key).key_manager = manager
+    account.keys = {two["Ebs"]["SnapshotId"]: key for two in one["BlockDeviceMappings"]}
+
+
+def permitted(account, region, image):
+    return {one.get("UserId") for one in account.region(region).amis[image].launch_permissions}
+
+
+def test_image_is_copied_and_shared(account):
+    """The copies have the key, the tags and the date of the image, and the accounts may start all of them."""
+    encrypted(account, account.new)
+    at = dt.datetime(2099, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
+    account.deprecated[account.new] = at
+    account.looks = 3
+    to = f"--to={OTHER}={KEY}", f"--to={THIRD}={KEY}", f"--to={REGION}"
+    result = deploy(account, "share", account.new, "--account", CONSUMER, *to, "--json")
+    assert result.returncode == DONE, result.stderr
+    made = result.json["images"]
+    assert made.keys() == {REGION, OTHER, THIRD}
+    for region, image in made.items():
+        own = account.region(region)
+        assert permitted(account, region, image) == {CONSUMER}
+        assert account.deprecated.get(image) == at
+        given = {tag["key"]: tag["value"] for tag in own.amis[image].get_tags()}
+        assert given["chatd:version"] == VERSION
+        assert own.amis[image].state == "available"
+        if region != REGION:
+            assert given["chatd:copy-of"] == account.new
+            assert account.keys[own.amis[image].ebs_snapshot.id] == KEY
+            kept = {tag["key"] for tag in own.amis[image].ebs_snapshot.get_tags()}
+            assert {"chatd:version", "chatd:copy-of"} <= kept, "so that gc may remove it"
+
+
+def test_repeated_share_makes_no_second_copy(account):
+    """An interrupted run continues: the copy that began is awaited."""
+    account.fault("DescribeImages", "kill", after=4)
+    deploy(account, "share", account.new, "--to", OTHER)
+    begun = {*account.region(OTHER).amis}
+    assert len(begun) == 1
+    result = deploy(account, "share", account.new, "--to", OTHER, "--json")
+    assert (result.returncode, {result.json["images"][OTHER]}) == (DONE, begun), result.stderr
+    assert {*account.region(OTHER).amis} == begun
+
+
+def test_share_refuses_keys_that_others_cannot_use(account):
+    """Nothing is copied if the accounts could not start the image."""
+    encrypted(account, account.new, "AWS")
+    result = deploy(account, "share", account.new, "--account", CONSUMER)
+    assert (result.returncode, "bake with --var kms_key_id=KEY" in result.stderr) == (FAILED, True), result.stderr
+    encrypted(account, account.new)
+    result = deploy(account, "share", account.new, "--account", CONSUMER, "--to", OTHER)
+    assert (result.returncode, f"--to {OTHER}=KEY" in result.stderr) == (FAILED, True), result.stderr
+    assert not account.region(OTHER).amis
+    assert permitted(account, REGION, account.new) == set()
+
+
+def test_share_reports_a_failed_copy(account, tmp_path):
+    """A copy that fails is named with the remedy, and one that lasts too long too."""
+    account.looks = 10**6
+    account.script = checkout(
+        tmp_path, ("deploying/sharing.py", "COPY_SECONDS: Final = 3600", "COPY_SECONDS: Final = 60")
+    )
+    result = deploy(account, "share", account.new, "--to", OTHER)
+    assert (result.returncode, "is still pending: run this again" in result.stderr) == (FAILED, True), result.stderr
+    (copy,) = account.region(OTHER).amis.values()
+    account.fault("DescribeImages", lambda: setattr(copy, "state", "failed"), after=4)
+    result = deploy(account, "share", account.new, "--to", OTHER)
+    assert (result.returncode, "is failed: deregister it" in result.stderr) == (FAILED, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("chatd-1.2.3-arm64-20261129-200000", "1.2.3"),
+        ("chatd-2.0.0rc1-amd64-20261129-200000", "2.0.0rc1"),
+        ("chatd-arm64", None),
+        ("debian-13-arm64-20261129-2000", None),
+    ],
+)
+def test_version_of_an_image_without_visible_tags(account, name, version):
+    """An account to which an image is shared does not see its tags, so the name tells the version."""
+    image = account.image(None)
+    account.ec2.amis[image].name = name
+    result = deploy(account, "share", image, "--to", OTHER)
+    assert (result.returncode == DONE) == (version is not None), result.stderr
+    assert ("has no tag chatd:version" in result.stderr) == (version is None)
 
 
 # Baking
@@ -154,7 +280,7 @@ def test_documented_policy_matches_the_calls():
     (policy,) = re.findall(r"```json\n(\{\n  \"Version.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
     statements = json.loads(policy)["Statement"]
     actions = [action for statement in statements for action in statement["Action"]]
-    assert sorted(actions) == sorted({*ALLOWED, "ec2:DeleteSnapshot"})
+    assert sorted(actions) == sorted({*ALLOWED, "ec2:CreateTags", "ec2:DeleteSnapshot"})
     reads = re.compile(r"\w+:(Describe|Get)\w+")
     free = [one for statement in statements if statement["Resource"] == "*" for one in statement["Action"]]
     assert [action for action in free if not reads.fullmatch(action)] == []
@@ -198,6 +324,8 @@ def test_help_has_examples_and_needs_no_packages(name):
         (["ship", "--region=r", "--timeout=soon"], "--timeout"),
         (["ship", "--region=r", "--timeout=-1"], "is not a number of minutes"),
         (["gc", "--region=r", "--keep=0"], "must be at least 1"),
+        (["share", "ami-1", "--region=r"], "nothing to do: use --account or --to"),
+        (["share", "ami-1", "--region=r", "--account=me"], "'me' is not the number of an account"),
     ],
 )
 def test_wrong_usage_is_reported(arguments, fault):

@@ -307,7 +307,11 @@ def test_instance_needs_a_durable_store(baked, host, cloud, tmp_path, fault):
     cloud.user_data, url, line = fault
     cloud.parameters = {PARAMETER: url} if url else {}
     program = tmp_path / "chatd-boot"
-    program.write_text(imds.changed("chatd-boot", ("LOG_SECONDS: Final = 15", "LOG_SECONDS: Final = 0")))
+    hasty = (
+        ("LOG_SECONDS: Final = 15", "LOG_SECONDS: Final = 0"),
+        ("ABANDON_SECONDS: Final = 40", "ABANDON_SECONDS: Final = 0"),
+    )
+    program.write_text(imds.changed("chatd-boot", *hasty))
     program.chmod(0o755)
     with boot(baked.root, host, cloud, ("/opt/chatd/bin/chatd-boot", program)) as machine:
         assert not serves(host, machine)
