@@ -51,7 +51,7 @@ class Sharing:
                 )
 
     def _copy(self, region: str, key: str) -> str:
-        """Return the copy of the image in a region; begin one if there is none."""
+        """Return the copy of the image in a region; start a copy unless one exists."""
         account = self._account(region)
         filters = [{"Name": f"tag:{COPY}", "Values": [self._image]}]
         for one in account.pages("ec2", "describe_images", "Images", Owners=["self"], Filters=filters):

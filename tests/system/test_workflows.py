@@ -271,8 +271,8 @@ def called(folder, workflows, **given):
             f"ship --json --stack lab --role-arn {ROLE} --parameter A=1 --parameter B=2 --arch amd64 -- {AGENTS}",
         ),
         (
-            {"COMMAND": "ship", "AGENTS": "{}", "REBAKE": "yes"},
-            f"ship --json --stack chatd --rebake --arch arm64 -- {AGENTS}",
+            {"COMMAND": "ship", "AGENTS": "{}", "REBAKE": "yes", "BAKE": "subnet_id=s\r\n\nsession_profile=b\n"},
+            f"ship --json --stack chatd --rebake --arch arm64 -- {AGENTS} --var subnet_id=s --var session_profile=b",
         ),
     ],
 )
@@ -336,7 +336,7 @@ def options(*command):
 
 def unknown(folder, workflows, command):
     """Return the options in the workflow that scripts/deploy, or scripts/bake, does not have."""
-    given = GIVEN | {"COMMAND": command, "AGENTS": "{}", "PARAMETERS": "A=1", "REBAKE": "yes"}
+    given = GIVEN | {"COMMAND": command, "AGENTS": "{}", "PARAMETERS": "A=1", "REBAKE": "yes", "BAKE": "A=1"}
     arguments, _, _ = called(folder, workflows, **given)
     place = arguments.index("--") if "--" in arguments else len(arguments)
     ours, theirs = ({text for text in part if text[:2] == "--"} for part in (arguments[:place], arguments[place + 1 :]))
@@ -355,6 +355,7 @@ def test_scripts_deploy_has_the_options(tmp_path, command):
         ("verify", ("@(ship|rollback)", "@(ship|verify)"), "--role-arn"),
         ("ship", ("--parameter", "--param"), "--param"),
         ("ship", ("-- --agents", "-- --agent"), "--agent"),
+        ("ship", ("--var ", "--variable "), "--variable"),
     ],
 )
 def test_unknown_option_is_found(tmp_path, command, change, found):
