@@ -10,6 +10,10 @@ say() {
     echo "== $*"
 }
 
+apt() { # waits for what Debian started at boot
+    apt-get --quiet --yes --option=DPkg::Lock::Timeout=120 "$@"
+}
+
 if command -v cloud-init >/dev/null; then
     say "waiting for cloud-init"
     cloud-init status --wait || [ $? -eq 2 ] # 2: done, with warnings
@@ -18,12 +22,12 @@ fi
 # Images are replaced and never patched, so nothing in one updates itself.
 systemctl mask --now apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service
 if dpkg-query --show unattended-upgrades >/dev/null 2>&1; then
-    apt-get --quiet --yes purge unattended-upgrades
+    apt purge unattended-upgrades
 fi
 
 say "upgrading Debian"
-apt-get --quiet --error-on=any update
-apt-get --quiet --yes --option=Dpkg::Options::=--force-confold full-upgrade
+apt --error-on=any update
+apt --option=Dpkg::Options::=--force-confold full-upgrade
 
 say "reboot"
 : >/run/chatd-upgrading # which is gone after the reboot
