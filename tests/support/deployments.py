@@ -55,26 +55,27 @@ ALLOWED = {
     "cloudformation:ExecuteChangeSet",
     "cloudformation:GetTemplateSummary",
     "cloudwatch:DescribeAlarms",
-    "ec2:CopyImage",
     "ec2:DeregisterImage",
-    "ec2:DescribeImageAttribute",
     "ec2:DescribeImages",
     "ec2:DescribeInstances",
     "ec2:DescribeLaunchTemplateVersions",
-    "ec2:DescribeSnapshots",
-    "ec2:EnableImageDeprecation",
-    "ec2:ModifyImageAttribute",
     "elasticloadbalancing:DescribeTargetHealth",
-    "kms:DescribeKey",
     "ssm:DescribeParameters",
     "ssm:GetParameter",
     "ssm:LabelParameterVersion",
     "ssm:PutParameter",
 }
-"""The calls of scripts/deploy.
-
-`DeregisterImage` also needs ec2:DeleteSnapshot, `CopyImage` ec2:CreateTags, and a service role iam:PassRole.
-"""
+"""The calls of scripts/deploy.  `DeregisterImage` also needs ec2:DeleteSnapshot, and a service role iam:PassRole."""
+SHARING = {
+    "ec2:CopyImage",
+    "ec2:DescribeImageAttribute",
+    "ec2:DescribeSnapshots",
+    "ec2:EnableImageDeprecation",
+    "ec2:ModifyImageAttribute",
+    "kms:DescribeKey",
+}
+"""The calls of scripts/deploy for shared images.  `CopyImage` also needs ec2:CreateTags."""
+ALLOWED |= SHARING
 XML = [("Content-Type", "text/xml")]
 CREATING = threading.Lock()
 """A lock: only one thread may use a session of botocore."""
