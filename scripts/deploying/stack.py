@@ -22,8 +22,13 @@ UPDATABLE: Final = frozenset(
 REVIEW: Final = "REVIEW_IN_PROGRESS"
 """The status of a stack that was never created, and only had a change set."""
 REFRESHING: Final = frozenset(("Pending", "InProgress", "Cancelling", "RollbackInProgress", "Baking"))
-TOUCHED: Final = frozenset(("AWS::EC2::LaunchTemplate", "AWS::AutoScaling::AutoScalingGroup"))
-"""The types of the resources that a new image changes."""
+LAUNCH_TEMPLATE: Final = "AWS::EC2::LaunchTemplate"
+GROUP: Final = "AWS::AutoScaling::AutoScalingGroup"
+IN_PLACE: Final = frozenset(("LaunchTemplate", "UpdatePolicy"))
+"""What of a group changes in place, although CloudFormation reports that the group may be replaced.
+
+The template gives the group a name, and CloudFormation replaces no resource that keeps its name.
+"""
 GONE: Final = frozenset(("ChangeSetNotFound", "ChangeSetNotFoundException", "ValidationError"))
 """Error codes for a missing change set or stack."""
 UNCHANGED: Final = ("didn't contain changes", "No updates are to be performed")
@@ -278,13 +283,25 @@ def named(image: str) -> str:
 def described(change: Mapping[str, Any]) -> str:
     """Describe a change in a few words."""
     replacement = {"True": ", replaced", "Conditional": ", perhaps replaced"}.get(change.get("Replacement", ""), "")
+    if _expected(change):
+        replacement = ""
     return f"{change['Action']} {change['LogicalResourceId']} ({change['ResourceType']}{replacement})"
 
 
 def _expected(change: Mapping[str, Any]) -> bool:
     """Return whether a new image causes this change."""
-    in_place = change["Action"] == "Modify" and change.get("Replacement") == "False"
-    return in_place and change["ResourceType"] in TOUCHED
+    kind, replacement = change["ResourceType"], change.get("Replacement")
+    if change["Action"] != "Modify" or kind not in (LAUNCH_TEMPLATE, GROUP):
+        return False
+    if kind == GROUP and replacement == "Conditional":
+        return _touched(change) <= IN_PLACE
+    return replacement == "False"
+
+
+def _touched(change: Mapping[str, Any]) -> set[str]:
+    """Return the properties of a resource that a change names, and its other attributes such as UpdatePolicy."""
+    targets = [one.get("Target", {}) for one in change.get("Details", [])]
+    return {str(one.get("Name") or one.get("Attribute")) for one in targets} or {"unknown"}
 
 
 def _read(path: pathlib.Path) -> str:

@@ -20,8 +20,9 @@ import sys
 import threading
 import urllib.parse
 
+from support.change_sets import deployed, parsed
 from support.fleet import Fleet
-from support.formation import Formation
+from support.formation import TEMPLATE, Formation
 from support.servers import LONG, ROOT, environment, missing
 from support.threads import serving, wsgi
 from support.wire import Fault, WireFormat
@@ -40,9 +41,11 @@ PREFIXES = {"elbv2": "elasticloadbalancing"}
 DONE, FAILED, WRONG, REFUSED, BACK, STUCK, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 """The exit statuses of scripts/deploy."""
 VERSION = chatd.__version__
-REST = dict.fromkeys(("InstanceType", "CertificateArn", "SubnetIds", "VpcId", "StoreParameter"), "x")
-REST["GuardRollouts"] = "yes"
-"""Parameters of the stack, besides the image."""
+GIVEN = {
+    "CertificateArn": "arn:aws:acm:us-east-1:123456789012:certificate/01234567-89ab-cdef-0123-456789abcdef",
+    "DomainName": "chat.example.com",
+}
+"""The parameters of the stack, besides the image, that are not the default ones."""
 ALLOWED = {
     "autoscaling:DescribeAutoScalingGroups",
     "autoscaling:DescribeInstanceRefreshes",
@@ -427,9 +430,14 @@ def running(chat, script=DEPLOY):
     """Lend an account whose stack runs an old image, which is last-good, and which has a new image too."""
     with DeploymentAccount(chat.url, script) as account:
         account.old, account.new = (account.image(VERSION, days=days) for days in (2, 1))
-        account.stack.exists(ImageId=account.old, **REST)
+        account.stack.exists(ImageId=account.old, **GIVEN)
         account.label(account.old)
         yield account
+
+
+def parameters(image, **changes):
+    """Return all parameters of a stack that runs an image."""
+    return deployed(parsed(TEMPLATE.read_text()), {"ImageId": image, **GIVEN, **changes}).parameters
 
 
 def runs(account):

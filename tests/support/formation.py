@@ -1,31 +1,26 @@
 """A double of CloudFormation and of the instance refresh, which advances one step each time the stack is described.
 
-It holds one stack, whose instances, targets, alarms and launch template are moto's.  An operation on the stack is a
-generator.  An update replaces the instances one by one.  It rolls back when a new one does not become healthy, an alarm
-fires, or it is cancelled, as CloudFormation does with an `AutoScalingInstanceRefresh`.
+It holds one stack, whose instances, targets, alarms and launch template are moto's.  The template is parsed, and
+tests/support/change_sets.py derives what a change set shows.
+
+An operation on the stack is a generator.  An update replaces the instances one by one.  It rolls back when a new one
+does not become healthy, an alarm fires, or it is cancelled, as CloudFormation does with an
+`AutoScalingInstanceRefresh`.
 """
 
 import datetime as dt
 import itertools
 import uuid
 
+from support.change_sets import Rejected, changes, deployed, fixed_name, parsed
+from support.servers import ROOT
 from support.wire import Fault
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 PATIENCE = 3
 """Steps after which an instance that is not healthy ends a refresh."""
-TEMPLATE = "LaunchTemplate", "AWS::EC2::LaunchTemplate"
-GROUP = "Group", "AWS::AutoScaling::AutoScalingGroup"
-PARAMETERS = {
-    "ImageId": [(*TEMPLATE, "False"), (*GROUP, "False")],
-    "InstanceType": [(*TEMPLATE, "False"), (*GROUP, "False")],
-    "CertificateArn": [("Listener", "AWS::ElasticLoadBalancingV2::Listener", "False")],
-    "SubnetIds": [(*GROUP, "Conditional")],
-    "GuardRollouts": [(*GROUP, "False")],
-    "VpcId": [("TargetGroup", "AWS::ElasticLoadBalancingV2::TargetGroup", "True")],
-    "StoreParameter": [(*TEMPLATE, "False"), (*GROUP, "False")],
-}
-"""The changes by each parameter of the template: the resource, its type, and whether it is replaced."""
+TEMPLATE = ROOT / "scripts" / "deploying" / "stack.yaml"
+GROUP = "Group"
 
 
 class Failed(Exception):
@@ -33,11 +28,13 @@ class Failed(Exception):
 
 
 class ChangeSet:
-    def __init__(self, name, stack, request, changes):
+    def __init__(self, name, stack, request, becomes):
         self.name = name
         self.id = f"arn:aws:cloudformation:{stack.region}:{stack.owner}:changeSet/{name}/{uuid.uuid4()}"
         self.request = request
-        self.changes = changes
+        self.becomes = becomes
+        fresh = request["ChangeSetType"] == "CREATE"
+        self.changes = changes(None if fresh else stack.deployed, becomes)
         self.steps = iter(["CREATE_PENDING", "CREATE_IN_PROGRESS"])
         self.status = "CREATE_PENDING"
         self.execution = "UNAVAILABLE"
@@ -61,7 +58,8 @@ class Formation:
         self.id = f"arn:aws:cloudformation:{region}:{owner}:stack/{name}/{uuid.uuid4()}"
         self.fleet = fleet
         self.status = None
-        self.parameters = {}
+        self.deployed = None
+        """The template and the parameters of the stack; None before its first operation."""
         self.events = []
         self.change_sets = {}
         self.refreshes = []
@@ -84,15 +82,24 @@ class Formation:
 
     # Interface of the tests
 
-    def exists(self, **parameters):
+    @property
+    def parameters(self):
+        """All parameters of the stack, the default ones too."""
+        return dict(self.deployed.parameters) if self.deployed else {}
+
+    def set(self, **parameters):
+        """Have the stack have other parameters."""
+        self.deployed = deployed(self.deployed.template, self.parameters | parameters, self.name, self.deployed.tags)
+
+    def exists(self, *, template=None, **parameters):
         """The stack is there, done."""
-        self.parameters = parameters
+        self.deployed = deployed(template or parsed(TEMPLATE.read_text()), parameters, self.name)
         self._become("CREATE_COMPLETE")
         self.fleet.create(parameters["ImageId"])
 
     def runs(self, image):
         """It was updated to an image, done."""
-        self.parameters = self.parameters | {"ImageId": image}
+        self.set(ImageId=image)
         self._become("UPDATE_COMPLETE")
         self.fleet.aim(image)
         for one in self.fleet.others(image):
@@ -111,16 +118,17 @@ class Formation:
     def _become(self, status, reason=None):
         self.status = status
         self.statuses.append(status)
-        self._event((self.name, "AWS::CloudFormation::Stack"), status, reason)
+        self._event(self.name, status, reason)
 
-    def _event(self, resource, status, reason=None):
-        logical, kind = resource
+    def _event(self, logical, status, reason=None):
+        own = logical == self.name
+        kind = "AWS::CloudFormation::Stack" if own else self.deployed.template["Resources"][logical]["Type"]
         event = {
             "StackId": self.id,
             "EventId": f"{logical}-{next(self._count)}",
             "StackName": self.name,
             "LogicalResourceId": logical,
-            "PhysicalResourceId": self.id if logical == self.name else f"{logical}-1",
+            "PhysicalResourceId": self.id if own else f"{logical}-1",
             "ResourceType": kind,
             "Timestamp": NOW,
             "ResourceStatus": status,
@@ -130,28 +138,25 @@ class Formation:
         self.events.insert(0, event)
 
     def _update(self, change_set, token):
-        old, new = self.parameters, change_set.request["Parameters"]
+        old, new = self.deployed, change_set.becomes
         yield  # what was asked for has not begun yet
         self._token, self._cancelled = token, False
-        self.parameters = new
+        self.deployed = new
         self._become("UPDATE_IN_PROGRESS", "User Initiated")
         yield
         try:
-            yield from self._resources(new["ImageId"])
+            yield from self._resources(change_set.changes)
         except Failed as failed:
-            reason = str(failed)
             change_set.execution = "EXECUTE_FAILED"
-            self._event(GROUP, "UPDATE_FAILED", reason)
-            self.parameters = old
-            self._become(
-                "UPDATE_ROLLBACK_IN_PROGRESS", f"The following resource(s) failed to update: [Group]. {reason}"
-            )
+            self.deployed = old
+            self._become("UPDATE_ROLLBACK_IN_PROGRESS", f"The following resource(s) failed to update: {failed}")
             yield
             if self.trapped:
                 self._become("UPDATE_ROLLBACK_FAILED", "the old instances cannot be launched")
                 return
-            self.fleet.aim(old["ImageId"])
-            for one in self.fleet.others(old["ImageId"]):
+            image = old.parameters["ImageId"]
+            self.fleet.aim(image)
+            for one in self.fleet.others(image):
                 yield
                 self.fleet.replace(one)
             self._become("UPDATE_ROLLBACK_COMPLETE_CLEANUP_IN_PROGRESS")
@@ -163,11 +168,37 @@ class Formation:
         yield
         self._become("UPDATE_COMPLETE")
 
-    def _resources(self, image):
-        self._event(TEMPLATE, "UPDATE_IN_PROGRESS")
+    def _resources(self, changes):
+        """Update the resources that a change set names, and the group last."""
+        for one in sorted(changes, key=lambda one: one["LogicalResourceId"] == GROUP):
+            name = one["LogicalResourceId"]
+            doing = {"Add": "CREATE", "Modify": "UPDATE", "Remove": "DELETE"}[one["Action"]]
+            if doing == "DELETE":
+                continue  # after the update, without an event that a test looks at
+            self._event(name, f"{doing}_IN_PROGRESS")
+            try:
+                self._may_replace(one)
+                if name == GROUP:
+                    yield from self._group()
+            except Failed as failed:
+                self._event(name, f"{doing}_FAILED", str(failed))
+                raise Failed(f"[{name}]. {failed}") from failed
+            self._event(name, f"{doing}_COMPLETE")
+
+    def _may_replace(self, change):
+        """A resource with a fixed name cannot be replaced: the new one would have the name of the old one."""
+        if change["Action"] == "Modify" and change["Replacement"] == "True":
+            named = fixed_name(self.deployed.template["Resources"][change["LogicalResourceId"]])
+            renamed = any(one["Target"].get("Name") == named for one in change["Details"])
+            if named and not renamed:
+                raise Failed(
+                    "CloudFormation cannot update a stack when a custom-named resource requires replacing. "
+                    f"Rename {change['PhysicalResourceId']} and update the stack again."
+                )
+
+    def _group(self):
+        image = self.deployed.parameters["ImageId"]
         self.fleet.aim(image)
-        self._event(TEMPLATE, "UPDATE_COMPLETE")
-        self._event(GROUP, "UPDATE_IN_PROGRESS")
         refresh = {
             "InstanceRefreshId": str(uuid.uuid4()),
             "AutoScalingGroupName": self.name,
@@ -186,7 +217,6 @@ class Formation:
             }
             raise
         refresh |= {"Status": "Successful", "PercentageComplete": 100, "EndTime": NOW}
-        self._event(GROUP, "UPDATE_COMPLETE")
 
     def _refresh(self, image, refresh):
         others = self.fleet.others(image)
@@ -223,7 +253,7 @@ class Formation:
     def _create(self, change_set, token):
         yield
         self._token = token
-        self.parameters = change_set.request["Parameters"]
+        self.deployed = change_set.becomes
         self._become("CREATE_IN_PROGRESS", "User Initiated")
         yield
         image = self.parameters["ImageId"]
@@ -281,20 +311,16 @@ class Formation:
         name = params["ChangeSetName"]
         if name in self.change_sets:
             raise Fault("AlreadyExistsException", f"ChangeSet {name} cannot be created due to a mismatch")
-        wanted = {}
-        for one in params["Parameters"]:
-            key = one["ParameterKey"]
-            if key not in PARAMETERS:
-                raise Fault("ValidationError", f"Parameters: [{key}] do not exist in the template")
-            wanted[key] = self.parameters[key] if one.get("UsePreviousValue") else one["ParameterValue"]
-        if set(wanted) != set(PARAMETERS):
-            raise Fault("ValidationError", f"Parameters: {sorted(set(PARAMETERS) - set(wanted))} must have values")
-        changed = [key for key in PARAMETERS if fresh or wanted[key] != self.parameters[key]]
-        resources = {one[0]: one for key in changed for one in PARAMETERS[key]}
-        if not fresh and "TemplateBody" in params:
-            resources["Extra"] = ("Extra", "AWS::Logs::LogGroup", None)
-        changes = [change(*one[:2], None if fresh else one[2]) for one in resources.values()]
-        made = self.change_sets[name] = ChangeSet(name, self, params | {"Parameters": wanted}, changes)
+        template = parsed(params["TemplateBody"]) if "TemplateBody" in params else self.deployed.template
+        given = {
+            one["ParameterKey"]: self.parameters[one["ParameterKey"]] if one.get("UsePreviousValue") else value(one)
+            for one in params["Parameters"]
+        }
+        try:
+            becomes = deployed(template, given, self.name)
+        except Rejected as error:
+            raise Fault("ValidationError", str(error)) from error
+        made = self.change_sets[name] = ChangeSet(name, self, params, becomes)
         return {"Id": made.id, "StackId": self.id}
 
     def _may_change(self, params, fresh):
@@ -318,13 +344,15 @@ class Formation:
             "ChangeSetId": one.id,
             "StackId": self.id,
             "StackName": self.name,
-            "Parameters": pairs("Parameter", one.request["Parameters"]),
+            "Parameters": pairs("Parameter", one.becomes.parameters),
             "CreationTime": NOW,
             "ExecutionStatus": one.execution,
             "Status": one.status,
         }
         answer |= {"StatusReason": one.reason} if one.reason else {}
-        return answer | self._page("Changes", one.changes if one.execution != "UNAVAILABLE" else [], params, 1)
+        found = one.changes if one.execution != "UNAVAILABLE" else []
+        listed = [{"Type": "Resource", "ResourceChange": change} for change in found]
+        return answer | self._page("Changes", listed, params, 1)
 
     def DeleteChangeSet(self, params):
         one = self._set(params)
@@ -356,8 +384,8 @@ class Formation:
         self._cancelled = True
 
     def GetTemplateSummary(self, params):
-        assert params["TemplateBody"]
-        return {"Parameters": [{"ParameterKey": name, "ParameterType": "String"} for name in PARAMETERS]}
+        declared = parsed(params["TemplateBody"])["Parameters"]
+        return {"Parameters": [{"ParameterKey": name, "ParameterType": one["Type"]} for name, one in declared.items()]}
 
     def DescribeInstanceRefreshes(self, params):
         return {
@@ -373,12 +401,8 @@ class Formation:
         return {key: items[start:end]} | ({"NextToken": str(end)} if end < len(items) else {})
 
 
-def change(logical, kind, replacement):
-    """Return a change of a resource; without a `replacement` the resource is new."""
-    modified = {"Replacement": replacement, "PhysicalResourceId": f"{logical}-1"} if replacement else {}
-    what = {"Action": "Modify" if replacement else "Add", "LogicalResourceId": logical, "ResourceType": kind}
-    scope = {"Scope": ["Properties"] if replacement else [], "Details": []}
-    return {"Type": "Resource", "ResourceChange": what | modified | scope}
+def value(given):
+    return given["ParameterValue"]
 
 
 def pairs(kind, values):

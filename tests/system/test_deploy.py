@@ -11,15 +11,17 @@ from support.deployments import (
     BACK,
     DONE,
     FAILED,
+    GIVEN,
     REFUSED,
-    REST,
     STACK,
     STUCK,
     VERSION,
     DeploymentAccount,
     deploy,
     end,
+    parameters,
 )
+from support.formation import TEMPLATE
 
 
 @pytest.fixture
@@ -31,11 +33,9 @@ def empty(chat):
 
 
 @pytest.fixture
-def creating(tmp_path):
+def creating():
     """The arguments that a new stack needs."""
-    template = tmp_path / "stack.yaml"
-    template.write_text("Resources: {}\n")
-    return ["--template", template, *(f"--parameter={name}={value}" for name, value in REST.items())]
+    return [f"--parameter={name}={value}" for name, value in GIVEN.items()]
 
 
 # Success
@@ -55,7 +55,7 @@ def test_ship_rolls_out_verifies_and_labels(account):
         "instances": sorted(account.fleet.images),
         "url": account.url_of_chat,
     }
-    assert account.stack.parameters == {"ImageId": account.new, **REST}
+    assert account.stack.parameters == parameters(account.new)
     assert re.search(r"instances of chatd: InProgress, 50 %", result.stderr)
     again = deploy(account, "ship", "--image", account.new)
     end(account, again, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
@@ -90,11 +90,11 @@ def test_rollback_to_last_good_ignores_alarms(account):
     end(account, deploy(account, "rollback"), DONE)
     end(account, deploy(account, "rollback"), DONE)
     assert len(account.stack.executed) == 1
-    assert account.stack.parameters == {"ImageId": account.old, **REST, "GuardRollouts": "no"}
+    assert account.stack.parameters == parameters(account.old, GuardRollouts="no")
     account.fleet.alarm("OK")
     result = deploy(account, "ship", "--image", account.new)
     end(account, result, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
-    assert account.stack.parameters == {"ImageId": account.new, **REST}
+    assert account.stack.parameters == parameters(account.new)
 
 
 def test_rollback_to_named_image(account):
@@ -121,7 +121,7 @@ def test_missing_stack_is_created(empty, creating):
     image = empty.image(VERSION)
     end(empty, deploy(empty, "ship", "--image", image, *creating), DONE, runs=image, good=image, record=[image])
     assert empty.stack.statuses == ["REVIEW_IN_PROGRESS", "CREATE_IN_PROGRESS", "CREATE_COMPLETE"]
-    assert empty.stack.parameters == {"ImageId": image, **REST}
+    assert empty.stack.parameters == parameters(image)
 
 
 def test_failed_creation_is_reported(empty, creating):
@@ -262,28 +262,51 @@ def test_rollout_needs_all_alarms_ok(account):
     assert account.stack.executed == []
 
 
-@pytest.mark.parametrize("name", ["VpcId", "SubnetIds"])
-def test_other_changes_are_refused(account, name):
+OTHER_CERTIFICATE = GIVEN["CertificateArn"].replace("89ab", "ba98")
+SUBNETS = "subnet-0123456789abcdef0,subnet-0123456789abcdef1"
+OTHER = {
+    "a replaced target group": ({"VpcId": "vpc-0123456789abcdef0", "SubnetIds": SUBNETS}, "TargetGroup"),
+    "another certificate": ({"CertificateArn": OTHER_CERTIFICATE}, "TlsListener"),
+    "a role": ({"StoreParameter": "/chatd/other"}, "Role"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_other_changes_are_refused(account, what):
     """A plan that changes more than the image is refused."""
-    result = deploy(account, "plan", account.new, f"--parameter={name}=other")
+    changed, name = OTHER[what]
+    result = deploy(account, "plan", account.new, *(f"--parameter={key}={value}" for key, value in changed.items()))
     end(account, result, REFUSED)
+    assert f"--allow {name}" in result.stderr
+
+
+def test_subnets_may_replace_the_group(account):
+    """AWS reports that new subnets may replace the group, so the plan is refused."""
+    account.stack.set(VpcId="vpc-0123456789abcdef0", SubnetIds=SUBNETS)
+    others = ",".join(reversed(SUBNETS.split(",")))
+    result = deploy(account, "plan", account.new, f"--parameter=SubnetIds={others}")
+    end(account, result, REFUSED)
+    assert "Modify Group (AWS::AutoScaling::AutoScalingGroup, perhaps replaced)" in result.stderr
 
 
 def test_allowed_resource_may_change(account):
     """--allow permits the change of a resource, and the rollout needs it too."""
-    result = deploy(account, "plan", account.new, "--parameter=CertificateArn=other", "--allow=Listener")
+    result = deploy(
+        account, "plan", account.new, f"--parameter=CertificateArn={OTHER_CERTIFICATE}", "--allow=TlsListener"
+    )
     end(account, result, DONE, planned=[f"chatd-{account.new}"])
     result = deploy(account, "rollout", account.new)
     end(account, result, REFUSED, planned=[f"chatd-{account.new}"])
-    assert "--allow Listener" in result.stderr
-    end(account, deploy(account, "rollout", account.new, "--allow=Listener"), DONE, runs=account.new)
-    assert account.stack.parameters["CertificateArn"] == "other"
+    assert "--allow TlsListener" in result.stderr
+    end(account, deploy(account, "rollout", account.new, "--allow=TlsListener"), DONE, runs=account.new)
+    assert account.stack.parameters["CertificateArn"] == OTHER_CERTIFICATE
 
 
 def test_template_may_not_add_resources(account, tmp_path):
     """A template that adds a resource is refused."""
     template = tmp_path / "stack.yaml"
-    template.write_text("Resources: {}\n")
+    more = "Resources:\n  Extra:\n    Type: AWS::Logs::LogGroup\n"
+    template.write_text(TEMPLATE.read_text().replace("Resources:\n", more, 1))
     result = deploy(account, "plan", account.new, "--template", template)
     end(account, result, REFUSED)
     assert "Add Extra (AWS::Logs::LogGroup)" in result.stderr

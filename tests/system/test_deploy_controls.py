@@ -22,6 +22,14 @@ UNSAFE = {
         ("deploying/stack.py", "        if more:", "        if False:"),
         road.test_allowed_resource_may_change,
     ),
+    "any possible replacement of the group is accepted": (
+        ("deploying/stack.py", "return _touched(change) <= IN_PLACE", "return True"),
+        road.test_subnets_may_replace_the_group,
+    ),
+    "a possible replacement by a new version is refused": (
+        ("deploying/stack.py", "return _touched(change) <= IN_PLACE", "return False"),
+        road.test_ship_rolls_out_verifies_and_labels,
+    ),
     "a refused change set remains": (
         ("deploying/stack.py", "            self.drop(name)\n            raise", "            raise"),
         cuts.test_early_interrupt_leaves_nothing,

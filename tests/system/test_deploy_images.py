@@ -40,7 +40,7 @@ def test_gc_keeps_images_in_use(account):
     """`gc` keeps images that run, are configured, are verified for a stack or are recent; --yes removes the others."""
     launched, parameter, staging, stopped = (account.image(VERSION, days=days) for days in (20, 21, 22, 23))
     account.fleet.aim(launched)
-    account.stack.parameters = account.stack.parameters | {"ImageId": parameter}
+    account.stack.set(ImageId=parameter)
     account.label(staging, stack="staging")
     account.label(account.image(VERSION), stack="testing")
     (instance,) = account.call("ec2", "run_instances", ImageId=stopped, MinCount=1, MaxCount=1)["Instances"]
