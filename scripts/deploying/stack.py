@@ -14,8 +14,8 @@ from deploying.aws import POLL_SECONDS, Account, AwsError, CallDenied, Clock, De
 
 IMAGE: Final = "ImageId"
 """The stack parameter that holds the image."""
-GUARD: Final = "GuardRollouts"
-"""The stack parameter that makes alarms roll back an update: `no` for a rollback, which an alarm may have caused."""
+COMPOSITE: Final = "AWS::CloudWatch::CompositeAlarm"
+"""The type of the alarm that rolls back a rollout."""
 UPDATABLE: Final = frozenset(
     ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE", "IMPORT_ROLLBACK_COMPLETE")
 )
@@ -121,9 +121,10 @@ class Stack:
 
     def quiet(self, state: State) -> None:
         """Check that all rollout alarms are OK and no instances are being replaced; raises CallDenied."""
-        names = [name for name in state.output("RolloutAlarms").split(",") if name]
+        trigger = state.output("RolloutAlarm").rpartition(":")[2]
+        names = [name for name in (*state.output("RolloutAlarms").split(","), trigger) if name]
         types = ["MetricAlarm", "CompositeAlarm"]
-        answer = self.account.call("cloudwatch", "describe_alarms", AlarmNames=names, AlarmTypes=types) if names else {}
+        answer = self.account.call("cloudwatch", "describe_alarms", AlarmNames=names, AlarmTypes=types)
         found = {one["AlarmName"]: one["StateValue"] for kind in types for one in answer.get(f"{kind}s", [])}
         loud = [f"{name} ({found.get(name, 'does not exist')})" for name in names if found.get(name) != "OK"]
         if loud:
@@ -166,7 +167,8 @@ class Stack:
         """Make the change set for an image; returns None if it would change nothing.
 
         The stack keeps its template and parameters, except those given.  `default` is the template of a new stack.
-        Without `guarded` the alarms are ignored.  Raises DeployError or CallDenied, and then leaves no change set.
+        Without `guarded` alarms neither refuse the change set nor roll it back.  Raises DeployError or CallDenied, and
+        then leaves no change set.
         """
         state = self.look()
         self.free(state)
@@ -174,8 +176,7 @@ class Stack:
         if state is not None and not fresh:
             (self.quiet if guarded else self.settled)(state)
         request: dict[str, Any] = {"ChangeSetType": "CREATE" if fresh else "UPDATE"}
-        guard = {GUARD: "yes" if guarded else "no"} if state is not None and GUARD in state.parameters else {}
-        given = {**guard, **(parameters or {}), IMAGE: image}
+        given = {**(parameters or {}), IMAGE: image}
         kept: set[str] = set()
         if fresh or template:
             body = request["TemplateBody"] = _read(template or default)
@@ -189,6 +190,8 @@ class Stack:
             *({"ParameterKey": name, "ParameterValue": value} for name, value in sorted(given.items())),
             *({"ParameterKey": name, "UsePreviousValue": True} for name in sorted(kept - given.keys())),
         ]
+        if state is not None and not fresh:
+            request["RollbackConfiguration"] = _triggers(state.output("RolloutAlarm") if guarded else None)
         if role:
             request["RoleARN"] = role
         name = named(image)
@@ -278,6 +281,14 @@ class Stack:
 def named(image: str) -> str:
     """Return the name of the change set for an image."""
     return f"chatd-{image}"
+
+
+def _triggers(alarm: str | None) -> dict[str, Any]:
+    """Return the rollback configuration of an update.
+
+    CloudFormation saves it with the stack, so an empty list must replace the triggers of an earlier update.
+    """
+    return {"RollbackTriggers": [{"Arn": alarm, "Type": COMPOSITE}] if alarm else []}
 
 
 def described(change: Mapping[str, Any]) -> str:

@@ -119,10 +119,12 @@ class DeploymentAccount:
     def __init__(self, url_of_chat, script=DEPLOY):
         with CREATING:
             self._moto, self._session = moto()
+        from moto.cloudwatch.models import cloudwatch_backends
         from moto.ec2 import ec2_backends
 
         self.owner = str(next(OWNERS))
         self.ec2 = ec2_backends[self.owner][REGION]
+        self.cloudwatch = cloudwatch_backends[self.owner][REGION]
         self.script = script
         self.url_of_chat = url_of_chat
         """The URL in the outputs of the stack."""

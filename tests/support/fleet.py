@@ -1,6 +1,7 @@
 """The instances of a stack, their targets and the alarms at moto, and how the group replaces instances."""
 
-ALARMS = "chatd-unready", "chatd-faults"
+TRIGGER = "RolloutAlarm"
+"""The resource of the alarm that stands for the others."""
 
 
 class Fleet:
@@ -14,8 +15,11 @@ class Fleet:
         self.there = False
         self.outputs = {}
 
-    def create(self, image, size=2):
-        """Make all that a stack has, with so many instances of an image."""
+    def create(self, image, alarms, guards, size=2):
+        """Make all that a stack has, with so many instances of an image.
+
+        `alarms` has the names of all alarms by resource, and `guards` those that a rollout needs.
+        """
         call = self._call
         vpc = call("ec2", "create_vpc", CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
         zone = f"{self._region}a"
@@ -38,40 +42,48 @@ class Fleet:
             TargetGroupARNs=[target_group],
         )
         self._target_group = target_group
-        for name in ALARMS:
-            self.alarm_named(name, "OK")
+        self._trigger, self._guards = alarms[TRIGGER], guards
+        self.alarm_named(self._trigger, "OK", composite=True)
+        for name in alarms.values():
+            if name != self._trigger:
+                self.alarm_named(name, "OK")
         self.there = True
         self.outputs = {
             "WebSocketURL": self._account.url_of_chat,
             "AutoScalingGroup": self._name,
             "TargetGroup": target_group,
-            "RolloutAlarms": ",".join(ALARMS),
+            "RolloutAlarm": f"arn:aws:cloudwatch:{self._region}:{self._account.owner}:alarm:{self._trigger}",
+            "RolloutAlarms": ",".join(guards),
         }
 
-    def alarm_named(self, name, state):
-        self._call(
-            "cloudwatch",
-            "put_metric_alarm",
-            AlarmName=name,
-            MetricName="m",
-            Namespace="n",
-            Period=60,
-            EvaluationPeriods=1,
-            Threshold=1.0,
-            Statistic="Sum",
-            ComparisonOperator="GreaterThanThreshold",
-        )
+    def alarm_named(self, name, state, *, composite=False):
+        """Have an alarm be in a state; the composite alarm follows those that guard a rollout."""
+        how = {"MetricName": "m", "Namespace": "n", "Period": 60, "EvaluationPeriods": 1, "Threshold": 1.0}
+        how |= {"Statistic": "Sum", "ComparisonOperator": "GreaterThanThreshold"}
+        self._call("cloudwatch", "put_metric_alarm", AlarmName=name, **how)
+        if composite:  # moto stores such an alarm, and has no call that makes it
+            self._account.cloudwatch.alarms[name].rule = "TRUE"
         self._call("cloudwatch", "set_alarm_state", AlarmName=name, StateValue=state, StateReason="test")
+        if not composite:
+            on = set(self.alarms("ALARM")) & {*self._guards}
+            whole = {"StateValue": "ALARM" if on else "OK", "StateReason": "test"}
+            self._call("cloudwatch", "set_alarm_state", AlarmName=self._trigger, **whole)
 
     def alarm(self, state):
-        """Have an alarm go off, or be quiet."""
-        self.alarm_named(ALARMS[1], state)
+        """Have an alarm of the instances go off, or be quiet."""
+        self.alarm_named(self.errors, state)
 
-    def alarms(self, state):
-        """Return the alarms that are in a state."""
-        return [
-            one["AlarmName"] for one in self._call("cloudwatch", "describe_alarms", StateValue=state)["MetricAlarms"]
-        ]
+    @property
+    def errors(self):
+        """The name of an alarm that guards a rollout."""
+        return f"{self._name}-errors"
+
+    def alarms(self, *states):
+        """Return the alarms that are in one of some states."""
+        kinds = ["MetricAlarm", "CompositeAlarm"]
+        answer = self._call("cloudwatch", "describe_alarms", AlarmTypes=kinds)
+        found = [one for kind in kinds for one in answer[f"{kind}s"]]
+        return [one["AlarmName"] for one in found if one["StateValue"] in states]
 
     @property
     def group(self):

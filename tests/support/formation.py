@@ -35,10 +35,17 @@ class ChangeSet:
         self.becomes = becomes
         fresh = request["ChangeSetType"] == "CREATE"
         self.changes = changes(None if fresh else stack.deployed, becomes)
+        self.rollback = request.get("RollbackConfiguration")
         self.steps = iter(["CREATE_PENDING", "CREATE_IN_PROGRESS"])
         self.status = "CREATE_PENDING"
         self.execution = "UNAVAILABLE"
         self.reason = None
+
+    def triggers(self, saved):
+        """Return the alarms that roll back its execution, given those that the stack has."""
+        if self.rollback is None or "RollbackTriggers" not in self.rollback:
+            return saved
+        return [one["Arn"] for one in self.rollback["RollbackTriggers"]]
 
     def step(self):
         self.status = next(self.steps, None) or ("CREATE_COMPLETE" if self.changes else "FAILED")
@@ -60,6 +67,8 @@ class Formation:
         self.status = None
         self.deployed = None
         """The template and the parameters of the stack; None before its first operation."""
+        self.triggers = []
+        """The ARNs of the alarms that roll back an update; they stay until a change set has others."""
         self.events = []
         self.change_sets = {}
         self.refreshes = []
@@ -83,6 +92,29 @@ class Formation:
     # Interface of the tests
 
     @property
+    def alarms(self):
+        """The names of the alarms of the template, by that of the resource."""
+        return {
+            name: self.deployed.value(one["Properties"]["AlarmName"])
+            for name, one in self.deployed.resources.items()
+            if one["Type"] in ("AWS::CloudWatch::Alarm", "AWS::CloudWatch::CompositeAlarm")
+        }
+
+    @property
+    def guards(self):
+        """The names of the alarms that the template lists for a rollout."""
+        listed = self.deployed.template["Outputs"]["RolloutAlarms"]["Value"]["Fn::Join"][1]
+        return [self.alarms[one["Ref"]] for one in listed]
+
+    @property
+    def refusing(self):
+        """The names of the alarms that the update policy of the group names."""
+        policy = self.deployed.value(self.deployed.template["Resources"][GROUP]["UpdatePolicy"])
+        preferences = policy["AutoScalingInstanceRefresh"]["Preferences"]
+        named = preferences.get("AlarmSpecification", {"Alarms": []})["Alarms"]
+        return [self.alarms[one["Ref"]] for one in named]
+
+    @property
     def parameters(self):
         """All parameters of the stack, the default ones too."""
         return dict(self.deployed.parameters) if self.deployed else {}
@@ -95,7 +127,7 @@ class Formation:
         """The stack is there, done."""
         self.deployed = deployed(template or parsed(TEMPLATE.read_text()), parameters, self.name)
         self._become("CREATE_COMPLETE")
-        self.fleet.create(parameters["ImageId"])
+        self.fleet.create(parameters["ImageId"], self.alarms, self.guards)
 
     def runs(self, image):
         """It was updated to an image, done."""
@@ -142,17 +174,22 @@ class Formation:
         yield  # what was asked for has not begun yet
         self._token, self._cancelled = token, False
         self.deployed = new
+        self.triggers = change_set.triggers(self.triggers)
         self._become("UPDATE_IN_PROGRESS", "User Initiated")
         yield
         try:
+            self._go_on(new.parameters["ImageId"])
             yield from self._resources(change_set.changes)
         except Failed as failed:
             change_set.execution = "EXECUTE_FAILED"
             self.deployed = old
             self._become("UPDATE_ROLLBACK_IN_PROGRESS", f"The following resource(s) failed to update: {failed}")
             yield
-            if self.trapped:
-                self._become("UPDATE_ROLLBACK_FAILED", "the old instances cannot be launched")
+            try:
+                self._may_refresh(back=True)
+            except Failed as again:
+                self._event(GROUP, "UPDATE_FAILED", str(again))
+                self._become("UPDATE_ROLLBACK_FAILED", f"The following resource(s) failed to update: [Group]. {again}")
                 return
             image = old.parameters["ImageId"]
             self.fleet.aim(image)
@@ -196,7 +233,16 @@ class Formation:
                     f"Rename {change['PhysicalResourceId']} and update the stack again."
                 )
 
+    def _may_refresh(self, *, back=False):
+        """AWS starts no refresh while an alarm that it names is not OK, not even to go back."""
+        if back and self.trapped:
+            raise Failed("the old instances cannot be launched")
+        bad = [name for name in self.refusing if name not in self.fleet.alarms("OK")]
+        if bad:
+            raise Failed(f"Instance refresh cannot start: the alarm {bad[0]} is not in the OK state.")
+
     def _group(self):
+        self._may_refresh()
         image = self.deployed.parameters["ImageId"]
         self.fleet.aim(image)
         refresh = {
@@ -246,14 +292,23 @@ class Formation:
             raise Failed("Resource update cancelled")
         if image in self.alarming and image in self.fleet.images.values():
             self.fleet.alarm("ALARM")
-        alarms = self.fleet.alarms("ALARM") if self.parameters["GuardRollouts"] == "yes" else []
-        if alarms:
-            raise Failed(f"Instance refresh failed: the alarm {alarms[0]} went off.")
+        on = self.fleet.alarms("ALARM")
+        if [name for name in self.refusing if name in on]:
+            raise Failed(f"Instance refresh failed: the alarm {on[0]} went off.")
+        for arn in self.triggers:
+            name = arn.rpartition(":")[2]
+            if name not in self.fleet.alarms("ALARM", "OK", "INSUFFICIENT_DATA"):
+                raise Failed(f"The rollback trigger {arn} does not exist.")
+            if name in on:
+                raise Failed(f"The rollback trigger {arn} went to the state ALARM: {', '.join(on)}.")
 
     def _create(self, change_set, token):
         yield
         self._token = token
         self.deployed = change_set.becomes
+        self.triggers = change_set.triggers([])
+        if self.triggers:
+            raise AssertionError("no trigger exists before the stack")
         self._become("CREATE_IN_PROGRESS", "User Initiated")
         yield
         image = self.parameters["ImageId"]
@@ -266,7 +321,7 @@ class Formation:
             yield
             self._become("ROLLBACK_COMPLETE")
             return
-        self.fleet.create(image)
+        self.fleet.create(image, self.alarms, self.guards)
         change_set.execution = "EXECUTE_COMPLETE"
         self._become("CREATE_COMPLETE")
 
@@ -350,6 +405,7 @@ class Formation:
             "Status": one.status,
         }
         answer |= {"StatusReason": one.reason} if one.reason else {}
+        answer |= {"RollbackConfiguration": one.rollback} if one.rollback is not None else {}
         found = one.changes if one.execution != "UNAVAILABLE" else []
         listed = [{"Type": "Resource", "ResourceChange": change} for change in found]
         return answer | self._page("Changes", listed, params, 1)

@@ -74,7 +74,16 @@ HOOKS = {
     "chatd-terminate": ("autoscaling:EC2_INSTANCE_TERMINATING", 300, "CONTINUE"),
 }
 ALARMS = {"errors", "launches", "missing-nodes", "no-nodes", "store", "unhealthy-nodes"}
-OUTPUTS = {"AutoScalingGroup", "BalancerName", "Encryption", "LogGroup", "RolloutAlarms", "TargetGroup", "WebSocketURL"}
+OUTPUTS = {
+    "AutoScalingGroup",
+    "BalancerName",
+    "Encryption",
+    "LogGroup",
+    "RolloutAlarm",
+    "RolloutAlarms",
+    "TargetGroup",
+    "WebSocketURL",
+}
 LARGEST = 51200
 """Bytes of a template that CloudFormation takes in a request."""
 
@@ -195,23 +204,24 @@ def _updates(template):
         yield "a rollout watches the alarms for a time"
 
 
-def guards(refresh):
-    """Return the alarms that roll back a guarded rollout."""
-    condition, guarded, unguarded = refresh["Preferences"]["AlarmSpecification"]["Fn::If"]
-    assert (condition, unguarded) == ("Guarded", {"Ref": "AWS::NoValue"})
-    return guarded["Alarms"]
+def trigger(template):
+    """Return what the alarm that rolls back a rollout asks for, as `ALARM("${NAME}")`."""
+    separator, asked = properties(template, "RolloutAlarm")["AlarmRule"]["Fn::Join"]
+    assert separator == " OR "
+    return asked
 
 
 def _alarms(template):
     names = sorted(of_type(template, "AWS::CloudWatch::Alarm"))
-    refresh = template["Resources"]["Group"]["UpdatePolicy"].get("AutoScalingInstanceRefresh", {})
-    lists = {
-        "the update policy": guards(refresh) if refresh else [],
-        "RolloutAlarms": template["Outputs"]["RolloutAlarms"]["Value"]["Fn::Join"][1],
-    }
-    for where, found in lists.items():
-        if sorted(one.get("Ref") for one in found) != names and (refresh or where == "RolloutAlarms"):
-            yield f"each alarm is in {where}"
+    refresh = template["Resources"]["Group"]["UpdatePolicy"].get("AutoScalingInstanceRefresh", {"Preferences": {}})
+    if sorted(one["Fn::Sub"] for one in trigger(template)) != [f'ALARM("${{{name}}}")' for name in names]:
+        yield "each alarm is in RolloutAlarm"
+    if sorted(one["Ref"] for one in template["Outputs"]["RolloutAlarms"]["Value"]["Fn::Join"][1]) != names:
+        yield "each alarm is in RolloutAlarms"
+    if "AlarmSpecification" in refresh["Preferences"]:
+        yield "no alarm keeps a rollback from starting"
+    if template["Outputs"]["RolloutAlarm"]["Value"] != {"Fn::GetAtt": ["RolloutAlarm", "Arn"]}:
+        yield "the trigger of a rollout is an ARN"
     for name, alarm in of_type(template, "AWS::CloudWatch::Alarm").items():
         if alarm.get("TreatMissingData") not in ("breaching", "notBreaching"):
             yield f"an alarm comes to rest without data: {name}"

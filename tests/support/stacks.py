@@ -27,7 +27,7 @@ REGION = "eu-west-1"
 ACCOUNT = "000000000000"
 CHECKERS, DOUBLE = (ROOT / "tests" / f"{name}.txt" for name in ("checkers", "ministack"))
 
-UNKNOWN = {"AWS::EC2::SecurityGroupEgress", "AWS::EC2::SecurityGroupIngress"}
+UNKNOWN = {"AWS::CloudWatch::CompositeAlarm", "AWS::EC2::SecurityGroupEgress", "AWS::EC2::SecurityGroupIngress"}
 """The types of resources that ministack refuses.  It refuses MemoryDB too, which is not made where a store is named."""
 OFTEN = {"Delay": 0.1, "MaxAttempts": 10 * LONG}
 HOOKS = "LifecycleHookSpecificationList"
@@ -159,6 +159,12 @@ def rehearsed(body):
     gone = {name for name, one in resources.items() if one["Type"] in UNKNOWN}
     for name in gone:
         del resources[name]
+    outputs = body["Outputs"]
+    body["Outputs"] = {
+        name: one
+        for name, one in outputs.items()
+        if one["Value"] not in [{"Fn::GetAtt": [lost, "Arn"]} for lost in gone]
+    }
     for one in resources.values():
         if isinstance(one.get("DependsOn"), list):
             one["DependsOn"] = [name for name in one["DependsOn"] if name not in gone]

@@ -3,6 +3,7 @@
 tests/support/formation.py is the double of CloudFormation and of the group.  A real server runs behind the URL.
 """
 
+import copy
 import re
 import signal
 
@@ -85,16 +86,19 @@ def test_single_steps(account):
 
 def test_rollback_to_last_good_ignores_alarms(account):
     """`rollback` works while an alarm is on, and the next `ship` is guarded by alarms again."""
+    trigger = [account.fleet.outputs["RolloutAlarm"]]
+    account.stack.triggers = trigger
     account.stack.runs(account.new)
     account.fleet.alarm("ALARM")
     end(account, deploy(account, "rollback"), DONE)
     end(account, deploy(account, "rollback"), DONE)
     assert len(account.stack.executed) == 1
-    assert account.stack.parameters == parameters(account.old, GuardRollouts="no")
+    assert account.stack.triggers == []
     account.fleet.alarm("OK")
     result = deploy(account, "ship", "--image", account.new)
     end(account, result, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
     assert account.stack.parameters == parameters(account.new)
+    assert account.stack.triggers == trigger
 
 
 def test_rollback_to_named_image(account):
@@ -149,11 +153,40 @@ def test_unhealthy_image_is_rolled_back(account):
 
 
 def test_alarm_during_rollout_rolls_back(account):
-    """An alarm during the rollout rolls it back, and the error names the alarm."""
+    """An alarm during the rollout rolls it back, though it stays on, and the error names the alarm."""
     account.stack.alarming.add(account.new)
     result = deploy(account, "ship", "--image", account.new)
     end(account, result, BACK)
-    assert "the alarm chatd-faults went off" in result.stderr
+    assert account.fleet.errors in account.fleet.alarms("ALARM")
+    assert f"went to the state ALARM: {account.fleet.errors}" in result.stderr
+
+
+def test_lost_trigger_refuses_the_rollout(account):
+    """CloudFormation fails an update whose trigger does not exist, so the plan needs the alarm."""
+    account.call("cloudwatch", "delete_alarms", AlarmNames=["chatd-rollout"])
+    result = deploy(account, "plan", account.new)
+    end(account, result, REFUSED)
+    assert "chatd-rollout (does not exist)" in result.stderr
+
+
+def test_update_policy_with_alarms_cannot_roll_back(account):
+    """The control: a refresh that names its alarms cannot be rolled back while one is on."""
+    account.stack.deployed = account.stack.deployed._replace(template=with_alarms(account.stack.deployed.template))
+    account.stack.alarming.add(account.new)
+    result = deploy(account, "ship", "--image", account.new)
+    assert (result.returncode, account.stack.status) == (STUCK, "UPDATE_ROLLBACK_FAILED"), result.stderr
+    assert (
+        "cannot start: the alarm chatd-errors is not in the OK state" in account.stack.events[0]["ResourceStatusReason"]
+    )
+
+
+def with_alarms(template):
+    """Return a template whose update policy names the alarms, as it once did."""
+    changed = copy.deepcopy(template)
+    policy = changed["Resources"]["Group"]["UpdatePolicy"]["AutoScalingInstanceRefresh"]
+    alarms = template["Outputs"]["RolloutAlarms"]["Value"]["Fn::Join"][1]
+    policy["Preferences"]["AlarmSpecification"] = {"Alarms": alarms}
+    return changed
 
 
 def test_stuck_refresh_is_cancelled(account):
@@ -245,7 +278,7 @@ def test_first_image_has_no_rollback(empty, creating):
 def test_plan_needs_all_alarms_ok(account, state):
     """An alarm with too little data, or that does not exist, refuses the plan."""
     if state:
-        account.fleet.alarm_named("chatd-faults", state)
+        account.fleet.alarm_named(account.fleet.errors, state)
     else:
         account.fleet.outputs["RolloutAlarms"] += ",chatd-lost"
     result = deploy(account, "plan", account.new)

@@ -15,7 +15,19 @@ UNSAFE = {
         road.test_rollout_needs_all_alarms_ok,
     ),
     "an alarm reverts a rollback": (
-        ("deploying/stack.py", '"yes" if guarded else "no"', '"yes"'),
+        ("deploying/stack.py", 'state.output("RolloutAlarm") if guarded else None', 'state.output("RolloutAlarm")'),
+        road.test_rollback_to_last_good_ignores_alarms,
+    ),
+    "no alarm rolls back a rollout": (
+        ("deploying/stack.py", 'state.output("RolloutAlarm") if guarded else None', "None"),
+        road.test_alarm_during_rollout_rolls_back,
+    ),
+    "the triggers of an earlier update stay": (
+        (
+            "deploying/stack.py",
+            "        if state is not None and not fresh:\n            request",
+            "        if guarded and state and not fresh:\n            request",
+        ),
         road.test_rollback_to_last_good_ignores_alarms,
     ),
     "more than the image may change": (

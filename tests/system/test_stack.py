@@ -9,7 +9,7 @@ import re
 import pytest
 from support import imds
 from support.stack_role import statement
-from support.stack_rules import DELAY, IDLE, LARGEST, UNITS, faults, guards, timing_faults
+from support.stack_rules import DELAY, IDLE, LARGEST, UNITS, faults, timing_faults, trigger
 from support.stacks import TEMPLATE, attribute, cfn_lint, checkov, group, launch, mutant, properties, refresh, written
 from support.stacks import template as read
 
@@ -130,8 +130,16 @@ MUTATIONS = [
         ["a rollout watches the alarms for a time"],
     ),
     (
-        lambda t: guards({"Preferences": refresh(t)}).pop(),
-        ["each alarm is in the update policy"],
+        lambda t: trigger(t).pop(),
+        ["each alarm is in RolloutAlarm"],
+    ),
+    (
+        lambda t: refresh(t).update(AlarmSpecification={"Alarms": [{"Ref": "ErrorsAlarm"}]}),
+        ["no alarm keeps a rollback from starting"],
+    ),
+    (
+        lambda t: t["Outputs"]["RolloutAlarm"].update(Value={"Ref": "RolloutAlarm"}),
+        ["the trigger of a rollout is an ARN"],
     ),
     (
         lambda t: t["Outputs"]["RolloutAlarms"]["Value"]["Fn::Join"][1].pop(),
