@@ -7,6 +7,7 @@ like is compared as it stands.
 import json
 import re
 
+from support.change_sets import Rejected, deployed
 from support.servers import ROOT
 from support.stack_role import role_faults, statement
 from support.stacks import attributes, of_type, plain, properties
@@ -263,6 +264,35 @@ def _parameters(template):
             yield f"nothing secret goes through the template: {name}"
 
 
+EXAMPLES = {
+    "CertificateArn": "arn:aws:acm:eu-west-1:000000000000:certificate/01234567-89ab-cdef-0123-456789abcdef",
+    "HostedZoneId": "Z0123456789ABCDEFGHIJ",
+    "NodeSubnetIds": "subnet-0123456789abcdef2,subnet-0123456789abcdef3",
+    "StoreKeyArn": "arn:aws:kms:eu-west-1:000000000000:key/01234567-89ab-cdef-0123-456789abcdef",
+    "SubnetIds": "subnet-0123456789abcdef0,subnet-0123456789abcdef1",
+    "VpcId": "vpc-0123456789abcdef0",
+}
+NEEDS = {
+    "CertificateArn": "DomainName",
+    "HostedZoneId": "DomainName",
+    "NodeSubnetIds": "VpcId",
+    "StoreKeyArn": "StoreParameter",
+    "SubnetIds": "VpcId",
+    "VpcId": "SubnetIds",
+}
+"""Parameters that are ignored, or fail late, without another."""
+
+
+def _needs(template):
+    """Check that a parameter is rejected without the one that it needs."""
+    for name, needed in NEEDS.items():
+        try:
+            deployed(template, {"ImageId": "ami-0123456789abcdef0", name: EXAMPLES[name]})
+        except Rejected:
+            continue
+        yield f"{name} needs {needed}"
+
+
 def _outputs(template):
     for name in sorted(OUTPUTS - template["Outputs"].keys()):
         yield f"it tells {name}"
@@ -341,6 +371,7 @@ RULES = (
     _alarms,
     _metrics,
     _parameters,
+    _needs,
     _outputs,
     _store,
     role_faults,

@@ -158,6 +158,9 @@ MUTATIONS = [
     (lambda t: t["Parameters"]["VpcId"].pop("ConstraintDescription"), ["a parameter is checked, in words too: VpcId"]),
     (lambda t: t["Parameters"]["MaxSize"].pop("Default"), ["a parameter has a default: MaxSize"]),
     (lambda t: t["Parameters"]["Retain"].update(Default="forever"), ["a default is allowed: Retain"]),
+    (lambda t: t["Rules"].pop("NodeSubnetsNeedAVpc"), ["NodeSubnetIds needs VpcId"]),
+    (lambda t: t["Rules"].pop("AVpcNeedsSubnets"), ["VpcId needs SubnetIds"]),
+    (lambda t: t["Rules"].pop("TlsNeedsAName"), ["CertificateArn needs DomainName"]),
     (lambda t: t["Outputs"].pop("WebSocketURL"), ["it tells WebSocketURL"]),
     (lambda t: properties(t, "Store").update(TLSEnabled=False), ["the store speaks TLS"]),
     (

@@ -74,6 +74,8 @@ def test_double_rejects_omitted_resources(template, account, given, unknown):
         ({"CertificateArn": SECURE["CertificateArn"]}, "Give DomainName with CertificateArn"),
         ({"HostedZoneId": "Z0123456789ABCDEFGHIJ"}, "Give DomainName with HostedZoneId"),
         ({"VpcId": SECURE["VpcId"]}, "Give SubnetIds with VpcId"),
+        ({"SubnetIds": SECURE["SubnetIds"]}, "Give VpcId with SubnetIds"),
+        ({"NodeSubnetIds": SECURE["NodeSubnetIds"]}, "Give VpcId with NodeSubnetIds"),
         ({"VpcId": SECURE["VpcId"], "SubnetIds": "subnet-0123456789abcdef0"}, "must be the ids of two subnets or more"),
         ({"Retain": "10 days"}, "must be a number of messages such as 10000, of days such as 30d, or all"),
         ({"MinSize": "0"}, "must be 1 to 100"),
