@@ -271,6 +271,8 @@ EXAMPLES = {
     "StoreKeyArn": "arn:aws:kms:eu-west-1:000000000000:key/01234567-89ab-cdef-0123-456789abcdef",
     "SubnetIds": "subnet-0123456789abcdef0,subnet-0123456789abcdef1",
     "VpcId": "vpc-0123456789abcdef0",
+    "ZoneA": "eu-west-1a",
+    "ZoneB": "eu-west-1b",
 }
 NEEDS = {
     "CertificateArn": "DomainName",
@@ -279,6 +281,8 @@ NEEDS = {
     "StoreKeyArn": "StoreParameter",
     "SubnetIds": "VpcId",
     "VpcId": "SubnetIds",
+    "ZoneA": "ZoneB",
+    "ZoneB": "ZoneA",
 }
 """Parameters that are ignored, or fail late, without another."""
 
@@ -291,6 +295,15 @@ def _needs(template):
         except Rejected:
             continue
         yield f"{name} needs {needed}"
+
+
+def _zones(template):
+    """Check that the created subnets are in the zones given, and otherwise in the first ones."""
+    for place, name in enumerate(("A", "B")):
+        first = {"Fn::Select": [place, {"Fn::GetAZs": ""}]}
+        wanted = {"Fn::If": ["Zoned", {"Ref": f"Zone{name}"}, first]}
+        if properties(template, f"Subnet{name}")["AvailabilityZone"] != wanted:
+            yield f"a subnet is in its zone: Subnet{name}"
 
 
 def _outputs(template):
@@ -372,6 +385,7 @@ RULES = (
     _metrics,
     _parameters,
     _needs,
+    _zones,
     _outputs,
     _store,
     role_faults,

@@ -135,6 +135,8 @@ def test_fixed_names(template):
         ({"ImageId": IMAGE, "LogDays": "8"}, "must be a number of days"),
         ({"ImageId": IMAGE, "Retain": "10 days"}, "or all"),
         ({"ImageId": IMAGE, "VpcId": NETWORK["VpcId"]}, "Give SubnetIds with VpcId"),
+        ({"ImageId": IMAGE, "ZoneA": "us-east-1a", "ZoneB": "us-east-1a"}, "Give two different zones"),
+        ({"ImageId": IMAGE, "ZoneA": "us-east-1a", "ZoneB": "us-east-1b", **NETWORK}, "Give no zones with VpcId"),
     ],
 )
 def test_wrong_parameters_are_rejected(template, given, reason):

@@ -161,6 +161,11 @@ MUTATIONS = [
     (lambda t: t["Rules"].pop("NodeSubnetsNeedAVpc"), ["NodeSubnetIds needs VpcId"]),
     (lambda t: t["Rules"].pop("AVpcNeedsSubnets"), ["VpcId needs SubnetIds"]),
     (lambda t: t["Rules"].pop("TlsNeedsAName"), ["CertificateArn needs DomainName"]),
+    (lambda t: t["Rules"].pop("ZonesComeInPairs"), ["ZoneA needs ZoneB", "ZoneB needs ZoneA"]),
+    (
+        lambda t: properties(t, "SubnetB").update(AvailabilityZone={"Ref": "ZoneA"}),
+        ["a subnet is in its zone: SubnetB"],
+    ),
     (lambda t: t["Outputs"].pop("WebSocketURL"), ["it tells WebSocketURL"]),
     (lambda t: properties(t, "Store").update(TLSEnabled=False), ["the store speaks TLS"]),
     (
