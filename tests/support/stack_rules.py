@@ -61,6 +61,7 @@ TARGET_GROUP_ATTRIBUTES = {
 }
 IDLE, DELAY = "idle_timeout.timeout_seconds", "deregistration_delay.timeout_seconds"
 BALANCER = {
+    "client_keep_alive.seconds": str(SECONDS_OF_A_WEEK),
     "idle_timeout.timeout_seconds": "120",
     "routing.http.drop_invalid_header_fields.enabled": "true",
     "routing.http.desync_mitigation_mode": "defensive",

@@ -45,6 +45,17 @@ MUTATIONS = [
         [f"Balancer has the attribute {IDLE}", "ping < idle time-out"],
     ),
     (
+        lambda t: attribute(t, "Balancer", "client_keep_alive.seconds", Value="3600"),
+        ["Balancer has the attribute client_keep_alive.seconds"],
+    ),
+    (
+        lambda t: attribute(t, "Balancer", "client_keep_alive.seconds", Value="604801"),
+        [
+            "Balancer has attributes in their range: client_keep_alive.seconds",
+            "Balancer has the attribute client_keep_alive.seconds",
+        ],
+    ),
+    (
         lambda t: attribute(t, "TargetGroup", DELAY, Value="301"),
         [f"TargetGroup has the attribute {DELAY}", "deregistration delay < heartbeat"],
     ),
