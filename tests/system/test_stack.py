@@ -198,6 +198,25 @@ def test_template_faults_are_found(template, mutate, found):
     assert faults(mutant(template, mutate)) == found
 
 
+KEY = "arn:aws:kms:eu-west-1:000000000000:key/"
+
+
+@pytest.mark.parametrize(
+    ("key", "accepted"),
+    [
+        ("01234567-89ab-cdef-0123-456789abcdef", True),
+        ("mrk-0123456789abcdef0123456789abcdef", True),
+        ("alias/chatd", False),
+        ("mrk-", False),
+        ("mrk-mrk-0123456789abcdef0123456789abcdef", False),
+    ],
+)
+def test_store_key_may_be_multi_region(template, key, accepted):
+    """Both kinds of keys in KMS are accepted, and an alias is not."""
+    pattern = template["Parameters"]["StoreKeyArn"]["AllowedPattern"]
+    assert bool(re.fullmatch(pattern, KEY + key)) is accepted
+
+
 def test_template_fits_into_a_request():
     assert TEMPLATE.stat().st_size <= LARGEST
 
