@@ -3,6 +3,7 @@
 - aws.py: calls to AWS, whose errors are one line with the remedy
 - stack.py: the current state of the stack, and the change set for another image
 - rollout.py: watching and cancelling the execution of a change set
+- destroy.py: the removal of a stack, which keeps a snapshot of its messages
 - verify.py: the check that all instances run the image and serve
 - record.py: the record of verified images
 - images.py: the images, and the removal of old ones

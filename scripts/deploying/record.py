@@ -35,6 +35,14 @@ class Record:
         say(f"{image} is {LABEL} in {self._name}")
         return True
 
+    def forget(self) -> None:
+        """Delete the record of a stack that no longer exists."""
+        try:
+            self._account.call("ssm", "delete_parameter", Name=self._name)
+        except AwsError as error:
+            if error.code not in ABSENT:
+                raise
+
     def images(self) -> Iterator[str]:
         """Yield the image labelled last-good, and the latest one on record."""
         for name in (f"{self._name}:{LABEL}", self._name):

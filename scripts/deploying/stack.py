@@ -21,6 +21,16 @@ UPDATABLE: Final = frozenset(
 )
 REVIEW: Final = "REVIEW_IN_PROGRESS"
 """The status of a stack that was never created, and only had a change set."""
+NAMES: Final = {
+    "AWS::AutoScaling::AutoScalingGroup": "AutoScalingGroupName",
+    "AWS::CloudWatch::Alarm": "AlarmName",
+    "AWS::CloudWatch::CompositeAlarm": "AlarmName",
+    "AWS::Logs::LogGroup": "LogGroupName",
+    "AWS::MemoryDB::Cluster": "ClusterName",
+    "AWS::MemoryDB::SubnetGroup": "SubnetGroupName",
+    "AWS::SSM::Parameter": "Name",
+}
+"""The properties by which the template names resources.  CloudFormation cannot replace one under the same name."""
 REFRESHING: Final = frozenset(("Pending", "InProgress", "Cancelling", "RollbackInProgress", "Baking"))
 LAUNCH_TEMPLATE: Final = "AWS::EC2::LaunchTemplate"
 GROUP: Final = "AWS::AutoScaling::AutoScalingGroup"
@@ -223,7 +233,14 @@ class Stack:
         return Plan(found["ChangeSetId"], named(image), found["Changes"])
 
     def expect(self, plan: Plan, allow: Collection[str]) -> None:
-        """Check that a change set holds only expected and allowed changes; raises CallDenied."""
+        """Check that a change set is possible, and holds only expected and allowed changes; raises CallDenied."""
+        stuck = [one for one in plan.changes if _impossible(one)]
+        if stuck:
+            text = "; ".join(f"{described(one)} for {', '.join(sorted(_touched(one)))}" for one in stuck)
+            raise CallDenied(
+                f"CloudFormation cannot replace what has a fixed name: {text}: create another stack for that "
+                '(docs/deploy.md, "Another store")'
+            )
         more = [one for one in plan.changes if one["LogicalResourceId"] not in allow and not _expected(one)]
         if more:
             allowing = " ".join(f"--allow {one['LogicalResourceId']}" for one in more)
@@ -307,6 +324,15 @@ def _expected(change: Mapping[str, Any]) -> bool:
     if kind == GROUP and replacement == "Conditional":
         return _touched(change) <= IN_PLACE
     return replacement == "False"
+
+
+def _impossible(change: Mapping[str, Any]) -> bool:
+    """Return whether a change must replace a resource, but keeps its name."""
+    name = NAMES.get(change["ResourceType"])
+    if change["Action"] != "Modify" or name is None or name in _touched(change):
+        return False
+    targets = [one.get("Target", {}) for one in change.get("Details", [])]
+    return change.get("Replacement") == "True" or any(one.get("RequiresRecreation") == "Always" for one in targets)
 
 
 def _touched(change: Mapping[str, Any]) -> set[str]:

@@ -60,7 +60,11 @@ def fixed_name(resource):
     rules = schema(resource["Type"])
     for pointer in rules["primaryIdentifier"]:
         name = pointer.rpartition("/")[2]
-        if name in resource.get("Properties", {}) and pointer in rules.get("createOnlyProperties", []):
+        if (
+            len(rules["primaryIdentifier"]) == 1
+            and name in resource.get("Properties", {})
+            and pointer in rules.get("createOnlyProperties", [])
+        ):
             return name
     return None
 

@@ -49,9 +49,11 @@ GIVEN = {
 ALLOWED = {
     "autoscaling:DescribeAutoScalingGroups",
     "autoscaling:DescribeInstanceRefreshes",
+    "autoscaling:UpdateAutoScalingGroup",
     "cloudformation:CancelUpdateStack",
     "cloudformation:CreateChangeSet",
     "cloudformation:DeleteChangeSet",
+    "cloudformation:DeleteStack",
     "cloudformation:DescribeChangeSet",
     "cloudformation:DescribeStackEvents",
     "cloudformation:DescribeStacks",
@@ -63,6 +65,11 @@ ALLOWED = {
     "ec2:DescribeInstances",
     "ec2:DescribeLaunchTemplateVersions",
     "elasticloadbalancing:DescribeTargetHealth",
+    "memorydb:DeleteCluster",
+    "memorydb:DeleteSubnetGroup",
+    "memorydb:DescribeClusters",
+    "memorydb:DescribeSnapshots",
+    "ssm:DeleteParameter",
     "ssm:DescribeParameters",
     "ssm:GetParameter",
     "ssm:LabelParameterVersion",
@@ -121,6 +128,7 @@ class DeploymentAccount:
             self._moto, self._session = moto()
         from moto.cloudwatch.models import cloudwatch_backends
         from moto.ec2 import ec2_backends
+        from moto.memorydb.models import memorydb_backends
 
         self.owner = str(next(OWNERS))
         self.ec2 = ec2_backends[self.owner][REGION]
@@ -145,6 +153,9 @@ class DeploymentAccount:
         """The scripts/deploy that runs."""
         self.fleet = Fleet(self, STACK, REGION)
         self.stack = Formation(STACK, self.fleet, REGION, self.owner)
+        self.memorydb = memorydb_backends[self.owner][REGION]
+        self.stack.held = self._held
+        self._fading = 0
         self._rules = []
         self._broken = []
         self._clients = {}
@@ -267,7 +278,7 @@ class DeploymentAccount:
 
         rule = self._rule(operation)
         if rule is None:
-            return answered()
+            return self._memorydb(operation, answered) if service == "memorydb" else answered()
         if callable(rule["effect"]):
             rule["effect"]()
             return answered()
@@ -281,6 +292,26 @@ class DeploymentAccount:
         with contextlib.suppress(OSError):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return "500 No", [], b""
+
+    def _held(self):
+        """Return what cannot be deleted with the stack, as at AWS: what its cluster or its subnet group uses."""
+        if STACK in self.memorydb.clusters:
+            return "[StoreSecurityGroup, SubnetA]. resource sg-1 has a dependent object"
+        return "[SubnetA]. The subnet is in use by a subnet group" if STACK in self.memorydb.subnet_groups else None
+
+    def _memorydb(self, operation, answered):
+        """Delete a cluster as AWS does: it has the status `deleting` until the snapshot is made."""
+        if operation == "DescribeClusters" and self._fading:
+            self._fading -= 1
+            if not self._fading:
+                self.memorydb.clusters.pop(STACK, None)
+        cluster = self.memorydb.clusters.get(STACK)
+        if operation == "DeleteCluster" and cluster and self._fading:
+            return "400 No", [], json.dumps({"__type": "InvalidClusterStateFault", "message": "not available"}).encode()
+        answer = answered()
+        if operation == "DeleteCluster" and cluster:
+            self.memorydb.clusters[STACK], self._fading = cluster, 3
+        return answer
 
     def _own(self, service, operation):
         """Return the function that answers an operation instead of moto, or None."""
@@ -403,16 +434,19 @@ def settings(account, **changes):
     )
 
 
-def deploying(account, *arguments, **changes):
-    """Start scripts/deploy."""
+def deploying(account, *arguments, typed=None, **changes):
+    """Start scripts/deploy, with a line on its standard input if one is typed."""
     account.process = subprocess.Popen(
         [account.script, *arguments],
         env=settings(account, **changes),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL if typed is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    if typed is not None:
+        account.process.stdin.write(f"{typed}\n")
+        account.process.stdin.flush()
     return account.process
 
 

@@ -56,6 +56,20 @@ class Fleet:
             "RolloutAlarms": ",".join(guards),
         }
 
+    def destroy(self):
+        """Remove the group with its instances."""
+        if self.there:
+            arguments = {"AutoScalingGroupName": self._name, "ForceDelete": True}
+            self._call("autoscaling", "delete_auto_scaling_group", **arguments)
+        self.there = False
+
+    def store(self):
+        """Make the MemoryDB of the stack, as it is when it is available."""
+        subnets = [one["SubnetId"] for one in self._call("ec2", "describe_subnets")["Subnets"]]
+        self._call("memorydb", "create_subnet_group", SubnetGroupName=self._name, SubnetIds=subnets)
+        how = {"NodeType": "db.t4g.small", "ACLName": "open-access", "SubnetGroupName": self._name}
+        self._call("memorydb", "create_cluster", ClusterName=self._name, **how)
+
     def alarm_named(self, name, state, *, composite=False):
         """Have an alarm be in a state; the composite alarm follows those that guard a rollout."""
         how = {"MetricName": "m", "Namespace": "n", "Period": 60, "EvaluationPeriods": 1, "Threshold": 1.0}

@@ -86,6 +86,10 @@ class Formation:
         self._cancelled = False
         self._token = None
         """The token of the current or latest operation."""
+        self.held = lambda: None
+        """Returns why the stack cannot be deleted, or None."""
+        self.deleted = False
+        self.reason = None
         self._course = iter(())
         self._count = itertools.count(1)
 
@@ -314,8 +318,12 @@ class Formation:
         image = self.parameters["ImageId"]
         while image in self.stuck:
             yield
+        taken = self.held() if "Store" in self.deployed.resources else None
+        if taken:
+            self._event("Store", "CREATE_FAILED", f"{self.name} already exists in stack {self.name}: {taken}")
         if image in self.unhealthy:
             self._event(GROUP, "CREATE_FAILED", "no instance became healthy")
+        if taken or image in self.unhealthy:
             change_set.execution = "EXECUTE_FAILED"
             self._become("ROLLBACK_IN_PROGRESS")
             yield
@@ -325,7 +333,28 @@ class Formation:
         change_set.execution = "EXECUTE_COMPLETE"
         self._become("CREATE_COMPLETE")
 
+    def _remove(self):
+        yield
+        self._become("DELETE_IN_PROGRESS", "User Initiated")
+        yield
+        self.fleet.destroy()
+        why = self.held()
+        if why:
+            self._become("DELETE_FAILED", f"The following resource(s) failed to delete: {why}")
+            self.reason = f"The following resource(s) failed to delete: {why}"
+            return
+        self._become("DELETE_COMPLETE")
+        self.deleted = True
+
     # Calls of CloudFormation
+
+    def DeleteStack(self, params):
+        if self.deleted or params["StackName"] not in (self.name, self.id):
+            return {}
+        if self.status.endswith("IN_PROGRESS") and self.status != "REVIEW_IN_PROGRESS":
+            raise Fault("ValidationError", f"Stack [{self.id}] cannot be deleted while in status {self.status}")
+        self._course = self._remove()
+        return {}
 
     def _known(self, params):
         if self.status is None or params["StackName"] not in (self.name, self.id):
@@ -340,7 +369,8 @@ class Formation:
 
     def DescribeStacks(self, params):
         if "StackName" in params:
-            if self.status is None or params["StackName"] not in (self.name, self.id):
+            names = (self.id,) if self.deleted else (self.name, self.id)
+            if self.status is None or params["StackName"] not in names:
                 raise Fault("ValidationError", f"Stack with id {params['StackName']} does not exist")
             self.step()
         stack = {
@@ -350,6 +380,7 @@ class Formation:
             "StackStatus": self.status,
             "Parameters": pairs("Parameter", self.parameters),
         }
+        stack |= {"StackStatusReason": self.reason} if self.reason else {}
         if self.fleet.there:
             stack["Outputs"] = pairs("Output", self.fleet.outputs)
         return {"Stacks": [stack] if self.status else []}

@@ -8,7 +8,8 @@ import json
 from xml.sax.saxutils import escape
 
 COMMON = frozenset(
-    ("AccessDenied", "ExpiredToken", "ServiceUnavailable", "Throttling", "UnauthorizedOperation", "ValidationError")
+    {"AccessDenied", "AccessDeniedException", "ExpiredToken", "ServiceUnavailable"}
+    | {"Throttling", "UnauthorizedOperation", "ValidationError"}
 )
 """Errors that any operation may answer, and so no model names."""
 

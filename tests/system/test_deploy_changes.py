@@ -135,6 +135,7 @@ def test_fixed_names(template):
         ({"ImageId": IMAGE, "LogDays": "8"}, "must be a number of days"),
         ({"ImageId": IMAGE, "Retain": "10 days"}, "or all"),
         ({"ImageId": IMAGE, "VpcId": NETWORK["VpcId"]}, "Give SubnetIds with VpcId"),
+        ({"ImageId": IMAGE, "SnapshotName": "chat", "StoreParameter": "/store"}, "Give no SnapshotName"),
         ({"ImageId": IMAGE, "ZoneA": "us-east-1a", "ZoneB": "us-east-1a"}, "Give two different zones"),
         ({"ImageId": IMAGE, "ZoneA": "us-east-1a", "ZoneB": "us-east-1b", **NETWORK}, "Give no zones with VpcId"),
     ],

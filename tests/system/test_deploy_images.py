@@ -26,7 +26,7 @@ from support.deployments import (
 )
 from support.servers import LONG, ROOT, Lines
 
-COMMANDS = "bake", "plan", "rollout", "verify", "rollback", "abort", "gc", "share", "ship"
+COMMANDS = "bake", "plan", "rollout", "verify", "rollback", "abort", "destroy", "gc", "share", "ship"
 BAKE = """#!/bin/sh
 echo "$@" >>"$0.asked"
 cat "$0.made"
@@ -271,7 +271,7 @@ wait
 def test_calls_match_the_allow_list():
     """The calls in the scripts are the allowed ones.  Each account double asserts that it gets no others."""
     text = "".join(path.read_text() for path in (DEPLOY.parent / "deploying").glob("*.py"))
-    called = re.findall(r"\.(?:call|pages)\(\s*\"([a-z0-9]+)\", \"([a-z_]+)\"", text)
+    called = re.findall(r"\.(?:_?call|pages)\(\s*\"([a-z0-9]+)\", \"([a-z_]+)\"", text)
     assert {named(service, operation.title().replace("_", "")) for service, operation in called} == ALLOWED
 
 
@@ -280,7 +280,7 @@ def test_documented_policy_matches_the_calls():
     (policy,) = re.findall(r"```json\n(\{\n  \"Version.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
     statements = json.loads(policy)["Statement"]
     actions = [action for statement in statements for action in statement["Action"]]
-    assert sorted(actions) == sorted({*ALLOWED, "ec2:CreateTags", "ec2:DeleteSnapshot"})
+    assert sorted(actions) == sorted({*ALLOWED, "ec2:CreateTags", "ec2:DeleteSnapshot", "memorydb:CreateSnapshot"})
     reads = re.compile(r"\w+:(Describe|Get)\w+")
     free = [one for statement in statements if statement["Resource"] == "*" for one in statement["Action"]]
     assert [action for action in free if not reads.fullmatch(action)] == []

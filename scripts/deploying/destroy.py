@@ -1,0 +1,138 @@
+"""The removal of a stack.  The messages of its MemoryDB stay in a final snapshot.
+
+The order loses no acknowledged message: the instances drain and stop before the snapshot begins, and the stack is
+deleted last, because the cluster keeps its security group and its network from being deleted.  Each step is skipped if
+an earlier run did it.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from deploying.aws import POLL_SECONDS, AwsError, CallDenied, DeployError, Stuck, say
+from deploying.record import Record
+from deploying.stack import GONE, Stack, State
+
+DELETING: Final = "DELETE_IN_PROGRESS"
+NO_CLUSTER: Final = frozenset(("ClusterNotFoundFault", "ClusterNotFound"))
+NO_SUBNETS: Final = frozenset(("SubnetGroupNotFoundFault", "SubnetGroupNotFound"))
+FINAL: Final = "-final-"
+"""The part between the names of the stack and the time in the name of a final snapshot."""
+
+
+class Removal:
+    """One run of the removal.  The timeout, in seconds, is that of each step."""
+
+    def __init__(self, stack: Stack, timeout: float, role: str | None, begun: Callable[[], None]) -> None:
+        self._stack = stack
+        self._call = stack.account.call
+        self._timeout = timeout
+        self._role = role
+        self._begun = begun
+        self._deleting = False
+        """True once the deletion was seen; before, a failure is that of an earlier run."""
+
+    def run(self, confirm: Callable[[str], bool]) -> dict[str, Any]:
+        """Remove everything after `confirm` returns true; returns the name of the snapshot.
+
+        Raises DeployError if nothing was removed, and Stuck if something is left.
+        """
+        state = self._stack.there()
+        if state.busy and state.status != DELETING:
+            raise CallDenied(f"{self._stack.name} is {state.status}: wait, or cancel it with scripts/deploy abort")
+        own = not state.parameters.get("StoreParameter", "")
+        kept = "its messages stay in a snapshot" if own else "its store stays"
+        if not confirm(f"This deletes the stack {self._stack.name} and everything in it; {kept}."):
+            raise DeployError(f"not confirmed: type the name of the stack, {self._stack.name}")
+        self._begun()
+        try:
+            if state.status != DELETING:
+                self._stop()
+                if own:
+                    self._drop_store()
+                self._delete()
+            self._until(lambda: self._gone(state), "the stack is being deleted")
+            Record(self._stack.account, self._stack.name).forget()
+            snapshot = self._snapshot() if own else None
+        except Stuck:
+            raise
+        except DeployError as error:
+            raise Stuck(f"{error}: run this again to continue") from error
+        return {"stack": self._stack.name, "snapshot": snapshot}
+
+    def _stop(self) -> None:
+        """Drain and end all instances."""
+        name = self._stack.name
+
+        def running() -> int:
+            groups = self._call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[name])
+            return sum(len(one["Instances"]) for one in groups["AutoScalingGroups"])
+
+        if running():
+            none = {"MinSize": 0, "MaxSize": 0, "DesiredCapacity": 0}
+            self._call("autoscaling", "update_auto_scaling_group", AutoScalingGroupName=name, **none)
+            self._until(lambda: not running(), "the instances drain")
+
+    def _drop_store(self) -> None:
+        """Delete the cluster with a final snapshot, and its subnet group."""
+        cluster = self._cluster()
+        if cluster and cluster["Status"] != "deleting":
+            final = f"{self._stack.name}{FINAL}{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
+            self._call("memorydb", "delete_cluster", ClusterName=self._stack.name, FinalSnapshotName=final)
+        if cluster:
+            self._until(lambda: self._cluster() is None, "MemoryDB takes the final snapshot")
+        try:
+            self._call("memorydb", "delete_subnet_group", SubnetGroupName=self._stack.name)
+        except AwsError as error:
+            if error.code not in NO_SUBNETS:
+                raise
+
+    def _cluster(self) -> dict[str, Any] | None:
+        try:
+            found = self._call("memorydb", "describe_clusters", ClusterName=self._stack.name)
+        except AwsError as error:
+            if error.code in NO_CLUSTER:
+                return None
+            raise
+        return dict(found["Clusters"][0])
+
+    def _snapshot(self) -> str | None:
+        """Return the name of the newest final snapshot."""
+        arguments = {"ClusterName": self._stack.name}
+        found = self._stack.account.pages("memorydb", "describe_snapshots", "Snapshots", **arguments)
+        names = [str(one["Name"]) for one in found if str(one["Name"]).startswith(f"{self._stack.name}{FINAL}")]
+        return max(names, default=None)
+
+    def _delete(self) -> None:
+        say(f"deleting the stack {self._stack.name}")
+        role = {"RoleARN": self._role} if self._role else {}
+        self._call("cloudformation", "delete_stack", StackName=self._stack.name, **role)
+
+    def _gone(self, before: State) -> bool:
+        """Return whether the stack is deleted; raises Stuck if its deletion failed."""
+        try:
+            (found,) = self._call("cloudformation", "describe_stacks", StackName=before.id)["Stacks"]
+        except AwsError as error:
+            if error.code in GONE:
+                return True
+            raise
+        self._deleting = self._deleting or found["StackStatus"] == DELETING
+        if found["StackStatus"] == "DELETE_FAILED" and (self._deleting or before.status != "DELETE_FAILED"):
+            why = " ".join(found.get("StackStatusReason", "see its events").split())
+            raise Stuck(f"{self._stack.name} is DELETE_FAILED: {why}: resolve that, and run this again")
+        return bool(found["StackStatus"] == "DELETE_COMPLETE")
+
+    def _until(self, done: Callable[[], bool], what: str) -> None:
+        """Poll until a step is done; raises Stuck after the timeout."""
+        say(what)
+        until = self._stack.clock.now() + self._timeout
+        while True:
+            try:
+                if done():
+                    return
+            except AwsError as error:
+                if not error.passing:
+                    raise
+            if self._stack.clock.now() >= until:
+                raise Stuck(f"after {self._timeout / 60:g} minutes {what} still: run this again to continue")
+            self._stack.clock.sleep(POLL_SECONDS)
