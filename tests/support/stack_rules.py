@@ -75,6 +75,13 @@ HOOKS = {
     "chatd-launch": ("autoscaling:EC2_INSTANCE_LAUNCHING", 300, "ABANDON"),
     "chatd-terminate": ("autoscaling:EC2_INSTANCE_TERMINATING", 300, "CONTINUE"),
 }
+NOTIFYING = {"FullAlarm", "StoreMemoryAlarm", "StoreProcessorAlarm"}
+"""Alarms that roll nothing back, because another image would not help."""
+WATCHED = {
+    "FullAlarm": "GroupInServiceInstances",
+    "StoreMemoryAlarm": "DatabaseMemoryUsagePercentage",
+    "StoreProcessorAlarm": "EngineCPUUtilization",
+}
 ALARMS = {"errors", "launches", "missing-nodes", "no-nodes", "store", "unhealthy-nodes"}
 OUTPUTS = {
     "AutoScalingGroup",
@@ -213,8 +220,20 @@ def trigger(template):
     return asked
 
 
+def _notifications(template):
+    alarms = of_type(template, "AWS::CloudWatch::Alarm")
+    for name, metric in WATCHED.items():
+        if metric not in json.dumps(alarms.get(name, {})):
+            yield f"{metric} has an alarm"
+    notify = {"Fn::If": ["Notify", [{"Ref": "AlarmTopicArn"}], {"Ref": "AWS::NoValue"}]}
+    for name, one in alarms.items():
+        if [one.get("AlarmActions"), one.get("OKActions")] != [notify, notify]:
+            yield f"an alarm notifies: {name}"
+
+
 def _alarms(template):
-    names = sorted(of_type(template, "AWS::CloudWatch::Alarm"))
+    alarms = of_type(template, "AWS::CloudWatch::Alarm")
+    names = sorted(alarms.keys() - NOTIFYING)
     refresh = template["Resources"]["Group"]["UpdatePolicy"].get("AutoScalingInstanceRefresh", {"Preferences": {}})
     if sorted(one["Fn::Sub"] for one in trigger(template)) != [f'ALARM("${{{name}}}")' for name in names]:
         yield "each alarm is in RolloutAlarm"
@@ -227,7 +246,7 @@ def _alarms(template):
     for name, alarm in of_type(template, "AWS::CloudWatch::Alarm").items():
         if alarm.get("TreatMissingData") not in ("breaching", "notBreaching"):
             yield f"an alarm comes to rest without data: {name}"
-        if any(value == {"Ref": "Group"} for one in alarm["Dimensions"] for value in one.values()):
+        if any(value == {"Ref": "Group"} for one in alarm.get("Dimensions", []) for value in one.values()):
             yield f"an alarm is there before the group: {name}"
 
 
@@ -237,7 +256,7 @@ def _metrics(template):
     told = from_image["logs"]["metrics_collected"]["prometheus"]["emf_processor"]
     (declared,) = told["metric_declaration"]
     known = {(told["metric_namespace"], name.strip("^$")) for name in declared["metric_selectors"]}
-    asked = [one for one in of_type(template, "AWS::CloudWatch::Alarm").values() if one["Namespace"] == "chatd"]
+    asked = [one for one in of_type(template, "AWS::CloudWatch::Alarm").values() if one.get("Namespace") == "chatd"]
     tracked = properties(template, "Scaling")["TargetTrackingConfiguration"]["CustomizedMetricSpecification"]["Metrics"]
     asked += [one["MetricStat"]["Metric"] for one in tracked if "MetricStat" in one]
     for one in asked:
@@ -382,6 +401,7 @@ RULES = (
     _listeners,
     _instances,
     _updates,
+    _notifications,
     _alarms,
     _metrics,
     _parameters,

@@ -28,6 +28,7 @@ def ingress(template, name, port, **source):
     properties(template, name).setdefault("SecurityGroupIngress", []).append(rule | source)
 
 
+NEW_ALARM = ["each alarm is in RolloutAlarm", "each alarm is in RolloutAlarms"]
 MUTATIONS = [
     (
         lambda t: attribute(t, "TargetGroup", "stickiness.enabled", Key="stickyness.enabled"),
@@ -165,6 +166,10 @@ MUTATIONS = [
         ["a metric is told: store_up"],
     ),
     (lambda t: group(t).pop("MetricsCollection"), ["the group tells its metrics"]),
+    (lambda t: t["Resources"].pop("FullAlarm"), ["GroupInServiceInstances has an alarm"]),
+    (lambda t: properties(t, "StoreMemoryAlarm").pop("Metrics"), ["DatabaseMemoryUsagePercentage has an alarm"]),
+    (lambda t: properties(t, "StoreProcessorAlarm").pop("OKActions"), ["an alarm notifies: StoreProcessorAlarm"]),
+    (lambda t: t["Resources"].update(NewAlarm=t["Resources"]["ErrorsAlarm"]), NEW_ALARM),
     (lambda t: t["Parameters"]["MaxSize"].pop("Description"), ["a parameter is described: MaxSize"]),
     (lambda t: t["Parameters"]["VpcId"].pop("ConstraintDescription"), ["a parameter is checked, in words too: VpcId"]),
     (lambda t: t["Parameters"]["MaxSize"].pop("Default"), ["a parameter has a default: MaxSize"]),
