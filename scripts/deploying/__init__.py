@@ -9,4 +9,5 @@
 - images.py: the images, and the removal of old ones
 - ship.py: the pipeline from an image to a verified rollout, and back
 - stack.yaml: the CloudFormation template
+- role.yaml: the role that CloudFormation may assume for it
 """

@@ -25,6 +25,7 @@ class Pipeline(NamedTuple):
     parameters: Mapping[str, str]
     allow: Collection[str]
     role: str | None
+    tags: Mapping[str, str]
     timeout: float
     """The time limit of a rollout in seconds."""
     within: float
@@ -97,6 +98,7 @@ class Pipeline(NamedTuple):
             parameters=self.parameters,
             allow=self.allow,
             role=self.role,
+            tags=self.tags,
             guarded=guarded,
         )
         for change in plan.changes if plan else ():

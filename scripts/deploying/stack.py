@@ -55,6 +55,7 @@ class State(NamedTuple):
     status: str
     parameters: Mapping[str, str]
     outputs: Mapping[str, str]
+    tags: Mapping[str, str]
 
     @property
     def busy(self) -> bool:
@@ -104,7 +105,8 @@ class Stack:
             raise
         parameters = {one["ParameterKey"]: one["ParameterValue"] for one in found.get("Parameters", [])}
         outputs = {one["OutputKey"]: one["OutputValue"] for one in found.get("Outputs", [])}
-        return State(found["StackId"], found["StackStatus"], parameters, outputs)
+        tags = {one["Key"]: one["Value"] for one in found.get("Tags", [])}
+        return State(found["StackId"], found["StackStatus"], parameters, outputs, tags)
 
     def there(self) -> State:
         """Return the state of the stack; raises DeployError if it does not exist."""
@@ -172,13 +174,14 @@ class Stack:
         parameters: Mapping[str, str] | None = None,
         allow: Collection[str] = (),
         role: str | None = None,
+        tags: Mapping[str, str] | None = None,
         guarded: bool = True,
     ) -> Plan | None:
         """Make the change set for an image; returns None if it would change nothing.
 
-        The stack keeps its template and parameters, except those given.  `default` is the template of a new stack.
-        Without `guarded` alarms neither refuse the change set nor roll it back.  Raises DeployError or CallDenied, and
-        then leaves no change set.
+        The stack keeps its template, parameters and tags, except those given.  `default` is the template of a new
+        stack.  Without `guarded` alarms neither refuse the change set nor roll it back.  Raises DeployError or
+        CallDenied, and then leaves no change set.
         """
         state = self.look()
         self.free(state)
@@ -204,6 +207,9 @@ class Stack:
             request["RollbackConfiguration"] = _triggers(state.output("RolloutAlarm") if guarded else None)
         if role:
             request["RoleARN"] = role
+        if tags:  # they replace all tags of the stack
+            kept_tags = {} if state is None else state.tags
+            request["Tags"] = [{"Key": key, "Value": value} for key, value in sorted({**kept_tags, **tags}.items())]
         name = named(image)
         try:
             self._create(name, request)

@@ -380,6 +380,8 @@ class Formation:
             "StackStatus": self.status,
             "Parameters": pairs("Parameter", self.parameters),
         }
+        if self.deployed and self.deployed.tags:
+            stack["Tags"] = [{"Key": key, "Value": text} for key, text in self.deployed.tags]
         stack |= {"StackStatusReason": self.reason} if self.reason else {}
         if self.fleet.there:
             stack["Outputs"] = pairs("Output", self.fleet.outputs)
@@ -403,11 +405,19 @@ class Formation:
             for one in params["Parameters"]
         }
         try:
-            becomes = deployed(template, given, self.name)
+            becomes = deployed(template, given, self.name, self._tags(params))
         except Rejected as error:
             raise Fault("ValidationError", str(error)) from error
         made = self.change_sets[name] = ChangeSet(name, self, params, becomes)
         return {"Id": made.id, "StackId": self.id}
+
+    def _tags(self, params):
+        """Return the tags of the stack: those of the request, which replace all, or else those that it has."""
+        if "Tags" not in params:
+            return self.deployed.tags if self.deployed else ()
+        if [one for one in params["Tags"] if one["Key"].startswith("aws:")]:
+            raise Fault("ValidationError", "aws: prefixed tag key names are not allowed for external use")
+        return tuple((one["Key"], one["Value"]) for one in params["Tags"])
 
     def _may_change(self, params, fresh):
         """See that a change set can be made for the stack as it is."""

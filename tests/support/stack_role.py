@@ -74,5 +74,9 @@ def role_faults(template):
     for kind in ("AWS::IAM::Policy", "AWS::IAM::ManagedPolicy", "AWS::IAM::RolePolicy"):
         for name in of_type(template, kind):
             yield f"the role has one policy: {name}"
+    bounded = {"Fn::If": ["Bounded", {"Ref": "PermissionsBoundaryArn"}, {"Ref": "AWS::NoValue"}]}
+    for name, one in of_type(template, "AWS::IAM::Role").items():
+        if one.get("PermissionsBoundary") != bounded:
+            yield f"a role has the boundary that is given: {name}"
     if "ManagedPolicyArns" in properties(template, "Role"):
         yield "the role has one policy: ManagedPolicyArns"

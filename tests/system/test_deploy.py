@@ -128,6 +128,22 @@ def test_missing_stack_is_created(empty, creating):
     assert empty.stack.parameters == parameters(image)
 
 
+def test_stack_has_tags(empty, creating):
+    """--tag tags a new stack, and a later run keeps the tags and adds others."""
+    image, newer = empty.image(VERSION), empty.image(VERSION)
+    result = deploy(empty, "ship", "--image", image, *creating, "--tag=team=chat", "--tag=note=a=b")
+    assert (result.returncode, dict(empty.stack.deployed.tags)) == (DONE, {"team": "chat", "note": "a=b"}), (
+        result.stderr
+    )
+    assert deploy(empty, "ship", "--image", newer).returncode == DONE
+    assert dict(empty.stack.deployed.tags) == {"team": "chat", "note": "a=b"}
+    allowed = [f"--allow={name}" for name in empty.stack.deployed.template["Resources"]]
+    result = deploy(empty, "ship", "--image", image, "--tag=team=ops", *allowed)
+    assert (result.returncode, dict(empty.stack.deployed.tags)) == (DONE, {"team": "ops", "note": "a=b"}), result.stderr
+    result = deploy(empty, "plan", newer, "--tag=aws:a=b")
+    assert (result.returncode, "aws: prefixed" in result.stderr) == (FAILED, True)
+
+
 def test_failed_creation_is_reported(empty, creating):
     """A stack whose creation failed must be deleted before the next attempt."""
     image = empty.image(VERSION)

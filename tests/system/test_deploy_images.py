@@ -320,6 +320,7 @@ def test_help_has_examples_and_needs_no_packages(name):
         (["plan", "--region=r"], "IMAGE"),
         (["rollback", "--region=r", "--frob"], "unrecognized arguments: --frob"),
         (["ship", "--region=r", "--parameter=VpcId"], "expected NAME=VALUE"),
+        (["ship", "--region=r", "--tag=team"], "expected KEY=VALUE"),
         (["ship", "--region=r", "--image=ami-1", "--", "--no-agents"], "scripts/bake, which is not run"),
         (["ship", "--region=r", "--timeout=soon"], "--timeout"),
         (["ship", "--region=r", "--timeout=-1"], "is not a number of minutes"),

@@ -62,6 +62,12 @@ def test_second_grant_is_found(template):
     assert faults(mutant(template, again)) == ["the role may do what is on the list, and no more: ssm:GetParameter"]
 
 
+def test_role_without_boundary_is_found(template):
+    """An organisation that requires a boundary permits no role without it."""
+    less = mutant(template, lambda t: properties(t, "Role").pop("PermissionsBoundary"))
+    assert faults(less) == ["a role has the boundary that is given: Role"]
+
+
 PREFIXES = {"autoscaling": "autoscaling", "elbv2": "elasticloadbalancing", "ssm": "ssm"}
 
 
