@@ -2,6 +2,7 @@
 
 - aws.py: calls to AWS, whose errors are one line with the remedy
 - stack.py: the current state of the stack, and the change set for another image
+- check.py: the problems that would stop a stack or a rollout, each with its remedy
 - rollout.py: watching and cancelling the execution of a change set
 - destroy.py: the removal of a stack, which keeps a snapshot of its messages
 - verify.py: the check that all instances run the image and serve

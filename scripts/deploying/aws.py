@@ -16,7 +16,7 @@ import botocore.session
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
 from botocore.parsers import ResponseParserError
 
-PREFIXES: Final = {"elbv2": "elasticloadbalancing"}
+PREFIXES: Final = {"elbv2": "elasticloadbalancing", "service-quotas": "servicequotas"}
 """Names of services in IAM that differ from those in botocore."""
 DENIED: Final = frozenset(("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "NotAuthorized"))
 INVALID: Final = frozenset(
@@ -106,7 +106,7 @@ class Account:
     """One region of the account that the environment names."""
 
     def __init__(self, region: str) -> None:
-        self._region = region
+        self.region = region
         self._session = botocore.session.Session()
         self._clients: dict[str, Any] = {}
 
@@ -129,7 +129,7 @@ class Account:
     def _client(self, service: str) -> Any:
         if service not in self._clients:
             config = botocore.config.Config(retries={"mode": "standard"}, connect_timeout=10, read_timeout=60)
-            self._clients[service] = self._session.create_client(service, region_name=self._region, config=config)
+            self._clients[service] = self._session.create_client(service, region_name=self.region, config=config)
         return self._clients[service]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from deploying.aws import DeployError, RolledBack, Stuck, say
+from deploying.check import aim, findings, launchable
 from deploying.images import version
 from deploying.record import Record
 from deploying.rollout import Watch, roll_out, under_way
@@ -44,6 +45,12 @@ class Pipeline(NamedTuple):
         """Make the change set for an image and leave it in place; raises DeployError or CallDenied."""
         plan = self._plan(image)
         return {"image": image, "change_set": plan and plan.name, "changes": plan.changes if plan else []}
+
+    def check(self, image: str | None) -> dict[str, Any]:
+        """Return what would stop the stack or a rollout, and what was not checked."""
+        body = (self.template or self.default).read_text(encoding="utf-8")
+        found, skipped = findings(aim(self.stack, image, body, self.parameters, self.role))
+        return {"findings": found, "skipped": skipped}
 
     def roll_out(self, image: str) -> dict[str, Any]:
         """Roll out a planned image, or continue watching; raises DeployError, CallDenied, RolledBack or Stuck."""
@@ -91,6 +98,7 @@ class Pipeline(NamedTuple):
     def _plan(self, image: str, *, guarded: bool = True) -> Plan | None:
         """Make the change set for an image with the options given; raises as Stack.plan does."""
         version(self.stack.account, image)
+        launchable(self.stack, image)
         plan = self.stack.plan(
             image,
             template=self.template,

@@ -34,9 +34,9 @@ STACK = "chatd"
 DEPLOY = ROOT / "scripts" / "deploy"
 OWN = "testing"
 """The access key of the test itself, whose calls are not on record."""
-SCOPES = {"monitoring": "cloudwatch", "elasticloadbalancing": "elbv2"}
+SCOPES = {"servicequotas": "service-quotas", "monitoring": "cloudwatch", "elasticloadbalancing": "elbv2"}
 """Names of services in signatures that differ from those in botocore."""
-PREFIXES = {"elbv2": "elasticloadbalancing"}
+PREFIXES = {"elbv2": "elasticloadbalancing", "service-quotas": "servicequotas"}
 """Names of services in IAM that differ from those in botocore."""
 DONE, FAILED, WRONG, REFUSED, BACK, STUCK, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 """The exit statuses of scripts/deploy."""
@@ -61,7 +61,23 @@ ALLOWED = {
     "cloudformation:GetTemplateSummary",
     "cloudwatch:DescribeAlarms",
     "ec2:DeregisterImage",
+    "acm:DescribeCertificate",
+    "ec2:DescribeAvailabilityZones",
     "ec2:DescribeImages",
+    "ec2:DescribeInstanceTypeOfferings",
+    "ec2:DescribeInstanceTypes",
+    "ec2:DescribeSnapshots",
+    "ec2:DescribeSubnets",
+    "ec2:DescribeVpcs",
+    "iam:GetRole",
+    "iam:SimulatePrincipalPolicy",
+    "kms:DescribeKey",
+    "kms:GetKeyPolicy",
+    "kms:ListGrants",
+    "logs:DescribeLogGroups",
+    "memorydb:DescribeSubnetGroups",
+    "servicequotas:GetServiceQuota",
+    "sts:GetCallerIdentity",
     "ec2:DescribeInstances",
     "ec2:DescribeLaunchTemplateVersions",
     "elasticloadbalancing:DescribeTargetHealth",
@@ -156,6 +172,12 @@ class DeploymentAccount:
         self.memorydb = memorydb_backends[self.owner][REGION]
         self.stack.held = self._held
         self._fading = 0
+        self.snapshot_key = None
+        """The key of KMS that encrypts the snapshots without one of their own."""
+        self.vcpu = 64.0
+        """The quota of vCPU."""
+        self.denied = set()
+        """What a simulation of the caller's policy denies."""
         self._rules = []
         self._broken = []
         self._clients = {}
@@ -272,7 +294,11 @@ class DeploymentAccount:
                     return head[0][0], XML, self._aged(whole)
                 return *head[0], whole
             try:
-                return "200 OK", XML, format_.write(operation, own(format_.read(operation, form)))
+                return (
+                    "200 OK",
+                    XML,
+                    format_.write(operation, own(json.loads(body) if json_target else format_.read(operation, form))),
+                )
             except Fault as fault:
                 return f"{fault.status} No", XML, format_.fault(fault)
 
@@ -292,6 +318,13 @@ class DeploymentAccount:
         with contextlib.suppress(OSError):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return "500 No", [], b""
+
+    def _simulate(self, params):
+        results = [
+            {"EvalActionName": one, "EvalDecision": "implicitDeny" if one in self.denied else "allowed"}
+            for one in params["ActionNames"]
+        ]
+        return {"EvaluationResults": results, "IsTruncated": False}
 
     def _held(self):
         """Return what cannot be deleted with the stack, as at AWS: what its cluster or its subnet group uses."""
@@ -323,6 +356,9 @@ class DeploymentAccount:
             "DeregisterImage": self._deregister,
             "DescribeSnapshots": self._snapshots,
             "EnableImageDeprecation": self._deprecate,
+            "GetCallerIdentity": lambda params: {"Arn": f"arn:aws:iam::{self.owner}:user/ops", "Account": self.owner},
+            "GetServiceQuota": lambda params: {"Quota": {"QuotaCode": params["QuotaCode"], "Value": self.vcpu}},
+            "SimulatePrincipalPolicy": self._simulate,
         }.get(operation)
 
     def key(self, name):
@@ -369,8 +405,13 @@ class DeploymentAccount:
 
     def _snapshots(self, params):
         """moto does not tell the keys."""
-        found = [{"SnapshotId": name, "Encrypted": True, "KmsKeyId": self.keys[name]} for name in params["SnapshotIds"]]
-        return {"Snapshots": found}
+        keys = {name: self.keys.get(name, self.snapshot_key) for name in params["SnapshotIds"]}
+        return {
+            "Snapshots": [
+                {"SnapshotId": name, "Encrypted": True, **({"KmsKeyId": key} if key else {})}
+                for name, key in keys.items()
+            ]
+        }
 
     def _deprecate(self, params):
         assert params["ImageId"] in self.region(self._here).amis

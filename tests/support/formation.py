@@ -482,7 +482,11 @@ class Formation:
 
     def GetTemplateSummary(self, params):
         declared = parsed(params["TemplateBody"])["Parameters"]
-        return {"Parameters": [{"ParameterKey": name, "ParameterType": one["Type"]} for name, one in declared.items()]}
+        found = [{"ParameterKey": name, "ParameterType": one["Type"]} for name, one in declared.items()]
+        for one in found:
+            if "Default" in declared[one["ParameterKey"]]:
+                one["DefaultValue"] = str(declared[one["ParameterKey"]]["Default"])
+        return {"Parameters": found}
 
     def DescribeInstanceRefreshes(self, params):
         return {

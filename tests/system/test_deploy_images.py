@@ -26,7 +26,7 @@ from support.deployments import (
 )
 from support.servers import LONG, ROOT, Lines
 
-COMMANDS = "bake", "plan", "rollout", "verify", "rollback", "abort", "destroy", "gc", "share", "ship"
+COMMANDS = "bake", "check", "plan", "rollout", "verify", "rollback", "abort", "destroy", "gc", "share", "ship"
 BAKE = """#!/bin/sh
 echo "$@" >>"$0.asked"
 cat "$0.made"
@@ -271,7 +271,7 @@ wait
 def test_calls_match_the_allow_list():
     """The calls in the scripts are the allowed ones.  Each account double asserts that it gets no others."""
     text = "".join(path.read_text() for path in (DEPLOY.parent / "deploying").glob("*.py"))
-    called = re.findall(r"\.(?:_?call|pages)\(\s*\"([a-z0-9]+)\", \"([a-z_]+)\"", text)
+    called = re.findall(r"\.(?:_?call|pages)\(\s*\"([a-z0-9-]+)\", \"([a-z_]+)\"", text)
     assert {named(service, operation.title().replace("_", "")) for service, operation in called} == ALLOWED
 
 
@@ -281,9 +281,26 @@ def test_documented_policy_matches_the_calls():
     statements = json.loads(policy)["Statement"]
     actions = [action for statement in statements for action in statement["Action"]]
     assert sorted(actions) == sorted({*ALLOWED, "ec2:CreateTags", "ec2:DeleteSnapshot", "memorydb:CreateSnapshot"})
-    reads = re.compile(r"\w+:(Describe|Get)\w+")
+    reads = re.compile(r"\w+:(Describe|Get|List|Simulate)\w+")
     free = [one for statement in statements if statement["Resource"] == "*" for one in statement["Action"]]
     assert [action for action in free if not reads.fullmatch(action)] == []
+
+
+def test_simulated_permissions_are_documented():
+    """`check` simulates calls of the scripts on resources that the documented policy names."""
+    sys.path.insert(0, str(DEPLOY.parent))
+    try:
+        from deploying.check import CHANGES, READS
+    finally:
+        sys.path.pop(0)
+    (policy,) = re.findall(r"```json\n(\{\n  \"Version.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    documented = {}
+    for one in json.loads(policy)["Statement"]:
+        documented |= dict.fromkeys(one["Action"], one["Resource"])
+    assert {documented[action] for action in READS} == {"*"}
+    for resource, actions in CHANGES.items():
+        pattern = "arn:aws:" + resource.format(here="*:ACCOUNT", stack="*" if "ssm" in resource else "chat")
+        assert {documented[action] for action in actions} == {pattern}
 
 
 # The command line

@@ -89,8 +89,8 @@ def test_conflicting_parameters_are_rejected(template, account, given, said):
 @pytest.mark.parametrize(
     ("name", "given", "holds"),
     [
-        ("plain", {}, {"Plain", "OwnVpc"}),
-        ("secure", SECURE, {"Tls"}),
+        ("plain", {}, {"Plain", "OwnVpc", "Scales"}),
+        ("secure", SECURE, {"Tls", "Scales"}),
     ],
 )
 def test_created_stack_matches_the_template(template, account, name, given, holds):

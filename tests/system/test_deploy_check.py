@@ -1,0 +1,241 @@
+"""scripts/deploy check: each problem of an account is one line with its remedy."""
+
+import json
+
+import pytest
+from support.change_sets import parsed
+from support.deployments import DONE, FAILED, REFUSED, REGION, VERSION, DeploymentAccount, deploy, end
+from support.formation import TEMPLATE
+from support.wire import Fault
+from system.test_deploy_controls import outcome
+
+LAUNCHER = "role/aws-service-role/autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling"
+
+
+@pytest.fixture
+def empty(chat):
+    """An account without a stack and without problems."""
+    with DeploymentAccount(chat.url) as account:
+        account.old = None
+        yield account
+
+
+def found(account, *arguments):
+    """Return what is found, as pairs of a check and its text."""
+    result = deploy(account, "check", "--json", *arguments)
+    assert result.returncode == (FAILED if result.json["findings"] else DONE), result.stderr
+    assert result.json["skipped"] == []
+    return [(one["check"], one["text"]) for one in result.json["findings"]]
+
+
+def certificate(account, name):
+    """Make a certificate in the account."""
+    arn = account.call("acm", "request_certificate", DomainName=name, ValidationMethod="DNS")["CertificateArn"]
+    return [f"--parameter=CertificateArn={arn}", "--parameter=DomainName=chat.example.com"], arn
+
+
+def test_account_without_problems(empty):
+    result = deploy(empty, "check")
+    assert (result.returncode, result.stdout) == (DONE, "no problem found\n"), result.stderr
+    assert empty.stack.status is None
+
+
+def test_quota_of_a_new_account(empty):
+    """A new account may run 5 vCPU, and the first rollout needs three instances of two."""
+    empty.vcpu = 5.0
+    ((check, text),) = found(empty)
+    assert (check, "MinSize=2 needs 6 vCPU, others use 0, and the quota is 5" in text) == ("quota", True), text
+    assert "--quota-code L-1216C47A --desired-value 6" in text
+    assert found(empty, "--parameter=MinSize=1", "--parameter=MaxSize=1") == []
+
+
+def test_quota_counts_other_instances(empty):
+    """Instances of others count, and the largest size is checked too."""
+    empty.vcpu = 16.0
+    assert found(empty) == []
+    image = empty.image(VERSION)
+    empty.call("ec2", "run_instances", ImageId=image, InstanceType="t3.micro", MinCount=1, MaxCount=1)
+    ((_, text),) = found(empty)
+    assert "MaxSize=6 needs 16 vCPU, others use" in text
+
+
+def test_zone_without_memorydb(empty):
+    """A zone may lack MemoryDB, which matters only for a created store; the remedy names zones that have it."""
+    answer = empty.call("ec2", "describe_availability_zones")["AvailabilityZones"]
+    zones = {one["ZoneId"]: one["ZoneName"] for one in answer}
+    bad = zones["use1-az3"]
+    given = [f"--parameter=ZoneA={bad}", f"--parameter=ZoneB={zones['use1-az1']}"]
+    ((check, text),) = found(empty, *given)
+    assert (check, "has no MemoryDB: use ZoneA=" in text, f"={bad}" in text) == ("zones", True, False), text
+    assert "MemoryDB" not in str(found(empty, *given, "--parameter=StoreParameter=/store"))
+
+
+def test_missing_zone(empty):
+    ((_, text),) = found(empty, f"--parameter=ZoneA={REGION}z", f"--parameter=ZoneB={REGION}a")
+    assert f"the zone {REGION}z is not available" in text
+
+
+def test_region_without_default_vpc(empty):
+    (vpc,) = empty.call("ec2", "describe_vpcs", Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    for one in empty.call("ec2", "describe_subnets")["Subnets"]:
+        empty.call("ec2", "delete_subnet", SubnetId=one["SubnetId"])
+    empty.call("ec2", "delete_vpc", VpcId=vpc["VpcId"])
+    assert [check for check, text in found(empty) if "create-default-vpc" in text] == ["default VPC"]
+
+
+def test_leftover_store(empty):
+    """A cluster that an earlier stack left has the name of the new one, so the creation would fail."""
+    empty.fleet.store()
+    assert [text.partition(" in MemoryDB")[0] for _, text in found(empty)] == [
+        "an earlier stack left the cluster chatd",
+        "an earlier stack left the subnet group chatd",
+    ]
+    assert found(empty, "--parameter=StoreParameter=/store") == []
+
+
+def test_leftover_store_fails_the_creation(empty):
+    """The control: the double, as AWS, creates no second cluster of the name."""
+    empty.fleet.store()
+    image = empty.image(VERSION)
+    result = deploy(empty, "ship", "--image", image)
+    assert (result.returncode, "already exists" in result.stderr, empty.stack.status) == (4, True, "ROLLBACK_COMPLETE")
+
+
+def test_taken_names(empty):
+    empty.call("logs", "create_log_group", logGroupName="/chatd/chatd")
+    empty.call("logs", "create_log_group", logGroupName="/chatd/chatd2")
+    ((check, text),) = found(empty)
+    assert (check, "aws logs delete-log-group" in text) == ("names", True)
+    ((_, text), *_) = found(empty, "--stack=Chat_1")
+    assert "choose another" in text
+
+
+def test_certificate(empty):
+    """A certificate must be issued, and be for the name."""
+    arguments, arn = certificate(empty, "*.example.com")
+    certificates(empty)[arn].status = "ISSUED"
+    assert found(empty, *arguments) == []
+    certificates(empty)[arn].status = "PENDING_VALIDATION"
+    ((_, text),) = found(empty, *arguments)
+    assert "PENDING_VALIDATION: create the CNAME" in text
+    arguments, arn = certificate(empty, "other.example.com")
+    certificates(empty)[arn].status = "ISSUED"
+    ((_, text),) = found(empty, *arguments)
+    assert text == "the certificate is for other.example.com, not for chat.example.com: request another"
+
+
+def test_certificate_of_another_region(empty):
+    """A certificate that this region does not have is a problem, and not an error."""
+    arn = f"arn:aws:acm:{REGION}:{empty.owner}:certificate/01234567-89ab-cdef-0123-456789abcdef"
+    ((_, text),) = found(empty, f"--parameter=CertificateArn={arn}", "--parameter=DomainName=chat.example.com")
+    assert "in this region: request it here" in text
+
+
+def certificates(account):
+    from moto.acm.models import acm_backends
+
+    return acm_backends[account.owner][REGION]._certificates
+
+
+def test_permissions(empty):
+    """What the caller may not do is named before anything is done."""
+    empty.denied = {"cloudformation:ExecuteChangeSet", "iam:PassRole"}
+    ((check, text),) = found(empty)
+    assert (check, "may not call cloudformation:ExecuteChangeSet:" in text) == ("permissions", True), text
+    ((_, text),) = found(empty, f"--role-arn=arn:aws:iam::{empty.owner}:role/chatd.chatd")
+    assert "cloudformation:ExecuteChangeSet, iam:PassRole" in text
+
+
+def test_forbidden_check_is_skipped(empty):
+    """A check that is not permitted is reported as such, and the others run."""
+    empty.fault("GetServiceQuota", Fault("AccessDeniedException", "no", 400), times=9)
+    empty.fleet.store()
+    result = deploy(empty, "check")
+    assert result.returncode == FAILED
+    assert "quota: not checked: access denied: servicequotas:GetServiceQuota" in result.stdout
+    assert "names: an earlier stack left" in result.stdout
+
+
+# Keys
+
+
+@pytest.fixture
+def locked(account):
+    """An account whose images are encrypted with a key of its own."""
+    account.snapshot_key = account.call("kms", "create_key")["KeyMetadata"]["Arn"]
+    return account
+
+
+def test_plan_refuses_a_key_without_grant(locked):
+    """Auto Scaling cannot launch an image whose key it may not use, and the remedy creates the grant."""
+    result = deploy(locked, "plan", locked.new)
+    end(locked, result, REFUSED)
+    assert f"--grantee-principal arn:aws:iam::{locked.owner}:{LAUNCHER} --operations CreateGrant" in result.stderr
+    ((check, _),) = [one for one in found(locked, "--image", locked.new) if one[0] == "key grants"]
+    assert check == "key grants"
+
+
+def test_granted_key_is_accepted(locked):
+    grantee = f"arn:aws:iam::{locked.owner}:{LAUNCHER}"
+    locked.call(
+        "kms", "create_grant", KeyId=locked.snapshot_key, GranteePrincipal=grantee, Operations=["CreateGrant", "Decrypt"]
+    )
+    end(locked, deploy(locked, "plan", locked.new), DONE, planned=[f"chatd-{locked.new}"])
+
+
+def test_key_policy_is_accepted(locked):
+    """A key whose policy names the role needs no grant."""
+    grantee = f"arn:aws:iam::{locked.owner}:{LAUNCHER}"
+    statement = {"Effect": "Allow", "Principal": {"AWS": grantee}, "Action": "kms:*", "Resource": "*"}
+    text = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    locked.call("kms", "put_key_policy", KeyId=locked.snapshot_key, PolicyName="default", Policy=text)
+    end(locked, deploy(locked, "plan", locked.new), DONE, planned=[f"chatd-{locked.new}"])
+
+
+UNSAFE = {
+    "a rollout needs no more instances": (
+        ("deploying/check.py", "each * (size + max(1, math.ceil(SURGE * size)))", "each * size"),
+        test_quota_of_a_new_account,
+    ),
+    "all zones have MemoryDB": (
+        ("deploying/check.py", "ids[name] in WITHOUT_MEMORYDB:", "False:"),
+        test_zone_without_memorydb,
+    ),
+    "keys are not checked": (
+        ("deploying/ship.py", "        launchable(self.stack, image)\n", ""),
+        test_plan_refuses_a_key_without_grant,
+    ),
+    "any certificate will do": (("deploying/check.py", 'found["Status"] != "ISSUED"', "False"), test_certificate),
+}
+
+
+@pytest.mark.parametrize("safety", UNSAFE)
+def test_removed_check_fails_its_test(chat, tmp_path, safety):
+    (change, test) = UNSAFE[safety]
+    if test is test_plan_refuses_a_key_without_grant:
+        assert outcome(chat, tmp_path / "unsafe", change, lambda account: test(with_key(account))) == "fails"
+        return
+    assert empty_outcome(chat, tmp_path / "unsafe", change, test) == "fails"
+
+
+def with_key(account):
+    account.snapshot_key = account.call("kms", "create_key")["KeyMetadata"]["Arn"]
+    return account
+
+
+def empty_outcome(chat, folder, change, test):
+    """Return how a test of an account without a stack ends with changed scripts."""
+    from support.deployments import checkout
+
+    with DeploymentAccount(chat.url, checkout(folder, change)) as account:
+        try:
+            test(account)
+        except (AssertionError, ValueError):
+            return "fails"
+    return "passes"
+
+
+def test_surge_is_that_of_the_template():
+    """The share of additional instances is that of the update policy."""
+    policy = parsed(TEMPLATE.read_text())["Resources"]["Group"]["UpdatePolicy"]["AutoScalingInstanceRefresh"]
+    assert policy["Preferences"]["MaxHealthyPercentage"] == 120
