@@ -7,7 +7,7 @@ like is compared as it stands.
 import json
 import re
 
-from support.change_sets import Rejected, deployed
+from support.change_sets import Deployed, Rejected, deployed
 from support.servers import ROOT
 from support.stack_role import role_faults, statement
 from support.stacks import attributes, of_type, plain, properties
@@ -61,6 +61,7 @@ TARGET_GROUP_ATTRIBUTES = {
 }
 IDLE, DELAY = "idle_timeout.timeout_seconds", "deregistration_delay.timeout_seconds"
 BALANCER = {
+    "access_logs.s3.enabled": "false",
     "client_keep_alive.seconds": str(SECONDS_OF_A_WEEK),
     "idle_timeout.timeout_seconds": "120",
     "routing.http.drop_invalid_header_fields.enabled": "true",
@@ -291,6 +292,7 @@ EXAMPLES = {
     "StoreKeyArn": "arn:aws:kms:eu-west-1:000000000000:key/01234567-89ab-cdef-0123-456789abcdef",
     "SubnetIds": "subnet-0123456789abcdef0,subnet-0123456789abcdef1",
     "VpcId": "vpc-0123456789abcdef0",
+    "WebAclArn": "arn:aws:wafv2:eu-west-1:000000000000:regional/webacl/chat/01234567-89ab-cdef-0123-456789abcdef",
     "ZoneA": "eu-west-1a",
     "ZoneB": "eu-west-1b",
 }
@@ -315,6 +317,22 @@ def _needs(template):
         except Rejected:
             continue
         yield f"{name} needs {needed}"
+
+
+def _optional(template):
+    """Check that the access log and the web ACL are there only if they are asked for."""
+    for given, wanted in (
+        ({}, (False, None)),
+        ({"AccessLogBucket": "logs"}, (False, "logs")),
+        ({"WebAclArn": EXAMPLES["WebAclArn"]}, (True, None)),
+    ):
+        defaults = {key: str(one.get("Default", "")) for key, one in template["Parameters"].items()}
+        made = Deployed(template, {**defaults, **given})
+        listed = made.value(properties(template, "Balancer")["LoadBalancerAttributes"])
+        values = {one["Key"]: one["Value"] for one in listed}
+        on = values.get("access_logs.s3.enabled") == "true"
+        if ("WebAcl" in made.resources, values.get("access_logs.s3.bucket")) != wanted or on != bool(wanted[1]):
+            yield f"options are there if asked for: {', '.join(given) or 'none'}"
 
 
 def _zones(template):
@@ -406,6 +424,7 @@ RULES = (
     _metrics,
     _parameters,
     _needs,
+    _optional,
     _zones,
     _outputs,
     _store,

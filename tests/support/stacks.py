@@ -77,8 +77,13 @@ def properties(template, name):
 
 
 def attributes(template, name, kind):
-    """Return the attributes of a load balancer or a target group."""
-    return {one["Key"]: one["Value"] for one in properties(template, name)[f"{kind}Attributes"]}
+    """Return the attributes of a load balancer or a target group, those of a condition with their default."""
+    found = {}
+    for one in properties(template, name)[f"{kind}Attributes"]:
+        entry = one["Fn::If"][1] if "Fn::If" in one else one
+        value = entry["Value"]
+        found[entry["Key"]] = value["Fn::If"][2] if isinstance(value, dict) and "Fn::If" in value else value
+    return found
 
 
 def plain(value):
@@ -108,7 +113,7 @@ def refresh(template):
 def attribute(template, name, key, **changes):
     """Change an attribute of the load balancer or the target group."""
     kind = "LoadBalancer" if name == "Balancer" else name
-    (one,) = [one for one in properties(template, name)[f"{kind}Attributes"] if one["Key"] == key]
+    (one,) = [one for one in properties(template, name)[f"{kind}Attributes"] if one.get("Key") == key]
     one.update(changes)
 
 

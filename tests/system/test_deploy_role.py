@@ -12,6 +12,13 @@ from support.stacks import cfn_lint, written
 
 ROLE = TEMPLATE.with_name("role.yaml")
 UNUSED = {
+    "amplify:*": "a web ACL filters the load balancer, and no application of Amplify",
+    "apigateway:*": "a web ACL filters no API",
+    "apprunner:*": "a web ACL filters no service of App Runner",
+    "appsync:*": "a web ACL filters no GraphQL",
+    "bedrock-agentcore:*": "a web ACL filters no agent",
+    "ec2:*VerifiedAccess*": "a web ACL filters no Verified Access",
+    "wafv2:*PermissionPolicy": "the ACL belongs to the account",
     "cognito-idp:*": "the load balancer logs in nobody",
     "autoscaling:*NotificationConfiguration": "the group notifies nobody",
     "autoscaling:*LoadBalancers": "it has no Classic Load Balancer",

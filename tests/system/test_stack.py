@@ -182,6 +182,14 @@ MUTATIONS = [
         lambda t: properties(t, "SubnetB").update(AvailabilityZone={"Ref": "ZoneA"}),
         ["a subnet is in its zone: SubnetB"],
     ),
+    (
+        lambda t: t["Resources"]["WebAcl"].pop("Condition"),
+        ["options are there if asked for: none", "options are there if asked for: AccessLogBucket"],
+    ),
+    (
+        lambda t: attribute(t, "Balancer", "access_logs.s3.enabled", Value="false"),
+        ["options are there if asked for: AccessLogBucket"],
+    ),
     (lambda t: t["Outputs"].pop("WebSocketURL"), ["it tells WebSocketURL"]),
     (lambda t: properties(t, "Store").update(TLSEnabled=False), ["the store speaks TLS"]),
     (
