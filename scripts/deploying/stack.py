@@ -21,6 +21,9 @@ UPDATABLE: Final = frozenset(
 )
 REVIEW: Final = "REVIEW_IN_PROGRESS"
 """The status of a stack that was never created, and only had a change set."""
+MIXED: Final = "MixedInstancesPolicy"
+VERSION: Final = "LaunchTemplate.LatestVersionNumber"
+"""The cause of a change of MixedInstancesPolicy that is only a new version of the launch template."""
 NAMES: Final = {
     "AWS::AutoScaling::AutoScalingGroup": "AutoScalingGroupName",
     "AWS::CloudWatch::Alarm": "AlarmName",
@@ -328,7 +331,8 @@ def _expected(change: Mapping[str, Any]) -> bool:
     if change["Action"] != "Modify" or kind not in (LAUNCH_TEMPLATE, GROUP):
         return False
     if kind == GROUP and replacement == "Conditional":
-        return _touched(change) <= IN_PLACE
+        mixed = {one.get("CausingEntity") for one in change["Details"] if one["Target"].get("Name") == MIXED}
+        return _touched(change) - ({MIXED} if mixed == {VERSION} else set()) <= IN_PLACE
     return replacement == "False"
 
 

@@ -72,6 +72,7 @@ TARGETS = {
     "load_balancing.algorithm.type": "least_outstanding_requests",
     "stickiness.enabled": "false",
 }
+NEWEST = {"Fn::GetAtt": ["LaunchTemplate", "LatestVersionNumber"]}
 HOOKS = {
     "chatd-launch": ("autoscaling:EC2_INSTANCE_LAUNCHING", 300, "ABANDON"),
     "chatd-terminate": ("autoscaling:EC2_INSTANCE_TERMINATING", 300, "CONTINUE"),
@@ -180,9 +181,8 @@ def _instances(template):
     metadata = data["MetadataOptions"]
     if data["ImageId"] != {"Ref": "ImageId"} or template["Parameters"]["ImageId"]["Type"] != "AWS::EC2::Image::Id":
         yield "the image is an id"
-    if properties(template, "Group")["LaunchTemplate"]["Version"] != {
-        "Fn::GetAtt": ["LaunchTemplate", "LatestVersionNumber"]
-    }:
+    version = {"LaunchTemplateId": {"Ref": "LaunchTemplate"}, "Version": NEWEST}
+    if properties(template, "Group")["LaunchTemplate"]["Fn::If"][2] != version:
         yield "the group names a version of the launch template"
     if "KeyName" in data:
         yield "there is no key pair"
@@ -194,6 +194,27 @@ def _instances(template):
     for word in ("$Latest", "$Default", "resolve:ssm", "AWS::SSM::Parameter::Value"):
         if word in text:
             yield f"nothing changes by itself: {word}"
+
+
+def _mixed(template):
+    """Check that a group of more than one type has the same launch template, and only instances on demand."""
+    for given, types in (
+        ({}, []),
+        ({"SecondInstanceType": "t4g.medium"}, ["t4g.small", "t4g.medium"]),
+        (
+            {"SecondInstanceType": "t4g.medium", "ThirdInstanceType": "c7g.medium"},
+            ["t4g.small", "t4g.medium", "c7g.medium"],
+        ),
+    ):
+        defaults = {key: str(one.get("Default", "")) for key, one in template["Parameters"].items()}
+        group = Deployed(template, {**defaults, **given}).value(properties(template, "Group"))
+        policy = group.get("MixedInstancesPolicy", {"LaunchTemplate": {"Overrides": []}})
+        found = [one["InstanceType"] for one in policy["LaunchTemplate"]["Overrides"]]
+        plain_ = policy["LaunchTemplate"].get("LaunchTemplateSpecification", group.get("LaunchTemplate"))
+        if found != types or not plain_ or plain_["Version"] != NEWEST or bool(types) == ("LaunchTemplate" in group):
+            yield f"a group of {len(types) or 1} types launches them"
+        if types and policy["InstancesDistribution"]["OnDemandPercentageAboveBaseCapacity"] != 100:
+            yield f"instances are on demand: {len(types)} types"
 
 
 def _updates(template):
@@ -291,6 +312,7 @@ EXAMPLES = {
     "NodeSubnetIds": "subnet-0123456789abcdef2,subnet-0123456789abcdef3",
     "StoreKeyArn": "arn:aws:kms:eu-west-1:000000000000:key/01234567-89ab-cdef-0123-456789abcdef",
     "SubnetIds": "subnet-0123456789abcdef0,subnet-0123456789abcdef1",
+    "ThirdInstanceType": "c7g.medium",
     "VpcId": "vpc-0123456789abcdef0",
     "WebAclArn": "arn:aws:wafv2:eu-west-1:000000000000:regional/webacl/chat/01234567-89ab-cdef-0123-456789abcdef",
     "ZoneA": "eu-west-1a",
@@ -302,6 +324,7 @@ NEEDS = {
     "NodeSubnetIds": "VpcId",
     "StoreKeyArn": "StoreParameter",
     "SubnetIds": "VpcId",
+    "ThirdInstanceType": "SecondInstanceType",
     "VpcId": "SubnetIds",
     "ZoneA": "ZoneB",
     "ZoneB": "ZoneA",
@@ -418,6 +441,7 @@ RULES = (
     _network,
     _listeners,
     _instances,
+    _mixed,
     _updates,
     _notifications,
     _alarms,

@@ -338,6 +338,16 @@ def test_subnets_may_replace_the_group(account):
     assert "Modify Group (AWS::AutoScaling::AutoScalingGroup, perhaps replaced)" in result.stderr
 
 
+def test_mixed_types_change_with_the_image_only(account):
+    """A group of more types gets a new version in place, but other types may replace it."""
+    account.stack.set(SecondInstanceType="t4g.medium")
+    end(account, deploy(account, "plan", account.new), DONE, planned=[f"chatd-{account.new}"])
+    account.stack.change_sets.clear()
+    result = deploy(account, "plan", account.new, "--parameter=SecondInstanceType=t4g.large")
+    end(account, result, REFUSED)
+    assert "Modify Group (AWS::AutoScaling::AutoScalingGroup, perhaps replaced)" in result.stderr
+
+
 def test_allowed_resource_may_change(account):
     """--allow permits the change of a resource, and the rollout needs it too."""
     result = deploy(

@@ -22,6 +22,11 @@ def template():
 # A mutation changes a template in place.
 
 
+def policy(template):
+    """Return what a group of more than one instance type has."""
+    return group(template)["MixedInstancesPolicy"]["Fn::If"][1]
+
+
 def ingress(template, name, port, **source):
     """Permit connections from anywhere."""
     rule = {"Description": "A hole", "IpProtocol": "tcp", "FromPort": port, "ToPort": port, "CidrIp": "0.0.0.0/0"}
@@ -87,8 +92,20 @@ MUTATIONS = [
         ["the group has the hook chatd-launch"],
     ),
     (
-        lambda t: group(t)["LaunchTemplate"].update(Version="$Latest"),
-        ["the group names a version of the launch template", "nothing changes by itself: $Latest"],
+        lambda t: group(t)["LaunchTemplate"]["Fn::If"][2].update(Version="$Latest"),
+        [
+            "the group names a version of the launch template",
+            "nothing changes by itself: $Latest",
+            "a group of 1 types launches them",
+        ],
+    ),
+    (
+        lambda t: policy(t)["LaunchTemplate"]["Overrides"].pop(),
+        ["a group of 3 types launches them"],
+    ),
+    (
+        lambda t: policy(t)["InstancesDistribution"].update(OnDemandPercentageAboveBaseCapacity=50),
+        ["instances are on demand: 2 types", "instances are on demand: 3 types"],
     ),
     (
         lambda t: launch(t).update(ImageId="{{resolve:ssm:/chatd/image}}"),

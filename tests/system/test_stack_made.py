@@ -144,7 +144,7 @@ def test_new_image_changes_only_template_and_group(template, account):
 
 
 def test_fixed_template_version_is_detected(template, account):
-    body = rehearsed(mutant(template, lambda t: group(t)["LaunchTemplate"].update(Version="1")))
+    body = rehearsed(mutant(template, lambda t: group(t)["LaunchTemplate"]["Fn::If"][2].update(Version="1")))
     stack = Stack(account, "stuck")
     stack.change(body, "CREATE", **GIVEN)
     assert stack.change(body, **GIVEN | {"ImageId": NEXT}) == {"LaunchTemplate": "Modify", "Group": "Modify"}
