@@ -350,11 +350,12 @@ class DeploymentAccount:
         """Return the function that answers an operation instead of moto, or None."""
         if service == "cloudformation" or operation == "DescribeInstanceRefreshes":
             return getattr(self.stack, operation)
+        if (service, operation) == ("ec2", "DescribeSnapshots"):
+            return self._snapshots
         return {
             "DescribeTargetHealth": lambda params: self.fleet.health(self.stack.unhealthy, self.leaving),
             "CopyImage": self._copy,
             "DeregisterImage": self._deregister,
-            "DescribeSnapshots": self._snapshots,
             "EnableImageDeprecation": self._deprecate,
             "GetCallerIdentity": lambda params: {"Arn": f"arn:aws:iam::{self.owner}:user/ops", "Account": self.owner},
             "GetServiceQuota": lambda params: {"Quota": {"QuotaCode": params["QuotaCode"], "Value": self.vcpu}},
