@@ -11,16 +11,15 @@ import socket
 from collections import deque
 from collections.abc import Callable, Container
 from contextlib import suppress
+from functools import partial
 from ipaddress import IPv4Address
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from OpenSSL.SSL import Connection, Error
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import (
     IAddress,
     IListeningPort,
-    IOpenSSLServerConnectionCreator,
     IProtocol,
     IProtocolFactory,
     IReactorTime,
@@ -30,11 +29,11 @@ from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
 from twisted.internet.tcp import Port
 from twisted.logger import Logger
-from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
-from zope.interface import directlyProvides, implementer, providedBy
+from zope.interface import directlyProvides, providedBy
 
 from chatd.operate.check import Endpoint
-from chatd.transport.proxied import PREFIX, ProxiedEndpoint, RefusingFactory
+from chatd.transport.proxied import PREFIX, ProxiedEndpoint
+from chatd.transport.tls import Certificate, TlsServer
 
 RESERVED_FILES: Final = 32
 """The open files that clients may not use: for the admin port, the store and the log."""
@@ -49,26 +48,6 @@ MAX_UNCHECKED: Final = 100
 ANY_IPV6: Final = "::"
 
 _logger = Logger()
-
-
-@implementer(IOpenSSLServerConnectionCreator)
-class Certificate:
-    """The certificate of a port, which Twisted asks for a connection to each client."""
-
-    def __init__(self, options: CertificateOptions) -> None:
-        self.use(options)
-
-    def use(self, options: CertificateOptions) -> None:
-        """Use what an endpoint has read; raise ValueError if OpenSSL refuses that, as it does a short key."""
-        try:
-            options.getContext()
-        except Error as error:
-            raise ValueError(f"OpenSSL refuses the certificate: {error}") from None
-        self._options = options
-
-    def serverConnectionForTLS(self, protocol: TLSMemoryBIOProtocol) -> Connection:
-        """Return the TLS of a new connection."""
-        return self._options.serverConnectionForTLS(protocol)
 
 
 class _AcceptedSocket:
@@ -203,14 +182,10 @@ class _PortReactor(_EndpointReactor):
         interface: str = "",
     ) -> IListeningPort:
         """Open a port that speaks TLS."""
-        self.certificate = Certificate(contextFactory)
-        return self.listenTCP(
-            port, _TlsFactory(self.certificate, isClient=False, wrappedFactory=factory), backlog, interface
-        )
-
-
-class _TlsFactory(RefusingFactory, TLSMemoryBIOFactory):
-    """Makes the connections of a port that speaks TLS."""
+        self.certificate = Certificate(contextFactory, factory)
+        opened: Any = self.listenTCP(port, factory, backlog, interface)
+        opened.transport = partial(TlsServer, self.certificate.accept)
+        return cast(IListeningPort, opened)
 
 
 class Ports:

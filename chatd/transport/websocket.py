@@ -52,6 +52,7 @@ from chatd.transport.limits import Place
 from chatd.transport.proxied import ProxiedProtocol
 from chatd.transport.session import Session, is_pending
 from chatd.transport.subscription import SharedSession
+from chatd.transport.tls import TlsServer
 from chatd.transport.tokens import admit
 
 _logger = Logger()
@@ -94,9 +95,10 @@ class WebSocketConnection(AutobahnConnection):
         super().connectionMade()
         factory, transport = self.factory, self.transport
         if isinstance(transport, TcpConnection):
-            # The method of the socket itself, because one call more for each delivery is a part of its cost.
-            self.write = transport.socket.send  # type: ignore[method-assign, assignment]
-            self._direct = True
+            if not isinstance(transport, TlsServer):  # it writes at once itself
+                # The method of the socket itself, because one call more for each delivery is a part of its cost.
+                self.write = transport.socket.send  # type: ignore[method-assign, assignment]
+                self._direct = True
             with suppress(OSError):  # a Unix socket has no such option
                 transport.setTcpNoDelay(True)
         self.session = Session(self, factory.rooms, factory.intake)

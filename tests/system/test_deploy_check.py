@@ -178,7 +178,11 @@ def test_plan_refuses_a_key_without_grant(locked):
 def test_granted_key_is_accepted(locked):
     grantee = f"arn:aws:iam::{locked.owner}:{LAUNCHER}"
     locked.call(
-        "kms", "create_grant", KeyId=locked.snapshot_key, GranteePrincipal=grantee, Operations=["CreateGrant", "Decrypt"]
+        "kms",
+        "create_grant",
+        KeyId=locked.snapshot_key,
+        GranteePrincipal=grantee,
+        Operations=["CreateGrant", "Decrypt"],
     )
     end(locked, deploy(locked, "plan", locked.new), DONE, planned=[f"chatd-{locked.new}"])
 

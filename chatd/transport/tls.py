@@ -1,0 +1,151 @@
+"""TLS that reads and writes the socket itself.
+
+Twisted's TLS works on any transport, so each record passes through buffers in memory and a buffered write.  That costs
+several times as much as the encryption.  Here OpenSSL reads and writes the socket of a TCP transport of Twisted.  The
+rest stays as on plain TCP: buffers, producers, and the end of a connection.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from socket import socket
+from typing import Any, Final
+
+from OpenSSL.SSL import (
+    NO_OVERLAPPING_PROTOCOLS,
+    Connection,
+    Error,
+    WantReadError,
+    WantWriteError,
+    ZeroReturnError,
+)
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IProtocolNegotiationFactory, ISSLTransport
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.internet.ssl import CertificateOptions
+from twisted.internet.tcp import Server
+from twisted.python.failure import Failure
+from typing_extensions import override
+from zope.interface import implementer
+
+RECORD: Final = 1 << 14
+"""The most bytes that one record of TLS carries (RFC 8446, section 5.1)."""
+RECORDS_PER_TURN: Final = 64
+"""The most records that a connection reads in one reactor turn.  They may be of one byte each."""
+
+
+class Certificate:
+    """The certificate of a port, with which its connections begin.  `factory` makes their protocols."""
+
+    def __init__(self, options: CertificateOptions, factory: object) -> None:
+        negotiation = IProtocolNegotiationFactory(factory, None)
+        self._protocols = [] if negotiation is None else [*negotiation.acceptableProtocols()]
+        self.use(options)
+
+    def use(self, options: CertificateOptions) -> None:
+        """Use what an endpoint has read; raise ValueError if OpenSSL refuses that, as it does a short key."""
+        try:
+            context = options.getContext()
+        except Error as error:
+            raise ValueError(f"OpenSSL refuses the certificate: {error}") from None
+        context.set_alpn_select_callback(self._choose)
+        self._context = context
+
+    def _choose(self, _: Connection, offered: list[bytes]) -> Any:
+        """Choose the protocol of a connection among those that its client offers (RFC 7301)."""
+        return next((name for name in self._protocols if name in offered), NO_OVERLAPPING_PROTOCOLS)
+
+    def accept(self, own: socket) -> Connection:
+        """Return the TLS of a new connection, which begins its handshake when it is read from."""
+        tls = Connection(self._context, own)
+        tls.set_accept_state()
+        return tls
+
+
+@implementer(ISSLTransport)
+class TlsServer(Server):
+    """A connection over TCP that speaks TLS.
+
+    write() sends at once if nothing waits in the buffer.  OpenSSL must get the bytes that the socket has not taken once
+    more and in full, with more behind them or not.  Those bytes are the first in the buffer, so this is so.
+    """
+
+    _read_blocked = False
+    """True if OpenSSL must write before it can read on, as it may in a handshake."""
+
+    def __init__(self, accept: Callable[[socket], Connection], own: socket, *arguments: Any) -> None:
+        self._tls = accept(own)
+        super().__init__(own, *arguments)
+
+    def getPeerCertificate(self) -> Any:
+        """ISSLTransport: return the certificate of the client, or None."""
+        return self._tls.get_peer_certificate()
+
+    @override
+    def doRead(self) -> Any:
+        parts: list[bytes] = []
+        end: ConnectionDone | ConnectionLost | None = None
+        size = 0
+        try:
+            while size < self.bufferSize and len(parts) < RECORDS_PER_TURN:
+                parts.append(self._tls.recv(RECORD))
+                size += len(parts[-1])
+        except WantReadError:
+            pass
+        except WantWriteError:
+            self._read_blocked = True
+            self.startWriting()
+        except ZeroReturnError:
+            end = CONNECTION_DONE
+        except Error:
+            end = CONNECTION_LOST
+        if self.dataBuffer or self._tempDataLen:  # it may have waited for the handshake
+            self.startWriting()
+        if parts:
+            self._dataReceived(b"".join(parts))
+        return end
+
+    @override
+    def doWrite(self) -> Any:
+        if self._read_blocked:
+            self._read_blocked = False
+            end = self.doRead()
+            if end is not None or self._read_blocked:
+                return end
+        return super().doWrite()
+
+    @override
+    def write(self, data: bytes) -> None:
+        if self.connected and not (self.dataBuffer or self._tempDataLen):
+            sent = self.writeSomeData(data)
+            if sent == len(data):
+                return
+            if isinstance(sent, int):  # otherwise the next write finds the same error, and ends the connection
+                data = data[sent:]
+        super().write(data)
+
+    @override
+    def writeSomeData(self, data: bytes | memoryview) -> int | ConnectionLost:
+        sent = 0
+        try:
+            while sent < len(data):
+                sent += self._tls.send(data[sent : sent + RECORD] if len(data) > RECORD else data)
+        except WantWriteError:
+            pass
+        except WantReadError:  # only a client can continue the handshake
+            self.stopWriting()
+        except Error:
+            return CONNECTION_LOST
+        return sent
+
+    @override
+    def _postLoseConnection(self) -> ConnectionDone:
+        """Tell the client that all has been sent."""
+        with suppress(Error):
+            self._tls.shutdown()
+        return CONNECTION_DONE
+
+    @override
+    def connectionLost(self, reason: Failure) -> None:
+        super().connectionLost(reason)
+        if hasattr(self, "_tls"):
+            del self._tls
