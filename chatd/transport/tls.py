@@ -147,5 +147,4 @@ class TlsServer(Server):
     @override
     def connectionLost(self, reason: Failure) -> None:
         super().connectionLost(reason)
-        if hasattr(self, "_tls"):
-            del self._tls
+        vars(self).pop("_tls", None)  # Twisted may call this twice

@@ -9,8 +9,8 @@ room and the session hand over.
 An idle TCP socket is written to at once, which costs one system call where Twisted's buffered write costs
 three.  The rest goes to Twisted's buffer.  From then on everything does, until the
 buffer is empty and the transport, which has the connection as its pull producer, asks for more.  Other
-transports (TLS, a proxy protocol) have buffers of their own, and pause and resume the connection as a
-streaming producer.
+transports (TLS, a proxy protocol) get all bytes, and pause and resume the connection as a streaming
+producer.  TLS writes to an idle socket at once too.
 """
 
 from collections import Counter

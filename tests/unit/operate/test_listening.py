@@ -39,11 +39,16 @@ def ports(reactor):
 
 def listen(ports, *texts):
     """Open the ports of endpoints; return the failures."""
+    return [failure.value for failure in opened(ports, *texts) if isinstance(failure, Failure)]
+
+
+def opened(ports, *texts):
+    """Open the ports of endpoints; return them, or their failures."""
     endpoints = [ports.endpoint(text) for text in texts]
-    failed = []
+    results = []
     for endpoint in endpoints:
-        endpoint.listen(Factory.forProtocol(Protocol)).addErrback(failed.append)
-    return [failure.value for failure in failed]
+        endpoint.listen(Factory.forProtocol(Protocol)).addBoth(results.append)
+    return results
 
 
 @pytest.mark.parametrize("text", ["systemd:domain=INET:index=0", "haproxy:systemd:domain=INET6:name=chat"])
@@ -250,11 +255,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def certificate(reactor):
+def certificate(port):
     """Return the certificate that a new connection gets."""
-    protocol = reactor.tcpServers[0][1].buildProtocol(None)
-    connection = reactor.tcpServers[0][1]._creatorCallable(protocol)
-    return connection.get_certificate().to_cryptography()
+    accept, own = port.transport.args[0], socket.socket()
+    with own:
+        return accept(own).get_certificate().to_cryptography()
 
 
 @deprecated
@@ -263,16 +268,17 @@ def test_new_certificate(folder, reactor, ports, events, prefix):
     """A reload replaces the certificate of an open port; a file that cannot be read leaves the old one in force."""
     arguments, _ = certificate_for(folder)
     text = f"{prefix}ssl:443:{arguments}"
-    assert listen(ports, text, "tcp:1") == []
-    first = certificate(reactor)
+    port, plain = opened(ports, text, "tcp:1")
+    assert not hasattr(plain, "transport")
+    first = certificate(port)
     certificate_for(folder)
     ports.reload()
-    second = certificate(reactor)
+    second = certificate(port)
     assert first != second
     assert len(reactor.tcpServers) == 2
     (folder / "cert.pem").write_text("nonsense")
     ports.reload()
-    assert certificate(reactor) == second
+    assert certificate(port) == second
     assert [(event["log_level"], event["endpoint"]) for event in events] == [
         (LogLevel.info, text),
         (LogLevel.warn, text),
@@ -280,14 +286,14 @@ def test_new_certificate(folder, reactor, ports, events, prefix):
 
 
 @deprecated
-def test_certificate_that_openssl_refuses(folder, reactor, ports, events):
+def test_certificate_that_openssl_refuses(folder, ports, events):
     """A key that is too short is refused at the start and at a reload, and not at each connection."""
     arguments, _ = certificate_for(folder)
-    assert listen(ports, f"ssl:443:{arguments}") == []
-    first = certificate(reactor)
+    (port,) = opened(ports, f"ssl:443:{arguments}")
+    first = certificate(port)
     certificate_for(folder, rsa.generate_private_key(65537, 1024))
     ports.reload()
-    assert certificate(reactor) == first
+    assert certificate(port) == first
     assert "ee key too small" in events[0]["reason"]
     (error,) = listen(ports, f"ssl:444:{arguments}")
     assert "ee key too small" in str(error)

@@ -1,0 +1,235 @@
+"""TLS on a socket: the handshake, full sockets, bursts, and every way to end."""
+
+import ssl
+from contextlib import suppress
+from socket import socketpair
+
+import pytest
+from support.servers import certificate_for
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IProtocolNegotiationFactory
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.ssl import PrivateCertificate
+from twisted.internet.testing import MemoryReactorClock
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from chatd.transport.tls import RECORD, RECORDS_PER_TURN, Certificate, TlsServer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL")
+"""Twisted uses pyOpenSSL in a way that the latter deprecates."""
+
+
+@implementer(IProtocolNegotiationFactory)
+class Negotiating(Factory):
+    def acceptableProtocols(self):
+        return [b"http/1.1"]
+
+
+class Recorder(Protocol):
+    """A protocol, and the producer of its transport."""
+
+    paused = False
+
+    def __init__(self):
+        self.received = []
+        self.lost = None
+
+    def dataReceived(self, data):
+        self.received.append(data)
+
+    def connectionLost(self, reason):
+        self.lost = reason.type
+
+    def pauseProducing(self):
+        self.paused = True
+
+    def resumeProducing(self):
+        self.paused = False
+
+    def stopProducing(self):
+        pass
+
+
+class Pair:
+    """A server and a client over a socket pair, in no event loop."""
+
+    def __init__(self, folder):
+        _, trust = certificate_for(folder)
+        pem = (folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes()
+        certificate = Certificate(PrivateCertificate.loadPEM(pem).options(), Negotiating())
+        trust.set_alpn_protocols(["h2", "http/1.1"])
+        own, self.raw = socketpair()
+        self.raw.settimeout(0)
+        self.reactor = MemoryReactorClock()
+        self.protocol = Recorder()
+        self.server = TlsServer(certificate.accept, own, self.protocol, ("192.0.2.1", 1), None, 0, self.reactor)
+        self.protocol.makeConnection(self.server)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = trust.wrap_bio(self.incoming, self.outgoing, server_hostname="127.0.0.1")
+
+    def exchange(self):
+        """Carry what both ends have sent."""
+        if self.outgoing.pending:
+            self.raw.sendall(self.outgoing.read())
+        with suppress(BlockingIOError):
+            while data := self.raw.recv(1 << 16):
+                self.incoming.write(data)
+
+    def handshake(self):
+        for _ in range(4):
+            with suppress(ssl.SSLWantReadError):
+                self.client.do_handshake()
+            self.exchange()
+            assert self.server.doRead() is None
+            self.exchange()
+        return self
+
+    def read(self):
+        """Return what the client has received."""
+        self.exchange()
+        parts = []
+        with suppress(ssl.SSLWantReadError):
+            while part := self.client.read(1 << 16):
+                parts.append(part)
+        return b"".join(parts)
+
+    @property
+    def waits_to_write(self):
+        return self.server in self.reactor.getWriters()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    pair = Pair(tmp_path)
+    yield pair
+    pair.raw.close()
+    if pair.protocol.lost is None:
+        pair.server.connectionLost(Failure(CONNECTION_DONE))
+
+
+def test_write_to_an_idle_socket(pair):
+    """Bytes are on their way when write() returns, and the reactor is not asked to wait for the socket."""
+    pair.handshake().server.write(b"hello")
+    assert not pair.waits_to_write
+    assert pair.read() == b"hello"
+    assert pair.client.selected_alpn_protocol() == "http/1.1"
+    assert pair.server.getPeerCertificate() is None
+
+
+def test_write_before_the_handshake(pair):
+    """The bytes wait for the client, and the reactor does not turn in vain meanwhile."""
+    pair.server.write(b"hello")
+    assert pair.waits_to_write
+    assert pair.server.doWrite() is None
+    assert not pair.waits_to_write
+    pair.handshake()
+    assert pair.waits_to_write
+    assert pair.server.doWrite() is None
+    assert not pair.waits_to_write
+    assert pair.read() == b"hello"
+
+
+def test_handshake_into_a_full_socket(pair):
+    """OpenSSL goes on when the socket takes more, though it was reading."""
+    junk = 0
+    with suppress(BlockingIOError):
+        while True:
+            junk += pair.server.socket.send(bytes(1 << 12))
+    with suppress(ssl.SSLWantReadError):
+        pair.client.do_handshake()
+    pair.raw.sendall(pair.outgoing.read())
+    assert pair.server.doRead() is None
+    assert pair.waits_to_write
+    assert pair.server.doWrite() is None
+    assert pair.waits_to_write
+    while junk:
+        junk -= len(pair.raw.recv(junk))
+    assert pair.server.doWrite() is None
+    assert not pair.waits_to_write
+    pair.handshake().server.write(b"hello")
+    assert pair.read() == b"hello"
+
+
+def test_full_socket(pair):
+    """The client gets every byte once and in order; the producer is paused meanwhile."""
+    pair.handshake().server.registerProducer(pair.protocol, streaming=True)
+    sent = b"".join(b"%7d\n" % number for number in range(1 << 17))
+    pair.server.write(sent[:7])
+    pair.server.write(sent[7:-9])
+    pair.server.write(sent[-9:])
+    assert pair.protocol.paused
+    assert pair.waits_to_write
+    received = b""
+    while pair.waits_to_write:
+        received += pair.read()
+        assert pair.server.doWrite() is None
+    assert received + pair.read() == sent
+    assert not pair.protocol.paused
+
+
+def test_burst_of_small_records(pair):
+    """One turn reads several records, but not all that a client can send."""
+    pair.handshake()
+    for _ in range(RECORDS_PER_TURN + 1):
+        pair.client.write(b"x")
+    pair.exchange()
+    assert pair.server.doRead() is None
+    assert pair.server.doRead() is None
+    assert pair.protocol.received == [b"x" * RECORDS_PER_TURN, b"x"]
+
+
+def test_burst_of_large_records(pair):
+    """One turn reads as many bytes as a plain connection does."""
+    pair.handshake()
+    most = pair.server.bufferSize // RECORD
+    for _ in range(most + 1):
+        pair.client.write(bytes(RECORD))
+    pair.exchange()
+    assert pair.server.doRead() is None
+    assert [len(data) for data in pair.protocol.received] == [most * RECORD]
+
+
+def test_client_closes(pair):
+    """The bytes before the end are delivered first."""
+    pair.handshake().client.write(b"bye")
+    with suppress(ssl.SSLWantReadError):
+        pair.client.unwrap()
+    pair.exchange()
+    assert pair.server.doRead() is CONNECTION_DONE
+    assert pair.protocol.received == [b"bye"]
+
+
+def test_client_vanishes(pair):
+    """An end without a close_notify is no clean end; the next write finds that too."""
+    pair.handshake().raw.close()
+    assert pair.server.doRead() is CONNECTION_LOST
+    pair.server.write(b"hello")
+    assert pair.waits_to_write
+    assert pair.server.doWrite() is CONNECTION_LOST
+
+
+def test_client_that_speaks_no_tls(pair):
+    pair.raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert pair.server.doRead() is CONNECTION_LOST
+
+
+def test_server_closes(pair):
+    """The client gets all bytes, and then knows that they are all.  What is written later is dropped."""
+    pair.handshake().server.write(b"bye")
+    pair.server.loseConnection()
+    assert pair.server.doWrite() is CONNECTION_DONE
+    pair.server.connectionLost(Failure(CONNECTION_DONE))
+    pair.server.connectionLost(Failure(CONNECTION_LOST))
+    assert pair.protocol.lost is ConnectionDone
+    pair.server.write(b"too late")
+    assert pair.read() == b"bye"
+    assert pair.client.read(1) == b""
+
+
+def test_server_closes_before_the_handshake(pair):
+    pair.server.loseConnection()
+    assert pair.server.doWrite() is CONNECTION_DONE
+    pair.server.connectionLost(Failure(CONNECTION_LOST))
+    assert pair.protocol.lost is ConnectionLost
