@@ -1,6 +1,6 @@
 """TLS that reads and writes the socket itself.
 
-Twisted's TLS works on any transport, so each record passes through buffers in memory and a buffered write.  That costs
+Twisted implements TLS for any transport.  Each record passes through buffers in memory and a buffered write, which cost
 several times as much as the encryption.  Here OpenSSL reads and writes the socket of a TCP transport of Twisted.  The
 rest stays as on plain TCP: buffers, producers, and the end of a connection.
 """
@@ -65,8 +65,8 @@ class Certificate:
 class TlsServer(Server):
     """A connection over TCP that speaks TLS.
 
-    write() sends at once if nothing waits in the buffer.  OpenSSL must get the bytes that the socket has not taken once
-    more and in full, with more behind them or not.  Those bytes are the first in the buffer, so this is so.
+    The method write() sends at once if nothing waits in the buffer.  OpenSSL keeps a record that the socket has not
+    taken, and must get all its bytes again, as the first of the next write.  They are the first bytes in the buffer.
     """
 
     _read_blocked = False

@@ -216,7 +216,7 @@ def test_client_that_speaks_no_tls(pair):
 
 
 def test_server_closes(pair):
-    """The client gets all bytes, and then knows that they are all.  What is written later is dropped."""
+    """The client gets all bytes and a close_notify; later writes are dropped."""
     pair.handshake().server.write(b"bye")
     pair.server.loseConnection()
     assert pair.server.doWrite() is CONNECTION_DONE
