@@ -185,7 +185,7 @@ class Server:
     @property
     def port(self):
         """The port on which the server listens for clients."""
-        return int(self.log.wait(r"ChatFactory(?: \(TLS\))? starting on (\d+)")[0][1])
+        return int(self.log.wait(r"ChatFactory starting on (\d+)")[0][1])
 
     @property
     def admin_port(self):

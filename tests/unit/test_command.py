@@ -77,10 +77,15 @@ def test_wheel_carries_each_script_with_its_modules():
     assert {place: f"chatd/{place}" for place in CARRIED} == CARRIED
     scripts = {name for name in command.PROGRAMS if (ROOT / "scripts" / name).exists()} - {"serve", "check"}
     assert {f"scripts/{name}" for name in scripts} <= CARRIED.keys()
-    trees = [ast.parse((ROOT / place).read_text()) for place in CARRIED]
-    names = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name for name in names if (ROOT / "scripts" / f"{name}.py").exists()} == {"adminport", "storefiles"}
-    assert {"scripts/adminport.py", "scripts/storefiles.py"} <= CARRIED.keys()
+    files = [file for place in CARRIED for file in ([*(ROOT / place).glob("*.py")] or [ROOT / place])]
+    trees = [ast.parse(file.read_text()) for file in files if file.suffix in ("", ".py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {str(node.module).partition(".")[0] for node in nodes}
+    beside = {
+        path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert names & beside == {"adminport", "benching", "storefiles"}
+    assert {"scripts/adminport.py", "scripts/benching", "scripts/storefiles.py"} <= CARRIED.keys()
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
