@@ -16,7 +16,7 @@ OWN = {"stack_name", "iam_role_arn", "tags"}
 """The variables that are no parameters of the template."""
 TYPES = {"String": "string", "Number": "number", "AWS::EC2::Image::Id": "string"}
 PATTERNS = {"AWS::EC2::Image::Id": "ami-[0-9a-f]{8,17}"}
-"""What CloudFormation requires of a value of these types."""
+"""The patterns that CloudFormation requires for values of these types."""
 FORMS = {"AWS::EC2::Image::Id": "must be the id of an image such as ami-0123456789abcdef0"}
 LARGEST = 51200
 """The largest template outside S3, in bytes."""
@@ -62,7 +62,7 @@ def blocks(files, kind):
     return [item for part in parts for one in parsed(part).get(kind, []) for item in one.items()]
 
 
-# What the template asks for
+# The module that the template asks for
 
 
 def snake(name):
@@ -201,6 +201,21 @@ def faults(files, template, capabilities):
     if [(kind, [*one]) for kind, one in resources] != [("aws_cloudformation_stack", ["chatd"])]:
         return [*lines, "the module has other resources than the stack"]
     return lines + stack_faults(resources[0][1]["chatd"], template, capabilities)
+
+
+def example_faults(page, files):
+    """Return what is wrong with the example of a page: the first block of HCL."""
+    (text,) = re.findall(r"^```hcl\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    example = {"example": text}
+    call = dict(blocks(example, "module"))["chatd"]
+    variables, outputs = dict(blocks(files, "variable")), dict(blocks(files, "output"))
+    needed = {name for name, one in variables.items() if "default" not in one}
+    lines = [f"there is no variable {name}" for name in sorted(call.keys() - {"source"} - variables.keys())]
+    lines += [f"variable {name} is missing" for name in sorted(needed - call.keys())]
+    if call["source"].partition("//")[2].partition("//")[2].partition("?")[0] != str(MODULE.relative_to(ROOT)):
+        lines.append("the source is another folder")
+    used = [re.fullmatch(r"\$\{module\.chatd\.(\w+)\}", one["value"])[1] for _, one in blocks(example, "output")]
+    return lines + [f"there is no output {name}" for name in used if name not in outputs]
 
 
 def oversized(text):

@@ -157,3 +157,25 @@ TEMPLATE_CHANGES = {
 def test_change_of_the_template_is_found(template, change, fault):
     found = faults(mutant(template, change))
     assert [line for line in found if line.startswith(fault)], found
+
+
+PAGE = ROOT / "docs" / "deploy.md"
+
+
+def test_example_fits_the_module():
+    assert terraform_rules.example_faults(PAGE.read_text("utf-8"), terraform_rules.texts()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("  domain_name     =", "  domain =", "there is no variable domain"),
+        ("  image_id        =", "  tags =", "variable image_id is missing"),
+        ("deploying/terraform?ref", "deploying?ref", "the source is another folder"),
+        ("module.chatd.web_socket_url", "module.chatd.url", "there is no output url"),
+    ],
+)
+def test_fault_of_the_example_is_found(old, new, fault):
+    text = PAGE.read_text("utf-8")
+    assert old in text
+    assert terraform_rules.example_faults(text.replace(old, new), terraform_rules.texts()) == [fault]
