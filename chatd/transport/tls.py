@@ -28,7 +28,7 @@ from typing_extensions import override
 from zope.interface import implementer
 
 RECORD: Final = 1 << 14
-"""The most bytes that one record of TLS carries (RFC 8446, section 5.1)."""
+"""The most bytes that one record of TLS carries (RFC 8446, section 5.1).  A client may ask for smaller records."""
 RECORDS_PER_TURN: Final = 64
 """The most records that a connection reads in one reactor turn.  They may be of one byte each."""
 
@@ -128,7 +128,7 @@ class TlsServer(Server):
         sent = 0
         try:
             while sent < len(data):
-                sent += self._tls.send(data[sent : sent + RECORD] if len(data) > RECORD else data)
+                sent += self._tls.send(data[sent : sent + RECORD])
         except WantWriteError:
             pass
         except WantReadError:  # only a client can continue the handshake

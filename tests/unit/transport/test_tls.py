@@ -169,6 +169,29 @@ def test_full_socket(pair):
     assert not pair.protocol.paused
 
 
+class Fragments:
+    """A connection whose client accepts at most 512 bytes in a record (RFC 6066, section 4)."""
+
+    def __init__(self, tls):
+        self.tls = tls
+
+    def __getattr__(self, name):
+        return getattr(self.tls, name)
+
+    def send(self, data):
+        return self.tls.send(data[:512])
+
+
+def test_client_that_accepts_only_small_records(pair):
+    """OpenSSL then sends a part of what it gets, and the client gets every byte once."""
+    pair.handshake().server._tls = Fragments(pair.server._tls)
+    sent = b"".join(b"%7d\n" % number for number in range(3000))
+    pair.server.write(sent[:4000])
+    assert pair.read() == sent[:4000]
+    pair.server.write(sent[4000:])
+    assert pair.read() == sent[4000:]
+
+
 def test_burst_of_small_records(pair):
     """One turn reads several records, but not all that a client can send."""
     pair.handshake()
