@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from OpenSSL.SSL import (
     NO_OVERLAPPING_PROTOCOLS,
+    RECEIVED_SHUTDOWN,
     Connection,
     Error,
     WantReadError,
@@ -31,6 +32,8 @@ RECORD: Final = 1 << 14
 """The most bytes that one record of TLS carries (RFC 8446, section 5.1).  A client may ask for smaller records."""
 RECORDS_PER_TURN: Final = 64
 """The most records that a connection reads in one reactor turn.  They may be of one byte each."""
+MAX_CHANGES: Final = 100
+"""The most changes of the state of TLS, such as new keys, while no data arrives.  A handshake takes 20."""
 
 
 class Certificate:
@@ -48,11 +51,20 @@ class Certificate:
         except Error as error:
             raise ValueError(f"OpenSSL refuses the certificate: {error}") from None
         context.set_alpn_select_callback(self._choose)
+        context.set_info_callback(self._count)
         self._context = context
 
     def _choose(self, _: Connection, offered: list[bytes]) -> Any:
         """Choose the protocol of a connection among those that its client offers (RFC 7301)."""
         return next((name for name in self._protocols if name in offered), NO_OVERLAPPING_PROTOCOLS)
+
+    @staticmethod
+    def _count(tls: Connection, *_: int) -> None:
+        """Let a connection end whose client sends TLS messages without a pause: OpenSSL would read on and on."""
+        changes = (tls.get_app_data() or 0) + 1
+        tls.set_app_data(changes)
+        if changes > MAX_CHANGES:
+            tls.set_shutdown(RECEIVED_SHUTDOWN)
 
     def accept(self, own: socket) -> Connection:
         """Return the TLS of a new connection, which begins its handshake when it is read from."""
@@ -101,6 +113,7 @@ class TlsServer(Server):
         if self.dataBuffer or self._tempDataLen:  # it may have waited for the handshake
             self.startWriting()
         if parts:
+            self._tls.set_app_data(0)
             self._dataReceived(b"".join(parts))
         return end
 

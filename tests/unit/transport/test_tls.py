@@ -5,6 +5,9 @@ from contextlib import suppress
 from socket import socketpair
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from support.servers import certificate_for
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IProtocolNegotiationFactory
@@ -15,7 +18,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from chatd.transport.tls import RECORD, RECORDS_PER_TURN, Certificate, TlsServer
+from chatd.transport.tls import MAX_CHANGES, RECORD, RECORDS_PER_TURN, Certificate, TlsServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL")
 """Twisted uses pyOpenSSL in a way that the latter deprecates."""
@@ -67,6 +70,7 @@ class Pair:
         self.server = TlsServer(certificate.accept, own, self.protocol, ("192.0.2.1", 1), None, 0, self.reactor)
         self.protocol.makeConnection(self.server)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.keys = trust.keylog_filename = folder / "keys"
         self.client = trust.wrap_bio(self.incoming, self.outgoing, server_hostname="127.0.0.1")
 
     def exchange(self):
@@ -201,6 +205,43 @@ def test_burst_of_small_records(pair):
     assert pair.server.doRead() is None
     assert pair.server.doRead() is None
     assert pair.protocol.received == [b"x" * RECORDS_PER_TURN, b"x"]
+
+
+def new_keys(pair, count, *, answered):
+    """Return records that change the keys of the client, and then one with data (RFC 8446, sections 4.6.3 and 7)."""
+
+    def derived(secret, label, size):
+        info = size.to_bytes(2, "big") + bytes([6 + len(label)]) + b"tls13 " + label + b"\0"
+        return HKDFExpand(SHA384(), size, info).derive(secret)
+
+    def record(secret, content):
+        head = b"\x17\x03\x03" + (len(content) + 16).to_bytes(2, "big")
+        return head + AESGCM(derived(secret, b"key", 32)).encrypt(derived(secret, b"iv", 12), content, head)
+
+    assert pair.client.cipher()[0] == "TLS_AES_256_GCM_SHA384"
+    (line,) = (line for line in pair.keys.read_text().splitlines() if line.startswith("CLIENT_TRAFFIC_SECRET_0 "))
+    secret = bytes.fromhex(line.split()[2])
+    records = []
+    for _ in range(count):
+        records.append(record(secret, b"\x18\0\0\1" + bytes([answered]) + b"\x16"))
+        secret = derived(secret, b"traffic upd", 48)
+    return b"".join(records) + record(secret, b"hello\x17")
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_new_keys(pair, answered):
+    """A client may change its keys, and ask for new keys of the server."""
+    pair.handshake().raw.sendall(new_keys(pair, 8, answered=answered))
+    assert pair.server.doRead() is None
+    assert pair.protocol.received == [b"hello"]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_flood_of_new_keys(pair, answered):
+    """OpenSSL would read such messages as long as there are more, and no other client would be served meanwhile."""
+    pair.handshake().raw.sendall(new_keys(pair, MAX_CHANGES, answered=answered))
+    assert pair.server.doRead() in (CONNECTION_DONE, CONNECTION_LOST)
+    assert pair.protocol.received == []
 
 
 def test_burst_of_large_records(pair):
