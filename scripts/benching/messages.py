@@ -13,9 +13,10 @@ import base64
 import json
 import re
 import zlib
+from importlib.metadata import metadata
 from typing import Final
 
-from benching.server import ROOT
+from benching.server import IN_CHECKOUT, ROOT
 from chatd.transport.framing import COMPRESSED_TEXT, FIN, Opcode, masked_frame
 
 MASK: Final = b"\x5a\xa5\x3c\xc3"
@@ -27,7 +28,8 @@ WINDOW: Final = 1 << zlib.MAX_WBITS
 """The largest distance of a reference in a deflate stream, in bytes."""
 FLUSHED: Final = b"\x00\x00\xff\xff"
 """The bytes that end every compressed message and are not sent (section 7.2.1)."""
-PROSE: Final = " ".join(re.findall("[A-Za-z]+", (ROOT / "README.md").read_text("utf-8")))
+README: Final = (ROOT / "README.md").read_text("utf-8") if IN_CHECKOUT else str(metadata("chatd").get_payload())
+PROSE: Final = " ".join(re.findall("[A-Za-z]+", README))
 
 
 class StreamError(Exception):

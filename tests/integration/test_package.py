@@ -15,10 +15,9 @@ from support.checkouts import copy_checkout
 from support.redises import Redis
 from support.servers import LONG, ROOT, TWISTD, Raw, Server, environment, numbered, run
 
-CARRIED = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
-    "force-include"
-]
-"""The programs outside the package, and their places in the wheel."""
+WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+CARRIED = [ROOT / place for place in WHEEL["only-include"] if place.startswith("scripts/")]
+"""The programs outside the package that the wheel carries."""
 FOUND = """
 import importlib.resources, json, chatd
 files = importlib.resources.files("chatd")
@@ -94,7 +93,9 @@ def test_wheel_content(wheel):
         names >= static >= {f"chatd/static/{name}" for name in ("index.html", "about.html", "page/boot.js", "chatd.js")}
     )
     assert names >= {"chatd/seed/messages.json", "twisted/plugins/chatd_plugin.py"}
-    assert {name for name in names if name.startswith("chatd/scripts/")} == {*CARRIED.values()}
+    assert {name for name in names if name.startswith("chatd/scripts/")} == {
+        f"chatd/{path.relative_to(ROOT)}" for place in CARRIED for path in [*place.glob("*.py")] or [place]
+    }
     modules = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.lua") for path in (ROOT / "chatd").rglob(kind)}
     assert modules <= names
     assert names.isdisjoint({"twisted/__init__.py", "twisted/plugins/__init__.py"})

@@ -6,6 +6,8 @@ The server is a folder, and the keys are made here.  AWS's own keys and packages
 import json
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 
 import pytest
 from support.booted import succeed
@@ -18,11 +20,10 @@ ARCHITECTURES = "arm64", "amd64"
 class Signer:
     """A signer with a key of its own; it serves packages from a folder."""
 
-    def __init__(self, folder, name):
+    def __init__(self, folder, name, home):
         self.folder = folder / name
         self.folder.mkdir(parents=True)
-        self._home = folder / f"{name}.gpg"
-        self._home.mkdir(mode=0o700)
+        self._home = home
         self.key = folder / f"{name}.asc"
         self.gpg("--passphrase=", "--quick-generate-key", f"{name} <{name}@example.com>", "ed25519", "sign")
         self.key.write_text(self.gpg("--armor", "--export"))
@@ -47,12 +48,20 @@ class Signer:
         return path
 
 
+@contextmanager
+def gpg_home():
+    """A folder for gpg, whose agent would outlive the test.  Its path is short, because it holds a Unix socket."""
+    with TemporaryDirectory(prefix="gpg-") as home:
+        try:
+            yield home
+        finally:
+            subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=False, timeout=LONG)
+
+
 @pytest.fixture
 def signers(tmp_path):
-    found = {name: Signer(tmp_path, name) for name in VERSIONS}
-    yield found
-    for signer in found.values():  # the agent of gpg would outlive the test
-        subprocess.run(["gpgconf", "--homedir", signer._home, "--kill", "all"], check=False, timeout=LONG)
+    with ExitStack() as homes:
+        yield {name: Signer(tmp_path, name, homes.enter_context(gpg_home())) for name in VERSIONS}
 
 
 @pytest.fixture

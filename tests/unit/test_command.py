@@ -11,10 +11,9 @@ from support.needs import ROOT
 import chatd
 from chatd import __main__ as command
 
-CARRIED = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
-    "force-include"
-]
-"""The files outside the package that the wheel carries, and their places in it."""
+WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+CARRIED = {place for place in WHEEL["only-include"] if place.startswith("scripts/")}
+"""The files outside the package that the wheel carries."""
 
 
 class Started(Exception):
@@ -74,9 +73,9 @@ def test_scripts_of_the_wheel(tmp_path, monkeypatch):
 
 def test_wheel_carries_each_script_with_its_modules():
     """A script imports modules of its own folder, which must be beside it in the wheel."""
-    assert {place: f"chatd/{place}" for place in CARRIED} == CARRIED
+    assert WHEEL["sources"] == {"scripts": "chatd/scripts"}
     scripts = {name for name in command.PROGRAMS if (ROOT / "scripts" / name).exists()} - {"serve", "check"}
-    assert {f"scripts/{name}" for name in scripts} <= CARRIED.keys()
+    assert {f"scripts/{name}" for name in scripts} <= CARRIED
     files = [file for place in CARRIED for file in ([*(ROOT / place).glob("*.py")] or [ROOT / place])]
     trees = [ast.parse(file.read_text()) for file in files if file.suffix in ("", ".py")]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -85,7 +84,7 @@ def test_wheel_carries_each_script_with_its_modules():
         path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert names & beside == {"adminport", "benching", "storefiles"}
-    assert {"scripts/adminport.py", "scripts/benching", "scripts/storefiles.py"} <= CARRIED.keys()
+    assert {"scripts/adminport.py", "scripts/benching", "scripts/storefiles.py"} <= CARRIED
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
