@@ -10,6 +10,7 @@ from contextlib import suppress
 from socket import socket
 from typing import Any, Final
 
+from OpenSSL._util import lib
 from OpenSSL.SSL import (
     NO_OVERLAPPING_PROTOCOLS,
     RECEIVED_SHUTDOWN,
@@ -34,6 +35,14 @@ RECORDS_PER_TURN: Final = 64
 """The most records that a connection reads in one reactor turn.  They may be of one byte each."""
 MAX_CHANGES: Final = 100
 """The most changes of the state of TLS, such as new keys, while no data arrives.  A handshake takes 20."""
+
+
+def forget_errors() -> None:
+    """Empty OpenSSL's queue of errors, in which OpenSSL before 4.0 would look for an error of the next connection.
+
+    For an error of the socket itself, pyOpenSSL leaves it there.
+    """
+    lib.ERR_clear_error()
 
 
 class Certificate:
@@ -109,6 +118,7 @@ class TlsServer(Server):
         except ZeroReturnError:
             end = CONNECTION_DONE
         except Error:
+            forget_errors()
             end = CONNECTION_LOST
         if self.dataBuffer or self._tempDataLen:  # it may have waited for the handshake
             self.startWriting()
@@ -147,6 +157,7 @@ class TlsServer(Server):
         except WantReadError:  # only a client can continue the handshake
             self.stopWriting()
         except Error:
+            forget_errors()
             return CONNECTION_LOST
         return sent
 
@@ -155,6 +166,7 @@ class TlsServer(Server):
         """Tell the client that all has been sent."""
         with suppress(Error):
             self._tls.shutdown()
+        forget_errors()
         return CONNECTION_DONE
 
     @override

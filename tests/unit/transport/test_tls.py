@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from OpenSSL._util import lib
 from support.servers import certificate_for
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IProtocolNegotiationFactory
@@ -272,6 +273,23 @@ def test_client_vanishes(pair):
     pair.server.write(b"hello")
     assert pair.waits_to_write
     assert pair.server.doWrite() is CONNECTION_LOST
+
+
+def test_error_of_one_connection(pair):
+    """OpenSSL before 4.0 would take it for an error of whichever connection is served next."""
+    pair.handshake().raw.close()
+    pair.server.write(b"hello")
+    assert not lib.ERR_peek_error()
+    assert pair.server.doWrite() is CONNECTION_LOST
+    assert not lib.ERR_peek_error()
+
+
+def test_error_at_the_end_of_a_connection(pair):
+    """The close_notify finds no client."""
+    pair.handshake().raw.close()
+    pair.server.loseConnection()
+    assert pair.server.doWrite() is CONNECTION_DONE
+    assert not lib.ERR_peek_error()
 
 
 def test_client_that_speaks_no_tls(pair):
