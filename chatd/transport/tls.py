@@ -91,7 +91,7 @@ class TlsServer(Server):
     """
 
     _read_blocked = False
-    """True if OpenSSL must write before it can read on, as it may in a handshake."""
+    """True if OpenSSL must write before it can read on, as in a handshake, or for new keys."""
 
     def __init__(self, accept: Callable[[socket], Connection], own: socket, *arguments: Any) -> None:
         self._tls = accept(own)
@@ -114,6 +114,7 @@ class TlsServer(Server):
             pass
         except WantWriteError:
             self._read_blocked = True
+            self.stopReading()  # else the reactor would turn in vain while the client sends more
             self.startWriting()
         except ZeroReturnError:
             end = CONNECTION_DONE
@@ -129,12 +130,18 @@ class TlsServer(Server):
 
     @override
     def doWrite(self) -> Any:
-        if self._read_blocked:
+        if self._read_blocked and not self.disconnecting:
             self._read_blocked = False
+            self.startReading()
             end = self.doRead()
             if end is not None or self._read_blocked:
                 return end
         return super().doWrite()
+
+    @override
+    def pauseProducing(self) -> None:
+        self._read_blocked = False  # nothing may be read now; later the first attempt finds it again
+        super().pauseProducing()
 
     @override
     def write(self, data: bytes) -> None:

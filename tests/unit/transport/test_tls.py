@@ -100,9 +100,25 @@ class Pair:
                 parts.append(part)
         return b"".join(parts)
 
+    def fill(self):
+        """Fill the socket of the server; return the number of bytes."""
+        junk = 0
+        with suppress(BlockingIOError):
+            while True:
+                junk += self.server.socket.send(bytes(1 << 12))
+        return junk
+
+    def empty(self, junk):
+        while junk:
+            junk -= len(self.raw.recv(junk))
+
     @property
     def waits_to_write(self):
         return self.server in self.reactor.getWriters()
+
+    @property
+    def waits_to_read(self):
+        return self.server in self.reactor.getReaders()
 
 
 @pytest.fixture
@@ -138,10 +154,7 @@ def test_write_before_the_handshake(pair):
 
 def test_handshake_into_a_full_socket(pair):
     """OpenSSL goes on when the socket takes more, though it was reading."""
-    junk = 0
-    with suppress(BlockingIOError):
-        while True:
-            junk += pair.server.socket.send(bytes(1 << 12))
+    junk = pair.fill()
     with suppress(ssl.SSLWantReadError):
         pair.client.do_handshake()
     pair.raw.sendall(pair.outgoing.read())
@@ -149,8 +162,7 @@ def test_handshake_into_a_full_socket(pair):
     assert pair.waits_to_write
     assert pair.server.doWrite() is None
     assert pair.waits_to_write
-    while junk:
-        junk -= len(pair.raw.recv(junk))
+    pair.empty(junk)
     assert pair.server.doWrite() is None
     assert not pair.waits_to_write
     pair.handshake().server.write(b"hello")
@@ -235,6 +247,49 @@ def test_new_keys(pair, answered):
     pair.handshake().raw.sendall(new_keys(pair, 8, answered=answered))
     assert pair.server.doRead() is None
     assert pair.protocol.received == [b"hello"]
+
+
+@pytest.fixture
+def blocked(pair):
+    """A connection that must answer new keys before it reads on, and whose socket is full."""
+    pair.handshake()
+    pair.junk = pair.fill()
+    pair.raw.sendall(new_keys(pair, 2, answered=True))  # the second one waits for the answer to the first
+    assert pair.server.doRead() is None
+    assert pair.waits_to_write
+    assert not pair.waits_to_read  # there are bytes, and the reactor would turn in vain
+    return pair
+
+
+def test_new_keys_into_a_full_socket(blocked):
+    """The connection reads on when the socket takes more."""
+    assert blocked.server.doWrite() is None
+    assert not blocked.waits_to_read
+    blocked.empty(blocked.junk)
+    assert blocked.server.doWrite() is None
+    assert blocked.waits_to_read
+    assert blocked.protocol.received == [b"hello"]
+
+
+def test_pause_while_the_socket_is_full(blocked):
+    """A paused connection reads nothing, whatever it writes."""
+    blocked.server.pauseProducing()
+    blocked.empty(blocked.junk)
+    assert blocked.server.doWrite() is None
+    assert not blocked.waits_to_read
+    assert not blocked.waits_to_write
+    assert blocked.protocol.received == []
+    blocked.server.resumeProducing()
+    assert blocked.waits_to_read
+    assert blocked.server.doRead() is None
+    assert blocked.protocol.received == [b"hello"]
+
+
+def test_server_closes_while_the_socket_is_full(blocked):
+    """A connection that ends reads nothing more."""
+    blocked.server.loseConnection()
+    assert blocked.server.doWrite() is CONNECTION_DONE
+    assert blocked.protocol.received == []
 
 
 @pytest.mark.parametrize("answered", [False, True])
