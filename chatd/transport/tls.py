@@ -148,6 +148,8 @@ class TlsServer(Server):
         if self.connected and not (self.dataBuffer or self._tempDataLen):
             sent = self.writeSomeData(data)
             if sent == len(data):
+                if self.producer is not None and not self.streamingProducer:
+                    self.startWriting()  # then the reactor asks a pull producer for more
                 return
             if isinstance(sent, int):  # otherwise the next write finds the same error, and ends the connection
                 data = data[sent:]

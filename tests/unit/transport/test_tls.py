@@ -204,6 +204,18 @@ class Fragments:
         return self.tls.send(data[:512])
 
 
+def test_pull_producer(pair):
+    """The reactor asks for more when the socket has taken all."""
+    pair.handshake()
+    asked = []
+    pair.protocol.resumeProducing = lambda: asked.append(pair.server.write(b"more"))
+    pair.server.registerProducer(pair.protocol, streaming=False)
+    assert pair.waits_to_write
+    assert pair.server.doWrite() is None
+    assert len(asked) == 2
+    assert pair.read() == b"moremore"
+
+
 @pytest.mark.parametrize("pair", [Fragments], indirect=True)
 def test_client_that_accepts_only_small_records(pair):
     """OpenSSL then sends a part of what it gets, and the client gets every byte once."""
