@@ -9,6 +9,7 @@
 - record.py: the record of verified images
 - images.py: the images, and the removal of old ones
 - ship.py: the pipeline from an image to a verified rollout, and back
+- prove.py: the proof, which calls all of these on a stack of its own at AWS
 - stack.yaml: the CloudFormation template
 - role.yaml: the role that CloudFormation may assume for it
 """

@@ -7,7 +7,7 @@ succeed without anyone's action.  Callers that poll retry passing errors; all ot
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -125,6 +125,16 @@ class Account:
                 yield from page[key]
         except FAULTS as error:
             raise _plain(service, operation, error) from error
+
+    def listen(self, heard: Callable[[str, Mapping[str, Any]], None]) -> None:
+        """Have a function called with the name and the answer of each operation that succeeds, page by page."""
+
+        def note(parsed: Mapping[str, Any], model: Any, **_more: Any) -> None:
+            if "Error" not in parsed:
+                heard(model.name, parsed)
+
+        self._session.register("after-call", note)
+        self._clients.clear()
 
     def _client(self, service: str) -> Any:
         if service not in self._clients:

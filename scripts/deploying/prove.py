@@ -1,0 +1,485 @@
+"""The proof: one stack of its own that is created, changed, broken, repaired and destroyed at AWS.
+
+The other modules are rehearsed against doubles, which answer as AWS documents it.  Only AWS can show that it does.  The
+proof has no code that deploys.  It calls the functions of the commands, as a person does.  After each it asks AWS in
+another way for what must be true now: the status, the image and the record of the stack, and a client that posts and
+reads.
+
+Commands wait in `Clock.sleep`.  An alarm or an abort during a rollout happens in a clock that acts
+in each pause.  The commands need no other entrance, and the proof no thread.
+
+Whatever goes wrong, the proof ends with the removal of its stack and of its images, or with a line that states what
+still exists and how to remove it.  The name of the stack is new, so the proof touches nothing else.
+
+The answers of AWS can be recorded.  The doubles are compared with them.
+"""
+
+import contextlib
+import datetime as dt
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from deploying.aws import POLL_SECONDS, Account, AwsError, CallDenied, Clock, DeployError, RolledBack, Stuck, say
+from deploying.check import SURGE, aim
+from deploying.destroy import Removal
+from deploying.images import TAG, find, tags
+from deploying.rollout import abort
+from deploying.sharing import COPY_SECONDS
+from deploying.ship import Pipeline
+from deploying.stack import Stack
+from deploying.verify import verify
+
+HOURS: Final = 4
+"""The hours that the estimate counts.  The steps take about three."""
+DISK_GB: Final = 8
+MONTH_HOURS: Final = 730
+IMAGES: Final = 3
+"""The images: the one to prove, its copy, and one without chatd."""
+PRICES: Final = {
+    "t4g.small": 0.0168,
+    "c8g.large": 0.07976,
+    "db.t4g.small": 0.0336,
+    "db.t4g.medium": 0.0679,
+    "db.r7g.large": 0.2163,
+}
+"""Dollars an hour in us-east-1; docs/deploy.md has the sources and dates of all prices here."""
+BALANCER: Final = 0.0225 + 0.008
+"""Dollars an hour, with one LCU."""
+ADDRESS: Final = 0.005
+GP3: Final = 0.08
+SNAPSHOT: Final = 0.05
+"""Dollars for a GB and a month, as GP3."""
+DEBIAN: Final = "136693071363"
+"""The account of Debian, whose image is the bad one: it boots, and has no chatd."""
+CALM_SECONDS: Final = 900
+"""How long an alarm may take to become OK."""
+REFRESHING: Final = frozenset(("Pending", "InProgress", "Baking"))
+RECORDED: Final = frozenset(
+    ("DescribeChangeSet", "DescribeStackEvents", "DescribeInstanceRefreshes", "DescribeAlarms"),
+)
+HIDDEN: Final = frozenset(("Parameters", "Tags", "ResourceProperties", "ResponseMetadata", "NotificationARNs"))
+"""Parts of answers that are not recorded: they hold values of the account, and no status."""
+ACCOUNT: Final = "123456789012"
+SECRETS: Final = (
+    (re.compile(r"(?<!\d)\d{12}(?!\d)"), ACCOUNT),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "HIDDEN"),
+    (re.compile(r"(arn:aws[a-z-]*:(?:iam|sts)::\d{12}:[a-z-]+/)[^\s\"',)]+"), r"\1HIDDEN"),
+    (re.compile(r"(://)[^/\s@]+@"), r"\1HIDDEN@"),
+)
+"""What is replaced in each text of a recording, in this order."""
+
+
+class Unproved(DeployError):
+    """A step failed, and nothing of the proof is left."""
+
+    status = 4
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt; the argument states what still exists."""
+
+
+class Unlike(DeployError):
+    """AWS did something else than the step expects."""
+
+
+class Between(Clock):
+    """A clock that acts in each pause of a command."""
+
+    def __init__(self, clock: Clock, act: Callable[[], None]) -> None:
+        self._clock = clock
+        self._act = act
+
+    def now(self) -> float:
+        return self._clock.now()
+
+    def sleep(self, seconds: float) -> None:
+        self._act()
+        self._clock.sleep(seconds)
+
+
+# The estimate
+
+
+def estimate(parameters: Mapping[str, str]) -> tuple[list[str], float]:
+    """Return what the proof costs: a line for each part, and the sum in dollars."""
+    size = int(parameters["MinSize"])
+    instances = size + max(1, math.ceil(SURGE * size))
+    kind, node = parameters["InstanceType"], parameters["StoreNodeType"]
+    nodes = 0 if parameters.get("StoreParameter") else 1 + int(parameters["StoreReplicas"])
+    hourly = {
+        f"{instances} instances of {kind}, of which a rollout starts {instances - size}": _price(kind, instances),
+        f"{instances} disks of {DISK_GB} GB": instances * DISK_GB * GP3 / MONTH_HOURS,
+        "a load balancer with one LCU": BALANCER,
+        f"{nodes} nodes of MemoryDB, {node}": _price(node, nodes),
+        f"{instances + 2} public addresses": (instances + 2) * ADDRESS,
+    }
+    parts = {f"{HOURS} hours of {what}": None if price is None else HOURS * price for what, price in hourly.items()}
+    parts[f"a day of snapshots: {IMAGES} images of {DISK_GB} GB, one of MemoryDB"] = (
+        IMAGES * DISK_GB * SNAPSHOT * 24 / MONTH_HOURS
+    )
+    lines = [f"  {'not known' if dollars is None else f'${dollars:.2f}'}  {what}" for what, dollars in parts.items()]
+    return lines, sum(dollars or 0 for dollars in parts.values())
+
+
+def _price(kind: str, number: int) -> float | None:
+    """Return the price of a number of machines, or None if it is not known."""
+    if not number:
+        return 0.0
+    return number * PRICES[kind] if kind in PRICES else None
+
+
+# The recording
+
+
+def hidden(value: Any) -> Any:
+    """Return an answer without account numbers, secrets, and what else a recording must not hold."""
+    if isinstance(value, dict):
+        return {key: hidden(one) for key, one in value.items() if key not in HIDDEN}
+    if isinstance(value, list):
+        return [hidden(one) for one in value]
+    if isinstance(value, dt.datetime):
+        return value.isoformat()
+    if isinstance(value, str):
+        for pattern, text in SECRETS:
+            value = pattern.sub(text, value)
+    return value
+
+
+class Recording:
+    """The answers of AWS, as one file of JSON lines for each step.  Without a folder nothing is written."""
+
+    def __init__(self, account: Account, folder: pathlib.Path | None) -> None:
+        self._folder = folder
+        self._heard: list[str] = []
+        self._number = 0
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            account.listen(self._hear)
+
+    def _hear(self, operation: str, answer: Mapping[str, Any]) -> None:
+        """Note an answer, once in a step."""
+        if operation in RECORDED:
+            line = json.dumps({"operation": operation, "answer": hidden(answer)}, separators=(",", ":"))
+            if line not in self._heard:
+                self._heard.append(line)
+
+    def write(self, step: str) -> None:
+        """Write the answers since the previous step."""
+        self._number += 1
+        if self._folder:
+            text = "".join(f"{line}\n" for line in self._heard)
+            (self._folder / f"{self._number}-{step}.jsonl").write_text(text, encoding="utf-8")
+        self._heard.clear()
+
+
+# The steps
+
+
+class Step(NamedTuple):
+    """A step of the proof."""
+
+    name: str
+    proves: str
+    run: Callable[[], str]
+    """Does the step and checks it; returns what was seen, or raises DeployError."""
+
+
+class Proof:
+    """One run of the proof.  `image` returns the image to prove, and may bake it."""
+
+    def __init__(
+        self, pipeline: Pipeline, image: Callable[[], str], record: pathlib.Path | None, *, keep: bool
+    ) -> None:
+        self._pipeline = pipeline
+        self._stack = pipeline.stack
+        self._call = pipeline.stack.account.call
+        self._clock = pipeline.stack.clock
+        self._image = image
+        self._keep = keep
+        self._recording = Recording(pipeline.stack.account, record)
+        self._first = self._next = self._bad = ""
+        self._acted = False
+        """True once the alarm or the abort of the present step has happened."""
+        self._snapshot: str | None = None
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps before the removal."""
+        return [
+            Step("create", "a new account gets a stack that serves an image", self._create),
+            Step("ship", "a new image replaces every instance", self._ship),
+            Step("bad-image", "CloudFormation rolls back an image whose instances never become ready", self._bad_image),
+            Step("alarm", "an alarm during a rollout rolls it back", self._alarm),
+            Step("abort", "an abort during a rollout rolls it back", self._abort),
+            Step("roll-back", "an earlier image returns in spite of an alarm", self._roll_back),
+        ]
+
+    def run(self, confirm: Callable[[str], bool]) -> dict[str, Any]:
+        """Run all steps after `confirm` returns true; returns what was seen.
+
+        Raises DeployError if nothing was begun, Unproved if a step failed and nothing is left, Stuck if something is
+        left, and Interrupted.
+        """
+        name = self._stack.name
+        if self._stack.look() is not None:
+            raise CallDenied(f"the stack {name} exists: the proof needs a stack of its own")
+        if not confirm(self._question()):
+            raise DeployError(f"not confirmed: type the name of the stack, {name}")
+        self._pipeline.begun()
+        seen: list[dict[str, str]] = []
+        failed = ""
+        try:
+            for step in [Step("images", "a copy of an image can be made", self._images), *self.steps]:
+                failed = self._try(step, seen)
+                if failed:
+                    break
+            if not self._keep:
+                failed = "; ".join(filter(None, (failed, self._try(self._removal, seen))))
+        except KeyboardInterrupt as stop:
+            raise Interrupted(self.left()) from stop
+        left = self.left()
+        if failed and self._stack_left():
+            raise Stuck(f"{failed}; {left}")
+        if failed:
+            raise Unproved(f"{failed}; {left}")
+        return {"stack": name, "steps": seen, "left": left}
+
+    @property
+    def _removal(self) -> Step:
+        return Step("destroy", "the removal leaves only a snapshot of the messages", self._destroy)
+
+    def _question(self) -> str:
+        body = (self._pipeline.template or self._pipeline.default).read_text(encoding="utf-8")
+        target = aim(self._stack, None, body, self._pipeline.parameters, None)
+        lines, dollars = estimate(target.parameters)
+        return "\n".join(
+            (
+                f"The proof makes the stack {self._stack.name}, works on it for about three hours, and removes it.",
+                "It costs about, at the prices of us-east-1:",
+                *lines,
+                f"  ${dollars:.2f}  together; not counted: a bake, logs and alarms (some cents), and tax",
+                "Each hour more costs a quarter of the first lines.",
+            )
+        )
+
+    def _try(self, step: Step, seen: list[dict[str, str]]) -> str:
+        """Run a step and print it; returns why it failed, or "" ."""
+        say(f"{step.name}: to prove: {step.proves}")
+        self._acted = False
+        failed = ""
+        try:
+            text = step.run()
+        except DeployError as error:
+            failed = f"{step.name} is not proved: seen: {error}"
+        except Exception as error:  # noqa: BLE001 -- an answer that nobody expected must not keep the stack alive
+            failed = f"{step.name} is not proved: seen: {type(error).__name__}: {error}"
+        finally:
+            self._recording.write(step.name)
+        if not failed:
+            seen.append({"step": step.name, "proves": step.proves, "seen": text})
+        say(failed or f"{step.name}: proved: {text}")
+        return failed
+
+    def _images(self) -> str:
+        """Make the images: a copy of the first, and a copy of Debian's, which has no chatd."""
+        self._first = self._image()
+        source = find(self._stack.account, self._first)
+        self._next = self._copy(self._first, "next", tags(source))
+        filters = [
+            {"Name": "name", "Values": ["debian-13-*"]},
+            {"Name": "architecture", "Values": [source["Architecture"]]},
+        ]
+        found = self._stack.account.pages("ec2", "describe_images", "Images", Owners=[DEBIAN], Filters=filters)
+        newest = max(found, key=lambda one: (one["CreationDate"], one["ImageId"]), default=None)
+        if newest is None:
+            raise Unlike(f"Debian has no image for {source['Architecture']} in this region")
+        self._bad = self._copy(newest["ImageId"], "bad", {TAG: "none"})
+        until = self._clock.now() + COPY_SECONDS
+        while pending := [one["ImageId"] for one in self._copies() if one["State"] == "pending"]:
+            if self._clock.now() >= until:
+                raise Unlike(f"{', '.join(pending)} is still pending")
+            self._clock.sleep(POLL_SECONDS)
+        for image in (self._next, self._bad):
+            find(self._stack.account, image)
+        return f"{self._next} is a copy of {self._first}, and {self._bad} has no chatd"
+
+    def _copy(self, image: str, word: str, tagged: Mapping[str, str]) -> str:
+        """Copy an image within the region."""
+        given = [{"Key": key, "Value": value} for key, value in tagged.items()]
+        answer = self._call(
+            "ec2",
+            "copy_image",
+            Name=f"{self._stack.name}-{word}",
+            SourceImageId=image,
+            SourceRegion=self._stack.account.region,
+            Encrypted=True,
+            TagSpecifications=[{"ResourceType": kind, "Tags": given} for kind in ("image", "snapshot")],
+        )
+        return str(answer["ImageId"])
+
+    def _copies(self) -> list[dict[str, Any]]:
+        """Return the images that the proof made, by their names."""
+        filters = [{"Name": "name", "Values": [f"{self._stack.name}-*"]}]
+        return [*self._stack.account.pages("ec2", "describe_images", "Images", Owners=["self"], Filters=filters)]
+
+    def _create(self) -> str:
+        self._pipeline.ship(self._first)
+        return self._serves(self._first, "CREATE_COMPLETE")
+
+    def _ship(self) -> str:
+        self._pipeline.ship(self._next)
+        return self._serves(self._next, "UPDATE_COMPLETE")
+
+    def _bad_image(self) -> str:
+        why = self._rolled_back(lambda: self._pipeline.ship(self._bad))
+        return f"{self._serves(self._next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
+
+    def _alarm(self) -> str:
+        why = self._rolled_back(lambda: self._during(self._ring_in_refresh).ship(self._first))
+        if not self._acted:
+            raise Unlike(f"it was rolled back before the alarm: {why}")
+        self._calm()
+        return f"{self._serves(self._next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
+
+    def _abort(self) -> str:
+        why = self._rolled_back(lambda: self._during(self._abort_in_refresh).ship(self._first))
+        if not self._acted:
+            raise Unlike(f"it was rolled back before the abort: {why}")
+        return f"{self._serves(self._next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
+
+    def _roll_back(self) -> str:
+        self._ring()
+        self._during(self._ring).rollback(self._first)
+        if not self._acted:
+            raise Unlike("no alarm was on")
+        self._calm()
+        return self._serves(self._first, "UPDATE_COMPLETE")
+
+    def _destroy(self) -> str:
+        if self._stack.look() is not None:
+            with contextlib.suppress(DeployError):  # most often nothing is in progress
+                abort(self._stack, self._pipeline.timeout)
+            removal = Removal(self._stack, self._pipeline.timeout, self._pipeline.role, self._pipeline.begun)
+            self._snapshot = removal.run(lambda _: True)["snapshot"]
+        for one in self._copies():
+            self._call("ec2", "deregister_image", ImageId=one["ImageId"], DeleteAssociatedSnapshots=True)
+        groups = self._call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[self._stack.name])
+        wrong = ["the group"] if groups["AutoScalingGroups"] else []
+        wrong += ["the record"] if self._pipeline.record.last_good() else []
+        wrong += ["the stack"] if self._stack.look() is not None else []
+        wrong += [one["ImageId"] for one in self._copies()]
+        if wrong:
+            raise Unlike(f"{', '.join(wrong)} still exists")
+        return "no stack, no instance, no image of the proof"
+
+    # What happens during a command
+
+    def _during(self, act: Callable[[], None]) -> Pipeline:
+        """Return the pipeline with a clock that acts in each pause."""
+        clock = Between(self._clock, act)
+        return self._pipeline._replace(stack=Stack(self._stack.account, self._stack.name, clock))
+
+    def _refreshing(self) -> bool:
+        """Return whether an update replaces instances now."""
+        if self._stack.there().status != "UPDATE_IN_PROGRESS":
+            return False
+        arguments = {"AutoScalingGroupName": self._stack.name, "MaxRecords": 1}
+        found = self._call("autoscaling", "describe_instance_refreshes", **arguments)["InstanceRefreshes"]
+        return bool(found) and found[0]["Status"] in REFRESHING
+
+    def _ring(self) -> None:
+        """Set an alarm off.  CloudWatch evaluates it again within a minute, so this is repeated."""
+        self._set_alarm("ALARM")
+        self._acted = True
+
+    def _ring_in_refresh(self) -> None:
+        if self._refreshing():
+            self._ring()
+
+    def _abort_in_refresh(self) -> None:
+        if not self._acted and self._refreshing():
+            self._acted = True
+            abort(self._stack, self._pipeline.timeout)
+
+    def _set_alarm(self, state: str) -> None:
+        name = f"{self._stack.name}-errors"
+        why = "scripts/deploy prove"
+        self._call("cloudwatch", "set_alarm_state", AlarmName=name, StateValue=state, StateReason=why)
+
+    def _calm(self) -> None:
+        """Wait until all alarms are OK; raises Unlike."""
+        self._set_alarm("OK")
+        until = self._clock.now() + CALM_SECONDS
+        while True:
+            try:
+                self._stack.quiet(self._stack.there())
+            except CallDenied as error:
+                if self._clock.now() >= until:
+                    raise Unlike(f"after {CALM_SECONDS // 60} minutes {error}") from error
+            else:
+                return
+            self._clock.sleep(POLL_SECONDS)
+
+    # What must be true
+
+    def _serves(self, image: str, status: str) -> str:
+        """Check that the stack has a status, runs and serves an image, and has it on record; raises Unlike."""
+        state = self._stack.there()
+        good = self._pipeline.record.last_good()
+        wrong = [f"the stack is {state.status}, not {status}"] if state.status != status else []
+        wrong += [f"its image is {state.image}, not {image}"] if state.image != image else []
+        wrong += [f"last-good is {good}, not {image}"] if good != image else []
+        if wrong:
+            raise Unlike(", ".join(wrong))
+        found = verify(self._stack, image, self._pipeline.within)
+        return f"{status}, {image} on {len(found['instances'])} instances"
+
+    @staticmethod
+    def _rolled_back(act: Callable[[], Any]) -> str:
+        """Return why a rollout was rolled back; raises Unlike if it was not, or if it only took too long."""
+        try:
+            act()
+        except RolledBack as error:
+            if "not complete after" in str(error):
+                raise Unlike(str(error)) from error
+            return str(error)
+        raise Unlike("the rollout succeeded")
+
+    # What is left
+
+    def _stack_left(self) -> bool:
+        """Return whether the stack exists, as far as AWS answers."""
+        try:
+            return self._stack.look() is not None
+        except AwsError:
+            return True
+
+    def left(self) -> str:
+        """Return what still exists, and the commands that remove it."""
+        region = f"--region {self._stack.account.region}"
+        name = self._stack.name
+        parts = []
+        if self._stack_left():
+            arguments = f"--stack {name} {region}" + (
+                f" --role-arn {self._pipeline.role}" if self._pipeline.role else ""
+            )
+            parts.append(
+                f"the stack {name} (if a rollout is in progress, first scripts/deploy abort --stack {name}): "
+                f"scripts/deploy destroy {arguments}"
+            )
+        try:
+            copies = [str(one["ImageId"]) for one in self._copies()]
+        except AwsError:
+            copies = [one for one in (self._next, self._bad) if one]
+        remove = f"aws ec2 deregister-image {region} --delete-associated-snapshots --image-id"
+        parts += [f"the image {image}: {remove} {image}" for image in copies]
+        if self._snapshot:
+            parts.append(
+                f"the snapshot {self._snapshot}: aws memorydb delete-snapshot {region} --snapshot-name {self._snapshot}"
+            )
+        return f"what still exists: {'; '.join(parts)}" if parts else "nothing of the proof still exists"
