@@ -88,7 +88,7 @@ class Unlike(DeployError):
 
 
 class Between(Clock):
-    """A clock that acts in each pause of a command."""
+    """A clock that acts in each pause of a command.  After a passing error it acts again in the next."""
 
     def __init__(self, clock: Clock, act: Callable[[], None]) -> None:
         self._clock = clock
@@ -98,7 +98,12 @@ class Between(Clock):
         return self._clock.now()
 
     def sleep(self, seconds: float) -> None:
-        self._act()
+        try:
+            self._act()
+        except AwsError as error:
+            if not error.passing:
+                raise
+            say(f"retrying: {error}")
         self._clock.sleep(seconds)
 
 
@@ -205,18 +210,22 @@ class Proof:
         self._first = self._next = self._bad = ""
         self._acted = False
         """True once the alarm or the abort of the present step has happened."""
+        self._refresh = ""
+        """The refresh of the instances in which it happens."""
         self._snapshot: str | None = None
 
     @property
-    def steps(self) -> list[Step]:
-        """The steps before the removal."""
+    def all_steps(self) -> list[Step]:
+        """The steps, in order.  The last is the removal."""
         return [
+            Step("images", "a copy of an image can be made", self._images),
             Step("create", "a new account gets a stack that serves an image", self._create),
             Step("ship", "a new image replaces every instance", self._ship),
             Step("bad-image", "CloudFormation rolls back an image whose instances never become ready", self._bad_image),
             Step("alarm", "an alarm during a rollout rolls it back", self._alarm),
             Step("abort", "an abort during a rollout rolls it back", self._abort),
             Step("roll-back", "an earlier image returns in spite of an alarm", self._roll_back),
+            Step("destroy", "the removal leaves only a snapshot of the messages", self._destroy),
         ]
 
     def run(self, confirm: Callable[[str], bool]) -> dict[str, Any]:
@@ -232,14 +241,15 @@ class Proof:
             raise DeployError(f"not confirmed: type the name of the stack, {name}")
         self._pipeline.begun()
         seen: list[dict[str, str]] = []
+        *steps, removal = self.all_steps
         failed = ""
         try:
-            for step in [Step("images", "a copy of an image can be made", self._images), *self.steps]:
+            for step in steps:
                 failed = self._try(step, seen)
                 if failed:
                     break
             if not self._keep:
-                failed = "; ".join(filter(None, (failed, self._try(self._removal, seen))))
+                failed = "; ".join(filter(None, (failed, self._try(removal, seen))))
         except KeyboardInterrupt as stop:
             raise Interrupted(self.left()) from stop
         left = self.left()
@@ -248,10 +258,6 @@ class Proof:
         if failed:
             raise Unproved(f"{failed}; {left}")
         return {"stack": name, "steps": seen, "left": left}
-
-    @property
-    def _removal(self) -> Step:
-        return Step("destroy", "the removal leaves only a snapshot of the messages", self._destroy)
 
     def _question(self) -> str:
         body = (self._pipeline.template or self._pipeline.default).read_text(encoding="utf-8")
@@ -270,7 +276,7 @@ class Proof:
     def _try(self, step: Step, seen: list[dict[str, str]]) -> str:
         """Run a step and print it; returns why it failed, or "" ."""
         say(f"{step.name}: to prove: {step.proves}")
-        self._acted = False
+        self._acted, self._refresh = False, ""
         failed = ""
         try:
             text = step.run()
@@ -385,12 +391,13 @@ class Proof:
         return self._pipeline._replace(stack=Stack(self._stack.account, self._stack.name, clock))
 
     def _refreshing(self) -> bool:
-        """Return whether an update replaces instances now."""
-        if self._stack.there().status != "UPDATE_IN_PROGRESS":
-            return False
+        """Return whether the rollout replaces instances now; the refresh that rolls it back is another one."""
         arguments = {"AutoScalingGroupName": self._stack.name, "MaxRecords": 1}
-        found = self._call("autoscaling", "describe_instance_refreshes", **arguments)["InstanceRefreshes"]
-        return bool(found) and found[0]["Status"] in REFRESHING
+        for one in self._call("autoscaling", "describe_instance_refreshes", **arguments)["InstanceRefreshes"]:
+            if one["Status"] in REFRESHING:
+                self._refresh = self._refresh or one["InstanceRefreshId"]
+                return bool(self._refresh == one["InstanceRefreshId"])
+        return False
 
     def _ring(self) -> None:
         """Set an alarm off.  CloudWatch evaluates it again within a minute, so this is repeated."""

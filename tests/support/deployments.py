@@ -139,7 +139,7 @@ def named(service, operation):
 class DeploymentAccount:
     """A new account; a context manager.  `asked` has what it was asked for, as IAM names it."""
 
-    def __init__(self, url_of_chat, script=DEPLOY):
+    def __init__(self, url_of_chat, script=DEPLOY, name=STACK):
         with CREATING:
             self._moto, self._session = moto()
         from moto.cloudwatch.models import cloudwatch_backends
@@ -147,6 +147,7 @@ class DeploymentAccount:
         from moto.memorydb.models import memorydb_backends
 
         self.owner = str(next(OWNERS))
+        self.name = name
         self.ec2 = ec2_backends[self.owner][REGION]
         self.cloudwatch = cloudwatch_backends[self.owner][REGION]
         self.script = script
@@ -167,8 +168,8 @@ class DeploymentAccount:
         self._here = REGION
         self.process = None
         """The scripts/deploy that runs."""
-        self.fleet = Fleet(self, STACK, REGION)
-        self.stack = Formation(STACK, self.fleet, REGION, self.owner)
+        self.fleet = Fleet(self, name, REGION)
+        self.stack = Formation(name, self.fleet, REGION, self.owner)
         self.memorydb = memorydb_backends[self.owner][REGION]
         self.stack.held = self._held
         self._fading = 0
@@ -287,12 +288,7 @@ class DeploymentAccount:
         def answered():
             own = self._own(service, operation)
             if own is None:
-                head = []
-                parts = self._moto(environ, lambda status, headers, *_: head.append((status, headers)))
-                whole = b"".join(parts)
-                if operation == "DescribeImages":
-                    return head[0][0], XML, self._aged(whole)
-                return *head[0], whole
+                return self._by_moto(environ, operation)
             try:
                 return (
                     "200 OK",
@@ -319,6 +315,17 @@ class DeploymentAccount:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return "500 No", [], b""
 
+    def _by_moto(self, environ, operation):
+        """Return the answer of moto, with what it does not know."""
+        head = []
+        parts = self._moto(environ, lambda status, headers, *_: head.append((status, headers)))
+        whole = b"".join(parts)
+        if operation == "SetAlarmState":
+            self.fleet.combine()
+        if operation == "DescribeImages":
+            return head[0][0], XML, self._aged(whole)
+        return *head[0], whole
+
     def _simulate(self, params):
         results = [
             {"EvalActionName": one, "EvalDecision": "implicitDeny" if one in self.denied else "allowed"}
@@ -328,22 +335,22 @@ class DeploymentAccount:
 
     def _held(self):
         """Return what cannot be deleted with the stack, as at AWS: what its cluster or its subnet group uses."""
-        if STACK in self.memorydb.clusters:
+        if self.name in self.memorydb.clusters:
             return "[StoreSecurityGroup, SubnetA]. resource sg-1 has a dependent object"
-        return "[SubnetA]. The subnet is in use by a subnet group" if STACK in self.memorydb.subnet_groups else None
+        return "[SubnetA]. The subnet is in use by a subnet group" if self.name in self.memorydb.subnet_groups else None
 
     def _memorydb(self, operation, answered):
         """Delete a cluster as AWS does: it has the status `deleting` until the snapshot is made."""
         if operation == "DescribeClusters" and self._fading:
             self._fading -= 1
             if not self._fading:
-                self.memorydb.clusters.pop(STACK, None)
-        cluster = self.memorydb.clusters.get(STACK)
+                self.memorydb.clusters.pop(self.name, None)
+        cluster = self.memorydb.clusters.get(self.name)
         if operation == "DeleteCluster" and cluster and self._fading:
             return "400 No", [], json.dumps({"__type": "InvalidClusterStateFault", "message": "not available"}).encode()
         answer = answered()
         if operation == "DeleteCluster" and cluster:
-            self.memorydb.clusters[STACK], self._fading = cluster, 3
+            self.memorydb.clusters[self.name], self._fading = cluster, 3
         return answer
 
     def _own(self, service, operation):

@@ -79,9 +79,13 @@ class Fleet:
             self._account.cloudwatch.alarms[name].rule = "TRUE"
         self._call("cloudwatch", "set_alarm_state", AlarmName=name, StateValue=state, StateReason="test")
         if not composite:
-            on = set(self.alarms("ALARM")) & {*self._guards}
-            whole = {"StateValue": "ALARM" if on else "OK", "StateReason": "test"}
-            self._call("cloudwatch", "set_alarm_state", AlarmName=self._trigger, **whole)
+            self.combine()
+
+    def combine(self):
+        """Have the composite alarm be as those are that guard a rollout."""
+        on = set(self.alarms("ALARM")) & {*self._guards}
+        whole = {"StateValue": "ALARM" if on else "OK", "StateReason": "test"}
+        self._call("cloudwatch", "set_alarm_state", AlarmName=self._trigger, **whole)
 
     def alarm(self, state):
         """Have an alarm of the instances go off, or be quiet."""

@@ -1,0 +1,355 @@
+"""scripts/deploy prove, rehearsed against doubles, and the doubles against what it records."""
+
+import contextlib
+import copy
+import functools
+import pathlib
+import signal
+import sys
+
+import pytest
+from support.deployments import ALLOWED, DEPLOY, FAILED, INTERRUPTED, VERSION, DeploymentAccount, deploy, settings
+from support.formation import TEMPLATE, ChangeSet
+from support.recordings import differences, read
+
+sys.path.append(str(DEPLOY.parent))
+NAME = "chatd-prove-test"
+STEPS = ["images", "create", "ship", "bad-image", "alarm", "abort", "roll-back", "destroy"]
+DEBIAN = "136693071363"
+RECORDED = pathlib.Path(__file__).parent / "recorded"
+"""A recording.  This one was made from the doubles.  The first that is made at AWS replaces it."""
+CHANGING = ("Create", "Copy", "Delete", "Execute", "Set", "Put", "Update", "Cancel", "Deregister")
+"""How the names of calls begin that change something."""
+
+
+class WithoutChatd:
+    """The images without chatd: their instances never become healthy."""
+
+    def __init__(self, account):
+        self._account = account
+
+    def __contains__(self, image):
+        return self._account.ec2.amis[image].name == f"{NAME}-bad"
+
+
+@contextlib.contextmanager
+def empty():
+    """Lend an account with an image of chatd and one of Debian, and no stack."""
+    with DeploymentAccount("ws://127.0.0.1:1/", name=NAME) as account, pytest.MonkeyPatch.context() as patch:
+        from deploying import verify
+
+        for name, value in settings(account).items():
+            if name.startswith(("AWS_", "CHATD_DEPLOY_")):
+                patch.setenv(name, value)
+        patch.setattr(verify, "echo", lambda url, expected: "")
+        account.first, account.debian = account.image(VERSION), account.image(None)
+        debian = account.ec2.amis[account.debian]
+        debian.name, debian.owner_id, debian.public = "debian-13-arm64-20260912-2000", DEBIAN, True
+        account.stack.unhealthy = WithoutChatd(account)
+        create = account.fleet.create
+
+        def create_with_store(*arguments):
+            create(*arguments)
+            account.fleet.store()
+
+        account.fleet.create = create_with_store
+        yield account
+
+
+@functools.cache
+def loader():
+    """botocore's loader of models, which keeps them for all tests."""
+    import botocore.loaders
+
+    return botocore.loaders.create_loader()
+
+
+@contextlib.contextmanager
+def proving(account, *, record=None, keep=False):
+    """Lend a proof that runs in this process."""
+    from deploying.aws import Account, clock
+    from deploying.prove import Proof
+    from deploying.ship import Pipeline
+    from deploying.stack import Stack
+
+    region = Account("us-east-1")
+    region._session.register_component("data_loader", loader())
+    pipeline = Pipeline(
+        Stack(region, NAME, clock()),
+        default=TEMPLATE,
+        template=None,
+        parameters={},
+        allow=[],
+        role=None,
+        tags={},
+        timeout=3600,
+        within=0,
+        begun=lambda: None,
+    )
+    try:
+        yield Proof(pipeline, lambda: account.first, record, keep=keep)
+    finally:
+        for client in region._clients.values():
+            client.close()
+
+
+@pytest.fixture
+def account():
+    with empty() as account:
+        yield account
+
+
+@pytest.fixture(scope="module")
+def proved(tmp_path_factory):
+    """A whole proof: the account, the result, the recording, and what was asked before the confirmation."""
+    folder = tmp_path_factory.mktemp("record") / "answers"
+    with empty() as account, proving(account, record=folder) as proof:
+        before = []
+
+        def confirm(question):
+            before.extend((question, *account.asked))
+            return True
+
+        yield account, proof.run(confirm), folder, before
+
+
+def images(account):
+    """Return the images of the account but the first and Debian's."""
+    return sorted(account.ec2.amis.keys() - {account.first, account.debian})
+
+
+# The whole
+
+
+def test_whole_proof(proved):
+    """Each step is proved, and only a snapshot of the messages is left, with the command that removes it."""
+    account, done, _, _ = proved
+    assert [one["step"] for one in done["steps"]] == STEPS
+    assert (account.stack.deleted, account.recorded(NAME)[0], images(account)) == (True, [], [])
+    (snapshot,) = account.memorydb.snapshots
+    remove = f"aws memorydb delete-snapshot --region us-east-1 --snapshot-name {snapshot}"
+    assert done["left"] == f"what still exists: the snapshot {snapshot}: {remove}"
+    assert {*account.asked} <= ALLOWED | {"cloudwatch:SetAlarmState"}
+
+
+def test_estimate_comes_before_the_confirmation(proved):
+    """Nothing is changed before the name is typed, and the question has hours, parts and the sum."""
+    question, *asked = proved[3]
+    assert [one for one in asked if one.partition(":")[2].startswith(CHANGING)] == []
+    assert NAME in question
+    for text in (
+        "4 hours of 3 instances of t4g.small",
+        "load balancer",
+        "2 nodes of MemoryDB",
+        "snapshots",
+        "together",
+    ):
+        assert text in question
+
+
+def test_recording_has_no_secrets(proved):
+    """The recording has a file for each step, and neither the number of the account nor parameters."""
+    account, _, folder, _ = proved
+    assert [path.stem.partition("-")[2] for path in sorted(folder.iterdir())] == STEPS
+    text = "".join(path.read_text() for path in folder.iterdir())
+    for operation in ("DescribeChangeSet", "DescribeStackEvents", "DescribeInstanceRefreshes", "DescribeAlarms"):
+        assert f'"operation":"{operation}"' in text
+    assert (account.owner in text, "ParameterValue" in text, "123456789012" in text) == (False, False, True)
+
+
+# Each step with its negative control
+
+
+def at_work(account, proof):
+    """Have the stack and the images be as they are after the step `ship`."""
+    proof._first, proof._next, proof._bad = account.first, account.image(VERSION), account.image("none")
+    account.ec2.amis[proof._bad].name = f"{NAME}-bad"
+    account.stack.exists(ImageId=proof._next)
+    account.label(proof._next, NAME)
+    account.stack.triggers = [account.fleet.outputs["RolloutAlarm"]]
+
+
+def without_debian(account, proof):
+    del account.ec2.amis[account.debian]
+
+
+def never_ready(account, proof):
+    proof._first = account.first
+    account.stack.unhealthy = {account.first}
+
+
+def not_replaced(account, proof):
+    at_work(account, proof)
+    proof._next = account.image(VERSION)
+    account.fleet.replace = lambda one: None
+
+
+def healthy(account, proof):
+    at_work(account, proof)
+    account.stack.unhealthy = set()
+
+
+def without_trigger(account, proof):
+    at_work(account, proof)
+    account.fleet.combine = lambda: None
+
+
+def deaf(account, proof):
+    at_work(account, proof)
+    account.stack.CancelUpdateStack = lambda params: None
+
+
+def faithful(account, proof):
+    """An empty list does not replace the triggers of an earlier update."""
+    at_work(account, proof)
+    account.patch.setattr(ChangeSet, "triggers", lambda change_set, saved: saved)
+
+
+def with_images(account, proof):
+    at_work(account, proof)
+    account.ec2.amis[account.image(VERSION)].name = f"{NAME}-next"
+    account._deregister = lambda params: {"Return": True}
+
+
+CONTROLS = {
+    "images": (without_debian, "Debian has no image for arm64"),
+    "create": (never_ready, "delete the stack before you create it again"),
+    "ship": (not_replaced, "runs ami-"),
+    "bad-image": (healthy, "the rollout succeeded"),
+    "alarm": (without_trigger, "the rollout succeeded"),
+    "abort": (deaf, "completed before it could be cancelled"),
+    "roll-back": (faithful, "is not restored: rolled back"),
+    "destroy": (with_images, "still exists"),
+}
+"""For each step an account where it must fail, and what is seen."""
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_step_can_fail(account, monkeypatch, name):
+    """Each step fails, and names what was seen, if AWS does not do what it proves."""
+    account.patch = monkeypatch
+    prepare, seen = CONTROLS[name]
+    with proving(account) as proof:
+        prepare(account, proof)
+        (step,) = [one for one in proof.all_steps if one.name == name]
+        failed = proof._try(step, done := [])
+    assert failed.startswith(f"{name} is not proved: seen: "), failed
+    assert (seen in failed, done) == (True, []), failed
+
+
+# What is left
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_failed_step_goes_on_to_destroy(account, keep):
+    """After a failed step the stack is destroyed and the rest is skipped; --keep leaves it, and the error says how."""
+    from deploying.aws import Stuck
+    from deploying.prove import Unproved
+
+    account.stack.unhealthy = {account.first}
+    with proving(account, keep=keep) as proof, pytest.raises(Stuck if keep else Unproved) as error:
+        proof.run(lambda question: True)
+    assert str(error.value).startswith("create is not proved: seen: ")
+    assert (account.stack.deleted, bool(images(account)), len(account.stack.executed)) == (not keep, keep, 1)
+    assert (f"scripts/deploy destroy --stack {NAME} --region us-east-1" in str(error.value)) == keep
+    assert str(error.value).count("aws ec2 deregister-image") == 2 * keep
+
+
+def test_unforeseen_answer_goes_on_to_destroy(account):
+    """An exception that is no error of AWS fails the step too, and the images go."""
+    with proving(account) as proof:
+        proof._create = lambda: {}["NextToken"]
+        with pytest.raises(Exception, match="create is not proved: seen: KeyError: 'NextToken'; nothing of the proof"):
+            proof.run(lambda question: True)
+    assert images(account) == []
+
+
+def test_existing_stack_is_refused(account):
+    """The proof touches no stack that exists, and does not even ask."""
+    from deploying.aws import CallDenied
+
+    account.stack.exists(ImageId=account.first)
+    with proving(account) as proof, pytest.raises(CallDenied, match="exists: the proof needs a stack of its own"):
+        proof.run(lambda question: pytest.fail("asked"))
+
+
+@pytest.mark.parametrize(("typed", "status"), [("yes", FAILED), (NAME, INTERRUPTED)])
+def test_program_is_not_confirmed_or_interrupted(account, typed, status):
+    """Another name changes nothing; an interrupt ends with what still exists and the commands that remove it."""
+    account.fault("DescribeStackEvents", lambda: account.process.send_signal(signal.SIGINT), after=1)
+    result = deploy(account, "prove", "--name=test", f"--image={account.first}", typed=typed)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == status, result.stderr
+    if status == FAILED:
+        assert (last, account.stack.status) == (f"deploy: not confirmed: type the name of the stack, {NAME}", None)
+    else:
+        assert last.startswith("deploy: interrupted: what still exists: the stack chatd-prove-test")
+        assert f"scripts/deploy destroy --stack {NAME} --region us-east-1" in last
+        assert [one for one in images(account) if f"--image-id {one}" not in last] == []
+
+
+# The parts
+
+
+def test_estimate_counts_the_parts():
+    """The sum follows the parameters, and a type without a price is not guessed."""
+    from deploying.prove import estimate
+
+    given = {"MinSize": "2", "InstanceType": "t4g.small", "StoreNodeType": "db.t4g.small", "StoreReplicas": "1"}
+    lines, dollars = estimate(given)
+    assert (len(lines), round(dollars, 2)) == (6, 0.74)
+    assert estimate(given | {"StoreParameter": "/s"})[1] == pytest.approx(dollars - 4 * 2 * 0.0336)
+    assert estimate(given | {"MinSize": "10"})[0][0] == (
+        "  $0.81  4 hours of 12 instances of t4g.small, of which a rollout starts 2"
+    )
+    assert "not known" in estimate(given | {"InstanceType": "m8g.large"})[0][0]
+
+
+def test_recorded_texts_are_hidden():
+    """Account numbers, keys, names of people and passwords are replaced, and statuses stay."""
+    from deploying.prove import hidden
+
+    reason = "arn:aws:iam::999988887777:user/Jo is not authorized, AKIAABCDEFGHIJKLMNOP, redis://jo:secret@store"
+    answer = {
+        "StackEvents": [
+            {"ResourceStatus": "UPDATE_FAILED", "ResourceStatusReason": reason, "ResourceProperties": "{}"},
+        ],
+        "Parameters": [{"ParameterKey": "StoreParameter", "ParameterValue": "/secret"}],
+    }
+    text = "arn:aws:iam::123456789012:user/HIDDEN is not authorized, HIDDEN, redis://HIDDEN@store"
+    assert hidden(answer) == {"StackEvents": [{"ResourceStatus": "UPDATE_FAILED", "ResourceStatusReason": text}]}
+
+
+# The doubles against the recording
+
+
+def test_doubles_answer_as_recorded(proved):
+    """What the doubles answer in each step is in the recording, and the changes and statuses are the same."""
+    assert differences(read(RECORDED), read(proved[2])) == []
+
+
+DRIFT = {
+    "a replacement": (
+        "3-ship",
+        "changes",
+        "Modify Group AWS::AutoScaling::AutoScalingGroup True",
+        "AWS does not answer",
+    ),
+    "a status of the stack": ("5-alarm", "stack", "UPDATE_FAILED", "AWS does not answer"),
+    "an attribute": ("2-create", "shapes", "DescribeChangeSet.Nested: bool", "AWS does not answer"),
+    "a status of a refresh": ("6-abort", "refreshes", "Stopped", "AWS does not answer"),
+}
+
+
+@pytest.mark.parametrize("what", DRIFT)
+def test_drift_of_the_doubles_is_seen(what):
+    """The control: what only one side answers is a difference."""
+    step, kind, answer, text = DRIFT[what]
+    recorded = read(RECORDED)
+    answered = copy.deepcopy(recorded)
+    answered[step][kind].add(answer)
+    assert [one for one in differences(recorded, answered) if text not in one or answer not in one] == []
+    assert len(differences(recorded, answered)) == 1
+    assert len(differences(answered, recorded)) == (kind in ("changes", "stack"))
+    del answered[step]
+    assert differences(recorded, answered) == [f"{step}: only one side has this step"]
