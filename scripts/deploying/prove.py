@@ -70,11 +70,11 @@ SECRETS: Final = (
     (re.compile(r"(arn:aws[a-z-]*:(?:iam|sts)::\d{12}:[a-z-]+/)[^\s\"',)]+"), r"\1HIDDEN"),
     (re.compile(r"(://)[^/\s@]+@"), r"\1HIDDEN@"),
 )
-"""What is replaced in each text of a recording, in this order."""
+"""Replacements in each text of a recording, in this order."""
 
 
 class Unproved(DeployError):
-    """A step failed, and nothing of the proof is left."""
+    """A step failed, and the stack is gone."""
 
     status = 4
 
@@ -231,8 +231,8 @@ class Proof:
     def run(self, confirm: Callable[[str], bool]) -> dict[str, Any]:
         """Run all steps after `confirm` returns true; returns what was seen.
 
-        Raises DeployError if nothing was begun, Unproved if a step failed and nothing is left, Stuck if something is
-        left, and Interrupted.
+        Raises DeployError if nothing was begun, Unproved if a step failed and the stack is gone, Stuck if it is left,
+        and Interrupted.
         """
         name = self._stack.name
         if self._stack.look() is not None:
@@ -306,9 +306,11 @@ class Proof:
             raise Unlike(f"Debian has no image for {source['Architecture']} in this region")
         self._bad = self._copy(newest["ImageId"], "bad", {TAG: "none"})
         until = self._clock.now() + COPY_SECONDS
-        while pending := [one["ImageId"] for one in self._copies() if one["State"] == "pending"]:
+        while pending := {self._next, self._bad} - {
+            one["ImageId"] for one in self._copies() if one["State"] != "pending"
+        }:
             if self._clock.now() >= until:
-                raise Unlike(f"{', '.join(pending)} is still pending")
+                raise Unlike(f"{', '.join(sorted(pending))} is still pending")
             self._clock.sleep(POLL_SECONDS)
         for image in (self._next, self._bad):
             find(self._stack.account, image)
@@ -349,7 +351,7 @@ class Proof:
         why = self._rolled_back(lambda: self._during(self._ring_in_refresh).ship(self._first))
         if not self._acted:
             raise Unlike(f"it was rolled back before the alarm: {why}")
-        self._calm()
+        self._set_alarm("OK")
         return f"{self._serves(self._next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
 
     def _abort(self) -> str:
@@ -363,7 +365,7 @@ class Proof:
         self._during(self._ring).rollback(self._first)
         if not self._acted:
             raise Unlike("no alarm was on")
-        self._calm()
+        self._set_alarm("OK")
         return self._serves(self._first, "UPDATE_COMPLETE")
 
     def _destroy(self) -> str:
@@ -383,7 +385,7 @@ class Proof:
             raise Unlike(f"{', '.join(wrong)} still exists")
         return "no stack, no instance, no image of the proof"
 
-    # What happens during a command
+    # Actions during a command
 
     def _during(self, act: Callable[[], None]) -> Pipeline:
         """Return the pipeline with a clock that acts in each pause."""
@@ -418,9 +420,26 @@ class Proof:
         why = "scripts/deploy prove"
         self._call("cloudwatch", "set_alarm_state", AlarmName=name, StateValue=state, StateReason=why)
 
+    # Checks
+
+    def _serves(self, image: str, status: str) -> str:
+        """Check the status of the stack, the image that it runs, serves and has on record, and its alarms."""
+        state = self._stack.there()
+        good = self._pipeline.record.last_good()
+        wrong = [f"the stack is {state.status}, not {status}"] if state.status != status else []
+        wrong += [f"its image is {state.image}, not {image}"] if state.image != image else []
+        wrong += [f"last-good is {good}, not {image}"] if good != image else []
+        if wrong:
+            raise Unlike(", ".join(wrong))
+        self._calm()
+        found = verify(self._stack, image, self._pipeline.within)
+        return f"{status}, {image} on {len(found['instances'])} instances"
+
     def _calm(self) -> None:
-        """Wait until all alarms are OK; raises Unlike."""
-        self._set_alarm("OK")
+        """Wait until all alarms are OK, which the next rollout needs; raises Unlike.
+
+        Those of a new stack have no data at first, and one that went off needs minutes.
+        """
         until = self._clock.now() + CALM_SECONDS
         while True:
             try:
@@ -431,20 +450,6 @@ class Proof:
             else:
                 return
             self._clock.sleep(POLL_SECONDS)
-
-    # What must be true
-
-    def _serves(self, image: str, status: str) -> str:
-        """Check that the stack has a status, runs and serves an image, and has it on record; raises Unlike."""
-        state = self._stack.there()
-        good = self._pipeline.record.last_good()
-        wrong = [f"the stack is {state.status}, not {status}"] if state.status != status else []
-        wrong += [f"its image is {state.image}, not {image}"] if state.image != image else []
-        wrong += [f"last-good is {good}, not {image}"] if good != image else []
-        if wrong:
-            raise Unlike(", ".join(wrong))
-        found = verify(self._stack, image, self._pipeline.within)
-        return f"{status}, {image} on {len(found['instances'])} instances"
 
     @staticmethod
     def _rolled_back(act: Callable[[], Any]) -> str:
@@ -457,10 +462,10 @@ class Proof:
             return str(error)
         raise Unlike("the rollout succeeded")
 
-    # What is left
+    # Leftovers
 
     def _stack_left(self) -> bool:
-        """Return whether the stack exists, as far as AWS answers."""
+        """Return whether the stack exists, or AWS does not answer."""
         try:
             return self._stack.look() is not None
         except AwsError:

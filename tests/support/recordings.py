@@ -1,14 +1,14 @@
 """Recordings of scripts/deploy prove: what AWS answered in each step, and how the answers of the doubles differ.
 
-The doubles answer less than AWS: fewer attributes, and fewer events of the resources.  What they answer must be what
-AWS answers too.  The changes of a change set, and the statuses of the stack, must be the same.
+AWS answers more than the doubles: more attributes, and more events of the resources.  It must answer all that they
+answer.  The changes of a change set, and the statuses of the stack, must be the same.
 """
 
 import json
 
 STACK = "AWS::CloudFormation::Stack"
 SAME = ("changes", "stack")
-"""What must be the same on both sides; of the rest the doubles answer a part."""
+"""Kinds that must be the same on both sides.  Of the rest the doubles answer a part."""
 
 
 def read(folder):

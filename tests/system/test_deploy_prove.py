@@ -178,6 +178,18 @@ def never_ready(account, proof):
     account.stack.unhealthy = {account.first}
 
 
+def without_data(account, proof):
+    """An alarm of the new stack never gets data."""
+    proof._first = account.first
+    create = account.fleet.create
+
+    def silent(*arguments):
+        create(*arguments)
+        account.fleet.alarm_named(account.fleet.errors, "INSUFFICIENT_DATA")
+
+    account.fleet.create = silent
+
+
 def not_replaced(account, proof):
     at_work(account, proof)
     proof._next = account.image(VERSION)
@@ -211,24 +223,27 @@ def with_images(account, proof):
     account._deregister = lambda params: {"Return": True}
 
 
-CONTROLS = {
-    "images": (without_debian, "Debian has no image for arm64"),
-    "create": (never_ready, "delete the stack before you create it again"),
-    "ship": (not_replaced, "runs ami-"),
-    "bad-image": (healthy, "the rollout succeeded"),
-    "alarm": (without_trigger, "the rollout succeeded"),
-    "abort": (deaf, "completed before it could be cancelled"),
-    "roll-back": (faithful, "is not restored: rolled back"),
-    "destroy": (with_images, "still exists"),
-}
+CONTROLS = [
+    ("images", without_debian, "Debian has no image for arm64"),
+    ("create", never_ready, "delete the stack before you create it again"),
+    ("create", without_data, "minutes an alarm is not OK"),
+    ("ship", not_replaced, "runs ami-"),
+    ("bad-image", healthy, "the rollout succeeded"),
+    ("alarm", without_trigger, "the rollout succeeded"),
+    ("abort", deaf, "completed before it could be cancelled"),
+    ("roll-back", faithful, "is not restored: rolled back"),
+    ("destroy", with_images, "still exists"),
+]
 """For each step an account where it must fail, and what is seen."""
 
 
-@pytest.mark.parametrize("name", CONTROLS)
-def test_step_can_fail(account, monkeypatch, name):
+@pytest.mark.parametrize(("name", "prepare", "seen"), CONTROLS)
+def test_step_can_fail(account, monkeypatch, name, prepare, seen):
     """Each step fails, and names what was seen, if AWS does not do what it proves."""
+    from deploying import prove
+
     account.patch = monkeypatch
-    prepare, seen = CONTROLS[name]
+    monkeypatch.setattr(prove, "CALM_SECONDS", 60)
     with proving(account) as proof:
         prepare(account, proof)
         (step,) = [one for one in proof.all_steps if one.name == name]
@@ -237,7 +252,11 @@ def test_step_can_fail(account, monkeypatch, name):
     assert (seen in failed, done) == (True, []), failed
 
 
-# What is left
+def test_every_step_has_a_control():
+    assert [*dict.fromkeys(name for name, *_ in CONTROLS)] == STEPS
+
+
+# The end
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -324,7 +343,7 @@ def test_recorded_texts_are_hidden():
 
 
 def test_doubles_answer_as_recorded(proved):
-    """What the doubles answer in each step is in the recording, and the changes and statuses are the same."""
+    """The recording has all that the doubles answer in each step, and the same changes and statuses of the stack."""
     assert differences(read(RECORDED), read(proved[2])) == []
 
 
