@@ -156,18 +156,26 @@ def hidden(value: Any) -> Any:
 
 
 class Recording:
-    """The answers of AWS, as one file of JSON lines for each step.  Without a folder nothing is written."""
+    """The answers of AWS, as one file of JSON lines for each step.  Without a folder nothing is written.
+
+    An answer is noted once in a step, and an event once in all, because each poll has all events again.
+    """
 
     def __init__(self, account: Account, folder: pathlib.Path | None) -> None:
         self._folder = folder
         self._heard: list[str] = []
+        self._events: set[str] = set()
         self._number = 0
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             account.listen(self._hear)
 
     def _hear(self, operation: str, answer: Mapping[str, Any]) -> None:
-        """Note an answer, once in a step."""
+        """Note an answer."""
+        if operation == "DescribeStackEvents":
+            news = [one for one in answer["StackEvents"] if one["EventId"] not in self._events]
+            self._events |= {one["EventId"] for one in news}
+            answer = {**answer, "StackEvents": news}
         if operation in RECORDED:
             line = json.dumps({"operation": operation, "answer": hidden(answer)}, separators=(",", ":"))
             if line not in self._heard:

@@ -88,6 +88,8 @@ class Formation:
         """The token of the current or latest operation."""
         self.held = lambda: None
         """Returns why the stack cannot be deleted, or None."""
+        self.page = 1
+        """The changes in a page of an answer.  At AWS pages are larger."""
         self.deleted = False
         self.reason = None
         self._course = iter(())
@@ -389,7 +391,7 @@ class Formation:
 
     def DescribeStackEvents(self, params):
         self._known(params)
-        return self._page("StackEvents", self.events, params, 3)
+        return self._page("StackEvents", self.events, params, 3 * self.page)
 
     def CreateChangeSet(self, params):
         fresh = params.get("ChangeSetType") == "CREATE"
@@ -449,7 +451,7 @@ class Formation:
         answer |= {"RollbackConfiguration": one.rollback} if one.rollback is not None else {}
         found = one.changes if one.execution != "UNAVAILABLE" else []
         listed = [{"Type": "Resource", "ResourceChange": change} for change in found]
-        return answer | self._page("Changes", listed, params, 1)
+        return answer | self._page("Changes", listed, params, self.page)
 
     def DeleteChangeSet(self, params):
         one = self._set(params)

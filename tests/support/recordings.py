@@ -33,7 +33,7 @@ def differences(recorded, answered):
 
 
 def _step(lines, known):
-    """Return what the lines of a step hold; `known` has the ids of events and refreshes of earlier steps."""
+    """Return what the lines of a step hold; `known` has the ids of the refreshes of earlier steps."""
     kinds = {kind: set() for kind in ("shapes", "changes", "planned", "stack", "resources", "refreshes", "alarms")}
     new = set()
     for line in lines:
@@ -43,11 +43,9 @@ def _step(lines, known):
             kinds["planned"].add(f"{answer['Status']}, {answer['ExecutionStatus']}")
             kinds["changes"] |= {_change(one["ResourceChange"]) for one in answer.get("Changes", [])}
         for one in answer.get("StackEvents", []):
-            if one["EventId"] not in known:
-                new.add(one["EventId"])
-                own = one["ResourceType"] == STACK
-                status = one["ResourceStatus"]
-                kinds["stack" if own else "resources"].add(status if own else f"{one['LogicalResourceId']} {status}")
+            own = one["ResourceType"] == STACK
+            status = one["ResourceStatus"]
+            kinds["stack" if own else "resources"].add(status if own else f"{one['LogicalResourceId']} {status}")
         for one in answer.get("InstanceRefreshes", []):
             if one["InstanceRefreshId"] not in known:
                 new.add(one["InstanceRefreshId"])

@@ -45,7 +45,7 @@ def empty():
         account.first, account.debian = account.image(VERSION), account.image(None)
         debian = account.ec2.amis[account.debian]
         debian.name, debian.owner_id, debian.public = "debian-13-arm64-20260912-2000", DEBIAN, True
-        account.stack.unhealthy = WithoutChatd(account)
+        account.stack.unhealthy, account.stack.page = WithoutChatd(account), 100
         create = account.fleet.create
 
         def create_with_store(*arguments):
