@@ -215,7 +215,12 @@ class Proof:
         self._image = image
         self._keep = keep
         self._recording = Recording(pipeline.stack.account, record)
-        self._first = self._next = self._bad = ""
+        self.first = ""
+        """The image to prove, which is last-good at the end."""
+        self.next = ""
+        """Its copy."""
+        self.bad = ""
+        """The image without chatd."""
         self._acted = False
         """True once the alarm or the abort of the present step has happened."""
         self._refresh = ""
@@ -253,11 +258,11 @@ class Proof:
         failed = ""
         try:
             for step in steps:
-                failed = self._try(step, seen)
+                failed = self.attempt(step, seen)
                 if failed:
                     break
             if not self._keep:
-                failed = "; ".join(filter(None, (failed, self._try(removal, seen))))
+                failed = "; ".join(filter(None, (failed, self.attempt(removal, seen))))
         except KeyboardInterrupt as stop:
             raise Interrupted(self.left()) from stop
         left = self.left()
@@ -281,8 +286,8 @@ class Proof:
             )
         )
 
-    def _try(self, step: Step, seen: list[dict[str, str]]) -> str:
-        """Run a step and print it; returns why it failed, or "" ."""
+    def attempt(self, step: Step, seen: list[dict[str, str]]) -> str:
+        """Run a step, print it and append it to `seen`; returns why it failed, or an empty text."""
         say(f"{step.name}: to prove: {step.proves}")
         self._acted, self._refresh = False, ""
         failed = ""
@@ -301,9 +306,9 @@ class Proof:
 
     def _images(self) -> str:
         """Make the images: a copy of the first, and a copy of Debian's, which has no chatd."""
-        self._first = self._image()
-        source = find(self._stack.account, self._first)
-        self._next = self._copy(self._first, "next", tags(source))
+        self.first = self._image()
+        source = find(self._stack.account, self.first)
+        self.next = self._copy(self.first, "next", tags(source))
         filters = [
             {"Name": "name", "Values": ["debian-13-*"]},
             {"Name": "architecture", "Values": [source["Architecture"]]},
@@ -312,17 +317,17 @@ class Proof:
         newest = max(found, key=lambda one: (one["CreationDate"], one["ImageId"]), default=None)
         if newest is None:
             raise Unlike(f"Debian has no image for {source['Architecture']} in this region")
-        self._bad = self._copy(newest["ImageId"], "bad", {TAG: "none"})
+        self.bad = self._copy(newest["ImageId"], "bad", {TAG: "none"})
         until = self._clock.now() + COPY_SECONDS
-        while pending := {self._next, self._bad} - {
+        while pending := {self.next, self.bad} - {
             one["ImageId"] for one in self._copies() if one["State"] != "pending"
         }:
             if self._clock.now() >= until:
                 raise Unlike(f"{', '.join(sorted(pending))} is still pending")
             self._clock.sleep(POLL_SECONDS)
-        for image in (self._next, self._bad):
+        for image in (self.next, self.bad):
             find(self._stack.account, image)
-        return f"{self._next} is a copy of {self._first}, and {self._bad} has no chatd"
+        return f"{self.next} is a copy of {self.first}, and {self.bad} has no chatd"
 
     def _copy(self, image: str, word: str, tagged: Mapping[str, str]) -> str:
         """Copy an image within the region."""
@@ -344,37 +349,37 @@ class Proof:
         return [*self._stack.account.pages("ec2", "describe_images", "Images", Owners=["self"], Filters=filters)]
 
     def _create(self) -> str:
-        self._pipeline.ship(self._first)
-        return self._serves(self._first, "CREATE_COMPLETE")
+        self._pipeline.ship(self.first)
+        return self._serves(self.first, "CREATE_COMPLETE")
 
     def _ship(self) -> str:
-        self._pipeline.ship(self._next)
-        return self._serves(self._next, "UPDATE_COMPLETE")
+        self._pipeline.ship(self.next)
+        return self._serves(self.next, "UPDATE_COMPLETE")
 
     def _bad_image(self) -> str:
-        why = self._rolled_back(lambda: self._pipeline.ship(self._bad))
-        return f"{self._serves(self._next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
+        why = self._rolled_back(lambda: self._pipeline.ship(self.bad))
+        return f"{self._serves(self.next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
 
     def _alarm(self) -> str:
-        why = self._rolled_back(lambda: self._during(self._ring_in_refresh).ship(self._first))
+        why = self._rolled_back(lambda: self._during(self._ring_in_refresh).ship(self.first))
         if not self._acted:
             raise Unlike(f"it was rolled back before the alarm: {why}")
         self._set_alarm("OK")
-        return f"{self._serves(self._next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
+        return f"{self._serves(self.next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
 
     def _abort(self) -> str:
-        why = self._rolled_back(lambda: self._during(self._abort_in_refresh).ship(self._first))
+        why = self._rolled_back(lambda: self._during(self._abort_in_refresh).ship(self.first))
         if not self._acted:
             raise Unlike(f"it was rolled back before the abort: {why}")
-        return f"{self._serves(self._next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
+        return f"{self._serves(self.next, 'UPDATE_ROLLBACK_COMPLETE')}; {why}"
 
     def _roll_back(self) -> str:
         self._ring()
-        self._during(self._ring).rollback(self._first)
+        self._during(self._ring).rollback(self.first)
         if not self._acted:
             raise Unlike("no alarm was on")
         self._set_alarm("OK")
-        return self._serves(self._first, "UPDATE_COMPLETE")
+        return self._serves(self.first, "UPDATE_COMPLETE")
 
     def _destroy(self) -> str:
         if self._stack.look() is not None:
@@ -495,7 +500,7 @@ class Proof:
         try:
             copies = [str(one["ImageId"]) for one in self._copies()]
         except AwsError:
-            copies = [one for one in (self._next, self._bad) if one]
+            copies = [one for one in (self.next, self.bad) if one]
         remove = f"aws ec2 deregister-image {region} --delete-associated-snapshots --image-id"
         parts += [f"the image {image}: {remove} {image}" for image in copies]
         if self._snapshot:

@@ -42,6 +42,7 @@ def empty():
             if name.startswith(("AWS_", "CHATD_DEPLOY_")):
                 patch.setenv(name, value)
         patch.setattr(verify, "echo", lambda url, expected: "")
+        patch.setattr("botocore.loaders.create_loader", loader)
         account.first, account.debian = account.image(VERSION), account.image(None)
         debian = account.ec2.amis[account.debian]
         debian.name, debian.owner_id, debian.public = "debian-13-arm64-20260912-2000", DEBIAN, True
@@ -57,23 +58,21 @@ def empty():
 
 
 @functools.cache
-def loader():
+def loader(path=None):
     """botocore's loader of models, which keeps them for all tests."""
     import botocore.loaders
 
     return botocore.loaders.create_loader()
 
 
-@contextlib.contextmanager
 def proving(account, *, record=None, keep=False):
-    """Lend a proof that runs in this process."""
+    """Return a proof that runs in this process."""
     from deploying.aws import Account, clock
     from deploying.prove import Proof
     from deploying.ship import Pipeline
     from deploying.stack import Stack
 
     region = Account("us-east-1")
-    region._session.register_component("data_loader", loader())
     pipeline = Pipeline(
         Stack(region, NAME, clock()),
         default=TEMPLATE,
@@ -86,11 +85,7 @@ def proving(account, *, record=None, keep=False):
         within=0,
         begun=lambda: None,
     )
-    try:
-        yield Proof(pipeline, lambda: account.first, record, keep=keep)
-    finally:
-        for client in region._clients.values():
-            client.close()
+    return Proof(pipeline, lambda: account.first, record, keep=keep)
 
 
 @pytest.fixture
@@ -103,14 +98,14 @@ def account():
 def proved(tmp_path_factory):
     """A whole proof: the account, the result, the recording, and what was asked before the confirmation."""
     folder = tmp_path_factory.mktemp("record") / "answers"
-    with empty() as account, proving(account, record=folder) as proof:
+    with empty() as account:
         before = []
 
         def confirm(question):
             before.extend((question, *account.asked))
             return True
 
-        yield account, proof.run(confirm), folder, before
+        yield account, proving(account, record=folder).run(confirm), folder, before
 
 
 def images(account):
@@ -162,10 +157,10 @@ def test_recording_has_no_secrets(proved):
 
 def at_work(account, proof):
     """Have the stack and the images be as they are after the step `ship`."""
-    proof._first, proof._next, proof._bad = account.first, account.image(VERSION), account.image("none")
-    account.ec2.amis[proof._bad].name = f"{NAME}-bad"
-    account.stack.exists(ImageId=proof._next)
-    account.label(proof._next, NAME)
+    proof.first, proof.next, proof.bad = account.first, account.image(VERSION), account.image("none")
+    account.ec2.amis[proof.bad].name = f"{NAME}-bad"
+    account.stack.exists(ImageId=proof.next)
+    account.label(proof.next, NAME)
     account.stack.triggers = [account.fleet.outputs["RolloutAlarm"]]
 
 
@@ -174,13 +169,13 @@ def without_debian(account, proof):
 
 
 def never_ready(account, proof):
-    proof._first = account.first
+    proof.first = account.first
     account.stack.unhealthy = {account.first}
 
 
 def without_data(account, proof):
     """An alarm of the new stack never gets data."""
-    proof._first = account.first
+    proof.first = account.first
     create = account.fleet.create
 
     def silent(*arguments):
@@ -192,7 +187,7 @@ def without_data(account, proof):
 
 def not_replaced(account, proof):
     at_work(account, proof)
-    proof._next = account.image(VERSION)
+    proof.next = account.image(VERSION)
     account.fleet.replace = lambda one: None
 
 
@@ -244,10 +239,10 @@ def test_step_can_fail(account, monkeypatch, name, prepare, seen):
 
     account.patch = monkeypatch
     monkeypatch.setattr(prove, "CALM_SECONDS", 60)
-    with proving(account) as proof:
-        prepare(account, proof)
-        (step,) = [one for one in proof.all_steps if one.name == name]
-        failed = proof._try(step, done := [])
+    proof = proving(account)
+    prepare(account, proof)
+    (step,) = [one for one in proof.all_steps if one.name == name]
+    failed = proof.attempt(step, done := [])
     assert failed.startswith(f"{name} is not proved: seen: "), failed
     assert (seen in failed, done) == (True, []), failed
 
@@ -266,21 +261,24 @@ def test_failed_step_goes_on_to_destroy(account, keep):
     from deploying.prove import Unproved
 
     account.stack.unhealthy = {account.first}
-    with proving(account, keep=keep) as proof, pytest.raises(Stuck if keep else Unproved) as error:
-        proof.run(lambda question: True)
+    with pytest.raises(Stuck if keep else Unproved) as error:
+        proving(account, keep=keep).run(lambda question: True)
     assert str(error.value).startswith("create is not proved: seen: ")
     assert (account.stack.deleted, bool(images(account)), len(account.stack.executed)) == (not keep, keep, 1)
     assert (f"scripts/deploy destroy --stack {NAME} --region us-east-1" in str(error.value)) == keep
     assert str(error.value).count("aws ec2 deregister-image") == 2 * keep
 
 
-def test_unforeseen_answer_goes_on_to_destroy(account):
-    """An exception that is no error of AWS fails the step too, and the images go."""
-    with proving(account) as proof:
-        proof._create = lambda: {}["NextToken"]
-        with pytest.raises(Exception, match="create is not proved: seen: KeyError: 'NextToken'; nothing of the proof"):
-            proof.run(lambda question: True)
-    assert images(account) == []
+def test_unforeseen_answer_goes_on_to_destroy(account, monkeypatch):
+    """An exception that is no error of AWS fails the step too, and the stack and the images go."""
+    from deploying import verify
+    from deploying.prove import Unproved
+
+    monkeypatch.setattr(verify, "echo", lambda url, expected: {}["NextToken"])
+    seen = "create is not proved: seen: KeyError: 'NextToken'; what still exists: the snapshot"
+    with pytest.raises(Unproved, match=seen):
+        proving(account).run(lambda question: True)
+    assert (account.stack.deleted, images(account)) == (True, [])
 
 
 def test_existing_stack_is_refused(account):
@@ -288,8 +286,8 @@ def test_existing_stack_is_refused(account):
     from deploying.aws import CallDenied
 
     account.stack.exists(ImageId=account.first)
-    with proving(account) as proof, pytest.raises(CallDenied, match="exists: the proof needs a stack of its own"):
-        proof.run(lambda question: pytest.fail("asked"))
+    with pytest.raises(CallDenied, match="exists: the proof needs a stack of its own"):
+        proving(account).run(lambda question: pytest.fail("asked"))
 
 
 @pytest.mark.parametrize(("typed", "status"), [("yes", FAILED), (NAME, INTERRUPTED)])
