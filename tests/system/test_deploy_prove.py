@@ -42,7 +42,7 @@ def empty():
             if name.startswith(("AWS_", "CHATD_DEPLOY_")):
                 patch.setenv(name, value)
         patch.setattr(verify, "echo", lambda url, expected: "")
-        patch.setattr("botocore.loaders.create_loader", loader)
+        patch.setattr("botocore.session.create_loader", loader)
         account.first, account.debian = account.image(VERSION), account.image(None)
         debian = account.ec2.amis[account.debian]
         debian.name, debian.owner_id, debian.public = "debian-13-arm64-20260912-2000", DEBIAN, True
@@ -60,9 +60,9 @@ def empty():
 @functools.cache
 def loader(path=None):
     """botocore's loader of models, which keeps them for all tests."""
-    import botocore.loaders
+    from botocore.loaders import create_loader
 
-    return botocore.loaders.create_loader()
+    return create_loader()
 
 
 def proving(account, *, record=None, keep=False):
