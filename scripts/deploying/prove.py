@@ -5,8 +5,8 @@ proof has no code that deploys.  It calls the functions of the commands, as a pe
 another way for what must be true now: the status, the image and the record of the stack, and a client that posts and
 reads.
 
-Commands wait in `Clock.sleep`.  An alarm or an abort during a rollout happens in a clock that acts
-in each pause.  The commands need no other entrance, and the proof no thread.
+Commands wait in `Clock.sleep`.  An alarm or an abort during a rollout happens in a clock that acts in each pause.
+The commands need no other entrance, and the proof no thread.
 
 Whatever goes wrong, the proof ends with the removal of its stack and of its images, or with a line that states what
 still exists and how to remove it.  The name of the stack is new, so the proof touches nothing else.

@@ -102,6 +102,8 @@ SHARING = {
 }
 """The calls of scripts/deploy for shared images.  `CopyImage` also needs ec2:CreateTags."""
 ALLOWED |= SHARING
+PROVING = {"cloudwatch:SetAlarmState"}
+"""The calls of `prove` that no other command makes."""
 XML = [("Content-Type", "text/xml")]
 CREATING = threading.Lock()
 """A lock: only one thread may use a session of botocore."""
