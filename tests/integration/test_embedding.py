@@ -187,7 +187,8 @@ def test_people_in_browsers(desk, visit):
     write(ann, "hello")
     shows(bob, "hello", "hi")
     press(ann, "Remove", 0)
-    shows(bob, "[removed]", "hi")
+    for page in (ann, bob):
+        shows(page, "[removed]", "hi")
     assert buttons(ann, 0) == []
 
     write(ann, "spam")

@@ -85,7 +85,7 @@ def dockerfile_faults(text, ignore):
     copied = [word for value in values(build, "COPY") for word in shlex.split(value)[:-1]]
     allowed = [line[1:] for line in ignore.splitlines() if line.startswith("!")]
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    needed = {*wheel["packages"], *(path.split("/")[0] for path in wheel["force-include"]), "schemas", "seed"}
+    needed = {*(path.split("/")[0] for path in wheel["only-include"]), "schemas", "seed"}
     folder = values(final, "VOLUME")[0] if values(final, "VOLUME") else ""
     made = " && ".join(values(final, "RUN"))
     return faults(
