@@ -8,9 +8,11 @@ import os
 import pathlib
 import re
 import runpy
+import select
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from prompt_toolkit.application import create_app_session
@@ -250,11 +252,20 @@ async def test_token_file_is_read_again(tmp_path, monkeypatch):
     assert messages(tmp_path)[2:] == ["hi"]
 
 
+def readable(files, *_):
+    """Return what select() does at once, also in a process with more than 1,024 open files, as that of the tests."""
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    return [file for file, _ in poll.poll(0)], [], []
+
+
 @contextlib.contextmanager
 def screen(monkeypatch):
     """Lend a terminal without a screen; yield the keyboard."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(program.os, "isatty", lambda _: True)
+    monkeypatch.setattr("prompt_toolkit.input.posix_utils.select", SimpleNamespace(select=readable))
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
         yield keys
 

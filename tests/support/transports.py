@@ -4,6 +4,8 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.tcp import Connection
 from twisted.internet.testing import StringTransport
 
+from chatd.transport.tls import TlsServer
+
 
 class Wire(StringTransport):
     """A transport that buffers without end, as TLS does."""
@@ -76,3 +78,10 @@ class Tcp(Wire, Connection):
     def read(self):
         data, self.socket.sent = self.socket.sent, b""
         return data
+
+
+class Encrypted(Wire, TlsServer):
+    """A connection that speaks TLS, which writes and buffers itself."""
+
+    def __init__(self):
+        Wire.__init__(self)

@@ -6,7 +6,7 @@ from http import HTTPStatus
 import pytest
 from support.helpers import HEAD, PING_SECONDS, Turns
 from support.stores import opened_store
-from support.transports import Tcp, Wire
+from support.transports import Encrypted, Tcp, Wire
 from support.websocket_frames import close_code, frame_at, masked, read_frames
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import succeed
@@ -137,13 +137,13 @@ def client(factory):
 # Joining
 
 
-@pytest.mark.parametrize("transport", [Tcp, Wire])
+@pytest.mark.parametrize("transport", [Tcp, Wire, Encrypted])
 def test_client_gets_the_answer_and_the_history_at_once(factory, transport):
     client = Client(factory, transport())
     (history,) = client.joins()
     assert history["type"] == "history"
     assert factory.getConnectionCount() == 1
-    assert client.transport.streaming is (transport is Wire)
+    assert client.transport.streaming is (transport is not Tcp)
 
 
 def test_it_does_not_matter_how_a_handshake_is_cut(client):
