@@ -17,7 +17,7 @@ from importlib.metadata import metadata
 from typing import Final
 
 from benching.server import IN_CHECKOUT, ROOT
-from chatd.transport.framing import COMPRESSED_TEXT, FIN, Opcode, masked_frame
+from chatd.transport.framing import COMPRESSED_TEXT, FIN, Opcode, masked_frame, server_frame_at
 
 MASK: Final = b"\x5a\xa5\x3c\xc3"
 KEY: Final = base64.b64encode(b"the same for all")
@@ -28,7 +28,7 @@ WINDOW: Final = 1 << zlib.MAX_WBITS
 """The largest distance of a reference in a deflate stream, in bytes."""
 FLUSHED: Final = b"\x00\x00\xff\xff"
 """The bytes that end every compressed message and are not sent (section 7.2.1)."""
-README: Final = (ROOT / "README.md").read_text("utf-8") if IN_CHECKOUT else str(metadata("chatd").get_payload())
+README: Final = (ROOT / "README.md").read_text("utf-8") if IN_CHECKOUT else str(metadata("chatd").json["description"])
 PROSE: Final = " ".join(re.findall("[A-Za-z]+", README))
 
 
@@ -102,6 +102,29 @@ class Inflater:
             return self._stream.decompress(payload + FLUSHED)
         except zlib.error as error:
             raise StreamError(f"the server sent a message that cannot be inflated: {error}") from None
+
+
+def pong(payload: bytes) -> bytes:
+    """Return the answer to a ping."""
+    return masked_frame(Opcode.PONG, payload, MASK)
+
+
+def cut(data: bytes) -> tuple[list[tuple[int, bytes, bytes]], bytes, bytes]:
+    """Cut received bytes into whole frames, except pings.
+
+    Return the first byte, the payload and all bytes of each, then the bytes of a frame that is incomplete, and the
+    answers to the pings.
+    """
+    frames: list[tuple[int, bytes, bytes]] = []
+    start, pongs = 0, b""
+    while frame := server_frame_at(data, start):
+        first, begin, end = frame
+        if first == PING:
+            pongs += pong(data[begin:end])
+        else:
+            frames.append((first, data[begin:end], data[start:end]))
+        start = end
+    return frames, data[start:], pongs
 
 
 def document(text: bytes, kind: str) -> dict[str, object]:

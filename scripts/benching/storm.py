@@ -26,9 +26,8 @@ from collections.abc import Callable
 from typing import Any, Final, Self
 
 from benching.load import JOINING, SENDERS, STALL, Case, Row, check_answer, connect
-from benching.messages import MASK, PING, Inflater, StreamError, document, facts, number_of, post_frame, upgrade
+from benching.messages import Inflater, StreamError, cut, document, facts, number_of, post_frame, upgrade
 from benching.server import STARTING, BenchError, Clock, Server, per_cpu, percentile
-from chatd.transport.framing import Opcode, masked_frame, server_frame_at
 
 DOWN: Final = 1.0
 """The seconds without a server."""
@@ -112,15 +111,9 @@ class Reader:
 
     def take(self, data: bytes) -> bytes:
         """Check received bytes; return the pongs to send."""
-        data, start, pongs = self._rest + data, 0, b""
-        while frame := server_frame_at(data, start):
-            first, begin, end = frame
-            if first == PING:
-                pongs += masked_frame(Opcode.PONG, data[begin:end], MASK)
-            else:
-                self._text(self._inflater.text(first, data[begin:end]))
-            start = end
-        self._rest = data[start:]
+        frames, self._rest, pongs = cut(self._rest + data)
+        for first, payload, _ in frames:
+            self._text(self._inflater.text(first, payload))
         return pongs
 
     def _text(self, text: bytes) -> None:

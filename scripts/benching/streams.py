@@ -19,17 +19,18 @@ import time
 from typing import Final
 
 from benching.messages import (
-    MASK,
     PING,
     TEXT,
     WINDOW,
     Inflater,
     StreamError,
+    cut,
     facts,
     number_of,
+    pong,
     post_frame,
 )
-from chatd.transport.framing import Opcode, masked_frame, server_frame_at
+from chatd.transport.framing import server_frame_at
 
 MESSAGE: Final = b'{"type":"message"'
 
@@ -61,16 +62,10 @@ class Reference:
 
     def feed(self, data: bytes) -> bytes:
         """Parse received bytes; return the pongs to send."""
-        data, start, pongs = self._rest + data, 0, b""
-        while frame := server_frame_at(data, start):
-            first, begin, end = frame
-            if first == PING:
-                pongs += masked_frame(Opcode.PONG, data[begin:end], MASK)
-            else:
-                self.data += data[start:end]
-                self._message(self._inflater.text(first, data[begin:end]), packed=first != TEXT)
-            start = end
-        self._rest = data[start:]
+        frames, self._rest, pongs = cut(self._rest + data)
+        for first, payload, whole in frames:
+            self.data += whole
+            self._message(self._inflater.text(first, payload), packed=first != TEXT)
         return pongs
 
     def _message(self, text: bytes, *, packed: bool) -> None:
@@ -172,7 +167,7 @@ class Client:
             if rest[:1] == bytes([PING]):
                 if not (frame := server_frame_at(rest, 0)):
                     break
-                self.send(masked_frame(Opcode.PONG, rest[frame.begin : frame.end], MASK))
+                self.send(pong(rest[frame.begin : frame.end]))
                 rest = rest[frame.end :]
             elif self.position == len(known):
                 break
@@ -199,7 +194,7 @@ class Client:
         while frame := server_frame_at(data, start):
             first, begin, end = frame
             if first == PING:
-                self.send(masked_frame(Opcode.PONG, data[begin:end], MASK))
+                self.send(pong(data[begin:end]))
             elif self._taken == len(reference.texts):
                 break
             else:
