@@ -2,6 +2,7 @@
 
 import os
 import socket
+from itertools import count
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -223,7 +224,7 @@ def test_crowd_waits_in_the_kernel_while_files_are_short(crowd):
     crowd.connect(3)
     lowest_free = os.dup(0)
     os.close(lowest_free)
-    crowd.files = next(limit for limit in range(1024) if client_files(limit) == lowest_free + 3)
+    crowd.files = next(limit for limit in count() if client_files(limit) == lowest_free + 3)
     entrance = Entrance(crowd, Clock(), lambda: crowd.files)
     crowd.port.factory = entrance
     crowd.turn()
