@@ -56,6 +56,7 @@ def reactor():
             loop.removeAll()
             loop.disconnectAll()
             loop._poller.close()
+            loop.waker.connectionLost(None)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

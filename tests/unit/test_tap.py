@@ -973,6 +973,7 @@ def test_timers_follow_a_monotonic_clock(monkeypatch):
     made.runUntilCurrent()
     assert not waiting.active()
     made.removeAll()
+    made.waker.connectionLost(None)
 
 
 # The log

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import pytest
+from support.loops import drive
 
 import chatd
 
@@ -115,3 +116,15 @@ def test_shared_names_of_doubles_are_seen():
     texts = {"a.py": "class Disk: pass\nclass Wire: pass", "b.py": inner, "c.py": "from a import Wire"}
     trees = {pathlib.Path(name): ast.parse(text) for name, text in texts.items()}
     assert shared(trees) == {"Disk": ["a.py", "b.py"]}
+
+
+def test_reactors_leave_no_files_open():
+    """Hundreds of tests run a reactor in one process, which may have few files open."""
+
+    async def nothing(_):
+        pass
+
+    drive(nothing)
+    before = {*pathlib.Path("/proc/self/fd").iterdir()}
+    drive(nothing)
+    assert {*pathlib.Path("/proc/self/fd").iterdir()} == before
