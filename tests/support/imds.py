@@ -111,8 +111,10 @@ class Cloud:
                 self.answer(*cloud.metadata(self))
 
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.answer(*cloud.service(self, body))
+                length = int(self.headers["Content-Length"])
+                body = self.rfile.read(length)
+                if len(body) == length:  # otherwise the program has ended
+                    self.answer(*cloud.service(self, body))
 
             def answer(self, status, body=b""):
                 if status is None:
@@ -134,7 +136,7 @@ class Cloud:
 
     def __exit__(self, *_):
         self._stack.close()
-        assert self.wrong == []
+        assert self.wrong == [], self.wrong
 
     def _fault(self, name):
         with self._changed:

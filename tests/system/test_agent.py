@@ -4,6 +4,7 @@ The agent itself is not here.  Its configuration's keys are those of the schema 
 tells journald from version 1.300070 on.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -88,8 +89,11 @@ def followed(machine, patterns):
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     said = Lines(agent.stdout)
     try:
-        machine.run("systemctl", "start", first)
-        said.wait(f"line of {first}")
+        # journalctl does not say when it begins to follow, and misses what is written in that moment.
+        while f"line of {first}" not in said.text and agent.poll() is None:
+            machine.run("systemctl", "start", first)
+            with contextlib.suppress(AssertionError):
+                said.wait(f"line of {first}", seconds=1)
         machine.run("systemctl", "start", *[name for name in units() if name not in (first, last)])
         machine.run("systemctl", "start", last)
         said.wait(f"line of {last}")
