@@ -10,6 +10,7 @@
 - images.py: the images, and the removal of old ones
 - ship.py: the pipeline from an image to a verified rollout, and back
 - prove.py: the proof, which calls all of these on a stack of its own at AWS
+- recording.py: what AWS answers to the proof, for the tests to replay
 - stack.yaml: the CloudFormation template
 - role.yaml: the role that CloudFormation may assume for it
 """

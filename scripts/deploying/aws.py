@@ -126,13 +126,19 @@ class Account:
         except FAULTS as error:
             raise _plain(service, operation, error) from error
 
-    def listen(self, heard: Callable[[str, Mapping[str, Any]], None]) -> None:
-        """Have a function called with the name and the answer of each operation that succeeds, page by page."""
+    def listen(self, heard: Callable[[str, Mapping[str, Any], Mapping[str, Any]], None]) -> None:
+        """Have a function called with the name, the arguments and the answer of each call, page by page.
 
-        def note(parsed: Mapping[str, Any], model: Any, **_more: Any) -> None:
-            if "Error" not in parsed:
-                heard(model.name, parsed)
+        The name is that of the service in botocore, a colon, and that of the operation.  An error is an answer too.
+        """
 
+        def ask(params: Mapping[str, Any], context: dict[str, Any], **_more: Any) -> None:
+            context["asked"] = {**params}
+
+        def note(parsed: Mapping[str, Any], model: Any, context: Mapping[str, Any], **_more: Any) -> None:
+            heard(f"{model.service_model.service_name}:{model.name}", context["asked"], parsed)
+
+        self._session.register("provide-client-params", ask)
         self._session.register("after-call", note)
         self._clients.clear()
 

@@ -11,22 +11,20 @@ The commands need no other entrance, and the proof no thread.
 Whatever goes wrong, the proof ends with the removal of its stack and of its images, or with a line that states what
 still exists and how to remove it.  The name of the stack is new, so the proof touches nothing else.
 
-The answers of AWS can be recorded.  The doubles are compared with them.
+The calls of the steps can be recorded.  The tests replay the answers, and compare the doubles with them.
 """
 
 import contextlib
-import datetime as dt
-import json
 import math
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from deploying.aws import POLL_SECONDS, Account, AwsError, CallDenied, Clock, DeployError, RolledBack, Stuck, say
+from deploying.aws import POLL_SECONDS, AwsError, CallDenied, Clock, DeployError, RolledBack, Stuck, say
 from deploying.check import SURGE, aim
 from deploying.destroy import Removal
 from deploying.images import TAG, find, tags
+from deploying.recording import Recording
 from deploying.rollout import abort
 from deploying.sharing import COPY_SECONDS
 from deploying.ship import Pipeline
@@ -58,19 +56,6 @@ DEBIAN: Final = "136693071363"
 CALM_SECONDS: Final = 900
 """How long an alarm may take to become OK."""
 REFRESHING: Final = frozenset(("Pending", "InProgress", "Baking"))
-RECORDED: Final = frozenset(
-    ("DescribeChangeSet", "DescribeStackEvents", "DescribeInstanceRefreshes", "DescribeAlarms"),
-)
-HIDDEN: Final = frozenset(("Parameters", "Tags", "ResourceProperties", "ResponseMetadata", "NotificationARNs"))
-"""Parts of answers that are not recorded: they hold values of the account, and no status."""
-ACCOUNT: Final = "123456789012"
-SECRETS: Final = (
-    (re.compile(r"(?<!\d)\d{12}(?!\d)"), ACCOUNT),
-    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "HIDDEN"),
-    (re.compile(r"(arn:aws[a-z-]*:(?:iam|sts)::\d{12}:[a-z-]+/)[^\s\"',)]+"), r"\1HIDDEN"),
-    (re.compile(r"(://)[^/\s@]+@"), r"\1HIDDEN@"),
-)
-"""Replacements in each text of a recording, in this order."""
 
 
 class Unproved(DeployError):
@@ -138,58 +123,6 @@ def _price(kind: str, number: int) -> float | None:
     return number * PRICES[kind] if kind in PRICES else None
 
 
-# The recording
-
-
-def hidden(value: Any) -> Any:
-    """Return an answer without account numbers, secrets, and what else a recording must not hold."""
-    if isinstance(value, dict):
-        return {key: hidden(one) for key, one in value.items() if key not in HIDDEN}
-    if isinstance(value, list):
-        return [hidden(one) for one in value]
-    if isinstance(value, dt.datetime):
-        return value.isoformat()
-    if isinstance(value, str):
-        for pattern, text in SECRETS:
-            value = pattern.sub(text, value)
-    return value
-
-
-class Recording:
-    """The answers of AWS, as one file of JSON lines for each step.  Without a folder nothing is written.
-
-    An answer is noted once in a step, and an event once in all, because each poll has all events again.
-    """
-
-    def __init__(self, account: Account, folder: pathlib.Path | None) -> None:
-        self._folder = folder
-        self._heard: list[str] = []
-        self._events: set[str] = set()
-        self._number = 0
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            account.listen(self._hear)
-
-    def _hear(self, operation: str, answer: Mapping[str, Any]) -> None:
-        """Note an answer."""
-        if operation == "DescribeStackEvents":
-            news = [one for one in answer["StackEvents"] if one["EventId"] not in self._events]
-            self._events |= {one["EventId"] for one in news}
-            answer = {**answer, "StackEvents": news}
-        if operation in RECORDED:
-            line = json.dumps({"operation": operation, "answer": hidden(answer)}, separators=(",", ":"))
-            if line not in self._heard:
-                self._heard.append(line)
-
-    def write(self, step: str) -> None:
-        """Write the answers since the previous step."""
-        self._number += 1
-        if self._folder:
-            text = "".join(f"{line}\n" for line in self._heard)
-            (self._folder / f"{self._number}-{step}.jsonl").write_text(text, encoding="utf-8")
-        self._heard.clear()
-
-
 # The steps
 
 
@@ -214,7 +147,7 @@ class Proof:
         self._clock = pipeline.stack.clock
         self._image = image
         self._keep = keep
-        self._recording = Recording(pipeline.stack.account, record)
+        self._recording = Recording(pipeline.stack.account, record, pipeline.parameters)
         self.first = ""
         """The image to prove, which is last-good at the end."""
         self.next = ""
@@ -291,6 +224,7 @@ class Proof:
         say(f"{step.name}: to prove: {step.proves}")
         self._acted, self._refresh = False, ""
         failed = ""
+        self._recording.begin()
         try:
             text = step.run()
         except DeployError as error:
