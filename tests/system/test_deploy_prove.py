@@ -18,6 +18,7 @@ from support.deployments import (
     settings,
 )
 from support.formation import TEMPLATE, ChangeSet
+from support.wire import Fault
 
 sys.path.append(str(DEPLOY.parent))
 NAME = "chatd-prove-test"
@@ -292,6 +293,27 @@ def test_program_is_not_confirmed_or_interrupted(account, typed, status):
         assert last.startswith("deploy: interrupted: what still exists: the stack chatd-prove-test")
         assert f"scripts/deploy destroy --stack {NAME} --region us-east-1" in last
         assert [one for one in images(account) if f"--image-id {one}" not in last] == []
+
+
+# Before the confirmation
+
+
+def test_problem_of_the_account_stops_the_proof(account):
+    """What `check` finds is printed as by `check`, and nothing is asked or changed."""
+    account.vcpu = 5.0
+    result = deploy(account, "prove", "--name=test", f"--image={account.first}", typed=NAME)
+    assert (result.returncode, account.stack.status) == (FAILED, None), result.stderr
+    assert (result.stderr, len(result.stdout.splitlines())) == ("deploy: 1 problem found\n", 1)
+    assert result.stdout.startswith("quota: a rollout of MinSize=2 needs 6 vCPU")
+    checked = deploy(account, "check", "--stack", NAME, f"--image={account.first}")
+    assert (checked.returncode, checked.stdout) == (FAILED, result.stdout)
+
+
+def test_check_that_is_not_permitted_is_reported(account):
+    account.fault("GetServiceQuota", Fault("AccessDenied", "no", 403), times=9)
+    result = deploy(account, "prove", "--name=test", f"--image={account.first}", typed="no")
+    assert (result.returncode, account.stack.status) == (FAILED, None), result.stderr
+    assert "quota: not checked: access denied: servicequotas:GetServiceQuota" in result.stderr
 
 
 # The parts
