@@ -20,6 +20,8 @@ MARGIN = 10
 """Seconds beyond `--drain` that a stop may take, as docs/operations.md advises for systemd."""
 DOCKER_STOP = 10
 """Seconds after which `docker stop` kills a container."""
+PROBE = {"exec", "periodSeconds", "timeoutSeconds"}
+"""The keys of a probe that fails three times before it counts."""
 SECONDS = re.compile(r"(\d+)s")
 
 
@@ -164,13 +166,19 @@ def compose_faults(text, dockerfile):
     def set_to(word, value):
         return command[command.index(word) + 1] == value
 
+    def written(one):
+        """Return whether Docker Compose writes a file into a service before it starts; it refuses a read-only one."""
+        return any("file" not in whole["configs"][config["source"]] for config in one.get("configs", []))
+
     def of_nodes(holds):
         return lambda: all(holds(one) for one in nodes.values())
 
     return faults(
         {
             "there are three nodes": lambda: [*nodes] == ["chatd-1", "chatd-2", "chatd-3"],
-            "nodes are built here": of_nodes(lambda one: one["build"] == "."),
+            "one build makes the image of all nodes": lambda: (
+                [(name, one["build"]) for name, one in services.items() if "build" in one] == [("chatd-1", ".")]
+            ),
             "a node is killed after its drain": of_nodes(
                 lambda one: seconds(one["stop_grace_period"]) >= int(one["environment"]["CHATD_DRAIN"]) + MARGIN
             ),
@@ -196,10 +204,12 @@ def compose_faults(text, dockerfile):
                 and valkey["volumes"] == ["valkey:/data"]
                 and "valkey" in whole["volumes"]
             ),
-            "the health of the store is known": lambda: valkey["healthcheck"]["test"] == ["CMD", "valkey-cli", "ping"],
+            "the health of the store is known": lambda: (
+                valkey["healthcheck"]["test"] == ["CMD", "valkey-cli", "-e", "ping"]
+            ),
             "everything starts again, and gains no rights": lambda: all(
                 one["restart"] == "unless-stopped"
-                and one["read_only"] is True
+                and one.get("read_only", False) is not written(one)
                 and "no-new-privileges:true" in one["security_opt"]
                 for one in services.values()
             ),
@@ -283,18 +293,21 @@ def manifest_faults(text, dockerfile):
             and specification["automountServiceAccountToken"] is False
         )
 
+    def asks_admin(handler, request):
+        python, option, script = handler["exec"]["command"]
+        return (
+            (python, option) == ("python3", "-c")
+            and compile(script, "handler", "exec")
+            and all(word in script for word in (request, "'127.0.0.1', 8086"))
+        )
+
     return faults(
         {
             "a pod is killed after its drain": lambda: (
                 nodes["terminationGracePeriodSeconds"] >= int(environment["CHATD_DRAIN"]) + MARGIN
             ),
             "the drain begins before the pod leaves the service": lambda: (
-                node["lifecycle"]["preStop"]["exec"]["command"][:2] == ["python3", "-c"]
-                and compile(node["lifecycle"]["preStop"]["exec"]["command"][2], "preStop", "exec")
-                and all(
-                    word in node["lifecycle"]["preStop"]["exec"]["command"][2]
-                    for word in ("'POST', '/drain'", "'127.0.0.1', 8086")
-                )
+                asks_admin(node["lifecycle"]["preStop"], "'POST', '/drain'")
                 and OPTIONS["CHATD_ADMIN"].default == "tcp:8086:interface=127.0.0.1"
                 and "CHATD_ADMIN" not in environment
             ),
@@ -302,7 +315,7 @@ def manifest_faults(text, dockerfile):
                 node["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "chat"}
             ),
             "a store that fails kills no pod": lambda: (
-                node["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "chat"}
+                asks_admin(node["livenessProbe"], "'GET', '/healthz'") and node["livenessProbe"].keys() == PROBE
             ),
             "the options exist": lambda: known_options(environment) and nodes["enableServiceLinks"] is False,
             "the image has the version of this checkout": lambda: (

@@ -58,7 +58,7 @@ def test_compose_accepts_its_file(tmp_path):
         ("    content: |", "    contents: |"),
         ("chatd-1: { condition: service_healthy }", "chatd-1: { condition: healthy }"),
         ("ulimits: { nofile: 20000 }", "ulimits: 20000"),
-        ("[CMD, valkey-cli, ping]", "{ cmd: ping }"),
+        ("[CMD, valkey-cli, -e, ping]", "{ cmd: ping }"),
     ],
 )
 def test_compose_refuses_a_mistake(tmp_path, old, new):
@@ -266,6 +266,20 @@ def test_composition_loses_nothing(image, tmp_path):
         report = json.loads(out)
         assert report["proved"] is True, report
         assert report["came_back"] > 0
+
+
+@pytest.mark.whole
+def test_pod_lives_while_its_store_is_away(image, host, volume):
+    """A pod that waits for its store at the start gets no clients, and its livenessProbe does not kill it."""
+    _, container = pod(MANIFEST.read_text())
+    environment = variables(container) | {"CHATD_STORE": "redis://127.0.0.1:6379/0"}
+    environment.pop("CHATD_STORE_PASSWORD_FILE")
+    with Container(image, host, environment=environment, volumes={HOME: volume}) as one:
+        one.log.wait("cannot be reached")
+        probe = one.execute(*container["livenessProbe"]["exec"]["command"])
+        assert probe.returncode == 0, probe.stderr
+        assert not one.healthy(), "the readinessProbe asks as the health check does"
+        assert one.stop(STOP) == 0
 
 
 @pytest.mark.whole
