@@ -1,11 +1,10 @@
 """The command `chatd`, which starts each program of chatd by its name; also `python -m chatd`.
 
-It implements none of them.  The programs of the package run in this process.  Those of `scripts/` import no more than
-the standard library, or start servers of their own; the wheel carries the same files, and they replace this process.
+It implements none of them, and all run in this process.  Those of `scripts/` are files that the wheel carries too.
 """
 
 import difflib
-import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,14 +41,13 @@ def _check(words: Sequence[str]) -> None:
 def _load(words: Sequence[str]) -> int:
     from chatd.load.__main__ import run
 
-    sys.argv = ["chatd", *words]
-    return run()
+    return run(words, "chatd load")
 
 
 def _client(words: Sequence[str]) -> int:
     from chatd.client.terminal.program import main as run
 
-    return run(words)
+    return run(words, "chatd client")
 
 
 def script(name: str) -> Path:
@@ -61,7 +59,10 @@ def script(name: str) -> Path:
 
 def _script(name: str) -> Callable[[Sequence[str]], None]:
     def start(words: Sequence[str]) -> None:
-        os.execv(sys.executable, [sys.executable, str(script(name)), *words])  # noqa: S606 -- the user's own words
+        path = script(name)
+        sys.argv = [str(path), *words]
+        sys.path.insert(0, str(path.parent))  # as for any script: it imports what is beside it
+        runpy.run_path(str(path), {"STARTED": f"chatd {name}"}, "__main__")
 
     return start
 

@@ -17,6 +17,8 @@ from http import HTTPStatus
 from typing import Any, Final, NoReturn
 from urllib.parse import urlencode, urlsplit
 
+from started import StartedParser
+
 URL: Final = "http://127.0.0.1:8086"
 SECONDS: Final = 60
 """The time limit for an answer; clearing a large room takes a while."""
@@ -39,7 +41,7 @@ class Refused(Exception):
         self.code = code
 
 
-class LineParser(argparse.ArgumentParser):
+class LineParser(StartedParser):
     """A parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:

@@ -23,6 +23,8 @@ from contextlib import closing, contextmanager
 from typing import Final, NamedTuple, NoReturn
 from urllib.parse import quote
 
+from started import StartedParser
+
 APPLICATION_ID: Final = 0x63686174
 """As in chatd.store.sqlite_file."""
 PAGES: Final = 1000
@@ -159,11 +161,11 @@ def show(progress: str) -> None:
         sys.stderr.flush()
 
 
-class FileParser(argparse.ArgumentParser):
+class FileParser(StartedParser):
     """A parser that reports errors in one line."""
 
-    def __init__(self, name: str, description: str | None) -> None:
-        super().__init__(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--force", action="store_true", help="replace an existing file")
         self.add_argument("--json", action="store_true", help="print the result as one JSON object")
 

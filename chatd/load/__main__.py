@@ -28,6 +28,8 @@ from chatd.operate.clock import use_monotonic_clock
 from chatd.transport.admission import SHARED_PATH
 from chatd.transport.subscription import MAX_SUBSCRIPTIONS
 
+STARTED: Final = "python -m chatd.load"
+"""The command that starts this program, unless the command `chatd` does."""
 SPARE: Final = 50
 """Open files besides those of the clients."""
 GARBAGE: Final = 100_000
@@ -58,12 +60,12 @@ def _extra(text: str) -> dict[str, Any]:
     return extra
 
 
-def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; raise SystemExit, with one line on standard error, if it is wrong."""
+def arguments(words: Sequence[str], started: str = STARTED) -> argparse.Namespace:
+    """Parse what follows the command `started`; raise SystemExit, with one line on standard error, if it is wrong."""
     parser = Parser(
         "chatd.load",
         UNTRIED,
-        prog="python -m chatd.load",
+        prog=started,
         description="Prove under load that a server loses nothing, whatever is disconnected or killed meanwhile.",
         epilog="Exit status: 0, proved; 1, refuted, and one line names the fault; 2, the trial could not run.",
     )
@@ -118,9 +120,9 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO) -> int:
+def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO, started: str = STARTED) -> int:
     """Run a trial, and return the exit status."""
-    options = arguments(words)
+    options = arguments(words, started)
     problem = allow_files(options.clients + SPARE)
     if problem:
         err.write(f"chatd.load: {problem}\n")
@@ -156,7 +158,7 @@ def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO) -> int:
     return result
 
 
-def run() -> int:
+def run(words: Sequence[str], started: str = STARTED) -> int:
     """Run a trial with the global reactor, and return the exit status."""
     from twisted.internet import reactor
 
@@ -165,8 +167,8 @@ def run() -> int:
     globalLogBeginner.beginLoggingTo([faults], redirectStandardIO=False, discardBuffer=True)
     gc.freeze()
     gc.set_threshold(GARBAGE)
-    return main(sys.argv[1:], reactor, sys.stdout, sys.stderr)
+    return main(words, reactor, sys.stdout, sys.stderr, started)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run(sys.argv[1:]))

@@ -11,7 +11,6 @@ from support.redises import Redis
 from support.servers import LONG, LOOPBACK, ROOT, Raw, Server, operate, post, program, stored, upgrade
 from support.websocket_frames import CLOSE
 
-ADMINPORT = program(ROOT / "scripts" / "adminport.py")
 TOKEN = "0123456789abcdef"
 
 
@@ -237,7 +236,8 @@ def test_refusal_is_one_line(server):
 
 def test_rooms_of_many_pages(monkeypatch):
     """The script reads on until there is no next page."""
-    port = ADMINPORT.AdminPort("http://localhost", None)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    port = program(ROOT / "scripts" / "adminport.py").AdminPort("http://localhost", None)
     pages = {
         "/rooms?limit=1000": {"rooms": [{"name": "a"}], "next": "a"},
         "/rooms?limit=1000&after=a": {"rooms": [{"name": "b"}]},

@@ -1,7 +1,7 @@
 """The command `chatd`: how it finds and starts each program. tests/integration/test_package.py runs it installed."""
 
 import ast
-import os
+import runpy
 import sys
 import tomllib
 
@@ -27,13 +27,14 @@ def started(monkeypatch):
     def twistd():
         raise Started("twistd", *sys.argv[1:])
 
-    def execute(path, words):
-        raise Started(*words)
+    def execute(path, given, name):
+        raise Started(name, *given.items(), *sys.argv)
 
     monkeypatch.setattr("twisted.scripts.twistd.run", twistd)
-    monkeypatch.setattr("chatd.load.__main__.run", lambda: sys.argv[1:])
-    monkeypatch.setattr("chatd.client.terminal.program.main", lambda words: words)
-    monkeypatch.setattr(os, "execv", execute)
+    monkeypatch.setattr("chatd.load.__main__.run", lambda *given: given)
+    monkeypatch.setattr("chatd.client.terminal.program.main", lambda *given: given)
+    monkeypatch.setattr(runpy, "run_path", execute)
+    monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "argv", ["chatd"])
 
 
@@ -52,14 +53,16 @@ def test_check_is_an_option_of_serve():
 
 
 def test_programs_of_the_package():
-    """They run in this process, with the words after the name, and their exit status is that of the command."""
-    assert command.main(["load", "ws://h/", "--json"]) == ["ws://h/", "--json"]
-    assert command.main(["client", "ws://h/", "--post"]) == ["ws://h/", "--post"]
+    """They get the words after the name, and the name for their help; their exit status is that of the command."""
+    assert command.main(["load", "ws://h/", "--json"]) == (["ws://h/", "--json"], "chatd load")
+    assert command.main(["client", "ws://h/", "--post"]) == (["ws://h/", "--post"], "chatd client")
 
 
 @pytest.mark.parametrize("name", ["bench", "backup", "restore", "moderate", "erase"])
 def test_scripts_of_a_checkout(name):
-    assert start(name, "--help", "a b") == [sys.executable, str(ROOT / "scripts" / name), "--help", "a b"]
+    named = "STARTED", f"chatd {name}"
+    assert start(name, "--help", "a b") == ["__main__", named, str(ROOT / "scripts" / name), "--help", "a b"]
+    assert sys.path == [str(ROOT / "scripts")]
 
 
 def test_scripts_of_the_wheel(tmp_path, monkeypatch):
@@ -83,8 +86,8 @@ def test_wheel_carries_each_script_with_its_modules():
     beside = {
         path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert names & beside == {"adminport", "benching", "storefiles"}
-    assert {"scripts/adminport.py", "scripts/benching", "scripts/storefiles.py"} <= CARRIED
+    assert names & beside == {"adminport", "benching", "started", "storefiles"}
+    assert {f"scripts/{name}.py" for name in ("adminport", "started", "storefiles")} | {"scripts/benching"} <= CARRIED
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -20,6 +20,8 @@ SPLIT: Final = 500
 SPLIT_MAX: Final = 1_000_000
 _PATH = re.compile(r"(.*?)(?:/rooms/([a-z0-9][a-z0-9_-]{0,63}))?/?")
 
+STARTED: Final = "python -m chatd.client"
+"""The command that starts this program, unless the command `chatd` does."""
 DESCRIPTION: Final = "Chat in a room from a terminal or a pipe."
 EPILOG: Final = """\
 In a terminal, /help lists the commands. Messages that are typed offline are kept in
@@ -29,9 +31,9 @@ If standard output is not a terminal, the program prints the messages of the roo
 the newest page on: a line each with the time, the name and the text, separated by tabs.
 
 examples:
-  python -m chatd.client ws://localhost:8085/rooms/team --name ann
-  python -m chatd.client ws://localhost:8085/rooms/team | grep -i deploy
-  tail -f log | python -m chatd.client ws://localhost:8085/rooms/team --name bot --post
+  %(prog)s ws://localhost:8085/rooms/team --name ann
+  %(prog)s ws://localhost:8085/rooms/team | grep -i deploy
+  tail -f log | %(prog)s ws://localhost:8085/rooms/team --name bot --post
 
 environment: CHATD_TOKEN, a token, unless --token-file is given; NO_COLOR, no colours;
 SSL_CERT_FILE, the certificates of the authorities to trust.
@@ -105,10 +107,10 @@ def token_source(path: str | None, environ: Mapping[str, str]) -> Callable[[], s
     return (lambda: token) if token else None
 
 
-def parse(words: Sequence[str], environ: Mapping[str, str]) -> ChatOptions:
-    """Parse the command line; raise SystemExit, with one line on standard error, if it is wrong."""
+def parse(words: Sequence[str], environ: Mapping[str, str], started: str = STARTED) -> ChatOptions:
+    """Parse what follows the command `started`; raise SystemExit, with one line on standard error, if it is wrong."""
     parser = CommandLine(
-        prog="python -m chatd.client",
+        prog=started,
         description=DESCRIPTION,
         epilog=EPILOG,
         allow_abbrev=False,

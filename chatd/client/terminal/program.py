@@ -15,7 +15,7 @@ from typing import Any, Final
 from chatd.client.aio import Client, Room
 from chatd.client.protocol import Rejected
 from chatd.client.storage import FileStorage, MemoryStorage, Storage
-from chatd.client.terminal.arguments import SPLIT_MAX, USAGE, ChatOptions, parse
+from chatd.client.terminal.arguments import SPLIT_MAX, STARTED, USAGE, ChatOptions, parse
 from chatd.client.terminal.conversation import GRACE_SECONDS, Conversation, drained
 from chatd.client.terminal.piping import LinePoster, json_line, print_entries, read_lines, text_line, watch_reader
 from chatd.client.terminal.screen import converse, converse_in_lines, print_above, print_lines, screen_width
@@ -202,9 +202,9 @@ async def run(options: ChatOptions) -> int:
     return await talk(options, Stop())
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str], started: str = STARTED) -> int:
     """Run the program, and return its exit status."""
-    options = parse(words, os.environ)
+    options = parse(words, os.environ, started)
     if not options.post and not options.json and os.isatty(STDOUT) and not os.isatty(STDIN):
         complain("standard input is not a terminal: use --post to post its lines: see --help")
         return USAGE
