@@ -6,6 +6,7 @@ import re
 import site
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -14,6 +15,7 @@ import pytest
 from support.checkouts import copy_checkout
 from support.redises import Redis
 from support.servers import LONG, ROOT, TWISTD, Raw, Server, environment, numbered, run
+from support.workflow_rules import METADATA
 
 WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
 CARRIED = [ROOT / place for place in WHEEL["only-include"] if place.startswith("scripts/")]
@@ -59,6 +61,12 @@ def wheel(copy):
     return path
 
 
+def sums(wheel):
+    """Return the check sums of the files in a wheel, by their names."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {one.filename: one.CRC for one in archive.infolist()}
+
+
 def make_venv(tmp_path, *what):
     """Return a Python with chatd, by these words for pip, and its dependencies installed."""
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
@@ -86,7 +94,9 @@ def test_wheel_content(wheel):
     """The wheel has its data, and no file of Twisted's own packages."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
         schema = archive.read("chatd/schemas/message.json")
+    assert metadata.startswith(f"Metadata-Version: {METADATA}\n"), "the job that publishes it must read this version"
     assert schema == (ROOT / "schemas" / "message.json").read_bytes()
     static = {str(path.relative_to(ROOT)) for path in (ROOT / "chatd" / "static").rglob("*") if path.is_file()}
     assert (
@@ -102,6 +112,24 @@ def test_wheel_content(wheel):
     kinds = {name.split("/")[0] for name in names}
     assert {kind for kind in kinds if not kind.endswith(".dist-info")} == {"chatd", "twisted"}
     assert not [name for name in names if name.endswith((".pyc", "dropin.cache", ".sqlite"))]
+
+
+def test_source_distribution_is_the_checkout(copy, wheel, tmp_path):
+    """It holds every file that git has, and a wheel built from it has the same files."""
+    check_run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=copy)
+    (path,) = tmp_path.glob("chatd-*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (made,) = tmp_path.glob("chatd-*/")
+    tracked = {path.relative_to(copy) for path in copy.rglob("*") if path.is_file() and not path.is_symlink()}
+    found = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+    assert tracked - found == set()
+    copies = {pathlib.Path("chatd", path) for path in tracked if path.parts[0] in ("schemas", "seed")}
+    assert copies
+    assert found - tracked == copies | {pathlib.Path("PKG-INFO")}, "the links of chatd/ are copies here"
+    check_run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=made)
+    (again,) = tmp_path.glob("*.whl")
+    assert sums(again) == sums(wheel)
 
 
 def test_installed_chatd_runs_from_any_folder(installed, tmp_path):
@@ -130,7 +158,10 @@ def test_installed_command(installed, tmp_path):
     chatd = installed.with_name("chatd")
     assert re.fullmatch(r"chatd \d+\.\d+\.\d+\n", check_run(chatd, "--version", cwd=elsewhere))
     for name in ("serve", "load", "client", "bench", "backup", "restore", "moderate", "erase"):
-        assert check_run(chatd, name, "--help", cwd=elsewhere).startswith("usage: "), name
+        text = check_run(chatd, name, "--help", cwd=elsewhere)
+        assert text.startswith(f"usage: chatd {name} "), name
+        assert not re.search(r"scripts/|python -m", text), name
+    assert check_run(chatd, "moderate", "ban", "--help", cwd=elsewhere).startswith("usage: chatd moderate ban ")
     with Server(elsewhere, "--store=sqlite:a.sqlite", env=clean(), command=[chatd], words=["serve"]) as server:
         proof = check_run(chatd, "load", server.url, "--clients=2", "--messages=4", "--json", cwd=elsewhere)
         assert json.loads(proof)["proved"] is True

@@ -19,6 +19,12 @@ OUTSIDERS = {"pull_request_target", "workflow_run", "issue_comment", "issues"}
 """Triggers by which somebody from outside runs something with the repository's rights."""
 
 
+PUBLISHER = 1, 14, 2
+"""The first version of pypa/gh-action-pypi-publish that reads METADATA: earlier ones have Twine 6, which refuses it."""
+METADATA = "2.5"
+"""The version of the metadata in the wheel, which the build backend chooses."""
+
+
 def texts():
     """Return the workflows, by the names of their files."""
     return {path.name: path.read_text() for path in sorted(FOLDER.iterdir())}
@@ -82,7 +88,7 @@ def faults(workflows):
         "each job ends": all("timeout-minutes" in job or "uses" in job for job in jobs.values()),
         **audit_rules(found["audit.yml"]),
         **ci_rules(found["ci.yml"]),
-        **deploy_rules(found["deploy.yml"]),
+        **deploy_rules(found["deploy.yml"], workflows["deploy.yml"]),
     }
     return [text for text, holds in wanted.items() if not holds]
 
@@ -126,7 +132,8 @@ def ci_rules(whole):
     }
 
 
-def deploy_rules(whole):
+def deploy_rules(whole, text):
+    (publisher,) = re.findall(r"gh-action-pypi-publish@\w+ # v(\S+)", text)
     job, wheel, pypi, container = (whole["jobs"][name] for name in ("deploy", "wheel", "pypi", "container"))
     image = uses(container, "actions/attest-build-provenance")
     push = next(step for step in container["steps"] if step.get("id") == "push")
@@ -143,6 +150,7 @@ def deploy_rules(whole):
         and pypi["permissions"] == {"contents": "read", "id-token": "write"}
         and pypi["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
         and "with" not in pypi["steps"][-1],
+        "the publisher reads the metadata of the wheel": version(publisher) >= PUBLISHER,
         "what is published is what was attested": pypi.get("needs") == "wheel"
         and uses(pypi, "actions/download-artifact") == {"name": uses(wheel, "actions/upload-artifact").get("name")},
         "nothing is published unless the owner asks for it": [
@@ -153,6 +161,7 @@ def deploy_rules(whole):
         "the image that is pushed is attested": container.get("needs") == "tests"
         and image.get("subject-digest") == "${{ steps.push.outputs.digest }}"
         and image.get("subject-name") == "${{ steps.push.outputs.image }}"
+        and image.get("create-storage-record") == ("artifact-metadata" in container["permissions"])
         and "containerimage.digest" in push["run"],
         "the image has its provenance and runs on both architectures": "--provenance mode=max --sbom true"
         in push["run"]

@@ -157,9 +157,10 @@ def test_workflows_follow_the_rules():
         (("ci.yml", "cache: false", "cache: true"), "nothing comes from a cache"),
         (("deploy.yml", "    environment: pypi\n", ""), "PyPI trusts the workflow in an environment"),
         (
-            ("deploy.yml", " # v1.13.0", " # v1.13.0\n        with:\n          password: ${{ vars.PASSWORD }}"),
+            ("deploy.yml", " # v1.14.2", " # v1.14.2\n        with:\n          password: ${{ vars.PASSWORD }}"),
             "PyPI trusts the workflow in an environment",
         ),
+        (("deploy.yml", " # v1.14.2", " # v1.14.0"), "the publisher reads the metadata of the wheel"),
         (("deploy.yml", "    needs: wheel\n", "    needs: tests\n"), "what is published is what was attested"),
         (
             ("deploy.yml", " && contains(vars.PUBLISH, 'pypi')", ""),
@@ -171,6 +172,7 @@ def test_workflows_follow_the_rules():
         ),
         (("deploy.yml", "push-to-registry: true", "push-to-registry: false"), "a job reads alone"),
         (("deploy.yml", "steps.push.outputs.digest", "github.sha"), "the image that is pushed is attested"),
+        (("deploy.yml", "create-storage-record: false", "show-summary: true"), "the image that is pushed is attested"),
         (
             ("deploy.yml", " --provenance mode=max", ""),
             "the image has its provenance and runs on both architectures",
