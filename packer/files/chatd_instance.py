@@ -31,6 +31,8 @@ ATTEMPTS: Final = 4
 """The attempts of botocore on throttling, 5xx and timeouts, with its own backoff."""
 LAUNCH_HOOK: Final = "chatd-launch"
 """The hook of the group that keeps a new instance out of service until it is completed."""
+TERMINATE_HOOK: Final = "chatd-terminate"
+"""The hook of the group that keeps an instance that ends from being terminated until it is completed."""
 ROOM: Final = "launch"
 """The room that chatd-lifecycle posts to, which nobody reads; chatd-boot permits it."""
 TROUBLE: Final = (OSError, HTTPException, BotoCoreError, ClientError, ResponseParserError)

@@ -235,6 +235,7 @@ class Cloud:
             self.waiting.discard(hook)
             if (hook, fields["LifecycleActionResult"]) == ("chatd-launch", "ABANDON"):
                 self.state = "Terminated"
+                self.waiting.add("chatd-terminate")  # the group waits for this hook of every instance that ends
         return None, f"<{action}Response><{action}Result/></{action}Response>".encode()
 
     def _balancer(self, action, fields):

@@ -362,14 +362,17 @@ def test_missing_role_is_retried(cloud, here):
 
 
 def abandons(cloud, run):
-    """Check that a run fails with one line, and abandons the launch hook of its instance once."""
-    cloud.waiting = {LAUNCH_HOOK, "chatd-terminate"}
+    """Check that a run fails with one line, abandons the launch hook of its instance once, and leaves none waiting."""
+    cloud.waiting = {LAUNCH_HOOK}
     ran = run()
     assert ran.code == 1
     assert re.fullmatch(r"chatd-boot: [^\n]+", ran.line)
-    about = {"AutoScalingGroupName": GROUP, "InstanceId": INSTANCE, "LifecycleHookName": LAUNCH_HOOK}
-    assert cloud.taken("CompleteLifecycleAction") == [about | {"LifecycleActionResult": "ABANDON"}]
-    assert cloud.waiting == {"chatd-terminate"}
+    about = {"AutoScalingGroupName": GROUP, "InstanceId": INSTANCE}
+    assert cloud.taken("CompleteLifecycleAction") == [
+        about | {"LifecycleHookName": LAUNCH_HOOK, "LifecycleActionResult": "ABANDON"},
+        about | {"LifecycleHookName": "chatd-terminate", "LifecycleActionResult": "CONTINUE"},
+    ]
+    assert cloud.waiting == set()
 
 
 @pytest.mark.parametrize("line", ["CHATD_HISTORY=some", "#cloud-config\nruncmd: [x]", "CHATD_STORE_PARAMETER="])
@@ -408,6 +411,9 @@ def test_no_launch_to_abandon_without_a_group(cloud, run):
     cloud.user_data = IN_GROUP
     assert re.fullmatch(r"chatd-boot: [^\n]+ParameterNotFound[^\n]+", run().line)
     assert cloud.taken("CompleteLifecycleAction") == []
+    cloud.waiting = {"chatd-terminate"}
+    run()
+    assert cloud.waiting == {"chatd-terminate"}, "it may be serving"
 
 
 def test_launch_hook_becomes_active_late(cloud, here, capsys):
@@ -421,7 +427,8 @@ def test_launch_hook_becomes_active_late(cloud, here, capsys):
 
     boot.abandon(time.clock, sleep)
     assert time.slept == [boot.LOG_SECONDS, 1, 2, 4]
-    assert len(cloud.taken("CompleteLifecycleAction")) == 1
+    hooks = [one["LifecycleHookName"] for one in cloud.taken("CompleteLifecycleAction")]
+    assert hooks == [LAUNCH_HOOK, "chatd-terminate"]
     assert capsys.readouterr().err == ""
 
 
@@ -434,7 +441,7 @@ def test_launch_that_cannot_be_abandoned(cloud, here, capsys, monkeypatch):
     assert time.now - boot.LOG_SECONDS <= boot.ABANDON_SECONDS
     said = capsys.readouterr().err
     assert re.fullmatch(
-        r"chatd-boot: cannot abandon chatd-launch, which will time out: [^\n]*AccessDenied[^\n]*\n", said
+        r"chatd-boot: cannot complete chatd-launch, which will time out: [^\n]*AccessDenied[^\n]*\n", said
     )
     cloud.away = True
     boot.abandon(time.clock, time.sleep)
@@ -519,8 +526,19 @@ MUTATIONS = [
     (test_lifecycle_starts_in_a_group, '        units.append("chatd-lifecycle.service")\n', ""),
     (test_lifecycle_starts_in_a_group, '"CHATD_INSTANCE": instance', '"CHATD_INSTANCE": region'),
     (finds_sqlite, "        abandon()\n", ""),
-    (finds_sqlite, '"InstanceId": instance, "Lifecycle', '"InstanceId": region, "Lifecycle'),
-    (finds_sqlite, 'Result="ABANDON"', 'Result="CONTINUE"'),
+    (
+        finds_sqlite,
+        '"AutoScalingGroupName": name, "InstanceId": instance',
+        '"AutoScalingGroupName": name, "InstanceId": region',
+    ),
+    (finds_sqlite, 'LAUNCH_HOOK, "ABANDON"', 'LAUNCH_HOOK, "CONTINUE"'),
+    (finds_sqlite, '        complete(TERMINATE_HOOK, "CONTINUE")', "        pass"),
+    (finds_sqlite, "    if complete(LAUNCH_HOOK", "    if not complete(LAUNCH_HOOK"),
+    (
+        test_no_launch_to_abandon_without_a_group,
+        '    if complete(LAUNCH_HOOK, "ABANDON"):\n',
+        '    complete(LAUNCH_HOOK, "ABANDON")\n    if True:\n',
+    ),
     (finds_nonsense, "group(), metadata(", 'parse(metadata("user-data") or "")["CHATD_GROUP"], metadata('),
     (
         test_lifecycle_starts_in_a_group,
@@ -560,7 +578,7 @@ def test_retries_end_before_systemd_and_the_launch_hook():
     call = boot_instance.ATTEMPTS * (boot_instance.CONNECT_SECONDS + boot_instance.READ_SECONDS + 20)
     longest = boot.PATIENCE_SECONDS + boot.LOG_SECONDS + boot.ABANDON_SECONDS
     assert longest < 300
-    assert longest + call < int(unit("chatd-boot.service")["TimeoutStartSec"][0])
+    assert longest + call + boot.ABANDON_SECONDS + call < int(unit("chatd-boot.service")["TimeoutStartSec"][0])
 
 
 def test_systemd_accepts_the_units_of_an_instance(tmp_path):

@@ -829,7 +829,7 @@ MUTATIONS = [
     (is_terminated, "if await self._call(self._local.drained, port)", "if True"),
     (is_terminated, "await gatherResults(drains, consumeErrors=True)", "pass"),
     (is_terminated, "for port in self._ports]", "for port in self._ports[:1]]"),
-    (is_terminated, 'TERMINATE_HOOK: Final = "chatd-terminate"', 'TERMINATE_HOOK: Final = "terminate"'),
+    (is_terminated, "self._complete(TERMINATE_HOOK)", 'self._complete("terminate")'),
     (is_terminated, "        self._start(self._see_ending())\n", ""),
     (is_deregistered_first, "        self._start(self._see_leaving())\n", ""),
     (
