@@ -12,7 +12,7 @@ import sys
 from typing import Any, Final
 
 from deploying.aws import POLL_SECONDS, Account, AwsError, DeployError, say
-from deploying.images import version
+from deploying.images import COMMIT, find, tags, version
 from deploying.stack import Stack, State
 
 ROOT: Final = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -34,6 +34,7 @@ def verify(stack: Stack, image: str, within: float) -> dict[str, Any]:
     Raises NotVerified or AwsError.
     """
     expected = version(stack.account, image)
+    commit = tags(find(stack.account, image)).get(COMMIT, "")
     state = stack.there()
     url = state.output("WebSocketURL")
     deadline = stack.clock.now() + within
@@ -47,7 +48,7 @@ def verify(stack: Stack, image: str, within: float) -> dict[str, Any]:
                 raise
             wrong = str(error)
         if not wrong:
-            return {"image": image, "version": expected, "instances": instances, "url": url}
+            return {"image": image, "version": expected, "commit": commit, "instances": instances, "url": url}
         if stack.clock.now() >= deadline:
             raise NotVerified(f"{image} is not verified: {wrong}")
         if wrong != reported:

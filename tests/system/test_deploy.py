@@ -53,6 +53,7 @@ def test_ship_rolls_out_verifies_and_labels(account):
         "error": None,
         "image": account.new,
         "version": VERSION,
+        "commit": "",
         "instances": sorted(account.fleet.images),
         "url": account.url_of_chat,
     }

@@ -303,28 +303,48 @@ def test_ship_needs_agents(tmp_path):
     assert "AGENTS: set this variable of the environment" in said
 
 
-@pytest.mark.parametrize(
-    ("tags", "newest"),
-    [
-        (["v1.9.0", "v1.10.0", "docs-2"], "v1.10.0"),
-        (["v2.0.0rc1", "v2.0.0", "v1.10.0"], "v2.0.0"),
-        (["v2.0.0rc1", "v1.10.0"], "v2.0.0rc1"),
-    ],
-)
-def test_newest_release_is_chosen(tmp_path, tags, newest):
-    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@example.com"]
-    succeed("git", "init", "--quiet", tmp_path)
-    for tag in tags:
+def chosen(folder, workflows, commit, status=0):
+    """Run the step that chooses a commit, in a repository with three; return what is checked out, and the status."""
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    succeed("git", "init", "--quiet", folder)
+    (folder / "scripts").mkdir()
+    (folder / "scripts" / "deploy").write_text(
+        f'#!/bin/sh\necho "$@" >"$RUNNER_TEMP/called"\ncat "$RUNNER_TEMP/said"\nexit {status}\n'
+    )
+    (folder / "scripts" / "deploy").chmod(0o755)
+    for tag in ("v1.9.0", "v1.10.0", "v2.0.0"):
+        succeed(*git, "add", ".")
         succeed(*git, "commit", "--quiet", "--allow-empty", "--message", tag)
         succeed(*git, "tag", tag)
-    succeed("bash", "-e", "-c", step(texts(), "Choose")["run"], cwd=tmp_path)
-    assert succeed(*git, "log", "-1", "--format=%s").strip() == newest
+    temporary = folder / ".git" / "temporary"
+    temporary.mkdir()
+    sha = succeed(*git, "rev-parse", commit).strip() if commit.startswith("v") else commit
+    (temporary / "said").write_text(json.dumps({"status": status} | ({} if status else {"commit": sha})))
+    env = {"PATH": os.environ["PATH"], "RUNNER_TEMP": str(temporary), "STACK": "lab"}
+    run = ["bash", "-e", "-c", step(workflows, "Choose")["run"]]
+    result = subprocess.run(run, cwd=folder, env=env, capture_output=True, timeout=LONG, check=False)
+    assert (temporary / "called").read_text() == "verify --json --stack lab\n"
+    return succeed(*git, "log", "-1", "--format=%s").strip(), result.returncode
 
 
-def test_no_release_is_a_failure(tmp_path):
-    succeed("git", "init", "--quiet", tmp_path)
-    run = ["bash", "-e", "-c", step(texts(), "Choose")["run"]]
-    assert subprocess.run(run, cwd=tmp_path, capture_output=True, timeout=LONG, check=False).returncode
+@pytest.mark.parametrize("tag", ["v1.9.0", "v2.0.0"])
+def test_commit_in_service_is_chosen(tmp_path, tag):
+    """A release that was rolled back, or whose tests failed, does not come back each week."""
+    assert chosen(tmp_path, texts(), tag) == (tag, 0)
+
+
+@pytest.mark.parametrize(("commit", "status"), [("", 0), ("0" * 40, 0), ("0" * 40 + "-dirty", 0), ("v1.9.0", 1)])
+def test_without_a_commit_in_service_nothing_ships(tmp_path, commit, status):
+    """An unhealthy stack, an image that does not tell its commit, and an unknown commit fail the run."""
+    at, code = chosen(tmp_path, texts(), commit, status)
+    assert (at, code != 0) == ("v2.0.0", True)
+
+
+def test_ignored_commit_is_found(tmp_path):
+    """The negative control: the newest release instead."""
+    workflows = changed("deploy.yml", '--detach "${commit:?the image in service has no tag chatd:git-sha}"', "v2.0.0")
+    with pytest.raises(AssertionError):
+        assert chosen(tmp_path, workflows, "v1.9.0") == ("v1.9.0", 0)
 
 
 @functools.cache
