@@ -68,6 +68,10 @@ variable "deprecate_days" {
   type        = number
   default     = 90
   description = "The days after which EC2 marks the image as deprecated, but still starts it; 0: never."
+  validation {
+    condition     = var.deprecate_days >= 0 && var.deprecate_days <= 3650 && floor(var.deprecate_days) == var.deprecate_days
+    error_message = "The days must be a whole number from 0 to 3650, because EC2 accepts at most ten years."
+  }
 }
 
 variable "agents" {

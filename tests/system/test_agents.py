@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
+from http.client import IncompleteRead
+from io import BytesIO
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -161,6 +163,19 @@ def test_bad_package_is_refused(agents, signers, run, fault, reason):
     code, said, told = run(agents, *arguments(signers, *VERSIONS))
     assert (code, said) == (1, "")
     assert reason in told.splitlines()[-1]
+
+
+def test_package_that_ends_early_is_refused(agents, signers, run, monkeypatch):
+    """A connection that ends within a package is a failure of one line."""
+
+    class Cut(BytesIO):
+        def read(self, *_):
+            raise IncompleteRead(b"the", 20)
+
+    monkeypatch.setattr(agents.urllib.request, "urlopen", lambda *_, **__: Cut())
+    code, said, told = run(agents, *arguments(signers, "ssm"))
+    assert (code, said) == (1, "")
+    assert "arm64.deb: IncompleteRead(3 bytes read, 20 more expected)" in told.splitlines()[-1]
 
 
 def test_program_without_the_check_is_found(agents, signers, run, monkeypatch):

@@ -110,6 +110,13 @@ def test_agent_needs_hash_and_https_url(tmp_path, agent, fault):
     assert fault in said
 
 
+@pytest.mark.parametrize("days", [-1, 0.5, 3651])
+def test_deprecation_must_be_possible(tmp_path, days):
+    """EC2 would refuse the date only after the image is made."""
+    said, code = run_packer(tmp_path, "validate", *variables(tmp_path, deprecate_days=days), TEMPLATE)
+    assert (code, "whole number from 0 to 3650" in said) == (1, True), said
+
+
 # Requests to EC2
 
 
@@ -510,6 +517,35 @@ def test_wrong_usage_is_reported(arguments, fault):
     result = command(*arguments)
     assert result.returncode == 2
     assert fault in result.stderr
+
+
+PACKAGES = [{"url": "https://example.com/a.deb", "sha256": "0" * 64}]
+
+
+@pytest.mark.parametrize(
+    ("agents", "arch", "lacking"),
+    [
+        ({"arm64": PACKAGES}, "arm64", None),
+        ({"arm64": PACKAGES, "amd64": PACKAGES}, None, None),
+        ({"amd64": PACKAGES}, "arm64", "arm64"),
+        ({"arm64": PACKAGES}, None, "amd64"),
+        ({"arm64": []}, "arm64", "arm64"),
+        ([], "arm64", "arm64"),
+        ({"arm64": "a.deb"}, "arm64", "arm64"),
+        ({"arm64": ["a.deb"]}, "arm64", "arm64"),
+        ({"arm64": [{"url": "https://example.com/a.deb"}]}, "arm64", "arm64"),
+    ],
+)
+def test_agents_need_packages_for_each_architecture(tmp_path, agents, arch, lacking):
+    """Packer would make an image without agents, whose group cannot scale."""
+    path = tmp_path / "agents.json"
+    path.write_text(json.dumps(agents))
+    result = command(f"--agents={path}", "--region=r", "--packer=no-such-packer", *([f"--arch={arch}"] if arch else []))
+    if lacking is None:
+        assert "no-such-packer is not installed" in result.stderr
+        return
+    assert result.returncode == 2
+    assert f"agents.json: no packages for {lacking}, each with url and sha256: use scripts/agents" in result.stderr
 
 
 def test_limits_of_other_tools_do_not_reach_packer(tmp_path, monkeypatch):
