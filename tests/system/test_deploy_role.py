@@ -148,6 +148,13 @@ def test_boundary_is_required_where_given(role):
     assert {"iam:PutRolePolicy", "iam:PutRolePermissionsBoundary"} <= {*listed(create["Action"])}
 
 
+def test_cloudformation_may_assume_the_role(role):
+    """A condition on a key that CloudFormation does not send would deny everything."""
+    trust = role["Resources"]["Role"]["Properties"]["AssumeRolePolicyDocument"]["Statement"]
+    principal = {"Service": "cloudformation.amazonaws.com"}
+    assert trust == [{"Effect": "Allow", "Principal": principal, "Action": "sts:AssumeRole"}]
+
+
 def test_cfn_lint_accepts_the_role(tmp_path, role):
     written(tmp_path, {"role": ROLE.read_text()})
     assert cfn_lint(tmp_path) == {"role": set()}
