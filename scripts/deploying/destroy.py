@@ -3,17 +3,24 @@
 The order loses no acknowledged message: the instances drain and stop before the snapshot begins, and the stack is
 deleted last, because the cluster keeps its security group and its network from being deleted.  Each step is skipped if
 an earlier run did it.
+
+Only what CloudFormation lists as resources of the stack is changed.  Something else may have the name of the stack, for
+example a cluster because of which the creation of the stack failed.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from deploying.aws import POLL_SECONDS, AwsError, CallDenied, DeployError, Stuck, say
 from deploying.record import Record
-from deploying.stack import GONE, Stack, State
+from deploying.stack import GONE, IMAGE, REVIEW, Stack, State
 
 DELETING: Final = "DELETE_IN_PROGRESS"
+STORE: Final = "StoreParameter"
+"""The stack parameter that names another store, instead of an own MemoryDB."""
+ABSENT: Final = frozenset(("CREATE_FAILED", "DELETE_COMPLETE"))
+"""The statuses of resources that do not exist."""
 NO_CLUSTER: Final = frozenset(("ClusterNotFoundFault", "ClusterNotFound"))
 NO_SUBNETS: Final = frozenset(("SubnetGroupNotFoundFault", "SubnetGroupNotFound"))
 FINAL: Final = "-final-"
@@ -35,24 +42,27 @@ class Removal:
     def run(self, confirm: Callable[[str], bool]) -> dict[str, Any]:
         """Remove everything after `confirm` returns true; returns the name of the snapshot.
 
-        Raises DeployError if nothing was removed, and Stuck if something is left.
+        Raises CallDenied or DeployError if nothing was removed, and Stuck if something is left.
         """
         state = self._stack.there()
-        if state.busy and state.status != DELETING:
-            raise CallDenied(f"{self._stack.name} is {state.status}: wait, or cancel it with scripts/deploy abort")
-        own = not state.parameters.get("StoreParameter", "")
-        kept = "its messages stay in a snapshot" if own else "its store stays"
-        if not confirm(f"This deletes the stack {self._stack.name} and everything in it; {kept}."):
+        self._check(state)
+        mine = self._resources(state)
+        own = "Store" in mine
+        kept = "its messages stay in a snapshot" if own else "a store that it did not create stays"
+        _, _, _, region, account, _ = state.id.split(":", 5)
+        where = f"the stack {self._stack.name} in {region} of the account {account}"
+        if not confirm(f"This deletes {where} and everything in it; {kept}."):
             raise DeployError(f"not confirmed: type the name of the stack, {self._stack.name}")
         self._begun()
         try:
             if state.status != DELETING:
-                self._stop()
-                if own:
-                    self._drop_store()
+                self._stop(mine)
+                self._drop_store(mine)
+            # Before the stack is gone, so that a run after an interruption finds the stack.
+            Record(self._stack.account, self._stack.name).forget()
+            if state.status != DELETING:
                 self._delete()
             self._until(lambda: self._gone(state), "the stack is being deleted")
-            Record(self._stack.account, self._stack.name).forget()
             snapshot = self._snapshot() if own else None
         except Stuck:
             raise
@@ -60,9 +70,35 @@ class Removal:
             raise Stuck(f"{error}: run this again to continue") from error
         return {"stack": self._stack.name, "snapshot": snapshot}
 
-    def _stop(self) -> None:
+    def _check(self, state: State) -> None:
+        """Check that the stack may be deleted, before anything else is; raises CallDenied."""
+        name = self._stack.name
+        if state.busy and state.status != DELETING:
+            remedy = "cancel it with scripts/deploy abort"
+            if state.status == "CREATE_IN_PROGRESS":
+                remedy = f"stop it with aws cloudformation delete-stack --stack-name {name}, and run this again"
+            raise CallDenied(f"{name} is {state.status}: wait, or {remedy}")
+        if state.status != REVIEW and not {IMAGE, STORE} <= state.parameters.keys():
+            raise CallDenied(
+                f"{name} is not a stack of scripts/deploying/stack.yaml, because it lacks the parameters {IMAGE} and "
+                f"{STORE}: use --stack"
+            )
+        if state.protected:
+            raise CallDenied(
+                f"the termination protection of {name} is on: to turn it off, aws cloudformation "
+                f"update-termination-protection --no-enable-termination-protection --stack-name {name}"
+            )
+
+    def _resources(self, state: State) -> set[str]:
+        """Return the logical names of the resources that exist."""
+        found = self._call("cloudformation", "describe_stack_resources", StackName=state.id)["StackResources"]
+        return {one["LogicalResourceId"] for one in found if one["ResourceStatus"] not in ABSENT}
+
+    def _stop(self, mine: Collection[str]) -> None:
         """Drain and end all instances."""
         name = self._stack.name
+        if "Group" not in mine:
+            return
 
         def running() -> int:
             groups = self._call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[name])
@@ -73,14 +109,16 @@ class Removal:
             self._call("autoscaling", "update_auto_scaling_group", AutoScalingGroupName=name, **none)
             self._until(lambda: not running(), "the instances drain")
 
-    def _drop_store(self) -> None:
+    def _drop_store(self, mine: Collection[str]) -> None:
         """Delete the cluster with a final snapshot, and its subnet group."""
-        cluster = self._cluster()
+        cluster = self._cluster() if "Store" in mine else None
         if cluster and cluster["Status"] != "deleting":
             final = f"{self._stack.name}{FINAL}{time.strftime('%Y%m%d%H%M%S', time.gmtime())}"
             self._call("memorydb", "delete_cluster", ClusterName=self._stack.name, FinalSnapshotName=final)
         if cluster:
             self._until(lambda: self._cluster() is None, "MemoryDB takes the final snapshot")
+        if "StoreSubnets" not in mine:
+            return
         try:
             self._call("memorydb", "delete_subnet_group", SubnetGroupName=self._stack.name)
         except AwsError as error:

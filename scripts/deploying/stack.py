@@ -59,6 +59,8 @@ class State(NamedTuple):
     parameters: Mapping[str, str]
     outputs: Mapping[str, str]
     tags: Mapping[str, str]
+    protected: bool
+    """True if AWS refuses to delete it (termination protection)."""
 
     @property
     def busy(self) -> bool:
@@ -109,7 +111,8 @@ class Stack:
         parameters = {one["ParameterKey"]: one["ParameterValue"] for one in found.get("Parameters", [])}
         outputs = {one["OutputKey"]: one["OutputValue"] for one in found.get("Outputs", [])}
         tags = {one["Key"]: one["Value"] for one in found.get("Tags", [])}
-        return State(found["StackId"], found["StackStatus"], parameters, outputs, tags)
+        protected = bool(found.get("EnableTerminationProtection"))
+        return State(found["StackId"], found["StackStatus"], parameters, outputs, tags, protected)
 
     def there(self) -> State:
         """Return the state of the stack; raises DeployError if it does not exist."""
@@ -195,7 +198,7 @@ class Stack:
         given = {**(parameters or {}), IMAGE: image}
         kept: set[str] = set()
         if fresh or template:
-            body = request["TemplateBody"] = _read(template or default)
+            body = request["TemplateBody"] = body_of(template or default)
             if state is not None and not fresh:
                 summary = self.account.call("cloudformation", "get_template_summary", TemplateBody=body)
                 kept = {one["ParameterKey"] for one in summary["Parameters"]} & state.parameters.keys()
@@ -351,7 +354,7 @@ def _touched(change: Mapping[str, Any]) -> set[str]:
     return {str(one.get("Name") or one.get("Attribute")) for one in targets} or {"unknown"}
 
 
-def _read(path: pathlib.Path) -> str:
+def body_of(path: pathlib.Path) -> str:
     """Return the text of a template; raises DeployError."""
     try:
         text = path.read_text(encoding="utf-8")

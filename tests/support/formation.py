@@ -91,6 +91,8 @@ class Formation:
         self.page = 1
         """The changes in a page of an answer.  At AWS pages are larger."""
         self.deleted = False
+        self.protected = False
+        """True while its termination protection is on."""
         self.reason = None
         self._course = iter(())
         self._count = itertools.count(1)
@@ -355,6 +357,10 @@ class Formation:
             return {}
         if self.status.endswith("IN_PROGRESS") and self.status != "REVIEW_IN_PROGRESS":
             raise Fault("ValidationError", f"Stack [{self.id}] cannot be deleted while in status {self.status}")
+        if self.protected:
+            raise Fault(
+                "ValidationError", f"Stack [{self.name}] cannot be deleted while TerminationProtection is enabled"
+            )
         self._course = self._remove()
         return {}
 
@@ -384,6 +390,7 @@ class Formation:
         }
         if self.deployed and self.deployed.tags:
             stack["Tags"] = [{"Key": key, "Value": text} for key, text in self.deployed.tags]
+        stack["EnableTerminationProtection"] = self.protected
         stack |= {"StackStatusReason": self.reason} if self.reason else {}
         if self.fleet.there:
             stack["Outputs"] = pairs("Output", self.fleet.outputs)
@@ -392,6 +399,27 @@ class Formation:
     def DescribeStackEvents(self, params):
         self._known(params)
         return self._page("StackEvents", self.events, params, 3 * self.page)
+
+    def DescribeStackResources(self, params):
+        """The resources of a stack whose creation was rolled back are deleted; those that are retained stay."""
+        self._known(params)
+        there = not self.status.startswith("ROLLBACK_")
+        status = "CREATE_COMPLETE" if there else "DELETE_COMPLETE"
+        resources = self.deployed.resources if self.deployed else {}
+        return {
+            "StackResources": [
+                {
+                    "StackId": self.id,
+                    "StackName": self.name,
+                    "LogicalResourceId": name,
+                    "PhysicalResourceId": self.name,
+                    "ResourceType": one["Type"],
+                    "Timestamp": NOW,
+                    "ResourceStatus": status,
+                }
+                for name, one in resources.items()
+            ]
+        }
 
     def CreateChangeSet(self, params):
         fresh = params.get("ChangeSetType") == "CREATE"

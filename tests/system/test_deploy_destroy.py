@@ -4,13 +4,13 @@ import signal
 import sys
 
 import pytest
-from support.change_sets import fixed_name, parsed
-from support.deployments import DEPLOY, DONE, FAILED, REFUSED, STACK, STUCK, deploy, end
+from support.change_sets import deployed, fixed_name, parsed
+from support.deployments import DEPLOY, DONE, FAILED, REFUSED, REGION, STACK, STUCK, deploy, end
 from support.formation import TEMPLATE
 from support.wire import Fault
 from system.test_deploy_controls import outcome
 
-ORDER = ["UpdateAutoScalingGroup", "DeleteCluster", "DeleteSubnetGroup", "DeleteStack", "DeleteParameter"]
+ORDER = ["UpdateAutoScalingGroup", "DeleteCluster", "DeleteSubnetGroup", "DeleteParameter", "DeleteStack"]
 
 
 @pytest.fixture
@@ -53,10 +53,61 @@ def test_destroy_continues_after_a_kill(stored, step):
     stored.fault(step, "kill", done=True)
     assert deploy(stored, "destroy", typed=STACK).returncode == -signal.SIGKILL
     again = deploy(stored, "destroy", typed=STACK)
-    if step == "DeleteParameter":
-        assert again.returncode == FAILED, again.stderr
-    else:
-        assert (again.returncode, gone(stored)) == (DONE, True), again.stderr
+    assert (again.returncode, gone(stored)) == (DONE, True), again.stderr
+
+
+def test_destroy_asks_with_the_account_and_the_region(stored):
+    """The name of a stack may be the same in another account."""
+    result = deploy(stored, "destroy", typed="")
+    assert f"the stack chatd in {REGION} of the account {stored.owner} and everything in it" in result.stderr
+
+
+def refused(account, why):
+    """Destroy, and check that it is refused with a reason before anything changes."""
+    result = deploy(account, "destroy", typed=STACK)
+    assert (result.returncode, why in result.stderr) == (REFUSED, True), result.stderr
+    assert not {one.partition(":")[2] for one in account.asked} & {*ORDER}
+
+
+def test_destroy_respects_the_termination_protection(stored):
+    """CloudFormation would refuse the stack only after its instances and its store were gone."""
+    stored.stack.protected = True
+    refused(stored, "--no-enable-termination-protection --stack-name chatd")
+    stored.stack.protected = False
+    assert deploy(stored, "destroy", typed=STACK).returncode == DONE
+
+
+def test_destroy_refuses_a_stack_of_something_else(stored):
+    """A stack of another template may have a group and a cluster of its name."""
+    template = {"Parameters": {"ImageId": {"Type": "String"}}, "Resources": {"Topic": {"Type": "AWS::SNS::Topic"}}}
+    stored.stack.deployed = deployed(template, {"ImageId": stored.old}, STACK)
+    refused(stored, "chatd is not a stack of scripts/deploying/stack.yaml")
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        ("UPDATE_IN_PROGRESS", "scripts/deploy abort"),
+        ("CREATE_IN_PROGRESS", "aws cloudformation delete-stack --stack-name chatd"),
+    ],
+)
+def test_destroy_refuses_a_stack_that_changes(stored, status, remedy):
+    stored.stack.status = status
+    refused(stored, f"chatd is {status}: wait, or ")
+    refused(stored, remedy)
+
+
+@pytest.mark.parametrize("status", ["ROLLBACK_COMPLETE", "REVIEW_IN_PROGRESS"])
+def test_destroy_spares_what_is_not_of_the_stack(stored, status):
+    """What made the creation of a stack fail because of its name is not deleted with it."""
+    stored.stack.status = status
+    stored.stack.held = lambda: None
+    if status == "REVIEW_IN_PROGRESS":
+        stored.stack.deployed = None
+    result = deploy(stored, "destroy", typed=STACK)
+    assert (result.returncode, stored.stack.deleted) == (DONE, True), result.stderr
+    assert (STACK in stored.memorydb.clusters, STACK in stored.memorydb.subnet_groups) == (True, True)
+    assert "autoscaling:UpdateAutoScalingGroup" not in stored.asked
 
 
 def test_destroy_spares_another_store(account):
@@ -127,16 +178,43 @@ UNSAFE = {
         lambda account: test_destroy_needs_the_name(with_store(account), "yes"),
     ),
     "the store goes while instances write": (
-        ("deploying/destroy.py", "                self._stop()\n", ""),
+        ("deploying/destroy.py", "                self._stop(mine)\n", ""),
         lambda account: test_destroy_keeps_a_final_snapshot(with_store(account)),
     ),
     "the store stays": (
-        ("deploying/destroy.py", "                if own:", "                if False:"),
+        ("deploying/destroy.py", "                self._drop_store(mine)\n", ""),
         lambda account: test_destroy_keeps_a_final_snapshot(with_store(account)),
     ),
     "another store is deleted": (
-        ("deploying/destroy.py", "                if own:", "                if True:"),
+        ("deploying/destroy.py", 'if "Store" in mine else None', "if True else None"),
         test_destroy_spares_another_store,
+    ),
+    "the group of another stack ends": (
+        ("deploying/destroy.py", 'if "Group" not in mine:', "if False:"),
+        lambda account: test_destroy_spares_what_is_not_of_the_stack(with_store(account), "ROLLBACK_COMPLETE"),
+    ),
+    "a failed resource counts": (
+        ("deploying/destroy.py", 'if one["ResourceStatus"] not in ABSENT', "if True"),
+        lambda account: test_destroy_spares_what_is_not_of_the_stack(with_store(account), "ROLLBACK_COMPLETE"),
+    ),
+    "the protection shows too late": (
+        ("deploying/destroy.py", "if state.protected:", "if False:"),
+        lambda account: test_destroy_respects_the_termination_protection(with_store(account)),
+    ),
+    "any stack is destroyed": (
+        ("deploying/destroy.py", "{IMAGE, STORE} <= state", "set() <= state"),
+        lambda account: test_destroy_refuses_a_stack_of_something_else(with_store(account)),
+    ),
+    "the record goes last": (
+        (
+            "deploying/destroy.py",
+            'self._until(lambda: self._gone(state), "the stack is being deleted")\n',
+            (
+                'self._until(lambda: self._gone(state), "the stack is being deleted")\n'
+                "            Record(self._stack.account, self._stack.name).forget()\n"
+            ),
+        ),
+        lambda account: test_destroy_keeps_a_final_snapshot(with_store(account)),
     ),
     "the snapshot is not awaited": (
         ("deploying/destroy.py", "        if cluster:\n", "        if False:\n"),
