@@ -1,7 +1,7 @@
 """The problems that would stop the creation of a stack, or a rollout, after minutes or silently.
 
-Each check yields one line with the remedy, as `chatd --check` does.  A check that the credentials do not permit is
-skipped and reported.
+Each check yields one line with the remedy, as `chatd --check` does.  A check that the credentials do not permit, or
+that AWS does not answer, is skipped and reported.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from deploying.aws import DENIED, Account, AwsError, CallDenied, say
+from deploying.aws import DENIED, INVALID, Account, AwsError, CallDenied, DeployError, say
 from deploying.images import find
 from deploying.stack import REVIEW, Stack, State
 
@@ -32,6 +32,11 @@ OPERATIONS: Final = (
 ZONES: Final = 2
 NO_CLUSTER: Final = frozenset(("ClusterNotFoundFault", "ClusterNotFound"))
 NO_SUBNETS: Final = frozenset(("SubnetGroupNotFoundFault", "SubnetGroupNotFound"))
+TYPES: Final = ("InstanceType", "SecondInstanceType", "ThirdInstanceType")
+LACKING: Final = re.compile(r"Invalid|Validation|.*NotFound")
+"""How the error code begins for a parameter that names nothing in the account."""
+UNSEEN: Final = "Unseen"
+"""The code of an error for what nobody can see with these credentials."""
 
 
 class Target(NamedTuple):
@@ -43,6 +48,8 @@ class Target(NamedTuple):
     image: str | None
     role: str | None = None
     """The role of CloudFormation."""
+    faults: tuple[str, ...] = ()
+    """What is wrong with the parameters given; they are not among `parameters`."""
 
     @property
     def account(self) -> Account:
@@ -58,17 +65,50 @@ class Target(NamedTuple):
         """Return a parameter; empty if the template has none of this name."""
         return self.parameters.get(name, "")
 
+    @property
+    def types(self) -> list[str]:
+        """The types of the instances."""
+        return [self[name] for name in TYPES if self[name]]
+
+
+def parameters(target: Target) -> Iterator[str]:
+    """Check that the template has the parameters given, and that numbers are numbers."""
+    yield from target.faults
+
+
+def state(target: Target) -> Iterator[str]:
+    """Check that the stack can be updated now, which a rollout needs; raises CallDenied."""
+    yield from ()
+    target.stack.free(target.state)
+    if target.state is not None and not target.fresh:
+        target.stack.quiet(target.state)
+
+
+def types(target: Target) -> Iterator[str]:
+    """Check that the types of the instances exist, and have the architecture of the image, or else one in common."""
+    account = target.account
+    found = account.call("ec2", "describe_instance_types", InstanceTypes=target.types)["InstanceTypes"]
+    supported = {one["InstanceType"]: {*one["ProcessorInfo"]["SupportedArchitectures"]} for one in found}
+    common = set.intersection(*supported.values())
+    if not common:
+        words = ", ".join(f"{kind} is {'/'.join(sorted(names))}" for kind, names in supported.items())
+        yield f"no image runs on all types of the instances ({words}): use types of one architecture"
+    elif target.image:
+        image = find(account, target.image)["Architecture"]
+        for kind in sorted(kind for kind, names in supported.items() if image not in names):
+            yield f"the image {target.image} is {image}, and cannot run on {kind}: use another type or --arch"
+
 
 def quota(target: Target) -> Iterator[str]:
     """Check that the group fits into the quota of vCPU, with the additional instances of a rollout."""
-    kind = target["InstanceType"]
-    if not STANDARD.match(kind):
+    kinds = [kind for kind in target.types if STANDARD.match(kind)]
+    if not kinds:
         return
     account = target.account
     arguments = {"ServiceCode": "ec2", "QuotaCode": QUOTA}
     limit = account.call("service-quotas", "get_service_quota", **arguments)["Quota"]["Value"]
-    (found,) = account.call("ec2", "describe_instance_types", InstanceTypes=[kind])["InstanceTypes"]
-    each = found["VCpuInfo"]["DefaultVCpus"]
+    found = account.call("ec2", "describe_instance_types", InstanceTypes=kinds)["InstanceTypes"]
+    each = max(one["VCpuInfo"]["DefaultVCpus"] for one in found)
     used = sum(_others(target))
     for name in ("MinSize", "MaxSize"):
         size = int(target[name])
@@ -95,9 +135,9 @@ def _others(target: Target) -> Iterator[int]:
 
 
 def zones(target: Target) -> Iterator[str]:
-    """Check that the zones of the stack are two, and have MemoryDB and the type of the instances."""
+    """Check that the zones of the stack are two, and have MemoryDB and a type of the instances."""
     account = target.account
-    kind = [{"Name": "instance-type", "Values": [target["InstanceType"]]}]
+    kind = [{"Name": "instance-type", "Values": target.types}]
     arguments = {"LocationType": "availability-zone", "Filters": kind}
     pages = account.pages("ec2", "describe_instance_type_offerings", "InstanceTypeOfferings", **arguments)
     offering = {one["Location"] for one in pages}
@@ -109,7 +149,7 @@ def zones(target: Target) -> Iterator[str]:
         if name in ids and not target["StoreParameter"] and ids[name] in WITHOUT_MEMORYDB:
             faults[name] = f"({ids[name]}) has no MemoryDB"
         elif name in ids and name not in offering:
-            faults[name] = f"has no {target['InstanceType']}"
+            faults[name] = f"has no {' or '.join(target.types)}"
     good = sorted(name for name in ids if name in offering and ids[name] not in WITHOUT_MEMORYDB)[:ZONES]
     remedy = "use subnets in other zones" if target["VpcId"] else "use another InstanceType or region"
     if len(good) == ZONES and not target["VpcId"]:
@@ -129,10 +169,13 @@ def _zones_of(target: Target, available: list[str]) -> list[str]:
 
 
 def network(target: Target) -> Iterator[str]:
-    """Check that the region has a default VPC, in which scripts/bake builds."""
+    """Check that the region has a default VPC, in which scripts/bake builds, unless there is an image already."""
     own = [{"Name": "is-default", "Values": ["true"]}]
-    if not target.account.call("ec2", "describe_vpcs", Filters=own)["Vpcs"]:
-        yield "the region has no default VPC, in which scripts/bake builds: aws ec2 create-default-vpc"
+    if not target.image and not target.account.call("ec2", "describe_vpcs", Filters=own)["Vpcs"]:
+        yield (
+            "the region has no default VPC, in which scripts/bake builds: aws ec2 create-default-vpc, or bake with "
+            "--var subnet_id=subnet-..., and give its --image to this check"
+        )
 
 
 def keys(target: Target) -> Iterator[str]:
@@ -140,21 +183,29 @@ def keys(target: Target) -> Iterator[str]:
     if not target.image:
         return
     account = target.account
-    disks = find(account, target.image).get("BlockDeviceMappings", [])
+    image = find(account, target.image)
+    caller = account.call("sts", "get_caller_identity")
+    launcher = f"arn:{caller['Arn'].split(':')[1]}:iam::{caller['Account']}:role/{LAUNCHER}"
+    remedy = f"--grantee-principal {launcher} --operations {' '.join(OPERATIONS)}"
+    disks = image.get("BlockDeviceMappings", [])
+    if image["OwnerId"] != caller["Account"]:
+        raise AwsError(
+            f"the image belongs to the account {image['OwnerId']}, and only that sees its key. If it is a key of KMS, "
+            f"let Auto Scaling here use it: aws kms create-grant --key-id KEY {remedy}",
+            UNSEEN,
+        )
     snapshots = [one["Ebs"]["SnapshotId"] for one in disks if "SnapshotId" in one.get("Ebs", {})]
     found = account.call("ec2", "describe_snapshots", SnapshotIds=snapshots)["Snapshots"] if snapshots else []
     for key in sorted({one["KmsKeyId"] for one in found if one.get("KmsKeyId")}):
         about = account.call("kms", "describe_key", KeyId=key)["KeyMetadata"]
         if about["KeyManager"] != "CUSTOMER":
             continue
-        launcher = f"arn:{key.split(':')[1]}:iam::{key.split(':')[4]}:role/{LAUNCHER}"
         grants = account.pages("kms", "list_grants", "Grants", KeyId=key)
         granted = {name for one in grants if one["GranteePrincipal"] == launcher for name in one["Operations"]}
         if not {"CreateGrant", "Decrypt"} <= granted and not _permitted(account, key, launcher):
-            remedy = f"aws kms create-grant --key-id {key} --grantee-principal {launcher}"
             yield (
-                f"Auto Scaling cannot launch {target.image}, because it may not use its key: {remedy} "
-                f"--operations {' '.join(OPERATIONS)}"
+                f"Auto Scaling cannot launch {target.image}, because it may not use its key: aws kms create-grant "
+                f"--key-id {key} {remedy}"
             )
 
 
@@ -179,6 +230,10 @@ def names(target: Target) -> Iterator[str]:
         yield f"the group {name} exists, and is not of this stack: choose another name for the stack"
     if not target["StoreParameter"]:
         yield from leftover(target)
+        parameter = f"/chatd/{name}/store"
+        wanted = [{"Key": "Name", "Option": "Equals", "Values": [parameter]}]
+        if account.call("ssm", "describe_parameters", ParameterFilters=wanted)["Parameters"]:
+            yield f"the SSM parameter {parameter} exists: aws ssm delete-parameter --name {parameter}"
 
 
 def leftover(target: Target) -> Iterator[str]:
@@ -208,6 +263,9 @@ def certificate(target: Target) -> Iterator[str]:
     arn, name = target["CertificateArn"], target["DomainName"]
     if not arn:
         return
+    if not name:
+        yield "a certificate needs the name that clients use: give DomainName with CertificateArn"
+        return
     try:
         found = target.account.call("acm", "describe_certificate", CertificateArn=arn)["Certificate"]
     except AwsError as error:
@@ -215,11 +273,13 @@ def certificate(target: Target) -> Iterator[str]:
             raise
         yield f"there is no certificate {arn} in this region: request it here"
         return
-    if found["Status"] != "ISSUED":
+    if found["Status"] == "PENDING_VALIDATION":
         yield (
             f"the certificate is {found['Status']}: create the CNAME of its validation in the zone of {name}: aws acm "
             f"describe-certificate --certificate-arn {arn}"
         )
+    elif found["Status"] != "ISSUED":
+        yield f"the certificate is {found['Status']}: request another, or import it again"
     covered = [found["DomainName"], *found.get("SubjectAlternativeNames", [])]
     if name not in covered and f"*.{name.partition('.')[2]}" not in covered:
         yield f"the certificate is for {', '.join(sorted(set(covered)))}, not for {name}: request another"
@@ -249,6 +309,8 @@ def permissions(target: Target) -> Iterator[str]:
     _, partition, _, _, owner, name = caller.split(":", 5)
     if name == "root":
         return
+    if not name.startswith(("user/", "assumed-role/")):
+        raise AwsError(f"IAM simulates only users and roles, and not {caller}", UNSEEN)
     if name.startswith("assumed-role/"):
         caller = account.call("iam", "get_role", RoleName=name.split("/")[1])["Role"]["Arn"]
     here = f"{account.region}:{owner}"
@@ -258,8 +320,14 @@ def permissions(target: Target) -> Iterator[str]:
     if target.role:
         wanted[target.role] = ("iam:PassRole",)
     denied = []
+    context = {"aws:RequestedRegion": account.region, "iam:PassedToService": "cloudformation.amazonaws.com"}
+    entries = [
+        {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": "string"}
+        for key, value in context.items()
+    ]
     for resource, actions in wanted.items():
         arguments = {"PolicySourceArn": caller, "ActionNames": [*actions], "ResourceArns": [resource]}
+        arguments["ContextEntries"] = entries
         results = account.pages("iam", "simulate_principal_policy", "EvaluationResults", **arguments)
         denied += [one["EvalActionName"] for one in results if one["EvalDecision"] != "allowed"]
     if denied:
@@ -267,6 +335,9 @@ def permissions(target: Target) -> Iterator[str]:
 
 
 CHECKS: Final[dict[str, Callable[[Target], Iterator[str]]]] = {
+    "parameters": parameters,
+    "state": state,
+    "types": types,
     "quota": quota,
     "zones": zones,
     "default VPC": network,
@@ -277,12 +348,39 @@ CHECKS: Final[dict[str, Callable[[Target], Iterator[str]]]] = {
 }
 
 
-def aim(stack: Stack, image: str | None, template: str, given: Mapping[str, str], role: str | None) -> Target:
-    """Return what to check: a stack with its parameters, or else the template's, and those given."""
-    state = stack.look()
+def aim(
+    stack: Stack,
+    image: str | None,
+    template: str,
+    given: Mapping[str, str],
+    role: str | None,
+    *,
+    replaces: bool = False,
+) -> Target:
+    """Return what to check: a stack with its parameters, or else the template's, and those given.
+
+    A stack that exists keeps its template, unless the one given `replaces` it.
+    """
+    found = stack.look()
     summary = stack.account.call("cloudformation", "get_template_summary", TemplateBody=template)["Parameters"]
+    former = found.parameters if found else {}
+    known = {one["ParameterKey"] for one in summary} if replaces or not former else {*former}
+    numbers = {one["ParameterKey"] for one in summary if one["ParameterType"] == "Number"}
+    wrong = {name: f"the template has no parameter {name}: docs/deploy.md lists them" for name in given.keys() - known}
+    wrong |= {
+        name: f"{name} is a number, and not {given[name]!r}: --parameter {name}=NUMBER"
+        for name in (given.keys() & numbers) - wrong.keys()
+        if not re.fullmatch(r"[0-9]{1,9}", given[name])
+    }
     defaults = {one["ParameterKey"]: one.get("DefaultValue", "") for one in summary}
-    return Target(stack, state, {**defaults, **(state.parameters if state else {}), **given}, image, role)
+    wrong |= {
+        name: f"{name} is empty: give it a value, or leave it out"
+        for name in given.keys() - wrong.keys()
+        if not given[name] and defaults.get(name)
+    }
+    good = {name: value for name, value in given.items() if name not in wrong}
+    faults = tuple(wrong[name] for name in sorted(wrong))
+    return Target(stack, found, {**defaults, **former, **good}, image, role, faults)
 
 
 def launchable(stack: Stack, image: str) -> None:
@@ -297,13 +395,24 @@ def launchable(stack: Stack, image: str) -> None:
 
 
 def findings(target: Target) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Run all checks; returns the findings, and the checks that were skipped with the reason."""
-    found, skipped = [], []
+    """Run all checks; returns the findings, and the checks that were skipped with the reason.
+
+    What several checks find is reported once.  Raises AwsError if no check can be made: AWS cannot be reached, or the
+    credentials are invalid.
+    """
+    found: dict[str, str] = {}
+    skipped = []
     for name, check in CHECKS.items():
         try:
-            found += [{"check": name, "text": text} for text in check(target)]
+            for text in check(target):
+                found.setdefault(text, name)
         except AwsError as error:
-            if error.code not in DENIED:
+            if error.passing or error.code in INVALID or not error.code:
                 raise
-            skipped.append({"check": name, "text": str(error)})
-    return found, skipped
+            if error.code not in DENIED and LACKING.match(error.code):
+                found.setdefault(str(error), name)
+            else:
+                skipped.append({"check": name, "text": str(error)})
+        except DeployError as error:
+            found.setdefault(str(error), name)
+    return [{"check": name, "text": text} for text, name in found.items()], skipped

@@ -28,7 +28,7 @@ from deploying.recording import Recording
 from deploying.rollout import abort
 from deploying.sharing import COPY_SECONDS
 from deploying.ship import Pipeline
-from deploying.stack import Stack
+from deploying.stack import Stack, body_of
 from deploying.verify import verify
 
 HOURS: Final = 4
@@ -206,8 +206,10 @@ class Proof:
         return {"stack": name, "steps": seen, "left": left}
 
     def _question(self) -> str:
-        body = (self._pipeline.template or self._pipeline.default).read_text(encoding="utf-8")
+        body = body_of(self._pipeline.template or self._pipeline.default)
         target = aim(self._stack, None, body, self._pipeline.parameters, None)
+        if target.faults:
+            raise DeployError(target.faults[0])
         lines, dollars = estimate(target.parameters)
         return "\n".join(
             (

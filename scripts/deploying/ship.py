@@ -12,7 +12,7 @@ from deploying.check import aim, findings, launchable
 from deploying.images import version
 from deploying.record import Record
 from deploying.rollout import Watch, roll_out, under_way
-from deploying.stack import IMAGE, REVIEW, Plan, Stack, described, named
+from deploying.stack import IMAGE, REVIEW, Plan, Stack, body_of, described, named
 from deploying.verify import running, verify
 
 
@@ -48,8 +48,8 @@ class Pipeline(NamedTuple):
 
     def check(self, image: str | None) -> dict[str, Any]:
         """Return what would stop the stack or a rollout, and what was not checked."""
-        body = (self.template or self.default).read_text(encoding="utf-8")
-        found, skipped = findings(aim(self.stack, image, body, self.parameters, self.role))
+        body, replaces = body_of(self.template or self.default), self.template is not None
+        found, skipped = findings(aim(self.stack, image, body, self.parameters, self.role, replaces=replaces))
         return {"findings": found, "skipped": skipped}
 
     def roll_out(self, image: str) -> dict[str, Any]:

@@ -182,6 +182,8 @@ class DeploymentAccount:
         """The quota of vCPU."""
         self.denied = set()
         """What a simulation of the caller's policy denies."""
+        self.caller = "user/ops"
+        """The name of the caller in its ARN."""
         self._rules = []
         self._broken = []
         self._clients = {}
@@ -329,7 +331,17 @@ class DeploymentAccount:
             return head[0][0], XML, self._aged(whole)
         return *head[0], whole
 
+    def _identity(self, params):
+        service = "iam" if self.caller.startswith("user/") else "sts"
+        return {"Arn": f"arn:aws:{service}::{self.owner}:{self.caller}", "Account": self.owner}
+
     def _simulate(self, params):
+        """Policies may depend on keys of a request, which only the caller of the simulation knows."""
+        context = {one["ContextKeyName"]: one["ContextKeyValues"] for one in params["ContextEntries"]}
+        assert context == {
+            "aws:RequestedRegion": [REGION],
+            "iam:PassedToService": ["cloudformation.amazonaws.com"],
+        }
         results = [
             {"EvalActionName": one, "EvalDecision": "implicitDeny" if one in self.denied else "allowed"}
             for one in params["ActionNames"]
@@ -367,7 +379,7 @@ class DeploymentAccount:
             "CopyImage": self._copy,
             "DeregisterImage": self._deregister,
             "EnableImageDeprecation": self._deprecate,
-            "GetCallerIdentity": lambda params: {"Arn": f"arn:aws:iam::{self.owner}:user/ops", "Account": self.owner},
+            "GetCallerIdentity": self._identity,
             "GetServiceQuota": lambda params: {"Quota": {"QuotaCode": params["QuotaCode"], "Value": self.vcpu}},
             "SimulatePrincipalPolicy": self._simulate,
         }.get(operation)
@@ -426,6 +438,7 @@ class DeploymentAccount:
 
     def _deprecate(self, params):
         assert params["ImageId"] in self.region(self._here).amis
+        assert params["DeprecateAt"].replace(tzinfo=dt.UTC) > dt.datetime.now(dt.UTC), "EC2 refuses a date in the past"
         self.deprecated[params["ImageId"]] = params["DeprecateAt"].replace(tzinfo=dt.UTC)
         return {"Return": True}
 

@@ -8,7 +8,7 @@ import json
 from xml.sax.saxutils import escape
 
 COMMON = frozenset(
-    {"AccessDenied", "AccessDeniedException", "ExpiredToken", "ServiceUnavailable"}
+    {"AccessDenied", "AccessDeniedException", "ExpiredToken", "OperationNotPermitted", "ServiceUnavailable"}
     | {"Throttling", "UnauthorizedOperation", "ValidationError"}
 )
 """Errors that any operation may answer, and so no model names."""

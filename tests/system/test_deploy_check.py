@@ -23,6 +23,7 @@ def empty(chat):
 def found(account, *arguments):
     """Return what is found, as pairs of a check and its text."""
     result = deploy(account, "check", "--json", *arguments)
+    assert "findings" in result.json, result.stderr
     assert result.returncode == (FAILED if result.json["findings"] else DONE), result.stderr
     assert result.json["skipped"] == []
     return [(one["check"], one["text"]) for one in result.json["findings"]]
@@ -47,6 +48,91 @@ def test_quota_of_a_new_account(empty):
     assert (check, "MinSize=2 needs 6 vCPU, others use 0, and the quota is 5" in text) == ("quota", True), text
     assert "--quota-code L-1216C47A --desired-value 6" in text
     assert found(empty, "--parameter=MinSize=1", "--parameter=MaxSize=1") == []
+
+
+def test_quota_of_the_largest_type(empty):
+    """EC2 may launch any of the types, so the one with the most vCPU counts."""
+    empty.vcpu = 16.0
+    assert found(empty, "--parameter=SecondInstanceType=c7g.medium") == []
+    ((_, text),) = found(empty, "--parameter=SecondInstanceType=t4g.xlarge")
+    assert "MaxSize=6 needs 32 vCPU" in text
+
+
+def test_types_must_have_the_architecture_of_the_image(empty):
+    """Auto Scaling notices another architecture only when it launches an instance of that type."""
+    image = empty.image(VERSION)
+    assert found(empty, "--image", image, "--parameter=SecondInstanceType=t4g.medium") == []
+    given = "--parameter=InstanceType=t3.small"
+    assert found(empty, given) == []
+    ((check, text),) = found(empty, "--image", image, given)
+    assert (check, text) == (
+        "types",
+        f"the image {image} is arm64, and cannot run on t3.small: use another type or --arch",
+    )
+    ((_, text),) = found(empty, "--parameter=SecondInstanceType=t3.small")
+    assert "(t3.small is x86_64, t4g.small is arm64): use types of one architecture" in text
+
+
+def test_unknown_type(empty):
+    """A type that does not exist is one problem, and the other checks go on."""
+    empty.fleet.store()
+    result = found(empty, "--parameter=InstanceType=t4g.smal")
+    assert ("types", True) in [(check, "t4g.smal" in text) for check, text in result]
+    assert [text for check, text in result if check == "names"]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("MinSizes=3", "the template has no parameter MinSizes: docs/deploy.md lists them"),
+        ("MinSize=two", "MinSize is a number, and not 'two': --parameter MinSize=NUMBER"),
+        ("MinSize=", "MinSize is a number, and not '': --parameter MinSize=NUMBER"),
+        ("InstanceType=", "InstanceType is empty: give it a value, or leave it out"),
+        ("Origins=", None),
+    ],
+)
+def test_wrong_parameters(empty, given, text):
+    """CloudFormation would refuse them only after the bake."""
+    assert found(empty, "--parameter", given) == ([("parameters", text)] if text else [])
+
+
+def test_parameters_of_the_present_template(account, tmp_path):
+    """A stack that keeps its template has its parameters; another template may have others."""
+    (tmp_path / "stack.yaml").write_text(TEMPLATE.read_text().replace("  LogDays:\n", "  KeptDays:\n", 1))
+    fault = ("parameters", "the template has no parameter KeptDays: docs/deploy.md lists them")
+    assert fault in found(account, "--parameter=KeptDays=30")
+    assert fault not in found(account, "--parameter=KeptDays=30", "--template", tmp_path / "stack.yaml")
+
+
+def test_missing_template(empty, tmp_path):
+    result = deploy(empty, "check", "--template", tmp_path / "none.yaml")
+    assert (result.returncode, "none.yaml: No such file or directory" in result.stderr) == (FAILED, True)
+
+
+def test_state_of_the_stack(account):
+    """What refuses a rollout is found before an image is baked for it."""
+    account.fleet.alarm("ALARM")
+    assert [text for check, text in found(account) if check == "state"] == [
+        "an alarm is not OK: chatd-errors (ALARM), chatd-rollout (ALARM): resolve that first"
+    ]
+    account.stack.status = "UPDATE_ROLLBACK_FAILED"
+    assert [text for check, text in found(account) if check == "state"] == [
+        "chatd is UPDATE_ROLLBACK_FAILED, and cannot be updated: repair it first"
+    ]
+
+
+def test_missing_image(empty):
+    """A wrong image is one problem, and the other checks go on."""
+    empty.fleet.store()
+    result = found(empty, "--image", "ami-0123456789abcdef0")
+    assert [check for check, text in result if "is missing: use one that scripts/deploy bake made" in text] == ["types"]
+    assert "names" in dict(result)
+
+
+def test_missing_subnets(empty):
+    given = "--parameter=VpcId=vpc-01234567", "--parameter=SubnetIds=subnet-01234567,subnet-89abcdef"
+    ((check, text),) = found(empty, *given)
+    assert (check, "The subnet ID" in text) == ("zones", True), text
 
 
 def test_quota_counts_other_instances(empty):
@@ -81,6 +167,7 @@ def test_region_without_default_vpc(empty):
         empty.call("ec2", "delete_subnet", SubnetId=one["SubnetId"])
     empty.call("ec2", "delete_vpc", VpcId=vpc["VpcId"])
     assert [check for check, text in found(empty) if "create-default-vpc" in text] == ["default VPC"]
+    assert "default VPC" not in dict(found(empty, "--image", empty.image(VERSION))), "nothing is baked"
 
 
 def test_leftover_store(empty):
@@ -108,6 +195,12 @@ def test_taken_names(empty):
     assert (check, "aws logs delete-log-group" in text) == ("names", True)
     ((_, text), *_) = found(empty, "--stack=Chat_1")
     assert "choose another" in text
+    empty.call("logs", "delete_log_group", logGroupName="/chatd/chatd")
+    empty.call("ssm", "put_parameter", Name="/chatd/chatd/store", Value="redis://h", Type="String")
+    assert found(empty) == [
+        ("names", "the SSM parameter /chatd/chatd/store exists: aws ssm delete-parameter --name /chatd/chatd/store")
+    ]
+    assert found(empty, "--parameter=StoreParameter=/store") == []
 
 
 def test_certificate(empty):
@@ -118,6 +211,11 @@ def test_certificate(empty):
     certificates(empty)[arn].status = "PENDING_VALIDATION"
     ((_, text),) = found(empty, *arguments)
     assert "PENDING_VALIDATION: create the CNAME" in text
+    certificates(empty)[arn].status = "EXPIRED"
+    ((_, text),) = found(empty, *arguments)
+    assert text == "the certificate is EXPIRED: request another, or import it again"
+    ((_, text),) = found(empty, arguments[0])
+    assert text.endswith("give DomainName with CertificateArn")
     arguments, arn = certificate(empty, "other.example.com")
     certificates(empty)[arn].status = "ISSUED"
     ((_, text),) = found(empty, *arguments)
@@ -156,6 +254,32 @@ def test_forbidden_check_is_skipped(empty):
     assert "names: an earlier stack left" in result.stdout
 
 
+def test_unanswered_check_is_skipped(empty):
+    """A quota that was never changed may have no value, which says nothing about the account."""
+    empty.fault("GetServiceQuota", Fault("NoSuchResourceException", "no such quota", 400))
+    result = deploy(empty, "check")
+    assert (result.returncode, "quota: not checked: servicequotas:GetServiceQuota: no such quota" in result.stdout) == (
+        DONE,
+        True,
+    ), result.stdout
+
+
+@pytest.mark.parametrize("code", ["Throttling", "ExpiredToken"])
+def test_check_ends_without_answers(empty, code):
+    """While AWS throttles, or with credentials that have expired, nothing can be checked."""
+    empty.fault("DescribeInstanceTypes", Fault(code, "no", 400), times=9)
+    result = deploy(empty, "check")
+    assert (result.returncode, result.stdout) == (FAILED, ""), result.stdout
+    assert "ec2:DescribeInstanceTypes" in result.stderr.splitlines()[-1]
+
+
+def test_caller_that_iam_cannot_simulate(empty):
+    empty.caller = "federated-user/ops"
+    result = deploy(empty, "check")
+    assert result.returncode == DONE, result.stderr
+    assert "permissions: not checked: IAM simulates only users and roles, and not arn:aws:" in result.stdout
+
+
 # Keys
 
 
@@ -173,6 +297,16 @@ def test_plan_refuses_a_key_without_grant(locked):
     assert f"--grantee-principal arn:aws:iam::{locked.owner}:{LAUNCHER} --operations CreateGrant" in result.stderr
     ((check, _),) = [one for one in found(locked, "--image", locked.new) if one[0] == "key grants"]
     assert check == "key grants"
+
+
+def test_key_of_another_account_is_not_checked(locked):
+    """Only the account of an image sees its key, so the command with which this one may use it is shown."""
+    locked.ec2.amis[locked.new].owner_id = "111122223333"
+    result = deploy(locked, "plan", locked.new)
+    end(locked, result, DONE, planned=[f"chatd-{locked.new}"])
+    assert "belongs to the account 111122223333" in result.stderr
+    assert f"--key-id KEY --grantee-principal arn:aws:iam::{locked.owner}:{LAUNCHER}" in result.stderr
+    assert "ec2:DescribeSnapshots" not in locked.asked
 
 
 def test_granted_key_is_accepted(locked):
@@ -209,7 +343,30 @@ UNSAFE = {
         ("deploying/ship.py", "        launchable(self.stack, image)\n", ""),
         test_plan_refuses_a_key_without_grant,
     ),
-    "any certificate will do": (("deploying/check.py", 'found["Status"] != "ISSUED"', "False"), test_certificate),
+    "any certificate will do": (
+        ("deploying/check.py", 'found["Status"] == "PENDING_VALIDATION"', "False"),
+        test_certificate,
+    ),
+    "an expired certificate will do": (
+        ("deploying/check.py", 'found["Status"] != "ISSUED"', "False"),
+        test_certificate,
+    ),
+    "the first type counts": (
+        ("deploying/check.py", "each = max(one", "each = min(one"),
+        test_quota_of_the_largest_type,
+    ),
+    "any architecture will do": (
+        ("deploying/check.py", "if image not in names", "if False"),
+        test_types_must_have_the_architecture_of_the_image,
+    ),
+    "a wrong type ends all checks": (
+        ("deploying/check.py", "or not error.code:", "or True:"),
+        test_unknown_type,
+    ),
+    "what nobody answered is a problem": (
+        ("deploying/check.py", " and LACKING.match(error.code)", ""),
+        test_unanswered_check_is_skipped,
+    ),
 }
 
 
