@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from deploying.aws import Account, AwsError, DeployError, say
+from deploying.aws import DENIED, INVALID, Account, AwsError, DeployError, say
 from deploying.record import Record, stacks
 from deploying.stack import IMAGE
 
@@ -18,7 +18,7 @@ COMMIT: Final = "chatd:git-sha"
 ABSENT: Final = frozenset(("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"))
 ALIVE: Final = ["pending", "running", "shutting-down", "stopping", "stopped"]
 NAME: Final = re.compile(r"chatd-(.+)-(?:arm64|amd64)-\d{8}-\d{6}")
-"""The name of an image.  An account to which an image is shared sees its name, and not its tags."""
+"""The name of an image.  An account to which an image is shared sees its name, and only tags of its own."""
 MACHINES: Final = {"arm64": "arm64", "amd64": "x86_64"}
 """Names of architectures in EC2."""
 
@@ -46,7 +46,7 @@ def version(account: Account, image: str) -> str:
     """Return the version of chatd in an image; raises DeployError if the image is not ours."""
     found = find(account, image)
     tagged, name = tags(found), NAME.fullmatch(found.get("Name", ""))
-    if TAG not in tagged and not tagged and name:
+    if TAG not in tagged and name:
         return name[1]
     if TAG not in tagged:
         raise DeployError(f"the image {image} has no tag {TAG}: use one that scripts/deploy bake made")
@@ -131,11 +131,27 @@ def collect(account: Account, keep: int, *, really: bool) -> dict[str, Any]:
         if image in why:
             kept.append({"image": image, "why": why[image]})
             continue
+        if really and (reason := _remove(account, image)):
+            kept.append({"image": image, "why": reason})
+            continue
         gone.append(image)
         say(f"{image} {one['Name']} " + ("removed" if really else "would be removed: --yes removes it"))
-        if really:
-            answer = account.call("ec2", "deregister_image", ImageId=image, DeleteAssociatedSnapshots=True)
-            for result in answer.get("DeleteSnapshotResults", []):
-                if result.get("ReturnCode") not in ("success", None):
-                    say(f"the snapshot {result.get('SnapshotId')} was not deleted: {result['ReturnCode']}")
     return {"images": gone, "removed": really, "kept": kept}
+
+
+def _remove(account: Account, image: str) -> str:
+    """Deregister an image and delete its snapshots; returns why EC2 refuses it, or "".
+
+    EC2 may protect an image against deregistration, which says nothing about the next one.
+    """
+    try:
+        answer = account.call("ec2", "deregister_image", ImageId=image, DeleteAssociatedSnapshots=True)
+    except AwsError as error:
+        if error.passing or error.code in DENIED | INVALID or not error.code:
+            raise
+        say(f"{image} is not removed: {error}")
+        return str(error)
+    for result in answer.get("DeleteSnapshotResults", []):
+        if result.get("ReturnCode") not in ("success", None):
+            say(f"the snapshot {result.get('SnapshotId')} was not deleted: {result['ReturnCode']}")
+    return ""

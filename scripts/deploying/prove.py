@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 from deploying.aws import POLL_SECONDS, AwsError, CallDenied, Clock, DeployError, RolledBack, Stuck, say
 from deploying.check import SURGE, aim
 from deploying.destroy import Removal
-from deploying.images import TAG, find, tags
+from deploying.images import COMMIT, TAG, find, tags
 from deploying.recording import Recording
 from deploying.rollout import abort
 from deploying.sharing import COPY_SECONDS
@@ -244,7 +244,9 @@ class Proof:
         """Make the images: a copy of the first, and a copy of Debian's, which has no chatd."""
         self.first = self._image()
         source = find(self._stack.account, self.first)
-        self.next = self._copy(self.first, "next", tags(source))
+        # Without the commit, by which `ship` would find the copy for another stack, before the proof removes it.
+        tagged = {name: value for name, value in tags(source).items() if name != COMMIT}
+        self.next = self._copy(self.first, "next", tagged)
         filters = [
             {"Name": "name", "Values": ["debian-13-*"]},
             {"Name": "architecture", "Values": [source["Architecture"]]},

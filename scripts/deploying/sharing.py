@@ -4,6 +4,7 @@ A copy has the name, the tags and the deprecation date of its image, and the tag
 state, so that an interrupted run is repeated and makes no second copy.
 """
 
+import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -25,11 +26,15 @@ class Sharing:
 
     def run(self, to: Mapping[str, str], users: Sequence[str]) -> dict[str, Any]:
         """Copy the image to regions, each with a key or "" for the default one, and let accounts start all of them."""
+        self._check_date()
         if users:
             self._check_keys(to)
         made = {self._region: self._image}
         made |= {region: self._copy(region, key) for region, key in to.items() if region != self._region}
         self._wait(made)
+        if users:  # an earlier run may have made a copy with another key
+            for region, image in made.items():
+                self._check_key(region, image)
         for region, image in made.items():
             self._deprecate(region, image)
             self._permit(region, image, users)
@@ -40,15 +45,29 @@ class Sharing:
         lacking = [region for region, key in to.items() if not key and region != self._region]
         if lacking:
             raise DeployError(f"copies for other accounts need keys of your own: --to {lacking[0]}=KEY")
-        account = self._account(self._region)
-        snapshots = [one["Ebs"]["SnapshotId"] for one in self._source["BlockDeviceMappings"] if "Ebs" in one]
+        self._check_key(self._region, self._image)
+
+    def _check_key(self, region: str, image: str) -> None:
+        """Raise DeployError if an image is encrypted with a key that no other account may use."""
+        account = self._account(region)
+        disks = find(account, image)["BlockDeviceMappings"]
+        snapshots = [one["Ebs"]["SnapshotId"] for one in disks if "Ebs" in one]
+        remedy = "bake with --var kms_key_id=KEY"
+        if region != self._region:
+            remedy = f"deregister it, and run this again with --to {region}=KEY"
         for snapshot in account.call("ec2", "describe_snapshots", SnapshotIds=snapshots)["Snapshots"]:
             key = snapshot.get("KmsKeyId")
             if key and account.call("kms", "describe_key", KeyId=key)["KeyMetadata"]["KeyManager"] == "AWS":
                 raise DeployError(
-                    f"the image {self._image} is encrypted with a key of AWS, which other accounts cannot use: "
-                    "bake with --var kms_key_id=KEY"
+                    f"the image {image} in {region} is encrypted with a key of AWS, which other accounts cannot use: "
+                    f"{remedy}"
                 )
+
+    def _check_date(self) -> None:
+        """Raise DeployError if the image is deprecated: EC2 gives no copy a date in the past."""
+        at = self._source.get("DeprecationTime")
+        if at and dt.datetime.fromisoformat(at) <= dt.datetime.now(dt.UTC):
+            raise DeployError(f"the image {self._image} is deprecated since {at}: bake another")
 
     def _copy(self, region: str, key: str) -> str:
         """Return the copy of the image in a region; start a copy unless one exists."""

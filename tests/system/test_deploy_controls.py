@@ -114,6 +114,18 @@ UNSAFE = {
         ("deploying/sharing.py", '["KeyManager"] == "AWS"', '["KeyManager"] == "NOBODY"'),
         images.test_share_refuses_keys_that_others_cannot_use,
     ),
+    "a copy is shared whose key is AWS's": (
+        ("deploying/sharing.py", "                self._check_key(region, image)\n", "                pass\n"),
+        images.test_share_refuses_an_earlier_copy_with_another_key,
+    ),
+    "a deprecated image is copied": (
+        ("deploying/sharing.py", "        self._check_date()\n", ""),
+        images.test_share_refuses_a_deprecated_image,
+    ),
+    "the proof's copy has the commit": (
+        ("deploying/prove.py", "if name != COMMIT}", "if name}"),
+        images.test_copy_of_the_proof_is_not_that_of_the_commit,
+    ),
     "a repeated run copies again": (
         ("deploying/sharing.py", 'if one["State"] in ("pending", "available"):', "if False:"),
         images.test_repeated_share_makes_no_second_copy,

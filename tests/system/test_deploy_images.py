@@ -26,6 +26,7 @@ from support.deployments import (
     named,
 )
 from support.servers import LONG, ROOT, Lines
+from support.wire import Fault
 
 COMMANDS = "bake", "check", "plan", "rollout", "verify", "rollback", "abort", "destroy", "gc", "prove", "share", "ship"
 BAKE = """#!/bin/sh
@@ -76,6 +77,23 @@ def test_gc_reports_a_remaining_snapshot(account):
     assert (result.returncode, "was not deleted: missing-permissions" in result.stderr) == (DONE, True)
 
 
+def test_gc_keeps_an_image_that_ec2_protects(account):
+    """A protection against deregistration keeps its image, and not those that follow."""
+    protected, gone = (account.image(VERSION, days=days) for days in (9, 10))
+    account.fault("DeregisterImage", Fault("OperationNotPermitted", "the image is protected", 400))
+    result = deploy(account, "gc", "--keep=2", "--yes", "--json")
+    assert (result.returncode, result.json["images"]) == (DONE, [gone]), result.stderr
+    assert {"image": protected, "why": "ec2:DeregisterImage: the image is protected"} in result.json["kept"]
+    assert f"{protected} is not removed: ec2:DeregisterImage: the image is protected" in result.stderr
+
+
+def test_gc_ends_when_it_may_not_remove(account):
+    account.image(VERSION, days=9)
+    account.fault("DeregisterImage", Fault("UnauthorizedOperation", "no", 403))
+    result = deploy(account, "gc", "--keep=2", "--yes")
+    assert (result.returncode, "access denied: ec2:DeregisterImage" in result.stderr) == (FAILED, True)
+
+
 def test_gc_keeps_shared_images_until_they_are_deprecated(account):
     """Another account may run an image that is shared with it, and this account cannot see that."""
     gone, lent, lent_until, expired = (account.image(VERSION, days=days) for days in (20, 21, 22, 23))
@@ -106,15 +124,24 @@ def test_gc_of_several_regions(account):
 
 
 OTHER, THIRD, CONSUMER = "eu-west-1", "ap-south-1", "111122223333"
-KEY = "arn:aws:kms:REGION:123456789012:key/mrk-1234abcd12ab34cd56ef1234567890ab"
+
+
+def key(account, region, manager="CUSTOMER"):
+    """Make a key in a region, of the customer or of AWS; return its ARN."""
+    from moto.kms import kms_backends
+
+    made = kms_backends[account.owner][region].create_key(
+        policy=None, key_usage="ENCRYPT_DECRYPT", key_spec="SYMMETRIC_DEFAULT", description="", tags=[]
+    )
+    made.key_manager = manager
+    return made.arn
 
 
 def encrypted(account, image, manager="CUSTOMER"):
     """Have the snapshot of an image be encrypted with a key, of the customer or of AWS."""
     (one,) = account.call("ec2", "describe_images", ImageIds=[image])["Images"]
-    key = account.call("kms", "create_key")["KeyMetadata"]["Arn"]
-    account.key(key).key_manager = manager
-    account.keys = {two["Ebs"]["SnapshotId"]: key for two in one["BlockDeviceMappings"]}
+    arn = key(account, REGION, manager)
+    account.keys |= {two["Ebs"]["SnapshotId"]: arn for two in one["BlockDeviceMappings"]}
 
 
 def permitted(account, region, image):
@@ -127,7 +154,8 @@ def test_image_is_copied_and_shared(account):
     at = dt.datetime(2099, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
     account.deprecated[account.new] = at
     account.looks = 3
-    to = f"--to={OTHER}={KEY}", f"--to={THIRD}={KEY}", f"--to={REGION}"
+    keys = {region: key(account, region) for region in (OTHER, THIRD)}
+    to = *(f"--to={region}={arn}" for region, arn in keys.items()), f"--to={REGION}"
     result = deploy(account, "share", account.new, "--account", CONSUMER, *to, "--json")
     assert result.returncode == DONE, result.stderr
     made = result.json["images"]
@@ -141,7 +169,7 @@ def test_image_is_copied_and_shared(account):
         assert own.amis[image].state == "available"
         if region != REGION:
             assert given["chatd:copy-of"] == account.new
-            assert account.keys[own.amis[image].ebs_snapshot.id] == KEY
+            assert account.keys[own.amis[image].ebs_snapshot.id] == keys[region]
             kept = {tag["key"] for tag in own.amis[image].ebs_snapshot.get_tags()}
             assert {"chatd:version", "chatd:copy-of"} <= kept, "so that gc may remove it"
 
@@ -167,6 +195,27 @@ def test_share_refuses_keys_that_others_cannot_use(account):
     assert (result.returncode, f"--to {OTHER}=KEY" in result.stderr) == (FAILED, True), result.stderr
     assert not account.region(OTHER).amis
     assert permitted(account, REGION, account.new) == set()
+
+
+def test_share_refuses_an_earlier_copy_with_another_key(account):
+    """A copy that was made with the key of EBS would be shared, and could start nowhere else."""
+    encrypted(account, account.new)
+    result = deploy(account, "share", account.new, "--to", OTHER, "--json")
+    copy = result.json["images"][OTHER]
+    account.keys[account.region(OTHER).amis[copy].ebs_snapshot.id] = key(account, OTHER, "AWS")
+    result = deploy(account, "share", account.new, "--account", CONSUMER, "--to", f"{OTHER}={key(account, OTHER)}")
+    assert result.returncode == FAILED, result.stdout
+    assert f"the image {copy} in {OTHER} is encrypted with a key of AWS" in result.stderr
+    assert f"deregister it, and run this again with --to {OTHER}=KEY" in result.stderr
+    assert permitted(account, OTHER, copy) == permitted(account, REGION, account.new) == set()
+
+
+def test_share_refuses_a_deprecated_image(account):
+    """EC2 gives a copy no date in the past, so it would never be deprecated."""
+    account.deprecated[account.new] = dt.datetime(2020, 1, 2, tzinfo=dt.UTC)
+    result = deploy(account, "share", account.new, "--to", OTHER)
+    assert (result.returncode, "is deprecated since 2020-01-02" in result.stderr) == (FAILED, True), result.stderr
+    assert not account.region(OTHER).amis
 
 
 def test_share_reports_a_failed_copy(account, tmp_path):
@@ -196,9 +245,35 @@ def test_version_of_an_image_without_visible_tags(account, name, version):
     """An account to which an image is shared does not see its tags, so the name tells the version."""
     image = account.image(None)
     account.ec2.amis[image].name = name
+    account.call("ec2", "create_tags", Resources=[image], Tags=[{"Key": "team", "Value": "its own"}])
     result = deploy(account, "share", image, "--to", OTHER)
     assert (result.returncode == DONE) == (version is not None), result.stderr
     assert ("has no tag chatd:version" in result.stderr) == (version is None)
+
+
+# The proof
+
+
+def test_copy_of_the_proof_is_not_that_of_the_commit(account):
+    """`ship` finds an image by its commit, and would roll out a copy that the proof removes soon."""
+    image, made, copy = account.image(VERSION, **{"git-sha": "0" * 40}), [], account._copy
+
+    def copying(params):
+        made.append({tag["Key"] for tag in params["TagSpecifications"][0]["Tags"]})
+        return copy(params)
+
+    account._copy = copying
+    result = deploy(account, "prove", "--name=test", "--image", image, typed="chatd-prove-test")
+    assert "Debian has no image" in result.stderr, result.stderr
+    assert made == [{"chatd:version"}]
+
+
+def test_proof_with_a_wrong_parameter(account):
+    result = deploy(account, "prove", "--name=test", "--parameter=MinSize=two", typed="chatd-prove-test")
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (
+        FAILED,
+        "deploy: MinSize is a number, and not 'two': --parameter MinSize=NUMBER",
+    )
 
 
 # Baking
