@@ -5,6 +5,7 @@ succeed without anyone's action.  Callers that poll retry passing errors; all ot
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,21 +14,25 @@ from typing import Any, Final
 
 import botocore.config
 import botocore.session
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError, NoCredentialsError  # noqa: A004
 from botocore.parsers import ResponseParserError
 
 PREFIXES: Final = {"elbv2": "elasticloadbalancing", "service-quotas": "servicequotas"}
 """Names of services in IAM that differ from those in botocore."""
 DENIED: Final = frozenset(("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "NotAuthorized"))
 INVALID: Final = frozenset(
-    {"AuthFailure", "ExpiredToken", "ExpiredTokenException", "IncompleteSignature", "InvalidClientTokenId"}
-    | {"InvalidSignatureException", "RequestExpired", "SignatureDoesNotMatch", "UnrecognizedClientException"}
+    {"ExpiredToken", "ExpiredTokenException", "IncompleteSignature", "InvalidSignatureException"}
+    | {"RequestExpired", "SignatureDoesNotMatch"}
 )
+ELSEWHERE: Final = frozenset(("AuthFailure", "InvalidClientTokenId", "OptInRequired", "UnrecognizedClientException"))
+"""Error codes for invalid credentials, and for a region that the account has not enabled."""
 THROTTLED: Final = frozenset(
     ("RequestLimitExceeded", "Throttling", "ThrottlingException", "ThrottledException", "TooManyRequestsException")
 )
 FAULTS: Final = (ClientError, BotoCoreError, ResponseParserError)
 """The exceptions that botocore raises."""
+REFUSED: Final = re.compile(r"not authorized to perform: ([\w-]+:\w+)")
+"""What AWS answers when the caller lacks an action, which need not be that of the call."""
 POLL_SECONDS: Final = 10
 """The interval between polls."""
 
@@ -153,8 +158,10 @@ def _plain(service: str, operation: str, error: ClientError | BotoCoreError | Re
     """Convert an exception of botocore to an AwsError of one line."""
     name = f"{PREFIXES.get(service, service)}:{''.join(word.capitalize() for word in operation.split('_'))}"
     code = ""
-    passing = isinstance(error, HTTPClientError | ResponseParserError)  # the latter comes from a proxy
-    if passing:
+    passing = isinstance(error, ConnectionError | HTTPClientError | ResponseParserError)  # the last comes from a proxy
+    if isinstance(error, ConnectionError):
+        text = f"{name}: {' '.join(str(error).split())}: check the region and the network, and run this again"
+    elif passing:
         text = f"{name}: cannot reach AWS, or it did not answer: run this again"
     elif isinstance(error, NoCredentialsError):
         text = "no credentials for AWS: log in, or name a profile with AWS_PROFILE"
@@ -165,7 +172,12 @@ def _plain(service: str, operation: str, error: ClientError | BotoCoreError | Re
         failing = error.response["ResponseMetadata"]["HTTPStatusCode"] >= HTTPStatus.INTERNAL_SERVER_ERROR
         passing = code in THROTTLED or failing
         if code in DENIED:
-            text = f"access denied: {name}: the role needs this action (docs/deploy.md has the policy)"
+            action = found[1] if (found := REFUSED.search(words)) else name
+            text = f"access denied: {action}: the role needs this action (docs/deploy.md has the policy)"
+            if "explicit deny" in words:
+                text = f"access denied: {action}: a policy denies this action: {words}"
+        elif code in ELSEWHERE:
+            text = f"{name}: the credentials are invalid in this region: log in again, or enable the region ({code})"
         elif code in INVALID:
             text = f"{name}: the credentials are invalid or expired: log in again ({code})"
         elif code in THROTTLED:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from deploying.aws import POLL_SECONDS, AwsError, CallDenied, DeployError, RolledBack, Stuck, say
-from deploying.stack import Plan, Stack, State, named
+from deploying.stack import BEGINNINGS, Plan, Stack, State, named
 
 PATIENCE_SECONDS: Final = 600
 """How long AWS may be unreachable."""
 DONE: Final = frozenset(("CREATE_COMPLETE", "UPDATE_COMPLETE"))
 UNDONE: Final = frozenset(("UPDATE_ROLLBACK_COMPLETE", "ROLLBACK_COMPLETE"))
+EXECUTED: Final = frozenset(("InvalidChangeSetStatus", "TokenAlreadyExistsException"))
+"""Error codes for a change set that is executed already, perhaps by a call whose answer was lost."""
 UNDOING: Final = frozenset(("UPDATE_ROLLBACK_IN_PROGRESS", "UPDATE_ROLLBACK_COMPLETE_CLEANUP_IN_PROGRESS"))
 
 
@@ -97,7 +99,7 @@ class Watch:
                 break
             news.append(event)
             own = event["PhysicalResourceId"] == state.id
-            if own and event["ResourceStatus"] in ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS"):
+            if own and event["ResourceStatus"] in BEGINNINGS:
                 self._begun = self._begun or event.get("ClientRequestToken", "") == self._token
                 break  # older events belong to earlier operations
         if not self._begun:
@@ -178,7 +180,7 @@ def roll_out(stack: Stack, plan: Plan, timeout: float, begun: Callable[[], None]
 
 def _executed(stack: Stack, plan: Plan, error: AwsError) -> bool:
     """Return whether a plan is in progress although its execution seemed to fail; raises Stuck if unknown."""
-    if not error.passing and error.code != "InvalidChangeSetStatus":
+    if not error.passing and error.code not in EXECUTED:
         return False
     image = plan.name.removeprefix(named(""))
     until = stack.clock.now() + PATIENCE_SECONDS
@@ -214,10 +216,10 @@ def abort(stack: Stack, timeout: float) -> str:
     if state.status in UNDONE:
         return state.status
     if state.status not in {"UPDATE_IN_PROGRESS", *UNDOING}:
-        remedy = "scripts/deploy rollback restores the last-good image"
-        if state.status == "CREATE_IN_PROGRESS":
-            remedy = "delete the stack to stop its creation"
-        raise DeployError(f"{stack.name} is {state.status}, so there is nothing to cancel: {remedy}")
+        remedies = dict.fromkeys(DONE, ": scripts/deploy rollback restores the last-good image")
+        remedies["CREATE_IN_PROGRESS"] = ": delete the stack to stop its creation"
+        remedy = remedies.get(state.status, "")
+        raise DeployError(f"{stack.name} is {state.status}, so there is nothing to cancel{remedy}")
     try:
         Watch(stack, stack.operation(), timeout, "as requested").run()
     except RolledBack:

@@ -34,6 +34,8 @@ NAMES: Final = {
     "AWS::SSM::Parameter": "Name",
 }
 """The properties by which the template names resources.  CloudFormation cannot replace one under the same name."""
+BEGINNINGS: Final = frozenset(("CREATE_IN_PROGRESS", "DELETE_IN_PROGRESS", "IMPORT_IN_PROGRESS", "UPDATE_IN_PROGRESS"))
+"""The statuses with which an operation on a stack begins."""
 REFRESHING: Final = frozenset(("Pending", "InProgress", "Cancelling", "RollbackInProgress", "Baking"))
 LAUNCH_TEMPLATE: Final = "AWS::EC2::LaunchTemplate"
 GROUP: Final = "AWS::AutoScaling::AutoScalingGroup"
@@ -125,7 +127,7 @@ class Stack:
         """Return the token of the latest operation; empty if it had none."""
         events = self.account.pages("cloudformation", "describe_stack_events", "StackEvents", StackName=self.name)
         for event in events:
-            begins = event.get("ResourceStatus") in ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS")
+            begins = event.get("ResourceStatus") in BEGINNINGS
             if event.get("PhysicalResourceId") == event["StackId"] and begins:
                 return str(event.get("ClientRequestToken", ""))
         return ""
@@ -277,7 +279,8 @@ class Stack:
             except AwsError as error:
                 if last or error.code not in ("AlreadyExists", "AlreadyExistsException"):
                     raise
-                self._made(name)
+                with contextlib.suppress(DeployError):
+                    self._made(name)  # whatever became of it
                 self.drop(name)
             else:
                 return
@@ -360,6 +363,8 @@ def body_of(path: pathlib.Path) -> str:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DeployError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DeployError(f"{path}: is not a template, because it is not text in UTF-8") from error
     if len(text.encode()) > LARGEST:
         raise DeployError(f"{path}: CloudFormation accepts at most {LARGEST} bytes")
     return text

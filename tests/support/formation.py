@@ -21,6 +21,8 @@ PATIENCE = 3
 """Steps after which an instance that is not healthy ends a refresh."""
 TEMPLATE = ROOT / "scripts" / "deploying" / "stack.yaml"
 GROUP = "Group"
+COMPOSITE = "AWS::CloudWatch::CompositeAlarm"
+"""The type of the trigger of a rollback."""
 
 
 class Failed(Exception):
@@ -40,6 +42,8 @@ class ChangeSet:
         self.status = "CREATE_PENDING"
         self.execution = "UNAVAILABLE"
         self.reason = None
+        self.fault = None
+        """Why it failed, if not for want of changes."""
 
     def triggers(self, saved):
         """Return the alarms that roll back its execution, given those that the stack has."""
@@ -48,11 +52,11 @@ class ChangeSet:
         return [one["Arn"] for one in self.rollback["RollbackTriggers"]]
 
     def step(self):
-        self.status = next(self.steps, None) or ("CREATE_COMPLETE" if self.changes else "FAILED")
+        self.status = next(self.steps, None) or ("CREATE_COMPLETE" if self.changes and not self.fault else "FAILED")
         if self.status == "CREATE_COMPLETE" and self.execution == "UNAVAILABLE":
             self.execution = "AVAILABLE"
         if self.status == "FAILED":
-            self.reason = (
+            self.reason = self.fault or (
                 "The submitted information didn't contain changes. Submit different information to create a change set."
             )
 
@@ -105,7 +109,7 @@ class Formation:
         return {
             name: self.deployed.value(one["Properties"]["AlarmName"])
             for name, one in self.deployed.resources.items()
-            if one["Type"] in ("AWS::CloudWatch::Alarm", "AWS::CloudWatch::CompositeAlarm")
+            if one["Type"] in ("AWS::CloudWatch::Alarm", COMPOSITE)
         }
 
     @property
@@ -144,6 +148,11 @@ class Formation:
         self.fleet.aim(image)
         for one in self.fleet.others(image):
             self.fleet.replace(one)
+
+    def deleting(self):
+        """It is being deleted, and stays so."""
+        self._token = None
+        self._become("DELETE_IN_PROGRESS", "User Initiated")
 
     def run_out(self):
         """Go on until what is under way has ended, if it ever does."""
@@ -342,7 +351,7 @@ class Formation:
         self._become("DELETE_IN_PROGRESS", "User Initiated")
         yield
         self.fleet.destroy()
-        why = self.held()
+        why = self.held() if "CREATE_COMPLETE" in self.statuses else None
         if why:
             self._become("DELETE_FAILED", f"The following resource(s) failed to delete: {why}")
             self.reason = f"The following resource(s) failed to delete: {why}"
@@ -387,6 +396,7 @@ class Formation:
             "CreationTime": NOW,
             "StackStatus": self.status,
             "Parameters": pairs("Parameter", self.parameters),
+            "EnableTerminationProtection": self.protected,
         }
         if self.deployed and self.deployed.tags:
             stack["Tags"] = [{"Key": key, "Value": text} for key, text in self.deployed.tags]
@@ -434,6 +444,9 @@ class Formation:
             one["ParameterKey"]: self.parameters[one["ParameterKey"]] if one.get("UsePreviousValue") else value(one)
             for one in params["Parameters"]
         }
+        for one in params.get("RollbackConfiguration", {}).get("RollbackTriggers", []):
+            if one["Type"] != COMPOSITE:
+                raise Fault("ValidationError", f"{one['Arn']} is not of the type {one['Type']}")
         try:
             becomes = deployed(template, given, self.name, self._tags(params))
         except Rejected as error:

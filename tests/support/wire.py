@@ -8,7 +8,8 @@ import json
 from xml.sax.saxutils import escape
 
 COMMON = frozenset(
-    {"AccessDenied", "AccessDeniedException", "ExpiredToken", "OperationNotPermitted", "ServiceUnavailable"}
+    {"AccessDenied", "AccessDeniedException", "ExpiredToken", "InvalidClientTokenId"}
+    | {"OperationNotPermitted", "ServiceUnavailable"}
     | {"Throttling", "UnauthorizedOperation", "ValidationError"}
 )
 """Errors that any operation may answer, and so no model names."""

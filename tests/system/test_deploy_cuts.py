@@ -1,21 +1,27 @@
 """scripts/deploy when AWS, the connection or the process itself fails at any point."""
 
 import signal
+import sys
 
 import pytest
 from support.deployments import (
     BACK,
+    DEPLOY,
     DONE,
     FAILED,
     INTERRUPTED,
+    REFUSED,
     REGION,
     STACK,
     STUCK,
+    WRONG,
     deploy,
     end,
     runs,
 )
 from support.wire import Fault
+
+sys.path.append(str(DEPLOY.parent))
 
 DENIED = Fault("AccessDenied", "User: arn:aws:iam::123456789012:user/operator is not authorized", 403)
 
@@ -40,8 +46,10 @@ def test_access_denied_ends_with_the_old_image(account, operation):
         (Fault("Throttling", "Rate exceeded"), "in a minute"),
         (Fault("ServiceUnavailable", "no", 503), "run this again"),
         ("cut", "run this again"),
+        (Fault("InvalidClientTokenId", "The security token is invalid", 403), "enable the region"),
+        (Fault("AccessDenied", "no, with an explicit deny in a service control policy", 403), "a policy denies this"),
     ],
-    ids=["expired", "throttled", "unavailable", "cut"],
+    ids=["expired", "throttled", "unavailable", "cut", "disabled region", "explicit"],
 )
 def test_errors_are_one_line_with_the_remedy(account, fault, remedy):
     account.fault("DescribeStacks", fault, times=9)
@@ -49,6 +57,54 @@ def test_errors_are_one_line_with_the_remedy(account, fault, remedy):
     end(account, result, FAILED)
     assert len(result.stderr.splitlines()) == 1
     assert remedy in result.stderr
+
+
+def test_denied_role_is_named(account):
+    """AWS may refuse another action than that of the call, such as passing the role, and the error names that one."""
+    role = f"arn:aws:iam::{account.owner}:role/chatd.chatd"
+    words = (
+        f"User: arn:aws:iam::{account.owner}:user/ops is not authorized to perform: iam:PassRole on resource: {role}"
+    )
+    account.fault("CreateChangeSet", Fault("AccessDenied", words, 403))
+    result = deploy(account, "plan", account.new, f"--role-arn={role}")
+    end(account, result, FAILED)
+    assert "access denied: iam:PassRole: the role needs this action" in result.stderr
+
+
+def test_unreachable_region(account):
+    """A region that does not exist has no host, and the error names the host."""
+    result = deploy(account, "plan", account.new, AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    end(account, result, FAILED)
+    assert '"http://127.0.0.1:1/": check the region and the network' in result.stderr
+
+
+def test_lost_network_is_passing():
+    """A network that is lost for a moment is no reason to cancel a rollout, whatever botocore calls it."""
+    from botocore import exceptions
+    from deploying.aws import _plain
+
+    place, proxy, why = {"endpoint_url": "https://a/"}, {"proxy_url": "https://p/"}, {"error": "reset"}
+    errors = [
+        exceptions.EndpointConnectionError(**place),
+        exceptions.ConnectTimeoutError(**place),
+        exceptions.ProxyConnectionError(**proxy),
+        exceptions.SSLError(**place, **why),
+        exceptions.ReadTimeoutError(**place),
+        exceptions.ConnectionClosedError(**place),
+        exceptions.HTTPClientError(**why),
+    ]
+    assert [type(one) for one in errors if not _plain("ec2", "describe_images", one).passing] == []
+    assert not _plain("ec2", "describe_images", exceptions.NoCredentialsError()).passing
+
+
+@pytest.mark.parametrize(
+    "name", ["Chat_1", "chat-", "chat--a", "1chat", "c" * 33, "arn:aws:cloudformation:a:b:stack/c/d"]
+)
+def test_impossible_name_of_a_stack(account, name):
+    """A name that MemoryDB or the group cannot have is wrong usage, before any call."""
+    result = deploy(account, "plan", account.new, f"--stack={name}")
+    assert (result.returncode, account.asked) == (WRONG, [])
+    assert "single hyphens" in result.stderr
 
 
 def test_missing_credentials_stack_or_image(account):
@@ -102,6 +158,32 @@ def test_lasting_outage_during_rollout(account, done):
     account._rules.clear()
     account.stack.run_out()
     assert (runs(account), account.recorded()[1]) == (account.old, account.old)
+
+
+def test_change_set_that_was_executed_by_a_lost_call(account):
+    """AWS may answer a repeated call that its token exists; the rollout continues."""
+    account.fault("ExecuteChangeSet", Fault("TokenAlreadyExistsException", "exists"), done=True)
+    result = deploy(account, "ship", "--image", account.new)
+    end(account, result, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
+
+
+def test_failed_change_set_of_an_earlier_run(account):
+    """A change set that failed after a kill is replaced, and its reason is not that of this run."""
+    account.fault("CreateChangeSet", "kill", done=True)
+    assert deploy(account, "ship", "--image", account.new).returncode == -signal.SIGKILL
+    account.stack.change_sets[f"chatd-{account.new}"].fault = "something that was resolved since"
+    result = deploy(account, "ship", "--image", account.new)
+    end(account, result, DONE, runs=account.new, good=account.new, record=[account.old, account.new])
+
+
+def test_deletion_is_not_the_rollout_before_it(account):
+    """A stack that is being deleted refuses the image of its last rollout, instead of waiting for it."""
+    assert deploy(account, "ship", "--image", account.new).returncode == DONE
+    account.stack.deleting()
+    result = deploy(account, "ship", "--image", account.new)
+    assert (result.returncode, "is DELETE_IN_PROGRESS by another operation" in result.stderr) == (REFUSED, True)
+    result = deploy(account, "abort")
+    assert (result.returncode, "nothing to cancel\n" in result.stderr) == (FAILED, True), result.stderr
 
 
 STEPS = {

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from support.change_sets import parsed, schema
+from support.deployments import DEPLOY
 from support.formation import TEMPLATE
 from support.stack_role import listed
 from support.stacks import cfn_lint, written
@@ -136,7 +137,7 @@ def test_role_cannot_change_itself(role):
     """Its name is none of the names that it may change, whatever the stack is called."""
     name = role["Resources"]["Role"]["Properties"]["RoleName"]["Fn::Sub"]
     stacks = re.compile(role["Parameters"]["Stack"]["AllowedPattern"])
-    assert name == "chatd.${Stack}"
+    assert name == "chatd.${Stack}.${AWS::Region}"
     assert not stacks.fullmatch(name.partition(".")[0] + ".x")
 
 
@@ -158,3 +159,12 @@ def test_cloudformation_may_assume_the_role(role):
 def test_cfn_lint_accepts_the_role(tmp_path, role):
     written(tmp_path, {"role": ROLE.read_text()})
     assert cfn_lint(tmp_path) == {"role": set()}
+
+
+def test_names_of_stacks_have_one_rule(role):
+    """The role, the module for Terraform and scripts/deploy take the same names of stacks."""
+    rule = role["Parameters"]["Stack"]
+    pattern, longest = rule["AllowedPattern"], rule["MaxLength"]
+    module = (ROLE.parent / "terraform" / "variables.tf").read_text()
+    assert f'regex("^{pattern}$", var.stack_name)) && length(var.stack_name) <= {longest}' in module
+    assert f'len(text) > {longest} or not re.fullmatch(r"{pattern}", text)' in DEPLOY.read_text()

@@ -380,8 +380,8 @@ variable "stack_name" {
   nullable    = false
 
   validation {
-    condition     = can(regex("^[a-z][a-z0-9-]{0,31}$", var.stack_name))
-    error_message = "stack_name must have at most 32 lower-case letters, digits and hyphens, and begin with a letter"
+    condition     = can(regex("^[a-z](-?[a-z0-9])*$", var.stack_name)) && length(var.stack_name) <= 32
+    error_message = "stack_name must have at most 32 lower-case letters, digits and single hyphens, and begin with a letter"
   }
 }
 
