@@ -14,6 +14,9 @@ apt() { # waits for what Debian started at boot
     apt-get --quiet --yes --option=DPkg::Lock::Timeout=120 "$@"
 }
 
+# The reboot removes it.  Packer goes on only then, even if it loses its connection to this script.
+: >/run/chatd-upgrading
+
 if command -v cloud-init >/dev/null; then
     say "waiting for cloud-init"
     cloud-init status --wait || [ $? -eq 2 ] # 2: done, with warnings
@@ -30,5 +33,4 @@ apt --error-on=any update
 apt --option=Dpkg::Options::=--force-confold full-upgrade
 
 say "reboot"
-: >/run/chatd-upgrading # which is gone after the reboot
 systemctl reboot

@@ -256,6 +256,36 @@ def test_builder_is_upgraded_and_rebooted(account, builder, tmp_path):
     assert len(account.requests("CreateImage")) == 1
 
 
+CUT = r"""
+for process in /proc/[0-9]*; do
+    case $(tr '\0' ' ' <"$process/cmdline") in sshd*admin@*) kill -9 "${process#/proc/}" ;; esac
+done
+exit 1
+"""
+"""Ends the connections of Packer, and the script."""
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_lost_connection_does_not_end_the_upgrade(account, builder, tmp_path, marked):
+    """A bake whose connection breaks during the upgrade makes no image; without the early mark it would."""
+    account.launched = builder.authorize
+    text = TEMPLATE.with_name("upgrade.sh").read_text()
+    mark = ": >/run/chatd-upgrading\n"
+    assert mark in text
+    place = text.index('say "upgrading Debian"')
+    text = text[:place] + CUT + text[place:]
+    shutil.copy(TEMPLATE, tmp_path)
+    emptied(tmp_path)
+    (tmp_path / "upgrade.sh").write_text(text if marked else text.replace(mark, ""))
+    template = tmp_path / TEMPLATE.name
+    retries = "max_retries = 60"
+    assert retries in template.read_text()
+    template.write_text(template.read_text().replace(retries, "max_retries = 1"))
+    given = variables(tmp_path, rehearsal=builder.place, ssh_from=FROM)
+    said, code = run_packer(tmp_path, "build", "-only=amazon-ebs.arm64", *given, template, account=account)
+    assert (code, len(account.requests("CreateImage"))) == ((1, 0) if marked else (0, 1)), said
+
+
 def test_no_image_without_debians_servers(account, builder, tmp_path):
     """A bake that cannot upgrade its base leaves no image."""
     with builder.path("/etc/apt/sources.list").open("a") as file:
