@@ -205,6 +205,10 @@ class Ports:
         try:
             port = _PortReactor(self._reactor, text, self._ipv4_ports, self._limit)
         except Exception as error:  # noqa: BLE001 -- every kind of endpoint is a plug-in with errors of its own
+            if isinstance(error, OSError) and error.filename:
+                raise ValueError(
+                    f"{error.filename} of {text!r} cannot be read ({error.strerror}): correct the path or its mode"
+                ) from None
             reason = " ".join(str(error).split())
             if "systemd:" in text and isinstance(error, LookupError):
                 reason = "systemd passed no such socket: start the socket unit, or name a port"

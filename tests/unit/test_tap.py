@@ -170,7 +170,6 @@ def test_endpoints_are_parsed_by_their_text():
         ("nonsense:1", "Unknown endpoint type: 'nonsense'"),
         ("tcp:chat", "invalid literal for int() with base 10: 'chat'"),
         ("tcp", "_parseTCP() missing 1 required positional argument: 'port'"),
-        ("ssl:1:privateKey=missing.pem", "[Errno 2] No such file or directory: "),
     ],
 )
 def test_wrong_endpoint(tmp_path, monkeypatch, name, text, reason):
@@ -180,6 +179,15 @@ def test_wrong_endpoint(tmp_path, monkeypatch, name, text, reason):
     assert refusal(f"--{name}={text}").startswith(f"chatd: --{name}: {line}")
     (tmp_path / "chatd.toml").write_text(f"{name} = {json.dumps([text])}")
     assert refusal("--config=chatd.toml").startswith(f"chatd: chatd.toml: {name}: {line}")
+
+
+def test_endpoint_with_an_unreadable_key(tmp_path, monkeypatch):
+    """The line names the file that is missing or that this user may not read, and the remedy."""
+    monkeypatch.chdir(tmp_path)
+    text = "ssl:1:privateKey=missing.pem"
+    path = tmp_path / "missing.pem"
+    rest = f"{path} of {text!r} cannot be read (No such file or directory): correct the path or its mode"
+    assert refusal(f"--listen={text}") == f"chatd: --listen: {rest}"
 
 
 def test_reason_of_a_wrong_endpoint_is_one_line(monkeypatch):
