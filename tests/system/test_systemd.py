@@ -291,6 +291,20 @@ def test_one_command_without_a_unit_file(machine, tmp_path):
     machine.run("rm", "-rf", "/var/lib/private/chatd-try")
 
 
+def test_check_beside_the_unit(chatd):
+    """The command of docs/operations.md checks as the unit's user, and leaves the state directory as it is."""
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    (command,) = re.findall(r"^  ```sh\n  (systemd-run .*?)^  ```$", page, re.MULTILINE | re.DOTALL)
+    chatd.systemctl("start", "chatd.service")
+    folder = chatd.path("/var/lib/private/chatd")
+    before = folder.stat()
+    printed = booted.succeed(*chatd.command("sh", "-c", command), statuses=(1,))
+    assert "--store sqlite:/var/lib/chatd/chatd.sqlite: another chatd uses it" in printed
+    assert "cannot be" not in printed
+    assert "open files" not in printed
+    assert (folder.stat().st_mode, folder.stat().st_uid) == (before.st_mode, before.st_uid)
+
+
 def test_start_times_out_without_ready(chatd):
     """The start fails if the service does not notify systemd."""
     chatd.configure(
@@ -457,6 +471,49 @@ def test_tls_in_the_sandbox(chatd, change, tmp_path):
         client.socket = trust.wrap_socket(client.socket, server_hostname="127.0.0.1")
         client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert client.head()[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("port", "left_out"), [(8443, None), (443, None), (8443, "SupplementaryGroups=chatd-tls"), (443, "PrivateUsers=no")]
+)
+def test_documented_tls(chatd, port, left_out, tmp_path):
+    """The drop-in of docs/operations.md serves TLS, and certbot's hook renews the key.  Each setting is needed."""
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    chapter = re.search(r"^### chatd itself\n(.*?)^### ", page, re.MULTILINE | re.DOTALL)[1]
+    (hook,) = re.findall(r"^```sh\n(.*?)^```$", chapter, re.MULTILINE | re.DOTALL)
+    (drop_in,) = re.findall(r"^```ini\n\[Service\]\n(.*?)^```$", chapter, re.MULTILINE | re.DOTALL)
+    privileges = re.findall(r"`((?:PrivateUsers|AmbientCapabilities|CapabilityBoundingSet)=\w+)`", chapter)
+    lines = [*drop_in.replace("ssl:8443", f"ssl:{port}").splitlines(), *(privileges if port == 443 else [])]
+
+    def renew(name):
+        folder, lineage = tmp_path / name, chatd.path("/etc/letsencrypt")
+        for path in (folder, lineage):
+            path.mkdir(exist_ok=True)
+        _, trust = certificate_for(folder)
+        for file, own in (("privkey.pem", "key.pem"), ("cert.pem", "cert.pem"), ("chain.pem", "cert.pem")):
+            (lineage / file).write_bytes((folder / own).read_bytes())
+        chatd.run("env", "RENEWED_LINEAGE=/etc/letsencrypt", "sh", "-euc", hook)
+        return trust
+
+    def answered(trust):
+        with chatd.connect(port) as client:
+            client.socket = trust.wrap_socket(client.socket, server_hostname="127.0.0.1")
+            client.send(b"GET /healthz HTTP/1.0\r\n\r\n")
+            return client.head()[0]
+
+    chatd.run("groupadd", "--system", "--force", "chatd-tls")
+    chatd.configure(*(line for line in lines if line != left_out), "Restart=no")
+    trust = renew("old")
+    if left_out:
+        assert left_out in lines
+        with pytest.raises(AssertionError, match=r"Job for chatd\.service failed"):
+            chatd.systemctl("start", "chatd.service")
+        return
+    chatd.systemctl("start", "chatd.service")
+    assert answered(trust) == 200
+    trust = renew("new")
+    chatd.journal.wait("read the certificate of ssl:")
+    assert answered(trust) == 200
 
 
 # Several instances on one machine
