@@ -119,8 +119,9 @@ def test_serve(fresh):
 def test_readme_commands(fresh):
     """The programs that README names run as printed, once scripts/serve has installed them."""
     assert "--store" in fresh.run("scripts/serve", "--help")
-    assert "--store" in fresh.run(".venv/bin/twistd", "-n", "chatd", "--help")
-    assert "--posters" in fresh.run(".venv/bin/python", "-m", "chatd.load", "--help")
+    assert "--store" in fresh.run(".venv/bin/chatd", "check", "--help")
+    assert "--posters" in fresh.run(".venv/bin/chatd", "load", "--help")
+    assert "moderate" in fresh.run(".venv/bin/chatd", "--help")
 
 
 def test_install(fresh):
