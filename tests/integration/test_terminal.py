@@ -137,6 +137,23 @@ async def test_interrupted_poster_that_is_offline(tmp_path, monkeypatch, capsys)
 
 
 @asynchronous
+async def test_poster_whose_server_cannot_store(tmp_path, monkeypatch, capsys):
+    """While the server rejects posts for now, one line reports that none is stored."""
+    monkeypatch.setattr(program, "GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(program, "SILENT_SECONDS", 0.1)
+    with Server(tmp_path) as server, streams(monkeypatch, given=b"one\n"):
+        (tmp_path / "chatd.sqlite").rename(tmp_path / "moved.sqlite")
+        posting = start(server, "--post", room="logs")
+        err = ""
+        while "readyz" not in err:
+            await asyncio.sleep(0.01)
+            err += capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await posting == 1
+    assert err == ("chatd.client: no post was stored for 0.1 s: trying again; the server's /readyz gives the reason\n")
+
+
+@asynchronous
 async def test_poster_survives_a_killed_server(tmp_path, monkeypatch, capsys):
     with streams(monkeypatch) as (writer, _):
         with Server(tmp_path) as server:

@@ -14,7 +14,7 @@ import orjson
 from chatd.client.aio import Room
 from chatd.client.protocol import ClientStopped, Rejected
 from chatd.client.terminal.display import safe
-from chatd.client.view import RoomEntry
+from chatd.client.view import ONLINE, RoomEntry
 
 CHUNK: Final = 1 << 16
 """The most bytes of a read."""
@@ -79,6 +79,7 @@ class LinePoster:
         self._posts: set[asyncio.Task[None]] = set()
         self._waiting = 0
         """The number of lines that were read and have no answer."""
+        self._answered = 0
         self._refused = 0
         self._reason = ""
 
@@ -110,7 +111,25 @@ class LinePoster:
         except ClientStopped:
             return
         self._waiting -= 1
+        self._answered += 1
         self._slots.release()
+
+    async def watch(self, report: Callable[[str], None], seconds: float) -> None:
+        """Report each time that a server stops answering posts without closing the connection; never return.
+
+        A server whose log fails refuses posts for now, and the client sends them again.
+        """
+        silent = False
+        while True:
+            before = self._stuck_at()
+            await asyncio.sleep(seconds)
+            was_silent, silent = silent, before is not None and before == self._stuck_at()
+            if silent and not was_silent:
+                report(f"no post was stored for {seconds:g} s: trying again; the server's /readyz gives the reason")
+
+    def _stuck_at(self) -> int | None:
+        """Return the number of answers so far, or None if the room is offline or no post waits."""
+        return self._answered if self._waiting and self._room.snapshot().state == ONLINE else None
 
     def fault(self) -> str | None:
         """Return which messages are not stored, in one line; None if all are."""

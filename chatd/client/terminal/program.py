@@ -26,6 +26,8 @@ DONE: Final = 0
 FAILED: Final = 1
 KEPT: Final = 20_000
 """The most entries in memory of a program in a pipe, which may run for months: more than a resume returns at once."""
+SILENT_SECONDS: Final = 10
+"""The seconds without a stored post after which a program that posts reports this."""
 STDIN: Final = 0
 STDOUT: Final = 1
 
@@ -142,7 +144,8 @@ async def post(options: ChatOptions, stop: Stop) -> int:
         room = client.room(options.address.room, events=(), keep=KEPT)
         room.subscribe(report_states(room))
         poster = LinePoster(room)
-        await race(poster.run(read_lines(STDIN, options.split)), ended(room), stop.wait())
+        watch = poster.watch(complain, SILENT_SECONDS)
+        await race(poster.run(read_lines(STDIN, options.split)), watch, ended(room), stop.wait())
         if stop.signal is not None:
             await race(poster.settle(), ended(room), stop.wait(), asyncio.sleep(GRACE_SECONDS))
         snapshot, fault = room.snapshot(), poster.fault()

@@ -174,6 +174,30 @@ async def test_lines_without_an_answer():
     assert poster.fault() == "1 message may not be stored, because the program was stopped"
 
 
+@asynchronous
+async def test_server_that_stores_nothing_is_reported():
+    """Each silence is reported once, while the room is online and a post waits."""
+    room, reports = FakeRoom(), []
+
+    async def turns():
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return len(reports)
+
+    poster = LinePoster(room)
+    watching = asyncio.create_task(poster.watch(reports.append, 0))
+    assert await turns() == 0
+    posting = asyncio.create_task(poster.run(given("one", "two")))
+    assert await turns() == 1
+    room.accept("p1")
+    assert await turns() == 2
+    room.accept("p2")
+    await posting
+    assert await turns() == 2
+    assert reports[0] == "no post was stored for 0 s: trying again; the server's /readyz gives the reason"
+    watching.cancel()
+
+
 # Messages
 
 
