@@ -184,7 +184,7 @@ class _PortReactor(_EndpointReactor):
         """Open a port that speaks TLS."""
         self.certificate = Certificate(contextFactory, factory)
         opened: Any = self.listenTCP(port, factory, backlog, interface)
-        opened.transport = partial(TlsServer, self.certificate.accept)
+        opened.transport = partial(TlsServer, self.certificate)
         return cast(IListeningPort, opened)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import ssl
+from contextlib import suppress
 from itertools import count
 
 import pytest
@@ -246,6 +248,8 @@ def test_closed_port_closes_waiting_connections(crowd, events):
 
 # Certificates
 
+CERTIFICATE = 11
+
 deprecated = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL")
 """Twisted uses pyOpenSSL in a way that the latter deprecates."""
 
@@ -258,9 +262,26 @@ def folder(tmp_path, monkeypatch):
 
 def certificate(port):
     """Return the certificate that a new connection gets."""
-    accept, own = port.transport.args[0], socket.socket()
-    with own:
-        return accept(own).get_certificate().to_cryptography()
+    return session(port).getpeercert(binary_form=True)
+
+
+def session(port, **options):
+    """Return the TLS of a client after its handshake; `options` are attributes of its context."""
+    (own,) = port.transport.args
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers(options.pop("ciphers", "DEFAULT"))
+    for name, value in options.items():
+        setattr(context, name, value)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client, server = context.wrap_bio(incoming, outgoing), own.accept()
+    for _ in range(3):
+        for end in (client, server):
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+            own.incoming.write(outgoing.read())
+            incoming.write(own.outgoing.read())
+    return client
 
 
 @deprecated
@@ -298,6 +319,99 @@ def test_certificate_that_openssl_refuses(folder, ports, events):
     assert "ee key too small" in events[0]["reason"]
     (error,) = listen(ports, f"ssl:444:{arguments}")
     assert "ee key too small" in str(error)
+
+
+def chain(port):
+    """Return the certificates that a connection of TLS 1.2 begins with, as they are on the wire (RFC 5246, 7.4.2)."""
+    (own,) = port.transport.args
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    outgoing = ssl.MemoryBIO()
+    client, server = context.wrap_bio(ssl.MemoryBIO(), outgoing), own.accept()
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    own.incoming.write(outgoing.read())
+    with suppress(ssl.SSLWantReadError):
+        server.do_handshake()
+    records = own.outgoing.read()
+    found = []
+    while records:
+        kind, size = records[5], int.from_bytes(records[3:5], "big")
+        content, records = records[5 : 5 + size], records[5 + size :]
+        if kind == CERTIFICATE:
+            content = content[7:]
+            while content:
+                size = int.from_bytes(content[:3], "big")
+                found.append(content[3 : 3 + size])
+                content = content[3 + size :]
+    return found
+
+
+@deprecated
+def test_chain_of_certificates(folder, ports):
+    """A connection begins with the first certificate of `certKey`, and with all of `extraCertChain`."""
+    certificate_for(folder)
+    own, issuer = folder / "cert.pem", folder / "chain.pem"
+    issuer.write_bytes(own.read_bytes())
+    arguments, _ = certificate_for(folder)
+    want = [ssl.PEM_cert_to_DER_cert(one.read_text()) for one in (own, issuer)]
+    own.write_bytes(own.read_bytes() + issuer.read_bytes())
+    with_chain, alone = opened(ports, f"ssl:443:{arguments}:extraCertChain=chain.pem", f"ssl:444:{arguments}")
+    assert chain(with_chain) == want
+    assert chain(alone) == want[:1]
+
+
+@deprecated
+@pytest.mark.filterwarnings("ignore:Passing method")
+def test_versions_of_tls(folder, ports):
+    """TLS 1.2 and 1.3 are served; `sslmethod` may exclude 1.3, but not admit what is no longer secure."""
+    arguments, _ = certificate_for(folder)
+    both, old = opened(ports, f"ssl:443:{arguments}", f"ssl:444:{arguments}:sslmethod=TLSv1_2_METHOD")
+    assert session(both).version() == "TLSv1.3"
+    assert session(both, maximum_version=ssl.TLSVersion.TLSv1_2).version() == "TLSv1.2"
+    assert session(old).version() == "TLSv1.2"
+    (error,) = listen(ports, f"ssl:445:{arguments}:sslmethod=TLSv1_METHOD")
+    assert str(error) == "sslmethod allows only versions of TLS that are no longer secure"
+
+
+FFDHE2048 = """\
+-----BEGIN DH PARAMETERS-----
+MIIBCAKCAQEA//////////+t+FRYortKmq/cViAnPTzx2LnFg84tNpWp4TZBFGQz
++8yTnc4kmz75fS/jY2MMddj2gbICrsRhetPfHtXV/WVhJDP1H18GbtCFY2VVPe0a
+87VXE15/V8k1mE8McODmi3fipona8+/och3xWKE2rec1MKzKT0g6eXq8CrGCsyT7
+YdEIqUuyyOP7uWrat2DX9GgdT0Kj3jlN9K5W7edjcrsZCwenyO4KbXCeAvzhzffi
+7MA0BM0oNC9hkXL+nOmFg/+OTxIy7vKBg8P+OxtMb61zO7X8vC7CIAXFjvGDfRaD
+ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
+-----END DH PARAMETERS-----
+"""
+"""The group of RFC 7919, appendix A.1."""
+
+
+@deprecated
+def test_parameters_for_diffie_hellman(folder, ports):
+    """`dhParameters` admits clients that know no elliptic curves."""
+    arguments, _ = certificate_for(folder, rsa.generate_private_key(65537, 2048))
+    (folder / "dh.pem").write_text(FFDHE2048)
+    (port,) = opened(ports, f"ssl:443:{arguments}:dhParameters=dh.pem")
+    client = session(port, maximum_version=ssl.TLSVersion.TLSv1_2, ciphers="DHE+AESGCM")
+    assert client.cipher()[0].startswith("DHE-RSA-AES")
+
+
+@deprecated
+def test_no_tickets(folder, ports):
+    """Sessions are not resumed: a ticket would cost each connection memory and bytes."""
+    arguments, _ = certificate_for(folder)
+    (port,) = opened(ports, f"ssl:443:{arguments}")
+    assert session(port, maximum_version=ssl.TLSVersion.TLSv1_2).session.has_ticket is False
+
+
+@deprecated
+def test_certificate_of_a_factory_without_protocols(folder, ports):
+    """Clients that offer protocols are served even so."""
+    arguments, _ = certificate_for(folder)
+    (port,) = opened(ports, f"ssl:443:{arguments}")
+    assert session(port).selected_alpn_protocol() is None
 
 
 # Open files

@@ -8,9 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-from OpenSSL._util import lib
 from support.servers import certificate_for
-from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.protocol import Factory, Protocol
@@ -19,7 +18,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from chatd.transport.tls import MAX_CHANGES, RECORD, RECORDS_PER_TURN, Certificate, TlsServer
+from chatd.transport.tls import MAX_SILENT, RECORD, Certificate, TlsServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL")
 """Twisted uses pyOpenSSL in a way that the latter deprecates."""
@@ -57,23 +56,15 @@ class Recorder(Protocol):
 
 
 class Pair:
-    """A server and a client over a socket pair, in no event loop.
+    """A server and a client over a socket pair, in no event loop."""
 
-    `instead` returns what the server gets instead of OpenSSL's connection.
-    """
-
-    def __init__(self, folder, instead):
-        _, trust = certificate_for(folder)
-        pem = (folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes()
-        certificate = Certificate(PrivateCertificate.loadPEM(pem).options(), Negotiating())
+    def __init__(self, folder, certificate, trust):
         trust.set_alpn_protocols(["h2", "http/1.1"])
         own, self.raw = socketpair()
         self.raw.settimeout(0)
         self.reactor = MemoryReactorClock()
         self.protocol = Recorder()
-        self.server = TlsServer(
-            lambda own: instead(certificate.accept(own)), own, self.protocol, ("192.0.2.1", 1), None, 0, self.reactor
-        )
+        self.server = TlsServer(certificate, own, self.protocol, ("192.0.2.1", 1), None, 0, self.reactor)
         self.protocol.makeConnection(self.server)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.keys = trust.keylog_filename = folder / "keys"
@@ -125,14 +116,33 @@ class Pair:
     def waits_to_read(self):
         return self.server in self.reactor.getReaders()
 
+    def end(self):
+        self.raw.close()
+        if self.protocol.lost is None:
+            self.server.connectionLost(Failure(CONNECTION_DONE))
+
 
 @pytest.fixture
-def pair(tmp_path, request):
-    pair = Pair(tmp_path, getattr(request, "param", lambda tls: tls))
-    yield pair
-    pair.raw.close()
-    if pair.protocol.lost is None:
-        pair.server.connectionLost(Failure(CONNECTION_DONE))
+def connect(tmp_path):
+    """Return a function that connects a client to one port."""
+    _, trust = certificate_for(tmp_path)
+    pem = (tmp_path / "key.pem").read_bytes() + (tmp_path / "cert.pem").read_bytes()
+    certificate = Certificate(PrivateCertificate.loadPEM(pem).options(), Negotiating())
+    pairs = []
+
+    def connect():
+        pairs.append(Pair(tmp_path, certificate, trust))
+        return pairs[-1]
+
+    yield connect
+    for pair in pairs:
+        pair.end()
+    assert certificate.incoming.pending == certificate.outgoing.pending == 0
+
+
+@pytest.fixture
+def pair(connect):
+    return connect()
 
 
 def test_write_to_an_idle_socket(pair):
@@ -146,15 +156,23 @@ def test_write_to_an_idle_socket(pair):
 
 def test_write_before_the_handshake(pair):
     """The bytes wait for the client, and the reactor does not turn in vain meanwhile."""
-    pair.server.write(b"hello")
-    assert pair.waits_to_write
-    assert pair.server.doWrite() is None
+    pair.server.write(b"hel")
+    pair.server.write(b"lo")
     assert not pair.waits_to_write
-    pair.handshake()
-    assert pair.waits_to_write
-    assert pair.server.doWrite() is None
+    assert pair.handshake().read() == b"hello"
     assert not pair.waits_to_write
+
+
+def test_write_of_a_sequence(pair):
+    pair.handshake().server.writeSequence([b"hel", b"", b"lo"])
     assert pair.read() == b"hello"
+
+
+def test_write_of_nothing(pair):
+    """An empty record would cost the client as much as another."""
+    pair.handshake().server.write(b"")
+    with pytest.raises(BlockingIOError):
+        pair.raw.recv(1)
 
 
 def test_handshake_into_a_full_socket(pair):
@@ -191,19 +209,6 @@ def test_full_socket(pair):
     assert not pair.protocol.paused
 
 
-class Fragments:
-    """A connection whose client accepts at most 512 bytes in a record (RFC 6066, section 4)."""
-
-    def __init__(self, tls):
-        self.tls = tls
-
-    def __getattr__(self, name):
-        return getattr(self.tls, name)
-
-    def send(self, data):
-        return self.tls.send(data[:512])
-
-
 def test_pull_producer(pair):
     """The reactor asks for more when the socket has taken all."""
     pair.handshake()
@@ -216,26 +221,52 @@ def test_pull_producer(pair):
     assert pair.read() == b"moremore"
 
 
-@pytest.mark.parametrize("pair", [Fragments], indirect=True)
-def test_client_that_accepts_only_small_records(pair):
-    """OpenSSL then sends a part of what it gets, and the client gets every byte once."""
-    pair.handshake()
-    sent = b"".join(b"%7d\n" % number for number in range(3000))
-    pair.server.write(sent[:4000])
-    assert pair.read() == sent[:4000]
-    pair.server.write(sent[4000:])
-    assert pair.read() == sent[4000:]
-
-
 def test_burst_of_small_records(pair):
-    """One turn reads several records, but not all that a client can send."""
+    """One turn reads a bounded number of bytes, and so of records."""
     pair.handshake()
-    for _ in range(RECORDS_PER_TURN + 1):
+    most = RECORD // 23  # a record of one byte has a head of 5, a type of 1, and a tag of 16
+    for _ in range(most + 9):
         pair.client.write(b"x")
     pair.exchange()
     assert pair.server.doRead() is None
     assert pair.server.doRead() is None
-    assert pair.protocol.received == [b"x" * RECORDS_PER_TURN, b"x"]
+    assert pair.protocol.received == [b"x" * most, b"x" * 9]
+
+
+def test_large_record(pair):
+    """A record arrives in two turns."""
+    pair.handshake().client.write(bytes(RECORD))
+    pair.exchange()
+    assert pair.server.doRead() is None
+    assert pair.protocol.received == []
+    assert pair.server.doRead() is None
+    assert pair.server.doRead() is None  # there is nothing more
+    assert pair.protocol.received == [bytes(RECORD)]
+
+
+def test_much_data(pair):
+    """The bound on bytes without data begins again with each record."""
+    pair.handshake()
+    for _ in range(2 * MAX_SILENT // RECORD):
+        pair.client.write(bytes(RECORD))
+        pair.exchange()
+        assert pair.server.doRead() is None
+        assert pair.server.doRead() is None
+    assert len(b"".join(pair.protocol.received)) == 2 * MAX_SILENT
+
+
+def test_hello_in_records_of_one_byte(pair):
+    """OpenSSL would read 131 KB in 131,000 records; the server closes first, and reads a bounded part in each turn."""
+    hello = b"\1" + (131_000).to_bytes(3, "big") + bytes(131_000)
+    records = b"".join(b"\x16\3\1\0\1" + bytes([one]) for one in hello)
+    turns = 0
+    end = None
+    while end is None:
+        pair.raw.sendall(records[turns * RECORD :][:RECORD])
+        turns += 1
+        end = pair.server.doRead()
+    assert end is CONNECTION_LOST
+    assert turns == MAX_SILENT // RECORD + 1
 
 
 def new_keys(pair, count, *, answered):
@@ -269,64 +300,54 @@ def test_new_keys(pair, answered):
 
 @pytest.fixture
 def blocked(pair):
-    """A connection that must answer new keys before it reads on, and whose socket is full."""
+    """A connection that has answered new keys, and whose socket is full."""
     pair.handshake()
     pair.junk = pair.fill()
-    pair.raw.sendall(new_keys(pair, 2, answered=True))  # the second one waits for the answer to the first
+    pair.raw.sendall(new_keys(pair, 2, answered=True))
     assert pair.server.doRead() is None
     assert pair.waits_to_write
-    assert not pair.waits_to_read  # there are bytes, and the reactor would turn in vain
+    assert pair.protocol.received == [b"hello"]
     return pair
 
 
 def test_new_keys_into_a_full_socket(blocked):
-    """The connection reads on when the socket takes more."""
-    assert blocked.server.doWrite() is None
-    assert not blocked.waits_to_read
+    """The answers wait before the next data."""
+    blocked.server.write(b"hello")
     blocked.empty(blocked.junk)
     assert blocked.server.doWrite() is None
-    assert blocked.waits_to_read
-    assert blocked.protocol.received == [b"hello"]
-
-
-def test_pause_while_the_socket_is_full(blocked):
-    """A paused connection reads nothing, whatever it writes."""
-    blocked.server.pauseProducing()
-    blocked.empty(blocked.junk)
-    assert blocked.server.doWrite() is None
-    assert not blocked.waits_to_read
     assert not blocked.waits_to_write
-    assert blocked.protocol.received == []
-    blocked.server.resumeProducing()
-    assert blocked.waits_to_read
-    assert blocked.server.doRead() is None
-    assert blocked.protocol.received == [b"hello"]
+    assert blocked.read() == b"hello"
 
 
 def test_server_closes_while_the_socket_is_full(blocked):
-    """A connection that ends reads nothing more."""
+    """A connection ends when its last bytes are sent."""
     blocked.server.loseConnection()
+    assert blocked.server.doWrite() is None
+    blocked.empty(blocked.junk)
     assert blocked.server.doWrite() is CONNECTION_DONE
-    assert blocked.protocol.received == []
+
+
+def test_new_keys_while_much_waits(pair):
+    """A client that reads nothing could ask for answers without end."""
+    pair.handshake().fill()
+    pair.server.write(bytes(pair.server.bufferSize))
+    pair.raw.sendall(new_keys(pair, 2, answered=True))  # the second one makes OpenSSL answer the first
+    assert pair.server.doRead() is CONNECTION_LOST
 
 
 @pytest.mark.parametrize("answered", [False, True])
 def test_flood_of_new_keys(pair, answered):
-    """OpenSSL would read such messages as long as there are more, and no other client would be served meanwhile."""
-    pair.handshake().raw.sendall(new_keys(pair, MAX_CHANGES, answered=answered))
-    assert pair.server.doRead() in (CONNECTION_DONE, CONNECTION_LOST)
+    """The server closes, and no turn reads more than a few of them."""
+    flood = new_keys(pair.handshake(), 2 * MAX_SILENT // 27, answered=answered)
+    turns = 0
+    end = None
+    while end is None:
+        pair.raw.sendall(flood[turns * RECORD :][:RECORD])
+        turns += 1
+        end = pair.server.doRead()
+    assert end is CONNECTION_LOST
+    assert MAX_SILENT // RECORD <= turns <= MAX_SILENT // RECORD + 1
     assert pair.protocol.received == []
-
-
-def test_burst_of_large_records(pair):
-    """One turn reads as many bytes as a plain connection does."""
-    pair.handshake()
-    most = pair.server.bufferSize // RECORD
-    for _ in range(most + 1):
-        pair.client.write(bytes(RECORD))
-    pair.exchange()
-    assert pair.server.doRead() is None
-    assert [len(data) for data in pair.protocol.received] == [most * RECORD]
 
 
 def test_client_closes(pair):
@@ -348,26 +369,54 @@ def test_client_vanishes(pair):
     assert pair.server.doWrite() is CONNECTION_LOST
 
 
-def test_error_of_one_connection(pair):
-    """OpenSSL before 4.0 would take it for an error of whichever connection is served next."""
-    pair.handshake().raw.close()
-    pair.server.write(b"hello")
-    assert not lib.ERR_peek_error()
-    assert pair.server.doWrite() is CONNECTION_LOST
-    assert not lib.ERR_peek_error()
+def test_client_resets(pair):
+    """The socket itself fails."""
+    pair.handshake().server.write(b"hello")
+    pair.raw.close()
+    assert pair.server.doRead() is CONNECTION_LOST
 
 
-def test_error_at_the_end_of_a_connection(pair):
-    """The close_notify finds no client."""
-    pair.handshake().raw.close()
+def test_close_while_the_socket_is_full(pair):
+    """A client that has read too little misses the close_notify, and delays nothing."""
+    pair.handshake().fill()
     pair.server.loseConnection()
     assert pair.server.doWrite() is CONNECTION_DONE
-    assert not lib.ERR_peek_error()
 
 
-def test_client_that_speaks_no_tls(pair):
-    pair.raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\3\1\0\4\x63\0\0\0"])
+def test_client_that_speaks_no_tls(pair, sent):
+    """A later write ends the connection, whose stream would have a gap."""
+    pair.raw.sendall(sent)
     assert pair.server.doRead() is CONNECTION_LOST
+    pair.server.write(b"hello")
+    pair.reactor.advance(0)
+    assert pair.protocol.lost is ConnectionAborted
+
+
+def test_alert(pair):
+    """A client with a fault learns which."""
+    pair.raw.sendall(b"\x16\3\1\0\4\x63\0\0\0")
+    assert pair.server.doRead() is CONNECTION_LOST
+    assert pair.raw.recv(9) == b"\x15\3\3\0\2\2\x0a"  # unexpected_message (RFC 8446, section 6)
+
+
+def test_connections_share_no_bytes(connect):
+    """The rest of what one client has sent, and of the answer to it, does not reach another."""
+    good, bad, closing = connect().handshake(), connect(), connect().handshake()
+    bad.raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 9)
+    assert bad.server.doRead() is CONNECTION_LOST
+    bad.server.write(b"lost")
+    with suppress(ssl.SSLWantReadError):
+        closing.client.unwrap()
+    closing.exchange()
+    closing.raw.sendall(b"more")
+    assert closing.server.doRead() is CONNECTION_DONE
+    good.client.write(b"ping")
+    good.exchange()
+    assert good.server.doRead() is None
+    assert good.protocol.received == [b"ping"]
+    good.server.write(b"pong")
+    assert good.read() == b"pong"
 
 
 def test_server_closes(pair):
@@ -388,3 +437,10 @@ def test_server_closes_before_the_handshake(pair):
     assert pair.server.doWrite() is CONNECTION_DONE
     pair.server.connectionLost(Failure(CONNECTION_LOST))
     assert pair.protocol.lost is ConnectionLost
+
+
+def test_server_closes_before_it_can_write(pair):
+    """What waits for the handshake is lost: only the client can continue that, and nothing is read any more."""
+    pair.server.write(b"bye")
+    pair.server.loseConnection()
+    assert pair.server.doWrite() is CONNECTION_LOST
