@@ -261,7 +261,7 @@ def test_hello_in_records_of_one_byte(pair):
     records = b"".join(b"\x16\3\1\0\1" + bytes([one]) for one in hello)
     turns = 0
     end = None
-    while end is None:
+    while end is None and turns < 99:
         pair.raw.sendall(records[turns * RECORD :][:RECORD])
         turns += 1
         end = pair.server.doRead()
@@ -341,7 +341,7 @@ def test_flood_of_new_keys(pair, answered):
     flood = new_keys(pair.handshake(), 2 * MAX_SILENT // 27, answered=answered)
     turns = 0
     end = None
-    while end is None:
+    while end is None and turns < 99:
         pair.raw.sendall(flood[turns * RECORD :][:RECORD])
         turns += 1
         end = pair.server.doRead()
