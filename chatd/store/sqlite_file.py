@@ -78,6 +78,8 @@ WAL_USUAL: Final = 64 << 20
 """The size in bytes that the write-ahead log has at most, unless another program keeps SQLite from emptying it."""
 WAL_MOST: Final = 1 << 30
 """The size in bytes at which posts are rejected, so that the write-ahead log does not fill the disk."""
+KNOWN_HEADS: Final = 10_000
+"""The number of heads in memory, some 200 bytes each, above which all of them are forgotten."""
 SCRUB_BYTES: Final = 32 << 20
 """The part of the file in which one step looks for copies of erased texts, in some 20 ms; posts wait for it."""
 SCRUB_PIECE: Final = 1 << 20
@@ -170,6 +172,8 @@ _T = TypeVar("_T")
 
 
 _Row = tuple[Any, ...]
+_Heads = dict[str, tuple[int, str]]
+"""The number and the timestamp of the newest message by room; 0 and "" if there was none."""
 _NotReplaced = UnknownId | Forbidden | NotReplaceable
 Outcome = tuple[int, bool | None] | _NotReplaced
 """The number of a post, and whether it is a retry (None: its label is new); or why it was not stored."""
@@ -252,6 +256,8 @@ class SqliteFile:
         self._unseen = 0
         """The number of messages stored since the write-ahead log was last looked at."""
         self._wal_size = 0
+        self._known: _Heads = {}
+        """The heads of rooms that had a post, so that a commit need not read them; only this process writes."""
         self._unlogged = 0
         """The number of messages that trims, and commits because of an age, have removed since that was last logged."""
         self._descriptor: int
@@ -541,12 +547,15 @@ class SqliteFile:
         db = self.writer
         if self._misplaced or self._unseen >= WAL_ROWS or self._wal_size > WAL_MOST:
             self._empty_wal()
+        heads, self._known = self._known, {}  # forgotten if the transaction fails
         try:
             db.execute("BEGIN IMMEDIATE")
-            commit, aged = self._store(posts)
+            commit, aged = self._store(posts, heads)
             self._end()
         finally:
             self._roll_back()
+        if len(heads) <= KNOWN_HEADS:
+            self._known = heads
         try:
             self.check_files()
         except LogUnavailable as error:
@@ -569,13 +578,14 @@ class SqliteFile:
                 raise InDoubt(str(error)) from None
             raise
 
-    def _store(self, posts: Sequence[tuple[str, Post]]) -> tuple[Commit, int]:
-        """Insert posts in the open transaction, and trim their rooms; return also how many messages age removed."""
+    def _store(self, posts: Sequence[tuple[str, Post]], heads: _Heads) -> tuple[Commit, int]:
+        """Insert posts in the open transaction, and trim their rooms; return also how many messages age removed.
+
+        `heads` holds those of some rooms before the transaction, and then those of all its rooms.
+        """
         now = self._clock.read()
         entries: dict[str, list[Entry]] = {room: [] for room, _ in posts}
-        newest = self._heads([*entries])
-        heads = {room: head for room, (head, _) in newest.items()}
-        stamps = {room: now.after(last) for room, (_, last) in newest.items()}
+        heads |= self._heads([room for room in entries if room not in heads])
         outcomes: list[Outcome] = []
         rows: list[list[_Row]] = [[] for _ in _COLUMNS]
         labelled: dict[tuple[str, str, str], Entry] = {}
@@ -587,7 +597,9 @@ class SqliteFile:
                 if stored is not None:
                     outcomes.append((stored.number, is_retry(post, stored)))
                     continue
-            entry = Entry(heads[room] + 1, post.username, post.message, stamps[room], post.author, extra=post.extra)
+            head, stamped = heads[room]
+            stamp = now.after(stamped)
+            entry = Entry(head + 1, post.username, post.message, stamp, post.author, extra=post.extra)
             if post.replaces is not None:
                 self._insert_all(rows)  # the post may replace one of them
                 refused = self._edit(room, post, post.replaces, entry.number)
@@ -601,7 +613,7 @@ class SqliteFile:
             rows[kind].append(row)
             if post.label is not None:
                 labelled[key] = entry
-            heads[room] = entry.number
+            heads[room] = entry.number, stamp
             outcomes.append((entry.number, None))
             entries[room].append(entry)
         self._insert_all(rows)
@@ -642,9 +654,9 @@ class SqliteFile:
         row = self.writer.execute(query, values).fetchone()
         return row and _entry(row)
 
-    def _heads(self, rooms: Sequence[str]) -> dict[str, tuple[int, str]]:
-        """Return the number and the timestamp of the newest message of each room, or 0 and ""."""
-        heads = dict.fromkeys(rooms, (0, ""))
+    def _heads(self, rooms: Sequence[str]) -> _Heads:
+        """Read the heads of rooms."""
+        heads: _Heads = dict.fromkeys(rooms, (0, ""))
         for some in _pieces(rooms):
             names = ",".join("?" * len(some))
             found = self.writer.execute(f"SELECT name, head, stamped FROM rooms WHERE name IN ({names})", some)

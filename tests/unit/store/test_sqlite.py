@@ -494,6 +494,18 @@ def test_batch_uses_few_statements(opened, size, statements, connections):
     )
 
 
+@pytest.mark.parametrize(("limit", "reads"), [(2, 2), (1, 4)])
+def test_heads_are_read_once(opened, connections, monkeypatch, limit, reads):
+    """A commit reads the heads of rooms that are new to it; those of too many rooms are forgotten."""
+    monkeypatch.setattr(sqlite_file, "KNOWN_HEADS", limit)
+    store = opened()
+    ran = []
+    connections.writer.set_trace_callback(ran.append)
+    numbers = [post(store, "text", room=room).numbers for room in ("a", "b", "a", "b")]
+    assert numbers == [[1], [1], [2], [2]]
+    assert len([statement for statement in ran if statement.startswith("SELECT name, head")]) == reads
+
+
 def test_too_many_pending_posts(opened, monkeypatch, disk):
     monkeypatch.setattr(sqlite, "MAX_PENDING", 2)
     writer = HeldWorker()
