@@ -4,9 +4,12 @@ import json
 import socket
 
 import pytest
+from support import loops
 from support.helpers import NEW_YEAR
+from twisted.internet import epollreactor
 from twisted.internet.task import Clock
 from twisted.logger import Logger, LogLevel, capturedLogs
+from twisted.python import context
 from twisted.python import log as legacy_log
 from twisted.python.failure import Failure
 
@@ -14,6 +17,7 @@ from chatd.operate.logging import (
     MAX_WAITING,
     RETRY_SECONDS,
     LineObserver,
+    drop_contexts,
     json_line,
     open_log,
     syslog_lines,
@@ -378,3 +382,45 @@ def test_missing_syslog(tmp_path, monkeypatch):
     monkeypatch.setattr(Syslog.__init__, "__defaults__", (str(tmp_path / "log"),))
     with pytest.raises(ValueError, match="--syslog: no syslog answers"):
         opened(syslog=1, prefix="twisted", logfile="-")
+
+
+@pytest.mark.parametrize(("change", "system"), [(lambda: None, "reader"), (drop_contexts, "-")])
+def test_sockets_are_served_without_a_context(monkeypatch, change, system):
+    """Twisted names a ready socket in the context of its former log; chatd drops that context."""
+    monkeypatch.setattr(epollreactor, "log", legacy_log)
+    change()
+    systems = []
+    ours, theirs = socket.socketpair()
+
+    class Reader:
+        fileno, logPrefix = ours.fileno, staticmethod(lambda: "reader")
+
+        def doRead(self):
+            systems.append(context.get(legacy_log.ILogContext)["system"])
+
+    with ours, theirs, loops.reactor() as loop:
+        loop.addReader(Reader())
+        theirs.send(b"bytes")
+        loop.doIteration(0)
+    assert systems == [system]
+
+
+def test_fault_of_a_socket_without_a_context(monkeypatch):
+    """A socket that fails while it is served is closed, and the failure is logged."""
+    monkeypatch.setattr(epollreactor, "log", legacy_log)
+    drop_contexts()
+    lost = []
+    ours, theirs = socket.socketpair()
+
+    class Reader:
+        fileno, connectionLost, readConnectionLost = ours.fileno, lost.append, lost.append
+
+        def doRead(self):
+            raise ZeroDivisionError
+
+    with ours, theirs, loops.reactor() as loop, capturedLogs() as events:
+        loop.addReader(Reader())
+        theirs.send(b"bytes")
+        loop.doIteration(0)
+    assert [event["failure"].type for event in events] == [ZeroDivisionError]
+    assert [failure.type for failure in lost] == [ZeroDivisionError]
