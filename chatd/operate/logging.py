@@ -36,6 +36,8 @@ LOG_USER: Final = 1 << 3
 _PLAIN: Final = (str, int, float, bool, type(None))
 _NOT_FIELDS: Final = frozenset({"isError", "message", "time", "format", "system"})
 
+_logger = Logger()
+
 
 def drop_contexts() -> None:
     """Let Twisted's reactor serve a ready socket without a context for log messages.
@@ -52,8 +54,11 @@ class _NoContext:
 
     @staticmethod
     def callWithLogger(_: object, function: Callable[..., object], *args: object) -> None:
-        """Call a function."""
-        function(*args)
+        """Call a function, and log its failure, so that the reactor serves the other sockets of this turn."""
+        try:
+            function(*args)
+        except Exception:  # noqa: BLE001 -- whatever it is
+            _logger.failure("a socket failed")
 
 
 def _sentence(event: LogEvent) -> str:

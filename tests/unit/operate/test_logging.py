@@ -2,6 +2,7 @@
 
 import json
 import socket
+from itertools import chain
 
 import pytest
 from support import loops
@@ -405,22 +406,38 @@ def test_sockets_are_served_without_a_context(monkeypatch, change, system):
     assert systems == [system]
 
 
-def test_fault_of_a_socket_without_a_context(monkeypatch):
-    """A socket that fails while it is served is closed, and the failure is logged."""
+@pytest.mark.parametrize("loses", [True, False])
+def test_fault_of_a_socket_without_a_context(monkeypatch, loses):
+    """A socket that fails is closed, the failure is logged, and the other sockets of the turn are served."""
     monkeypatch.setattr(epollreactor, "log", legacy_log)
     drop_contexts()
-    lost = []
-    ours, theirs = socket.socketpair()
+    lost, served = [], []
 
     class Reader:
-        fileno, connectionLost, readConnectionLost = ours.fileno, lost.append, lost.append
+        def __init__(self, own):
+            self.fileno = own.fileno
 
         def doRead(self):
+            served.append(self)
             raise ZeroDivisionError
 
-    with ours, theirs, loops.reactor() as loop, capturedLogs() as events:
-        loop.addReader(Reader())
-        theirs.send(b"bytes")
+        def connectionLost(self, reason):
+            lost.append(reason.type)
+            if loses:
+                raise KeyError
+
+        readConnectionLost = connectionLost
+
+    pairs = [socket.socketpair() for _ in range(2)]
+    with loops.reactor() as loop, capturedLogs() as events:
+        for ours, theirs in pairs:
+            loop.addReader(Reader(ours))
+            theirs.send(b"bytes")
         loop.doIteration(0)
-    assert [event["failure"].type for event in events] == [ZeroDivisionError]
-    assert [failure.type for failure in lost] == [ZeroDivisionError]
+    for own in chain(*pairs):
+        own.close()
+    assert (len(served), lost) == (2, [ZeroDivisionError] * 2)
+    assert [event.get("log_failure", event.get("failure")).type for event in events] == [
+        ZeroDivisionError,
+        *[KeyError] * loses,
+    ] * 2
