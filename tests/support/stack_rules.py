@@ -79,11 +79,20 @@ HOOKS = {
 }
 NOTIFYING = {"FullAlarm", "StoreMemoryAlarm", "StoreProcessorAlarm"}
 """Alarms that roll nothing back, because another image would not help."""
+_STORE = "SELECT MAX({}) FROM \"AWS/MemoryDB\" WHERE ClusterName = '${{Store}}'"
+LESS, MORE, MOST = "LessThanThreshold", "GreaterThanThreshold", "GreaterThanOrEqualToThreshold"
 WATCHED = {
-    "FullAlarm": "GroupInServiceInstances",
-    "StoreMemoryAlarm": "DatabaseMemoryUsagePercentage",
-    "StoreProcessorAlarm": "EngineCPUUtilization",
+    "ErrorsAlarm": ("HTTPCode_Target_5XX_Count", "Sum", MORE, 10),
+    "FullAlarm": ("GroupInServiceInstances", "Minimum", MOST, {"Ref": "MaxSize"}),
+    "LaunchesAlarm": ("GroupPendingInstances", "Maximum", MOST, 1),
+    "MissingNodesAlarm": ("GroupInServiceInstances", "Minimum", LESS, {"Ref": "MinSize"}),
+    "NoNodesAlarm": ("HealthyHostCount", "Maximum", LESS, 1),
+    "StoreAlarm": ("chatd_store_up", "Minimum", LESS, 1),
+    "StoreMemoryAlarm": (_STORE.format("DatabaseMemoryUsagePercentage"), None, MORE, 80),
+    "StoreProcessorAlarm": (_STORE.format("EngineCPUUtilization"), None, MORE, 80),
+    "UnhealthyNodesAlarm": ("UnHealthyHostCount", "Maximum", MOST, 1),
 }
+"""What each alarm watches: a metric or a query, its statistic, and when it goes off."""
 ALARMS = {"errors", "launches", "missing-nodes", "no-nodes", "store", "unhealthy-nodes"}
 OUTPUTS = {
     "AutoScalingGroup",
@@ -244,9 +253,12 @@ def trigger(template):
 
 def _notifications(template):
     alarms = of_type(template, "AWS::CloudWatch::Alarm")
-    for name, metric in WATCHED.items():
-        if metric not in json.dumps(alarms.get(name, {})):
-            yield f"{metric} has an alarm"
+    for name, wanted in WATCHED.items():
+        one = alarms.get(name, {})
+        query = [metric["Expression"]["Fn::Sub"] for metric in one.get("Metrics", [])]
+        metric = one.get("MetricName") or "".join(query)
+        if (metric, one.get("Statistic"), one.get("ComparisonOperator"), one.get("Threshold")) != wanted:
+            yield f"an alarm watches what it says: {name}"
     notify = {"Fn::If": ["Notify", [{"Ref": "AlarmTopicArn"}], {"Ref": "AWS::NoValue"}]}
     for name, one in alarms.items():
         if [one.get("AlarmActions"), one.get("OKActions")] != [notify, notify]:

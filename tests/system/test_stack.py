@@ -180,11 +180,24 @@ MUTATIONS = [
     ),
     (
         lambda t: properties(t, "StoreAlarm").update(MetricName="store_up"),
-        ["a metric is told: store_up"],
+        ["an alarm watches what it says: StoreAlarm", "a metric is told: store_up"],
     ),
     (lambda t: group(t).pop("MetricsCollection"), ["the group tells its metrics"]),
-    (lambda t: t["Resources"].pop("FullAlarm"), ["GroupInServiceInstances has an alarm"]),
-    (lambda t: properties(t, "StoreMemoryAlarm").pop("Metrics"), ["DatabaseMemoryUsagePercentage has an alarm"]),
+    (lambda t: t["Resources"].pop("FullAlarm"), ["an alarm watches what it says: FullAlarm"]),
+    (
+        lambda t: properties(t, "FullAlarm").update(Threshold={"Ref": "MinSize"}),
+        ["an alarm watches what it says: FullAlarm"],
+    ),
+    (
+        lambda t: properties(t, "StoreProcessorAlarm").update(ComparisonOperator="LessThanThreshold"),
+        ["an alarm watches what it says: StoreProcessorAlarm"],
+    ),
+    (
+        lambda t: properties(t, "StoreMemoryAlarm")["Metrics"][0].update(
+            Expression={"Fn::Sub": 'SELECT MAX(DatabaseMemoryUsagePercentage) FROM "AWS/MemoryDB"'}
+        ),
+        ["an alarm watches what it says: StoreMemoryAlarm"],
+    ),
     (lambda t: properties(t, "StoreProcessorAlarm").pop("OKActions"), ["an alarm notifies: StoreProcessorAlarm"]),
     (lambda t: t["Resources"].update(NewAlarm=t["Resources"]["ErrorsAlarm"]), NEW_ALARM),
     (lambda t: t["Parameters"]["MaxSize"].pop("Description"), ["a parameter is described: MaxSize"]),
