@@ -347,8 +347,7 @@ def _impossible(change: Mapping[str, Any]) -> bool:
     name = NAMES.get(change["ResourceType"])
     if change["Action"] != "Modify" or name is None or name in _touched(change):
         return False
-    targets = [one.get("Target", {}) for one in change.get("Details", [])]
-    return change.get("Replacement") == "True" or any(one.get("RequiresRecreation") == "Always" for one in targets)
+    return change.get("Replacement") == "True"
 
 
 def _touched(change: Mapping[str, Any]) -> set[str]:
