@@ -20,19 +20,20 @@ from botocore.parsers import ResponseParserError
 PREFIXES: Final = {"elbv2": "elasticloadbalancing", "service-quotas": "servicequotas"}
 """Names of services in IAM that differ from those in botocore."""
 DENIED: Final = frozenset(("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "NotAuthorized"))
-INVALID: Final = frozenset(
-    {"ExpiredToken", "ExpiredTokenException", "IncompleteSignature", "InvalidSignatureException"}
-    | {"RequestExpired", "SignatureDoesNotMatch"}
-)
 ELSEWHERE: Final = frozenset(("AuthFailure", "InvalidClientTokenId", "OptInRequired", "UnrecognizedClientException"))
-"""Error codes for invalid credentials, and for a region that the account has not enabled."""
+"""Error codes for invalid credentials, or for a region that the account has not enabled."""
+INVALID: Final = ELSEWHERE | {
+    *("ExpiredToken", "ExpiredTokenException", "IncompleteSignature", "InvalidSignatureException"),
+    *("RequestExpired", "SignatureDoesNotMatch"),
+}
+"""All error codes with which no call of the credentials succeeds here."""
 THROTTLED: Final = frozenset(
     ("RequestLimitExceeded", "Throttling", "ThrottlingException", "ThrottledException", "TooManyRequestsException")
 )
 FAULTS: Final = (ClientError, BotoCoreError, ResponseParserError)
 """The exceptions that botocore raises."""
 REFUSED: Final = re.compile(r"not authorized to perform: ([\w-]+:\w+)")
-"""What AWS answers when the caller lacks an action, which need not be that of the call."""
+"""The action that a denied caller lacks, which need not be that of the call."""
 POLL_SECONDS: Final = 10
 """The interval between polls."""
 

@@ -8,8 +8,8 @@ import json
 from xml.sax.saxutils import escape
 
 COMMON = frozenset(
-    {"AccessDenied", "AccessDeniedException", "ExpiredToken", "InvalidClientTokenId"}
-    | {"OperationNotPermitted", "ServiceUnavailable"}
+    {"AccessDenied", "AccessDeniedException", "AuthFailure", "ExpiredToken", "InvalidClientTokenId"}
+    | {"OperationNotPermitted", "OptInRequired", "ServiceUnavailable"}
     | {"Throttling", "UnauthorizedOperation", "ValidationError"}
 )
 """Errors that any operation may answer, and so no model names."""
