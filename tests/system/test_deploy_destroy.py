@@ -5,9 +5,23 @@ import sys
 
 import pytest
 from support.change_sets import deployed, fixed_name, parsed
-from support.deployments import DEPLOY, DONE, FAILED, REFUSED, REGION, STACK, STUCK, deploy, end
+from support.deployments import (
+    BACK,
+    DEPLOY,
+    DONE,
+    FAILED,
+    REFUSED,
+    REGION,
+    STACK,
+    STUCK,
+    VERSION,
+    DeploymentAccount,
+    deploy,
+    end,
+)
 from support.formation import TEMPLATE
 from support.wire import Fault
+from system.test_deploy_check import empty_outcome
 from system.test_deploy_controls import outcome
 
 ORDER = ["UpdateAutoScalingGroup", "DeleteCluster", "DeleteSubnetGroup", "DeleteParameter", "DeleteStack"]
@@ -108,6 +122,32 @@ def test_destroy_spares_what_is_not_of_the_stack(stored, status):
     assert (result.returncode, stored.stack.deleted) == (DONE, True), result.stderr
     assert (STACK in stored.memorydb.clusters, STACK in stored.memorydb.subnet_groups) == (True, True)
     assert "autoscaling:UpdateAutoScalingGroup" not in stored.asked
+
+
+def spares_others(account):
+    """Fail the creation of a stack because of a cluster, make a group of its name, and destroy only the stack."""
+    image = account.image(VERSION)
+    account.fleet.store()
+    assert deploy(account, "ship", "--image", image).returncode == BACK
+    account.call("ec2", "create_launch_template", LaunchTemplateName="other", LaunchTemplateData={"ImageId": image})
+    group = {"AvailabilityZones": [f"{REGION}a"], "LaunchTemplate": {"LaunchTemplateName": "other"}}
+    arguments = {"AutoScalingGroupName": STACK, "MinSize": 1, "MaxSize": 1, **group}
+    account.call("autoscaling", "create_auto_scaling_group", **arguments)
+    result = deploy(account, "destroy", "--json", typed=STACK)
+    assert (result.returncode, account.stack.deleted, result.json.get("snapshot")) == (DONE, True, None), result.stderr
+    assert (account.fleet.group["MinSize"], STACK in account.memorydb.clusters) == (1, True)
+
+
+def test_failed_creation_leaves_what_others_own(chat):
+    """The group and the store of another owner, whose names kept a stack from being created, stay."""
+    with DeploymentAccount(chat.url) as account:
+        spares_others(account)
+
+
+def test_removed_care_for_others_fails_the_test(chat, tmp_path):
+    """The control: without the list of the stack's resources they are deleted."""
+    change = ("deploying/destroy.py", 'if "Group" not in mine:', "if False:")
+    assert empty_outcome(chat, tmp_path / "unsafe", change, spares_others) == "fails"
 
 
 def test_destroy_spares_another_store(account):
