@@ -8,7 +8,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
 
 from deploying.aws import DENIED, INVALID, Account, AwsError, CallDenied, DeployError, say
 from deploying.images import find
@@ -16,10 +18,10 @@ from deploying.stack import REVIEW, Stack, State
 
 QUOTA: Final = "L-1216C47A"
 """The quota of vCPU for running on-demand instances of the standard families."""
-STANDARD: Final = re.compile(r"[acdhimrtz]\d")
+STANDARD: Final = re.compile(r"(?:[acdhimrtz]|im|is)\d")
 """The families that the quota covers."""
-WITHOUT_MEMORYDB: Final = frozenset(("use1-az3",))
-"""The ids of zones without MemoryDB."""
+WITHOUT_MEMORYDB: Final = frozenset(("apne1-az3", "apne2-az4", "use1-az3"))
+"""The ids of zones without MemoryDB: https://docs.aws.amazon.com/memorydb/latest/devguide/subnetgroups.html."""
 SURGE: Final = 0.2
 """The share of additional instances during a rollout: MaxHealthyPercentage of the template, less 100 %."""
 LAUNCHER: Final = "aws-service-role/autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling"
@@ -39,7 +41,8 @@ UNSEEN: Final = "Unseen"
 """The code of an error for what nobody can see with these credentials."""
 
 
-class Target(NamedTuple):
+@dataclass(frozen=True)
+class Target:
     """What is checked: a stack with the parameters that it would have, and an image if one is known."""
 
     stack: Stack
@@ -67,8 +70,14 @@ class Target(NamedTuple):
 
     @property
     def types(self) -> list[str]:
-        """The types of the instances."""
-        return [self[name] for name in TYPES if self[name]]
+        """The types of the instances, each once."""
+        return list(dict.fromkeys(self[name] for name in TYPES if self[name]))
+
+    @cached_property
+    def described(self) -> list[dict[str, Any]]:
+        """The descriptions of these types by EC2."""
+        found = self.account.call("ec2", "describe_instance_types", InstanceTypes=self.types)
+        return list(found["InstanceTypes"])
 
 
 def parameters(target: Target) -> Iterator[str]:
@@ -84,31 +93,34 @@ def state(target: Target) -> Iterator[str]:
         target.stack.quiet(target.state)
 
 
+def sizes(target: Target) -> Iterator[str]:
+    """Check that the group can have a size."""
+    least, most = int(target["MinSize"]), int(target["MaxSize"])
+    if least > most:
+        yield f"MinSize={least} is more than MaxSize={most}: raise MaxSize"
+
+
 def types(target: Target) -> Iterator[str]:
     """Check that the types of the instances exist, and have the architecture of the image, or else one in common."""
-    account = target.account
-    found = account.call("ec2", "describe_instance_types", InstanceTypes=target.types)["InstanceTypes"]
-    supported = {one["InstanceType"]: {*one["ProcessorInfo"]["SupportedArchitectures"]} for one in found}
+    supported = {one["InstanceType"]: {*one["ProcessorInfo"]["SupportedArchitectures"]} for one in target.described}
     common = set.intersection(*supported.values())
     if not common:
         words = ", ".join(f"{kind} is {'/'.join(sorted(names))}" for kind, names in supported.items())
         yield f"no image runs on all types of the instances ({words}): use types of one architecture"
     elif target.image:
-        image = find(account, target.image)["Architecture"]
+        image = find(target.account, target.image)["Architecture"]
         for kind in sorted(kind for kind, names in supported.items() if image not in names):
             yield f"the image {target.image} is {image}, and cannot run on {kind}: use another type or --arch"
 
 
 def quota(target: Target) -> Iterator[str]:
     """Check that the group fits into the quota of vCPU, with the additional instances of a rollout."""
-    kinds = [kind for kind in target.types if STANDARD.match(kind)]
+    kinds = [one for one in target.described if STANDARD.match(one["InstanceType"])]
     if not kinds:
         return
-    account = target.account
     arguments = {"ServiceCode": "ec2", "QuotaCode": QUOTA}
-    limit = account.call("service-quotas", "get_service_quota", **arguments)["Quota"]["Value"]
-    found = account.call("ec2", "describe_instance_types", InstanceTypes=kinds)["InstanceTypes"]
-    each = max(one["VCpuInfo"]["DefaultVCpus"] for one in found)
+    limit = target.account.call("service-quotas", "get_service_quota", **arguments)["Quota"]["Value"]
+    each = max(one["VCpuInfo"]["DefaultVCpus"] for one in kinds)
     used = sum(_others(target))
     for name in ("MinSize", "MaxSize"):
         size = int(target[name])
@@ -144,28 +156,40 @@ def zones(target: Target) -> Iterator[str]:
     only = [{"Name": "zone-type", "Values": ["availability-zone"]}]
     found = account.call("ec2", "describe_availability_zones", Filters=only)["AvailabilityZones"]
     ids = {one["ZoneName"]: one["ZoneId"] for one in found if one["State"] == "available"}
-    faults = {name: "is not available" for name in _zones_of(target, sorted(ids)) if name not in ids}
-    for name in _zones_of(target, sorted(ids)):
-        if name in ids and not target["StoreParameter"] and ids[name] in WITHOUT_MEMORYDB:
+    balancer, nodes = _zones_of(target, sorted(ids))
+    faults = {name: "is not available" for name in sorted(nodes) if name not in ids}
+    for name in sorted(nodes & {*ids}):
+        if not target["StoreParameter"] and ids[name] in WITHOUT_MEMORYDB:
             faults[name] = f"({ids[name]}) has no MemoryDB"
-        elif name in ids and name not in offering:
+        elif name not in offering:
             faults[name] = f"has no {' or '.join(target.types)}"
     good = sorted(name for name in ids if name in offering and ids[name] not in WITHOUT_MEMORYDB)[:ZONES]
     remedy = "use subnets in other zones" if target["VpcId"] else "use another InstanceType or region"
     if len(good) == ZONES and not target["VpcId"]:
         remedy = "use ZoneA={} ZoneB={}".format(*good)
     yield from (f"the zone {name} {fault}: {remedy}" for name, fault in faults.items())
-    if len(set(_zones_of(target, sorted(ids)))) < ZONES:
-        yield "the load balancer needs subnets in two zones: give SubnetIds of two"
+    if len(balancer) < ZONES:
+        remedy = "SubnetIds of two" if target["VpcId"] else "ZoneA and ZoneB"
+        yield f"the load balancer needs subnets in two zones: give {remedy}"
+    for name in sorted(nodes - balancer):
+        yield f"the load balancer sends no clients to the zone {name} of NodeSubnetIds: add a subnet of it to SubnetIds"
 
 
-def _zones_of(target: Target, available: list[str]) -> list[str]:
-    """Return the zones that the stack is in."""
-    if not target["VpcId"]:
-        return [target["ZoneA"], target["ZoneB"]] if target["ZoneA"] else available[:ZONES]
-    subnets = f"{target['SubnetIds']},{target['NodeSubnetIds']}".strip(",").split(",")
-    found = target.account.call("ec2", "describe_subnets", SubnetIds=subnets)["Subnets"]
-    return sorted({one["AvailabilityZone"] for one in found})
+def _zones_of(target: Target, available: list[str]) -> tuple[set[str], set[str]]:
+    """Return the zones of the load balancer, and those of the instances and the store."""
+    account = target.account
+    if target["VpcId"]:
+        public, private = (target[name].split(",") for name in ("SubnetIds", "NodeSubnetIds"))
+        nodes = private if private != [""] else public
+        subnets = account.call("ec2", "describe_subnets", SubnetIds=sorted({*public, *nodes}))["Subnets"]
+        zone = {one["SubnetId"]: one["AvailabilityZone"] for one in subnets}
+        return {zone[one] for one in public}, {zone[one] for one in nodes}
+    both = {target["ZoneA"], target["ZoneB"]}
+    if not target["ZoneA"]:
+        default = [{"Name": "default-for-az", "Values": ["true"]}]
+        found = {one["AvailabilityZone"] for one in account.call("ec2", "describe_subnets", Filters=default)["Subnets"]}
+        both = {*sorted(found & {*available} or available)[:ZONES]}  # as Fn::GetAZs
+    return both, both
 
 
 def network(target: Target) -> Iterator[str]:
@@ -210,16 +234,27 @@ def keys(target: Target) -> Iterator[str]:
 
 
 def _permitted(account: Account, key: str, principal: str) -> bool:
-    """Return whether the policy of a key names a principal."""
+    """Return whether the policy of a key allows something to a principal, or to everyone."""
     text = account.call("kms", "get_key_policy", KeyId=key, PolicyName="default")["Policy"]
-    return principal in json.dumps(json.loads(text))
+    for one in _listed(json.loads(text)["Statement"]):
+        named = one.get("Principal", [])
+        allowed = _listed(named.get("AWS", []) if isinstance(named, dict) else named)
+        if one["Effect"] == "Allow" and {principal, "*"} & {*allowed}:
+            return True
+    return False
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list of what IAM writes as a list or as its only item."""
+    return value if isinstance(value, list) else [value]
 
 
 def names(target: Target) -> Iterator[str]:
-    """Check that nothing else has the names that a new stack gives."""
+    """Check that nothing else has the names that the stack is about to give."""
     name, account = target.stack.name, target.account
-    if not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name):
-        yield f"the name {name} is not of at most 32 lower-case letters, digits and hyphens: choose another"
+    other = target.state is not None and target.state.parameters.get("StoreParameter")
+    if not target["StoreParameter"] and (target.fresh or other):
+        yield from leftover(target)
     if not target.fresh:
         return
     groups = account.call("logs", "describe_log_groups", logGroupNamePrefix=f"/chatd/{name}")["logGroups"]
@@ -228,16 +263,10 @@ def names(target: Target) -> Iterator[str]:
     found = account.call("autoscaling", "describe_auto_scaling_groups", AutoScalingGroupNames=[name])
     if found["AutoScalingGroups"]:
         yield f"the group {name} exists, and is not of this stack: choose another name for the stack"
-    if not target["StoreParameter"]:
-        yield from leftover(target)
-        parameter = f"/chatd/{name}/store"
-        wanted = [{"Key": "Name", "Option": "Equals", "Values": [parameter]}]
-        if account.call("ssm", "describe_parameters", ParameterFilters=wanted)["Parameters"]:
-            yield f"the SSM parameter {parameter} exists: aws ssm delete-parameter --name {parameter}"
 
 
 def leftover(target: Target) -> Iterator[str]:
-    """Check that no MemoryDB of an earlier stack has the name."""
+    """Check that no store of an earlier stack has the name."""
     name = target.stack.name
     remedy = "aws memorydb delete-cluster --cluster-name"
     try:
@@ -256,6 +285,10 @@ def leftover(target: Target) -> Iterator[str]:
             raise
     else:
         yield f"an earlier stack left the subnet group {name} in MemoryDB: {remedy} {name}"
+    parameter = f"/chatd/{name}/store"
+    wanted = [{"Key": "Name", "Option": "Equals", "Values": [parameter]}]
+    if target.account.call("ssm", "describe_parameters", ParameterFilters=wanted)["Parameters"]:
+        yield f"the SSM parameter {parameter} exists: aws ssm delete-parameter --name {parameter}"
 
 
 def certificate(target: Target) -> Iterator[str]:
@@ -337,6 +370,7 @@ def permissions(target: Target) -> Iterator[str]:
 CHECKS: Final[dict[str, Callable[[Target], Iterator[str]]]] = {
     "parameters": parameters,
     "state": state,
+    "sizes": sizes,
     "types": types,
     "quota": quota,
     "zones": zones,

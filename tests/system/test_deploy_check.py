@@ -58,6 +58,12 @@ def test_quota_of_the_largest_type(empty):
     assert "MaxSize=6 needs 32 vCPU" in text
 
 
+def test_group_needs_a_size(empty):
+    assert found(empty, "--parameter=MinSize=8", "--parameter=MaxSize=4") == [
+        ("sizes", "MinSize=8 is more than MaxSize=4: raise MaxSize")
+    ]
+
+
 def test_types_must_have_the_architecture_of_the_image(empty):
     """Auto Scaling notices another architecture only when it launches an instance of that type."""
     image = empty.image(VERSION)
@@ -79,6 +85,12 @@ def test_unknown_type(empty):
     result = found(empty, "--parameter=InstanceType=t4g.smal")
     assert ("types", True) in [(check, "t4g.smal" in text) for check, text in result]
     assert [text for check, text in result if check == "names"]
+
+
+def test_types_are_described_once(empty):
+    """The checks share the descriptions, and one type may be given twice."""
+    assert found(empty, "--parameter=SecondInstanceType=t4g.small") == []
+    assert empty.asked.count("ec2:DescribeInstanceTypes") == 1
 
 
 @pytest.mark.parametrize(
@@ -161,13 +173,62 @@ def test_missing_zone(empty):
     assert f"the zone {REGION}z is not available" in text
 
 
+def without_default(account, *zones):
+    """Delete the default subnets of all other zones."""
+    for one in account.call("ec2", "describe_subnets")["Subnets"]:
+        if one["AvailabilityZone"] not in zones:
+            account.call("ec2", "delete_subnet", SubnetId=one["SubnetId"])
+
+
+def test_default_zones_are_those_of_default_subnets(empty):
+    """Without ZoneA the template takes zones that have a default subnet, if any has one."""
+    without_default(empty, f"{REGION}e", f"{REGION}f")
+    ((check, text),) = found(empty)
+    assert (check, f"the zone {REGION}e (use1-az3) has no MemoryDB" in text) == ("zones", True), text
+    without_default(empty, f"{REGION}f")
+    assert found(empty) == [("zones", "the load balancer needs subnets in two zones: give ZoneA and ZoneB")]
+    without_default(empty)
+    assert found(empty) == []
+
+
+def subnets(account, public, private=""):
+    """Make a network with subnets in zones; return its parameters."""
+    vpc = account.call("ec2", "create_vpc", CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    made = [
+        account.call(
+            "ec2", "create_subnet", VpcId=vpc, CidrBlock=f"10.9.{number}.0/24", AvailabilityZone=f"{REGION}{zone}"
+        )["Subnet"]["SubnetId"]
+        for number, zone in enumerate(public + private)
+    ]
+    given = {"VpcId": vpc, "SubnetIds": ",".join(made[: len(public)]), "NodeSubnetIds": ",".join(made[len(public) :])}
+    return [f"--parameter={name}={value}" for name, value in given.items() if value]
+
+
+@pytest.mark.parametrize(
+    ("public", "private", "words"),
+    [
+        ("ab", "", []),
+        ("ab", "ab", []),
+        ("abe", "ab", []),  # the store is not in the zone without MemoryDB
+        ("ae", "", ["(use1-az3) has no MemoryDB: use subnets in other zones"]),
+        ("aa", "", ["needs subnets in two zones: give SubnetIds of two"]),
+        ("aa", "ab", ["needs subnets in two zones", f"no clients to the zone {REGION}b"]),
+        ("ab", "ac", [f"no clients to the zone {REGION}c of NodeSubnetIds"]),
+    ],
+)
+def test_subnets_have_the_zones(empty, public, private, words):
+    """A load balancer needs two zones and sends to no others, and the store needs zones with MemoryDB."""
+    texts = [text for check, text in found(empty, *subnets(empty, public, private)) if check == "zones"]
+    assert [word in text for word, text in zip(words, texts, strict=True)] == [True] * len(words), texts
+
+
 def test_region_without_default_vpc(empty):
     (vpc,) = empty.call("ec2", "describe_vpcs", Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     for one in empty.call("ec2", "describe_subnets")["Subnets"]:
         empty.call("ec2", "delete_subnet", SubnetId=one["SubnetId"])
     empty.call("ec2", "delete_vpc", VpcId=vpc["VpcId"])
     assert [check for check, text in found(empty) if "create-default-vpc" in text] == ["default VPC"]
-    assert "default VPC" not in dict(found(empty, "--image", empty.image(VERSION))), "nothing is baked"
+    assert found(empty, "--image", empty.image(VERSION)) == [], "nothing is baked"
 
 
 def test_leftover_store(empty):
@@ -178,6 +239,14 @@ def test_leftover_store(empty):
         "an earlier stack left the subnet group chatd",
     ]
     assert found(empty, "--parameter=StoreParameter=/store") == []
+
+
+def test_leftover_store_of_a_stack_that_had_another(account):
+    """The cluster keeps a stack from returning to a store of its own after it has used another."""
+    account.fleet.store()
+    account.stack.set(StoreParameter="/chatd/store")
+    assert "names" not in dict(found(account))
+    assert "left the subnet group" in dict(found(account, "--parameter=StoreParameter="))["names"]
 
 
 def test_leftover_store_fails_the_creation(empty):
@@ -193,8 +262,6 @@ def test_taken_names(empty):
     empty.call("logs", "create_log_group", logGroupName="/chatd/chatd2")
     ((check, text),) = found(empty)
     assert (check, "aws logs delete-log-group" in text) == ("names", True)
-    ((_, text), *_) = found(empty, "--stack=Chat_1")
-    assert "choose another" in text
     empty.call("logs", "delete_log_group", logGroupName="/chatd/chatd")
     empty.call("ssm", "put_parameter", Name="/chatd/chatd/store", Value="redis://h", Type="String")
     assert found(empty) == [
@@ -264,9 +331,9 @@ def test_unanswered_check_is_skipped(empty):
     ), result.stdout
 
 
-@pytest.mark.parametrize("code", ["Throttling", "ExpiredToken"])
+@pytest.mark.parametrize("code", ["Throttling", "ExpiredToken", "OptInRequired", "InvalidClientTokenId"])
 def test_check_ends_without_answers(empty, code):
-    """While AWS throttles, or with credentials that have expired, nothing can be checked."""
+    """While AWS throttles, with invalid credentials, or in a region that is not enabled, nothing can be checked."""
     empty.fault("DescribeInstanceTypes", Fault(code, "no", 400), times=9)
     result = deploy(empty, "check")
     assert (result.returncode, result.stdout) == (FAILED, ""), result.stdout
@@ -299,7 +366,7 @@ def test_plan_refuses_a_key_without_grant(locked):
     assert check == "key grants"
 
 
-def test_key_of_another_account_is_not_checked(locked):
+def test_key_of_an_image_of_another_account_is_not_checked(locked):
     """Only the account of an image sees its key, so the command with which this one may use it is shown."""
     locked.ec2.amis[locked.new].owner_id = "111122223333"
     result = deploy(locked, "plan", locked.new)
@@ -321,13 +388,36 @@ def test_granted_key_is_accepted(locked):
     end(locked, deploy(locked, "plan", locked.new), DONE, planned=[f"chatd-{locked.new}"])
 
 
-def test_key_policy_is_accepted(locked):
-    """A key whose policy names the role needs no grant."""
-    grantee = f"arn:aws:iam::{locked.owner}:{LAUNCHER}"
-    statement = {"Effect": "Allow", "Principal": {"AWS": grantee}, "Action": "kms:*", "Resource": "*"}
+@pytest.mark.parametrize(
+    ("effect", "principal", "accepted"),
+    [
+        ("Allow", {"AWS": LAUNCHER}, True),
+        ("Allow", {"AWS": ["arn:aws:iam::123456789012:root", LAUNCHER]}, True),
+        ("Allow", {"AWS": "*"}, True),
+        ("Allow", "*", True),
+        ("Allow", {"Service": "ec2.amazonaws.com"}, False),
+        ("Deny", {"AWS": LAUNCHER}, False),
+    ],
+)
+def test_key_policy_for_the_role(locked, effect, principal, accepted):
+    """A key whose policy allows the role, or everyone under a condition, needs no grant."""
+    whom = json.loads(json.dumps(principal).replace(LAUNCHER, f"arn:aws:iam::{locked.owner}:{LAUNCHER}"))
+    statement = {"Effect": effect, "Principal": whom, "Action": "kms:Decrypt", "Resource": "*"}
     text = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     locked.call("kms", "put_key_policy", KeyId=locked.snapshot_key, PolicyName="default", Policy=text)
-    end(locked, deploy(locked, "plan", locked.new), DONE, planned=[f"chatd-{locked.new}"])
+    result = deploy(locked, "plan", locked.new)
+    if accepted:
+        end(locked, result, DONE, planned=[f"chatd-{locked.new}"])
+    else:
+        end(locked, result, REFUSED)
+
+
+def test_key_of_another_account(locked):
+    """The grant is for the role of the account that launches, and not for that of the account with the key."""
+    locked.snapshot_key = locked.snapshot_key.replace(locked.owner, "999999999999")
+    result = deploy(locked, "plan", locked.new)
+    end(locked, result, REFUSED)
+    assert f"--grantee-principal arn:aws:iam::{locked.owner}:{LAUNCHER}" in result.stderr
 
 
 UNSAFE = {
@@ -339,9 +429,22 @@ UNSAFE = {
         ("deploying/check.py", "ids[name] in WITHOUT_MEMORYDB:", "False:"),
         test_zone_without_memorydb,
     ),
-    "keys are not checked": (
-        ("deploying/ship.py", "        launchable(self.stack, image)\n", ""),
-        test_plan_refuses_a_key_without_grant,
+    "the first zones of the region are taken": (
+        ("deploying/check.py", "sorted(found & {*available} or available)", "sorted(available)"),
+        test_default_zones_are_those_of_default_subnets,
+    ),
+    "instances are where the load balancer is not": (
+        ("deploying/check.py", "sorted(nodes - balancer)", "()"),
+        lambda account: test_subnets_have_the_zones(account, "ab", "ac", ["no clients to the zone"]),
+    ),
+    "the store is where the load balancer is": (
+        ("deploying/check.py", "{zone[one] for one in nodes}", "{*zone.values()}"),
+        lambda account: test_subnets_have_the_zones(account, "abe", "ab", []),
+    ),
+    "any group can have a size": (("deploying/check.py", "if least > most:", "if False:"), test_group_needs_a_size),
+    "another region is only skipped": (
+        ("deploying/aws.py", "INVALID: Final = ELSEWHERE | {", "INVALID: Final = {"),
+        lambda account: test_check_ends_without_answers(account, "OptInRequired"),
     ),
     "any certificate will do": (
         ("deploying/check.py", 'found["Status"] == "PENDING_VALIDATION"', "False"),
@@ -370,13 +473,35 @@ UNSAFE = {
 }
 
 
+UNSAFE_KEYS = {
+    "keys are not checked": (
+        ("deploying/ship.py", "        launchable(self.stack, image)\n", ""),
+        test_plan_refuses_a_key_without_grant,
+    ),
+    "any statement of a policy counts": (
+        ("deploying/check.py", 'one["Effect"] == "Allow" and ', ""),
+        lambda account: test_key_policy_for_the_role(account, "Deny", {"AWS": LAUNCHER}, accepted=False),
+    ),
+    "the account of the key launches": (
+        (
+            "deploying/check.py",
+            'f"--key-id {key} {remedy}"',
+            'f"--key-id {key} {remedy}".replace(caller["Account"], key.split(":")[4])',
+        ),
+        test_key_of_another_account,
+    ),
+}
+
+
+@pytest.mark.parametrize("safety", UNSAFE_KEYS)
+def test_removed_check_of_keys_fails_its_test(chat, tmp_path, safety):
+    (change, test) = UNSAFE_KEYS[safety]
+    assert outcome(chat, tmp_path / "unsafe", change, lambda account: test(with_key(account))) == "fails"
+
+
 @pytest.mark.parametrize("safety", UNSAFE)
 def test_removed_check_fails_its_test(chat, tmp_path, safety):
-    (change, test) = UNSAFE[safety]
-    if test is test_plan_refuses_a_key_without_grant:
-        assert outcome(chat, tmp_path / "unsafe", change, lambda account: test(with_key(account))) == "fails"
-        return
-    assert empty_outcome(chat, tmp_path / "unsafe", change, test) == "fails"
+    assert empty_outcome(chat, tmp_path / "unsafe", *UNSAFE[safety]) == "fails"
 
 
 def with_key(account):
