@@ -48,7 +48,7 @@ KEPT: Final = frozenset(
         *("ImageId", "InstanceId", "Instances", "Reservations", "Target", "TargetHealth", "TargetHealthDescriptions"),
         *("Architecture", "BlockDeviceMappings", "CreationDate", "Ebs", "Images", "SnapshotId", "Snapshots"),
         *("GranteePrincipal", "Grants", "KeyManager", "KeyMetadata", "KmsKeyId", "Operations", "Policy"),
-        *("Clusters", "Parameter", "Version"),
+        *("Account", "Arn", "Clusters", "OwnerId", "Parameter", "StackResources", "Version"),
     ),
 )
 """The members of answers that a recording has."""
