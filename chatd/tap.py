@@ -77,7 +77,7 @@ def _reactor() -> Any:
     from twisted.internet import reactor
 
     use_monotonic_clock(reactor)
-    logging.drop_contexts()
+    logging.drop_contexts(reactor)
     return reactor
 
 

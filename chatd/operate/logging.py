@@ -7,6 +7,7 @@ line for every client that comes and goes.
 """
 
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,7 +16,6 @@ from threading import RLock
 from typing import Any, Final, cast
 
 import orjson
-from twisted.internet import epollreactor
 from twisted.logger import ILogObserver, LogEvent, Logger, eventAsText, formatEvent
 from zope.interface import implementer
 
@@ -39,14 +39,16 @@ _NOT_FIELDS: Final = frozenset({"isError", "message", "time", "format", "system"
 _logger = Logger()
 
 
-def drop_contexts() -> None:
-    """Let Twisted's reactor serve a ready socket without a context for log messages.
+def drop_contexts(reactor: object) -> None:
+    """Let a reactor that uses epoll serve a ready socket without a context for log messages.
 
     The context names the socket as the `system` of messages that Twisted's former log writes.  Events of chatd name
     their connection themselves.  To make it, Twisted copies two dictionaries for every ready socket, which is a
     twentieth of the time in many small rooms.
     """
-    cast(Any, epollreactor).log = _NoContext
+    module = type(reactor).__module__
+    if module == "twisted.internet.epollreactor":
+        cast(Any, sys.modules[module]).log = _NoContext
 
 
 class _NoContext:
