@@ -387,7 +387,7 @@ BAD_OPTIONS = [
     (["--seed=wrong.json"], '--seed: wrong.json message 1: "message" is required'),
     (["--listen=nowhere"], "--listen: 'nowhere' is not a server endpoint"),
     (["--listen=tcp:port"], "--listen: 'tcp:port' is not a server endpoint"),
-    (["--admin=ssl:0"], "--admin: 'ssl:0' is not a server endpoint"),
+    (["--admin=ssl:0:privateKey=/no/key.pem"], "--admin: /no/key.pem of 'ssl:0:privateKey=/no/key.pem' cannot be read"),
 ]
 
 

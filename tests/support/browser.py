@@ -106,7 +106,9 @@ class Visits:
     def close(self):
         """Close all pages."""
         for context in self._contexts:
-            context.close()
+            # Chromium rarely does not answer, and Playwright would wait without end.  The browser ends what is left.
+            with contextlib.suppress(TimeoutError):
+                context._sync(asyncio.wait_for(context._impl_obj.close(None), PATIENCE / 1000))
 
 
 @pytest.fixture

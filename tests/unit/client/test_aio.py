@@ -78,9 +78,19 @@ def user(url, **options):
 
 
 async def until(room, condition):
-    while not condition(snapshot := room.snapshot()):
-        await room.changed()
-    return snapshot
+    """Return the first snapshot with a condition, however soon another follows it."""
+    found = asyncio.get_running_loop().create_future()
+
+    def look():
+        if not found.done() and condition(snapshot := room.snapshot()):
+            found.set_result(snapshot)
+
+    end = room.subscribe(look)
+    look()
+    try:
+        return await found
+    finally:
+        end()
 
 
 def is_online(shown):
