@@ -255,16 +255,22 @@ def test_much_data(pair):
     assert len(b"".join(pair.protocol.received)) == 2 * MAX_SILENT
 
 
+def flooded(pair, flood):
+    """Send bytes turn by turn until the server ends the connection; return the number of turns and the end."""
+    turns = 0
+    end = None
+    while end is None and turns < 99:
+        pair.raw.sendall(flood[turns * RECORD :][:RECORD])
+        turns += 1
+        end = pair.server.doRead()
+    return turns, end
+
+
 def test_hello_in_records_of_one_byte(pair):
     """OpenSSL would read 131 KB in 131,000 records; the server closes first, and reads a bounded part in each turn."""
     hello = b"\1" + (131_000).to_bytes(3, "big") + bytes(131_000)
     records = b"".join(b"\x16\3\1\0\1" + bytes([one]) for one in hello)
-    turns = 0
-    end = None
-    while end is None and turns < 99:
-        pair.raw.sendall(records[turns * RECORD :][:RECORD])
-        turns += 1
-        end = pair.server.doRead()
+    turns, end = flooded(pair, records)
     assert end is CONNECTION_LOST
     assert turns == MAX_SILENT // RECORD + 1
 
@@ -339,12 +345,7 @@ def test_new_keys_while_much_waits(pair):
 def test_flood_of_new_keys(pair, answered):
     """The server closes, and no turn reads more than a few of them."""
     flood = new_keys(pair.handshake(), 2 * MAX_SILENT // 27, answered=answered)
-    turns = 0
-    end = None
-    while end is None and turns < 99:
-        pair.raw.sendall(flood[turns * RECORD :][:RECORD])
-        turns += 1
-        end = pair.server.doRead()
+    turns, end = flooded(pair, flood)
     assert end is CONNECTION_LOST
     assert MAX_SILENT // RECORD <= turns <= MAX_SILENT // RECORD + 1
     assert pair.protocol.received == []
