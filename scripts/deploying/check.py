@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from deploying.aws import DENIED, INVALID, Account, AwsError, CallDenied, DeployError, say
 from deploying.images import find
-from deploying.stack import REVIEW, Stack, State
+from deploying.stack import NO_CLUSTER, NO_SUBNETS, REVIEW, Stack, State
 
 QUOTA: Final = "L-1216C47A"
 """The quota of vCPU for running on-demand instances of the standard families."""
@@ -32,8 +32,6 @@ OPERATIONS: Final = (
 )
 """The operations of KMS that an encrypted disk needs."""
 ZONES: Final = 2
-NO_CLUSTER: Final = frozenset(("ClusterNotFoundFault", "ClusterNotFound"))
-NO_SUBNETS: Final = frozenset(("SubnetGroupNotFoundFault", "SubnetGroupNotFound"))
 TYPES: Final = ("InstanceType", "SecondInstanceType", "ThirdInstanceType")
 LACKING: Final = re.compile(r"Invalid|Validation|.*NotFound")
 """How the error code begins for a parameter that names nothing in the account."""

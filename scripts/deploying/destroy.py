@@ -14,15 +14,13 @@ from typing import Any, Final
 
 from deploying.aws import POLL_SECONDS, AwsError, CallDenied, DeployError, Stuck, say
 from deploying.record import Record
-from deploying.stack import GONE, IMAGE, REVIEW, Stack, State
+from deploying.stack import GONE, IMAGE, NO_CLUSTER, NO_SUBNETS, REVIEW, Stack, State
 
 DELETING: Final = "DELETE_IN_PROGRESS"
 STORE: Final = "StoreParameter"
 """The stack parameter that names another store, instead of an own MemoryDB."""
 ABSENT: Final = frozenset(("CREATE_FAILED", "DELETE_COMPLETE"))
 """The statuses of resources that do not exist."""
-NO_CLUSTER: Final = frozenset(("ClusterNotFoundFault", "ClusterNotFound"))
-NO_SUBNETS: Final = frozenset(("SubnetGroupNotFoundFault", "SubnetGroupNotFound"))
 FINAL: Final = "-final-"
 """The part between the names of the stack and the time in the name of a final snapshot."""
 

@@ -208,8 +208,6 @@ class Proof:
     def _question(self) -> str:
         body = body_of(self._pipeline.template or self._pipeline.default)
         target = aim(self._stack, None, body, self._pipeline.parameters, None)
-        if target.faults:
-            raise DeployError(target.faults[0])
         lines, dollars = estimate(target.parameters)
         return "\n".join(
             (

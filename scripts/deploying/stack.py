@@ -34,6 +34,10 @@ NAMES: Final = {
     "AWS::SSM::Parameter": "Name",
 }
 """The properties by which the template names resources.  CloudFormation cannot replace one under the same name."""
+NO_CLUSTER: Final = frozenset(("ClusterNotFoundFault", "ClusterNotFound"))
+"""Error codes of MemoryDB for a cluster that does not exist, under its two names."""
+NO_SUBNETS: Final = frozenset(("SubnetGroupNotFoundFault", "SubnetGroupNotFound"))
+"""Those for a subnet group."""
 BEGINNINGS: Final = frozenset(("CREATE_IN_PROGRESS", "DELETE_IN_PROGRESS", "IMPORT_IN_PROGRESS", "UPDATE_IN_PROGRESS"))
 """The statuses with which an operation on a stack begins."""
 REFRESHING: Final = frozenset(("Pending", "InProgress", "Cancelling", "RollbackInProgress", "Baking"))
