@@ -77,6 +77,16 @@ class Target:
         found = self.account.call("ec2", "describe_instance_types", InstanceTypes=self.types)
         return list(found["InstanceTypes"])
 
+    @cached_property
+    def described_image(self) -> dict[str, Any]:
+        """The description of the image, which must be known; raises DeployError if it is not available."""
+        return find(self.account, str(self.image))
+
+    @cached_property
+    def caller(self) -> dict[str, Any]:
+        """The identity of the credentials, with `Account` and `Arn`."""
+        return self.account.call("sts", "get_caller_identity")
+
 
 def parameters(target: Target) -> Iterator[str]:
     """Check that the template has the parameters given, and that numbers are numbers."""
@@ -106,7 +116,7 @@ def types(target: Target) -> Iterator[str]:
         words = ", ".join(f"{kind} is {'/'.join(sorted(names))}" for kind, names in supported.items())
         yield f"no image runs on all types of the instances ({words}): use types of one architecture"
     elif target.image:
-        image = find(target.account, target.image)["Architecture"]
+        image = target.described_image["Architecture"]
         for kind in sorted(kind for kind, names in supported.items() if image not in names):
             yield f"the image {target.image} is {image}, and cannot run on {kind}: use another type or --arch"
 
@@ -205,8 +215,7 @@ def keys(target: Target) -> Iterator[str]:
     if not target.image:
         return
     account = target.account
-    image = find(account, target.image)
-    caller = account.call("sts", "get_caller_identity")
+    image, caller = target.described_image, target.caller
     launcher = f"arn:{caller['Arn'].split(':')[1]}:iam::{caller['Account']}:role/{LAUNCHER}"
     remedy = f"--grantee-principal {launcher} --operations {' '.join(OPERATIONS)}"
     disks = image.get("BlockDeviceMappings", [])
@@ -336,7 +345,7 @@ CHANGES: Final = {
 def permissions(target: Target) -> Iterator[str]:
     """Check, by a simulation, that the credentials permit what `ship` calls."""
     account = target.account
-    caller = account.call("sts", "get_caller_identity")["Arn"]
+    caller = target.caller["Arn"]
     _, partition, _, _, owner, name = caller.split(":", 5)
     if name == "root":
         return
