@@ -321,6 +321,7 @@ def _observer(settings: config.Settings, twistd: MutableMapping[str, Any], react
         observer = logging.open_log(logging.FORMATS[settings.log_format], twistd, later)
     except ValueError as error:
         raise SystemExit(f"chatd: {error}") from None
+    reactor.callWhenRunning(observer.gather)
     reactor.addSystemEventTrigger("after", "shutdown", observer.drain)
     return observer
 

@@ -168,8 +168,10 @@ class _PortReactor(_EndpointReactor):
         return self._accept_ahead(self._reactor.adoptStreamPort(fileDescriptor, addressFamily, factory))
 
     def _accept_ahead(self, port: IListeningPort) -> IListeningPort:
-        """Let a port take connections from the kernel before it serves them."""
+        """Let a port take connections from the kernel before it serves them, and let them send at once."""
         if isinstance(port, Port):
+            with suppress(OSError):  # a Unix socket has no such option
+                port.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             port.socket = _AcceptedSocket(port, self._reactor, self._limit)
         return port
 

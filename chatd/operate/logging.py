@@ -3,7 +3,7 @@
 Events are logged with named fields and formatted late.  A line of JSON holds the fields as they were
 given, beside the sentence that they make; a line of text is that sentence, with the time (UTC),
 the level and the part of the server before it.  Both are made in a few microseconds, since there is a
-line for every client that comes and goes.
+line for every client that comes and goes.  For the same reason the lines of one reactor turn are written together.
 """
 
 import json
@@ -12,11 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from select import PIPE_BUF
 from threading import RLock
 from typing import Any, Final, cast
 
 import orjson
-from twisted.logger import ILogObserver, LogEvent, Logger, eventAsText, formatEvent
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, eventAsText, formatEvent
 from zope.interface import implementer
 
 from chatd.operate.sinks import Sink, Syslog, standard_output, to_path
@@ -33,6 +34,8 @@ SEVERITIES: Final = {"debug": 7, "info": 6, "warn": 4, "error": 3, "critical": 2
 LOG_USER: Final = 1 << 3
 """The facility of syslog that twistd uses."""
 
+_CALM: Final = LogLevel.debug, LogLevel.info
+"""The levels of events that the log need not show at once."""
 _PLAIN: Final = (str, int, float, bool, type(None))
 _NOT_FIELDS: Final = frozenset({"isError", "message", "time", "format", "system"})
 
@@ -153,6 +156,9 @@ def syslog_lines(line: Callable[[LogEvent], str], prefix: str) -> Callable[[LogE
 class LineObserver:
     """The log observer of the server: it never waits for a reader of the log.
 
+    While the reactor runs, a line waits for the end of the turn, because a write costs more than making the line.  A
+    warning or an error is written at once, with the lines before it.
+
     Lines that the sink does not take now wait in memory, and are dropped when too many wait.  When lines flow again,
     the log states how many were dropped.  Threads may log too.  `later` calls a function in the reactor's thread after
     so many seconds.
@@ -169,7 +175,11 @@ class LineObserver:
         self._size = 0
         """The number of bytes that wait."""
         self._dropped = 0
-        self._retrying = False
+        """The number of lines dropped since the log last stated it."""
+        self._gathers = False
+        """True while the lines of a turn wait for its end."""
+        self._scheduled = False
+        """True if what waits is to be written later."""
         self._logger = Logger(namespace=__name__, observer=self)
 
     def __call__(self, event: LogEvent) -> None:
@@ -177,45 +187,62 @@ class LineObserver:
         data = self.line(event).encode("utf-8", "backslashreplace")
         with self._lock:
             if self._size + len(data) > MAX_WAITING:
-                self._dropped += 1
+                self._dropped += data.count(b"\n")
                 return
             self._waiting.append(data)
             self._size += len(data)
-            self._flush()
+            if self._gathers and event.get("log_level") in _CALM:
+                self._write_after(0)
+            else:
+                self._write()
 
-    def _flush(self) -> None:
+    def gather(self) -> None:
+        """Write the lines of each turn together from now on: the reactor runs."""
+        self._gathers = True
+
+    def _write_after(self, seconds: float) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._later(seconds, self._write_now)
+
+    def _write_now(self) -> None:
+        with self._lock:
+            self._scheduled = False
+            self._write()
+
+    def _write(self) -> None:
         """Write what waits."""
         written = False
         while self._waiting:
-            data = self._waiting.popleft()
-            self._size -= len(data)
+            data = self._take()
             try:
                 taken = self.sink.write(data)
             except BlockingIOError:
                 taken = 0
             except OSError:  # the disk is full, or the reader has closed the pipe
-                self._dropped += 1
+                self._dropped += data.count(b"\n")
                 continue
             written = True
             if taken < len(data):
                 self._waiting.appendleft(data[taken:])
                 self._size += len(data) - taken
                 if not taken:
-                    self._retry()
+                    self._write_after(RETRY_SECONDS)
                     return
         if self._dropped and written:
             dropped, self._dropped = self._dropped, 0
             self._logger.warn("{dropped} lines of the log were dropped: it could not be written", dropped=dropped)
 
-    def _retry(self) -> None:
-        if not self._retrying:
-            self._retrying = True
-            self._later(RETRY_SECONDS, self._again)
-
-    def _again(self) -> None:
-        with self._lock:
-            self._retrying = False
-            self._flush()
+    def _take(self) -> bytes:
+        """Take the oldest lines, not more than a pipe with several writers takes as a whole (POSIX: PIPE_BUF)."""
+        waiting = self._waiting
+        lines = [waiting.popleft()]
+        size = len(lines[0])
+        while waiting and size + len(waiting[0]) <= PIPE_BUF:
+            size += len(waiting[0])
+            lines.append(waiting.popleft())
+        self._size -= size
+        return b"".join(lines)
 
     def reopen(self) -> None:
         """Open the file again, because a program like logrotate has moved it; if that fails, keep the old one."""
@@ -236,10 +263,11 @@ class LineObserver:
         """Wait, for a limited time, until the lines that wait are written: the process is about to end."""
         end = time.monotonic() + EXIT_SECONDS
         with self._lock:
-            self._flush()
+            self._gathers = False
+            self._write()
             while self._waiting and time.monotonic() < end:
                 time.sleep(RETRY_SECONDS / 10)
-                self._flush()
+                self._write()
 
 
 def open_log(

@@ -14,7 +14,6 @@ producer.  TLS writes to an idle socket at once too.
 """
 
 from collections import Counter
-from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -94,13 +93,10 @@ class WebSocketConnection(AutobahnConnection):
     def connectionMade(self) -> None:
         super().connectionMade()
         factory, transport = self.factory, self.transport
-        if isinstance(transport, TcpConnection):
-            if not isinstance(transport, TlsServer):  # it writes at once itself
-                # The method of the socket itself, because one call more for each delivery is a part of its cost.
-                self.write = transport.socket.send  # type: ignore[method-assign, assignment]
-                self._direct = True
-            with suppress(OSError):  # a Unix socket has no such option
-                transport.setTcpNoDelay(True)
+        if isinstance(transport, TcpConnection) and not isinstance(transport, TlsServer):  # that writes at once itself
+            # The method of the socket itself, because one call more for each delivery is a part of its cost.
+            self.write = transport.socket.send  # type: ignore[method-assign, assignment]
+            self._direct = True
         self.session = Session(self, factory.rooms, factory.intake)
         factory.connections.handshakes.add(self)
         if not isinstance(transport, ProxiedProtocol):  # that one calls it when it knows the address

@@ -1059,6 +1059,16 @@ def test_lines_that_wait_are_written_by_the_reactor(reactor, observer, monkeypat
     assert capfd.readouterr().out == TEXT
 
 
+def test_lines_of_a_turn_of_the_running_reactor_are_written_together(reactor, observer, capfd):
+    made = observer(under_twistd("-n", "chatd"))
+    reactor.begin()
+    made(EVENT)
+    assert capfd.readouterr().out == ""
+    made(EVENT)
+    reactor.pump([0, 0])
+    assert capfd.readouterr().out == 2 * TEXT
+
+
 def test_observer_that_twistd_names(monkeypatch, kept, reactor):
     """With `twistd --logger` the log is not chatd's, and is neither reopened nor rotated."""
     monkeypatch.setattr(signal, "signal", lambda number, heed: heed(number, None))

@@ -9,6 +9,8 @@ from itertools import count
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from support.servers import certificate_for
+from twisted.internet import unix
+from twisted.internet.endpoints import _SystemdParser
 from twisted.internet.error import CannotListenError, ConnectionDone
 from twisted.internet.interfaces import IProtocolNegotiationFactory
 from twisted.internet.protocol import Factory, Protocol
@@ -17,6 +19,7 @@ from twisted.internet.tcp import Port
 from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import LogLevel
 from twisted.python.failure import Failure
+from twisted.python.systemd import ListenFDs
 from zope.interface import implementer
 
 from chatd.operate.listening import (
@@ -123,6 +126,8 @@ class RealPorts(MemoryReactorClock):
         return self._opened(Port(port, factory, backlog, interface, self))
 
     def adoptStreamPort(self, descriptor, family, factory):
+        if family == socket.AF_UNIX:
+            return self._opened(unix.Port._fromListeningDescriptor(self, descriptor, factory))
         return self._opened(Port._fromListeningDescriptor(self, descriptor, family, factory))
 
     @staticmethod
@@ -233,6 +238,28 @@ def test_crowd_waits_in_the_kernel_while_files_are_short(crowd):
     crowd.turns()
     assert not entrance.is_full()
     assert crowd.served == crowd.arrived[:2]
+
+
+@pytest.mark.parametrize("crowd", [{}, {"ipv6": True}], indirect=True)
+def test_connection_sends_at_once(crowd):
+    """A frame does not wait for the acknowledgement of the frame before (RFC 9293, section 3.7.4)."""
+    crowd.connect(1)
+    accepted, _ = crowd.port.socket.accept()
+    with accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_unix_socket_of_systemd(folder, monkeypatch):
+    """It has no such option."""
+    with socket.socket(socket.AF_UNIX) as own, socket.socket(socket.AF_UNIX) as client:
+        own.settimeout(0)
+        own.bind(str(folder / "socket"))
+        own.listen()
+        monkeypatch.setattr(_SystemdParser, "_sddaemon", ListenFDs([os.dup(own.fileno())]))
+        port = Ports(RealPorts(), lambda: 1024).endpoint("systemd:domain=UNIX:index=0").listen(Factory()).result
+        client.connect(str(folder / "socket"))
+        port.socket.accept()[0].close()
+        port.socket.close()
 
 
 def test_closed_port_closes_waiting_connections(crowd, events):

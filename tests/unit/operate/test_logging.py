@@ -3,6 +3,7 @@
 import json
 import socket
 from itertools import chain
+from select import PIPE_BUF
 
 import pytest
 from support import loops
@@ -184,7 +185,7 @@ class Sink(Stream):
 
     def __init__(self):
         super().__init__(self.take, lambda: None)
-        self.written = b""
+        self.writes = []
         self.space = 1 << 30
         self.fault = None
         self.moved = []
@@ -196,8 +197,12 @@ class Sink(Stream):
             raise BlockingIOError
         taken = data[: self.space]
         self.space -= len(taken)
-        self.written += taken
+        self.writes.append(taken)
         return len(taken)
+
+    @property
+    def written(self):
+        return b"".join(self.writes)
 
     def reopen(self):
         self.moved.append("reopen")
@@ -219,8 +224,8 @@ class Observed:
     def later(self, seconds, function):
         self.clock.callLater(seconds, function)
 
-    def write(self, text):
-        self.observer({"log_format": text})
+    def write(self, text, level=LogLevel.info):
+        self.observer({"log_format": text, "log_level": level})
 
     @property
     def lines(self):
@@ -286,6 +291,66 @@ def test_end_of_the_process_writes_what_waits(observed, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: setattr(observed.sink, "space", 9))
     observed.observer.drain()
     assert observed.lines == ["one"]
+
+
+def test_lines_of_a_turn_are_written_together(observed):
+    """While the reactor runs, lines wait for the end of its turn, and one write takes them all."""
+    observed.write("before it runs")
+    observed.observer.gather()
+    for text in ("one", "two"):
+        observed.write(text)
+    assert observed.lines == ["before it runs"]
+    observed.clock.advance(0)
+    assert observed.sink.writes[1:] == [b"one\ntwo\n"]
+    observed.write("three")
+    observed.clock.advance(0)
+    assert observed.sink.writes[2:] == [b"three\n"]
+    assert observed.clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("level", [LogLevel.warn, LogLevel.error, LogLevel.critical, None])
+def test_warning_does_not_wait(observed, level):
+    """A warning or an error is in the log before anything else happens, after the lines before it."""
+    observed.observer.gather()
+    observed.write("one")
+    observed.write("beware", level)
+    assert observed.sink.writes == [b"one\nbeware\n"]
+
+
+def test_write_has_whole_lines_as_many_as_a_pipe_takes_at_once(observed):
+    """Lines of several processes in one pipe do not mix."""
+    observed.observer.gather()
+    for digit in "0123456789":
+        observed.write(digit * 999)
+    observed.write("x" * 2 * PIPE_BUF)
+    observed.clock.advance(0)
+    assert [len(write) for write in observed.sink.writes] == [4000, 4000, 2000, 2 * PIPE_BUF + 1]
+    assert [line[0] for line in observed.lines] == [*"0123456789x"]
+
+
+def test_lines_that_wait_are_in_order_after_a_full_pipe(observed):
+    """The rest of a write goes before the lines after it, and its lines are counted if it is lost."""
+    observed.observer.gather()
+    observed.sink.space = 6
+    for text in ("one", "two", "three"):
+        observed.write(text)
+    observed.clock.advance(0)
+    assert observed.sink.writes == [b"one\ntw"]
+    observed.write("four")
+    observed.sink.fault = OSError(32, "Broken pipe")
+    observed.clock.advance(RETRY_SECONDS)
+    observed.sink.fault = None
+    observed.sink.space = 1 << 30
+    observed.write("five", LogLevel.warn)
+    assert observed.lines == ["one", "twfive", DROPPED.format(3)]
+
+
+def test_end_of_the_reactor_ends_the_waiting(observed):
+    observed.observer.gather()
+    observed.write("one")
+    observed.observer.drain()
+    observed.write("two")
+    assert observed.sink.writes == [b"one\n", b"two\n"]
 
 
 def test_file_is_reopened_and_rotated(observed):

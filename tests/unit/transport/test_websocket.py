@@ -1495,14 +1495,6 @@ def test_peer_without_a_port_has_a_name_too(factory):
     assert "UNIXAddress" in Client(factory, wire).protocol.peer
 
 
-def test_socket_without_the_option_of_no_delay_is_served(factory):
-    class Unix(Tcp):
-        def setTcpNoDelay(self, enabled):
-            raise OSError
-
-    assert Client(factory, Unix()).joins()
-
-
 @pytest.mark.parametrize(
     ("seconds", "reason"), [(0, b"0.0"), (0.04, b"0.0"), (0.7, b"0.7"), (0.96, b"1.0"), (9.98, b"10.0")]
 )
