@@ -1,5 +1,6 @@
 """The wheel and the editable install, each in an environment of its own."""
 
+import email.policy
 import json
 import pathlib
 import re
@@ -113,13 +114,30 @@ def test_wheel_content(wheel):
     assert not [name for name in names if name.endswith((".pyc", "dropin.cache", ".sqlite"))]
 
 
+def test_description_has_no_relative_link(wheel):
+    """The description is all of README.md but its pictures, and each link in it leads somewhere on a package index."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name), policy=email.policy.default)
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_content()
+    parts = re.compile(r"^#.*|^```.*|^\|[^|]*\|", re.MULTILINE)
+    assert parts.findall(text) == parts.findall((ROOT / "README.md").read_text("utf-8"))
+    assert "\ndocs/compare.md helps to choose" in text, "the words of a link stay"
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)]*)\)|^\[[^]]+\]: *(.*)|(?:src|srcset|href)=\"([^\"]*)\"", outside, re.MULTILINE)
+    assert len(targets) > 3
+    assert [target for groups in targets for target in groups if target and not target.startswith("https://")] == []
+
+
 def test_source_distribution_is_the_checkout(copy, wheel, tmp_path):
     """It holds every file that git has, and a wheel built from it has the same files."""
     check_run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=copy)
     (path,) = tmp_path.glob("chatd-*.tar.gz")
     check_run("tar", "--extract", "--file", path, cwd=tmp_path)
     (made,) = tmp_path.glob("chatd-*/")
-    tracked = {path.relative_to(copy) for path in copy.rglob("*") if path.is_file() and not path.is_symlink()}
+    files = {path.relative_to(copy) for path in copy.rglob("*") if path.is_file() and not path.is_symlink()}
+    tracked = {path for path in files if "__pycache__" not in path.parts}  # a build compiles its hook
     found = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
     assert tracked - found == set()
     copies = {pathlib.Path("chatd", path) for path in tracked if path.parts[0] in ("schemas", "seed")}
