@@ -29,7 +29,7 @@ from chatd.transport.admission import SHARED_PATH
 from chatd.transport.subscription import MAX_SUBSCRIPTIONS
 
 STARTED: Final = "python -m chatd.load"
-"""The command that starts this program, unless the command `chatd` does."""
+"""The command that starts this program, unless the command `chatd` does.  Its last word begins each error."""
 SPARE: Final = 50
 """Open files besides those of the clients."""
 GARBAGE: Final = 100_000
@@ -63,7 +63,7 @@ def _extra(text: str) -> dict[str, Any]:
 def arguments(words: Sequence[str], started: str = STARTED) -> argparse.Namespace:
     """Parse what follows the command `started`; raise SystemExit, with one line on standard error, if it is wrong."""
     parser = Parser(
-        "chatd.load",
+        started.rsplit(maxsplit=1)[-1],
         UNTRIED,
         prog=started,
         description="Prove under load that a server loses nothing, whatever is disconnected or killed meanwhile.",
@@ -123,9 +123,10 @@ def arguments(words: Sequence[str], started: str = STARTED) -> argparse.Namespac
 def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO, started: str = STARTED) -> int:
     """Run a trial, and return the exit status."""
     options = arguments(words, started)
+    name = started.rsplit(maxsplit=1)[-1]
     problem = allow_files(options.clients + SPARE)
     if problem:
-        err.write(f"chatd.load: {problem}\n")
+        err.write(f"{name}: {problem}\n")
         return UNTRIED
     run = secrets.token_hex(3)
     address: ServerAddress = options.url
@@ -154,7 +155,7 @@ def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO, started: 
     elif result != UNTRIED:
         out.write(summary(report))
     if trial.fault:
-        err.write(f"chatd.load: {trial.fault}\n")
+        err.write(f"{name}: {trial.fault}\n")
     return result
 
 

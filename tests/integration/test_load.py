@@ -27,7 +27,7 @@ LISTEN = "tcp:0:interface=127.0.0.1:backlog=4096"
 # The command line
 
 
-def run(*words, tamper=None, tampered=0, port=None, err=None):
+def run(*words, tamper=None, tampered=0, port=None, err=None, started=program.STARTED):
     """Run the tool, by a relay to a port if there is one; return its status, its output and its errors."""
     out, err = io.StringIO(), err or io.StringIO()
     with reactor() as loop, patch.object(Progress, "SECONDS", 3600):  # however slow the machine is
@@ -35,7 +35,7 @@ def run(*words, tamper=None, tampered=0, port=None, err=None):
             relay = Relay(loop, port, tamper, tampered)
             words = (f"ws://127.0.0.1:{relay.port}/", *words)
         try:
-            status = program.main(words, loop, out, err)
+            status = program.main(words, loop, out, err, started)
         except SystemExit as ended:
             status = ended.code
     return status, out.getvalue(), err.getvalue()
@@ -61,6 +61,13 @@ def test_unreachable_server_is_one_line(words):
         "check the URL, and that the server runs\n"
     )
     assert out == "" or json.loads(out)["proved"] is False
+
+
+def test_error_begins_with_the_name_of_the_command(monkeypatch):
+    """The name is that by which the user started the program."""
+    assert run("ws://127.0.0.1:1/rooms/a", started="chatd load")[2].startswith("load: ws://127.0.0.1:1/rooms/a cannot")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
+    assert re.match(r"load: \d+ open files are needed", run("ws://h/", "--clients=1000", started="chatd load")[2])
 
 
 def test_run_as_a_program(monkeypatch, capsys):

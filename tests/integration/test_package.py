@@ -177,6 +177,11 @@ def test_installed_command(installed, tmp_path):
         text = check_run(chatd, name, "--help", cwd=elsewhere)
         assert text.startswith(f"usage: chatd {name} "), name
         assert not re.search(r"scripts/|python -m", text), name
+        wrong = subprocess.run(
+            [chatd, name, "--nonsense"], env=clean(), capture_output=True, text=True, timeout=LONG, check=False
+        )
+        assert wrong.returncode != 0
+        assert wrong.stderr.startswith(f"{'chatd' if name == 'serve' else name}: "), wrong.stderr
     assert check_run(chatd, "moderate", "ban", "--help", cwd=elsewhere).startswith("usage: chatd moderate ban ")
     with Server(elsewhere, "--store=sqlite:a.sqlite", env=clean(), command=[chatd], words=["serve"]) as server:
         proof = check_run(chatd, "load", server.url, "--clients=2", "--messages=4", "--json", cwd=elsewhere)

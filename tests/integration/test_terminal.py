@@ -380,6 +380,8 @@ def test_input_that_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(program.os, "isatty", lambda descriptor: descriptor == program.STDOUT)
     assert program.main(["ws://127.0.0.1:1/"]) == 2
     assert capsys.readouterr().err.startswith("chatd.client: standard input is not a terminal: use --post")
+    assert program.main(["ws://127.0.0.1:1/"], "chatd client") == 2
+    assert capsys.readouterr().err.startswith("client: standard input is not a terminal: use --post")
 
 
 def test_run_as_a_program(tmp_path, monkeypatch):

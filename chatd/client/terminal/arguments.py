@@ -21,7 +21,7 @@ SPLIT_MAX: Final = 1_000_000
 _PATH = re.compile(r"(.*?)(?:/rooms/([a-z0-9][a-z0-9_-]{0,63}))?/?")
 
 STARTED: Final = "python -m chatd.client"
-"""The command that starts this program, unless the command `chatd` does."""
+"""The command that starts this program, unless the command `chatd` does.  Its last word begins each error."""
 DESCRIPTION: Final = "Chat in a room from a terminal or a pipe."
 EPILOG: Final = """\
 In a terminal, /help lists the commands. Messages that are typed offline are kept in
@@ -58,13 +58,15 @@ class ChatOptions(NamedTuple):
     post: bool
     json: bool
     split: int
+    program: str
+    """The word that begins each error."""
 
 
 class CommandLine(argparse.ArgumentParser):
     """A parser that reports an error in one line, and whose options cannot be abbreviated."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"chatd.client: {message}: see --help\n")
+        self.exit(USAGE, f"{self.prog.split()[-1]}: {message}: see --help\n")
 
 
 def parse_address(url: str) -> RoomAddress:
@@ -137,7 +139,9 @@ def parse(words: Sequence[str], environ: Mapping[str, str], started: str = START
     )
     options = parser.parse_args(words)
     token = token_source(options.token_file, environ)
-    return ChatOptions(options.url, _username(parser, options, token), token, options.post, options.json, options.split)
+    username = _username(parser, options, token)
+    program = started.rsplit(maxsplit=1)[-1]
+    return ChatOptions(options.url, username, token, options.post, options.json, options.split, program)
 
 
 def _username(parser: CommandLine, options: Any, token: Callable[[], str] | None) -> str:

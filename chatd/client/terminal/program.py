@@ -73,13 +73,17 @@ async def ended(room: Room) -> None:
         await room.changed()
 
 
-def complain(text: str) -> None:
-    """Write one line about a problem."""
-    sys.stderr.write(f"chatd.client: {text}\n")
-    sys.stderr.flush()
+def complainer(options: ChatOptions) -> Callable[[str], None]:
+    """Return a function that writes one line about a problem."""
+
+    def complain(text: str) -> None:
+        sys.stderr.write(f"{options.program}: {text}\n")
+        sys.stderr.flush()
+
+    return complain
 
 
-def report_states(room: Room) -> Callable[[], None]:
+def report_states(room: Room, complain: Callable[[str], None]) -> Callable[[], None]:
     """Return a function that reports, once each, that the server cannot be reached, and that it can be again."""
     told: list[str] = []
 
@@ -114,6 +118,7 @@ def open_storage(environ: Mapping[str, str]) -> tuple[Storage, str | None]:
 
 async def talk(options: ChatOptions, stop: Stop) -> int:
     """Lead a conversation in the terminal."""
+    complain = complainer(options)
     dumb = os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
     say = print_lines(sys.stdout) if dumb else print_above
     width = (lambda: shutil.get_terminal_size().columns) if dumb else screen_width
@@ -140,9 +145,10 @@ async def talk(options: ChatOptions, stop: Stop) -> int:
 
 async def post(options: ChatOptions, stop: Stop) -> int:
     """Post the lines of standard input."""
+    complain = complainer(options)
     async with join(options) as client:
         room = client.room(options.address.room, events=(), keep=KEPT)
-        room.subscribe(report_states(room))
+        room.subscribe(report_states(room, complain))
         poster = LinePoster(room)
         watch = poster.watch(complain, SILENT_SECONDS)
         await race(poster.run(read_lines(STDIN, options.split)), watch, ended(room), stop.wait())
@@ -169,12 +175,13 @@ def ended_by_sigint() -> Iterator[None]:
 async def read(options: ChatOptions) -> int:
     """Print the messages of a room until a signal, the reader or the server ends that."""
     line = json_line if options.json else text_line
+    complain = complainer(options)
     gone, fault = asyncio.Event(), None
     watch_reader(STDOUT, gone.set)
     with ended_by_sigint(), open(STDOUT, "wb", closefd=False) as out:  # noqa: ASYNC230 -- it is open
         async with join(options) as client:
             room = client.room(options.address.room, events=(), keep=KEPT)
-            room.subscribe(report_states(room))
+            room.subscribe(report_states(room, complain))
             try:
                 await race(print_entries(room, out, line), ended(room), gone.wait())
             except BrokenPipeError:
@@ -209,7 +216,7 @@ def main(words: Sequence[str], started: str = STARTED) -> int:
     """Run the program, and return its exit status."""
     options = parse(words, os.environ, started)
     if not options.post and not options.json and os.isatty(STDOUT) and not os.isatty(STDIN):
-        complain("standard input is not a terminal: use --post to post its lines: see --help")
+        complainer(options)("standard input is not a terminal: use --post to post its lines: see --help")
         return USAGE
     logging.getLogger("chatd.client").addHandler(logging.NullHandler())  # what it logs, the states report
     return asyncio.run(run(options))

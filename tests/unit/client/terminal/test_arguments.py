@@ -55,7 +55,7 @@ def test_url_of_no_room(url):
 def test_defaults(monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "login")
     settings = parse([URL], {})
-    assert settings == (RoomAddress("http://localhost:8085", "team"), "login", None, False, False, 500)
+    assert settings == (RoomAddress("http://localhost:8085", "team"), "login", None, False, False, 500, "chatd.client")
 
 
 @pytest.mark.parametrize(
