@@ -142,7 +142,7 @@ def test_rooms_are_listed_cleared_and_deleted(tmp_path, server):
         assert (team["messages"], team["bytes"], team["members"], team["head"]) == (1, 5, 1, 1)
         lines = moderate(server, "rooms", "--match", "load-*")
         assert [line.split()[0] for line in lines] == ["load-1", "load-2"]
-        assert "messages: 1, 0.0 KiB, members: " in lines[0]
+        assert "messages: 1, 5 bytes, members: " in lines[0]
         assert moderate(server, "delete", "load-1", "load-2") == [
             "load-1 is deleted: 1 messages removed",
             "load-2 is deleted: 1 messages removed",
@@ -153,6 +153,16 @@ def test_rooms_are_listed_cleared_and_deleted(tmp_path, server):
         assert ann.json()["id"].endswith("-2")
     server.stop()
     assert [row[:3] for row in stored(tmp_path / "chatd.sqlite", "team")[1]] == [(2, "ann", "on")]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(None, "of unknown size"), (2, "2 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (2_000_000, "1953.1 KiB")],
+)
+def test_size_of_a_room(number, text, monkeypatch):
+    """A size below 1 KiB is in bytes."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    assert program(ROOT / "scripts" / "moderate").size(number) == text
 
 
 def test_message_is_removed(tmp_path, server):
