@@ -11,6 +11,7 @@ from support.needs import ROOT
 import chatd
 from chatd import config
 from chatd.__main__ import PROGRAMS
+from chatd.operate.drain import GRACE_SECONDS
 
 DOCKERFILE, IGNORE, COMPOSE = (ROOT / name for name in ("Dockerfile", ".dockerignore", "compose.yaml"))
 MANIFEST = ROOT / "docs" / "kubernetes.yaml"
@@ -20,6 +21,8 @@ MARGIN = 10
 """Seconds beyond `--drain` that a stop may take, as docs/operations.md advises for systemd."""
 DOCKER_STOP = 10
 """Seconds after which `docker stop` kills a container."""
+FAILURES = 3
+"""The default of `failureThreshold`: failures in a row after which a probe counts."""
 PROBE = {"exec", "periodSeconds", "timeoutSeconds"}
 """The keys of a probe that fails three times before it counts."""
 SECONDS = re.compile(r"(\d+)s")
@@ -314,6 +317,14 @@ def manifest_faults(text, dockerfile):
             "only a ready pod gets clients": lambda: (
                 node["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "chat"}
             ),
+            "one lost probe takes no pod out of the service": lambda: (
+                node["readinessProbe"].get("failureThreshold", FAILURES) > 1
+            ),
+            "a drained pod leaves the service before its ports close": lambda: (
+                node["readinessProbe"]["periodSeconds"] * node["readinessProbe"].get("failureThreshold", FAILURES)
+                < min(GRACE_SECONDS, int(environment["CHATD_DRAIN"]) / 4)
+            ),
+            "no client names its own address": lambda: "CHATD_PROXY_HOPS" not in environment,
             "a store that fails kills no pod": lambda: (
                 asks_admin(node["livenessProbe"], "'GET', '/healthz'") and node["livenessProbe"].keys() == PROBE
             ),

@@ -126,6 +126,18 @@ def test_broken_compose(change, rule):
         (("c.getresponse()", "c.getresponse("), "the drain begins before the pod leaves the service"),
         (("CHATD_LOG_FORMAT, value: json", "CHATD_ADMIN, value: tcp:8086"), "the drain begins before the pod leaves "),
         (("path: /readyz", "path: /healthz"), "only a ready pod gets clients"),
+        (
+            ("periodSeconds: 2\n          livenessProbe", "failureThreshold: 1\n          livenessProbe"),
+            "one lost probe takes no ",
+        ),
+        (
+            ("periodSeconds: 2\n          livenessProbe", "periodSeconds: 3\n          livenessProbe"),
+            "a drained pod leaves the ",
+        ),
+        (
+            ("name: CHATD_LOG_FORMAT, value: json", 'name: CHATD_PROXY_HOPS, value: "1"'),
+            "no client names its own address",
+        ),
         (("'GET', '/healthz'", "'GET', '/readyz'"), "a store that fails kills no pod"),
         (("8086, timeout=4); c.request('GET'", "8085, timeout=4); c.request('GET'"), "a store that fails kills no pod"),
         (("            periodSeconds: 10\n", "            failureThreshold: 1\n"), "a store that fails kills no pod"),
