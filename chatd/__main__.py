@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import chatd
 
@@ -107,6 +107,15 @@ file.
 """
 
 
+def _hide_interrupt(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """Show an exception that ends a program, but for Ctrl-C, as an excepthook: the program may still be starting.
+
+    Python then ends the process by SIGINT, for which shells report 130.
+    """
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+
+
 def main(words: Sequence[str] | None = None) -> int | None:
     """Start the program that the command line names; return the exit status."""
     name, *rest = (sys.argv[1:] if words is None else words) or [""]
@@ -117,6 +126,7 @@ def main(words: Sequence[str] | None = None) -> int | None:
         sys.stdout.write(f"chatd {chatd.__version__}\n")
         return 0
     if name in PROGRAMS:
+        sys.excepthook = _hide_interrupt
         return PROGRAMS[name].start(rest)
     near = difflib.get_close_matches(name, PROGRAMS, n=1)
     if not name:

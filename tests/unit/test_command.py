@@ -1,6 +1,7 @@
 """The command `chatd`: how it finds and starts each program. tests/integration/test_package.py runs it installed."""
 
 import ast
+import contextlib
 import runpy
 import sys
 import tomllib
@@ -36,6 +37,7 @@ def started(monkeypatch):
     monkeypatch.setattr(runpy, "run_path", execute)
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "argv", ["chatd"])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
 
 
 def start(*words):
@@ -125,3 +127,14 @@ def test_words_are_those_of_the_process(capsys, monkeypatch):
     """The entry point of the wheel gives no words."""
     monkeypatch.setattr(sys, "argv", ["chatd", "--version"])
     assert command.main() == 0
+
+
+@pytest.mark.parametrize("name", command.PROGRAMS)
+def test_interrupt_is_no_traceback(capsys, name):
+    """Any other exception that ends a program is shown."""
+    with contextlib.suppress(Started):
+        command.main([name])
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("a fault"), None)
+    assert capsys.readouterr().err == "ValueError: a fault\n"
