@@ -122,8 +122,46 @@ def test_edit_and_remove(private, visit):
     ann.page.keyboard.press("Escape")
     expect(ann.box).to_have_value("")
     ann.act("spam", "Remove")
+    ann.page.get_by_role("dialog", name="Remove this message?").get_by_role("button", name="Remove it").click()
     bob.shows("hello", "message removed")
     expect(bob.articles.get_by_role("button", name="Edit")).to_have_count(0)
+
+
+def test_question_before_a_removal(private, visit):
+    """The keyboard answers it: Escape and Enter keep the message, and the focus returns to its button."""
+    ann, bob = (sign_in(private, visit, name) for name in ("ann", "bob"))
+    ann.write("one", "two")
+    bob.shows("one", "two")
+    button = ann.article("one").get_by_role("button", name="Remove")
+    question = ann.page.get_by_role("dialog", name="Remove this message?")
+    for key in ("Escape", "Enter"):
+        ann.act("one", "Remove")
+        expect(question).to_have_accessible_description(re.compile("erased for everyone"))
+        expect(question.get_by_role("button", name="Keep it")).to_be_focused()
+        ann.page.keyboard.press(key)
+        expect(question).to_be_hidden()
+        expect(button).to_be_focused()
+    ann.write("three")
+    bob.shows("one", "two", "three")
+    ann.act("one", "Remove")
+    for key in ("Tab", "Enter"):
+        ann.page.keyboard.press(key)
+    bob.shows("message removed", "two", "three")
+    ann.shows("message removed", "two", "three")
+    expect(ann.articles.first).to_be_focused()
+
+
+def test_focus_after_the_message_changed(private, visit):
+    """If another tab changed the message during the question, its button is another one, and the focus goes to it."""
+    ann, other = (sign_in(private, visit, "ann") for _ in range(2))
+    ann.write("helo")
+    other.shows("helo")
+    ann.act("helo", "Remove")
+    other.act("helo", "Edit")
+    other.write("hello")
+    ann.shows("hello")
+    ann.page.keyboard.press("Escape")
+    expect(ann.article("hello")).to_be_focused()
 
 
 def test_message_that_is_refused(private, visit):

@@ -38,7 +38,7 @@ def violations(page):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessibility(server, visit, theme):
-    """axe-core finds no violation: with the dialog, with messages, offline, and with each panel on a phone."""
+    """axe-core finds no violation: with each dialog, with messages, offline, and with each panel on a phone."""
     need("axe-core")
     with Proxy(server.port) as proxy:
         page = visit(room_url(proxy.port), color_scheme=theme)
@@ -50,6 +50,9 @@ def test_accessibility(server, visit, theme):
         expect(ann.texts).to_have_count(2)
         assert violations(page) == []
         page.get_by_role("button", name="Change name").click()
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+        page.locator("#removal").evaluate("(dialog) => dialog.showModal()")
         assert violations(page) == []
         page.keyboard.press("Escape")
         page.set_viewport_size({"width": 390, "height": 780})

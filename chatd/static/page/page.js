@@ -10,6 +10,7 @@ import { memory } from "./memory.js";
 import { MessageList } from "./messages.js";
 import { createPanels } from "./panels.js";
 import { createPeople } from "./people.js";
+import { createRemoval } from "./removal.js";
 import { addressOf, createRooms, MAIN, roomAt } from "./rooms.js";
 import { createStatus } from "./status.js";
 import { claimsOf, createIntroduction, signInUrl, splitFragment, whyNotName } from "./user.js";
@@ -92,6 +93,10 @@ const panels = createPanels(
   ],
   home,
 );
+const askToRemove = createRemoval(
+  { dialog: element("removal"), keep: element("keep-message") },
+  { focus: () => open.list.focus() },
+);
 /** The first button of the bar that is shown; a wide page may have none. */
 const barButton = () =>
   [...element("bar").querySelectorAll("button")].find((button) => !button.disabled && button.getClientRects().length);
@@ -163,7 +168,10 @@ function enter(name) {
     place.room = undefined;
   }
   const actions = { canChange, retry: ({ label }) => room.retry(label), discard: ({ label }) => room.discard(label) };
-  if (config.tokens) Object.assign(actions, { edit: composer.edit, remove: ({ id }) => room.remove(id) });
+  if (config.tokens) {
+    const remove = ({ id }) => askToRemove(() => room.remove(id));
+    Object.assign(actions, { edit: composer.edit, remove });
+  }
   const list = new MessageList(element("messages"), { room, username: me, announce, actions, seen });
   open = { name, room, list };
   element("here").textContent = name;
