@@ -130,16 +130,18 @@ def quota(target: Target) -> Iterator[str]:
     limit = target.account.call("service-quotas", "get_service_quota", **arguments)["Quota"]["Value"]
     each = max(one["VCpuInfo"]["DefaultVCpus"] for one in kinds)
     used = sum(_others(target))
-    for name in ("MinSize", "MaxSize"):
-        size = int(target[name])
-        needed = each * (size + max(1, math.ceil(SURGE * size)))
+    names = {int(target[name]): name for name in ("MaxSize", "MinSize")}  # one name if they are the same
+    needs = {size: each * (size + max(1, math.ceil(SURGE * size))) for size in sorted(names)}
+    remedy = (
+        f"aws service-quotas request-service-quota-increase --service-code ec2 --quota-code {QUOTA} --desired-value "
+        f"{used + max(needs.values())}"
+    )
+    for size, needed in needs.items():
         if used + needed > limit:
-            remedy = "aws service-quotas request-service-quota-increase --service-code ec2"
             yield (
-                f"a rollout of {name}={size} needs {needed} vCPU, others use {used}, and the quota is {limit:g}: "
-                f"{remedy} --quota-code {QUOTA} --desired-value {used + needed}"
+                f"a rollout of {names[size]}={size} needs {needed} vCPU, others use {used}, and the quota is "
+                f"{limit:g}: {remedy}"
             )
-            return
 
 
 def _others(target: Target) -> Iterator[int]:

@@ -42,12 +42,15 @@ def test_account_without_problems(empty):
 
 
 def test_quota_of_a_new_account(empty):
-    """A new account may run 5 vCPU, and the first rollout needs three instances of two."""
+    """A new account may run 5 vCPU.  Both sizes are reported, and one request is enough for both."""
     empty.vcpu = 5.0
-    ((check, text),) = found(empty)
-    assert (check, "MinSize=2 needs 6 vCPU, others use 0, and the quota is 5" in text) == ("quota", True), text
-    assert "--quota-code L-1216C47A --desired-value 6" in text
+    least, most = [text for check, text in found(empty) if check == "quota"]
+    assert "MinSize=2 needs 6 vCPU, others use 0, and the quota is 5" in least
+    assert "MaxSize=6 needs 16 vCPU, others use 0, and the quota is 5" in most
+    assert [text.partition("--quota-code ")[2] for text in (least, most)] == ["L-1216C47A --desired-value 16"] * 2
     assert found(empty, "--parameter=MinSize=1", "--parameter=MaxSize=1") == []
+    ((_, text),) = found(empty, "--parameter=MaxSize=2")
+    assert "MinSize=2 needs 6 vCPU" in text, "one line for one size"
 
 
 def test_quota_of_the_largest_type(empty):
@@ -453,6 +456,10 @@ UNSAFE = {
     "an expired certificate will do": (
         ("deploying/check.py", 'found["Status"] != "ISSUED"', "False"),
         test_certificate,
+    ),
+    "the first size is enough": (
+        ("deploying/check.py", "for size in sorted(names)}", "for size in sorted(names)[:1]}"),
+        test_quota_of_a_new_account,
     ),
     "the first type counts": (
         ("deploying/check.py", "each = max(one", "each = min(one"),

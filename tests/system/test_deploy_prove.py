@@ -303,7 +303,7 @@ def test_problem_of_the_account_stops_the_proof(account):
     account.vcpu = 5.0
     result = deploy(account, "prove", "--name=test", f"--image={account.first}", typed=NAME)
     assert (result.returncode, account.stack.status) == (FAILED, None), result.stderr
-    assert (result.stderr, len(result.stdout.splitlines())) == ("deploy: 1 problem found\n", 1)
+    assert (result.stderr, len(result.stdout.splitlines())) == ("deploy: 2 problems found\n", 2)
     assert result.stdout.startswith("quota: a rollout of MinSize=2 needs 6 vCPU")
     checked = deploy(account, "check", "--stack", NAME, f"--image={account.first}")
     assert (checked.returncode, checked.stdout) == (FAILED, result.stdout)
