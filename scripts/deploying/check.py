@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from deploying.aws import DENIED, INVALID, Account, AwsError, CallDenied, DeployError, say
 from deploying.images import find
-from deploying.stack import NO_CLUSTER, NO_SUBNETS, REVIEW, Stack, State
+from deploying.stack import NO_CLUSTER, NO_SNAPSHOT, NO_SUBNETS, REVIEW, Stack, State
 
 QUOTA: Final = "L-1216C47A"
 """The quota of vCPU for running on-demand instances of the standard families."""
@@ -67,6 +67,12 @@ class Target:
         return self.parameters.get(name, "")
 
     @property
+    def creates_store(self) -> bool:
+        """True if the stack is about to get a MemoryDB."""
+        other = self.state is not None and self.state.parameters.get("StoreParameter")
+        return not self["StoreParameter"] and (self.fresh or bool(other))
+
+    @property
     def types(self) -> list[str]:
         """The types of the instances, each once."""
         return list(dict.fromkeys(self[name] for name in TYPES if self[name]))
@@ -76,6 +82,13 @@ class Target:
         """The descriptions of these types by EC2."""
         found = self.account.call("ec2", "describe_instance_types", InstanceTypes=self.types)
         return list(found["InstanceTypes"])
+
+    @cached_property
+    def subnets(self) -> dict[str, dict[str, Any]]:
+        """The descriptions of the subnets of an existing network, by their ids."""
+        wanted = {one for name in ("SubnetIds", "NodeSubnetIds") for one in self[name].split(",")}
+        found = self.account.call("ec2", "describe_subnets", SubnetIds=sorted(wanted - {""}))["Subnets"]
+        return {one["SubnetId"]: one for one in found}
 
     @cached_property
     def described_image(self) -> dict[str, Any]:
@@ -109,7 +122,12 @@ def sizes(target: Target) -> Iterator[str]:
 
 
 def types(target: Target) -> Iterator[str]:
-    """Check that the types of the instances exist, and have the architecture of the image, or else one in common."""
+    """Check that the types of the instances differ and exist, and have the architecture of the image, or share one."""
+    names: dict[str, str] = {}
+    for name in TYPES:
+        first = names.setdefault(target[name], name)
+        if target[name] and first != name:
+            yield f"{name}={target[name]} repeats {first}: use another type, or leave it out"
     supported = {one["InstanceType"]: {*one["ProcessorInfo"]["SupportedArchitectures"]} for one in target.described}
     common = set.intersection(*supported.values())
     if not common:
@@ -158,6 +176,8 @@ def _others(target: Target) -> Iterator[int]:
 
 def zones(target: Target) -> Iterator[str]:
     """Check that the zones of the stack are two, and have MemoryDB and a type of the instances."""
+    if target["VpcId"] and not target["SubnetIds"]:
+        return
     account = target.account
     kind = [{"Name": "instance-type", "Values": target.types}]
     arguments = {"LocationType": "availability-zone", "Filters": kind}
@@ -191,8 +211,7 @@ def _zones_of(target: Target, available: list[str]) -> tuple[set[str], set[str]]
     if target["VpcId"]:
         public, private = (target[name].split(",") for name in ("SubnetIds", "NodeSubnetIds"))
         nodes = private if private != [""] else public
-        subnets = account.call("ec2", "describe_subnets", SubnetIds=sorted({*public, *nodes}))["Subnets"]
-        zone = {one["SubnetId"]: one["AvailabilityZone"] for one in subnets}
+        zone = {name: one["AvailabilityZone"] for name, one in target.subnets.items()}
         return {zone[one] for one in public}, {zone[one] for one in nodes}
     both = {target["ZoneA"], target["ZoneB"]}
     if not target["ZoneA"]:
@@ -200,6 +219,25 @@ def _zones_of(target: Target, available: list[str]) -> tuple[set[str], set[str]]
         found = {one["AvailabilityZone"] for one in account.call("ec2", "describe_subnets", Filters=default)["Subnets"]}
         both = {*sorted(found & {*available} or available)[:ZONES]}  # as Fn::GetAZs
     return both, both
+
+
+def subnets(target: Target) -> Iterator[str]:
+    """Check that all subnets are of the VPC, and that the load balancer has no two in one zone."""
+    vpc = target["VpcId"]
+    if not vpc:
+        return
+    if not target["SubnetIds"]:
+        yield f"{vpc} needs subnets for the load balancer: give SubnetIds with VpcId"
+        return
+    for name, one in sorted(target.subnets.items()):
+        if one["VpcId"] != vpc:
+            yield f"the subnet {name} is of {one['VpcId']}, and not of {vpc}: use only subnets of VpcId"
+    zones: dict[str, list[str]] = {}
+    for name in target["SubnetIds"].split(","):
+        zones.setdefault(target.subnets[name]["AvailabilityZone"], []).append(name)
+    for zone, those in sorted(zones.items()):
+        if len(zones) >= ZONES and len(those) > 1:
+            yield f"the load balancer takes one subnet of a zone, and {', '.join(those)} are of {zone}: use one of them"
 
 
 def network(target: Target) -> Iterator[str]:
@@ -261,8 +299,7 @@ def _listed(value: Any) -> list[Any]:
 def names(target: Target) -> Iterator[str]:
     """Check that nothing else has the names that the stack is about to give."""
     name, account = target.stack.name, target.account
-    other = target.state is not None and target.state.parameters.get("StoreParameter")
-    if not target["StoreParameter"] and (target.fresh or other):
+    if target.creates_store:
         yield from leftover(target)
     if not target.fresh:
         return
@@ -327,6 +364,44 @@ def certificate(target: Target) -> Iterator[str]:
         yield f"the certificate is for {', '.join(sorted(set(covered)))}, not for {name}: request another"
 
 
+def zone(target: Target) -> Iterator[str]:
+    """Check that the hosted zone exists, and that the name of the stack belongs to it."""
+    hosted, name = target["HostedZoneId"], target["DomainName"]
+    if not hosted:
+        return
+    if not name:
+        yield "a hosted zone needs the name that clients use: give DomainName with HostedZoneId"
+        return
+    try:
+        found = target.account.call("route53", "get_hosted_zone", Id=hosted)["HostedZone"]
+    except AwsError as error:
+        if error.code != "NoSuchHostedZone":
+            raise
+        yield f"there is no hosted zone {hosted}: aws route53 list-hosted-zones lists those of the account"
+        return
+    domain = found["Name"].rstrip(".")
+    if not f".{name}".endswith(f".{domain}"):
+        yield f"{name} does not belong to {domain}, the name of the hosted zone {hosted}: use the zone of {name}"
+
+
+def snapshot(target: Target) -> Iterator[str]:
+    """Check that the snapshot from which the store is created exists and is available."""
+    name = target["SnapshotName"]
+    if not name or not target.creates_store:
+        return
+    found = []
+    try:
+        found = target.account.call("memorydb", "describe_snapshots", SnapshotName=name)["Snapshots"]
+    except AwsError as error:
+        if error.code not in NO_SNAPSHOT:
+            raise
+    if not found:
+        yield f"there is no snapshot {name} in this region: aws memorydb describe-snapshots lists them"
+    for one in found:
+        if one["Status"] != "available":
+            yield f"the snapshot {name} is {one['Status']}: wait until it is available, or use another"
+
+
 READS: Final = (
     *("autoscaling:DescribeAutoScalingGroups", "autoscaling:DescribeInstanceRefreshes"),
     *("cloudformation:DescribeStacks", "cloudformation:GetTemplateSummary", "cloudwatch:DescribeAlarms"),
@@ -383,10 +458,13 @@ CHECKS: Final[dict[str, Callable[[Target], Iterator[str]]]] = {
     "types": types,
     "quota": quota,
     "zones": zones,
+    "subnets": subnets,
     "default VPC": network,
     "key grants": keys,
     "names": names,
+    "snapshot": snapshot,
     "certificate": certificate,
+    "hosted zone": zone,
     "permissions": permissions,
 }
 

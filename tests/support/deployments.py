@@ -77,6 +77,7 @@ ALLOWED = {
     "kms:ListGrants",
     "logs:DescribeLogGroups",
     "memorydb:DescribeSubnetGroups",
+    "route53:GetHostedZone",
     "servicequotas:GetServiceQuota",
     "sts:GetCallerIdentity",
     "ec2:DescribeInstances",
@@ -286,7 +287,12 @@ class DeploymentAccount:
     def _answer(self, environ, service, body):
         json_target = environ.get("HTTP_X_AMZ_TARGET")
         form = [] if json_target else urllib.parse.parse_qsl(body.decode(), keep_blank_values=True)
-        operation = json_target.rpartition(".")[2] if json_target else dict(form)["Action"]
+        if service == "route53":  # its operations are methods and paths
+            assert environ["REQUEST_METHOD"] == "GET"
+            assert environ["PATH_INFO"].startswith("/2013-04-01/hostedzone/")
+            operation = "GetHostedZone"
+        else:
+            operation = json_target.rpartition(".")[2] if json_target else dict(form)["Action"]
         self.asked.append(named(service, operation))
         format_ = wire(service)
 

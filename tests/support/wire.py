@@ -64,7 +64,7 @@ class WireFormat:
         error = f"<Error><Type>Sender</Type><Code>{fault.code}</Code><Message>{escape(str(fault))}</Message></Error>"
         if self.protocol == "ec2":
             text = f"<Response><Errors>{error}</Errors><RequestID>r</RequestID></Response>"
-        elif self.protocol == "query":
+        elif self.protocol in ("query", "rest-xml"):
             text = f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>"
         else:
             text = json.dumps({"__type": fault.code, "message": str(fault)})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.change_sets import parsed
-from support.deployments import DONE, FAILED, REFUSED, REGION, VERSION, DeploymentAccount, deploy, end
+from support.deployments import DONE, FAILED, GIVEN, REFUSED, REGION, VERSION, DeploymentAccount, deploy, end
 from support.formation import TEMPLATE
 from support.wire import Fault
 from system.test_deploy_controls import outcome
@@ -91,9 +91,20 @@ def test_unknown_type(empty):
 
 
 def test_types_are_described_once(empty):
-    """The checks share the descriptions, and one type may be given twice."""
-    assert found(empty, "--parameter=SecondInstanceType=t4g.small") == []
+    """The checks share the descriptions."""
+    assert found(empty, "--parameter=SecondInstanceType=t4g.medium") == []
     assert empty.asked.count("ec2:DescribeInstanceTypes") == 1
+
+
+def test_types_differ(empty):
+    """A type that is given twice is no alternative, and the line names both parameters."""
+    assert found(empty, "--parameter=SecondInstanceType=t4g.small") == [
+        ("types", "SecondInstanceType=t4g.small repeats InstanceType: use another type, or leave it out")
+    ]
+    given = "--parameter=SecondInstanceType=t4g.medium", "--parameter=ThirdInstanceType=t4g.medium"
+    assert found(empty, *given) == [
+        ("types", "ThirdInstanceType=t4g.medium repeats SecondInstanceType: use another type, or leave it out")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +236,38 @@ def test_subnets_have_the_zones(empty, public, private, words):
     assert [word in text for word, text in zip(words, texts, strict=True)] == [True] * len(words), texts
 
 
+def test_subnets_are_of_the_network(empty):
+    """CloudFormation finds subnets of two networks only while it creates the load balancer."""
+    vpc, own, _ = subnets(empty, "ab", "ab")
+    assert found(empty, vpc, own) == []
+    ids = own.rpartition("=")[2].split(",")
+    (other,) = {
+        one["SubnetId"]: one["VpcId"]
+        for one in empty.call("ec2", "describe_subnets")["Subnets"]
+        if one["AvailabilityZone"] == f"{REGION}c"
+    }.items()
+    own = f"--parameter=SubnetIds={ids[0]},{ids[1]},{other[0]}"
+    text = f"the subnet {other[0]} is of {other[1]}, and not of {vpc.rpartition('=')[2]}: use only subnets of VpcId"
+    assert found(empty, vpc, own) == [("subnets", text)]
+    nodes = f"--parameter=NodeSubnetIds={ids[0]},{other[0]}"
+    assert found(empty, vpc, own, nodes) == [("subnets", text)]
+
+
+def test_load_balancer_takes_one_subnet_of_a_zone(empty):
+    """Instances may be in several subnets of a zone."""
+    vpc, public, private = subnets(empty, "aab", "aab")
+    ids = public.rpartition("=")[2].split(",")
+    text = f"the load balancer takes one subnet of a zone, and {ids[0]}, {ids[1]} are of {REGION}a: use one of them"
+    assert found(empty, vpc, public) == [("subnets", text)]
+    assert found(empty, vpc, f"--parameter=SubnetIds={ids[0]},{ids[2]}", private) == []
+
+
+def test_network_needs_subnets(empty):
+    vpc, _ = subnets(empty, "ab")
+    text = f"{vpc.rpartition('=')[2]} needs subnets for the load balancer: give SubnetIds with VpcId"
+    assert found(empty, vpc) == [("subnets", text)]
+
+
 def test_region_without_default_vpc(empty):
     (vpc,) = empty.call("ec2", "describe_vpcs", Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     for one in empty.call("ec2", "describe_subnets")["Subnets"]:
@@ -258,6 +301,35 @@ def test_leftover_store_fails_the_creation(empty):
     image = empty.image(VERSION)
     result = deploy(empty, "ship", "--image", image)
     assert (result.returncode, "already exists" in result.stderr, empty.stack.status) == (4, True, "ROLLBACK_COMPLETE")
+
+
+def test_snapshot(empty):
+    """MemoryDB creates a cluster only from a snapshot that exists and is available."""
+    given = "--parameter=SnapshotName=chat-final-1"
+    missing = "there is no snapshot chat-final-1 in this region: aws memorydb describe-snapshots lists them"
+    assert found(empty, given) == [("snapshot", missing)]
+    empty.fault("DescribeSnapshots", lambda: setattr(empty.memorydb, "describe_snapshots", lambda **_: []))
+    assert found(empty, given) == [("snapshot", missing)], "an empty answer"
+    del empty.memorydb.describe_snapshots
+    empty.fleet.store()
+    empty.call("memorydb", "create_snapshot", ClusterName="chatd", SnapshotName="chat-final-1")
+    empty.memorydb.clusters.clear()
+    empty.memorydb.subnet_groups.clear()
+    empty.memorydb.snapshots["chat-final-1"].status = "creating"
+    assert found(empty, given) == [
+        ("snapshot", "the snapshot chat-final-1 is creating: wait until it is available, or use another")
+    ]
+    empty.memorydb.snapshots["chat-final-1"].status = "available"
+    assert found(empty, given) == []
+
+
+def test_snapshot_of_a_store_that_exists(account):
+    """A snapshot may be deleted after the creation, and is needed again if the stack returns to an own store."""
+    account.stack.set(SnapshotName="chat-final-1")
+    assert "snapshot" not in dict(found(account))
+    account.stack.set(SnapshotName="", StoreParameter="/chatd/store")
+    given = "--parameter=StoreParameter=", "--parameter=SnapshotName=chat-final-1"
+    assert "there is no snapshot" in dict(found(account, *given))["snapshot"]
 
 
 def test_taken_names(empty):
@@ -303,6 +375,47 @@ def certificates(account):
     from moto.acm.models import acm_backends
 
     return acm_backends[account.owner][REGION]._certificates
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "belongs"),
+    [
+        ("example.com", "chat.example.com", True),
+        ("chat.example.com", "chat.example.com", True),
+        ("other.com", "chat.example.com", False),
+        ("ample.com", "chat.example.com", False),
+        ("a.chat.example.com", "chat.example.com", False),
+    ],
+)
+def test_hosted_zone_of_the_name(empty, domain, name, belongs):
+    """Route 53 refuses the record of a name in another zone, after minutes."""
+    made = empty.call("route53", "create_hosted_zone", Name=domain, CallerReference=domain)["HostedZone"]["Id"]
+    zone = made.rpartition("/")[2]
+    given = f"--parameter=HostedZoneId={zone}", f"--parameter=DomainName={name}"
+    text = f"{name} does not belong to {domain}, the name of the hosted zone {zone}: use the zone of {name}"
+    assert found(empty, *given) == ([] if belongs else [("hosted zone", text)])
+
+
+def test_missing_hosted_zone(empty):
+    given = "--parameter=HostedZoneId=Z0123456789ABCDEFGHIJ"
+    assert found(empty, given, "--parameter=DomainName=chat.example.com") == [
+        (
+            "hosted zone",
+            "there is no hosted zone Z0123456789ABCDEFGHIJ: aws route53 list-hosted-zones lists those of the account",
+        )
+    ]
+    assert found(empty, given) == [
+        ("hosted zone", "a hosted zone needs the name that clients use: give DomainName with HostedZoneId")
+    ]
+
+
+@pytest.mark.parametrize(("operation", "check"), [("GetHostedZone", "hosted zone"), ("DescribeSnapshots", "snapshot")])
+def test_unseen_zone_or_snapshot_is_skipped(empty, operation, check):
+    """Without the permission to look, nothing is reported as missing."""
+    empty.fault(operation, Fault("AccessDenied", "no", 403))
+    given = "HostedZoneId=Z0123456789ABCDEFGHIJ", "DomainName=chat.example.com", "SnapshotName=chat-final-1"
+    result = deploy(empty, "check", *(f"--parameter={one}" for one in given))
+    assert f"{check}: not checked: access denied" in result.stdout
 
 
 def test_permissions(empty):
@@ -457,6 +570,30 @@ UNSAFE = {
         ("deploying/check.py", 'found["Status"] != "ISSUED"', "False"),
         test_certificate,
     ),
+    "a type may be given twice": (
+        ("deploying/check.py", "if target[name] and first != name:", "if False:"),
+        test_types_differ,
+    ),
+    "subnets may be of any network": (
+        ("deploying/check.py", 'if one["VpcId"] != vpc:', "if False:"),
+        test_subnets_are_of_the_network,
+    ),
+    "the load balancer takes any subnets": (
+        ("deploying/check.py", "and len(those) > 1:", "and False:"),
+        test_load_balancer_takes_one_subnet_of_a_zone,
+    ),
+    "any snapshot will do": (
+        ("deploying/check.py", 'one["Status"] != "available"', "False"),
+        test_snapshot,
+    ),
+    "a deleted snapshot is a problem for ever": (
+        ("deploying/check.py", "if not name or not target.creates_store:", "if not name:"),
+        lambda account: test_snapshot_of_a_store_that_exists(with_stack(account)),
+    ),
+    "any end of a name is its domain": (
+        ("deploying/check.py", 'f".{name}".endswith(f".{domain}")', "name.endswith(domain)"),
+        lambda account: test_hosted_zone_of_the_name(account, "ample.com", "chat.example.com", belongs=False),
+    ),
     "the first size is enough": (
         ("deploying/check.py", "for size in sorted(names)}", "for size in sorted(names)[:1]}"),
         test_quota_of_a_new_account,
@@ -513,6 +650,11 @@ def test_removed_check_fails_its_test(chat, tmp_path, safety):
 
 def with_key(account):
     account.snapshot_key = account.call("kms", "create_key")["KeyMetadata"]["Arn"]
+    return account
+
+
+def with_stack(account):
+    account.stack.exists(ImageId=account.image(VERSION), **GIVEN)
     return account
 
 
