@@ -137,7 +137,7 @@ class Pipeline(NamedTuple):
     def _move(self, image: str, *, guarded: bool = True) -> bool:
         """Plan and roll out, or continue watching; returns False if there was nothing to do.
 
-        Raises DeployError, CallDenied, RolledBack or Stuck, and leaves no change set.
+        Raises DeployError, CallDenied, RolledBack or Stuck, and leaves no change set but one that was there before.
         """
         token = under_way(self.stack, image)
         if token:

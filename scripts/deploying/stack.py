@@ -7,7 +7,7 @@ The token of its execution has the same name, and stays in the events of the sta
 
 import contextlib
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple
 
 from deploying.aws import POLL_SECONDS, Account, AwsError, CallDenied, Clock, DeployError, say
@@ -52,11 +52,17 @@ The template gives the group a name, and CloudFormation replaces no resource tha
 """
 GONE: Final = frozenset(("ChangeSetNotFound", "ChangeSetNotFoundException", "ValidationError"))
 """Error codes for a missing change set or stack."""
+PENDING: Final = frozenset(("CREATE_PENDING", "CREATE_IN_PROGRESS"))
+"""The statuses of a change set that is being created."""
 UNCHANGED: Final = ("didn't contain changes", "No updates are to be performed")
 """Reasons that CloudFormation gives for a change set without changes."""
 LARGEST: Final = 51200
 """The largest template outside S3, in bytes."""
 PLAN_SECONDS: Final = 600
+
+
+class _Planned(Exception):
+    """A change set of this name exists, and can be executed."""
 
 
 class State(NamedTuple):
@@ -195,7 +201,7 @@ class Stack:
 
         The stack keeps its template, parameters and tags, except those given.  `default` is the template of a new
         stack.  Without `guarded` alarms neither refuse the change set nor roll it back.  Raises DeployError or
-        CallDenied, and then leaves no change set.
+        CallDenied, and then leaves the change set of an earlier run, but none of its own.
         """
         state = self.look()
         self.free(state)
@@ -224,21 +230,12 @@ class Stack:
         if tags:  # they replace all tags of the stack
             kept_tags = {} if state is None else state.tags
             request["Tags"] = [{"Key": key, "Value": value} for key, value in sorted({**kept_tags, **tags}.items())]
-        name = named(image)
-        try:
-            self._create(name, request)
-            found = self._made(name)
-            plan = None if found is None else Plan(found["ChangeSetId"], name, found["Changes"])
-            if plan and not fresh:
+
+        def check(plan: Plan) -> None:
+            if not fresh:
                 self.expect(plan, allow)
-        except BaseException:
-            with contextlib.suppress(DeployError):
-                self._made(name)  # it cannot be removed before it is complete
-            self.drop(name)
-            raise
-        if plan is None:
-            self.drop(name)
-        return plan
+
+        return self._replace(named(image), request, check)
 
     def planned(self, image: str, status: str = "AVAILABLE") -> Plan | None:
         """Return the change set of an image if its execution has a status, otherwise None."""
@@ -275,8 +272,48 @@ class Stack:
             if error.code not in GONE:
                 say(f"the change set {name} may still exist: {error}")
 
-    def _create(self, name: str, request: dict[str, Any]) -> None:
-        """Create a change set in place of one that an earlier run left."""
+    def _replace(self, name: str, request: dict[str, Any], check: Callable[[Plan], None]) -> Plan | None:
+        """Make a change set as `_offer` does; one that can be executed stays until another has passed the check."""
+        try:
+            return self._offer(name, request, check, keep=True)
+        except _Planned:
+            trial = self._offer(f"{name}-trial", request, check)
+        if trial is None:
+            self.drop(name)
+            return None
+        self.drop(trial.name)
+        return self._offer(name, request, check)
+
+    def _offer(
+        self, name: str, request: dict[str, Any], check: Callable[[Plan], None], *, keep: bool = False
+    ) -> Plan | None:
+        """Make a change set and check it; returns None if it would change nothing.
+
+        Raises what `_create` and `check` raise, and then removes what it made.
+        """
+        made = False
+        try:
+            self._create(name, request, keep=keep)
+            made = True
+            found = self._made(name)
+            plan = None if found is None else Plan(found["ChangeSetId"], name, found["Changes"])
+            if plan:
+                check(plan)
+        except BaseException:
+            if made or self._pending(name):  # the answer to its creation may be lost
+                with contextlib.suppress(DeployError):
+                    self._made(name)  # it cannot be removed before it is complete
+                self.drop(name)
+            raise
+        if plan is None:
+            self.drop(name)
+        return plan
+
+    def _create(self, name: str, request: dict[str, Any], *, keep: bool) -> None:
+        """Create a change set in place of one that an earlier run left; raises AwsError.
+
+        With `keep` it raises _Planned if the one in its place can be executed.
+        """
         description = "made by scripts/deploy"
         arguments = {"StackName": self.name, "ChangeSetName": name, "Description": description, **request}
         for last in (False, True):
@@ -287,6 +324,8 @@ class Stack:
                     raise
                 with contextlib.suppress(DeployError):
                     self._made(name)  # whatever became of it
+                if keep and self._describe(name)["ExecutionStatus"] == "AVAILABLE":
+                    raise _Planned from error
                 self.drop(name)
             else:
                 return
@@ -294,7 +333,7 @@ class Stack:
     def _made(self, name: str) -> dict[str, Any] | None:
         """Wait for a change set; returns None if it has no changes, raises DeployError if it failed."""
         until = self.clock.now() + PLAN_SECONDS
-        while (found := self._describe(name))["Status"] in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
+        while (found := self._describe(name))["Status"] in PENDING:
             if self.clock.now() >= until:
                 raise DeployError(f"the change set {name} is still {found['Status']}: run this again")
             self.clock.sleep(POLL_SECONDS / 5)
@@ -304,6 +343,13 @@ class Stack:
         if any(words in reason for words in UNCHANGED):
             return None
         raise DeployError(f"the change set failed: {' '.join(reason.split())}")
+
+    def _pending(self, name: str) -> bool:
+        """Return whether a change set is being created."""
+        try:
+            return self._describe(name)["Status"] in PENDING
+        except AwsError:
+            return False
 
     def _describe(self, name: str) -> dict[str, Any]:
         """Return a change set, with the resource changes of all pages."""

@@ -23,6 +23,7 @@ from support.deployments import (
     parameters,
 )
 from support.formation import TEMPLATE
+from support.wire import Fault
 
 
 @pytest.fixture
@@ -360,6 +361,34 @@ def test_allowed_resource_may_change(account):
     assert "--allow TlsListener" in result.stderr
     end(account, deploy(account, "rollout", account.new, "--allow=TlsListener"), DONE, runs=account.new)
     assert account.stack.parameters["CertificateArn"] == OTHER_CERTIFICATE
+
+
+def test_refused_plan_leaves_an_earlier_one(account):
+    """A plan that is refused or fails leaves the earlier one, and a plan that is accepted replaces it."""
+    name = f"chatd-{account.new}"
+    end(account, deploy(account, "plan", account.new), DONE, planned=[name])
+    earlier = account.stack.change_sets[name].id
+    more = f"--parameter=CertificateArn={OTHER_CERTIFICATE}"
+    end(account, deploy(account, "plan", account.new, more), REFUSED, planned=[name])
+    end(account, deploy(account, "ship", "--image", account.new, more), REFUSED, planned=[name])
+    end(account, deploy(account, "plan", account.new, "--parameter=MinSize=0"), FAILED, planned=[name])
+    account.fault("CreateChangeSet", Fault("Throttling", "Rate exceeded"))
+    end(account, deploy(account, "plan", account.new), FAILED, planned=[name])
+    assert account.stack.change_sets[name].id == earlier
+    end(account, deploy(account, "plan", account.new, "--parameter=Retain=30d"), DONE, planned=[name])
+    assert account.stack.change_sets[name].id != earlier
+    end(account, deploy(account, "rollout", account.new), DONE, runs=account.new)
+    assert account.stack.parameters["Retain"] == "30d"
+
+
+def test_plan_without_changes_removes_an_earlier_one(account):
+    """After `plan` has found nothing to do, `rollout` does nothing."""
+    end(account, deploy(account, "plan", account.new), DONE, planned=[f"chatd-{account.new}"])
+    account.stack.runs(account.new)
+    end(account, deploy(account, "plan", account.new), DONE, runs=account.new)
+    result = deploy(account, "rollout", account.new)
+    end(account, result, DONE, runs=account.new)
+    assert "nothing to do" in result.stdout
 
 
 def test_template_may_not_add_resources(account, tmp_path):

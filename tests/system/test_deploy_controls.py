@@ -51,8 +51,20 @@ UNSAFE = {
         road.test_ship_rolls_out_verifies_and_labels,
     ),
     "a refused change set remains": (
-        ("deploying/stack.py", "            self.drop(name)\n            raise", "            raise"),
+        ("deploying/stack.py", "            if made or self._pending(name):", "            if False:"),
         cuts.test_early_interrupt_leaves_nothing,
+    ),
+    "a change set remains whose creation was not answered": (
+        ("deploying/stack.py", "            if made or self._pending(name):", "            if made:"),
+        cuts.test_interrupt_leaves_an_earlier_plan,
+    ),
+    "a refused plan replaces an earlier one": (
+        ("deploying/stack.py", "check, keep=True)", "check)"),
+        road.test_refused_plan_leaves_an_earlier_one,
+    ),
+    "a failed creation removes an earlier plan": (
+        ("deploying/stack.py", "            if made or self._pending(name):", "            if True:"),
+        road.test_refused_plan_leaves_an_earlier_one,
     ),
     "an instance refresh is ignored": (
         ("deploying/stack.py", 'if one["Status"] in REFRESHING', "if False"),

@@ -233,3 +233,13 @@ def test_early_interrupt_leaves_nothing(account):
     result = deploy(account, "ship", "--image", account.new)
     end(account, result, INTERRUPTED)
     assert result.stderr == "deploy: interrupted\n"
+
+
+def test_interrupt_leaves_an_earlier_plan(account):
+    """SIGINT while a plan replaces another one leaves the earlier one, and no change set of its own."""
+    name = f"chatd-{account.new}"
+    end(account, deploy(account, "plan", account.new), DONE, planned=[name])
+    earlier = account.stack.change_sets[name].id
+    account.fault("CreateChangeSet", lambda: account.process.send_signal(signal.SIGINT), after=1)
+    end(account, deploy(account, "plan", account.new, "--parameter=Retain=30d"), INTERRUPTED, planned=[name])
+    assert account.stack.change_sets[name].id == earlier
