@@ -206,7 +206,7 @@ class Proof:
         return {"stack": name, "steps": seen, "left": left}
 
     def _question(self) -> str:
-        body = body_of(self._pipeline.template or self._pipeline.default)
+        body = self._pipeline.template or body_of(self._pipeline.default)
         target = aim(self._stack, None, body, self._pipeline.parameters, None)
         lines, dollars = estimate(target.parameters)
         return "\n".join(

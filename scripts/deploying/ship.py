@@ -12,7 +12,7 @@ from deploying.check import aim, findings, launchable
 from deploying.images import version
 from deploying.record import Record
 from deploying.rollout import Watch, roll_out, under_way
-from deploying.stack import IMAGE, REVIEW, Plan, Stack, body_of, described, named
+from deploying.stack import IMAGE, REVIEW, Plan, Stack, State, body_of, described, named
 from deploying.verify import running, verify
 
 
@@ -22,7 +22,8 @@ class Pipeline(NamedTuple):
     stack: Stack
     default: pathlib.Path
     """The template for a new stack."""
-    template: pathlib.Path | None
+    template: str | None
+    """The text of the template that replaces the stack's."""
     parameters: Mapping[str, str]
     allow: Collection[str]
     role: str | None
@@ -48,7 +49,7 @@ class Pipeline(NamedTuple):
 
     def check(self, image: str | None) -> dict[str, Any]:
         """Return what would stop the stack or a rollout, and what was not checked."""
-        body, replaces = body_of(self.template or self.default), self.template is not None
+        body, replaces = self.template or body_of(self.default), self.template is not None
         found, skipped = findings(aim(self.stack, image, body, self.parameters, self.role, replaces=replaces))
         return {"findings": found, "skipped": skipped}
 
@@ -82,18 +83,33 @@ class Pipeline(NamedTuple):
         if state and state.outputs and state.image:
             # A missing permission to verify shows now, before anything is changed.
             running(self.stack.account, state, state.image)
+        former = self._former(state)
         moved = self._move(image)
         try:
             return self._prove(image)
         except DeployError as error:
-            if before in (None, image):
+            if before is None or (before == image and not (moved and (former.template or former.parameters))):
                 if not moved:
                     raise
                 raise Stuck(f"{error}; there is no image to go back to") from error
-            former = {name: state.parameters[name] for name in self.parameters if state and name in state.parameters}
-            self._replace(template=None, parameters=former).undo(str(before), error)
+            stays = self.template is not None and not (moved and former.template)
+            former.undo(before, error, stays=stays)
 
     # The steps
+
+    def _former(self, state: State | None) -> "Pipeline":
+        """Return a pipeline that restores the template and the parameters of the stack; raises AwsError.
+
+        It has no template if the stack keeps its own, or if the former one is not known.
+        """
+        parameters = state.parameters if state else {}
+        names, template = {*self.parameters}, None
+        if self.template and state and state.status != REVIEW and not state.busy:
+            template = self.stack.template()
+        if self.template and template:
+            names |= parameters.keys() - self.stack.declared(self.template)
+        former = {name: parameters[name] for name in names & parameters.keys()}
+        return self._replace(template=template, parameters=former)
 
     def _plan(self, image: str, *, guarded: bool = True) -> Plan | None:
         """Make the change set for an image with the options given; raises as Stack.plan does."""
@@ -165,14 +181,19 @@ class Pipeline(NamedTuple):
                 raise Stuck(f"{image} is not restored: {error}") from error
             raise
 
-    def undo(self, before: str, why: DeployError) -> NoReturn:
-        """Restore an image; raises RolledBack when it is restored, otherwise Stuck."""
+    def undo(self, before: str, why: DeployError, *, stays: bool = False) -> NoReturn:
+        """Restore an image; raises RolledBack when it is restored, otherwise Stuck.
+
+        `stays` is true if the template remains that the run was given.
+        """
         say(f"{why}: rolling back to {before}")
         try:
             self._back(before)
         except DeployError as error:
             raise Stuck(f"{why}; and then: {error}") from error
-        raise RolledBack(f"{why}; rolled back to {before}")
+        remedy = f": to replace it, scripts/deploy ship --stack {self.stack.name} --image {before} --template FILE"
+        more = f", but the stack keeps the template that was given{remedy}" if stays else ""
+        raise RolledBack(f"{why}; rolled back to {before}{more}")
 
     def _watch(self, image: str, token: str) -> None:
         """Continue watching; raises as Watch.run does."""

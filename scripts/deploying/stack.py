@@ -6,6 +6,7 @@ The token of its execution has the same name, and stays in the events of the sta
 """
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple
@@ -149,6 +150,18 @@ class Stack:
         token = self.operation()
         return token if token.startswith(f"{named(image)}-") else None
 
+    def template(self) -> str | None:
+        """Return the template of the stack; None if it is too large to be given outside S3."""
+        arguments = {"StackName": self.name, "TemplateStage": "Original"}
+        found = self.account.call("cloudformation", "get_template", **arguments)["TemplateBody"]
+        text = found if isinstance(found, str) else json.dumps(found, separators=(",", ":"))  # botocore parses JSON
+        return text if len(text.encode()) <= LARGEST else None
+
+    def declared(self, template: str) -> set[str]:
+        """Return the names of the parameters of a template."""
+        summary = self.account.call("cloudformation", "get_template_summary", TemplateBody=template)
+        return {one["ParameterKey"] for one in summary["Parameters"]}
+
     # Preconditions of a rollout
 
     def quiet(self, state: State) -> None:
@@ -189,7 +202,7 @@ class Stack:
         self,
         image: str,
         *,
-        template: pathlib.Path | None = None,
+        template: str | None = None,
         default: pathlib.Path,
         parameters: Mapping[str, str] | None = None,
         allow: Collection[str] = (),
@@ -212,10 +225,9 @@ class Stack:
         given = {**(parameters or {}), IMAGE: image}
         kept: set[str] = set()
         if fresh or template:
-            body = request["TemplateBody"] = body_of(template or default)
+            body = request["TemplateBody"] = template or body_of(default)
             if state is not None and not fresh:
-                summary = self.account.call("cloudformation", "get_template_summary", TemplateBody=body)
-                kept = {one["ParameterKey"] for one in summary["Parameters"]} & state.parameters.keys()
+                kept = self.declared(body) & state.parameters.keys()
         else:
             request["UsePreviousTemplate"] = True
             kept = {*(state.parameters if state else ())}

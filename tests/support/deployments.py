@@ -59,6 +59,7 @@ ALLOWED = {
     "cloudformation:DescribeStackResources",
     "cloudformation:DescribeStacks",
     "cloudformation:ExecuteChangeSet",
+    "cloudformation:GetTemplate",
     "cloudformation:GetTemplateSummary",
     "cloudwatch:DescribeAlarms",
     "ec2:DeregisterImage",

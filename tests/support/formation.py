@@ -10,6 +10,7 @@ does not become healthy, an alarm fires, or it is cancelled, as CloudFormation d
 
 import datetime as dt
 import itertools
+import json
 import uuid
 
 from support.change_sets import Rejected, changes, deployed, fixed_name, parsed
@@ -71,6 +72,8 @@ class Formation:
         self.status = None
         self.deployed = None
         """The template and the parameters of the stack; None before its first operation."""
+        self.text = None
+        """The text of the template of the stack; None before an update has given one."""
         self.triggers = []
         """The ARNs of the alarms that roll back an update; they stay until a change set has others."""
         self.events = []
@@ -188,9 +191,10 @@ class Formation:
 
     def _update(self, change_set, token):
         old, new = self.deployed, change_set.becomes
+        former = self.text
         yield  # what was asked for has not begun yet
         self._token, self._cancelled = token, False
-        self.deployed = new
+        self.deployed, self.text = new, change_set.request.get("TemplateBody", former)
         self.triggers = change_set.triggers(self.triggers)
         self._become("UPDATE_IN_PROGRESS", "User Initiated")
         yield
@@ -199,7 +203,7 @@ class Formation:
             yield from self._resources(change_set.changes)
         except Failed as failed:
             change_set.execution = "EXECUTE_FAILED"
-            self.deployed = old
+            self.deployed, self.text = old, former
             self._become("UPDATE_ROLLBACK_IN_PROGRESS", f"The following resource(s) failed to update: {failed}")
             yield
             try:
@@ -522,6 +526,12 @@ class Formation:
                 "ValidationError", f"CancelUpdateStack cannot be called from current stack status {self.status}"
             )
         self._cancelled = True
+
+    def GetTemplate(self, params):
+        """Return the template that the stack has or, while it is updated, is getting."""
+        self._known(params)
+        assert params["TemplateStage"] == "Original"
+        return {"TemplateBody": self.text or json.dumps(self.deployed.template)}
 
     def GetTemplateSummary(self, params):
         declared = parsed(params["TemplateBody"])["Parameters"]

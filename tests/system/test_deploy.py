@@ -8,6 +8,7 @@ import re
 import signal
 
 import pytest
+from support.change_sets import parsed
 from support.deployments import (
     BACK,
     DONE,
@@ -234,6 +235,63 @@ def test_wrong_version_is_rolled_back(account):
     end(account, result, BACK)
     assert f"is chatd/{VERSION}, not chatd/9.9.9" in result.json["error"]
     assert len(account.stack.executed) == 2
+
+
+def other_template(folder):
+    """Return a file with a template that has another name for a parameter."""
+    path = folder / "other.yaml"
+    path.write_text(TEMPLATE.read_text().replace("LogDays", "KeptDays"))
+    return path
+
+
+@pytest.mark.parametrize("form", ["YAML", "JSON"])
+def test_unverified_template_is_rolled_back(account, tmp_path, form):
+    """The former template returns with the former image, and with the parameters that the other one lacks."""
+    account.stack.set(LogDays="60")
+    account.stack.text = TEMPLATE.read_text() if form == "YAML" else None  # botocore parses JSON
+    bad = account.image("9.9.9")
+    given = "--template", other_template(tmp_path), "--allow=LogGroup", "--within=0.2"
+    result = deploy(account, "ship", "--image", bad, *given)
+    end(account, result, BACK)
+    assert result.stderr.endswith(f"; rolled back to {account.old}\n")
+    assert account.stack.deployed.template == parsed(TEMPLATE.read_text())
+    assert account.stack.parameters == parameters(account.old, LogDays="60")
+
+
+@pytest.mark.parametrize("what", ["a template", "a parameter"])
+def test_unverified_change_of_the_same_image(account, tmp_path, what):
+    """A change of the template or of parameters is rolled back, although the image is the last-good one."""
+    given = ["--parameter=Retain=30d"]
+    if what == "a template":
+        other = tmp_path / "other.yaml"
+        other.write_text(TEMPLATE.read_text().replace("HealthCheckGracePeriod: 60", "HealthCheckGracePeriod: 90"))
+        given = ["--template", other, "--allow=Group"]
+    account.fault("DescribeTargetHealth", Fault("AccessDenied", "no", 403), after=1)
+    result = deploy(account, "ship", "--image", account.old, *given)
+    end(account, result, BACK)
+    assert len(account.stack.executed) == 2
+    assert account.stack.deployed.template == parsed(TEMPLATE.read_text())
+    assert account.stack.parameters == parameters(account.old)
+
+
+KILLED = {"rolling out": ("DescribeStackEvents", 2), "rolled out": ("DescribeTargetHealth", 1)}
+
+
+@pytest.mark.parametrize("why", ["large", *KILLED])
+def test_template_that_stays_is_reported(account, tmp_path, why):
+    """A former template that is too large, or not known to a second run, is reported with the remedy."""
+    bad, other = account.image("9.9.9"), other_template(tmp_path)
+    given = "ship", "--image", bad, "--template", other, "--within=0.2"
+    if why in KILLED:
+        operation, after = KILLED[why]
+        account.fault(operation, "kill", after=after)
+        assert deploy(account, *given).returncode == -signal.SIGKILL
+    else:
+        account.stack.text = TEMPLATE.read_text() + "#" * 51200
+    result = deploy(account, *given)
+    end(account, result, BACK)
+    assert f"--stack {STACK} --image {account.old} --template FILE" in result.stderr.splitlines()[-1]
+    assert account.stack.deployed.template == parsed(other.read_text())
 
 
 def test_wrong_version_is_not_verified(account):

@@ -93,10 +93,26 @@ UNSAFE = {
     "a failed verification is not rolled back": (
         (
             "deploying/ship.py",
-            "            self._replace(template=None, parameters=former).undo",
-            "            raise\n            self.undo",
+            "            former.undo(",
+            "            raise\n            former.undo(",
         ),
         road.test_wrong_version_is_rolled_back,
+    ),
+    "a template that is not verified stays": (
+        ("deploying/ship.py", "self._replace(template=template, parameters=former)", "self._replace(template=None)"),
+        lambda account: road.test_unverified_template_is_rolled_back(account, account.script.parent, "YAML"),
+    ),
+    "parameters that the template lacks are lost": (
+        ("deploying/ship.py", "names |= parameters.keys() - self.stack.declared(self.template)", "pass"),
+        lambda account: road.test_unverified_template_is_rolled_back(account, account.script.parent, "YAML"),
+    ),
+    "the same image needs no rollback": (
+        ("deploying/ship.py", "not (moved and (former.template or former.parameters))", "True"),
+        lambda account: road.test_unverified_change_of_the_same_image(account, account.script.parent, "a parameter"),
+    ),
+    "a template stays without a word": (
+        ("deploying/ship.py", "stays=stays)", "stays=False)"),
+        lambda account: road.test_template_that_stays_is_reported(account, account.script.parent, "large"),
     ),
     "any image is accepted": (
         ("deploying/verify.py", "if images.get(one) != image", "if False"),
