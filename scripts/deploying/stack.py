@@ -40,7 +40,7 @@ NO_CLUSTER: Final = frozenset(("ClusterNotFoundFault", "ClusterNotFound"))
 NO_SUBNETS: Final = frozenset(("SubnetGroupNotFoundFault", "SubnetGroupNotFound"))
 """Those for a subnet group."""
 NO_SNAPSHOT: Final = frozenset(("SnapshotNotFoundFault", "SnapshotNotFound"))
-"""Those for a snapshot."""
+"""Error codes of MemoryDB for a missing snapshot, under its two names."""
 BEGINNINGS: Final = frozenset(("CREATE_IN_PROGRESS", "DELETE_IN_PROGRESS", "IMPORT_IN_PROGRESS", "UPDATE_IN_PROGRESS"))
 """The statuses with which an operation on a stack begins."""
 REFRESHING: Final = frozenset(("Pending", "InProgress", "Cancelling", "RollbackInProgress", "Baking"))
