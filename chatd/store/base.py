@@ -151,12 +151,15 @@ def answer_retry(post: Post, number: int, poster: Poster, *, same: bool) -> None
         poster.refused(post, LabelReused())
 
 
-def is_retry(post: Post, stored: Entry) -> bool:
-    """Return whether a post repeats an entry that has its label; the text of a removed entry is no longer known."""
-    if stored.replaces != (post.replaces and post.replaces.number):
+def is_retry(post: Post, stored: Entry, *, removal: bool) -> bool:
+    """Return whether a post repeats an entry that has its label, and that is itself a `removal` or not.
+
+    The text of an entry that a removal has erased is no longer known: any text of the same kind and target repeats it.
+    """
+    if (stored.replaces, removal) != (post.replaces and post.replaces.number, post.removed):
         return False
     same = stored.message == post.message and (stored.extra is post.extra or sorted_extra(stored) == sorted_extra(post))
-    return stored.removed or (not post.removed and same)
+    return stored.removed or same
 
 
 def sorted_extra(message: Post | Entry) -> str:

@@ -51,8 +51,9 @@ class _Room:
         self.stamped = ""
         """The timestamp of the newest entry."""
         self._keep = keep
-        # Each label's number, and each number's label: both are dropped with the entry.
-        self._labelled: dict[tuple[str, str], int] = {}
+        # Each label's number, with whether that entry is a removal, and each number's label: both are dropped with the
+        # entry.
+        self._labelled: dict[tuple[str, str], tuple[int, bool]] = {}
         self._labels: dict[int, tuple[str, str]] = {}
         # The numbers of the edits of each entry.  An entry that was edited keeps its text, and a page looks up the
         # newest one.
@@ -70,7 +71,7 @@ class _Room:
         self.stamped = entry.timestamp
         if label is not None:
             key = self._labels[entry.number] = entry.username, label
-            self._labelled[key] = entry.number
+            self._labelled[key] = entry.number, entry.removed
 
     def drop(self) -> None:
         """Remove the oldest entry and its label."""
@@ -117,10 +118,13 @@ class _Room:
         size = estimate(size, len(newest), len(self.entries))
         return RoomSummary(name, self.first, self.head, size, newest[0].timestamp)
 
-    def find(self, post: Post) -> Entry | None:
-        """Return the entry that was stored with the label of this post."""
-        number = None if post.label is None else self._labelled.get((post.username, post.label))
-        return None if number is None else self.get(number)
+    def find(self, post: Post) -> tuple[int, bool] | None:
+        """Return the number that was stored with the label of this post, and whether the post repeats that entry."""
+        found = None if post.label is None else self._labelled.get((post.username, post.label))
+        if found is None:
+            return None
+        number, removal = found
+        return number, is_retry(post, self.entries[number - self.first], removal=removal)
 
 
 def _as_edited(entry: Entry, edit: Entry) -> Entry:
@@ -167,9 +171,9 @@ class MemoryStore(Store):
                 notify(poster.refused, post, LogUnavailable(self._faults["rooms"]))
                 return
         log = self._rooms.get(room) or _Room(0, self._forgotten)
-        stored = log.find(post)
-        if stored is not None:
-            notify(answer_retry, post, stored.number, poster, same=is_retry(post, stored))
+        found = log.find(post)
+        if found is not None:
+            notify(answer_retry, post, found[0], poster, same=found[1])
             return
         replaces = None
         if post.replaces is not None:

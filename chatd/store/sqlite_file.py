@@ -589,13 +589,13 @@ class SqliteFile:
         outcomes: list[Outcome] = []
         rows: list[list[_Row]] = [[] for _ in _COLUMNS]
         labelled: dict[tuple[str, str, str], Entry] = {}
-        """The labels of this batch, which the table does not hold yet."""
+        """The labels of this batch that the table does not hold yet.  None of them belongs to a removal."""
         for room, post in posts:
             if post.label is not None:
                 key = room, post.username, post.label
                 stored = labelled.get(key) or self._labelled(*key)
                 if stored is not None:
-                    outcomes.append((stored.number, is_retry(post, stored)))
+                    outcomes.append((stored.number, is_retry(post, stored, removal=self._is_removal(room, stored))))
                     continue
             head, stamped = heads[room]
             stamp = now.after(stamped)
@@ -611,7 +611,10 @@ class SqliteFile:
                     self._scrub_all()
             kind, row = _row(room, entry, post.label)
             rows[kind].append(row)
-            if post.label is not None:
+            if post.removed:
+                self._insert_all(rows)
+                labelled.clear()  # the table has them now, and the removal has erased some
+            elif post.label is not None:
                 labelled[key] = entry
             heads[room] = entry.number, stamp
             outcomes.append((entry.number, None))
@@ -649,6 +652,14 @@ class SqliteFile:
     def _labelled(self, room: str, username: str, label: str) -> Entry | None:
         """Return the message that has a label."""
         return self._find(f"{_STORED} AND username = ? AND label = ?", room, username, label)
+
+    def _is_removal(self, room: str, stored: Entry) -> bool:
+        """Return whether an entry is a removal: the last one that replaces its message, which erased the others."""
+        if not stored.removed or stored.replaces is None:
+            return False
+        last = "SELECT max(number) FROM messages WHERE room = ? AND replaces = ?"
+        (number,) = self.writer.execute(last, (room, stored.replaces)).fetchone()
+        return bool(number == stored.number)
 
     def _find(self, query: str, *values: str | int) -> Entry | None:
         row = self.writer.execute(query, values).fetchone()

@@ -34,6 +34,40 @@ UNKNOWN = ("refused", UnknownId)
 NOT_REPLACEABLE = ("refused", NotReplaceable)
 
 
+LABELLED = {
+    "message": Post("ann", "new", "l", "a"),
+    "message, other text": Post("ann", "else", "l", "a"),
+    "message, text of a removal": Post("ann", REMOVED, "l", "a"),
+    "edit of 1": Post("ann", "new", "l", "a", Id("", 1)),
+    "edit of 1, other text": Post("ann", "else", "l", "a", Id("", 1)),
+    "edit of 1, text of a removal": Post("ann", REMOVED, "l", "a", Id("", 1)),
+    "edit of 1, other epoch": Post("ann", "new", "l", "a", Id("other", 1)),
+    "edit of 2": Post("ann", "new", "l", "a", Id("", 2)),
+    "removal of 1": Post("ann", REMOVED, "l", "a", Id("", 1), removed=True),
+    "removal of 1, other epoch": Post("ann", REMOVED, "l", "a", Id("other", 1), removed=True),
+    "removal of 2": Post("ann", REMOVED, "l", "a", Id("", 2), removed=True),
+}
+"""Posts of every kind with one label; an epoch of "" stands for that of the log."""
+RETRIES = {
+    "message": (["message"], ["message, other text", "message, text of a removal"]),
+    "message, text of a removal": (["message, text of a removal"], ["message", "message, other text"]),
+    "edit of 1": (
+        ["edit of 1", "edit of 1, other epoch"],
+        ["edit of 1, other text", "edit of 1, text of a removal"],
+    ),
+    "edit of 1, text of a removal": (
+        ["edit of 1, text of a removal"],
+        ["edit of 1", "edit of 1, other epoch", "edit of 1, other text"],
+    ),
+    "removal of 1": (["removal of 1", "removal of 1, other epoch"], []),
+}
+"""The posts of LABELLED that are retries of a stored one, and those that also count as retries once it is erased.
+
+All others are other posts, whose label is refused.  A retry may name its target by an old epoch, because the log keeps
+its labels when it draws a new one.  An erased text is unknown, but the kind of the post and its target are known.
+"""
+
+
 class StrictFollower(RecordingFollower):
     """A follower that rejects empty notifications."""
 
@@ -93,6 +127,14 @@ class Bench:
     def removal(self, number, label=None, author="a", **more):
         """Return a post that removes an entry."""
         return self.edit(number, REMOVED, label, author, removed=True, **more)
+
+    def labelled(self):
+        """Return the posts of LABELLED by name, with the epoch of this log."""
+        posts = {}
+        for name, post in LABELLED.items():
+            target = post.replaces
+            posts[name] = post._replace(replaces=target and Id(target.epoch or self.store.epoch, target.number))
+        return posts
 
     def read(self, room, after=None, limit=100):
         return self.wait(self.store.read(room, after, limit))
@@ -1229,6 +1271,35 @@ class EditContract(StoreContract):
         ]
         assert log.send("main", log.removal(2, "r"), log.edit(2, label="l")) == [REUSED] * 2
 
+    @pytest.mark.parametrize("first", RETRIES)
+    def test_label_of_another_kind_of_post(self, bench, first):
+        """Only a post of the same kind, target and text is a retry; the text of an erased one is unknown."""
+        log = bench()
+        old = Post("ann", "old", author="a")
+        assert log.send("main", old, old, log.labelled()[first]) == [("posted", 1), ("posted", 2), ("posted", 3)]
+        assert retried(log) == retries(first, erased=False)
+        log.send("main", log.removal(1 if log.labelled()[first].replaces else 3))
+        assert retried(log) == retries(first, erased=True)
+
+    @pytest.mark.parametrize("first", RETRIES)
+    def test_label_of_another_kind_in_flight(self, bench, first):
+        """Posts in flight get the same answers as later ones."""
+        log = bench()
+        posts = log.labelled()
+        before = [Post("ann", "old", author="a")] * 2
+        remove = log.removal(1 if posts[first].replaces else 3)
+        sent = [*before, posts[first], *posts.values(), remove, *posts.values()]
+        _, _, _, *outcomes = log.send_at_once(*[("main", post) for post in sent])
+        assert dict(zip(posts, outcomes, strict=False)) == retries(first, erased=False)
+        assert dict(zip(posts, outcomes[len(posts) + 1 :], strict=True)) == retries(first, erased=True)
+
+    def test_label_of_a_removal_outlives_its_message(self, bench):
+        """A removal stays one when retention has trimmed the message that it removed."""
+        log = bench(retain="2")
+        log.send("main", Post("ann", "old", author="a"), log.edit(1, label="e"), log.removal(1, "r"))
+        again = [log.edit(1, label="e"), log.removal(1, "e"), log.removal(1, "r"), log.edit(1, label="r")]
+        assert log.send("main", *again) == [("duplicate", 2), REUSED, ("duplicate", 3), REUSED]
+
     def test_retention_of_edits(self, bench):
         """An edit outlives the entry that it replaces, and is trimmed as any other entry."""
         log = bench(retain="2")
@@ -1370,6 +1441,18 @@ class DurableStoreContract(StoreContract):
         log.reopen(again)
         assert log.send("other", Post("bob", "hi", "l"), Post("bob", "hi", "m")) == [("duplicate", 2), ("posted", 3)]
 
+    @pytest.mark.parametrize("first", RETRIES)
+    def test_labels_of_every_kind_outlive_the_process(self, bench, again, first):
+        """An entry whose text is erased keeps its label, its kind and its target."""
+        log = bench()
+        old = Post("ann", "old", author="a")
+        log.send("main", old, old, log.labelled()[first])
+        log.reopen(again)
+        assert retried(log) == retries(first, erased=False)
+        log.send("main", log.removal(1 if log.labelled()[first].replaces else 3))
+        log.reopen(again)
+        assert retried(log) == retries(first, erased=True)
+
     def test_extra_fields_outlive_the_process(self, bench, again):
         log = bench()
         post = Post("ann", "hi", "l", extra={"b": 1, "a": "é"})
@@ -1419,6 +1502,19 @@ class DurableStoreContract(StoreContract):
     def test_labels_equal_the_model(self, make, again):
         """For any sequence of labelled posts, outcomes equal those of the Model below."""
         self.check_labels(make, self.label_steps | st.tuples(st.just("reopen"), st.none()), again)
+
+
+def retried(log):
+    """Return the answer to each post of LABELLED, whose label the third entry has."""
+    posts = log.labelled()
+    return dict(zip(posts, log.send("main", *posts.values()), strict=True))
+
+
+def retries(first, *, erased):
+    """Return the right answer to each post of LABELLED, when the third entry is the `first` and was `erased` or not."""
+    known, unknown = RETRIES[first]
+    same = {*known, *unknown} if erased else {*known}
+    return {name: ("duplicate", 3) if name in same else REUSED for name in LABELLED}
 
 
 class Model:

@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 from typing_extensions import override
 
 from chatd.histogram import SECONDS, Histogram
-from chatd.messages import Entry, Id, Post
+from chatd.messages import Entry, Post
 from chatd.room.cursors import Behind
 from chatd.room.log import Forbidden, InDoubt, LogUnavailable, NotReplaceable, Page, Poster, Refusal, UnknownId
 from chatd.room.moderation import RoomSummary, Sanction, every_room
@@ -177,11 +177,11 @@ class RedisStore(Store):
         if len(self._pending) >= MAX_PENDING:
             notify(poster.refused, post, LogUnavailable("too many posts are in flight"))
             return
-        replaces = "" if post.replaces is None else str(self._number(post.replaces))
         label, text_digest = LOG, ""
         if post.label is not None:
             label = label_key(room, post.username, post.label)
-            text_digest = digest(post.message, *filter(None, [replaces, sorted_extra(post)]))
+            target = "" if post.replaces is None else str(post.replaces.number)
+            text_digest = digest(post.message, *filter(None, [target, sorted_extra(post)]))
         serial = self._serials = self._serials + 1
         self._pending[serial] = _SentPost(post, poster, self._clock.seconds())
         self._session.connection.run(
@@ -196,17 +196,13 @@ class RedisStore(Store):
             max(LABEL_SECONDS, self._retain.seconds or 0) * 1000,
             *self._trimming(),
             post.author or "",
-            replaces,
+            str(post.replaces or ""),
             "1" if post.removed else "",
             "1" if post.moderated else "",
             sorted_extra(post),
         ).addBoth(self._timed, serial).addCallbacks(
             self._stored, self._not_stored, callbackArgs=(serial,), errbackArgs=(serial,)
         ).addErrback(lambda failure: _logger.failure("a poster failed", failure))
-
-    def _number(self, message: Id) -> int:
-        """Return the number in an id of this log, or 0, which is the number of no message."""
-        return message.number if message.epoch == self.epoch else 0
 
     def _timed(self, result: _T, serial: int) -> _T:
         pending = self._pending.get(serial)

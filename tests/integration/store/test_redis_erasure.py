@@ -4,6 +4,7 @@ import pytest
 from support.helpers import RecordingPoster
 from support.redis_nodes import outcome
 from support.redises import Redis, until, wait_in
+from support.store_contract import REUSED
 
 from chatd.messages import REMOVED, Id, Post
 from chatd.store.redis import store as redis_store
@@ -189,6 +190,22 @@ def test_removal_in_doubt_is_erased(one, proxy, node):
     node.up()
     erased(node, one)
     assert memory(one) == set()
+
+
+def test_labels_of_what_an_older_version_erased(one, node):
+    """An older version marks erased texts like removals, and retries of both are still told apart."""
+    node = node(one.url)
+    posts = [say("old", "l"), edit(node, 3, "new")._replace(label="e"), removal(node, 3)._replace(label="r")]
+    send(node, *posts)
+    erased(node, one)
+    room = "{chatd}:room:main"
+    entries = one.call("XRANGE", room, "-", "+")
+    one.call("DEL", room)
+    for place, fields in entries:
+        one.call("XADD", room, place, *(b"1" if field == b"2" else field for field in fields))
+    assert one.call("XRANGE", room, "-", "+") != entries
+    others = [posts[1]._replace(label="r"), posts[2]._replace(label="e"), posts[2]._replace(label="l")]
+    assert send(node, *posts, *others) == [*(("duplicate", number) for number in (3, 4, 5)), *[REUSED] * 3]
 
 
 def test_trimmed_edits_are_forgotten(one, node):

@@ -5,7 +5,7 @@
 --       the message; its digest ('' if there is no label); how many milliseconds the label is remembered;
 --       how many messages are kept (0: all); the times in microseconds of the oldest and the newest message whose age
 --       keeps it (0: no age removes any); about how many entries the feed keeps; the time in microseconds ('': this
---       machine's); the author ('' if there is none); the number of the message to replace ('' if there is none);
+--       machine's); the author ('' if there is none); the id of the message to replace ('' if there is none);
 --       1 for a removal, and 1 for a moderator (otherwise ''); the operator's own fields as JSON ('' without any)
 -- Returns: the message's number, the number of the feed's entry that announces it, and how many messages were removed.
 --          If the label was used before, also whether it was for the same message (1 or 0).
@@ -19,26 +19,31 @@ local function part(words)
     return length .. ':' .. words
 end
 
--- Return the number and the digest that a label names; nothing if its message was trimmed or lost.
-local function find(stream, kept, username, head)
+-- Return the number that a label names, and 1 if the post repeats its message, otherwise 0; nothing if the message was
+-- trimmed or lost.  `is_retry` of chatd/store/base.py states the rule.
+local function find(stream, changes, kept, head, username, digest, target, removes)
     local oldest = kept and redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
     if not oldest then
         return nil
     end
-    local number, digest = string.match(kept, '^(%d+) (%x+)$')
-    number = tonumber(number)
-    if number < parts(oldest[1]) or number > head then
+    local number, stored = string.match(kept, '^(%d+) (%x+)$')
+    if tonumber(number) < parts(oldest[1]) or tonumber(number) > head then
         return nil
     end
+    local same = stored == digest
     local entry = redis.call('XRANGE', stream, number, number)[1]
     if entry then
         local found = fields(entry)
         local said = part(found.m) .. (found.p and part(found.p) or '') .. (found.j and part(found.j) or '')
-        if found.u ~= username or (redis.sha1hex(said) ~= digest and not found.x) then
+        local whole = redis.sha1hex(said) == stored
+        if found.u ~= username or not (whole or found.x) then
             return nil -- another message has its number
         end
+        local removal = whole and found.p and found.x == REMOVAL
+        local erased = found.x and not removal or redis.call('HEXISTS', changes, 'x' .. number) == 1
+        same = found.p == target and not removal == (removes == '') and (erased or same)
     end
-    return number, digest
+    return tonumber(number), same and 1 or 0
 end
 
 -- Return why a message may not be replaced, as above; nothing if it may be.
@@ -57,6 +62,7 @@ end
 local epoch, seen, room, username, message, digest, remember, keep, oldest, youngest, feed, given, author, replaces,
     removes, moderated, extra = unpack(ARGV)
 local changes = edits(room)
+local of, target = string.match(replaces, '^(%w+)-(%d+)$')
 local stream, label = KEYS[4], KEYS[5]
 
 local log = redis.call('HMGET', LOG, 'epoch', 'seq')
@@ -70,14 +76,15 @@ if not number or tonumber(log[2]) ~= newest(FEED) then
 end
 
 if digest ~= '' then
-    local used, said = find(stream, redis.call('GET', label), username, number)
+    local used, same = find(stream, changes, redis.call('GET', label), number, username, digest, target, removes)
     if used then
-        return { used, tonumber(log[2]), 0, said == digest and 1 or 0 }
+        return { used, tonumber(log[2]), 0, same }
     end
 end
 
-if replaces ~= '' then
-    local reason = refusal(stream, changes, replaces, author, moderated)
+if target then
+    local known = of == epoch and target or 0 -- no message has the number 0
+    local reason = refusal(stream, changes, known, author, moderated)
     if reason then
         return { 0, reason }
     end
@@ -94,15 +101,15 @@ if author ~= '' then
     table.insert(entry, 'a')
     table.insert(entry, author)
 end
-if replaces ~= '' then
-    local earlier = redis.call('HGET', changes, replaces)
-    redis.call('HSET', changes, replaces, (earlier and earlier .. ' ' or '') .. text(number))
+if target then
+    local earlier = redis.call('HGET', changes, target)
+    redis.call('HSET', changes, target, (earlier and earlier .. ' ' or '') .. text(number))
     table.insert(entry, 'p')
-    table.insert(entry, replaces)
+    table.insert(entry, target)
     if removes ~= '' then
         table.insert(entry, 'x')
-        table.insert(entry, '1')
-        redis.call('HSET', changes, 'x' .. replaces, '')
+        table.insert(entry, REMOVAL)
+        redis.call('HSET', changes, 'x' .. target, '')
         for edit in string.gmatch(earlier or '', '%d+') do
             redis.call('HSET', changes, 'x' .. edit, '')
         end

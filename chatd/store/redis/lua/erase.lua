@@ -56,7 +56,7 @@ for _, entry in ipairs(redis.call('XRANGE', stream, text(done + 1), '+', 'COUNT'
             end
         end
         table.insert(entry[2], 'x')
-        table.insert(entry[2], '1')
+        table.insert(entry[2], ERASED)
     end
     add(copy, entry)
 end

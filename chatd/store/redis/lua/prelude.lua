@@ -20,6 +20,7 @@
 
 local LOG, HEADS, FEED = KEYS[1], KEYS[2], KEYS[3]
 local ERASE = '{chatd}:erase'
+local REMOVAL, ERASED = '1', '2' -- older versions write REMOVAL for both
 local JUMP = 60 * 1000000 -- JUMP_SECONDS of chatd/store/base.py, in microseconds
 
 -- Format a number in full: Lua itself writes large ones with an exponent.
@@ -50,7 +51,7 @@ local function edits(room)
 end
 
 -- Return the fields of an entry by name: u the username, m the text, t the timestamp of a seeded message, a the author,
--- p the number that an edit replaces, x for a removal, j the operator's own fields as JSON.
+-- p the number that an edit replaces, x REMOVAL or, for what one erased, ERASED, j the operator's own fields as JSON.
 local function fields(entry)
     local found = {}
     for index = 1, #entry[2], 2 do
