@@ -104,6 +104,8 @@ class Drain:
         yield close_ports()
         connections.stopping = True
         yield DeferredList((yield from self._in_turn([*connections.connected])))
+        while connections.asked and not self._late():
+            yield deferLater(clock, TICK_SECONDS)
         yield connections.empty()
         closed = self._requests.close()
         yield from self._settle(lambda: self._requests.asked)

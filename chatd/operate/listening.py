@@ -15,6 +15,7 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import Any, Final, cast
 
+from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import (
@@ -57,17 +58,20 @@ class _AcceptedSocket:
     clients try again after one second, and then after two more.  Answering a handshake costs ten times as much as
     taking a connection.  So a crowd waits here, and not in the kernel.
 
-    `limit` returns the number of files that the process may have open.
+    `limit` returns the number of files that the process may have open.  A socket that was `passed` by another program,
+    such as systemd, stays open there: connections in the kernel wait for the next server.
     """
 
-    def __init__(self, port: Port, clock: IReactorTime, limit: Callable[[], int]) -> None:
+    def __init__(self, port: Port, clock: IReactorTime, limit: Callable[[], int], *, passed: bool) -> None:
         self._port = port
+        self._passed = passed
         self._clock = clock
         self._socket = port.socket
         self._limit = limit
         self._waiting: deque[tuple[socket.socket, Any]] = deque()
         self._accepted = 0
         self._scheduled = False
+        self._stopping = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
@@ -76,19 +80,25 @@ class _AcceptedSocket:
         """Return the connection that has waited longest, with its address, or raise as a socket does."""
         if self._waiting:
             return self._waiting.popleft()
+        if self._stopping:
+            raise BlockingIOError(errno.EAGAIN, "the port is about to close")
         found = self._socket.accept()
         self._accepted += 1
         if self._accepted % ACCEPTED_PER_LOOK == 0:
-            self._take(found[0])
+            self._take(found[0].fileno())
         return found
 
-    def _take(self, newest: socket.socket) -> None:
-        """Take the connections from the kernel for which files are left, and serve them in the next turn."""
+    def _take(self, newest: int) -> None:
+        """Take the connections from the kernel for which files are left, and serve them in the next turn.
+
+        `newest` is the descriptor of the newest connection.
+        """
         last = client_files(self._limit()) - 2  # the next file must be for clients too: see Entrance
         with suppress(OSError):  # no more wait
-            while newest.fileno() < last:
-                newest, address = self._socket.accept()
-                self._waiting.append((newest, address))
+            while newest < last:
+                connection, address = self._socket.accept()
+                self._waiting.append((connection, address))
+                newest = connection.fileno()
         if self._waiting and not self._scheduled:
             self._scheduled = True
             self._clock.callLater(0, self._accept_more)
@@ -97,8 +107,17 @@ class _AcceptedSocket:
         self._scheduled = False
         if self._waiting:  # the port may be closed meanwhile
             newest, _ = self._waiting[-1]
-            self._take(newest)
+            self._take(newest.fileno())
             self._port.doRead()
+
+    def stop_listening(self) -> "Deferred[None] | None":
+        """Serve the connections that wait, as those before them, and close the port."""
+        if not self._passed:
+            self._take(self._socket.fileno())
+        self._stopping = True
+        while self._waiting:
+            self._port.doRead()
+        return cast("Deferred[None] | None", self._port.loseConnection())
 
     def close(self) -> None:
         """Close the port and the connections that wait."""
@@ -159,20 +178,21 @@ class _PortReactor(_EndpointReactor):
                 own.listen(backlog)
             except OSError as error:
                 raise CannotListenError(interface, port, error) from None
-            return self.adoptStreamPort(own.fileno(), socket.AF_INET6, factory)
+            return self._accept_ahead(self._reactor.adoptStreamPort(own.fileno(), socket.AF_INET6, factory))
 
     def adoptStreamPort(
         self, fileDescriptor: int, addressFamily: socket.AddressFamily, factory: IProtocolFactory
     ) -> IListeningPort:
         """Open a port with a socket that another program, such as systemd, has opened."""
-        return self._accept_ahead(self._reactor.adoptStreamPort(fileDescriptor, addressFamily, factory))
+        return self._accept_ahead(self._reactor.adoptStreamPort(fileDescriptor, addressFamily, factory), passed=True)
 
-    def _accept_ahead(self, port: IListeningPort) -> IListeningPort:
+    def _accept_ahead(self, port: IListeningPort, *, passed: bool = False) -> IListeningPort:
         """Let a port take connections from the kernel before it serves them, and let them send at once."""
         if isinstance(port, Port):
             with suppress(OSError):  # a Unix socket has no such option
                 port.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            port.socket = _AcceptedSocket(port, self._reactor, self._limit)
+            port.socket = accepted = _AcceptedSocket(port, self._reactor, self._limit, passed=passed)
+            port.stopListening = accepted.stop_listening  # type: ignore[method-assign, assignment]
         return port
 
     def listenSSL(

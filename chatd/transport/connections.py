@@ -102,6 +102,8 @@ class Connections:
         self.closes: Counter[tuple[str, int]] = Counter()
         """The number of ended connections, by carrier and close code."""
         self.handshakes: Deadlines[Connection] = Deadlines(HANDSHAKE_SECONDS, clock)
+        self.asked: set[Connection] = set()
+        """The connections whose handshake waits for its turn, for a key of its token, or for the log."""
         self.closings: Deadlines[Connection] = Deadlines(CLOSE_SECONDS, clock)
         self.stalls: Deadlines[Any] = Deadlines(STALL_SECONDS, clock)
         """The connections whose transport is full: of these clients, and those of plain HTTP."""
@@ -142,6 +144,7 @@ class Connections:
         """Remove a connection that has ended with a close code, and return whether its handshake was answered."""
         for deadlines in (self.handshakes, self.closings, self.stalls, self.pings, self.expiries):
             deadlines.discard(client)
+        self.asked.discard(client)
         if client not in self.connected:
             return False
         self.connected.discard(client)

@@ -68,8 +68,6 @@ class WebSocketConnection(AutobahnConnection):
     session: Session
     admitted: tuple[JoinRequest, JoinTicket | None]
     """The request and the ticket, from the admission until the client joins."""
-    _loading = False
-    """True while a handshake waits for its turn, for a key of its token, or for the log."""
     _held_back = False
     """True if bytes that follow a handshake have arrived before its turn."""
     _unanswered = False
@@ -127,7 +125,8 @@ class WebSocketConnection(AutobahnConnection):
     @override
     def request_received(self, data: bytes) -> None:
         """Wait for the whole head of the request, and choose who answers it."""
-        if self._loading:  # these bytes follow the handshake, and some transports cannot be paused at once
+        if self in self.factory.connections.asked:
+            # These bytes follow the handshake, and some transports cannot be paused at once.
             self._held_back = True
             self.transport.pauseProducing()
             return
@@ -147,11 +146,11 @@ class WebSocketConnection(AutobahnConnection):
         elif self.factory.intake.answers_promptly():
             self._answer(head)
         else:  # between the handshakes of a crowd the other clients are served
-            self._loading = True
+            self.factory.connections.asked.add(self)
             self.factory.intake.turns.wait(lambda: self._answer_in_turn(head))
 
     def _answer_in_turn(self, head: Head) -> None:
-        del self._loading
+        self.factory.connections.asked.discard(self)
         if self._held_back:
             self._held_back = False
             self.transport.resumeProducing()
@@ -260,12 +259,12 @@ class WebSocketConnection(AutobahnConnection):
 
     def _wait_for(self, deferred: "Deferred[Any]") -> None:
         """Leave the frames that a client sends before it has its answer in its socket."""
-        self._loading = True
+        self.factory.connections.asked.add(self)
         self.transport.pauseProducing()
         deferred.addBoth(self._resume_reading)
 
     def _resume_reading(self, result: _T) -> _T:
-        del self._loading
+        self.factory.connections.asked.discard(self)
         self.transport.resumeProducing()
         return result
 

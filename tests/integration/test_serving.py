@@ -231,6 +231,7 @@ def test_short_history_has_more(tmp_path):
 # Stopped
 
 POSTS = 500
+CROWD = 200
 
 
 def test_sigterm(tmp_path):
@@ -268,6 +269,26 @@ def test_stop_without_clients(tmp_path):
             member.join()
             server.terminate()
             assert member.closed() == 1012
+        server.stopped()
+
+
+def test_crowd_at_the_stop_is_answered(tmp_path):
+    """Clients that the server has not accepted when it stops are admitted, or refused with 503, and none is cut off."""
+    with (
+        Server(tmp_path, "--drain=30", listen=f"{LOOPBACK}:backlog={CROWD}") as server,
+        contextlib.ExitStack() as stack,
+    ):
+        assert get(server.port, "/healthz")[0] == 200
+        server.terminate(signal.SIGSTOP)
+        crowd = [stack.enter_context(Raw(server.port)) for _ in range(CROWD)]
+        for client in crowd:
+            client.send(upgrade())
+        server.terminate()
+        server.terminate(signal.SIGCONT)
+        statuses = {client.head()[0] for client in crowd}
+        assert statuses <= {101, 503}
+        for client in crowd:
+            client.socket.close()
         server.stopped()
 
 

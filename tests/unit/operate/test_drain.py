@@ -457,6 +457,32 @@ def test_grace_ends_without_clients(scene):
     assert scene.others == 0
 
 
+def test_handshakes_that_wait_are_answered(scene):
+    """The drain waits for handshakes whose answer is on its way, and not until they are dropped."""
+    scene.connections.asked.add(scene)
+    scene.begin(8)
+    scene.until(3)
+    assert scene.connections.stopping
+    assert scene.over is None
+    assert not scene.when("requests close")
+    scene.connections.asked.discard(scene)
+    scene.until(3 + SLACK)
+    assert scene.over is not None
+    assert scene.others == 0
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+def test_unanswered_handshake_does_not_hold_up_the_drain(scene, immediate):
+    """The last seconds of the budget, or of an immediate drain, are not spent on handshakes."""
+    scene.connections.asked.add(scene)
+    scene.begin(120, immediate=immediate)
+    end = IMMEDIATE_SECONDS if immediate else 120 - LATE_SECONDS
+    scene.until(end - SLACK)
+    assert scene.over is None
+    scene.until(end + SLACK)
+    assert scene.over is not None
+
+
 @pytest.mark.parametrize("budget", [0, 1, 30, 120])
 def test_drain_without_clients_is_immediate(scene, budget):
     """A drain without clients closes the ports, settles the log and ends at once."""

@@ -4,6 +4,7 @@ import os
 import socket
 import ssl
 from contextlib import suppress
+from functools import partial
 from itertools import count
 
 import pytest
@@ -119,8 +120,8 @@ class RealPorts(MemoryReactorClock):
         super().__init__()
         self.later = []
 
-    def callLater(self, seconds, function):
-        self.later.append(function)
+    def callLater(self, seconds, function, *args):
+        self.later.append(partial(function, *args))
 
     def listenTCP(self, port, factory, backlog=50, interface=""):
         return self._opened(Port(port, factory, backlog, interface, self))
@@ -139,7 +140,7 @@ class RealPorts(MemoryReactorClock):
 class Crowd(Factory):
     """Clients that connect to a port with a short queue in the kernel."""
 
-    def __init__(self, ipv6=False):
+    def __init__(self, ipv6=False, passed=False):
         self.reactor = RealPorts()
         self.files = 1 << 20
         """The number of files that the process may open."""
@@ -154,6 +155,8 @@ class Crowd(Factory):
             number = free_port()
             ports.endpoint(f"tcp:{number}")
             text = f"tcp6:{number}:backlog=2"
+        if passed:
+            text = "systemd:domain=INET:index=0"
         self.port = ports.endpoint(text).listen(self).result
         for _ in range(ACCEPTED_PER_LOOK - 1):  # the next client makes the server look for a crowd
             self.connect(1)
@@ -201,6 +204,16 @@ def crowd(request):
     crowd = Crowd(**getattr(request, "param", {}))
     yield crowd
     crowd.end()
+
+
+@pytest.fixture
+def passed(monkeypatch):
+    """A socket that systemd has passed to the server."""
+    with socket.create_server(("127.0.0.1", 0), backlog=2) as passed:
+        passed.settimeout(0)
+        own = passed.dup().detach()  # the endpoint closes it
+        monkeypatch.setattr(_SystemdParser, "_sddaemon", ListenFDs([own]))
+        yield passed
 
 
 @pytest.mark.parametrize("crowd", [{}, {"ipv6": True}], indirect=True)
@@ -262,8 +275,39 @@ def test_unix_socket_of_systemd(folder, monkeypatch):
         port.socket.close()
 
 
+def test_stopped_port_serves_waiting_connections(crowd):
+    """Clients that wait in the server or in the kernel are served, and not closed."""
+    crowd.connect(3)
+    crowd.turn()
+    crowd.connect(2)
+    crowd.port.stopListening()
+    assert crowd.served == crowd.arrived
+    crowd.turns()
+    assert not crowd.port.connected
+    for client in crowd.clients:
+        client.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+
+
+def test_stopped_port_leaves_the_kernel_to_the_next_server(passed):
+    """A server that was passed its socket by systemd serves only the connections that it has taken."""
+    crowd = Crowd(passed=True)
+    crowd.connect(3)
+    crowd.turn()
+    crowd.connect(2)
+    crowd.port.stopListening()
+    assert crowd.served == crowd.arrived[:3]
+    crowd.turns()
+    for client in crowd.arrived[3:]:
+        connection, (_, port) = passed.accept()
+        connection.close()
+        assert port == client
+    crowd.end()
+
+
 def test_closed_port_closes_waiting_connections(crowd, events):
-    """Clients of a port that closes before their turn connect elsewhere."""
+    """Clients of a port that is lost before their turn connect elsewhere."""
     crowd.connect(3)
     crowd.turn()
     crowd.port.connectionLost(Failure(ConnectionDone()))

@@ -1627,6 +1627,11 @@ def test_restart_twice_sends_one_close(client):
     assert client.transport.producerState == "producing", "its answer is waited for"
 
 
+def test_client_that_goes_waits_for_no_answer(waiting, connections):
+    waiting.goes()
+    assert not connections.asked
+
+
 def test_abort_drops_what_is_left_and_unfinished_handshakes(factory, connections):
     joined, unfinished = Client(factory), Client(factory)
     joined.joins()
@@ -1645,8 +1650,10 @@ def test_handshake_while_stopping(client, connections, way):
 
 
 def test_stop_during_the_load_of_a_room(held, waiting, connections):
-    """A client that waits for the log gets a 503."""
+    """A client that waits for the log gets a 503, which a drain waits for."""
     connections.stopping = True
+    assert connections.asked == {waiting.protocol}
     held.answer()
+    assert not connections.asked
     assert waiting.transport.read().startswith(b"HTTP/1.1 503 ")
     assert not connections.connected
