@@ -40,7 +40,7 @@ local function find(stream, changes, kept, head, username, digest, target, remov
             return nil -- another message has its number
         end
         local removal = whole and found.p and found.x == REMOVAL
-        local erased = found.x and not removal or redis.call('HEXISTS', changes, 'x' .. number) == 1
+        local erased = found.x and not removal or redis.call('HGET', changes, 'x' .. number)
         same = found.p == target and not removal == (removes == '') and (erased or same)
     end
     return tonumber(number), same and 1 or 0
