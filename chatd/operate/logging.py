@@ -255,6 +255,7 @@ class LineObserver:
     def _move(self, move: Callable[[], None], done: str) -> None:
         try:
             with self._lock:
+                self._write()  # the lines before it belong to the old file
                 move()
         except OSError as error:
             self._logger.warn("the log file cannot be {done} ({reason})", done=done, reason=error.strerror)

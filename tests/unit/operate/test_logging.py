@@ -360,6 +360,16 @@ def test_file_is_reopened_and_rotated(observed):
     assert observed.lines == []
 
 
+@pytest.mark.parametrize("move", ["reopen", "rotate"])
+def test_lines_before_a_new_file_go_to_the_old_one(observed, move):
+    observed.observer.gather()
+    observed.write("one")
+    steps = observed.sink.moved
+    observed.sink.write = lambda data: steps.append(data) or len(data)
+    getattr(observed.observer, move)()
+    assert steps == [b"one\n", move]
+
+
 def test_file_that_cannot_be_reopened(observed):
     """The log states the reason, and continues in the old file."""
     observed.sink.fault = PermissionError(13, "Permission denied")
