@@ -156,8 +156,9 @@ def syslog_lines(line: Callable[[LogEvent], str], prefix: str) -> Callable[[LogE
 class LineObserver:
     """The log observer of the server: it never waits for a reader of the log.
 
-    While the reactor runs, a line waits for the end of the turn, because a write costs more than making the line.  A
-    warning or an error is written at once, with the lines before it.
+    While the reactor runs, a line waits for the end of the turn, because a write costs more than making the line.  As
+    many lines as one write takes are written before that.  A warning or an error is written at once, with the lines
+    before it.
 
     Lines that the sink does not take now wait in memory, and are dropped when too many wait.  When lines flow again,
     the log states how many were dropped.  Threads may log too.  `later` calls a function in the reactor's thread after
@@ -189,9 +190,12 @@ class LineObserver:
             if self._size + len(data) > MAX_WAITING:
                 self._dropped += data.count(b"\n")
                 return
+            waits = self._gathers and event.get("log_level") in _CALM
+            if waits and self._size + len(data) > PIPE_BUF:
+                self._write()
             self._waiting.append(data)
             self._size += len(data)
-            if self._gathers and event.get("log_level") in _CALM:
+            if waits:
                 self._write_after(0)
             else:
                 self._write()

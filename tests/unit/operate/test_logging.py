@@ -319,13 +319,25 @@ def test_warning_does_not_wait(observed, level):
 
 def test_write_has_whole_lines_as_many_as_a_pipe_takes_at_once(observed):
     """Lines of several processes in one pipe do not mix."""
-    observed.observer.gather()
+    observed.sink.space = 0
     for digit in "0123456789":
         observed.write(digit * 999)
     observed.write("x" * 2 * PIPE_BUF)
-    observed.clock.advance(0)
+    observed.sink.space = 1 << 30
+    observed.clock.advance(RETRY_SECONDS)
     assert [len(write) for write in observed.sink.writes] == [4000, 4000, 2000, 2 * PIPE_BUF + 1]
     assert [line[0] for line in observed.lines] == [*"0123456789x"]
+
+
+def test_turn_of_many_lines_loses_none(observed):
+    """Lines do not wait for the end of a turn when there are as many as one write takes."""
+    observed.observer.gather()
+    lines = [f"{number:99}" for number in range(2 * MAX_WAITING // 100)]
+    for line in lines:
+        observed.write(line)
+    observed.clock.advance(0)
+    assert observed.lines == lines
+    assert len(observed.sink.writes) < len(lines) / 30
 
 
 def test_lines_that_wait_are_in_order_after_a_full_pipe(observed):
