@@ -30,6 +30,8 @@ FULL_SECONDS: Final = CLOSE_SECONDS
 """The time that a client has to read its answers."""
 IMMEDIATE_SECONDS: Final = 1.0
 """The time that clients and the log have in an immediate drain."""
+ASK_SECONDS: Final = 1.0
+"""The time in which clients that have connected can still ask, after the ports are closed and all others have left."""
 TICK_SECONDS: Final = 0.05
 """The interval at which the next clients are released."""
 MISSED_TICKS: Final = 4
@@ -104,7 +106,8 @@ class Drain:
         yield close_ports()
         connections.stopping = True
         yield DeferredList((yield from self._in_turn([*connections.connected])))
-        while connections.asked and not self._late():
+        asks = clock.seconds() + ASK_SECONDS
+        while (connections.asked or ([*connections.handshakes] and clock.seconds() < asks)) and not self._late():
             yield deferLater(clock, TICK_SECONDS)
         yield connections.empty()
         closed = self._requests.close()

@@ -195,6 +195,12 @@ class _PortReactor(_EndpointReactor):
             port.stopListening = accepted.stop_listening  # type: ignore[method-assign, assignment]
         return port
 
+    def listenUNIX(
+        self, address: str, factory: IProtocolFactory, backlog: int = 50, mode: int = 0o666, wantPID: bool = False
+    ) -> IListeningPort:
+        """Open a Unix socket."""
+        return self._accept_ahead(self._reactor.listenUNIX(address, factory, backlog, mode, wantPID))
+
     def listenSSL(
         self,
         port: int,

@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock, LoopingCall, deferLater
 
 from chatd.operate import drain
-from chatd.operate.drain import ANSWER_SECONDS, FULL_SECONDS, IMMEDIATE_SECONDS, LATE_SECONDS, Drain
+from chatd.operate.drain import ANSWER_SECONDS, ASK_SECONDS, FULL_SECONDS, IMMEDIATE_SECONDS, LATE_SECONDS, Drain
 from chatd.transport.connections import CLOSE_SECONDS, Connections
 from chatd.transport.identity import ANYONE
 
@@ -483,6 +483,28 @@ def test_unanswered_handshake_does_not_hold_up_the_drain(scene, immediate):
     assert scene.over is not None
 
 
+def test_connected_clients_can_still_ask(scene):
+    """A client that has connected, perhaps over TLS, has a second for its request, and the drain asks nothing of it."""
+    person = DrainedClient(scene)
+    scene.connections.remove(person, 1000)
+    scene.connections.handshakes.add(person)
+    scene.begin(30)
+    scene.until(ASK_SECONDS - SLACK)
+    assert scene.over is None
+    scene.until(ASK_SECONDS + SLACK)
+    assert scene.over is not None
+    assert person.did == []
+
+
+def test_drain_ends_when_connected_clients_have_asked(scene):
+    scene.connections.handshakes.add(scene)
+    scene.begin(8)
+    scene.until(SLACK)
+    scene.connections.handshakes.discard(scene)
+    scene.until(3 * SLACK)
+    assert scene.over is not None
+
+
 @pytest.mark.parametrize("budget", [0, 1, 30, 120])
 def test_drain_without_clients_is_immediate(scene, budget):
     """A drain without clients closes the ports, settles the log and ends at once."""
@@ -509,16 +531,6 @@ def test_immediate_drain_expects_no_clients(scene):
     scene.drain.skip_pace()
     scene.until(1 + SLACK)
     assert scene.over is not None
-
-
-def test_unfinished_handshakes(scene):
-    """A drain does not wait for unfinished handshakes."""
-    person = DrainedClient(scene)
-    scene.connections.remove(person, 1000)
-    scene.connections.handshakes.add(person)
-    scene.begin(30)
-    assert scene.over == 0
-    assert person.did == []
 
 
 # The posts

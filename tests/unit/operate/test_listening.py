@@ -126,6 +126,9 @@ class RealPorts(MemoryReactorClock):
     def listenTCP(self, port, factory, backlog=50, interface=""):
         return self._opened(Port(port, factory, backlog, interface, self))
 
+    def listenUNIX(self, address, factory, backlog=50, mode=0o666, wantPID=False):
+        return self._opened(unix.Port(address, factory, backlog, mode, self, wantPID))
+
     def adoptStreamPort(self, descriptor, family, factory):
         if family == socket.AF_UNIX:
             return self._opened(unix.Port._fromListeningDescriptor(self, descriptor, factory))
@@ -262,8 +265,23 @@ def test_connection_sends_at_once(crowd):
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+def test_unix_socket_serves_waiting_connections_when_it_stops(folder):
+    reactor, address = RealPorts(), str(folder / "socket")
+    with socket.socket(socket.AF_UNIX) as client:
+        port = Ports(reactor, lambda: 1 << 20).endpoint(f"unix:{address}").listen(Factory.forProtocol(Protocol)).result
+        client.connect(address)
+        client.settimeout(0)
+        port.stopListening()
+        for call in reactor.later:
+            call()
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        for reader in reactor.getReaders():
+            reader.connectionLost(Failure(ConnectionDone()))
+
+
 def test_unix_socket_of_systemd(folder, monkeypatch):
-    """It has no such option."""
+    """It has no option to send at once."""
     with socket.socket(socket.AF_UNIX) as own, socket.socket(socket.AF_UNIX) as client:
         own.settimeout(0)
         own.bind(str(folder / "socket"))
