@@ -100,11 +100,12 @@ class Pipeline(NamedTuple):
     def _former(self, state: State | None) -> "Pipeline":
         """Return a pipeline that restores the template and the parameters of the stack; raises AwsError.
 
-        It has no template if the stack keeps its own, or if the former one is not known.
+        It has neither if they are not known, and no template if the stack keeps its own.
         """
-        parameters = state.parameters if state else {}
-        names, template = {*self.parameters}, None
-        if self.template and state and state.status != REVIEW and not state.busy:
+        if state is None or state.busy:  # a busy stack may have the new ones already
+            return self._replace(template=None, parameters={})
+        parameters, names, template = state.parameters, {*self.parameters}, None
+        if self.template and state.status != REVIEW:
             template = self.stack.template()
         if self.template and template:
             names |= parameters.keys() - self.stack.declared(self.template)
