@@ -64,8 +64,14 @@ def test_socket_that_systemd_did_not_pass(ports, text):
         ports.endpoint(text)
 
 
-def test_endpoint_asks_the_reactor_for_the_rest(reactor, ports):
-    """Endpoints of other kinds use the reactor itself."""
+def test_endpoint_asks_the_reactor_for_the_rest(reactor, ports, monkeypatch):
+    """Endpoints of other kinds, which plug-ins of Twisted define, use the reactor itself."""
+    reactor.advance(5)
+    monkeypatch.setattr("chatd.operate.listening.serverFromString", lambda asked, text: (text, asked.seconds()))
+    assert ports.endpoint("onion:80") == ("onion:80", 5)
+
+
+def test_unix_socket(reactor, ports):
     assert listen(ports, "unix:/run/chatd.socket") == []
     assert [address for address, *_ in reactor.unixServers] == ["/run/chatd.socket"]
 
