@@ -62,8 +62,9 @@ def _extra(text: str) -> dict[str, Any]:
 
 def arguments(words: Sequence[str], started: str = STARTED) -> argparse.Namespace:
     """Parse what follows the command `started`; raise SystemExit, with one line on standard error, if it is wrong."""
+    program = started.rsplit(maxsplit=1)[-1]
     parser = Parser(
-        started.rsplit(maxsplit=1)[-1],
+        program,
         UNTRIED,
         prog=started,
         description="Prove under load that a server loses nothing, whatever is disconnected or killed meanwhile.",
@@ -112,6 +113,7 @@ def arguments(words: Sequence[str], started: str = STARTED) -> argparse.Namespac
     add("--lenient", action="store_true", help="accept a new log, as of a restarted server with memory:")
     add("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(words)
+    options.program = program
     options.posters = min(options.posters or options.clients, options.clients)
     if options.rooms > MAX_SUBSCRIPTIONS:
         parser.error(f"argument --rooms: a connection is in {MAX_SUBSCRIPTIONS:,} rooms at most")
@@ -123,10 +125,9 @@ def arguments(words: Sequence[str], started: str = STARTED) -> argparse.Namespac
 def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO, started: str = STARTED) -> int:
     """Run a trial, and return the exit status."""
     options = arguments(words, started)
-    name = started.rsplit(maxsplit=1)[-1]
     problem = allow_files(options.clients + SPARE)
     if problem:
-        err.write(f"{name}: {problem}\n")
+        err.write(f"{options.program}: {problem}\n")
         return UNTRIED
     run = secrets.token_hex(3)
     address: ServerAddress = options.url
@@ -155,7 +156,7 @@ def main(words: Sequence[str], reactor: Any, out: TextIO, err: TextIO, started: 
     elif result != UNTRIED:
         out.write(summary(report))
     if trial.fault:
-        err.write(f"{name}: {trial.fault}\n")
+        err.write(f"{options.program}: {trial.fault}\n")
     return result
 
 

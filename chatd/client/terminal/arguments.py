@@ -3,6 +3,7 @@
 import argparse
 import getpass
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
@@ -61,12 +62,22 @@ class ChatOptions(NamedTuple):
     program: str
     """The word that begins each error."""
 
+    def complain(self, text: str) -> None:
+        """Write one line about a problem."""
+        sys.stderr.write(f"{self.program}: {text}\n")
+        sys.stderr.flush()
+
 
 class CommandLine(argparse.ArgumentParser):
     """A parser that reports an error in one line, and whose options cannot be abbreviated."""
 
+    @property
+    def program(self) -> str:
+        """The word that begins each error."""
+        return self.prog.split()[-1]
+
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog.split()[-1]}: {message}: see --help\n")
+        self.exit(USAGE, f"{self.program}: {message}: see --help\n")
 
 
 def parse_address(url: str) -> RoomAddress:
@@ -140,8 +151,7 @@ def parse(words: Sequence[str], environ: Mapping[str, str], started: str = START
     options = parser.parse_args(words)
     token = token_source(options.token_file, environ)
     username = _username(parser, options, token)
-    program = started.rsplit(maxsplit=1)[-1]
-    return ChatOptions(options.url, username, token, options.post, options.json, options.split, program)
+    return ChatOptions(options.url, username, token, options.post, options.json, options.split, parser.program)
 
 
 def _username(parser: CommandLine, options: Any, token: Callable[[], str] | None) -> str:

@@ -73,16 +73,6 @@ async def ended(room: Room) -> None:
         await room.changed()
 
 
-def complainer(options: ChatOptions) -> Callable[[str], None]:
-    """Return a function that writes one line about a problem."""
-
-    def complain(text: str) -> None:
-        sys.stderr.write(f"{options.program}: {text}\n")
-        sys.stderr.flush()
-
-    return complain
-
-
 def report_states(room: Room, complain: Callable[[str], None]) -> Callable[[], None]:
     """Return a function that reports, once each, that the server cannot be reached, and that it can be again."""
     told: list[str] = []
@@ -118,7 +108,6 @@ def open_storage(environ: Mapping[str, str]) -> tuple[Storage, str | None]:
 
 async def talk(options: ChatOptions, stop: Stop) -> int:
     """Lead a conversation in the terminal."""
-    complain = complainer(options)
     dumb = os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
     say = print_lines(sys.stdout) if dumb else print_above
     width = (lambda: shutil.get_terminal_size().columns) if dumb else screen_width
@@ -136,21 +125,20 @@ async def talk(options: ChatOptions, stop: Stop) -> int:
         snapshot = room.snapshot()
     stays = stays_words(snapshot.outbox, kept=problem is None)
     if stays:
-        complain(stays)
+        options.complain(stays)
     if snapshot.state == REJECTED:
-        complain(refusal_words(snapshot.error, options.address.room))
+        options.complain(refusal_words(snapshot.error, options.address.room))
         return FAILED
     return DONE
 
 
 async def post(options: ChatOptions, stop: Stop) -> int:
     """Post the lines of standard input."""
-    complain = complainer(options)
     async with join(options) as client:
         room = client.room(options.address.room, events=(), keep=KEPT)
-        room.subscribe(report_states(room, complain))
+        room.subscribe(report_states(room, options.complain))
         poster = LinePoster(room)
-        watch = poster.watch(complain, SILENT_SECONDS)
+        watch = poster.watch(options.complain, SILENT_SECONDS)
         await race(poster.run(read_lines(STDIN, options.split)), watch, ended(room), stop.wait())
         if stop.signal is not None:
             await race(poster.settle(), ended(room), stop.wait(), asyncio.sleep(GRACE_SECONDS))
@@ -158,7 +146,7 @@ async def post(options: ChatOptions, stop: Stop) -> int:
     if snapshot.state == REJECTED:
         fault = refusal_words(snapshot.error, options.address.room)
     if fault:
-        complain(fault)
+        options.complain(fault)
     return FAILED if fault else DONE
 
 
@@ -175,13 +163,12 @@ def ended_by_sigint() -> Iterator[None]:
 async def read(options: ChatOptions) -> int:
     """Print the messages of a room until a signal, the reader or the server ends that."""
     line = json_line if options.json else text_line
-    complain = complainer(options)
     gone, fault = asyncio.Event(), None
     watch_reader(STDOUT, gone.set)
     with ended_by_sigint(), open(STDOUT, "wb", closefd=False) as out:  # noqa: ASYNC230 -- it is open
         async with join(options) as client:
             room = client.room(options.address.room, events=(), keep=KEPT)
-            room.subscribe(report_states(room, complain))
+            room.subscribe(report_states(room, options.complain))
             try:
                 await race(print_entries(room, out, line), ended(room), gone.wait())
             except BrokenPipeError:
@@ -194,7 +181,7 @@ async def read(options: ChatOptions) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # the rest of the buffer cannot be written
     if gone.is_set():
         return DONE
-    complain(fault or refusal_words(refusal, options.address.room))
+    options.complain(fault or refusal_words(refusal, options.address.room))
     return FAILED
 
 
@@ -216,7 +203,7 @@ def main(words: Sequence[str], started: str = STARTED) -> int:
     """Run the program, and return its exit status."""
     options = parse(words, os.environ, started)
     if not options.post and not options.json and os.isatty(STDOUT) and not os.isatty(STDIN):
-        complainer(options)("standard input is not a terminal: use --post to post its lines: see --help")
+        options.complain("standard input is not a terminal: use --post to post its lines: see --help")
         return USAGE
     logging.getLogger("chatd.client").addHandler(logging.NullHandler())  # what it logs, the states report
     return asyncio.run(run(options))
